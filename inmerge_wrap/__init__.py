@@ -1,0 +1,23 @@
+"""In-model merging (InMerge, arXiv 2502.20516) for any CNN of timm or torchvision."""
+
+from inmerge_wrap.discovery import ConvSite, MergePlan, plan_merging
+from inmerge_wrap.export import export_timm, export_weights
+from inmerge_wrap.merging import draw_pairs, merge_pairs_
+from inmerge_wrap.report import LayerReport, MergeReport
+from inmerge_wrap.wrapper import InMergeWrapper, NoEffectWarning
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConvSite",
+    "InMergeWrapper",
+    "LayerReport",
+    "MergePlan",
+    "MergeReport",
+    "NoEffectWarning",
+    "draw_pairs",
+    "export_timm",
+    "export_weights",
+    "merge_pairs_",
+    "plan_merging",
+]

@@ -1,0 +1,696 @@
+"""Finds the convolutions of any network in depth order and decides which of them are merged.
+
+The order is the order of execution in one forward pass, recorded on a copy of the network whose
+tensors live on the meta device: they have shapes and no memory, so the network itself is neither
+run nor doubled. The decision follows the paper: the first ``L_s`` convolutions are left alone.
+Whatever is a ``Conv2d`` by class but not a bank of comparable kernels is skipped with a reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from inmerge_wrap.kernels import kernel_parameters, unmergeable_reason
+
+__all__ = ["SKIPPED_KINDS", "ConvSite", "MergePlan", "plan_merging"]
+
+SKIPPED_KINDS = {
+    "depthwise": "depthwise: every kernel reads another channel",
+    "vector": "works on a pooled 1x1 map: a gate (squeeze-excite, attention) or a dense layer",
+    "dense": "one kernel covers the whole map: a dense layer in convolution clothes",
+    "head": "head: its outputs are the predictions",
+    "patch_embedding": "patch embedding: cuts the image into patches",
+    "auxiliary": "auxiliary: runs in training only and is left out at inference",
+    "unused": "never executed in a forward pass",
+    "frozen": "frozen: requires_grad is False",
+}
+"""Kinds of convolution that are skipped unless named in ``also_merge``, each with its reason."""
+
+Pattern = str | Callable[["ConvSite"], bool]
+
+_WEIGHT_STANDARDISED = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"}
+_HOOK_DICTS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_FALLBACK_SIZES = (224, 299, 384, 512, 256)
+
+
+@dataclass(frozen=True)
+class ConvSite:
+    """One Conv2d of a network and what merging does with it.
+
+    Attributes:
+        name: Its name in ``model.named_modules()``.
+        depth: Its place in the order of execution among all Conv2d, from 1; None if never run.
+        shape: Of its weight, (C_out, C_in / groups, kH, kW); empty while a lazy layer has none.
+        groups: The convolution's groups.
+        kind: ``"kernels"``, or a key of :data:`SKIPPED_KINDS`.
+        centred: Whether kernels are compared without their mean, because the forward pass
+            standardises them (StdConv2d, ScaledStdConv2d). Their gain is a scale of the output
+            channel, like BatchNorm's, and takes no part in the comparison.
+        reason: Why it is skipped; None where it is merged.
+    """
+
+    name: str
+    depth: int | None
+    shape: tuple[int, ...]
+    groups: int = 1
+    kind: str = "kernels"
+    centred: bool = False
+    reason: str | None = None
+
+    @property
+    def pair_groups(self) -> int:
+        """The groups inside which kernels are paired; a depthwise layer pairs across its own."""
+        return 1 if self.shape and self.groups == self.shape[0] else self.groups
+
+    @property
+    def fan_in(self) -> int:
+        """Entries of one kernel."""
+        return int(torch.Size(self.shape[1:]).numel())
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Which convolutions are merged and why the others are not; print it to see a table.
+
+    Attributes:
+        merged: Convolutions to merge, in depth order.
+        skipped: All the others, in depth order, each with its reason.
+        found_by: How the order was found: ``"trace"`` (meta tensors), ``"forward"`` (a real
+            forward pass), or ``"registration"`` (no forward pass was possible).
+    """
+
+    merged: tuple[ConvSite, ...]
+    skipped: tuple[ConvSite, ...]
+    found_by: str = "trace"
+
+    def __str__(self) -> str:
+        sites = sorted(
+            self.merged + self.skipped, key=lambda site: (site.depth is None, site.depth or 0)
+        )
+        rows = [("depth", "convolution", "weight", "groups", "")]
+        rows += [
+            (
+                "-" if site.depth is None else str(site.depth),
+                site.name,
+                "x".join(map(str, site.shape)) or "?",
+                str(site.groups),
+                "merged" if site.reason is None else f"skipped ({site.reason})",
+            )
+            for site in sites
+        ]
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [
+            f"{row[0]:>{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:<{widths[2]}}  "
+            f"{row[3]:>{widths[3]}}  {row[4]}".rstrip()
+            for row in rows
+        ]
+        lines.append(f"{len(self.merged)} of {len(sites)} convolutions are merged.")
+        return "\n".join(lines)
+
+
+def plan_merging(
+    model: nn.Module,
+    *,
+    shallow_layers: int | float = 0.625,
+    example_input: Any = None,
+    include: Pattern | Sequence[Pattern] | None = None,
+    exclude: Pattern | Sequence[Pattern] = (),
+    also_merge: Collection[str] = (),
+) -> MergePlan:
+    """Finds every Conv2d of ``model`` in depth order and decides which are merged.
+
+    Depth is the order of execution in a forward pass. Convolutions of a kind in
+    :data:`SKIPPED_KINDS` are no bank of comparable kernels: they are neither merged nor counted
+    as depth (but a patch embedding and a frozen layer do count). Grouped convolutions are merged
+    inside their groups. A parameter that two layers share is merged once, through the first.
+
+    Args:
+        model: Any network; it is left exactly as it was.
+        shallow_layers: L_s, the number of first convolutions that are left alone (int), or their
+            share of the depth (float in [0, 1), rounded; at least one layer stays on either
+            side). The default is the authors' 10 of VGG-19's 16.
+        example_input: What to call the network with where its configuration does not tell: a
+            tensor, a tuple of positional or a dict of keyword arguments, as for a training step.
+        include: Merge exactly the convolutions that match: names with ``*`` wildcards, or a
+            function of :class:`ConvSite`. Neither depth nor kind counts then.
+        exclude: Of those that would be merged, leave out what matches.
+        also_merge: Kinds of :data:`SKIPPED_KINDS` to treat like any other convolution.
+
+    Returns:
+        The plan, with at least one merged convolution.
+
+    Raises:
+        ValueError: If nothing is left to merge, a pattern matches no convolution, an included
+            convolution can not be merged, or an argument is out of range. The message says why
+            and what to pass instead.
+    """
+    _check_arguments(shallow_layers, also_merge)
+    _check_model(model)
+    sites, found_by = _find_sites(model, example_input)
+    plan = _decide(sites, shallow_layers, also_merge, _patterns(include), _patterns(exclude))
+    if not plan.merged:
+        raise ValueError(_why_empty(plan, model, shallow_layers))
+    return replace(plan, found_by=found_by)
+
+
+def _check_arguments(shallow_layers: int | float, also_merge: Collection[str]) -> None:
+    count = isinstance(shallow_layers, int) and not isinstance(shallow_layers, bool)
+    share = isinstance(shallow_layers, float) and 0.0 <= shallow_layers < 1.0
+    if not share and not (count and shallow_layers >= 0):
+        raise ValueError(
+            "shallow_layers must be a count (int >= 0) or a share of the depth "
+            f"(float in [0, 1)), got {shallow_layers!r}"
+        )
+    if isinstance(also_merge, str):
+        raise ValueError(f"also_merge must be a collection of kinds, got the string {also_merge!r}")
+    unknown = sorted(set(also_merge) - set(SKIPPED_KINDS))
+    if unknown:
+        raise ValueError(f"also_merge knows {sorted(SKIPPED_KINDS)}, got {unknown}")
+
+
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("a TorchScript module hides its layers; wrap the network it was made from")
+    parallel = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"}
+    names = {kind.__name__ for kind in type(model).__mro__} & parallel
+    if names:
+        raise ValueError(
+            f"wrap the network itself, before {names.pop()}: "
+            "InMergeWrapper(network) first, then prepare or parallelise the wrapper"
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# The trace: what runs, in which order, on what shapes
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Call:
+    """What one forward pass showed of one convolution."""
+
+    inputs: list[torch.Size] = field(default_factory=list)
+    outputs: list[torch.Size] = field(default_factory=list)
+    used_own_weight: bool = False
+
+    def is_vector(self) -> bool:
+        return all(shape[-2:].numel() == 1 for shape in self.inputs + self.outputs)
+
+    def is_dense(self, kernel_size: tuple[int, ...]) -> bool:
+        covered = all(tuple(shape[-2:]) == kernel_size for shape in self.inputs)
+        return covered and all(shape[-2:].numel() == 1 for shape in self.outputs)
+
+
+@dataclass
+class _Trace:
+    calls: dict[str, _Call]
+    """Convolutions in order of their first call."""
+    last_of_child: dict[str, str]
+    """Top-level child -> its last executed module with parameters."""
+    last: str
+    """The last executed module with parameters."""
+    output: Any
+
+
+class _WeightWatch(TorchFunctionMode):
+    """Sees every functional convolution, and with whose weight it runs."""
+
+    def __init__(self, owners: Mapping[int, str], calls: dict[str, _Call]) -> None:
+        super().__init__()
+        self._owners, self._calls = owners, calls
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is torch.conv2d:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            name = self._owners.get(id(weight))
+            if name is not None:
+                call = self._calls.setdefault(name, _Call())
+                call.used_own_weight = True
+                source = args[0] if args else kwargs["input"]
+                call.inputs.append(source.shape)
+                call.outputs.append(result.shape)
+        return result
+
+
+def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Trace:
+    """Runs one forward pass and records which convolutions ran, in which order, on what."""
+    trace = _Trace({}, {}, "", None)
+    convs = dict(_named_convs(model))
+    owners = {id(conv._parameters.get("weight")): name for name, conv in convs.items()}
+    owners.pop(id(None), None)
+
+    def conv_hook(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            call = trace.calls.setdefault(name, _Call())
+            if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+                call.inputs.append(inputs[0].shape)
+                call.outputs.append(output.shape)
+
+        return hook
+
+    def order_hook(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            trace.last = trace.last_of_child[name.split(".")[0]] = name
+
+        return hook
+
+    handles = [conv.register_forward_hook(conv_hook(name)) for name, conv in convs.items()]
+    handles += [
+        module.register_forward_hook(order_hook(name))
+        for name, module in model.named_modules()
+        if module._parameters and any(p is not None for p in module._parameters.values())
+    ]
+    try:
+        with torch.no_grad(), _WeightWatch(owners, trace.calls):
+            trace.output = model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return trace
+
+
+def _named_convs(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
+    return (item for item in model.named_modules() if isinstance(item[1], nn.Conv2d))
+
+
+def _meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of the network without memory for its tensors and without anybody's hooks."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        lazy = isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+        for name in () if lazy else _HOOK_DICTS:
+            memo[id(getattr(module, name))] = OrderedDict()
+        tensors = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and id(tensor) not in memo:
+                memo[id(tensor)] = _meta_tensor(tensor)
+    return copy.deepcopy(model, memo)
+
+
+def _meta_tensor(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer):
+        return cast(Any, type(tensor))(device="meta", dtype=tensor.dtype)
+    shape_only = torch.empty_like(tensor, device="meta", requires_grad=False)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(shape_only, requires_grad=tensor.requires_grad)
+    return shape_only
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Runs the real network in eval mode, without its hooks, and puts everything back."""
+    flags = [(module, module.training) for module in model.modules()]
+    hooks = [(module, name, getattr(module, name)) for module, _ in flags for name in _HOOK_DICTS]
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        try:
+            for module, name, registered in hooks:
+                # weight_norm and pruning are hooks too, but of the network itself: they stay.
+                own = {
+                    key: hook
+                    for key, hook in registered.items()
+                    if type(hook).__module__.startswith("torch.nn.utils")
+                }
+                setattr(module, name, OrderedDict(own))
+            model.eval()
+            yield
+        finally:
+            for module, name, registered in hooks:
+                setattr(module, name, registered)
+            for module, training in flags:
+                module.training = training
+
+
+def _find_sites(model: nn.Module, example_input: Any) -> tuple[list[ConvSite], str]:
+    """Every Conv2d with its depth and kind, in depth order, and how the order was found."""
+    network, prefix = model, ""
+    while isinstance(getattr(network, "_orig_mod", None), nn.Module):  # made by torch.compile
+        network, prefix = network._orig_mod, prefix + "_orig_mod."  # type: ignore[assignment]
+    convs = dict(_named_convs(network))
+    if not convs:
+        raise ValueError(
+            f"{type(network).__name__} has no Conv2d: in-model merging acts on the kernels of "
+            "convolutional networks; choose a CNN (for example resnet34) as the model"
+        )
+    trace, found_by = _first_possible_trace(network, convs, example_input)
+    kinds = _kinds(network, convs, trace, example_input)
+    order = list(trace.calls) if trace else list(convs)
+    order += [name for name in convs if name not in order]
+    sites: list[ConvSite] = []
+    first_owner: dict[int, str] = {}
+    for place, name in enumerate(order, start=1):
+        conv = convs[name]
+        reason = unmergeable_reason(conv)
+        weight = next(iter(kernel_parameters(conv)), None) if reason is None else None
+        call = trace.calls.get(name) if trace else None
+        centred = type(conv).__name__ in _WEIGHT_STANDARDISED
+        stored = conv._parameters.get("weight")
+        if call and stored is not None and not call.used_own_weight and not centred:
+            reason = reason or f"{type(conv).__name__} computes its weight in its forward pass"
+        if weight is not None and id(weight) in first_owner:
+            reason = f"shares its weight with {prefix}{first_owner[id(weight)]}"
+        elif weight is not None:
+            first_owner[id(weight)] = name
+        if reason is None and conv.out_channels == 1:
+            reason = "one kernel: there is nothing to pair it with"
+        sites.append(
+            ConvSite(
+                name=prefix + name,
+                depth=place if call or trace is None else None,
+                shape=() if weight is None else tuple(weight.shape),
+                groups=conv.groups,
+                kind=kinds[name],
+                centred=centred,
+                reason=reason,
+            )
+        )
+    return sites, found_by
+
+
+def _first_possible_trace(
+    network: nn.Module, convs: Mapping[str, nn.Conv2d], example_input: Any
+) -> tuple[_Trace | None, str]:
+    """Traces on meta tensors, else by a real forward pass, else not at all (with warnings)."""
+    candidates = _call_arguments(network, convs, example_input)
+    problem: Exception | None = None
+    try:
+        twin = _meta_copy(network).eval()
+    except Exception as error:  # networks may hold anything, and copying it may raise anything
+        problem = error
+    else:
+        for args, kwargs in candidates:
+            try:
+                return _trace(twin, *_on_meta((args, kwargs))), "trace"
+            except Exception as error:  # the network's own code runs here
+                problem = problem or error
+    lazy = any(
+        isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+        for module in network.modules()
+    )
+    # A real pass would give lazy layers their shapes, and so change the user's network.
+    for args, kwargs in () if lazy else candidates:
+        try:
+            with _undisturbed(network):
+                trace = _trace(network, *_on_device_of(network, (args, kwargs)))
+        except Exception as error:  # as above
+            problem = error
+        else:
+            warnings.warn(
+                "the convolutions were found by a real forward pass, because the network does not "
+                f"run on meta tensors ({_first_line(problem)})",
+                stacklevel=4,
+            )
+            return trace, "forward"
+    warnings.warn(
+        "no forward pass was possible, so the convolutions are taken in the order in which they "
+        "were registered, and squeeze-excite layers and heads are not recognised. Pass "
+        f"example_input, as for a training step. The forward pass failed with: "
+        f"{_first_line(problem)}",
+        stacklevel=4,
+    )
+    return None, "registration"
+
+
+def _first_line(error: Exception | None) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"
+
+
+def _call_arguments(
+    network: nn.Module, convs: Mapping[str, nn.Conv2d], example_input: Any
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What to try to call the network with, the likeliest first."""
+    if isinstance(example_input, Mapping):
+        return [((), dict(example_input))]
+    if isinstance(example_input, tuple | list):
+        return [(tuple(example_input), {})]
+    if example_input is not None:
+        return [((example_input,), {})]
+    config = getattr(network, "pretrained_cfg", None) or getattr(network, "default_cfg", None) or {}
+    configured = config.get("input_size") or ()
+    image_size = getattr(network, "image_size", None)  # torchvision's vision transformers
+    first = next(iter(convs.values()))
+    channels = [first.weight.shape[1] * first.groups] if _has_shape(first) else []
+    channels += [*configured[:1], 3, 1]
+    sizes: list[tuple[int, ...]] = [tuple(configured[1:])] if configured else []
+    sizes += [(side, side) for side in (image_size, *_FALLBACK_SIZES) if isinstance(side, int)]
+    shapes = [(channels[0], *size) for size in sizes] + [(count, *sizes[0]) for count in channels]
+    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    # Batches of two, because BatchNorm can not train on one value per channel.
+    return [
+        ((torch.empty(2, *shape, dtype=dtype, device="meta"),), {})
+        for shape in dict.fromkeys(shapes)
+    ]
+
+
+def _has_shape(conv: nn.Conv2d) -> bool:
+    return not isinstance(conv._parameters.get("weight"), nn.parameter.UninitializedParameter)
+
+
+def _on_meta(arguments: Any) -> Any:
+    return tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, arguments)
+
+
+def _on_device_of(network: nn.Module, arguments: Any) -> Any:
+    device = next(network.parameters()).device
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if value.is_meta:
+            return torch.zeros_like(value, device=device)
+        return value.to(device)
+
+    return tree_map(move, arguments)
+
+
+# ---------------------------------------------------------------------------------------------
+# The decision: which convolutions are banks of comparable kernels, and which of them are deep
+# ---------------------------------------------------------------------------------------------
+
+
+def _kinds(
+    network: nn.Module,
+    convs: Mapping[str, nn.Conv2d],
+    trace: _Trace | None,
+    example_input: Any,
+) -> dict[str, str]:
+    """The kind of every convolution: ``"kernels"`` or a key of SKIPPED_KINDS."""
+    heads = _heads(network, convs, trace)
+    vectors = _vectors(network, convs, trace, example_input)
+    in_training = _run_in_training(network, convs, trace)
+    channels = _image_channels(trace)
+
+    def kind(name: str, conv: nn.Conv2d) -> str:
+        call = trace.calls.get(name) if trace else None
+        if trace is not None and call is None:
+            return "auxiliary" if name in in_training else "unused"
+        if conv.groups == conv.in_channels > 1:
+            return "depthwise"
+        if name in heads:
+            return "head"
+        if name in vectors:
+            return "vector"
+        if call and call.is_dense(conv.kernel_size) and conv.kernel_size != (1, 1):
+            return "dense"
+        side = max(conv.kernel_size)
+        if conv.in_channels == channels and side > 1 and conv.kernel_size == conv.stride:
+            return "patch_embedding"
+        parameters = kernel_parameters(conv)
+        if parameters and not all(p.requires_grad for p in parameters):
+            return "frozen"
+        return "kernels"
+
+    return {name: kind(name, conv) for name, conv in convs.items()}
+
+
+def _image_channels(trace: _Trace | None) -> int:
+    """Channels of the image: what the first convolution of the forward pass reads."""
+    first = next(iter(trace.calls.values()), None) if trace else None
+    return first.inputs[0][-3] if first and first.inputs else 3
+
+
+def _heads(network: nn.Module, convs: Mapping[str, nn.Conv2d], trace: _Trace | None) -> set[str]:
+    """Convolutions whose outputs are the predictions.
+
+    These are the ones that timm's configuration names as classifier, and the last layer with
+    parameters where its channels are the classes of a (batch, classes) output. For dense
+    predictions, a dict of maps, each branch has its own last layer.
+    """
+    config = getattr(network, "pretrained_cfg", None) or {}
+    named = config.get("classifier") or ()
+    heads = {named} if isinstance(named, str) else set(named)
+    if trace is None:
+        return heads
+    outputs = [leaf for leaf in tree_leaves(trace.output) if isinstance(leaf, Tensor)]
+    if isinstance(trace.output, Mapping):
+        classes = {leaf.shape[1] for leaf in outputs if leaf.ndim == 4}
+        candidates = set(trace.last_of_child.values())
+    else:
+        classes = {leaf.shape[1] for leaf in outputs[:1] if leaf.ndim == 2}
+        candidates = {trace.last}
+    return heads | {
+        name for name in candidates & convs.keys() if convs[name].out_channels in classes
+    }
+
+
+def _vectors(
+    network: nn.Module,
+    convs: Mapping[str, nn.Conv2d],
+    trace: _Trace | None,
+    example_input: Any,
+) -> set[str]:
+    """1x1 convolutions that work on a pooled vector.
+
+    A small example image shrinks to one pixel by itself, so there the test is whether the map
+    still is one pixel when the image is twice as large.
+    """
+    if trace is None:
+        return set()
+    vectors = {
+        name
+        for name, call in trace.calls.items()
+        if convs[name].kernel_size == (1, 1) and call.is_vector()
+    }
+    if not vectors or not isinstance(example_input, Tensor) or example_input.ndim != 4:
+        return vectors
+    larger = [2 * max(side, 112) for side in example_input.shape[-2:]]
+    image = example_input.new_empty((*example_input.shape[:2], *larger), device="meta")
+    try:
+        calls = _trace(_meta_copy(network).eval(), (image,), {}).calls
+    except Exception:  # the network takes one size alone: at that size the maps are what they are
+        return vectors
+    return {name for name in vectors if name not in calls or calls[name].is_vector()}
+
+
+def _run_in_training(
+    network: nn.Module, convs: Mapping[str, nn.Conv2d], trace: _Trace | None
+) -> set[str]:
+    """Which convolutions run in train mode, asked only where some do not run in eval mode."""
+    if trace is None or len(trace.calls) == len(convs):
+        return set()
+    for args, kwargs in _call_arguments(network, convs, None):
+        try:
+            with torch.random.fork_rng(devices=[]):
+                return set(_trace(_meta_copy(network).train(), args, kwargs).calls)
+        except Exception:  # the network's own code runs here; another size may suit it
+            continue
+    return set()
+
+
+def _decide(
+    sites: Sequence[ConvSite],
+    shallow_layers: int | float,
+    also_merge: Collection[str],
+    include: Sequence[Pattern] | None,
+    exclude: Sequence[Pattern] | None,
+) -> MergePlan:
+    """Splits the sites into merged and skipped."""
+    included = None if include is None else _matching(sites, include, "include")
+    excluded = _matching(sites, exclude or (), "exclude")
+    counted = [site for site in sites if _counts(site, also_merge)]
+    shallow = {site.name for site in counted[: _shallow_count(shallow_layers, len(counted))]}
+
+    def reason(site: ConvSite) -> str | None:
+        if included is not None and site.name not in included:
+            return "not included"
+        if site.name in excluded:
+            return "excluded"
+        if site.reason is not None:
+            if included is not None:
+                raise ValueError(
+                    f"include names {site.name!r}, which can not be merged: {site.reason}"
+                )
+            return site.reason
+        if site.shape[0] == site.pair_groups > 1:
+            return "one kernel in each group: there is nothing to pair it with"
+        if included is not None:
+            return None
+        if site.kind != "kernels" and site.kind not in also_merge:
+            return SKIPPED_KINDS[site.kind]
+        return "shallow" if site.name in shallow else None
+
+    decided = [replace(site, reason=reason(site)) for site in sites]
+    return MergePlan(
+        merged=tuple(site for site in decided if site.reason is None),
+        skipped=tuple(site for site in decided if site.reason is not None),
+    )
+
+
+def _counts(site: ConvSite, also_merge: Collection[str]) -> bool:
+    """Whether a convolution is a step of depth, merged or not."""
+    return site.kind in {"kernels", "patch_embedding", "frozen", *also_merge}
+
+
+def _shallow_count(shallow_layers: int | float, depth: int) -> int:
+    if isinstance(shallow_layers, int):
+        return shallow_layers
+    if shallow_layers == 0.0:
+        return 0
+    return max(1, min(depth - 1, round(shallow_layers * depth)))
+
+
+def _patterns(given: Pattern | Sequence[Pattern] | None) -> Sequence[Pattern] | None:
+    return [given] if isinstance(given, str) or callable(given) else given
+
+
+def _matching(sites: Sequence[ConvSite], patterns: Sequence[Pattern], argument: str) -> set[str]:
+    """Names that some pattern matches; a pattern without any match is an error."""
+    names: set[str] = set()
+    for pattern in patterns:
+        if callable(pattern):
+            found = {site.name for site in sites if pattern(site)}
+        else:
+            found = {site.name for site in sites if fnmatchcase(site.name, pattern)}
+        if not found:
+            known = [site.name for site in sites]
+            close = difflib.get_close_matches(str(pattern), known, n=3, cutoff=0.4)
+            raise ValueError(
+                f"{argument}={pattern!r} matches none of the {len(known)} convolutions; "
+                f"close names: {', '.join(close or known[-3:])} (* stands for any characters)"
+            )
+        names |= found
+    return names
+
+
+def _why_empty(plan: MergePlan, model: nn.Module, shallow_layers: int | float) -> str:
+    reasons = Counter(site.reason for site in plan.skipped)
+    listed = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    shallow = reasons["shallow"]
+    frozen = reasons[SKIPPED_KINDS["frozen"]]
+    if isinstance(shallow_layers, int) and shallow and shallow_layers >= shallow:
+        remedy = (
+            f"shallow_layers={shallow_layers} leaves none of the {shallow} counted layers: pass a "
+            "smaller count, or a share such as 0.625"
+        )
+    elif frozen:
+        remedy = "unfreeze deep layers before wrapping, or pass also_merge=('frozen',)"
+    elif shallow:
+        remedy = "the network is too shallow for a deep part: pass shallow_layers=0 to merge it all"
+    else:
+        remedy = (
+            "choose a convolutional network, or name layers with include=[...] or their kind with "
+            f"also_merge=(...), one of {', '.join(SKIPPED_KINDS)}"
+        )
+    return f"nothing to merge in {type(model).__name__}: {listed}. Remedy: {remedy}"

@@ -1,0 +1,299 @@
+"""Plain weights: files that stock timm and torchvision load, with no trace of this library."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+__all__ = ["export_timm", "export_weights", "plain_state_dict", "unwrap"]
+
+_WRAPPERS = {
+    "AveragedModel",
+    "DataParallel",
+    "DistributedDataParallel",
+    "InMergeWrapper",
+    "ModelEmaV2",
+    "ModelEmaV3",
+    "OptimizedModule",
+}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside InMergeWrapper, DDP, torch.compile and weight averages, in any order."""
+    while {kind.__name__ for kind in type(model).__mro__} & _WRAPPERS:
+        children = dict(model.named_children())
+        model = children["_orig_mod"] if "_orig_mod" in children else children["module"]
+    return model
+
+
+def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The network's state as stock models hold it.
+
+    Tensors are contiguous copies on the CPU, each with its own memory; half precision is widened
+    to float32, which changes no value. Weights that are computed (weight_norm, spectral_norm,
+    pruning) stand as the result under their plain name. Shards of FSDP2 are gathered, which all
+    ranks must do together.
+
+    Raises:
+        ValueError: If the state holds anything but tensors, which no safetensors file can.
+    """
+    network = unwrap(model)
+    if any(_computes_weights(module) for module in network.modules()):
+        network = _with_stored_weights(network)
+    state = {}
+    for name, value in network.state_dict().items():
+        name = name.replace("_orig_mod.", "")
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} is a {type(value).__name__}; only tensors can be exported")
+        if hasattr(value, "full_tensor"):
+            value = value.full_tensor()
+        if value.dtype in (torch.float16, torch.bfloat16):
+            value = value.float()
+        state[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return state
+
+
+def export_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+    """Writes the network's weights as one plain safetensors file and verifies them.
+
+    A model of timm loads the file with ``timm.create_model(name, num_classes=...,
+    checkpoint_path=path)``, any other with ``model.load_state_dict(load_file(path))``. The file
+    appears whole or not at all: a previous one stays until the new one was read back.
+
+    Args:
+        model: A wrapper, the bare network, or either inside DDP or torch.compile. Every rank may
+            call this; rank 0 writes.
+        path: Must end in ``.safetensors``, because timm reads other names as pickles.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If the name does not end in .safetensors or a tensor can not be stored.
+        RuntimeError: If what was read back is not what was written.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"the file must end in .safetensors, or timm can not read it: {path}")
+    state = plain_state_dict(model)
+    if _is_writer():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace_file(path, lambda draft: _save_verified(state, draft))
+    return path
+
+
+def export_timm(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    input_size: tuple[int, int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    crop_pct: float = 1.0,
+    interpolation: str = "bicubic",
+    label_names: Sequence[str] | None = None,
+    model_args: Mapping[str, Any] | None = None,
+) -> str:
+    """Writes the folder that ``timm.create_model("local-dir:...", pretrained=True)`` loads.
+
+    The preprocessing is stored as it was in *this* training, not that of the ImageNet weights, so
+    that ``timm.data.resolve_model_data_config`` gives it back. Before anything is replaced, a
+    fresh model is loaded from the draft and must give the same outputs, bit for bit.
+
+    Args:
+        model: A timm model, or a wrapper of one, as for :func:`export_weights`.
+        directory: Gets ``config.json`` and ``model.safetensors``.
+        input_size: (channels, height, width) of the training images.
+        mean: Per channel, subtracted from pixels in [0, 1].
+        std: Per channel, in the same units.
+        crop_pct: Share of the resized image that the centre crop keeps.
+        interpolation: Of the resizing: ``"bicubic"``, ``"bilinear"`` or ``"nearest"``.
+        label_names: Names of the classes, in the order of the outputs.
+        model_args: Arguments of ``timm.create_model`` that changed the architecture, if timm did
+            not record them.
+
+    Returns:
+        The line of code that loads the model.
+
+    Raises:
+        TypeError: If the network is not a timm model.
+        ValueError: If the data configuration does not fit the network.
+        RuntimeError: If the draft does not load into an equal model; nothing is replaced then.
+    """
+    network = unwrap(model)
+    if not hasattr(network, "pretrained_cfg"):
+        raise TypeError(
+            f"{type(network).__name__} is not a timm model; use export_weights(model, "
+            "'weights.safetensors') and load it with model.load_state_dict(load_file(path))"
+        )
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != input_size[0]:
+            raise ValueError(
+                f"{name} has {len(values)} values for an image of {input_size[0]} channels"
+            )
+    if label_names is not None and len(label_names) != network.num_classes:
+        raise ValueError(
+            f"label_names has {len(label_names)} names for {network.num_classes} classes"
+        )
+    directory = Path(directory)
+    data_config = {
+        "input_size": tuple(input_size),
+        "mean": tuple(mean),
+        "std": tuple(std),
+        "crop_pct": crop_pct,
+        "interpolation": interpolation,
+    }
+    state = plain_state_dict(network)
+    if _is_writer():
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".draft-") as draft_name:
+            draft = Path(draft_name)
+            _write_timm_config(network, draft / "config.json", data_config, label_names, model_args)
+            _save_verified(state, draft / "model.safetensors")
+            _check_timm_draft(network, draft, data_config)
+            for name in ("model.safetensors", "config.json"):
+                os.replace(draft / name, directory / name)
+        _sync_directory(directory)
+    return f'timm.create_model("local-dir:{directory}", pretrained=True)'
+
+
+def _write_timm_config(
+    network: nn.Module,
+    path: Path,
+    data_config: dict[str, Any],
+    label_names: Sequence[str] | None,
+    model_args: Mapping[str, Any] | None,
+) -> None:
+    from timm.models._hub import save_config_for_hf  # save_for_hf's own, but without the weights
+
+    shape = {"num_classes": network.num_classes, "in_chans": data_config["input_size"][0]}
+    save_config_for_hf(
+        network,
+        str(path),
+        model_config={"label_names": list(label_names)} if label_names else None,
+        model_args={**shape, **(model_args or {})},
+        data_config=data_config,
+    )
+    config = json.loads(path.read_text())
+    config["pretrained_cfg"] |= data_config
+    # What these would say was true of the weights that training started from.
+    for stale in ("tag", "license", "origin_url", "paper_ids", "test_input_size", "test_crop_pct"):
+        config["pretrained_cfg"].pop(stale, None)
+    path.write_text(json.dumps(config, indent=2))
+
+
+def _check_timm_draft(network: nn.Module, draft: Path, data_config: dict[str, Any]) -> None:
+    """Loads the draft as a stranger would and compares state and outputs."""
+    import timm
+
+    try:
+        fresh = timm.create_model(f"local-dir:{draft}", pretrained=True).eval()
+    except Exception as error:  # whatever timm raises, the cause is the same
+        raise RuntimeError(
+            f"timm can not rebuild this {type(network).__name__} ({error}). If it was created with "
+            "arguments that change its layers, pass them as model_args"
+        ) from error
+    ours = _with_stored_weights(network).cpu().float().eval()
+    image = torch.rand(2, *data_config["input_size"], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, actual = ours(image), fresh(image)
+    if not torch.equal(expected, actual):
+        raise RuntimeError(
+            f"the reloaded {type(network).__name__} gives other outputs. If it was created with "
+            "arguments that change its computation, pass them as model_args"
+        )
+
+
+def _computes_weights(module: nn.Module) -> bool:
+    """Whether a module computes a tensor of its state from others before each forward pass."""
+    return parametrize.is_parametrized(module) or any(
+        type(hook).__module__.startswith("torch.nn.utils")
+        for hook in module._forward_pre_hooks.values()
+    )
+
+
+def _with_stored_weights(network: nn.Module) -> nn.Module:
+    """A copy in eval mode whose computed weights are plain parameters."""
+    from torch.nn.utils import prune
+
+    # Old-style computed weights are no leaves, which deepcopy refuses: they are computed anew.
+    memo: dict[int, Any] = {
+        id(value): value.detach().clone()
+        for module in network.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and value.grad_fn is not None
+    }
+    twin = copy.deepcopy(network, memo).eval()
+    for module in twin.modules():
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(module, name)
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)
+            elif type(hook).__module__.startswith("torch.nn.utils"):
+                cast(Any, hook).remove(module)
+                del module._forward_pre_hooks[key]
+    return twin
+
+
+def _save_verified(state: dict[str, Tensor], path: Path) -> None:
+    # One metadata key: safetensors writes several in random order, and equal weights should give
+    # equal files.
+    safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+    stored = safetensors.torch.load_file(path)
+    # Compared as bytes, so that a NaN equals itself.
+    same = stored.keys() == state.keys() and all(
+        tensor.dtype == stored[name].dtype
+        and torch.equal(tensor.view(-1).view(torch.uint8), stored[name].view(-1).view(torch.uint8))
+        for name, tensor in state.items()
+    )
+    if not same:
+        raise RuntimeError(f"what was written to {path.name} reads back differently")
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _replace_file(path: Path, write: Any) -> None:
+    """Writes a draft beside ``path`` and puts it in its place in one step."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    draft = Path(name)
+    try:
+        write(draft)
+        draft.chmod(0o666 & ~_umask())
+        os.replace(draft, path)
+        _sync_directory(path.parent)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_directory(directory: Path) -> None:
+    """Makes a renamed file outlive a power cut, where the platform can."""
+    if os.name == "posix":
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _is_writer() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0

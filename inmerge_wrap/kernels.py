@@ -1,0 +1,166 @@
+"""Where a convolution keeps its kernels, and how to read and write them.
+
+A convolution's ``weight`` is not always the tensor that training changes. Weight normalisation,
+spectral normalisation and pruning compute it from other tensors before each forward pass, and a
+write to ``weight`` is then lost without an error. :func:`open_kernels` finds the tensors behind the
+weight, so that what is compared and blended is what the forward pass uses, and what is written
+stays written. Shards of FSDP2 are gathered and scattered again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+from inmerge_wrap.merging import gather_kernels, scatter_kernels_
+
+__all__ = ["Kernels", "kernel_parameters", "open_kernels", "unmergeable_reason"]
+
+_Stored = tuple[Tensor, Tensor | None, Tensor | None]  # weight, magnitude, mask
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The tensors that hold the kernels of one convolution.
+
+    Attributes:
+        weight: The stored kernels, shape (C_out, C_in / groups, kH, kW).
+        magnitude: Norm of each kernel under weight normalisation, shape (C_out, 1, 1, 1).
+        mask: Pruning mask, of the weight's shape, one where the entry is kept.
+    """
+
+    weight: Tensor
+    magnitude: Tensor | None = None
+    mask: Tensor | None = None
+
+    def read(self, index: Tensor) -> Tensor:
+        """The kernels that the forward pass uses, shape (len(index), fan_in), float32 or wider.
+
+        Spectral normalisation divides all kernels by one number, which no cosine and no blend
+        can see, so the stored kernels stand for them.
+        """
+        rows = gather_kernels(self.weight, index)
+        if self.magnitude is not None:
+            norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+            rows = rows * (gather_kernels(self.magnitude, index) / norms)
+        if self.mask is not None:
+            rows = rows * gather_kernels(self.mask, index)
+        return rows
+
+    def write_(self, index: Tensor, rows: Tensor, changed: Tensor) -> None:
+        """Stores ``rows``, shape (len(index), fan_in), where ``changed``, shape (len(index),).
+
+        The other rows must be those that :meth:`read` gave; they stay as they are, bit for bit.
+        A pruned entry keeps its stored value, so that it stays pruned.
+        """
+        if self.magnitude is None and self.mask is None:
+            scatter_kernels_(self.weight, index, rows)
+            return
+        changed = changed.unsqueeze(1)
+        if self.magnitude is not None:
+            norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+            kept = gather_kernels(self.magnitude, index)
+            scatter_kernels_(self.magnitude, index, torch.where(changed, norms, kept))
+        if self.mask is not None:
+            changed = changed & (gather_kernels(self.mask, index) != 0)
+        stored = gather_kernels(self.weight, index)
+        scatter_kernels_(self.weight, index, torch.where(changed, rows, stored))
+
+
+@contextmanager
+def open_kernels(conv: nn.Conv2d) -> Iterator[Kernels]:
+    """Gives the kernels of a convolution for reading and writing.
+
+    Under FSDP2 every rank gathers the whole weight (a collective: all ranks must call it), works
+    on the copy, and keeps its own slice of the outcome.
+
+    Args:
+        conv: A convolution for which :func:`unmergeable_reason` is None.
+
+    Raises:
+        RuntimeError: If the kernels can no longer be reached, for instance because FSDP1 or
+            DeepSpeed took the weights over after the plan was made.
+    """
+    reason = unmergeable_reason(conv)
+    if reason is not None:
+        raise RuntimeError(
+            f"the kernels of this convolution can not be written: {reason}. If a library replaced "
+            "the weights after wrapping (FSDP1, DeepSpeed, Megatron, reparameterisation), train "
+            "with DDP or FSDP2 (fully_shard) instead, or wrap the network anew"
+        )
+    weight, magnitude, mask = cast(_Stored, _stored_tensors(conv))
+    if not hasattr(weight, "full_tensor"):
+        yield Kernels(weight.detach(), None if magnitude is None else magnitude.detach(), mask)
+        return
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    sharded = cast(DTensor, weight.detach())
+    whole = sharded.full_tensor()
+    yield Kernels(whole)
+    mine = distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None)
+    sharded.copy_(mine)
+
+
+def unmergeable_reason(conv: nn.Conv2d) -> str | None:
+    """Why the kernels of a convolution can not be written, or None where they can."""
+    stored = _stored_tensors(conv)
+    if isinstance(stored, str):
+        return stored
+    weight, *others = stored
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "lazy: its weight has no shape before the first forward pass"
+    if hasattr(weight, "full_tensor") and any(other is not None for other in others):
+        return "a computed weight that FSDP2 has sharded"
+    return None
+
+
+def kernel_parameters(conv: nn.Conv2d) -> list[nn.Parameter]:
+    """The parameters that hold the kernels: what an optimizer must train for merging to act."""
+    stored = _stored_tensors(conv)
+    if isinstance(stored, str):
+        return []
+    weight, magnitude, _ = stored
+    return [tensor for tensor in (weight, magnitude) if isinstance(tensor, nn.Parameter)]
+
+
+def _stored_tensors(conv: nn.Conv2d) -> _Stored | str:
+    """(weight, magnitude, mask) behind ``conv.weight``, or why they are out of reach."""
+    if parametrize.is_parametrized(conv, "weight"):
+        return _parametrized_tensors(cast(nn.ModuleDict, conv.parametrizations)["weight"])
+    own = conv._parameters
+    plain, direction, magnitude = own.get("weight"), own.get("weight_v"), own.get("weight_g")
+    if plain is not None:
+        return plain, None, None
+    if direction is not None and magnitude is not None:
+        if magnitude.shape == (conv.out_channels, 1, 1, 1):
+            return direction, magnitude, None
+        return "weight_norm that is not over each kernel"
+    original, mask = own.get("weight_orig"), conv._buffers.get("weight_mask")
+    if original is not None and mask is not None:
+        return original, None, mask
+    if original is not None and conv._buffers.get("weight_u") is not None:
+        return original, None, None  # spectral_norm
+    return "a weight that is not a parameter of the convolution"
+
+
+def _parametrized_tensors(chain: nn.Module) -> _Stored | str:
+    """The same for ``torch.nn.utils.parametrizations``."""
+    first, *others = cast(nn.ModuleList, chain)
+    stored = chain._parameters
+    if not others and isinstance(first, parametrizations._WeightNorm):
+        magnitude, direction = stored["original0"], stored["original1"]
+        assert magnitude is not None and direction is not None
+        if first.dim == 0:
+            return direction, magnitude, None
+        return f"weight_norm over dim {first.dim}, not over each kernel"
+    if not others and isinstance(first, parametrizations._SpectralNorm):
+        original = stored["original"]
+        assert original is not None
+        return original, None, None
+    return f"a weight computed by the parametrization {type(first).__name__}"

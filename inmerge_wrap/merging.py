@@ -1,0 +1,144 @@
+"""The mathematics of in-model merging (arXiv 2502.20516), as pure tensor functions.
+
+A convolution weight ``W`` has shape ``(C_out, C_in / groups, kH, kW)``; its *kernel* ``K_i`` is
+``W[i]``. One pass draws ordered pairs ``(i, j)`` of kernels, compares them (eq. 1, 2) and blends
+the target into its source where they are alike (eq. 3, 4)::
+
+    cos(K_i, K_j) > tau   =>   K_i <- alpha K_i + (1 - alpha) K_j
+
+Every function here runs without waiting for the device, so it may run in each training step.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["blend_kernels", "draw_pairs", "merge_pairs_", "pair_cosines"]
+
+
+def draw_pairs(
+    num_kernels: int, probability: float, generator: torch.Generator, groups: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Draws which kernels are blended in one pass, and each one's partner.
+
+    Every kernel is a target with ``probability``, independently. Its source is uniform over the
+    *other* kernels of the same group: kernels of different groups read different channels and
+    are not comparable. A group of one kernel therefore has no target.
+
+    Args:
+        num_kernels: C_out of the convolution.
+        probability: p, in [0, 1].
+        generator: A CPU generator; the only source of randomness.
+        groups: How many equal groups the kernels fall into, in order.
+
+    Returns:
+        ``(targets, sources)``, int64 tensors of one length on the CPU; ``targets`` is strictly
+        increasing, so no kernel is written twice.
+
+    Raises:
+        ValueError: If ``probability`` is outside [0, 1] or ``groups`` does not divide
+            ``num_kernels``.
+    """
+    if not 0.0 <= probability <= 1.0:
+        raise ValueError(f"probability must lie in [0, 1], got {probability}")
+    if groups < 1 or num_kernels < 1 or num_kernels % groups:
+        raise ValueError(f"{num_kernels} kernels do not fall into {groups} equal groups")
+    group_size = num_kernels // groups
+    if group_size == 1:
+        empty = torch.empty(0, dtype=torch.int64)
+        return empty, empty.clone()
+    targets = (torch.rand(num_kernels, generator=generator) < probability).nonzero().flatten()
+    shift = torch.randint(1, group_size, targets.shape, generator=generator)
+    first_of_group = targets - targets % group_size
+    sources = first_of_group + (targets - first_of_group + shift) % group_size
+    return targets, sources
+
+
+def pair_cosines(kernels: Tensor, partners: Tensor) -> Tensor:
+    """Cosine similarity of each kernel with its partner (eq. 1, 2).
+
+    Args:
+        kernels: Flattened kernels, shape (pairs, fan_in), float32 or float64.
+        partners: Their partners, of the same shape and dtype.
+
+    Returns:
+        Shape (pairs,), in [-1, 1]. NaN where the cosine is undefined, because a kernel is zero
+        or holds NaN or Inf; NaN passes no threshold.
+    """
+    norms = torch.linalg.vector_norm(kernels, dim=1) * torch.linalg.vector_norm(partners, dim=1)
+    # 0 / 0 is NaN, and so is anything over an infinite norm: both kinds of broken kernel drop out.
+    cosines = torch.linalg.vecdot(kernels, partners) / norms
+    return torch.where(torch.isfinite(norms), cosines.clamp(-1.0, 1.0), math.nan)
+
+
+def blend_kernels(kernels: Tensor, partners: Tensor, merged: Tensor, merge_weight: float) -> Tensor:
+    """Blends the kernels of the merged pairs with their partners (eq. 3), leaving the others.
+
+    Args:
+        kernels: Shape (pairs, fan_in).
+        partners: Of the same shape and dtype.
+        merged: Boolean mask, shape (pairs,): which pairs are blended.
+        merge_weight: alpha in [0, 1], the share of the kernel that stays.
+
+    Returns:
+        ``alpha * kernels + (1 - alpha) * partners`` where ``merged``, else ``kernels``.
+    """
+    return torch.where(merged.unsqueeze(1), torch.lerp(partners, kernels, merge_weight), kernels)
+
+
+def merge_pairs_(
+    weight: Tensor,
+    targets: Tensor,
+    sources: Tensor,
+    *,
+    merge_weight: float,
+    similarity_threshold: float,
+) -> Tensor:
+    """Merges the drawn pairs of one convolution weight, in place (eq. 1-4).
+
+    All kernels are read before any is written, as the paper's simultaneous update demands, and
+    only the rows in ``targets`` are touched. Half precision weights are compared and blended in
+    float32 and rounded once. Kernels that are zero or hold NaN or Inf neither merge nor spread.
+
+    Args:
+        weight: Shape (C_out, C_in / groups, kH, kW), floating point, any memory format.
+        targets: Kernels to blend, int64, shape (pairs,), without repetition.
+        sources: Their partners, int64, shape (pairs,).
+        merge_weight: alpha in [0, 1], the share of a kernel that stays.
+        similarity_threshold: tau in [-1, 1]; a pair merges where its cosine is above it.
+
+    Returns:
+        Boolean mask of the pairs that were merged, shape (pairs,), on the weight's device.
+
+    Raises:
+        ValueError: If ``merge_weight`` or ``similarity_threshold`` is out of range.
+    """
+    check_range("merge_weight", merge_weight, 0.0, 1.0)
+    check_range("similarity_threshold", similarity_threshold, -1.0, 1.0)
+    targets, sources = targets.to(weight.device), sources.to(weight.device)
+    with torch.no_grad():
+        kernels, partners = gather_kernels(weight, torch.cat([targets, sources])).chunk(2)
+        merged = pair_cosines(kernels, partners) > similarity_threshold
+        blended = blend_kernels(kernels, partners, merged, merge_weight)
+        scatter_kernels_(weight, targets, blended)
+    return merged
+
+
+def gather_kernels(weight: Tensor, index: Tensor) -> Tensor:
+    """Copies ``weight[index]`` as rows, shape (len(index), fan_in), float32 or wider."""
+    rows = weight.index_select(0, index).flatten(1)
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def scatter_kernels_(weight: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Writes ``rows``, shape (len(index), fan_in), to ``weight[index]`` in the weight's dtype."""
+    weight.index_copy_(0, index, rows.to(weight.dtype).unflatten(1, weight.shape[1:]))
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raises a ValueError that names the setting, its value and its range."""
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {value}")
