@@ -1,0 +1,424 @@
+"""InMergeWrapper: when it merges, what it leaves alone, how it resumes, what it says."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from inmerge_wrap import InMergeWrapper, NoEffectWarning, plan_merging
+from tests import reference
+
+
+class SmallNet(nn.Module):
+    """Four convolutions with batch normalisation and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [3, 8, 12, 16, 16]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(widths)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
+        self.drop = nn.Dropout(0.2)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = norm(conv(x)).relu()
+        return self.head(self.drop(x.mean((2, 3))))
+
+
+def small_net(seed: int = 0) -> SmallNet:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return SmallNet()
+
+
+def wrapped(**settings: Any) -> InMergeWrapper:
+    settings = {"similarity_threshold": 0.0, "shallow_layers": 2, **settings}
+    return InMergeWrapper(small_net(), **settings)
+
+
+def sgd(model: nn.Module, lr: float = 0.05) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int = 0) -> None:
+    """Some steps on data that depend on the step alone; the same for every model."""
+    model.train()
+    for step in range(start, start + steps):
+        torch.manual_seed(1000 + step)
+        images, labels = torch.randn(4, 3, 12, 12), torch.randint(5, (4,))
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(images), labels)  # noqa: B023
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+def states_equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# -- merging in the hook is the paper's merging --------------------------------------------------
+
+
+def test_each_step_is_an_optimizer_step_followed_by_the_papers_merge() -> None:
+    model = wrapped(merge_weight=0.7, merge_probability=0.6, similarity_threshold=0.05)
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    merged = 0
+    for step in range(20):
+        twin = copy.deepcopy(model)  # a copy has no hook: it takes the bare optimizer step
+        twin_optimizer = sgd(twin)
+        twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        draws = [model._draw(layer) for layer in range(2)]
+        train(twin, twin_optimizer, 1, start=step)
+        train(model, optimizer, 1, start=step)
+        for (targets, sources), site in zip(draws, model.plan.merged, strict=True):
+            expected = twin.module.get_submodule(site.name).weight
+            pairs = list(zip(targets.tolist(), sources.tolist(), strict=True))
+            merged += sum(
+                reference.merge_on(expected, pairs, merge_weight=0.7, similarity_threshold=0.05)
+            )
+        for name, parameter in twin.named_parameters():
+            torch.testing.assert_close(
+                model.get_parameter(name), parameter, rtol=1e-5, atol=1e-6, msg=name
+            )
+    assert model.report().merged == merged > 0
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.01),
+    "sgd foreach": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, foreach=True),
+    "sgd fused": lambda p: torch.optim.SGD(p, lr=0.01, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-3),
+    "adam fused": lambda p: torch.optim.Adam(p, lr=1e-3, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3),
+    "adamw foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
+    "lbfgs": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=4),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_one_merge_per_step(kind: str) -> None:
+    model = wrapped()
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    model.attach(optimizer)
+    train(model, optimizer, 3)
+    assert [layer.steps for layer in model.report()] == [3, 3]
+    assert model.report().merged > 0
+
+
+def test_one_merge_per_step_with_a_scheduler_and_accumulation() -> None:
+    model = wrapped()
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+    for micro_step in range(12):
+        model(torch.randn(4, 3, 12, 12)).sum().backward()
+        if micro_step % 4 == 3:
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    assert model.step == 3
+
+
+def test_validation_never_merges() -> None:
+    model = wrapped()
+    model.attach(sgd(model))
+    before = copy.deepcopy(model.state_dict())
+    model.eval()
+    for _ in range(3):
+        model(torch.randn(4, 3, 12, 12))
+    assert states_equal(before, model.state_dict())
+
+
+def test_attaching_twice_merges_once_and_removing_ends_it() -> None:
+    model = wrapped()
+    optimizer = sgd(model)
+    handle = model.attach(optimizer)
+    assert model.attach(optimizer) is handle
+    train(model, optimizer, 2)
+    assert model.step == 2
+    handle.remove()
+    train(model, optimizer, 1)
+    assert model.step == 2
+    model.attach(optimizer)
+    train(model, optimizer, 1)
+    assert model.step == 3
+
+
+def test_a_pass_by_hand_merges_all_planned_layers() -> None:
+    model = wrapped(similarity_threshold=-1.0, merge_probability=1.0)
+    before = copy.deepcopy(model.module.state_dict())
+    model.merge_()
+    changed = {
+        name for name, value in model.module.state_dict().items() if not value.equal(before[name])
+    }
+    assert changed == {"convs.2.weight", "convs.3.weight"}
+    assert model.step == 1
+
+
+def test_foreign_objects_and_foreign_optimizers_are_refused() -> None:
+    model = wrapped()
+    with pytest.raises(TypeError, match=r"attach needs a torch\.optim\.Optimizer, got dict"):
+        model.attach({})
+    with pytest.raises(ValueError, match="holds none of the 2 weights to merge"):
+        model.attach(sgd(small_net()))
+    head_only = torch.optim.SGD(model.module.head.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="holds none"):
+        model.attach(head_only)
+
+
+# -- it leaves no trace --------------------------------------------------------------------------
+
+
+def test_wrapping_touches_neither_random_state_nor_network() -> None:
+    net = small_net()
+    net.norms[0].eval()
+    flags = {name: module.training for name, module in net.named_modules()}
+    before = copy.deepcopy(net.state_dict())
+    random_state = torch.get_rng_state()
+    model = InMergeWrapper(net, shallow_layers=2)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert {name: module.training for name, module in net.named_modules()} == flags
+    assert states_equal(net.state_dict(), before)
+    assert not any(module._forward_hooks for module in net.modules())
+    assert model.module is net
+
+
+def test_merging_does_not_touch_the_global_generator() -> None:
+    model = wrapped()
+    random_state = torch.get_rng_state()
+    model.merge_()
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_the_wrapper_holds_no_copy_of_a_parameter() -> None:
+    net = small_net()
+    model = InMergeWrapper(net, shallow_layers=2)
+    own = {id(parameter) for parameter in net.parameters()}
+    assert {id(parameter) for parameter in model.parameters()} == own
+    tensors = [value for value in vars(model).values() if isinstance(value, torch.Tensor)]
+    tensors += [value for value in vars(model._tally).values() if isinstance(value, torch.Tensor)]
+    assert sum(tensor.numel() for tensor in tensors) <= 4 * len(model.plan.merged)
+
+
+def test_forward_passes_everything_through() -> None:
+    class TwoInputs(SmallNet):
+        def forward(self, x: torch.Tensor, *, scale: float) -> dict[str, torch.Tensor]:
+            return {"logits": super().forward(x) * scale}
+
+    net = TwoInputs().eval()
+    image = torch.randn(2, 3, 12, 12)
+    model = InMergeWrapper(net, shallow_layers=2, example_input={"x": image, "scale": 2.0})
+    assert torch.equal(model(image, scale=3.0)["logits"], net(image, scale=3.0)["logits"])
+
+
+# -- resuming ------------------------------------------------------------------------------------
+
+
+def test_three_and_three_resumed_steps_are_six_steps_bit_for_bit() -> None:
+    straight = wrapped()
+    optimizer = sgd(straight)
+    straight.attach(optimizer)
+    train(straight, optimizer, 6)
+
+    first = wrapped()
+    first_optimizer = sgd(first)
+    first.attach(first_optimizer)
+    train(first, first_optimizer, 3)
+    saved = pickle.loads(pickle.dumps((first.state_dict(), first_optimizer.state_dict())))
+
+    second = wrapped()
+    second_optimizer = sgd(second)
+    second.attach(second_optimizer)
+    second.load_state_dict(saved[0])
+    second_optimizer.load_state_dict(saved[1])
+    train(second, second_optimizer, 3, start=3)
+    assert states_equal(straight.state_dict(), second.state_dict())
+    assert straight.report() == second.report()
+
+
+def test_forgetting_the_counter_would_be_seen() -> None:
+    """The control of the test above: without the counter the draws repeat, and the runs differ."""
+    model = wrapped(similarity_threshold=-1.0)
+    state = {k: v for k, v in model.state_dict().items() if k != "_extra_state"}
+    model.merge_()
+    once = copy.deepcopy(model.module.state_dict())
+    with pytest.warns(UserWarning, match="no '_extra_state'"):
+        model.load_state_dict(state)
+    model.merge_()
+    assert not states_equal(once, model.module.state_dict())
+
+
+def test_draws_depend_on_seed_step_and_layer_only() -> None:
+    def draws(model: InMergeWrapper) -> list[list[int]]:
+        return [model._draw(layer)[0].tolist() for layer in range(len(model.plan.merged))]
+
+    model, same, other = wrapped(), wrapped(), wrapped(seed=1)
+    torch.randn(5)
+    assert draws(model) == draws(same) != draws(other)
+    assert draws(model)[0] != draws(model)[1]
+    before = draws(model)
+    model.merge_()
+    assert draws(model) != before
+    alone = wrapped(exclude="convs.2")
+    assert draws(alone) == [draws(same)[1]]
+
+
+@pytest.mark.parametrize(
+    "state,message",
+    [
+        (torch.tensor([9.0, 0, 2]), "not that of an InMergeWrapper"),
+        (torch.tensor([1.0, 0, 2, 5]), "truncated"),
+    ],
+)
+def test_a_foreign_counter_is_refused(state: torch.Tensor, message: str) -> None:
+    model = wrapped()
+    with pytest.raises(ValueError, match=message):
+        model.load_state_dict({**model.state_dict(), "_extra_state": state})
+
+
+def test_another_seed_or_plan_in_the_checkpoint_is_told() -> None:
+    model = wrapped()
+    model.merge_()
+    with pytest.warns(UserWarning, match="trained with seed=0, this wrapper draws with seed=4"):
+        wrapped(seed=4).load_state_dict(model.state_dict())
+    fewer = wrapped(exclude="convs.2")
+    with pytest.warns(UserWarning, match="merged 2 layers and this plan 1"):
+        fewer.load_state_dict(model.state_dict())
+    assert fewer.step == 1 and fewer.report().drawn == 0
+
+
+# -- it behaves like its network -----------------------------------------------------------------
+
+
+def test_copies_and_pickles_are_independent_and_drive_no_optimizer() -> None:
+    model = wrapped()
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    train(model, optimizer, 1)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.step == 1 and not twin._attached
+        train(model, optimizer, 1)
+        assert twin.step == 1
+        own = sgd(twin)
+        twin.attach(own)
+        train(twin, own, 1)
+        assert twin.step == 2
+        model.load_state_dict(model.state_dict())
+
+
+def test_timm_sees_its_model_through_the_wrapper() -> None:
+    model = InMergeWrapper(timm.create_model("resnet18", num_classes=3))
+    assert model.num_classes == 3
+    assert model.pretrained_cfg["architecture"] == "resnet18"
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = model.nonsense
+
+
+# -- nothing silent ------------------------------------------------------------------------------
+
+
+def test_training_without_an_optimizer_warns_once() -> None:
+    model = wrapped()
+    with pytest.warns(NoEffectWarning, match=r"10 training forward passes.*model\.attach"):
+        for _ in range(10):
+            model(torch.randn(4, 3, 12, 12))
+    for _ in range(30):  # a second warning would be an error here
+        model(torch.randn(4, 3, 12, 12))
+
+
+def test_inference_and_attached_training_do_not_warn() -> None:
+    model = wrapped()
+    with torch.no_grad():
+        for _ in range(20):
+            model(torch.randn(4, 3, 12, 12))
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    train(model, optimizer, 30)
+
+
+def test_a_threshold_that_never_fires_is_told_with_one_that_would() -> None:
+    model = wrapped(similarity_threshold=0.999)
+    optimizer = sgd(model, lr=0.0)
+    model.attach(optimizer)
+    with pytest.warns(NoEffectWarning) as caught:
+        train(model, optimizer, 100)
+    assert len(caught) == 1
+    message = str(caught[0].message)
+    best = max(model.report(), key=lambda layer: layer.max_cosine or -1.0)
+    assert best.name in message and f"{best.max_cosine:.4f}" in message
+    suggested = float(message.split("a similarity_threshold of ")[1].split()[0])
+    again = wrapped(similarity_threshold=suggested)
+    optimizer = sgd(again, lr=0.0)
+    again.attach(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoEffectWarning)  # one pair in many is still next to none
+        train(again, optimizer, 100)
+    assert again.report().merged > 0
+
+
+def test_a_probability_of_zero_is_told() -> None:
+    model = wrapped(merge_probability=0.0)
+    with pytest.warns(NoEffectWarning, match="no pair was drawn in 100 steps"):
+        for _ in range(100):
+            model.merge_()
+
+
+def test_the_report_counts_what_happened() -> None:
+    model = wrapped(similarity_threshold=-1.0, merge_probability=1.0)
+    with torch.no_grad():
+        model.module.convs[3].weight[2] = float("nan")
+    model.merge_()
+    report = model.report()
+    healthy, broken = report["convs.2"], report["convs.3"]
+    assert (healthy.drawn, healthy.merged, healthy.undefined, healthy.share) == (16, 16, 0, 1.0)
+    assert broken.drawn == 16 and broken.undefined >= 1
+    assert broken.merged == 16 - broken.undefined
+    assert -1 <= healthy.mean_cosine <= healthy.max_cosine <= 1
+    assert "pairs without a cosine" in str(report) and "convs.2" in str(report)
+    assert model.module.convs[3].weight.isnan().flatten(1).any(1).sum() == 1
+
+
+# -- arguments -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"merge_weight": 1.5}, r"merge_weight must lie in \[0, 1\], got 1.5"),
+        ({"similarity_threshold": -2}, r"similarity_threshold must lie in \[-1, 1\], got -2"),
+        ({"merge_probability": 3}, r"merge_probability must lie in \[0, 1\], got 3"),
+        ({"seed": -1}, r"seed must be an integer in \[0, 2\*\*32\), got -1"),
+        ({"check_replicas_every": -5}, "got -5"),
+        ({"shallow_layers": 1.0}, "shallow_layers must be a count"),
+        ({"shallow_layers": 4}, "leaves none of the 4"),
+    ],
+)
+def test_bad_arguments_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        wrapped(**settings)
+
+
+def test_a_plan_of_another_network_is_refused() -> None:
+    plan = plan_merging(timm.create_model("resnet18"))
+    with pytest.raises(ValueError, match="the plan is not of this network"):
+        InMergeWrapper(small_net(), plan=plan)
+    with pytest.raises(ValueError, match="either a plan or its arguments"):
+        InMergeWrapper(small_net(), plan=plan, shallow_layers=1)
