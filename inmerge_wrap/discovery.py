@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import copy
 import difflib
+import random
+import sys
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from inmerge_wrap.kernels import kernel_parameters, unmergeable_reason
 
@@ -159,9 +163,9 @@ def plan_merging(
         The plan, with at least one merged convolution.
 
     Raises:
-        ValueError: If nothing is left to merge, a pattern matches no convolution, an included
-            convolution can not be merged, or an argument is out of range. The message says why
-            and what to pass instead.
+        ValueError: If nothing is left to merge, a name or wildcard matches no convolution, an
+            included convolution can not be merged, or an argument is out of range. The message
+            says why and what to pass instead.
     """
     _check_arguments(shallow_layers, also_merge)
     _check_model(model)
@@ -200,7 +204,7 @@ def _check_model(model: nn.Module) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# The trace: what runs, in which order, on what shapes
+# The trace: what runs, in which order, on what shapes, and where its output goes
 # ---------------------------------------------------------------------------------------------
 
 
@@ -222,68 +226,155 @@ class _Call:
 
 @dataclass
 class _Trace:
-    calls: dict[str, _Call]
+    calls: dict[str, _Call] = field(default_factory=dict)
     """Convolutions in order of their first call."""
-    last_of_child: dict[str, str]
-    """Top-level child -> its last executed module with parameters."""
-    last: str
-    """The last executed module with parameters."""
-    output: Any
+    predictions: dict[str, bool] = field(default_factory=dict)
+    """Convolutions whose output no other layer reads -> whether it ends as one vector per image."""
+    activated: set[str] = field(default_factory=set)
+    """Convolutions of the former whose output passes an activation of hidden layers."""
 
 
-class _WeightWatch(TorchFunctionMode):
-    """Sees every functional convolution, and with whose weight it runs."""
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
-    def __init__(self, owners: Mapping[int, str], calls: dict[str, _Call]) -> None:
+_OTHER_LAYER = "a layer that is no Conv2d"
+
+
+class _Watch(TorchFunctionMode):
+    """Sees every function of a forward pass: which convolution runs and who reads its output.
+
+    The output of a layer belongs to that layer until another layer reads it. What belongs to
+    nobody else when it leaves the network, or when it is cut from it by ``detach``, is a
+    prediction.
+    """
+
+    def __init__(self, owners: Mapping[int, str], trace: _Trace, shapes_only: bool) -> None:
         super().__init__()
-        self._owners, self._calls = owners, calls
+        self._owners, self._trace, self._shapes_only = owners, trace, shapes_only
+        self._layers_of = WeakTensorKeyDictionary()  # tensor -> names of the layers it comes from
+        self._read: set[str] = {_OTHER_LAYER}
+        self._cut: set[str] = set()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        if self._shapes_only and func in _KEEPS_SHAPE and args:
+            result = torch.empty_like(args[0])  # on meta tensors these take most of the time
+        else:
+            result = func(*args, **kwargs)
+        outputs = [result] if isinstance(result, Tensor) else _tensors_in(result)
+        name = getattr(func, "__name__", "")
+        if not outputs:
+            if name == "__setitem__":
+                self._layers_of[args[0]] = self._sources([args[0], args[2]])
+            return result
+        operands = _tensors_in((*args, *kwargs.values()))
+        sources = self._sources(operands)
+        if name == "detach":
+            self._cut |= sources
+            sources = frozenset()
+        elif name in _LAYERS or any(isinstance(tensor, nn.Parameter) for tensor in operands):
+            self._read |= sources
+            sources = frozenset([_OTHER_LAYER])
+        elif sources & self._read:  # a sum with features is features too
+            self._read |= sources
+        elif name in _HIDDEN_ACTIVATIONS:
+            self._trace.activated |= sources
         if func is torch.conv2d:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
-            name = self._owners.get(id(weight))
-            if name is not None:
-                call = self._calls.setdefault(name, _Call())
+            owner = self._owners.get(id(weight))
+            if owner is not None:
+                call = self._trace.calls.setdefault(owner, _Call())
                 call.used_own_weight = True
-                source = args[0] if args else kwargs["input"]
-                call.inputs.append(source.shape)
+                call.inputs.append((args[0] if args else kwargs["input"]).shape)
                 call.outputs.append(result.shape)
+                sources = frozenset([owner])
+        if sources:
+            for tensor in outputs:
+                if tensor.is_floating_point():  # an index or a mask says where, not what
+                    self._layers_of[tensor] = sources
         return result
 
+    def saw_module(self, name: str, inputs: tuple[Any, ...], output: Any) -> None:
+        """Notes the call of a convolution as a module, whatever its forward pass computes."""
+        call = self._trace.calls.setdefault(name, _Call())
+        if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+            call.inputs.append(inputs[0].shape)
+            call.outputs.append(output.shape)
+            self._read |= self._sources([inputs[0]]) - {name}
+            self._layers_of[output] = frozenset([name])
 
-def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Trace:
-    """Runs one forward pass and records which convolutions ran, in which order, on what."""
-    trace = _Trace({}, {}, "", None)
+    def note_predictions(self, output: Any) -> None:
+        """Finds the convolutions whose outputs are the network's."""
+        for leaf in tree_leaves(output):
+            for name in self._sources([leaf]) if isinstance(leaf, Tensor) else ():
+                self._trace.predictions[name] = leaf.ndim == 2
+        for name in self._cut:
+            self._trace.predictions.setdefault(name, False)
+        for name in self._read:
+            self._trace.predictions.pop(name, None)
+
+    def _sources(self, tensors: Sequence[Any]) -> frozenset[str]:
+        known = [
+            self._layers_of[t] for t in tensors if isinstance(t, Tensor) and t in self._layers_of
+        ]
+        return known[0] if len(known) == 1 else frozenset().union(*known)
+
+
+_LAYERS = {
+    *("linear", "bilinear", "embedding", "lstm", "gru", "rnn_tanh", "rnn_relu"),
+    *(f"conv{transposed}{d}d" for transposed in ("", "_transpose") for d in (1, 2, 3)),
+    *("batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm"),
+}
+_HIDDEN_ACTIVATIONS = {
+    f"{name}{in_place}"
+    for name in ("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "rrelu", "hardtanh")
+    for in_place in ("", "_")
+} | {"gelu", "silu", "mish", "hardswish", "softplus", "prelu", "glu"}
+_KEEPS_SHAPE = {
+    *(F.batch_norm, F.layer_norm, F.group_norm),
+    *(F.relu, F.gelu, F.silu, F.hardswish, F.hardsigmoid),
+}
+
+
+def _tensors_in(values: Any) -> list[Tensor]:
+    """Tensors among some values and in lists and tuples among them."""
+    if not isinstance(values, list | tuple):
+        return []
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors_in(value)
+    return found
+
+
+def _trace(
+    model: nn.Module, arguments: _Arguments, *, training: bool = False, shapes_only: bool = True
+) -> _Trace:
+    """Runs one forward pass and records which convolutions ran, in which order, on what.
+
+    Args:
+        model: A network whose hooks are its own alone; see :func:`_meta_copy`.
+        arguments: What to call it with.
+        training: In train mode; the modules' flags are set without calling their methods.
+        shapes_only: Whether all tensors are on the meta device, where only shapes count.
+    """
+    trace = _Trace()
     convs = dict(_named_convs(model))
     owners = {id(conv._parameters.get("weight")): name for name, conv in convs.items()}
     owners.pop(id(None), None)
+    watch = _Watch(owners, trace, shapes_only)
 
-    def conv_hook(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            call = trace.calls.setdefault(name, _Call())
-            if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
-                call.inputs.append(inputs[0].shape)
-                call.outputs.append(output.shape)
+    def hook_of(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: watch.saw_module(name, inputs, output)
 
-        return hook
-
-    def order_hook(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            trace.last = trace.last_of_child[name.split(".")[0]] = name
-
-        return hook
-
-    handles = [conv.register_forward_hook(conv_hook(name)) for name, conv in convs.items()]
-    handles += [
-        module.register_forward_hook(order_hook(name))
-        for name, module in model.named_modules()
-        if module._parameters and any(p is not None for p in module._parameters.values())
-    ]
+    for module in model.modules():
+        module.training = training
+    handles = [conv.register_forward_hook(hook_of(name)) for name, conv in convs.items()]
     try:
-        with torch.no_grad(), _WeightWatch(owners, trace.calls):
-            trace.output = model(*args, **kwargs)
+        with torch.no_grad(), watch:
+            output = model(*arguments[0], **arguments[1])
+        watch.note_predictions(output)
     finally:
         for handle in handles:
             handle.remove()
@@ -294,18 +385,49 @@ def _named_convs(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
     return (item for item in model.named_modules() if isinstance(item[1], nn.Conv2d))
 
 
+def _is_lazy(module: nn.Module) -> bool:
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+
+
+def _own_hooks(hooks: Mapping[int, Any]) -> OrderedDict[int, Any]:
+    """The hooks by which torch computes weights (weight_norm, pruning) and shapes (lazy layers)."""
+    return OrderedDict(
+        (key, hook)
+        for key, hook in hooks.items()
+        if type(hook).__module__.startswith("torch.nn.utils")
+        or getattr(hook, "__func__", None) is LazyModuleMixin._infer_parameters
+    )
+
+
+class _CloneToMeta(TorchFunctionMode):
+    """Copies made inside of it have no memory, wherever the copied object keeps its tensors."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is Tensor.__deepcopy__:
+            tensor, memo = args
+            return memo.setdefault(id(tensor), _meta_tensor(tensor))
+        if func is Tensor.clone:
+            return _meta_tensor(args[0])
+        return func(*args, **(kwargs or {}))
+
+
 def _meta_copy(model: nn.Module) -> nn.Module:
     """A copy of the network without memory for its tensors and without anybody's hooks."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        lazy = isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
-        for name in () if lazy else _HOOK_DICTS:
-            memo[id(getattr(module, name))] = OrderedDict()
+        # A lazy layer's hook is bound to the layer and must be copied with it.
+        for name in () if _is_lazy(module) else _HOOK_DICTS:
+            memo[id(getattr(module, name))] = _own_hooks(getattr(module, name))
         tensors = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
         for tensor in tensors:
             if isinstance(tensor, Tensor) and id(tensor) not in memo:
                 memo[id(tensor)] = _meta_tensor(tensor)
-    return copy.deepcopy(model, memo)
+    with _CloneToMeta():
+        twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        for name in _HOOK_DICTS if _is_lazy(module) else ():
+            setattr(module, name, _own_hooks(getattr(module, name)))
+    return twin
 
 
 def _meta_tensor(tensor: Tensor) -> Tensor:
@@ -319,27 +441,58 @@ def _meta_tensor(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Runs the real network in eval mode, without its hooks, and puts everything back."""
-    flags = [(module, module.training) for module in model.modules()]
-    hooks = [(module, name, getattr(module, name)) for module, _ in flags for name in _HOOK_DICTS]
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)):
+    """Runs the real network without its users' hooks, and puts everything back as it was."""
+    modules = list(model.modules())
+    attributes = [dict(vars(module)) for module in modules]
+    contents = [
+        (held, dict(held))
+        for module in modules
+        for held in (module._parameters, module._buffers, module._modules)
+    ]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        for module in modules:
+            for name in _HOOK_DICTS:
+                setattr(module, name, _own_hooks(getattr(module, name)))
+        yield
+    finally:
+        for module, kept in zip(modules, attributes, strict=True):
+            vars(module).clear()
+            vars(module).update(kept)
+        for held, content in contents:
+            held.clear()
+            held.update(cast(Any, content))
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+@contextmanager
+def _bystanders_kept(network: nn.Module) -> Iterator[None]:
+    """Keeps what forward passes may touch beside the network: generators, hooks, compilers."""
+    devices = {p.device.index for p in network.parameters() if p.device.type == "cuda"}
+    python_state = random.getstate()
+    numpy_random: Any = sys.modules.get("numpy.random")
+    numpy_state = None if numpy_random is None else numpy_random.get_state()
+    global_hooks = [
+        (hooks, dict(hooks))
+        for name, hooks in vars(torch.nn.modules.module).items()
+        if name in {f"_global{hooks}" for hooks in _HOOK_DICTS}
+    ]
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=sorted(devices)))
+        if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
-            for module, name, registered in hooks:
-                # weight_norm and pruning are hooks too, but of the network itself: they stay.
-                own = {
-                    key: hook
-                    for key, hook in registered.items()
-                    if type(hook).__module__.startswith("torch.nn.utils")
-                }
-                setattr(module, name, OrderedDict(own))
-            model.eval()
+            for hooks, _ in global_hooks:
+                hooks.clear()
             yield
         finally:
-            for module, name, registered in hooks:
-                setattr(module, name, registered)
-            for module, training in flags:
-                module.training = training
+            for hooks, kept in global_hooks:
+                hooks.update(kept)
+            random.setstate(python_state)
+            if numpy_random is not None:
+                numpy_random.set_state(numpy_state)
 
 
 def _find_sites(model: nn.Module, example_input: Any) -> tuple[list[ConvSite], str]:
@@ -353,8 +506,11 @@ def _find_sites(model: nn.Module, example_input: Any) -> tuple[list[ConvSite], s
             f"{type(network).__name__} has no Conv2d: in-model merging acts on the kernels of "
             "convolutional networks; choose a CNN (for example resnet34) as the model"
         )
-    trace, found_by = _first_possible_trace(network, convs, example_input)
-    kinds = _kinds(network, convs, trace, example_input)
+    with _bystanders_kept(network):
+        trace, found_by, problem = _first_possible_trace(network, convs, example_input)
+        kinds = _kinds(network, convs, trace, example_input)
+    if problem is not None:
+        warnings.warn(problem, stacklevel=3)
     order = list(trace.calls) if trace else list(convs)
     order += [name for name in convs if name not in order]
     sites: list[ConvSite] = []
@@ -390,56 +546,58 @@ def _find_sites(model: nn.Module, example_input: Any) -> tuple[list[ConvSite], s
 
 def _first_possible_trace(
     network: nn.Module, convs: Mapping[str, nn.Conv2d], example_input: Any
-) -> tuple[_Trace | None, str]:
-    """Traces on meta tensors, else by a real forward pass, else not at all (with warnings)."""
+) -> tuple[_Trace | None, str, str | None]:
+    """Traces on meta tensors, else by a real forward pass, else not at all.
+
+    Returns:
+        The trace, how it was made, and a warning where it was not made on meta tensors.
+    """
     candidates = _call_arguments(network, convs, example_input)
-    problem: Exception | None = None
+    meta_problem: Exception | None = None
+    real_problem: Exception | None = None
     try:
-        twin = _meta_copy(network).eval()
+        twin = _meta_copy(network)
     except Exception as error:  # networks may hold anything, and copying it may raise anything
-        problem = error
+        meta_problem = error
     else:
-        for args, kwargs in candidates:
+        for arguments in candidates:
             try:
-                return _trace(twin, *_on_meta((args, kwargs))), "trace"
+                return _trace(twin, _on_meta(arguments)), "trace", None
             except Exception as error:  # the network's own code runs here
-                problem = problem or error
-    lazy = any(
-        isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
-        for module in network.modules()
-    )
+                meta_problem = meta_problem or error
     # A real pass would give lazy layers their shapes, and so change the user's network.
-    for args, kwargs in () if lazy else candidates:
+    lazy = any(_is_lazy(module) for module in network.modules())
+    for arguments in () if lazy else candidates:
         try:
             with _undisturbed(network):
-                trace = _trace(network, *_on_device_of(network, (args, kwargs)))
+                trace = _trace(network, _on_device_of(network, arguments), shapes_only=False)
         except Exception as error:  # as above
-            problem = error
+            real_problem = real_problem or error
         else:
-            warnings.warn(
+            return (
+                trace,
+                "forward",
                 "the convolutions were found by a real forward pass, because the network does not "
-                f"run on meta tensors ({_first_line(problem)})",
-                stacklevel=4,
+                f"run on meta tensors ({_first_line(meta_problem)})",
             )
-            return trace, "forward"
-    warnings.warn(
+    return (
+        None,
+        "registration",
         "no forward pass was possible, so the convolutions are taken in the order in which they "
         "were registered, and squeeze-excite layers and heads are not recognised. Pass "
-        f"example_input, as for a training step. The forward pass failed with: "
-        f"{_first_line(problem)}",
-        stacklevel=4,
+        "example_input, as for a training step. The forward pass failed with: "
+        f"{_first_line(real_problem or meta_problem)}",
     )
-    return None, "registration"
 
 
 def _first_line(error: Exception | None) -> str:
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 def _call_arguments(
     network: nn.Module, convs: Mapping[str, nn.Conv2d], example_input: Any
-) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+) -> list[_Arguments]:
     """What to try to call the network with, the likeliest first."""
     if isinstance(example_input, Mapping):
         return [((), dict(example_input))]
@@ -447,8 +605,7 @@ def _call_arguments(
         return [(tuple(example_input), {})]
     if example_input is not None:
         return [((example_input,), {})]
-    config = getattr(network, "pretrained_cfg", None) or getattr(network, "default_cfg", None) or {}
-    configured = config.get("input_size") or ()
+    configured = _timm_config(network).get("input_size") or ()
     image_size = getattr(network, "image_size", None)  # torchvision's vision transformers
     first = next(iter(convs.values()))
     channels = [first.weight.shape[1] * first.groups] if _has_shape(first) else []
@@ -464,15 +621,20 @@ def _call_arguments(
     ]
 
 
+def _timm_config(network: nn.Module) -> Mapping[str, Any]:
+    config = getattr(network, "pretrained_cfg", None)
+    return config if isinstance(config, Mapping) else {}
+
+
 def _has_shape(conv: nn.Conv2d) -> bool:
     return not isinstance(conv._parameters.get("weight"), nn.parameter.UninitializedParameter)
 
 
-def _on_meta(arguments: Any) -> Any:
+def _on_meta(arguments: _Arguments) -> _Arguments:
     return tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, arguments)
 
 
-def _on_device_of(network: nn.Module, arguments: Any) -> Any:
+def _on_device_of(network: nn.Module, arguments: _Arguments) -> _Arguments:
     device = next(network.parameters()).device
 
     def move(value: Any) -> Any:
@@ -498,21 +660,21 @@ def _kinds(
 ) -> dict[str, str]:
     """The kind of every convolution: ``"kernels"`` or a key of SKIPPED_KINDS."""
     heads = _heads(network, convs, trace)
-    vectors = _vectors(network, convs, trace, example_input)
-    in_training = _run_in_training(network, convs, trace)
+    calls = _calls_on_large_maps(network, convs, trace, example_input)
+    in_training = _run_in_training(network, convs, trace, example_input)
     channels = _image_channels(trace)
 
     def kind(name: str, conv: nn.Conv2d) -> str:
-        call = trace.calls.get(name) if trace else None
+        call = calls.get(name)
         if trace is not None and call is None:
             return "auxiliary" if name in in_training else "unused"
         if conv.groups == conv.in_channels > 1:
             return "depthwise"
         if name in heads:
             return "head"
-        if name in vectors:
+        if call and conv.kernel_size == (1, 1) and call.is_vector():
             return "vector"
-        if call and call.is_dense(conv.kernel_size) and conv.kernel_size != (1, 1):
+        if call and conv.kernel_size != (1, 1) and call.is_dense(conv.kernel_size):
             return "dense"
         side = max(conv.kernel_size)
         if conv.in_channels == channels and side > 1 and conv.kernel_size == conv.stride:
@@ -534,68 +696,73 @@ def _image_channels(trace: _Trace | None) -> int:
 def _heads(network: nn.Module, convs: Mapping[str, nn.Conv2d], trace: _Trace | None) -> set[str]:
     """Convolutions whose outputs are the predictions.
 
-    These are the ones that timm's configuration names as classifier, and the last layer with
-    parameters where its channels are the classes of a (batch, classes) output. For dense
-    predictions, a dict of maps, each branch has its own last layer.
+    These are the ones that timm's configuration names as classifier, and the ones whose output
+    no other layer reads. A backbone ends in such layers too: it gives itself away by an activation
+    after the last one (that a pooled vector of class scores may have too, as in SqueezeNet), by
+    a kernel larger than 1x1 that keeps the number of channels, or by timm's ``num_classes=0``.
     """
-    config = getattr(network, "pretrained_cfg", None) or {}
-    named = config.get("classifier") or ()
+    named = _timm_config(network).get("classifier") or ()
     heads = {named} if isinstance(named, str) else set(named)
-    if trace is None:
-        return heads
-    outputs = [leaf for leaf in tree_leaves(trace.output) if isinstance(leaf, Tensor)]
-    if isinstance(trace.output, Mapping):
-        classes = {leaf.shape[1] for leaf in outputs if leaf.ndim == 4}
-        candidates = set(trace.last_of_child.values())
-    else:
-        classes = {leaf.shape[1] for leaf in outputs[:1] if leaf.ndim == 2}
-        candidates = {trace.last}
-    return heads | {
-        name for name in candidates & convs.keys() if convs[name].out_channels in classes
-    }
+    if trace is None or getattr(network, "num_classes", None) == 0:
+        return heads & convs.keys()
+
+    def predicts(name: str, is_vector: bool) -> bool:
+        conv = convs[name]
+        keeps_width = conv.in_channels == conv.out_channels and max(conv.kernel_size) > 1
+        return not keeps_width and (is_vector or name not in trace.activated)
+
+    heads |= {name for name, is_vector in trace.predictions.items() if predicts(name, is_vector)}
+    return heads & convs.keys()
 
 
-def _vectors(
+def _calls_on_large_maps(
+    network: nn.Module,
+    convs: Mapping[str, nn.Conv2d],
+    trace: _Trace | None,
+    example_input: Any,
+) -> Mapping[str, _Call]:
+    """The calls of the trace, made anew with larger images where it matters.
+
+    A small example image shrinks to one pixel by itself. A layer works on a pooled vector if its
+    map still is one pixel when the image is larger.
+    """
+    if trace is None or example_input is None:
+        return trace.calls if trace else {}
+    if not any(
+        call.is_vector() or call.is_dense(convs[name].kernel_size)
+        for name, call in trace.calls.items()
+    ):
+        return trace.calls
+
+    def enlarged(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim != 4:
+            return value
+        sides = [2 * max(side, 112) for side in value.shape[-2:]]
+        return value.new_empty((*value.shape[:2], *sides), device="meta")
+
+    (arguments,) = _call_arguments(network, convs, example_input)
+    try:
+        large = _trace(_meta_copy(network), _on_meta(tree_map(enlarged, arguments)))
+    except Exception:  # the network takes one size alone: at that size the maps are what they are
+        return trace.calls
+    return {name: large.calls.get(name, call) for name, call in trace.calls.items()}
+
+
+def _run_in_training(
     network: nn.Module,
     convs: Mapping[str, nn.Conv2d],
     trace: _Trace | None,
     example_input: Any,
 ) -> set[str]:
-    """1x1 convolutions that work on a pooled vector.
-
-    A small example image shrinks to one pixel by itself, so there the test is whether the map
-    still is one pixel when the image is twice as large.
-    """
-    if trace is None:
-        return set()
-    vectors = {
-        name
-        for name, call in trace.calls.items()
-        if convs[name].kernel_size == (1, 1) and call.is_vector()
-    }
-    if not vectors or not isinstance(example_input, Tensor) or example_input.ndim != 4:
-        return vectors
-    larger = [2 * max(side, 112) for side in example_input.shape[-2:]]
-    image = example_input.new_empty((*example_input.shape[:2], *larger), device="meta")
-    try:
-        calls = _trace(_meta_copy(network).eval(), (image,), {}).calls
-    except Exception:  # the network takes one size alone: at that size the maps are what they are
-        return vectors
-    return {name for name in vectors if name not in calls or calls[name].is_vector()}
-
-
-def _run_in_training(
-    network: nn.Module, convs: Mapping[str, nn.Conv2d], trace: _Trace | None
-) -> set[str]:
     """Which convolutions run in train mode, asked only where some do not run in eval mode."""
     if trace is None or len(trace.calls) == len(convs):
         return set()
-    for args, kwargs in _call_arguments(network, convs, None):
-        try:
-            with torch.random.fork_rng(devices=[]):
-                return set(_trace(_meta_copy(network).train(), args, kwargs).calls)
-        except Exception:  # the network's own code runs here; another size may suit it
-            continue
+    for given in (example_input, None):  # the example may be too small for an auxiliary head
+        for arguments in _call_arguments(network, convs, given):
+            try:
+                return set(_trace(_meta_copy(network), _on_meta(arguments), training=True).calls)
+            except Exception:  # the network's own code runs here; another size may suit it
+                continue
     return set()
 
 
@@ -656,16 +823,16 @@ def _patterns(given: Pattern | Sequence[Pattern] | None) -> Sequence[Pattern] | 
 
 
 def _matching(sites: Sequence[ConvSite], patterns: Sequence[Pattern], argument: str) -> set[str]:
-    """Names that some pattern matches; a pattern without any match is an error."""
+    """Names that some pattern matches; a name or wildcard without any match is an error."""
     names: set[str] = set()
     for pattern in patterns:
         if callable(pattern):
-            found = {site.name for site in sites if pattern(site)}
-        else:
-            found = {site.name for site in sites if fnmatchcase(site.name, pattern)}
+            names |= {site.name for site in sites if pattern(site)}
+            continue
+        found = {site.name for site in sites if fnmatchcase(site.name, pattern)}
         if not found:
             known = [site.name for site in sites]
-            close = difflib.get_close_matches(str(pattern), known, n=3, cutoff=0.4)
+            close = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4)
             raise ValueError(
                 f"{argument}={pattern!r} matches none of the {len(known)} convolutions; "
                 f"close names: {', '.join(close or known[-3:])} (* stands for any characters)"

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from inmerge_wrap.modelcard import ModelCard
+
 __all__ = ["export_timm", "export_weights", "plain_state_dict", "unwrap"]
 
 _WRAPPERS = {
@@ -104,6 +106,7 @@ def export_timm(
     interpolation: str = "bicubic",
     label_names: Sequence[str] | None = None,
     model_args: Mapping[str, Any] | None = None,
+    card: ModelCard | Mapping[str, Any] | None = None,
 ) -> str:
     """Writes the folder that ``timm.create_model("local-dir:...", pretrained=True)`` loads.
 
@@ -113,7 +116,7 @@ def export_timm(
 
     Args:
         model: A timm model, or a wrapper of one, as for :func:`export_weights`.
-        directory: Gets ``config.json`` and ``model.safetensors``.
+        directory: Gets ``config.json`` and ``model.safetensors``, and the card.
         input_size: (channels, height, width) of the training images.
         mean: Per channel, subtracted from pixels in [0, 1].
         std: Per channel, in the same units.
@@ -122,13 +125,15 @@ def export_timm(
         label_names: Names of the classes, in the order of the outputs.
         model_args: Arguments of ``timm.create_model`` that changed the architecture, if timm did
             not record them.
+        card: What people must know of the model, or the same as plain data; becomes README.md
+            with the metadata of the Hugging Face hub.
 
     Returns:
         The line of code that loads the model.
 
     Raises:
         TypeError: If the network is not a timm model.
-        ValueError: If the data configuration does not fit the network.
+        ValueError: If the data configuration does not fit the network, or the card is malformed.
         RuntimeError: If the draft does not load into an equal model; nothing is replaced then.
     """
     network = unwrap(model)
@@ -146,6 +151,8 @@ def export_timm(
         raise ValueError(
             f"label_names has {len(label_names)} names for {network.num_classes} classes"
         )
+    if card is not None and not isinstance(card, ModelCard):
+        card = ModelCard.from_dict(card)
     directory = Path(directory)
     data_config = {
         "input_size": tuple(input_size),
@@ -162,7 +169,17 @@ def export_timm(
             _write_timm_config(network, draft / "config.json", data_config, label_names, model_args)
             _save_verified(state, draft / "model.safetensors")
             _check_timm_draft(network, draft, data_config)
-            for name in ("model.safetensors", "config.json"):
+            names = ["model.safetensors", "config.json"]
+            if card is not None:
+                architecture = json.loads((draft / "config.json").read_text())["architecture"]
+                names += card.write(
+                    draft,
+                    model=model,
+                    architecture=architecture,
+                    data_config=data_config,
+                    label_names=label_names,
+                )
+            for name in names:
                 os.replace(draft / name, directory / name)
         _sync_directory(directory)
     return f'timm.create_model("local-dir:{directory}", pretrained=True)'

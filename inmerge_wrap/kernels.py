@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from inmerge_wrap.merging import gather_kernels, scatter_kernels_
 
-__all__ = ["Kernels", "kernel_parameters", "open_kernels", "unmergeable_reason"]
+__all__ = ["Kernels", "gathered", "kernel_parameters", "open_kernels", "unmergeable_reason"]
 
 _Stored = tuple[Tensor, Tensor | None, Tensor | None]  # weight, magnitude, mask
 
@@ -95,14 +95,22 @@ def open_kernels(conv: nn.Conv2d) -> Iterator[Kernels]:
             "with DDP or FSDP2 (fully_shard) instead, or wrap the network anew"
         )
     weight, magnitude, mask = cast(_Stored, _stored_tensors(conv))
-    if not hasattr(weight, "full_tensor"):
-        yield Kernels(weight.detach(), None if magnitude is None else magnitude.detach(), mask)
+    with gathered(weight) as whole:
+        yield Kernels(whole, None if magnitude is None else magnitude.detach(), mask)
+
+
+@contextmanager
+def gathered(tensor: Tensor) -> Iterator[Tensor]:
+    """Gives the whole of a tensor that FSDP2 may have sharded; what is written to it is kept."""
+    tensor = tensor.detach()
+    if not hasattr(tensor, "full_tensor"):
+        yield tensor
         return
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    sharded = cast(DTensor, weight.detach())
+    sharded = cast(DTensor, tensor)
     whole = sharded.full_tensor()
-    yield Kernels(whole)
+    yield whole
     mine = distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None)
     sharded.copy_(mine)
 

@@ -16,7 +16,14 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["blend_kernels", "draw_pairs", "merge_pairs_", "pair_cosines"]
+__all__ = [
+    "blend_kernels",
+    "draw_pairs",
+    "merge_pairs_",
+    "nearest_kernels",
+    "norm_scale",
+    "pair_cosines",
+]
 
 
 def draw_pairs(
@@ -57,6 +64,30 @@ def draw_pairs(
     return targets, sources
 
 
+def nearest_kernels(kernels: Tensor, targets: Tensor, groups: int = 1) -> Tensor:
+    """The most similar other kernel of the same group, for each target.
+
+    An alternative to the paper's uniform choice of the partner. Compares every target with all
+    kernels: ``pairs x C_out x fan_in`` multiplications.
+
+    Args:
+        kernels: All kernels of the layer, flattened, shape (C_out, fan_in), float32 or float64.
+        targets: int64, shape (pairs,).
+        groups: As in :func:`draw_pairs`.
+
+    Returns:
+        The sources, int64, shape (pairs,). Where no other kernel has a cosine with the target,
+        any other one; its undefined cosine keeps the pair from merging.
+    """
+    unit = kernels / torch.linalg.vector_norm(kernels, dim=1, keepdim=True)
+    cosines = (unit[targets] @ unit.T).nan_to_num(-2.0)
+    everyone = torch.arange(len(kernels), device=kernels.device)
+    group_size = len(kernels) // groups
+    strangers = (everyone // group_size) != (targets // group_size).unsqueeze(1)
+    cosines = cosines.masked_fill(strangers | (everyone == targets.unsqueeze(1)), -3.0)
+    return cosines.argmax(dim=1)
+
+
 def pair_cosines(kernels: Tensor, partners: Tensor) -> Tensor:
     """Cosine similarity of each kernel with its partner (eq. 1, 2).
 
@@ -74,7 +105,13 @@ def pair_cosines(kernels: Tensor, partners: Tensor) -> Tensor:
     return torch.where(torch.isfinite(norms), cosines.clamp(-1.0, 1.0), math.nan)
 
 
-def blend_kernels(kernels: Tensor, partners: Tensor, merged: Tensor, merge_weight: float) -> Tensor:
+def blend_kernels(
+    kernels: Tensor,
+    partners: Tensor,
+    merged: Tensor,
+    merge_weight: float,
+    scale: Tensor | None = None,
+) -> Tensor:
     """Blends the kernels of the merged pairs with their partners (eq. 3), leaving the others.
 
     Args:
@@ -82,11 +119,25 @@ def blend_kernels(kernels: Tensor, partners: Tensor, merged: Tensor, merge_weigh
         partners: Of the same shape and dtype.
         merged: Boolean mask, shape (pairs,): which pairs are blended.
         merge_weight: alpha in [0, 1], the share of the kernel that stays.
+        scale: Factor of each blend, shape (pairs, 1), as of :func:`norm_scale`; none by default.
 
     Returns:
         ``alpha * kernels + (1 - alpha) * partners`` where ``merged``, else ``kernels``.
     """
-    return torch.where(merged.unsqueeze(1), torch.lerp(partners, kernels, merge_weight), kernels)
+    blended = torch.lerp(partners, kernels, merge_weight)
+    if scale is not None:
+        blended = blended * scale
+    return torch.where(merged.unsqueeze(1), blended, kernels)
+
+
+def norm_scale(kernels: Tensor, partners: Tensor, merge_weight: float) -> Tensor:
+    """The factor that brings each blend back to the norm of its kernel, shape (pairs, 1).
+
+    The paper goes without: a blend of orthogonal kernels is shorter, by 18% at alpha = 0.8.
+    """
+    blended = torch.lerp(partners, kernels, merge_weight)
+    norms = torch.linalg.vector_norm(kernels, dim=1, keepdim=True)
+    return (norms / torch.linalg.vector_norm(blended, dim=1, keepdim=True)).nan_to_num(1.0, 1.0)
 
 
 def merge_pairs_(

@@ -13,13 +13,14 @@ __all__ = ["check_replicas"]
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def check_replicas(weights: Mapping[str, Tensor]) -> None:
+def check_replicas(weights: Mapping[str, Tensor], numbers: Mapping[str, int]) -> None:
     """Compares a checksum of each weight over all processes (a collective; waits for the device).
 
     Weights that FSDP2 has sharded exist once, not per process, and are left out.
 
     Args:
         weights: Name -> tensor, the same names in the same order on every process.
+        numbers: Name -> whatever else must be the same, likewise.
 
     Raises:
         RuntimeError: On every process alike, naming the weights that differ and the ranks.
@@ -27,19 +28,23 @@ def check_replicas(weights: Mapping[str, Tensor]) -> None:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
     whole = {name: w.detach() for name, w in weights.items() if not hasattr(w, "full_tensor")}
-    if not whole:
-        return
-    mine = torch.stack([_checksum(weight) for weight in whole.values()])
+    device = next(iter(weights.values())).device
+    sums = [_checksum(weight).to(device) for weight in whole.values()]
+    mine = torch.stack([*sums, *torch.tensor(list(numbers.values()), device=device)])
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
     differs = torch.stack(everyone).cpu() != everyone[0].cpu()
     if bool(differs.any()):
-        names = [name for name, bad in zip(whole, differs.any(dim=0).tolist(), strict=True) if bad]
+        names = [
+            name
+            for name, bad in zip([*whole, *numbers], differs.any(dim=0).tolist(), strict=True)
+            if bad
+        ]
         ranks = differs.any(dim=1).nonzero().flatten().tolist()
         raise RuntimeError(
             f"the replicas have drifted apart: {', '.join(names)} differ(s) between rank 0 and "
             f"rank(s) {ranks}. Give every process the same weights, seed and merging settings, and "
-            "change weights on all ranks alike"
+            "load checkpoints and change weights on all ranks alike"
         )
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["LayerReport", "MergeReport", "Tally"]
+__all__ = ["LayerReport", "LayerSnapshot", "MergeReport", "Tally"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,48 @@ class LayerReport:
     def share(self) -> float:
         """Merged pairs over drawn pairs, 0 where none was drawn."""
         return self.merged / self.drawn if self.drawn else 0.0
+
+
+@dataclass(frozen=True)
+class LayerSnapshot:
+    """The state of one convolution at one step, and what merging did since the last snapshot.
+
+    Attributes:
+        name: The convolution.
+        step: Optimizer steps seen.
+        share: Merged over drawn pairs since the last snapshot, 0 where none was drawn.
+        mean_cosine: Of the pairs drawn since the last snapshot; None where none has a cosine.
+        effective_rank: Of all its kernels, see :func:`inmerge_wrap.similarity.effective_rank`.
+    """
+
+    name: str
+    step: int
+    share: float
+    mean_cosine: float | None
+    effective_rank: float
+    _total: LayerReport = field(repr=False, compare=False)
+
+    @classmethod
+    def since(cls, last: LayerSnapshot | None, total: LayerReport, rank: float) -> LayerSnapshot:
+        """The snapshot between an earlier one and the running totals of now."""
+        drawn, merged, known, cosines = _sums(total)
+        if last is not None:
+            before = _sums(last._total)
+            drawn, merged, known = drawn - before[0], merged - before[1], known - before[2]
+            cosines -= before[3]
+        return cls(
+            name=total.name,
+            step=total.steps,
+            share=merged / drawn if drawn else 0.0,
+            mean_cosine=cosines / known if known else None,
+            effective_rank=rank,
+            _total=total,
+        )
+
+
+def _sums(layer: LayerReport) -> tuple[int, int, int, float]:
+    known = layer.drawn - layer.undefined
+    return layer.drawn, layer.merged, known, (layer.mean_cosine or 0.0) * known
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import sys
 import warnings
 import weakref
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +20,50 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from inmerge_wrap.discovery import ConvSite, MergePlan, Pattern, plan_merging
-from inmerge_wrap.kernels import kernel_parameters, open_kernels
-from inmerge_wrap.merging import blend_kernels, check_range, draw_pairs, pair_cosines
+from inmerge_wrap.kernels import gathered, kernel_parameters, open_kernels
+from inmerge_wrap.merging import (
+    blend_kernels,
+    check_range,
+    draw_pairs,
+    gather_kernels,
+    nearest_kernels,
+    norm_scale,
+    pair_cosines,
+    scatter_kernels_,
+)
+from inmerge_wrap.recalibration import recalibrate
 from inmerge_wrap.replicas import check_replicas
-from inmerge_wrap.report import MergeReport, Tally
+from inmerge_wrap.report import LayerSnapshot, MergeReport, Tally
+from inmerge_wrap.schedule import Schedule
+from inmerge_wrap.similarity import effective_rank
+from inmerge_wrap.thresholds import Fixed, Threshold
 
-__all__ = ["InMergeWrapper", "NoEffectWarning"]
+__all__ = ["CollapseWarning", "InMergeWrapper", "NoEffectWarning"]
 
 _STATE_FORMAT = 1
 _PATIENCE = 100  # passes after which a run without effect is told so
 _NEGLIGIBLE = 1e-3  # share of merged pairs below which a run is called a plain run
+_COLLAPSED = 0.5  # of its first effective rank, below which a layer is called collapsing
 _IDLE_FORWARDS = {False: 10, True: 1000}  # attached -> training forwards without any merge pass
+
+
+# Optimizers, by name, that write the weights from copies of their own.
+_STEPS_COPIES = {"DeepSpeedOptimizerWrapper", "MegatronLMOptimizerWrapper", "DummyOptim"}
 
 
 class NoEffectWarning(UserWarning):
     """Merging was asked for and does not happen."""
+
+
+class CollapseWarning(UserWarning):
+    """Merging is making the kernels of a layer copies of each other."""
+
+
+@dataclass
+class _Attachment:
+    optimizer: weakref.ref[Optimizer]
+    handle: RemovableHandle
+    layers: set[int]  # all that the optimizer ever merged
 
 
 class InMergeWrapper(nn.Module):
@@ -52,15 +85,26 @@ class InMergeWrapper(nn.Module):
     Args:
         module: The network, on any device, before it is parallelised.
         merge_weight: alpha in [0, 1], the share of a kernel that stays.
-        similarity_threshold: tau in [-1, 1]; pairs merge where their cosine is above it.
+        similarity_threshold: tau in [-1, 1]: pairs merge where their cosine is above it; or a
+            rule that adapts to the layer, :class:`ZScore` or :class:`Quantile`.
         merge_probability: p in [0, 1], per kernel and step.
+        schedule: When merging runs and how strongly; the default is every step alike.
+        partner: ``"random"``, any other kernel of the group (the paper), or ``"most_similar"``.
+        keep_norm: Scale each blended kernel to its norm before the blend. The paper does not.
+        merge_momentum: Blend the first moments of the optimizer (SGD's momentum, Adam's
+            ``exp_avg``) like the weights, so that the next step continues from the merged point.
+            Second moments stay: they scale the steps of an entry and say nothing of its direction.
         shallow_layers: L_s, first convolutions left alone; see :func:`plan_merging`.
         example_input: See :func:`plan_merging`, as are ``include``, ``exclude``, ``also_merge``.
         plan: A ready plan, instead of the arguments of :func:`plan_merging`.
         seed: Of the draws, in [0, 2**32); the same on every process. The draws depend on nothing
             but the seed, the step and the layer, and never touch the global generators.
-        check_replicas_every: Compare the merged weights of all processes every so many steps, and
-            raise where they differ; 0 never does. Each comparison waits for the device.
+        inspect_every: Record similarity and effective rank of each layer in :attr:`history` every
+            so many passes, and warn before a layer collapses; 0 never does. Each inspection waits
+            for the device.
+        check_replicas_every: Compare the merged weights of all processes at the first step and
+            every so many steps after it, and raise where they differ; 0 never does. Each
+            comparison waits for the device.
 
     Raises:
         ValueError: If an argument is out of range, or there is nothing to merge.
@@ -71,8 +115,12 @@ class InMergeWrapper(nn.Module):
         module: nn.Module,
         *,
         merge_weight: float = 0.8,
-        similarity_threshold: float = 0.3,
+        similarity_threshold: float | Threshold = 0.3,
         merge_probability: float = 0.3,
+        schedule: Schedule | None = None,
+        partner: Literal["random", "most_similar"] = "random",
+        keep_norm: bool = False,
+        merge_momentum: bool = False,
         shallow_layers: int | float = 0.625,
         example_input: Any = None,
         include: Pattern | Sequence[Pattern] | None = None,
@@ -80,18 +128,22 @@ class InMergeWrapper(nn.Module):
         also_merge: Collection[str] = (),
         plan: MergePlan | None = None,
         seed: int = 0,
+        inspect_every: int = 100,
         check_replicas_every: int = 0,
     ) -> None:
         super().__init__()
         check_range("merge_weight", merge_weight, 0.0, 1.0)
-        check_range("similarity_threshold", similarity_threshold, -1.0, 1.0)
         check_range("merge_probability", merge_probability, 0.0, 1.0)
         if not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise ValueError(f"seed must be an integer in [0, 2**32), got {seed!r}")
-        if not isinstance(check_replicas_every, int) or check_replicas_every < 0:
-            raise ValueError(
-                f"check_replicas_every must be a count of steps, got {check_replicas_every!r}"
-            )
+        if partner not in ("random", "most_similar"):
+            raise ValueError(f"partner must be 'random' or 'most_similar', got {partner!r}")
+        for name, count in (
+            ("inspect_every", inspect_every),
+            ("check_replicas_every", check_replicas_every),
+        ):
+            if not isinstance(count, int) or count < 0:
+                raise ValueError(f"{name} must be a count of steps >= 0, got {count!r}")
         if plan is None:
             plan = plan_merging(
                 module,
@@ -107,15 +159,28 @@ class InMergeWrapper(nn.Module):
         self.module = module
         self.plan = plan
         self.merge_weight = merge_weight
-        self.similarity_threshold = similarity_threshold
+        self.similarity_threshold = (
+            Fixed(similarity_threshold)
+            if isinstance(similarity_threshold, int | float)
+            else similarity_threshold
+        )
         self.merge_probability = merge_probability
+        self.schedule = schedule or Schedule()
+        self.partner = partner
+        self.keep_norm = keep_norm
+        self.merge_momentum = merge_momentum
         self.seed = seed
+        self.inspect_every = inspect_every
+        self.history: list[LayerSnapshot] = []
+        self._last_merged: Tensor | None = None  # which pairs of the very last step merged
         self.check_replicas_every = check_replicas_every
         self._tally = Tally(len(plan.merged))
-        self._attached: list[tuple[weakref.ref[Optimizer], RemovableHandle]] = []
+        self._attached: list[_Attachment] = []
+        self._steps_here = self._passes_here = 0  # of this process, whatever a checkpoint says
         self._idle_forwards = 0
         self._warned: set[str] = set()
-        self.register_load_state_dict_pre_hook(_allow_missing_counter)
+        self.register_state_dict_post_hook(_put_counter_last)
+        self.register_load_state_dict_pre_hook(_adapt_state_dict)
 
     # -- the network ------------------------------------------------------------------------
 
@@ -138,6 +203,13 @@ class InMergeWrapper(nn.Module):
             return lambda *args, **kwargs: _prefixed_matcher(value(*args, **kwargs))
         return value
 
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the network takes any keyword: Hugging Face's Trainer would ask the wrapper's."""
+        own = getattr(self.module, "accepts_loss_kwargs", None)
+        parameters = inspect.signature(self.module.forward).parameters.values()
+        return any(p.kind is p.VAR_KEYWORD for p in parameters) if own is None else own
+
     # -- merging ----------------------------------------------------------------------------
 
     def attach(self, optimizer: Any) -> RemovableHandle:
@@ -146,6 +218,8 @@ class InMergeWrapper(nn.Module):
         Of the merged layers those are merged that the optimizer trains; parameter groups may be
         added or frozen later. Where two attached optimizers train one layer, the last attached
         one merges it. An optimizer restored by pickle or deepcopy has lost its hooks: attach it.
+        Schedule-free optimizers of the ``schedulefree`` package keep two sequences of weights,
+        and both are merged alike.
 
         Args:
             optimizer: A torch optimizer, or one prepared by Accelerate or Lightning. For a
@@ -158,13 +232,14 @@ class InMergeWrapper(nn.Module):
             TypeError: If it is not a torch optimizer.
             ValueError: If it trains none of the merged weights.
             RuntimeError: If its steps do not write the network's own weights (DeepSpeed,
-                Megatron-LM, FSDP1, XLA).
+                Megatron-LM, FSDP1, XLA, other schedule-free optimizers).
         """
         optimizer = _stepping_optimizer(optimizer)
-        for reference, handle in self._attached:
-            if reference() is optimizer and _is_registered(handle):
-                return handle
-        if not self._layers_held_by(optimizer):
+        for other in self._attached:
+            if other.optimizer() is optimizer and _is_registered(other.handle):
+                return other.handle
+        layers = self._layers_held_by(optimizer)
+        if not layers:
             raise ValueError(
                 f"the optimizer holds none of the {len(self.plan.merged)} weights to merge "
                 f"({self.plan.merged[0].name}, ...): build it from the parameters of this model, "
@@ -174,13 +249,27 @@ class InMergeWrapper(nn.Module):
             # timm's Lookahead skips Optimizer.__init__, without which step() runs no hooks.
             optimizer._patch_step_function()
         handle = optimizer.register_step_post_hook(self._after_step)
-        self._attached.append((weakref.ref(optimizer), handle))
+        self._attached.append(_Attachment(weakref.ref(optimizer), handle, set(layers)))
         return handle
 
     @torch.no_grad()
     def merge_(self) -> None:
         """One pass over all merged layers by hand, for a loop that has no torch optimizer."""
-        self._merge(range(len(self.plan.merged)))
+        self._pass(range(len(self.plan.merged)))
+
+    def recalibrate(self, loader: Iterable[Any], *, max_batches: int | None = None) -> int:
+        """Measures BatchNorm's running statistics anew; see :func:`recalibrate`.
+
+        Needed before evaluation or export where merging runs until the last step.
+        """
+        batches = recalibrate(self.module, loader, max_batches=max_batches)
+        self._last_merged = None
+        return batches
+
+    @property
+    def statistics_lag(self) -> bool:
+        """Whether the last step moved kernels after BatchNorm measured; waits for the device."""
+        return self._last_merged is not None and bool(self._last_merged.any())
 
     def report(self) -> MergeReport:
         """What merging did so far, layer by layer; waits for the device."""
@@ -201,37 +290,121 @@ class InMergeWrapper(nn.Module):
                 "a CUDA graph would repeat the pairs drawn at capture in every replay; capture "
                 "forward and backward only, and call optimizer.step() outside of the graph"
             )
+        _reshard(self)
         layers = self._layers_held_by(optimizer)
-        if not layers:
-            raise RuntimeError(
-                "the attached optimizer no longer holds any weight to merge. Prepare model and "
-                "optimizer in one call, and attach an optimizer made after the weights were changed"
-            )
-        # A fused optimizer runs its hooks even on a step that the scaler skips for overflow.
-        self._merge(layers, skip=getattr(optimizer, "found_inf", None))
+        self._check_still_held(optimizer, layers)
+        if layers:
+            # A fused optimizer runs its hooks even on a step that the scaler skips for overflow.
+            self._pass(layers, optimizer, skip=getattr(optimizer, "found_inf", None))
+        else:  # all frozen, or taken over by an optimizer attached later
+            self._warn_if_frozen()
 
     def _layers_held_by(self, optimizer: Optimizer) -> list[int]:
         """Merged layers that the optimizer trains and no optimizer attached after it does."""
         live = [
             other
-            for reference, handle in self._attached
-            if (other := reference()) is not None and _is_registered(handle)
+            for attachment in self._attached
+            if (other := attachment.optimizer()) is not None and _is_registered(attachment.handle)
         ]
         later = live[live.index(optimizer) + 1 :] if optimizer in live else []
         held = _trained(optimizer).difference(*map(_trained, later))
         layers = []
         for index, site in enumerate(self.plan.merged):
-            parameters = kernel_parameters(self._conv(site))
+            parameters = self._parameters_of(site)
             if parameters and all(id(p) in held for p in parameters):
                 layers.append(index)
         return layers
 
+    def _check_still_held(self, optimizer: Optimizer, layers: Sequence[int]) -> None:
+        """Raises where an attached optimizer lost weights: whatever it steps, it is not those."""
+        attachment = next(known for known in self._attached if known.optimizer() is optimizer)
+        attachment.layers.update(layers)
+        if len(attachment.layers) == len(layers):
+            return
+        held = _held(optimizer)
+        lost = []
+        for layer in sorted(attachment.layers):
+            site = self.plan.merged[layer]
+            parameters = self._parameters_of(site)
+            if not parameters or any(p.requires_grad and id(p) not in held for p in parameters):
+                lost.append(site.name)
+        if lost:
+            raise RuntimeError(
+                f"the attached optimizer no longer holds the weights of {', '.join(lost)}: they "
+                "were replaced after attach(). With FSDP2 (fully_shard) make the optimizer after "
+                "sharding; with Accelerate prepare model and optimizer in one call. DeepSpeed, "
+                "Megatron-LM and FSDP1 step copies of the weights: train with DDP or FSDP2 instead"
+            )
+
     def _conv(self, site: ConvSite) -> nn.Conv2d:
         return self.module.get_submodule(site.name)  # type: ignore[return-value]
 
-    def _merge(self, layers: Sequence[int], skip: Tensor | None = None) -> None:
-        """One pass over some layers; ``skip`` is a scalar on the device, non-zero for no merge."""
-        draws = [self._draw(layer) for layer in layers]
+    def _parameters_of(self, site: ConvSite) -> list[nn.Parameter]:
+        parameters = kernel_parameters(self._conv(site))
+        if parameters and tuple(parameters[0].shape) != site.shape:
+            raise RuntimeError(
+                f"the weight of {site.name} has the shape {tuple(parameters[0].shape)} instead of "
+                f"{site.shape}: FSDP1 and DeepSpeed ZeRO-3 flatten the weights, so that no kernel "
+                "can be found in them; use FSDP2 (fully_shard, or fsdp_version: 2 in Accelerate) "
+                "or DDP"
+            )
+        if parameters and parameters[0].device.type == "xla":
+            raise RuntimeError(
+                "on XLA devices parameters are swapped behind torch, and what is merged is lost; "
+                "train on CUDA or CPU"
+            )
+        return parameters
+
+    def _pass(
+        self,
+        layers: Sequence[int],
+        optimizer: Optimizer | None = None,
+        skip: Tensor | None = None,
+    ) -> None:
+        device = self._parameters_of(self.plan.merged[layers[0]])[0].device.type
+        # A step inside of an autocast region would compare kernels in half precision.
+        with (
+            torch.autocast(device, enabled=False)
+            if torch.amp.is_autocast_available(device)
+            else nullcontext()
+        ):
+            self._merge(layers, optimizer, skip)
+        # Counted here and not by the schedule or a checkpoint, so that all replicas get here even
+        # if their step counters are what differs.
+        if self.check_replicas_every and self._steps_here % self.check_replicas_every == 0:
+            check_replicas(
+                {
+                    f"{site.name}.weight": parameter
+                    for site in self.plan.merged
+                    for parameter in kernel_parameters(self._conv(site))[:1]
+                },
+                {"the seed": self.seed, "the step counter of merging": self.step},
+            )
+        self._steps_here += 1
+
+    def _merge(
+        self,
+        layers: Sequence[int],
+        optimizer: Optimizer | None = None,
+        skip: Tensor | None = None,
+    ) -> None:
+        """One step of some layers; ``skip`` is a scalar on the device, non-zero for no merge."""
+        steps = {layer: self._tally.steps[layer] for layer in layers}
+        for layer in layers:
+            self._tally.steps[layer] += 1
+        self._idle_forwards = 0
+        self._last_merged = None
+        layers = [layer for layer in layers if self.schedule.level(steps[layer]) > 0.0]
+        if not layers:
+            return
+        settings = [
+            self.schedule.apply(steps[layer], self.merge_probability, self.merge_weight)
+            for layer in layers
+        ]
+        draws = [
+            self._draw(layer, steps[layer], probability)
+            for layer, (probability, _) in zip(layers, settings, strict=True)
+        ]
         layer_of_pair = torch.cat(
             [
                 torch.full_like(targets, layer)
@@ -243,55 +416,85 @@ class InMergeWrapper(nn.Module):
         on_device: dict[torch.device, tuple[Tensor, ...]] = {}
         cosines, merged = [], []
         for position, layer in enumerate(layers):
-            site = self.plan.merged[layer]
+            site, (_, alpha) = self.plan.merged[layer], settings[position]
             with open_kernels(self._conv(site)) as kernels:
                 device = kernels.weight.device
                 if device not in on_device:
                     on_device[device] = _send(drawn, device).split([len(layer_of_pair), *sizes])
                 pairs = on_device[device][1 + position]
+                targets = pairs.chunk(2)[0]
+                if self.partner == "most_similar":
+                    everyone = torch.arange(site.shape[0], device=device)
+                    bank = _comparable(kernels.read(everyone), site)
+                    pairs = torch.cat([targets, nearest_kernels(bank, targets, site.pair_groups)])
                 rows, partners = kernels.read(pairs).chunk(2)
-                cosine = _compare(rows, partners, site)
-                passed = cosine > self.similarity_threshold
+                cosine = pair_cosines(_comparable(rows, site), _comparable(partners, site))
+                passed = self.similarity_threshold.passes(cosine, site.fan_in)
                 if skip is not None:
                     passed &= skip.to(device) == 0
-                blended = blend_kernels(rows, partners, passed, self.merge_weight)
-                kernels.write_(pairs.chunk(2)[0], blended, passed)
+                scale = norm_scale(rows, partners, alpha) if self.keep_norm else None
+                kernels.write_(targets, blend_kernels(rows, partners, passed, alpha, scale), passed)
+            for companion in _companions(optimizer, self._conv(site), self.merge_momentum):
+                with gathered(companion) as whole:
+                    rows, partners = gather_kernels(whole, pairs).chunk(2)
+                    blended = blend_kernels(rows, partners, passed, alpha, scale)
+                    scatter_kernels_(whole, targets, blended)
             cosines.append(cosine)
             merged.append(passed)
-            self._tally.steps[layer] += 1
             self._tally.passes[layer] += 1
             self._tally.drawn[layer] += len(cosine)
         device = cosines[0].device
+        self._last_merged = torch.cat([mask.to(device) for mask in merged])
         self._tally.add(
             on_device[device][0],
             torch.cat([cosine.to(device) for cosine in cosines]),
-            torch.cat([mask.to(device) for mask in merged]),
+            self._last_merged,
         )
-        self._idle_forwards = 0
+        if self.inspect_every and self._passes_here % self.inspect_every == 0:
+            self._inspect(layers)
         if max(self._tally.passes[layer] for layer in layers) == _PATIENCE:
             self._warn_if_without_effect()
-        if self.check_replicas_every and self.step % self.check_replicas_every == 0:
-            check_replicas(
-                {
-                    f"{site.name}.weight": parameter
-                    for site in self.plan.merged
-                    for parameter in kernel_parameters(self._conv(site))[:1]
-                }
-            )
+        self._passes_here += 1
 
-    def _draw(self, layer: int) -> tuple[Tensor, Tensor]:
+    def _draw(self, layer: int, step: int, probability: float) -> tuple[Tensor, Tensor]:
         site = self.plan.merged[layer]
         # The depth, not the place in the plan: other layers do not change this layer's draws.
-        key = (self.seed, self._tally.steps[layer], site.depth or 0)
-        generator = torch.Generator().manual_seed(_mix(*key))
-        return draw_pairs(site.shape[0], self.merge_probability, generator, site.pair_groups)
+        generator = torch.Generator().manual_seed(_mix(self.seed, step, site.depth or 0))
+        return draw_pairs(site.shape[0], probability, generator, site.pair_groups)
+
+    def _inspect(self, layers: Sequence[int]) -> None:
+        """Records the state of some layers, and warns of those whose kernels grow alike."""
+        report = self.report()
+        for layer in layers:
+            site = self.plan.merged[layer]
+            with open_kernels(self._conv(site)) as kernels:
+                everyone = torch.arange(site.shape[0], device=kernels.weight.device)
+                rank = float(effective_rank(_comparable(kernels.read(everyone), site)))
+            before = [entry for entry in self.history if entry.name == site.name]
+            now = LayerSnapshot.since(before[-1] if before else None, report[site.name], rank)
+            self.history.append(now)
+            if before and rank < _COLLAPSED * before[0].effective_rank:
+                self._warn_of_collapse(before[0], now)
+
+    def _warn_of_collapse(self, first: LayerSnapshot, now: LayerSnapshot) -> None:
+        if now.name in self._warned:
+            return
+        self._warned.add(now.name)
+        warnings.warn(
+            f"the kernels of {now.name} are becoming copies of each other: their effective rank "
+            f"fell from {first.effective_rank:.2f} to {now.effective_rank:.2f} by step {now.step}, "
+            f"{now.share:.0%} of the drawn pairs merge. Raise similarity_threshold, lower "
+            "merge_probability, or let merging end earlier (schedule)",
+            CollapseWarning,
+            stacklevel=2,
+        )
 
     # -- nothing happens silently -------------------------------------------------------------
 
     @torch.compiler.disable
     def _expect_a_merge(self) -> None:
         self._idle_forwards += 1
-        attached = any(_is_registered(handle) for _, handle in self._attached)
+        attached = any(_is_registered(known.handle) for known in self._attached)
         if self._idle_forwards < _IDLE_FORWARDS[attached] or "idle" in self._warned:
             return
         self._warned.add("idle")
@@ -307,6 +510,17 @@ class InMergeWrapper(nn.Module):
             stacklevel=3,
         )
 
+    def _warn_if_frozen(self) -> None:
+        parameters = [p for site in self.plan.merged for p in self._parameters_of(site)]
+        if "frozen" in self._warned or any(p.requires_grad for p in parameters):
+            return
+        self._warned.add("frozen")
+        warnings.warn(
+            "all weights to merge are frozen: nothing is merged until requires_grad is True again",
+            NoEffectWarning,
+            stacklevel=2,
+        )
+
     def _warn_if_without_effect(self) -> None:
         report = self.report()
         if report.merged >= _NEGLIGIBLE * report.drawn and report.drawn:
@@ -317,7 +531,7 @@ class InMergeWrapper(nn.Module):
         else:
             found = (
                 f"{report.merged or 'none'} of {report.drawn:,} drawn pairs passed "
-                f"similarity_threshold={self.similarity_threshold:g} in {_PATIENCE} steps"
+                f"similarity_threshold={self.similarity_threshold} in {_PATIENCE} steps"
             )
             known = [layer for layer in report if layer.max_cosine is not None]
             best = max(known, key=lambda layer: layer.max_cosine or 0.0, default=None)
@@ -360,6 +574,11 @@ class InMergeWrapper(nn.Module):
                 f"_extra_state holds {state.numel()} numbers where {layers} merged layers need "
                 f"{3 + 7 * layers}: the checkpoint is truncated"
             )
+        if state.dtype != torch.float64:
+            raise ValueError(
+                f"_extra_state was converted to {state.dtype}, which rounds its counters; convert "
+                "the weights of a checkpoint only, or drop its _extra_state"
+            )
         tally = Tally.from_tensor(state[3:].detach().cpu().reshape(layers, 7))
         if seed != self.seed:
             warnings.warn(
@@ -383,9 +602,20 @@ class InMergeWrapper(nn.Module):
         return {**super().__getstate__(), "_attached": []}
 
 
-def _allow_missing_counter(
-    wrapper: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
-) -> None:
+def _put_counter_last(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
+    """timm's training tasks pair the values of a wrapper's state with those of its network."""
+    key = f"{prefix}_extra_state"
+    if key in state_dict:
+        state_dict[key] = state_dict.pop(key)
+
+
+def _adapt_state_dict(wrapper: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Accepts the network's own state dict, and one without the step counter, with a warning."""
+    own = [name for name in cast(nn.Module, wrapper.module).state_dict() if name]
+    if not any(f"{prefix}module.{name}" in state_dict for name in own):
+        for name in own:
+            if f"{prefix}{name}" in state_dict:
+                state_dict[f"{prefix}module.{name}"] = state_dict.pop(f"{prefix}{name}")
     key = f"{prefix}_extra_state"
     if key not in state_dict and any(name.startswith(prefix) for name in state_dict):
         warnings.warn(
@@ -412,12 +642,21 @@ def _check_plan(module: nn.Module, plan: MergePlan) -> None:
 
 def _stepping_optimizer(optimizer: Any) -> Optimizer:
     """The torch optimizer whose step() writes the weights, behind the wrappers of others."""
-    names = {kind.__name__ for kind in type(optimizer).__mro__}
-    foreign = {"DeepSpeedOptimizerWrapper", "MegatronLMOptimizerWrapper"} & names
-    if foreign:
+    kinds = type(optimizer).__mro__
+    names = {kind.__name__ for kind in kinds}
+    packages = {kind.__module__.partition(".")[0] for kind in kinds}
+    if packages & {"deepspeed", "megatron"} or names & _STEPS_COPIES:
         raise RuntimeError(
-            f"{foreign.pop()} steps copies of the weights and overwrites what is merged; train "
-            "with DDP or FSDP2 (fully_shard) instead, a CNN fits both"
+            f"{type(optimizer).__name__} steps copies of the weights and overwrites what is "
+            "merged; train with DDP or FSDP2 (fully_shard) instead, a CNN fits both"
+        )
+    if any("ScheduleFree" in name for name in names) and not (
+        isinstance(optimizer, Optimizer) and "schedulefree" in packages
+    ):
+        raise RuntimeError(
+            f"{type(optimizer).__name__} keeps a second sequence of weights that can not be merged "
+            "along; use SGDScheduleFree, AdamWScheduleFree or RAdamScheduleFree of the package "
+            "schedulefree"
         )
     if names & {"AcceleratedOptimizer", "LightningOptimizer"}:
         return _stepping_optimizer(optimizer.optimizer)
@@ -436,13 +675,63 @@ def _stepping_optimizer(optimizer: Any) -> Optimizer:
             "FSDP1 flattens the weights, so that no kernel can be found in them; use FSDP2 "
             "(fully_shard, or fsdp_version: 2 in Accelerate) or DDP"
         )
-    if any(p.device.type == "xla" for p in parameters):
-        raise RuntimeError("XLA devices swap parameters behind torch; use CUDA or CPU")
+    if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        raise TypeError(
+            f"{type(optimizer).__name__} never called Optimizer.__init__, so its steps run no "
+            "hooks; attach the optimizer inside of it, or call model.merge_() after each step"
+        )
     return optimizer
+
+
+def _held(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def _trained(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+
+
+def _companions(optimizer: Optimizer | None, conv: nn.Conv2d, momentum: bool) -> list[Tensor]:
+    """The tensors of an optimizer that are blended like the weight.
+
+    A schedule-free optimizer averages sequences of weights beside the parameter. Its steps are
+    linear in them: with the same kernels blended in each, the average that is evaluated in the end
+    is merged exactly as the point that is trained. First moments follow on demand.
+    """
+    if optimizer is None:
+        return []
+    weight = conv._parameters.get("weight")
+    first_moments = []
+    if momentum and weight is not None:
+        state = optimizer.state.get(weight, {})
+        first_moments = [
+            state[key] for key in ("momentum_buffer", "exp_avg") if state.get(key) is not None
+        ]
+    return first_moments + _averaged_sequences(optimizer, weight)
+
+
+def _averaged_sequences(optimizer: Optimizer, weight: Tensor | None) -> list[Tensor]:
+    if not any(kind.__module__.startswith("schedulefree.") for kind in type(optimizer).__mro__):
+        return []
+    if weight is None:
+        raise RuntimeError(
+            "schedule-free optimizers average the stored tensors of a weight that is computed "
+            "(weight_norm, spectral_norm, pruning), which merging can not follow; remove the "
+            "parametrisation or use another optimizer"
+        )
+    state = optimizer.state.get(weight, {})
+    return [state[key] for key in ("x", "y", "z") if key in state]
+
+
+def _reshard(model: nn.Module) -> None:
+    """Brings every weight of FSDP2 back to the shards that its optimizer has just stepped.
+
+    After a forward pass without a backward pass, as in evaluation, FSDP2 leaves the weights of
+    its root unsharded, and they would not show the step.
+    """
+    for module in model.modules():
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            cast(Any, module).reshard()
 
 
 def _is_registered(handle: RemovableHandle) -> bool:
@@ -454,25 +743,29 @@ def _is_nested_step(optimizer: Optimizer) -> bool:
     """Whether this hook runs inside of another step() of the same optimizer.
 
     Where a subclass calls super().step(), torch runs the hooks in both. The stack tells, and
-    unlike a counter it stays right when a step raises.
+    unlike a counter it stays right when a step raises. torch.compile runs steps under another
+    code object of the same name and place.
     """
     steps = [vars(kind)["step"] for kind in type(optimizer).__mro__ if "step" in vars(kind)]
-    patched = [step.__code__ for step in steps if hasattr(step, "hooked")]
+    patched = [_place(step.__code__) for step in steps if hasattr(step, "hooked")]
     if len(patched) < 2:
         return False
     frame, depth = sys._getframe(), 0
     while frame is not None:
-        if frame.f_code in patched and frame.f_locals.get("self") is optimizer:
+        arguments = frame.f_locals.get("args") if _place(frame.f_code) in patched else None
+        if arguments and arguments[0] is optimizer:
             depth += 1
         frame = frame.f_back  # type: ignore[assignment]
     return depth > 1
 
 
-def _compare(rows: Tensor, partners: Tensor, site: ConvSite) -> Tensor:
-    if site.centred:
-        rows = rows - rows.mean(dim=1, keepdim=True)
-        partners = partners - partners.mean(dim=1, keepdim=True)
-    return pair_cosines(rows, partners)
+def _place(code: CodeType) -> tuple[str, str, int]:
+    return code.co_filename, code.co_name, code.co_firstlineno
+
+
+def _comparable(rows: Tensor, site: ConvSite) -> Tensor:
+    """Kernels as the forward pass uses them: without their mean where it standardises them."""
+    return rows - rows.mean(dim=1, keepdim=True) if site.centred else rows
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:

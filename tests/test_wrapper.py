@@ -84,7 +84,7 @@ def test_each_step_is_an_optimizer_step_followed_by_the_papers_merge() -> None:
         twin = copy.deepcopy(model)  # a copy has no hook: it takes the bare optimizer step
         twin_optimizer = sgd(twin)
         twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        draws = [model._draw(layer) for layer in range(2)]
+        draws = [model._draw(layer, step, 0.6) for layer in range(2)]
         train(twin, twin_optimizer, 1, start=step)
         train(model, optimizer, 1, start=step)
         for (targets, sources), site in zip(draws, model.plan.merged, strict=True):
@@ -268,7 +268,8 @@ def test_forgetting_the_counter_would_be_seen() -> None:
 
 def test_draws_depend_on_seed_step_and_layer_only() -> None:
     def draws(model: InMergeWrapper) -> list[list[int]]:
-        return [model._draw(layer)[0].tolist() for layer in range(len(model.plan.merged))]
+        layers = range(len(model.plan.merged))
+        return [model._draw(layer, model.step, 0.3)[0].tolist() for layer in layers]
 
     model, same, other = wrapped(), wrapped(), wrapped(seed=1)
     torch.randn(5)

@@ -1,0 +1,515 @@
+"""Model cards: the README.md of an exported model, and its way to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from inmerge_wrap.robustness import RobustnessResult
+
+__all__ = ["CardResult", "ModelCard", "merging_settings", "push_to_hub", "results_of"]
+
+PAPER = "https://arxiv.org/abs/2502.20516"
+_PLACE = "local-dir:path/to/this/folder"  # push_to_hub puts the repository here
+_PICTURE = "robustness"
+_UPLOADED = ("README.md", "config.json", "model.safetensors", f"{_PICTURE}.*")
+
+_INTENDED_USE = (
+    "Research on the classification of medical images and on its robustness. It is not a medical "
+    "device: no decision about a patient may rest on it."
+)
+_LIMITS = (
+    "It was measured on the data named under Results alone. On images of another scanner, "
+    "hospital, population or preparation it may be wrong more often, and no less sure of itself.",
+    "Its outputs are scores. Whether they are calibrated probabilities is to be checked on data of "
+    "the place where it would be used.",
+    "It answers for every image, also for one that shows none of its classes or no patient at all.",
+    "Differences in performance between groups of patients were not examined, unless stated above.",
+)
+_METRIC_NAMES = {
+    "accuracy": "Accuracy",
+    "auroc": "AUROC",
+    "balanced_error": "Balanced error",
+    "ece": "Expected calibration error",
+}
+
+
+@dataclass(frozen=True)
+class CardResult:
+    """One measured figure.
+
+    Attributes:
+        metric: Its short name, as in ``accuracy`` or ``auroc``.
+        value: The figure, in the metric's own unit (an accuracy in [0, 1]).
+        dataset: Name of the data, for people.
+        dataset_id: Its id on the hub, or another short name for machines; made of ``dataset`` if
+            None.
+        config: A variant of the data, such as ``corrupted``.
+        split: The part of the data. Many figures in print are of different splits of one data set.
+        interval: Ends of the 95 % interval.
+        note: What else a reader must know, such as "mean of 5 seeds".
+    """
+
+    metric: str
+    value: float
+    dataset: str
+    dataset_id: str | None = None
+    config: str | None = None
+    split: str = "test"
+    interval: tuple[float, float] | None = None
+    note: str = ""
+
+    @property
+    def metric_name(self) -> str:
+        """The metric's name for people."""
+        return _METRIC_NAMES.get(self.metric, self.metric)
+
+
+def results_of(
+    result: RobustnessResult,
+    *,
+    dataset: str,
+    dataset_id: str | None = None,
+    split: str = "test",
+    metrics: Sequence[str] = ("accuracy", "auroc", "balanced_error"),
+) -> list[CardResult]:
+    """The figures of a robustness evaluation as results of a card.
+
+    Args:
+        result: What :func:`inmerge_wrap.robustness.evaluate_robustness` found.
+        dataset: Name of the data.
+        dataset_id: See :class:`CardResult`.
+        split: The part of the data that was evaluated.
+        metrics: Which figures; those that are undefined are left out.
+
+    Returns:
+        The clean figures, then their means over all corruptions and severities.
+    """
+    found = []
+    for condition, config in (("clean", None), ("all", "corrupted")):
+        row = result.row(condition)
+        for metric in metrics:
+            if metric not in row:
+                continue
+            low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
+            found.append(
+                CardResult(
+                    metric=metric,
+                    value=row[metric],
+                    dataset=dataset,
+                    dataset_id=dataset_id,
+                    config=config,
+                    split=split,
+                    interval=None if low is None or high is None else (low, high),
+                    note="" if config is None else _corruption_note(result),
+                )
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What people must know before they use a model; :func:`inmerge_wrap.export_timm` writes it.
+
+    Attributes:
+        title: Name of the model.
+        license: Of the weights, as the hub spells it: ``apache-2.0``, ``cc-by-nc-4.0``, ``other``.
+            The licence of the training data may limit your choice.
+        training_data: What the model saw: source, size, split, what was left out, its licence.
+        description: One paragraph: what it does.
+        license_name: Where ``license`` is ``other``, its name.
+        license_link: And where to read it.
+        datasets: Ids of the training data on the hub, for its search.
+        base_model: Id on the hub of the model whose weights training started from.
+        training: How it was trained: optimizer, epochs, augmentation, hardware.
+        intended_use: What it is for.
+        limits: What it can not do.
+        results: What was measured.
+        tags: For the hub's search, besides those every card gets.
+        robustness_picture: A picture file, or a matplotlib figure, shown under the results.
+        merging: The settings of in-model merging, by name; taken from the InMergeWrapper that is
+            exported if None.
+        citation: BibTeX of your own work.
+    """
+
+    title: str
+    license: str
+    training_data: str
+    description: str = ""
+    license_name: str | None = None
+    license_link: str | None = None
+    datasets: Sequence[str] = ()
+    base_model: str | None = None
+    training: str = ""
+    intended_use: str = _INTENDED_USE
+    limits: Sequence[str] = _LIMITS
+    results: Sequence[CardResult] = ()
+    tags: Sequence[str] = ()
+    robustness_picture: Any = None
+    merging: Mapping[str, Any] | None = None
+    citation: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("title", "training_data"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"{name} of the card is empty; a stranger needs to know it")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
+            raise ValueError(
+                f"license {self.license!r} is no identifier of the hub; for instance apache-2.0, "
+                "mit, cc-by-4.0, cc-by-nc-4.0, or other with license_name"
+            )
+        if self.license == "other" and not self.license_name:
+            raise ValueError("license 'other' needs its license_name")
+        for name in ("datasets", "limits", "tags"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} of the card must be a list, got one string")
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> ModelCard:
+        """A card from plain data, such as a JSON file; results are dicts of CardResult's fields.
+
+        Raises:
+            ValueError: If a field is unknown, missing or malformed.
+        """
+        fields = dict(content)
+        try:
+            fields["results"] = [
+                entry if isinstance(entry, CardResult) else CardResult(**entry)
+                for entry in fields.get("results", ())
+            ]
+            return cls(**fields)
+        except TypeError as error:
+            known = ", ".join(entry.name for entry in dataclasses.fields(cls))
+            raise ValueError(f"the card does not fit ({error}); its fields are {known}") from error
+
+    def render(
+        self,
+        *,
+        architecture: str,
+        data_config: Mapping[str, Any],
+        label_names: Sequence[str] | None = None,
+        merging: Mapping[str, Any] | None = None,
+        picture: str | None = None,
+    ) -> str:
+        """The card as markdown with the hub's metadata on top.
+
+        Args:
+            architecture: timm's name of it.
+            data_config: ``input_size``, ``mean`` and ``std`` of the images.
+            label_names: Names of the classes.
+            merging: Settings of merging, where the card itself holds none.
+            picture: Name of the picture file beside the card.
+        """
+        return f"---\n{self._metadata()}\n---\n\n" + "\n".join(
+            [
+                f"# {_one_line(self.title)}",
+                "",
+                self.description
+                or f"A {architecture} for image classification, trained with in-model merging.",
+                "",
+                "## Use",
+                "",
+                _SNIPPET.format(
+                    place=_PLACE,
+                    mode="L" if data_config["input_size"][0] == 1 else "RGB",
+                    size=" x ".join(map(str, data_config["input_size"])),
+                    mean=_numbers(data_config["mean"]),
+                    std=_numbers(data_config["std"]),
+                ),
+                *_classes(label_names),
+                "## Intended use",
+                "",
+                self.intended_use,
+                "",
+                "## Limits",
+                "",
+                *(f"- {limit}" for limit in self.limits),
+                "",
+                "## Results",
+                "",
+                *_result_table(self.results),
+                *([f"![Robustness]({picture})", ""] if picture else []),
+                "## Training",
+                "",
+                *([self.training, ""] if self.training else []),
+                "**Data.** " + self.training_data,
+                "",
+                *_merging_table(self.merging or merging),
+                "## Licence",
+                "",
+                self._licence_text(),
+                "",
+                "## Citation",
+                "",
+                "```bibtex",
+                *([self.citation.strip(), ""] if self.citation else []),
+                _BIBTEX,
+                "```",
+                "",
+            ]
+        )
+
+    def write(
+        self,
+        directory: Path,
+        *,
+        model: nn.Module,
+        architecture: str,
+        data_config: Mapping[str, Any],
+        label_names: Sequence[str] | None = None,
+    ) -> list[str]:
+        """Writes README.md and the picture into a folder.
+
+        Returns:
+            The names of the files.
+
+        Raises:
+            ValueError: If the robustness picture is no picture file.
+        """
+        picture = self._write_picture(directory)
+        text = self.render(
+            architecture=architecture,
+            data_config=data_config,
+            label_names=label_names,
+            merging=merging_settings(model),
+            picture=picture,
+        )
+        (directory / "README.md").write_text(text, encoding="utf-8")
+        return ["README.md", *([picture] if picture else [])]
+
+    def _metadata(self) -> str:
+        from huggingface_hub import EvalResult, ModelCardData
+
+        results = [
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=entry.dataset_id or _slug(entry.dataset),
+                dataset_name=entry.dataset,
+                dataset_config=entry.config,
+                dataset_split=entry.split,
+                metric_type=entry.metric,
+                metric_name=entry.metric_name,
+                metric_value=round(entry.value, 6),
+            )
+            for entry in self.results
+        ]
+        tags = ["image-classification", "timm", "medical", "in-model-merging", *self.tags]
+        data = ModelCardData(
+            license=self.license,
+            license_name=self.license_name,
+            license_link=self.license_link,
+            library_name="timm",
+            pipeline_tag="image-classification",
+            base_model=self.base_model,
+            datasets=list(self.datasets) or None,
+            tags=list(dict.fromkeys(tags)),
+            model_name=_one_line(self.title) if results else None,
+            eval_results=results or None,
+        )
+        return data.to_yaml()
+
+    def _licence_text(self) -> str:
+        name = self.license_name or self.license
+        shown = f"[{name}]({self.license_link})" if self.license_link else name
+        return f"The weights: {shown}. The licence of the training data holds besides it."
+
+    def _write_picture(self, directory: Path) -> str | None:
+        picture = self.robustness_picture
+        if picture is None:
+            return None
+        if hasattr(picture, "savefig"):
+            picture.savefig(directory / f"{_PICTURE}.png")
+            return f"{_PICTURE}.png"
+        source = Path(picture)
+        if source.suffix.lower() not in (".png", ".jpg", ".jpeg", ".svg") or not source.is_file():
+            raise ValueError(f"robustness_picture is no PNG, JPEG or SVG file: {source}")
+        name = _PICTURE + source.suffix.lower()
+        shutil.copyfile(source, directory / name)
+        return name
+
+
+def merging_settings(model: nn.Module) -> dict[str, Any]:
+    """Settings and outcome of in-model merging, by name; empty without an InMergeWrapper.
+
+    Args:
+        model: A wrapper, alone or inside DDP or torch.compile, or any other network.
+    """
+    wrapper: Any = next(
+        (part for part in model.modules() if type(part).__name__ == "InMergeWrapper"), None
+    )
+    if wrapper is None:
+        return {}
+    report = wrapper.report()
+    plan = wrapper.plan
+    share = f" ({report.merged / report.drawn:.2%})" if report.drawn else ""
+    return {
+        "merge_weight (alpha)": wrapper.merge_weight,
+        "similarity_threshold (tau)": wrapper.similarity_threshold,
+        "merge_probability (p)": wrapper.merge_probability,
+        "schedule": wrapper.schedule,
+        "partner": wrapper.partner,
+        "keep_norm": wrapper.keep_norm,
+        "merge_momentum": wrapper.merge_momentum,
+        "merged layers": f"{len(plan.merged)} of {len(plan.merged) + len(plan.skipped)}: "
+        + ", ".join(site.name for site in plan.merged),
+        "seed": wrapper.seed,
+        "optimizer steps": wrapper.step,
+        "merged pairs": f"{report.merged:,} of {report.drawn:,} drawn{share}"
+        + ("" if report.merged else "; as a plain training run"),
+    }
+
+
+def push_to_hub(
+    directory: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool = False,
+    token: str | None = None,
+    message: str = "Add model",
+) -> str:
+    """Uploads a folder that ``export_timm(..., card=...)`` wrote to the Hugging Face hub.
+
+    The card's code then names the repository. Files that the export did not write stay at home.
+
+    Args:
+        directory: The folder.
+        repo_id: ``"user/name"``; made if it does not exist.
+        private: Whether a new repository is private.
+        token: Of the hub; the one that ``hf auth login`` stored if None.
+        message: Of the commit.
+
+    Returns:
+        The line of code that loads the model from the hub.
+
+    Raises:
+        ValueError: If the folder is not a whole export with its card, or the name is malformed.
+    """
+    from huggingface_hub import HfApi
+
+    source = Path(directory)
+    missing = [
+        name
+        for name in ("README.md", "config.json", "model.safetensors")
+        if not (source / name).is_file()
+    ]
+    if missing:
+        raise ValueError(
+            f"{source} has no {', '.join(missing)}: write the folder with "
+            "export_timm(model, directory, card=ModelCard(...), ...)"
+        )
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise ValueError(f"repo_id must be 'user/name', got {repo_id!r}")
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        staged = Path(folder)
+        for pattern in _UPLOADED:
+            for path in source.glob(pattern):
+                shutil.copyfile(path, staged / path.name)
+        card = staged / "README.md"
+        text = card.read_text(encoding="utf-8").replace(_PLACE, f"hf-hub:{repo_id}")
+        card.write_text(text, encoding="utf-8")
+        api.upload_folder(repo_id=repo_id, folder_path=staged, commit_message=message)
+    return f'timm.create_model("hf-hub:{repo_id}", pretrained=True)'
+
+
+# --- the parts of the text ------------------------------------------------------------------------
+
+_SNIPPET = """\
+```python
+import timm
+import torch
+from PIL import Image
+
+# Without pretrained=True the weights are random, and nothing says so.
+model = timm.create_model("{place}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+
+image = Image.open("image.png").convert("{mode}")
+with torch.no_grad():
+    scores = model(transform(image)[None])
+```
+
+Images are {size} (channels, height, width), pixels in [0, 1], normalised with mean {mean} and
+standard deviation {std}; the transform above does this. Only timm is needed: merging happened in
+training and leaves nothing behind.
+"""
+
+_BIBTEX = """\
+@article{wang2025inmodel,
+  title   = {In-Model Merging for Enhancing the Robustness of Medical Imaging Classification
+             Models},
+  author  = {Wang, Hu and Almakky, Ibrahim and Ma, Congbo and Saeed, Numan and Yaqub, Mohammad},
+  journal = {arXiv preprint arXiv:2502.20516},
+  year    = {2025}
+}"""
+
+
+def _classes(label_names: Sequence[str] | None) -> list[str]:
+    if not label_names:
+        return []
+    listed = ", ".join(f"{index} {name}" for index, name in enumerate(label_names))
+    return [f"Outputs: {listed}.", ""]
+
+
+def _result_table(results: Sequence[CardResult]) -> list[str]:
+    if not results:
+        return ["Nothing was measured for this card.", ""]
+    lines = ["| Data | Split | Metric | Value | 95 % interval | |", "|---|---|---|---|---|---|"]
+    for entry in results:
+        interval = "" if entry.interval is None else f"{entry.interval[0]:.4f} to "
+        interval += "" if entry.interval is None else f"{entry.interval[1]:.4f}"
+        data = entry.dataset if entry.config is None else f"{entry.dataset} ({entry.config})"
+        cells = [data, entry.split, entry.metric_name, f"{entry.value:.4f}", interval]
+        lines.append("| " + " | ".join(_cell(text) for text in [*cells, entry.note]) + " |")
+    lines += [
+        "",
+        "Intervals hold the choice of the test images, not that of the training seed.",
+        "",
+    ]
+    return lines
+
+
+def _merging_table(settings: Mapping[str, Any] | None) -> list[str]:
+    if not settings:
+        return []
+    return [
+        f"**In-model merging** ([paper]({PAPER})). After an optimizer step, similar kernels inside "
+        "a layer were blended:",
+        "",
+        "| Setting | Value |",
+        "|---|---|",
+        *(f"| {_cell(str(name))} | {_cell(str(value))} |" for name, value in settings.items()),
+        "",
+    ]
+
+
+def _corruption_note(result: RobustnessResult) -> str:
+    corruptions, severities = result.settings["corruptions"], result.settings["severities"]
+    return f"mean of {len(corruptions)} corruptions at severities {_numbers(severities)}"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _cell(text: str) -> str:
+    return _one_line(text).replace("|", "\\|")
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-") or "unknown"

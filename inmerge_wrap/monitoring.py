@@ -1,0 +1,89 @@
+"""Merging as it happens: plain numbers for TensorBoard, Weights & Biases or any other tracker.
+
+accelerator.log(tracker_values(model), step=step)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from inmerge_wrap.report import LayerReport, MergeReport
+from inmerge_wrap.similarity import effective_rank, read_kernels
+from inmerge_wrap.wrapper import InMergeWrapper
+
+__all__ = ["tracker_values"]
+
+
+@torch.no_grad()
+def tracker_values(
+    model: nn.Module, *, since: MergeReport | None = None, prefix: str = "merge"
+) -> dict[str, float]:
+    """What merging does, as the flat numbers that experiment trackers take.
+
+    For every merged layer: ``PREFIX_share/LAYER``, merged over drawn pairs;
+    ``PREFIX_cosine/LAYER``, the mean cosine of the drawn pairs; ``PREFIX_rank/LAYER``, the
+    effective rank of its kernels now (it falls when kernels become copies of each other).
+    ``PREFIX/share`` and ``PREFIX/step`` are of the whole network. A value that does not exist yet,
+    as a share before the first pair is drawn, is absent: trackers draw NaN as a gap or not at all.
+
+    It waits for the device and compares all kernels of the merged layers, so log every so many
+    steps. Under FSDP2 all ranks must call it together.
+
+    Args:
+        model: An InMergeWrapper, or one inside DDP or torch.compile, as ``prepare`` gives it.
+        since: An earlier ``model.report()``: shares and cosines are then those of the pairs drawn
+            after it; without it, of all pairs from the start.
+        prefix: Of all names.
+
+    Returns:
+        Finite numbers by name.
+
+    Raises:
+        TypeError: If there is no InMergeWrapper in the model.
+        ValueError: If ``since`` is the report of another model.
+    """
+    wrapper = next((part for part in model.modules() if isinstance(part, InMergeWrapper)), None)
+    if wrapper is None:
+        raise TypeError(f"no InMergeWrapper in this {type(model).__name__}: nothing merges here")
+    report = wrapper.report()
+    names = [layer.name for layer in report]
+    if since is not None and [layer.name for layer in since] != names:
+        raise ValueError("since is the report of a model with other merged layers")
+    values = {f"{prefix}/step": float(wrapper.step)}
+    all_drawn = all_merged = 0
+    for place, layer in enumerate(report):
+        earlier = since.layers[place] if since is not None else None
+        drawn, merged, known, total = _sums(layer)
+        if earlier is not None:
+            before = _sums(earlier)
+            drawn, merged, known = drawn - before[0], merged - before[1], known - before[2]
+            total -= before[3]
+        all_drawn, all_merged = all_drawn + drawn, all_merged + merged
+        if drawn:
+            values[f"{prefix}_share/{layer.name}"] = merged / drawn
+        if known:
+            values[f"{prefix}_cosine/{layer.name}"] = total / known
+    if all_drawn:
+        values[f"{prefix}/share"] = all_merged / all_drawn
+    for name, rank in zip(names, _ranks(wrapper), strict=True):
+        if math.isfinite(rank):
+            values[f"{prefix}_rank/{name}"] = rank
+    return values
+
+
+def _sums(layer: LayerReport) -> tuple[int, int, int, float]:
+    """Pairs drawn, pairs merged, pairs with a cosine, and the sum of these cosines."""
+    known = layer.drawn - layer.undefined
+    return layer.drawn, layer.merged, known, (layer.mean_cosine or 0.0) * known
+
+
+def _ranks(wrapper: InMergeWrapper) -> list[float]:
+    ranks = []
+    for site in wrapper.plan.merged:
+        conv = wrapper.module.get_submodule(site.name)
+        ranks.append(effective_rank(read_kernels(conv, centred=site.centred), site.pair_groups))
+    first = ranks[0].device  # a network may be spread over several
+    return torch.stack([rank.to(first) for rank in ranks]).tolist()

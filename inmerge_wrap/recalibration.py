@@ -1,0 +1,83 @@
+"""BatchNorm statistics that fit the weights.
+
+Merging moves kernels after the forward pass that measured them, so the running statistics lag
+behind the weights. Where merging runs until the last step, they must be measured again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["recalibrate"]
+
+
+def recalibrate(model: nn.Module, loader: Iterable[Any], *, max_batches: int | None = None) -> int:
+    """Measures the running statistics of every BatchNorm anew, as a mean over batches.
+
+    Only BatchNorm runs in train mode meanwhile; dropout and stochastic depth are off, as at
+    inference. Every module gets its own mode back, and if anything fails, its old statistics.
+
+    Args:
+        model: The network, or a wrapper of it, on its device.
+        loader: Batches of images, or tuples that begin with them, preprocessed as in training.
+        max_batches: Stop after so many; None for all.
+
+    Returns:
+        How many batches were used; 0 if the network has no BatchNorm statistics.
+
+    Raises:
+        TypeError: If a batch is neither a tensor nor a sequence that begins with one.
+        ValueError: If the loader gives no batch.
+    """
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    ]
+    if not norms:
+        return 0
+    device = next(model.parameters()).device
+    modes = [(module, module.training) for module in model.modules()]
+    momenta = [norm.momentum for norm in norms]
+    before = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
+    batches = 0
+    try:
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over the batches
+            norm.train()
+        with torch.no_grad():
+            for batch in loader:
+                if max_batches is not None and batches >= max_batches:
+                    break
+                model(_images(batch).to(device))
+                batches += 1
+        if not batches:
+            raise ValueError("the loader gave no batch, so there are no statistics to measure")
+    except BaseException:
+        for norm, buffers in zip(norms, before, strict=True):
+            for name, value in buffers.items():
+                norm.get_buffer(name).copy_(value)
+        raise
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, training in modes:
+            module.training = training
+    return batches
+
+
+def _images(batch: Any) -> Tensor:
+    first = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    if not isinstance(first, Tensor):
+        raise TypeError(
+            f"a batch must be images or a tuple that begins with them, got {type(batch).__name__}: "
+            "pass a generator that yields the image tensors"
+        )
+    return first

@@ -1,0 +1,69 @@
+"""When merging runs and how strongly, over the course of training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Schedule"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A pure function of the optimizer step, so that a resumed run needs nothing but its counter.
+
+    The paper's two phases, training and then fine-tuning with merging, are ``Schedule(start=...)``.
+
+    Attributes:
+        start: The first step that merges, counted from 0.
+        end: The first step that no longer does; None for no end.
+        every: Merge in each ``every``-th step from ``start`` on.
+        decay: How the course runs from 1 at ``start`` to 0 at ``end``: ``"constant"`` stays at 1,
+            ``"linear"`` and ``"cosine"`` fall to 0. Merging that fades out leaves BatchNorm the
+            time to follow the weights.
+        anneals: What decays: ``"probability"`` (fewer pairs are drawn) or ``"strength"`` (pairs
+            are blended less: the share ``1 - alpha`` of the partner shrinks).
+    """
+
+    start: int = 0
+    end: int | None = None
+    every: int = 1
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    anneals: Literal["probability", "strength"] = "probability"
+
+    def __post_init__(self) -> None:
+        if self.start < 0:
+            raise ValueError(f"start must be a step >= 0, got {self.start}")
+        if self.end is not None and self.end <= self.start:
+            raise ValueError(f"end must come after start={self.start}, got {self.end}")
+        if self.every < 1:
+            raise ValueError(f"every must be a count of steps >= 1, got {self.every}")
+        if self.decay not in ("constant", "linear", "cosine"):
+            raise ValueError(f"decay must be constant, linear or cosine, got {self.decay!r}")
+        if self.anneals not in ("probability", "strength"):
+            raise ValueError(f"anneals must be probability or strength, got {self.anneals!r}")
+        if self.decay != "constant" and self.end is None:
+            raise ValueError(
+                f"decay={self.decay!r} needs an end: the step at which merging is over"
+            )
+
+    def level(self, step: int) -> float:
+        """The course at an optimizer step, in [0, 1]; 0 where the step does not merge."""
+        if step < self.start or (self.end is not None and step >= self.end):
+            return 0.0
+        if (step - self.start) % self.every:
+            return 0.0
+        if self.decay == "constant" or self.end is None:
+            return 1.0
+        done = (step - self.start) / (self.end - self.start)
+        return 1.0 - done if self.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+    def apply(
+        self, step: int, merge_probability: float, merge_weight: float
+    ) -> tuple[float, float]:
+        """(p, alpha) at an optimizer step; p is 0 where the step does not merge."""
+        level = self.level(step)
+        if self.anneals == "probability" or level == 0.0:
+            return merge_probability * level, merge_weight
+        return merge_probability, 1.0 - (1.0 - merge_weight) * level

@@ -1,0 +1,81 @@
+"""Similarity thresholds that adapt to the layer.
+
+A fixed tau means another thing in every layer: the cosine of two random kernels of fan-in ``d``
+scatters by ``1 / sqrt(d)``, so that 0.3 is passed by luck at a fan-in of 9 and never at 4,608.
+A rule decides from the cosines drawn in this pass and the layer's fan-in, without waiting for the
+device. A plain number is the paper's fixed tau.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from inmerge_wrap.merging import check_range
+
+__all__ = ["Fixed", "Quantile", "Threshold", "ZScore"]
+
+
+class Threshold(Protocol):
+    """Decides which of the drawn pairs are alike enough to merge."""
+
+    def passes(self, cosines: Tensor, fan_in: int) -> Tensor:
+        """Boolean mask of ``cosines``, shape (pairs,); a NaN cosine never passes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The paper's threshold: the same cosine tau in [-1, 1] in every layer."""
+
+    tau: float
+
+    def __post_init__(self) -> None:
+        check_range("similarity_threshold", self.tau, -1.0, 1.0)
+
+    def passes(self, cosines: Tensor, fan_in: int) -> Tensor:
+        """See :class:`Threshold`."""
+        return cosines > self.tau
+
+    def __str__(self) -> str:
+        return f"{self.tau:g}"
+
+
+@dataclass(frozen=True)
+class ZScore:
+    """Kernels that are more alike than chance makes them: cosine above ``z / sqrt(fan_in)``.
+
+    For independent kernels without a direction of their own, ``z = 2`` is passed by 2.3% of the
+    pairs in any layer, whatever its fan-in.
+    """
+
+    z: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.z):
+            raise ValueError(f"z must be a finite number of standard deviations, got {self.z}")
+
+    def passes(self, cosines: Tensor, fan_in: int) -> Tensor:
+        """See :class:`Threshold`."""
+        return cosines > self.z / math.sqrt(fan_in)
+
+
+@dataclass(frozen=True)
+class Quantile:
+    """The most alike ``share`` in (0, 1] of the pairs drawn in this pass, layer by layer."""
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.share <= 1.0:
+            raise ValueError(f"share must lie in (0, 1], got {self.share}")
+
+    def passes(self, cosines: Tensor, fan_in: int) -> Tensor:
+        """See :class:`Threshold`."""
+        if not len(cosines):
+            return cosines.bool()
+        return cosines >= torch.nanquantile(cosines, 1.0 - self.share)

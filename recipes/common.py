@@ -1,0 +1,330 @@
+"""What the recipes share: images on the device, one training run, its metrics, results files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from inmerge_wrap import Quantile, Schedule, __version__
+from inmerge_wrap.corruptions import corrupt
+from inmerge_wrap.robustness import classification_metrics
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set that fits into memory: uint8 pixels (N, C, H, W) and labels for each part.
+
+    Labels are class indices (N,), or 0 and 1 of shape (N, classes) for a multi-label task.
+    """
+
+    name: str
+    task: str
+    classes: tuple[str, ...]
+    parts: Mapping[str, tuple[Tensor, Tensor]]
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return tuple(self.parts["train"][0].shape[1:])  # type: ignore[return-value]
+
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of the training pixels in [0, 1], per channel."""
+        pixels = self.parts["train"][0].float() / 255
+        return pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist()
+
+    def to(self, device: torch.device) -> Images:
+        """The same on a device."""
+        parts = {name: (x.to(device), y.to(device)) for name, (x, y) in self.parts.items()}
+        return Images(self.name, self.task, self.classes, parts)
+
+    def first_labels(self, count: int, seed: int) -> Images:
+        """The same with a random ``count`` of the training images, to study small data sets."""
+        images, labels = self.parts["train"]
+        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
+        parts = {**self.parts, "train": (images[chosen], labels[chosen])}
+        return Images(self.name, self.task, self.classes, parts)
+
+
+def load_digits(size: int = 32) -> Images:
+    """The 1,797 scanned digits that scikit-learn ships, enlarged from 8 x 8 pixels."""
+    from sklearn.datasets import load_digits as read
+
+    digits = read()
+    images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
+    images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+    images, labels = (images * 255).round().byte(), torch.from_numpy(digits.target).long()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    parts = dict(zip(("train", "val", "test"), order.split([1100, 200, 497]), strict=True))
+    return Images(
+        "digits",
+        "multiclass",
+        tuple(str(name) for name in digits.target_names),
+        {name: (images[index], labels[index]) for name, index in parts.items()},
+    )
+
+
+def load_medmnist(flag: str, root: Path, size: int = 28) -> Images:
+    """A 2D MedMNIST data set from its npz file, downloaded if it is missing and can be.
+
+    Raises:
+        SystemExit: With one clear line, if the file is neither there nor to be had.
+    """
+    package = _medmnist_package()
+    if flag not in package.INFO or "3d" in flag:
+        flat = sorted(name for name in package.INFO if "3d" not in name)
+        raise SystemExit(f"unknown data set {flag!r}; the 2D sets are {', '.join(flat)}")
+    info = package.INFO[flag]
+    path = root / (f"{flag}.npz" if size == 28 else f"{flag}_{size}.npz")
+    if not path.exists():
+        _download(package, info, path, size)
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    multilabel = info["task"].startswith("multi-label")
+    parts = {}
+    for part in ("train", "val", "test"):
+        pixels, labels = arrays[f"{part}_images"], torch.from_numpy(arrays[f"{part}_labels"])
+        images = torch.from_numpy(pixels if pixels.ndim == 4 else pixels[..., None])
+        labels = labels.float() if multilabel else labels.long().flatten()
+        parts[part] = (images.permute(0, 3, 1, 2).contiguous(), labels)
+    names = tuple(info["label"][str(index)] for index in range(len(info["label"])))
+    return Images(flag, "multilabel" if multilabel else "multiclass", names, parts)
+
+
+def _medmnist_package() -> Any:
+    """The package ``medmnist``, although recipes/medmnist.py stands first on a script's path."""
+    here = Path(__file__).parent.resolve()
+    kept, sys.path[:] = sys.path[:], [p for p in sys.path if Path(p or ".").resolve() != here]
+    try:
+        import medmnist
+    except ImportError as error:
+        raise SystemExit('medmnist is missing: pip install "inmerge-wrap[recipes]"') from error
+    finally:
+        sys.path[:] = kept
+    return medmnist
+
+
+def _download(package: Any, info: Mapping[str, Any], path: Path, size: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        data_set = getattr(package, info["python_class"])
+        data_set(split="train", download=True, root=str(path.parent), size=size)
+    except Exception as error:  # medmnist hides the cause of a failed download
+        address = info["url" if size == 28 else f"url_{size}"]
+        raise SystemExit(
+            f"{path} is missing and the download failed ({error}).\n"
+            f"Get it from {address} and put it there, or name its folder with --data-root."
+        ) from error
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+class Normalised:
+    """uint8 pixels -> what the network is trained on: optionally augmented, then standardised."""
+
+    def __init__(self, data: Images, device: torch.device) -> None:
+        mean, std = data.statistics()
+        self._mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
+        self._std = torch.tensor(std, device=device).view(1, -1, 1, 1)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Pixels as uint8, or as floats in [0, 1]."""
+        scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+        return (scaled - self._mean) / self._std
+
+
+def augment(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
+    """Shifts each image by up to a fourteenth of its side, and flips half of them."""
+    count, _, height, width = images.shape
+    reach = max(1, height // 14)
+    shifts = torch.randint(-reach, reach + 1, (2, count, 1), generator=generator).to(images.device)
+    rows = (torch.arange(height, device=images.device) + shifts[0]).clamp(0, height - 1)
+    columns = (torch.arange(width, device=images.device) + shifts[1]).clamp(0, width - 1)
+    if flip:
+        flipped = (torch.rand(count, 1, generator=generator) < 0.5).to(images.device)
+        columns = torch.where(flipped, columns.flip(1), columns)
+    picture = torch.arange(count, device=images.device).view(-1, 1, 1)
+    return images.permute(0, 2, 3, 1)[picture, rows.unsqueeze(2), columns.unsqueeze(1)].permute(
+        0, 3, 1, 2
+    )
+
+
+def loss_of(task: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """Cross-entropy, or its binary form for each finding of a multi-label task."""
+    return F.binary_cross_entropy_with_logits if task == "multilabel" else F.cross_entropy
+
+
+def batches(accelerator: Accelerator, count: int, batch_size: int, seed: int) -> DataLoader:
+    """Shuffled indices of the training images, split over the processes by Accelerate."""
+    generator = torch.Generator().manual_seed(seed)
+    loader = DataLoader(
+        TensorDataset(torch.arange(count)),
+        batch_size=batch_size,
+        shuffle=True,
+        drop_last=count > batch_size,  # BatchNorm can not train on a last batch of one image
+        generator=generator,
+    )
+    return accelerator.prepare(loader)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, pixels: Tensor, normalise: Normalised, batch_size: int) -> Tensor:
+    """Logits for uint8 or float pixels, shape (N, classes), in eval mode, on the CPU."""
+    was_training = model.training
+    model.eval()
+    outputs = [model(normalise(part)).float().cpu() for part in pixels.split(batch_size)]
+    model.train(was_training)
+    return torch.cat(outputs)
+
+
+def metrics(logits: Tensor, labels: Tensor, task: str) -> dict[str, float]:
+    """Accuracy, balanced error, AUROC, calibration and more; what is undefined is absent."""
+    probabilities = logits.sigmoid() if task == "multilabel" else logits.softmax(1)
+    values, _ = classification_metrics(probabilities, labels.cpu(), task=task)
+    return {name: float(value) for name, value in values.items()}
+
+
+def evaluate(
+    model: nn.Module,
+    data: Images,
+    normalise: Normalised,
+    *,
+    corruptions: Mapping[str, tuple[int, ...]],
+    batch_size: int = 500,
+) -> dict[str, dict[str, float]]:
+    """Metrics of the test part, clean and under each ``corruption/severity``.
+
+    Every model sees the same damaged images: the draws depend on the image's index alone.
+    """
+    pixels, labels = data.parts["test"]
+    rows = {"clean": metrics(predict(model, pixels, normalise, batch_size), labels, data.task)}
+    for name, severities in corruptions.items():
+        for severity in severities:
+            damaged = [
+                corrupt(part.float() / 255, name, severity, indices=index.tolist())
+                for part, index in zip(
+                    pixels.split(batch_size),
+                    torch.arange(len(pixels)).split(batch_size),
+                    strict=True,
+                )
+            ]
+            logits = predict(model, torch.cat(damaged), normalise, batch_size)
+            rows[f"{name}/{severity}"] = metrics(logits, labels, data.task)
+    return rows
+
+
+# -- results ---------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to judge a figure: the command, the versions, the machine."""
+    import accelerate
+    import timm
+
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": {
+            "inmerge_wrap": __version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "accelerate": accelerate.__version__,
+            "python": platform.python_version(),
+        },
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cpu_cores": os.cpu_count(),
+    }
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a results file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".draft-")
+    with os.fdopen(handle, "w") as file:
+        json.dump(content, file, indent=1)
+    os.replace(draft, path)
+
+
+# -- merging on the command line -------------------------------------------------------------------
+
+
+def add_merging_arguments(parser: argparse.ArgumentParser) -> None:
+    """The settings of merging, each with its symbol in the paper (arXiv 2502.20516)."""
+    group = parser.add_argument_group("in-model merging (symbols of arXiv 2502.20516)")
+    group.add_argument("--no-merge", action="store_true", help="train plainly, without merging")
+    group.add_argument(
+        "--paper",
+        action="store_true",
+        help="the paper's settings: alpha .8, p .3, fixed tau .3, merging in every step to the end",
+    )
+    group.add_argument(
+        "--merge-weight",
+        type=float,
+        default=0.8,
+        help="alpha: share of a kernel that stays, 0 to 1 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--merge-probability",
+        type=float,
+        default=0.3,
+        help="p: chance of a kernel to be drawn in a step (default: %(default)s)",
+    )
+    group.add_argument(
+        "--similarity-threshold",
+        type=float,
+        default=None,
+        metavar="TAU",
+        help="tau: fixed cosine above which a pair merges, -1 to 1 (default: the most "
+        "alike half of the drawn pairs of each layer)",
+    )
+    group.add_argument(
+        "--shallow-layers",
+        type=layers_or_share,
+        default=0.625,
+        metavar="L_S",
+        help="L_s: first convolutions left alone, a count such as 10 or a share of "
+        "the depth such as 0.625 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--decay",
+        choices=["constant", "linear", "cosine"],
+        default="cosine",
+        help="course of p over training (default: %(default)s)",
+    )
+
+
+def layers_or_share(text: str) -> int | float:
+    """``"10"`` -> 10 layers, ``"0.5"`` -> half of the depth."""
+    return int(text) if text.isdigit() else float(text)
+
+
+def merging_settings(options: argparse.Namespace, total_steps: int) -> dict[str, Any]:
+    """The arguments of InMergeWrapper that the command line asks for."""
+    if options.paper:
+        return {"shallow_layers": options.shallow_layers}
+    end = None if options.decay == "constant" else total_steps
+    tau = options.similarity_threshold
+    return {
+        "merge_weight": options.merge_weight,
+        "merge_probability": options.merge_probability,
+        "similarity_threshold": Quantile(0.5) if tau is None else tau,
+        "shallow_layers": options.shallow_layers,
+        "schedule": Schedule(end=end, decay=options.decay),
+    }
