@@ -364,6 +364,11 @@ def export(
         load = _loading_line(
             network, arch or _read_json(weights / "config.json")["architecture"], output
         )
+    elif not hasattr(network, "pretrained_cfg"):
+        raise ValueError(
+            f"{arch} is not a timm model, and only timm loads such a folder: name a .safetensors "
+            "file as the output"
+        )
     else:
         if input_size is None or not mean or not std:
             raise ValueError(
@@ -780,8 +785,8 @@ def _read_npz(path: Path, split: str, limit: int | None) -> tuple[Tensor, Tensor
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
     try:
-        content = np.load(path)
-        images, labels = content[f"{split}_images"], content[f"{split}_labels"]
+        with np.load(path) as content:
+            images, labels = content[f"{split}_images"], content[f"{split}_labels"]
     except (KeyError, ValueError, OSError) as error:
         raise ValueError(
             f"{path} is not in the MedMNIST layout: an .npz with {split}_images (N, H, W) or "

@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -83,7 +84,8 @@ class ConvSite:
     @property
     def pair_groups(self) -> int:
         """The groups inside which kernels are paired; a depthwise layer pairs across its own."""
-        return 1 if self.shape and self.groups == self.shape[0] else self.groups
+        depthwise = self.shape[:1] == (self.groups,) and self.shape[1] == 1
+        return 1 if depthwise else self.groups
 
     @property
     def fan_in(self) -> int:
@@ -247,9 +249,10 @@ class _Watch(TorchFunctionMode):
     prediction.
     """
 
-    def __init__(self, owners: Mapping[int, str], trace: _Trace, shapes_only: bool) -> None:
+    def __init__(self, owners: Mapping[int, list[str]], trace: _Trace, shapes_only: bool) -> None:
         super().__init__()
         self._owners, self._trace, self._shapes_only = owners, trace, shapes_only
+        self._running = ""  # the convolution whose module is being called
         self._layers_of = WeakTensorKeyDictionary()  # tensor -> names of the layers it comes from
         self._read: set[str] = {_OTHER_LAYER}
         self._cut: set[str] = set()
@@ -280,8 +283,9 @@ class _Watch(TorchFunctionMode):
             self._trace.activated |= sources
         if func is torch.conv2d:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
-            owner = self._owners.get(id(weight))
-            if owner is not None:
+            owners = self._owners.get(id(weight))
+            if owners:
+                owner = self._running if self._running in owners else owners[0]
                 call = self._trace.calls.setdefault(owner, _Call())
                 call.used_own_weight = True
                 call.inputs.append((args[0] if args else kwargs["input"]).shape)
@@ -293,8 +297,13 @@ class _Watch(TorchFunctionMode):
                     self._layers_of[tensor] = sources
         return result
 
-    def saw_module(self, name: str, inputs: tuple[Any, ...], output: Any) -> None:
-        """Notes the call of a convolution as a module, whatever its forward pass computes."""
+    def enter(self, name: str) -> None:
+        """Notes that a convolution is called as a module."""
+        self._running = name
+
+    def leave(self, name: str, inputs: tuple[Any, ...], output: Any) -> None:
+        """Notes what went in and out, whatever the convolution's forward pass computed."""
+        self._running = ""
         call = self._trace.calls.setdefault(name, _Call())
         if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
             call.inputs.append(inputs[0].shape)
@@ -354,31 +363,57 @@ def _trace(
     """Runs one forward pass and records which convolutions ran, in which order, on what.
 
     Args:
-        model: A network whose hooks are its own alone; see :func:`_meta_copy`.
+        model: A network without hooks of its users.
         arguments: What to call it with.
         training: In train mode; the modules' flags are set without calling their methods.
         shapes_only: Whether all tensors are on the meta device, where only shapes count.
+
+    Raises:
+        _ForwardFailed: If the network raised.
     """
     trace = _Trace()
+    owners: dict[int, list[str]] = {}
     convs = dict(_named_convs(model))
-    owners = {id(conv._parameters.get("weight")): name for name, conv in convs.items()}
-    owners.pop(id(None), None)
+    for name, conv in convs.items():
+        if conv._parameters.get("weight") is not None:
+            owners.setdefault(id(conv.weight), []).append(name)
     watch = _Watch(owners, trace, shapes_only)
-
-    def hook_of(name: str) -> Callable[..., None]:
-        return lambda module, inputs, output: watch.saw_module(name, inputs, output)
-
     for module in model.modules():
         module.training = training
-    handles = [conv.register_forward_hook(hook_of(name)) for name, conv in convs.items()]
+    handles = []
+    for name, conv in convs.items():
+        handles.append(conv.register_forward_pre_hook(partial(_enter, watch, name)))
+        handles.append(conv.register_forward_hook(partial(_leave, watch, name)))
     try:
         with torch.no_grad(), watch:
             output = model(*arguments[0], **arguments[1])
         watch.note_predictions(output)
+    except Exception as error:  # the network's own code ran here
+        raise _ForwardFailed(len(trace.calls)) from error
     finally:
         for handle in handles:
             handle.remove()
     return trace
+
+
+def _enter(watch: _Watch, name: str, module: nn.Module, inputs: Any) -> None:
+    watch.enter(name)
+
+
+def _leave(watch: _Watch, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    watch.leave(name, inputs, output)
+
+
+class _ForwardFailed(Exception):
+    """A forward pass raised; the cause is its ``__cause__``.
+
+    Args:
+        calls: How many convolutions had run.
+    """
+
+    def __init__(self, calls: int) -> None:
+        super().__init__(calls)
+        self.calls = calls
 
 
 def _named_convs(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
@@ -553,32 +588,32 @@ def _first_possible_trace(
         The trace, how it was made, and a warning where it was not made on meta tensors.
     """
     candidates = _call_arguments(network, convs, example_input)
-    meta_problem: Exception | None = None
-    real_problem: Exception | None = None
+    on_meta: list[_ForwardFailed] = []
+    really: list[_ForwardFailed] = []
     try:
         twin = _meta_copy(network)
     except Exception as error:  # networks may hold anything, and copying it may raise anything
-        meta_problem = error
+        on_meta = [_failed(error)]
     else:
         for arguments in candidates:
             try:
                 return _trace(twin, _on_meta(arguments)), "trace", None
-            except Exception as error:  # the network's own code runs here
-                meta_problem = meta_problem or error
+            except _ForwardFailed as failure:
+                on_meta.append(failure)
     # A real pass would give lazy layers their shapes, and so change the user's network.
     lazy = any(_is_lazy(module) for module in network.modules())
     for arguments in () if lazy else candidates:
         try:
             with _undisturbed(network):
                 trace = _trace(network, _on_device_of(network, arguments), shapes_only=False)
-        except Exception as error:  # as above
-            real_problem = real_problem or error
+        except _ForwardFailed as failure:
+            really.append(failure)
         else:
             return (
                 trace,
                 "forward",
                 "the convolutions were found by a real forward pass, because the network does not "
-                f"run on meta tensors ({_first_line(meta_problem)})",
+                f"run on meta tensors ({_cause(on_meta)})",
             )
     return (
         None,
@@ -586,11 +621,19 @@ def _first_possible_trace(
         "no forward pass was possible, so the convolutions are taken in the order in which they "
         "were registered, and squeeze-excite layers and heads are not recognised. Pass "
         "example_input, as for a training step. The forward pass failed with: "
-        f"{_first_line(real_problem or meta_problem)}",
+        f"{_cause(really or on_meta)}",
     )
 
 
-def _first_line(error: Exception | None) -> str:
+def _failed(cause: Exception) -> _ForwardFailed:
+    failure = _ForwardFailed(0)
+    failure.__cause__ = cause
+    return failure
+
+
+def _cause(failures: Sequence[_ForwardFailed]) -> str:
+    """Why the forward pass failed that came furthest: the others were given a wrong image."""
+    error = max(failures, key=lambda failure: failure.calls).__cause__
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
@@ -743,7 +786,7 @@ def _calls_on_large_maps(
     (arguments,) = _call_arguments(network, convs, example_input)
     try:
         large = _trace(_meta_copy(network), _on_meta(tree_map(enlarged, arguments)))
-    except Exception:  # the network takes one size alone: at that size the maps are what they are
+    except Exception:  # no copy, or one size alone: at that size the maps are what they are
         return trace.calls
     return {name: large.calls.get(name, call) for name, call in trace.calls.items()}
 
@@ -761,7 +804,7 @@ def _run_in_training(
         for arguments in _call_arguments(network, convs, given):
             try:
                 return set(_trace(_meta_copy(network), _on_meta(arguments), training=True).calls)
-            except Exception:  # the network's own code runs here; another size may suit it
+            except Exception:  # the copy fails, or another size suits the network
                 continue
     return set()
 

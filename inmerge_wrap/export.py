@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from inmerge_wrap.modelcard import ModelCard
@@ -33,10 +35,30 @@ _WRAPPERS = {
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The network inside InMergeWrapper, DDP, torch.compile and weight averages, in any order."""
-    while {kind.__name__ for kind in type(model).__mro__} & _WRAPPERS:
-        children = dict(model.named_children())
-        model = children["_orig_mod"] if "_orig_mod" in children else children["module"]
-    return model
+    return _chain(model)[-1]
+
+
+def _chain(model: nn.Module) -> list[nn.Module]:
+    """The model and what it wraps, from the outermost to the network."""
+    chain = [model]
+    while {kind.__name__ for kind in type(chain[-1]).__mro__} & _WRAPPERS:
+        children = dict(chain[-1].named_children())
+        chain.append(children["_orig_mod"] if "_orig_mod" in children else children["module"])
+    return chain
+
+
+def _warn_if_statistics_lag(model: nn.Module) -> None:
+    chain = _chain(model)
+    lagging = any(
+        vars(type(outer)).get("statistics_lag") and outer.statistics_lag for outer in chain
+    )
+    if lagging and any(isinstance(module, _BatchNorm) for module in chain[-1].modules()):
+        warnings.warn(
+            "kernels were merged in the very last step, after BatchNorm measured its running "
+            "statistics: call model.recalibrate(loader) before the export, or let merging end "
+            "earlier with a schedule",
+            stacklevel=3,
+        )
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -54,7 +76,7 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
     if any(_computes_weights(module) for module in network.modules()):
         network = _with_stored_weights(network)
     state = {}
-    for name, value in network.state_dict().items():
+    for name, value in _computed_state(network).items():
         name = name.replace("_orig_mod.", "")
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} is a {type(value).__name__}; only tensors can be exported")
@@ -88,6 +110,7 @@ def export_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"the file must end in .safetensors, or timm can not read it: {path}")
+    _warn_if_statistics_lag(model)
     state = plain_state_dict(model)
     if _is_writer():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,6 +184,7 @@ def export_timm(
         "crop_pct": crop_pct,
         "interpolation": interpolation,
     }
+    _warn_if_statistics_lag(model)
     state = plain_state_dict(network)
     if _is_writer():
         directory.mkdir(parents=True, exist_ok=True)
@@ -240,8 +264,26 @@ def _computes_weights(module: nn.Module) -> bool:
     )
 
 
+def _computed_state(network: nn.Module) -> dict[str, Any]:
+    """The state dict, with parametrised tensors as the forward pass computes them."""
+    state = dict(network.state_dict())
+    for path, module in network.named_modules():
+        if parametrize.is_parametrized(module):
+            prefix = f"{path}." if path else ""
+            # Not by removing the parametrisation of a copy: a copy shares its class with the
+            # original, which would lose the attribute.
+            state = {
+                name: value
+                for name, value in state.items()
+                if not name.startswith(f"{prefix}parametrizations.")
+            }
+            for tensor_name in cast(nn.ModuleDict, module.parametrizations):
+                state[f"{prefix}{tensor_name}"] = getattr(module, tensor_name)
+    return state
+
+
 def _with_stored_weights(network: nn.Module) -> nn.Module:
-    """A copy in eval mode whose computed weights are plain parameters."""
+    """A copy in eval mode that old-style hooks (weight_norm, pruning) no longer act upon."""
     from torch.nn.utils import prune
 
     # Old-style computed weights are no leaves, which deepcopy refuses: they are computed anew.
@@ -253,9 +295,6 @@ def _with_stored_weights(network: nn.Module) -> nn.Module:
     }
     twin = copy.deepcopy(network, memo).eval()
     for module in twin.modules():
-        if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(module, name)
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)

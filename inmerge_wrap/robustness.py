@@ -354,7 +354,7 @@ def _selective_accuracy(
     running = weights.cumsum(0)
     accuracies = {}
     for coverage in coverages:
-        # The subtrahend undoes rounding: 0.8 * 2005 is 1604.0000000000002 and must not become 1605.
+        # The subtrahend undoes rounding: 0.55 * 100 is 55.00000000000001 and must not become 56.
         budget = (coverage * running[-1].double() - 1e-6).ceil().to(weights)
         taken = (weights - (running - budget).clamp_min(0)).clamp_min(0)
         accuracies[f"selective_accuracy_{coverage:g}"] = correct @ taken / budget

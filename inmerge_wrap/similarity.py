@@ -411,7 +411,11 @@ def plot_matrices(
         for panel, layer in zip(panels, layers, strict=False):
             chosen = _closest_kernels(layer.cosines, most)
             image = panel.imshow(
-                layer.cosines[chosen][:, chosen], cmap="RdBu_r", vmin=-1, vmax=1, rasterized=True
+                layer.cosines[chosen][:, chosen].numpy(),
+                cmap="RdBu_r",
+                vmin=-1,
+                vmax=1,
+                rasterized=True,
             )
             panel.set_title(_shortened(layer.name, 20), fontsize=7, pad=2)
             panel.set_xlabel(f"{len(chosen)} of {layer.shape[0]}", fontsize=6, labelpad=1)
@@ -467,7 +471,9 @@ def plot_pairs(
             for place, (layer, pair) in enumerate(chosen):
                 left, right = panels[3 * place], panels[3 * place + 1]
                 for panel, picture in zip((left, right), _pictures(pair.kernels), strict=True):
-                    panel.imshow(picture, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+                    panel.imshow(
+                        picture.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest"
+                    )
                     panel.set_xticks([])
                     panel.set_yticks([])
                     panel.spines[:].set_visible(False)
@@ -529,7 +535,7 @@ def _draw_histograms(axes: Axes, layers: Sequence[LayerSimilarity]) -> None:
     density = torch.stack([similarity_histogram(layer.cosines)[0] for layer in layers], dim=1)
     share = 100 * density / density.sum(dim=0).clamp_min(1)
     image = axes.imshow(
-        share.masked_fill(share == 0, math.nan),
+        share.masked_fill(share == 0, math.nan).numpy(),
         origin="lower",
         aspect="auto",
         extent=(0.5, len(layers) + 0.5, -1, 1),

@@ -15,6 +15,7 @@ from types import CodeType
 from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -134,6 +135,13 @@ class InMergeWrapper(nn.Module):
         super().__init__()
         check_range("merge_weight", merge_weight, 0.0, 1.0)
         check_range("merge_probability", merge_probability, 0.0, 1.0)
+        if not isinstance(similarity_threshold, int | float) and not callable(
+            getattr(similarity_threshold, "passes", None)
+        ):
+            raise TypeError(
+                "similarity_threshold must be a number in [-1, 1] or a rule such as Quantile(0.5), "
+                f"got {similarity_threshold!r}"
+            )
         if not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise ValueError(f"seed must be an integer in [0, 2**32), got {seed!r}")
         if partner not in ("random", "most_similar"):
@@ -729,6 +737,8 @@ def _reshard(model: nn.Module) -> None:
     After a forward pass without a backward pass, as in evaluation, FSDP2 leaves the weights of
     its root unsharded, and they would not show the step.
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
     for module in model.modules():
         if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
             cast(Any, module).reshard()

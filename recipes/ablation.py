@@ -115,7 +115,7 @@ class Run:
 
 
 def sweep(name: str, common: Mapping[str, Any], seeds: int, arms: list[str]) -> Iterator[Run]:
-    """The runs of one experiment, seed by seed, so that a stopped sweep is paired as far as it got."""
+    """The runs of one experiment, seed by seed, so that a stopped sweep is paired so far."""
     for seed in range(seeds):
         if name == "study":
             for arm in arms or ARMS:

@@ -1,0 +1,538 @@
+"""Compare exported weights on damaged pictures: table, JSON and three pictures.
+
+    python recipes/robustness.py --data dermamnist --data-root data/medmnist \
+        --arch resnet18 --attacks fgsm pgd --output results/robustness_derma \
+        plain=plain.safetensors merged=merged.safetensors
+
+Each model is `label=path`: a safetensors file of plain weights, or a folder that timm can load
+(`config.json` and `model.safetensors`). A label that is given several times stands for several
+training seeds of one method, in the same order for every label; differences are then paired.
+
+Data: an npz file in the MedMNIST layout (`FLAG.npz` or `FLAG_SIZE.npz` in the data root, with
+test_images and test_labels), or `--data digits`, the last 360 handwritten digits of scikit-learn,
+which need no file and are enlarged to `--size` pixels.
+
+Hardware and time: 2 CPU cores; ResNet-18, 2,005 images at 28 px, all corruptions and severities:
+about two minutes per model. On a GPU, seconds.
+Expected: a model trained with noise has an rBE far below 1 under noise and about 1 under the rest.
+"""
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader, TensorDataset
+
+from inmerge_wrap.corruptions import CORRUPTIONS, DATASET_PRESETS, PRESETS, corrupt, resolve_preset
+from inmerge_wrap.robustness import (
+    Attack,
+    RobustnessResult,
+    evaluate_robustness,
+    paired_difference,
+)
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# Okabe and Ito's colours, told apart by every kind of colour vision; yellow is too faint for lines.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = "osD^vPX"
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("models", nargs="+", metavar="label=path", help="weights file or timm folder, with a name")
+    add("--data", required=True, help="MedMNIST flag such as bloodmnist, or digits")
+    add("--data-root", type=Path, default=Path("data"), help="folder of the npz file")
+    add("--size", type=int, default=28, help="image side in pixels (28 reads FLAG.npz)")
+    add("--limit", type=int, help="use only the first LIMIT test images")
+    add("--arch", default="resnet18", help="timm model, or torchvision:NAME; folders bring theirs")
+    add("--num-classes", type=int, help="outputs of the model; as many as the labels have if unset")
+    add("--in-channels", type=int, choices=(1, 3), help="of the model; those of the data if unset")
+    add("--mean", type=float, nargs="+", default=[0.5], help="subtracted from pixels in [0, 1]")
+    add("--std", type=float, nargs="+", default=[0.5], help="divides them after that")
+    add("--preset", nargs="+", help="a preset, or corruptions by name; that of the data if unset")
+    add("--severities", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="which of 1 to 5")
+    add("--attacks", nargs="*", default=[], choices=("fgsm", "pgd"), help="also attack the models")
+    add("--eps", type=float, default=2.0, help="strength of the attacks, in grey levels of 255")
+    add("--threshold", type=float, default=0.5, help="operating point for binary and multi-label")
+    add("--baseline", help="label that BE and rBE are relative to; the first if unset")
+    add("--seed", type=int, default=0, help="of the corruptions, the attacks and the bootstrap")
+    add("--bootstrap", type=int, default=1000, help="resamples for the intervals; 0 for none")
+    add("--batch-size", type=int, default=256, help="images per batch; no effect on the figures")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--example", type=int, default=0, help="test image shown on the contact sheet")
+    add("--output", type=Path, default=Path("results/robustness"), help="folder to write into")
+    return parser.parse_args()
+
+
+def group_models(entries: list[str], baseline: str | None) -> dict[str, list[Path]]:
+    """Paths by label, the baseline first."""
+    groups: dict[str, list[Path]] = {}
+    for entry in entries:
+        label, found, path = entry.partition("=")
+        if not found or not label or not Path(path).exists():
+            raise SystemExit(f"{entry!r}: give label=path with a file or folder that exists")
+        groups.setdefault(label, []).append(Path(path))
+    first = baseline or next(iter(groups))
+    if first not in groups:
+        raise SystemExit(f"--baseline {first!r} is none of the labels {', '.join(groups)}")
+    counts = {label: len(paths) for label, paths in groups.items()}
+    if len(set(counts.values())) > 1:
+        raise SystemExit(f"every label needs the same number of seeds, in the same order: {counts}")
+    return {first: groups.pop(first), **groups}
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def read_digits(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last 360 of scikit-learn's 8 x 8 digits, enlarged."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.tensor(digits.images[-360:], dtype=torch.float32)[:, None] / 16
+    images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+    return images.clamp(0, 1), torch.tensor(digits.target[-360:])
+
+
+def read_medmnist(flag: str, root: Path, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Test images (N, C, H, W) in [0, 1] and labels (N,) or (N, L) of an npz file."""
+    path = root / (f"{flag}.npz" if size == 28 else f"{flag}_{size}.npz")
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist: set --data, --data-root and --size")
+    with np.load(path) as arrays:
+        images, labels = arrays["test_images"], arrays["test_labels"]
+    images = images[..., None] if images.ndim == 3 else images
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    targets = torch.from_numpy(labels.astype(np.int64))
+    return pixels, targets[:, 0] if targets.shape[1] == 1 else targets
+
+
+def choose_task(labels: torch.Tensor, num_classes: int | None) -> tuple[str, int]:
+    """Task and number of outputs, from the labels and what the user said."""
+    if labels.ndim == 2:
+        return "multilabel", num_classes or labels.shape[1]
+    classes = num_classes or int(labels.max()) + 1
+    return ("binary" if classes <= 2 else "multiclass"), classes
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def load_model(path: Path, arch: str, num_classes: int, in_channels: int) -> torch.nn.Module:
+    """Plain weights into a plain network of timm or torchvision."""
+    if path.is_dir():
+        return timm.create_model(f"local-dir:{path}", pretrained=True)
+    if arch.startswith("torchvision:"):
+        from torchvision.models import get_model
+
+        model = get_model(arch.removeprefix("torchvision:"), num_classes=num_classes)
+        model.load_state_dict(load_file(path))
+        return model
+    return timm.create_model(
+        arch, num_classes=num_classes, in_chans=in_channels, checkpoint_path=str(path)
+    )
+
+
+def make_normalise(model: torch.nn.Module, mean: list[float], std: list[float]):
+    """Pixels to what the model was trained on; grey is repeated for a network of three channels."""
+    stem = next(module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
+    centre, scale = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+
+    def normalise(pixels: torch.Tensor) -> torch.Tensor:
+        repeated = pixels.expand(-1, max(stem.in_channels, pixels.shape[1]), -1, -1)
+        return (repeated - centre.to(pixels)) / scale.to(pixels)
+
+    return normalise
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+def evaluate_all(
+    arguments: argparse.Namespace,
+    groups: dict[str, list[Path]],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    preset: str | list[str],
+    console: Console,
+) -> dict[str, list[RobustnessResult]]:
+    """Every model of every label, each relative to the baseline of the same seed."""
+    task, num_classes = choose_task(labels, arguments.num_classes)
+    loader = DataLoader(TensorDataset(images, labels), batch_size=arguments.batch_size)
+    baseline = next(iter(groups))
+    results: dict[str, list[RobustnessResult]] = {}
+    for label, paths in groups.items():
+        for number, path in enumerate(paths):
+            channels = arguments.in_channels or images.shape[1]
+            model = load_model(path, arguments.arch, num_classes, channels).to(arguments.device)
+            result = evaluate_robustness(
+                model,
+                track(loader, description=f"{label} ({path.name})", console=console),
+                preset=preset,
+                task=task,
+                normalize=make_normalise(model, arguments.mean, arguments.std),
+                severities=arguments.severities,
+                seed=arguments.seed,
+                baseline=None if label == baseline else results[baseline][number],
+                attacks=[Attack(name, eps=arguments.eps / 255) for name in arguments.attacks],
+                threshold=arguments.threshold,
+                bootstrap=arguments.bootstrap,
+            )
+            results.setdefault(label, []).append(result)
+    return results
+
+
+# --- report ---------------------------------------------------------------------------------------
+
+
+def summarise(
+    results: list[RobustnessResult], metric: str, corruption: str, severity: int | str | None = None
+) -> tuple[float, float, float] | None:
+    """Value and interval: of the bootstrap for one run, mean and standard deviation of several."""
+    rows = [result.row(corruption, severity) for result in results]
+    values = [row[metric] for row in rows if metric in row]
+    if not values:
+        return None
+    if len(rows) == 1:
+        value = values[0]
+        return value, rows[0].get(f"{metric}_low", value), rows[0].get(f"{metric}_high", value)
+    mean, spread = float(np.mean(values)), float(np.std(values, ddof=min(1, len(values) - 1)))
+    return mean, mean - spread, mean + spread
+
+
+def cell(summary: tuple[float, float, float] | None) -> str:
+    if summary is None:
+        return "-"
+    value, low, high = summary
+    return f"{value:.3f}" if low == high else f"{value:.3f}\n[{low:.3f}, {high:.3f}]"
+
+
+def print_tables(results: dict[str, list[RobustnessResult]], console: Console) -> None:
+    first = next(iter(results.values()))[0]
+    seeds = len(next(iter(results.values())))
+    brackets = "95 % bootstrap interval over images" if seeds == 1 else "mean -/+ one sd over seeds"
+    overview = Table(title=f"Overview, {first.settings['n']} images ({brackets})")
+    overview.add_column("figure", no_wrap=True)
+    for label in results:
+        overview.add_column(label, justify="right")
+    lines = [
+        ("clean accuracy", "accuracy", "clean"),
+        ("clean balanced error", "balanced_error", "clean"),
+        ("clean AUROC", "auroc", "clean"),
+        ("clean ECE", "ece", "clean"),
+        ("clean Brier score", "brier", "clean"),
+        *(
+            (f"clean accuracy, surest {coverage:.0%}", f"selective_accuracy_{coverage:g}", "clean")
+            for coverage in first.settings["coverages"]
+        ),
+        ("corrupted accuracy", "accuracy", "all"),
+        ("corrupted balanced error", "balanced_error", "all"),
+        ("corrupted AUROC", "auroc", "all"),
+        ("corrupted ECE", "ece", "all"),
+        ("BE", "be", "all"),
+        ("rBE", "rbe", "all"),
+        *(
+            (f"{entry['name'].upper()} accuracy", "accuracy", entry["name"])
+            for entry in first.settings["attacks"]
+        ),
+    ]
+    for title, metric, corruption in lines:
+        cells = [cell(summarise(runs, metric, corruption)) for runs in results.values()]
+        if metric in ("be", "rbe"):
+            cells[0] = "1 (baseline)"
+        overview.add_row(title, *cells)
+    console.print(overview)
+
+    details = Table(title="Mean over the severities: balanced error (rBE)")
+    details.add_column("corruption")
+    for label in results:
+        details.add_column(label, justify="right")
+    for name in first.settings["corruptions"]:
+        cells = []
+        for runs in results.values():
+            error, ratio = (summarise(runs, metric, name) for metric in ("balanced_error", "rbe"))
+            shown = "-" if error is None else f"{error[0]:.3f}"
+            cells.append(shown + (f" ({ratio[0]:.2f})" if ratio else ""))
+        details.add_row(name, *cells)
+    console.print(details)
+
+
+def compare_seeds(results: dict[str, list[RobustnessResult]]) -> list[dict]:
+    """Every label minus the baseline, paired over the seeds."""
+    baseline, *others = results
+    comparisons = []
+    for label in others:
+        for corruption in ("clean", "all"):
+            for metric in ("accuracy", "balanced_error", "auroc", "ece"):
+                pairs = zip(results[label], results[baseline], strict=True)
+                values = [[run.value(metric, corruption) for run in pair] for pair in pairs]
+                if any(None in pair for pair in values):
+                    continue
+                a, b = zip(*values, strict=True)
+                named = {"label": label, "minus": baseline, "on": corruption, "metric": metric}
+                comparisons.append(named | paired_difference(a, b))
+    return comparisons
+
+
+def print_comparisons(comparisons: list[dict], console: Console) -> None:
+    table = Table(title="Differences paired over seeds (95 % t interval)")
+    for column in ("models", "images", "metric", "difference", "p (t)", "p (sign flip)"):
+        table.add_column(column)
+    for entry in comparisons:
+        table.add_row(
+            f"{entry['label']} - {entry['minus']}",
+            "clean" if entry["on"] == "clean" else "corrupted",
+            entry["metric"],
+            f"{entry['mean']:+.4f} [{entry['low']:+.4f}, {entry['high']:+.4f}]",
+            f"{entry['p_t']:.3f}" if "p_t" in entry else "-",
+            f"{entry['p_sign_flip']:.3f}",
+        )
+    console.print(table)
+
+
+def pretty(name: str) -> str:
+    return "JPEG compression" if name == "jpeg_compression" else name.replace("_", " ")
+
+
+def draw_curves(results: dict[str, list[RobustnessResult]], path: Path) -> None:
+    """Balanced error over severity, one panel per corruption."""
+    settings = next(iter(results.values()))[0].settings
+    names, levels = settings["corruptions"], [0, *settings["severities"]]
+    # The width that leaves the fewest places empty.
+    columns = min((5, 6, 4), key=lambda width: -len(names) % width)
+    columns = min(columns, len(names))
+    rows = -(-len(names) // columns)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(1.2 + 1.75 * columns, 1.0 + 1.65 * rows),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, name in zip(axes.flat, names, strict=False):
+        for index, (label, runs) in enumerate(results.items()):
+            points = [
+                summarise(runs, "balanced_error", "clean" if level == 0 else name, level)
+                for level in levels
+            ]
+            shown = [(x, *point) for x, point in zip(levels, points, strict=True) if point]
+            if not shown:
+                continue
+            x, middle, low, high = zip(*shown, strict=True)
+            colour = COLOURS[index % len(COLOURS)]
+            marker = MARKERS[index % len(MARKERS)]
+            axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            axis.plot(
+                x, middle, color=colour, marker=marker, markersize=3.5, linewidth=1.3, label=label
+            )
+        axis.set_title(pretty(name), fontsize=9)
+        axis.set_xticks(levels, ["clean" if level == 0 else str(level) for level in levels])
+        axis.tick_params(labelsize=7.5)
+        axis.grid(color="0.9", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    # A column that ends early still needs the numbers under its last panel.
+    for column in range(columns):
+        last = max(row for row in range(rows) if row * columns + column < len(names))
+        axes[last, column].tick_params(labelbottom=True)
+    figure.supxlabel("severity", fontsize=10)
+    figure.supylabel("balanced error", fontsize=10)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=max(1, len(labels)), frameon=False
+    )
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
+def draw_ratios(results: dict[str, list[RobustnessResult]], path: Path) -> None:
+    """rBE of every corruption, one bar per model but the baseline.
+
+    A bar is pale where the ratio has no interval: the baseline's own loss cannot be told from none.
+    """
+    baseline, *others = results
+    names = results[baseline][0].settings["corruptions"]
+    height = 0.8 / len(others)
+    figure, axis = plt.subplots(
+        figsize=(6.4, 1.3 + len(names) * (0.1 + 0.14 * len(others))), layout="constrained"
+    )
+    tallest, pale = 1.0, False
+    for index, label in enumerate(others):
+        for line, name in enumerate(names):
+            summary = summarise(results[label], "rbe", name)
+            place = line - 0.4 + (index + 0.5) * height
+            if summary is None:
+                axis.text(0.01, place, "undefined", fontsize=6.5, va="center", color="0.45")
+                continue
+            value, low, high = summary
+            tallest = max(tallest, value)
+            certain = high > low
+            pale = pale or not certain
+            axis.barh(
+                place,
+                value,
+                height=height * 0.92,
+                color=COLOURS[(index + 1) % len(COLOURS)],
+                alpha=1.0 if certain else 0.35,
+                xerr=[[max(0.0, value - low)], [max(0.0, high - value)]] if certain else None,
+                error_kw={"elinewidth": 0.8, "capsize": 1.5, "ecolor": "0.25"},
+            )
+    lowest = min([0.0, *(bar.get_width() for bar in axis.patches)])
+    # Ratios of small losses have very long intervals: the axis follows the bars.
+    axis.set_xlim(1.25 * lowest, 1.35 * tallest)
+    axis.axvline(1, color="black", linewidth=1)
+    axis.axvline(0, color="0.6", linewidth=0.6)
+    axis.set_yticks(range(len(names)), [pretty(name) for name in names], fontsize=8)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.tick_params(axis="y", length=0)
+    note = "\npale: the loss of the baseline cannot be told from none" if pale else ""
+    axis.set_xlabel(f"relative balanced error (rBE); line at 1: {baseline}{note}", fontsize=9)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    handles = [
+        matplotlib.patches.Patch(color=COLOURS[(index + 1) % len(COLOURS)], label=label)
+        for index, label in enumerate(others)
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(others), frameon=False)
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
+def draw_contact_sheet(
+    image: torch.Tensor, names: list[str], levels: list[int], seed: int, index: int, path: Path
+) -> None:
+    """One picture under every corruption and severity; two blocks of rows where there are many."""
+    tile, gap = max(image.shape[-1], 56), 3
+    blocks = 1 if len(names) <= 8 else 2
+    per_block = -(-len(names) // blocks)
+    step = tile + gap
+    figure, axes = plt.subplots(
+        1,
+        blocks,
+        figsize=(blocks * (1.5 + 0.62 * (1 + len(levels))), 0.5 + 0.62 * per_block),
+        squeeze=False,
+        layout="constrained",
+    )
+    for block, axis in enumerate(axes[0]):
+        part = names[block * per_block : (block + 1) * per_block]
+        canvas = np.ones((per_block * step, (1 + len(levels)) * step, 3))
+        for row, name in enumerate(part):
+            damaged = [
+                corrupt(image[None], name, level, seed=seed, indices=[index])[0] for level in levels
+            ]
+            for column, picture in enumerate([image, *damaged]):
+                shown = F.interpolate(picture[None], size=(tile, tile), mode="nearest-exact")[0]
+                top, left = row * step, column * step
+                canvas[top : top + tile, left : left + tile] = shown.permute(1, 2, 0).numpy()
+        axis.imshow(canvas, interpolation="nearest")
+        axis.set_yticks(
+            [row * step + tile / 2 for row in range(len(part))],
+            [pretty(name) for name in part],
+            fontsize=8,
+        )
+        axis.set_xticks(
+            [column * step + tile / 2 for column in range(1 + len(levels))],
+            ["clean", *(str(level) for level in levels)],
+            fontsize=8,
+        )
+        axis.xaxis.tick_top()
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+    figure.savefig(path, dpi=250)
+    plt.close(figure)
+
+
+def write_json(
+    results: dict[str, list[RobustnessResult]],
+    groups: dict[str, list[Path]],
+    comparisons: list[dict],
+    arguments: argparse.Namespace,
+    path: Path,
+) -> None:
+    packages = ("torch", "timm", "kornia", "numpy")
+    content = {
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "seed": arguments.seed,
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+        "device": arguments.device,
+        "models": {
+            label: [
+                {"path": str(weights), **json.loads(result.to_json())}
+                for weights, result in zip(groups[label], runs, strict=True)
+            ]
+            for label, runs in results.items()
+        },
+        "paired_differences": comparisons,
+    }
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    console = Console()
+    groups = group_models(arguments.models, arguments.baseline)
+
+    if arguments.data == "digits":
+        images, labels = read_digits(arguments.size)
+    else:
+        images, labels = read_medmnist(arguments.data, arguments.data_root, arguments.size)
+    images, labels = images[: arguments.limit], labels[: arguments.limit]
+
+    fallback = "grey" if images.shape[1] == 1 else "all"
+    chosen = arguments.preset or [DATASET_PRESETS.get(arguments.data, fallback)]
+    # One word is a preset unless it names a corruption; several are corruptions.
+    preset = chosen if len(chosen) > 1 or chosen[0] in CORRUPTIONS else chosen[0]
+    try:
+        names = [entry.name for entry in resolve_preset(preset)]
+    except ValueError as error:
+        raise SystemExit(f"--preset: {error} (presets: {', '.join(PRESETS)})") from error
+
+    results = evaluate_all(arguments, groups, images, labels, preset, console)
+
+    comparisons = compare_seeds(results) if len(next(iter(groups.values()))) > 1 else []
+    print_tables(results, console)
+    if comparisons:
+        print_comparisons(comparisons, console)
+
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    write_json(results, groups, comparisons, arguments, arguments.output / "robustness.json")
+    draw_curves(results, arguments.output / "curves.png")
+    if len(results) > 1:
+        draw_ratios(results, arguments.output / "rbe.png")
+    draw_contact_sheet(
+        images[arguments.example],
+        names,
+        arguments.severities,
+        arguments.seed,
+        arguments.example,
+        arguments.output / "corruptions.png",
+    )
+    console.print(f"written to {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

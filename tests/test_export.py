@@ -1,0 +1,228 @@
+"""Exported weights load as a stranger loads them: in a process that never saw this library."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from inmerge_wrap import InMergeWrapper, export_timm, export_weights
+from inmerge_wrap.export import plain_state_dict
+
+STRANGER = """
+import sys, torch
+{imports}
+torch.set_num_threads(1)
+assert not any(name.startswith("inmerge") for name in sys.modules)
+model = {load}
+image = torch.load("image.pt")
+with torch.no_grad():
+    torch.save(model.eval()(image), "logits.pt")
+"""
+
+
+def merged(net: nn.Module, image: torch.Tensor, *, recalibrate: bool = True) -> InMergeWrapper:
+    """A wrapper after two real training steps in which every drawn pair merged."""
+    model = InMergeWrapper(net, similarity_threshold=-1.0, merge_probability=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model.attach(optimizer)
+    for _ in range(2):
+        model(image).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model.report().merged > 0
+    if recalibrate:
+        model.recalibrate([image])
+    return model.eval()
+
+
+def strangers_logits(folder: Path, image: torch.Tensor, load: str, imports: str) -> torch.Tensor:
+    torch.save(image, folder / "image.pt")
+    script = STRANGER.format(load=load, imports=imports)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=folder, check=True)
+    return torch.load(folder / "logits.pt")
+
+
+def ours(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the number of threads changes the order of sums
+    with torch.no_grad():
+        logits = model(image)
+    torch.set_num_threads(threads)
+    return logits
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_timm_loads_the_weights_file(tmp_path: Path, image: torch.Tensor) -> None:
+    model = merged(timm.create_model("resnet10t", num_classes=3, in_chans=1), image)
+    export_weights(model, tmp_path / "w.safetensors")
+    call = (
+        "timm.create_model('resnet10t', num_classes=3, in_chans=1, checkpoint_path='w.safetensors')"
+    )
+    assert torch.equal(strangers_logits(tmp_path, image, call, "import timm"), ours(model, image))
+
+
+def test_timm_loads_the_folder(tmp_path: Path, image: torch.Tensor) -> None:
+    model = merged(timm.create_model("resnet10t", num_classes=3, in_chans=1), image)
+    call = export_timm(
+        model,
+        tmp_path / "net",
+        input_size=(1, 32, 32),
+        mean=[0.4],
+        std=[0.3],
+        label_names=["a", "b", "c"],
+    )
+    assert torch.equal(strangers_logits(tmp_path, image, call, "import timm"), ours(model, image))
+    assert sorted(path.name for path in (tmp_path / "net").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True)
+    used = timm.data.resolve_model_data_config(loaded)
+    assert tuple(used["input_size"]) == (1, 32, 32)
+    assert [*used["mean"], *used["std"]] == [0.4, 0.3]
+    assert used["crop_pct"] == 1.0
+    config = json.loads((tmp_path / "net" / "config.json").read_text())
+    assert config["label_names"] == ["a", "b", "c"]
+    assert "inmerge" not in json.dumps(config).lower()
+
+
+def test_torchvision_loads_the_weights_file(tmp_path: Path) -> None:
+    image = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    model = merged(torchvision.models.resnet18(num_classes=4), image)
+    export_weights(model, tmp_path / "w.safetensors")
+    imports = "import torchvision\nfrom safetensors.torch import load_file"
+    load = "torchvision.models.resnet18(num_classes=4)\n"
+    load += "model.load_state_dict(load_file('w.safetensors'))"
+    assert torch.equal(strangers_logits(tmp_path, image, load, imports), ours(model, image))
+
+
+def test_the_file_is_plain_and_reproducible(tmp_path: Path, image: torch.Tensor) -> None:
+    net = timm.create_model("resnet10t", num_classes=3, in_chans=1)
+    model = InMergeWrapper(net.to(memory_format=torch.channels_last))
+    first, second = (export_weights(model, tmp_path / f"{i}.safetensors") for i in range(2))
+    assert first.read_bytes() == second.read_bytes()
+    with safetensors.safe_open(first, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert set(file.keys()) == set(net.state_dict())
+    assert list(tmp_path.iterdir()) and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("way", ["wrapper", "bare", "compiled", "compiled inside", "average"])
+def test_every_wrapping_gives_the_same_file(way: str) -> None:
+    net = timm.create_model("test_resnet", num_classes=3)
+    expected = net.state_dict()
+    models = {
+        "wrapper": lambda: InMergeWrapper(net),
+        "bare": lambda: net,
+        "compiled": lambda: torch.compile(InMergeWrapper(net)),
+        "compiled inside": lambda: InMergeWrapper(torch.compile(net)),
+        "average": lambda: torch.optim.swa_utils.AveragedModel(InMergeWrapper(net)),
+    }
+    state = plain_state_dict(models[way]())
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in state)
+
+
+def test_half_precision_is_widened_and_tied_weights_are_written_apart(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)).bfloat16()
+    net[1].weight = net[0].weight
+    path = export_weights(net, tmp_path / "w.safetensors")
+    state = safetensors.torch.load_file(path)
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert torch.equal(state["0.weight"], net[0].weight.float())
+    assert torch.equal(state["0.weight"], state["1.weight"])
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        pytest.param(
+            nn.utils.weight_norm,
+            marks=pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning"),
+        ),
+        lambda conv: prune.l1_unstructured(conv, "weight", amount=0.4),
+    ],
+)
+def test_computed_weights_are_written_as_their_result(compute: Any) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyLinear(2))
+    net(torch.randn(2, 3, 8, 8))
+    plain = {name: value.shape for name, value in net.state_dict().items()}
+    compute(net[1])
+    net.eval()
+    image = torch.randn(2, 3, 8, 8)
+    expected = net(image)
+    state = plain_state_dict(net)
+    assert {name: value.shape for name, value in state.items()} == plain
+    stock = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 2))
+    stock.load_state_dict(state)
+    torch.testing.assert_close(stock(image), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(net(image), expected)  # the network itself is as it was
+
+
+def test_arguments_that_change_the_network_are_asked_for(tmp_path: Path) -> None:
+    net = timm.create_model("test_resnet", num_classes=3)
+    net.layer4 = nn.Identity()
+    net.fc = nn.Linear(net.layer3[-1].conv3.out_channels, 3)
+    with pytest.raises(RuntimeError, match="pass them as model_args"):
+        export_timm(net, tmp_path / "net", input_size=(3, 64, 64), mean=[0.5] * 3, std=[0.5] * 3)
+    assert not any((tmp_path / "net").iterdir())
+
+
+@pytest.mark.parametrize(
+    "change,error,message",
+    [
+        ({"mean": [0.5]}, ValueError, "mean has 1 values for an image of 3 channels"),
+        ({"label_names": ["a"]}, ValueError, "label_names has 1 names for 3 classes"),
+    ],
+)
+def test_a_data_configuration_that_does_not_fit_is_refused(
+    tmp_path: Path, change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    net = timm.create_model("test_resnet", num_classes=3)
+    settings = {"input_size": (3, 64, 64), "mean": [0.5] * 3, "std": [0.5] * 3, **change}
+    with pytest.raises(error, match=message):
+        export_timm(net, tmp_path, **settings)
+
+
+def test_wrong_targets_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
+        export_weights(nn.Conv2d(1, 1, 1), tmp_path / "weights.bin")
+    with pytest.raises(TypeError, match="ResNet is not a timm model; use export_weights"):
+        export_timm(
+            torchvision.models.resnet18(),
+            tmp_path,
+            input_size=(3, 64, 64),
+            mean=[0.5] * 3,
+            std=[0.5] * 3,
+        )
+
+
+def test_lagging_statistics_are_told_unless_recalibrated(
+    tmp_path: Path, image: torch.Tensor
+) -> None:
+    net = timm.create_model("resnet10t", num_classes=3, in_chans=1)
+    model = merged(net, image, recalibrate=False)
+    with pytest.warns(UserWarning, match=r"BatchNorm.*model\.recalibrate"):
+        export_weights(model, tmp_path / "w.safetensors")
+    model.recalibrate([image])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export_weights(model, tmp_path / "w.safetensors")

@@ -1,0 +1,316 @@
+"""When merging runs, which pairs pass, and what else is blended: the options beside the paper's."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from inmerge_wrap import (
+    CollapseWarning,
+    Fixed,
+    InMergeWrapper,
+    Quantile,
+    Schedule,
+    ZScore,
+    recalibrate,
+)
+from inmerge_wrap.merging import blend_kernels, nearest_kernels, norm_scale
+from tests import reference
+from tests.test_wrapper import sgd, small_net, states_equal, train, wrapped
+
+# -- schedule ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "schedule,levels",
+    [
+        (Schedule(), [1, 1, 1, 1, 1]),
+        (Schedule(start=2), [0, 0, 1, 1, 1]),
+        (Schedule(start=1, end=3), [0, 1, 1, 0, 0]),
+        (Schedule(every=2), [1, 0, 1, 0, 1]),
+        (Schedule(start=1, every=3), [0, 1, 0, 0, 1]),
+        (Schedule(end=4, decay="linear"), [1, 0.75, 0.5, 0.25, 0]),
+        (Schedule(end=4, decay="cosine"), [1, 0.5 + math.sqrt(2) / 4, 0.5, 0.146447, 0]),
+        (Schedule(start=1, end=3, decay="linear"), [0, 1, 0.5, 0, 0]),
+    ],
+)
+def test_levels(schedule: Schedule, levels: list[float]) -> None:
+    assert [schedule.level(step) for step in range(5)] == pytest.approx(levels, abs=1e-6)
+
+
+def test_what_decays() -> None:
+    halfway = {"end": 4, "decay": "linear"}
+    assert Schedule(**halfway).apply(2, 0.4, 0.8) == pytest.approx((0.2, 0.8))
+    strength = Schedule(**halfway, anneals="strength")
+    assert strength.apply(2, 0.4, 0.8) == pytest.approx((0.4, 0.9))
+    assert strength.apply(4, 0.4, 0.8)[0] == 0.0
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"start": -1}, "start must be a step >= 0, got -1"),
+        ({"start": 5, "end": 5}, "end must come after start=5, got 5"),
+        ({"every": 0}, "every must be .* got 0"),
+        ({"decay": "linear"}, "decay='linear' needs an end"),
+        ({"decay": "exp", "end": 3}, "decay must be .* got 'exp'"),
+        ({"anneals": "tau"}, "anneals must be .* got 'tau'"),
+    ],
+)
+def test_bad_schedules_are_named(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Schedule(**settings)
+
+
+def test_the_wrapper_follows_its_schedule_through_a_resume() -> None:
+    settings = {"schedule": Schedule(start=2, end=6, every=2), "similarity_threshold": -1.0}
+    model = wrapped(**settings)
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    merged = []
+    for step in range(4):
+        train(model, optimizer, 1, start=step)
+        merged.append(model.report().merged)
+    assert merged[0] == merged[1] == 0 < merged[2] == merged[3]
+    again = wrapped(**settings)
+    again.load_state_dict(model.state_dict())
+    again_optimizer = sgd(again)
+    again_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    again.attach(again_optimizer)
+    for m, o in ((model, optimizer), (again, again_optimizer)):
+        train(m, o, 4, start=4)
+    assert states_equal(model.state_dict(), again.state_dict())
+    assert model.step == 8 and model.report().merged > merged[3]
+
+
+# -- thresholds ----------------------------------------------------------------------------------
+
+
+def test_rules_against_their_definitions() -> None:
+    cosines = torch.tensor([-0.5, 0.1, math.nan, 0.2, 0.9, 0.4])
+    assert Fixed(0.2).passes(cosines, 9).tolist() == [False, False, False, False, True, True]
+    assert ZScore(3.0).passes(cosines, 100).tolist() == [False, False, False, False, True, True]
+    assert ZScore(3.0).passes(cosines, 10_000).tolist() == [False, True, False, True, True, True]
+    assert Quantile(0.4).passes(cosines, 9).tolist() == [False, False, False, False, True, True]
+    assert Quantile(1.0).passes(cosines, 9).tolist() == [True, True, False, True, True, True]
+    nothing = torch.empty(0)
+    assert all(rule.passes(nothing, 9).shape == (0,) for rule in (Fixed(0), ZScore(1), Quantile(1)))
+
+
+@pytest.mark.parametrize("fan_in", [9, 144, 4608])
+def test_a_z_score_means_the_same_in_every_layer(fan_in: int) -> None:
+    kernels = torch.randn(2, 20_000, fan_in, generator=torch.Generator().manual_seed(0))
+    cosines = torch.nn.functional.cosine_similarity(*kernels)
+    assert ZScore(1.0).passes(cosines, fan_in).float().mean() == pytest.approx(0.159, abs=0.015)
+    assert Quantile(0.25).passes(cosines, fan_in).float().mean() == pytest.approx(0.25, abs=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.0, -1, 1.1, math.nan])
+def test_bad_shares_are_named(share: float) -> None:
+    with pytest.raises(ValueError, match="share must lie in"):
+        Quantile(share)
+
+
+def test_a_bad_z_is_named() -> None:
+    with pytest.raises(ValueError, match="got nan"):
+        ZScore(math.nan)
+
+
+@pytest.mark.parametrize("rule", [Quantile(0.5), ZScore(0.0)])
+def test_the_wrapper_merges_the_pairs_that_the_rule_passes(rule: Quantile | ZScore) -> None:
+    model = wrapped(similarity_threshold=rule, merge_probability=1.0)
+    before = copy.deepcopy(model.module)
+    draws = [model._draw(layer, 0, 1.0) for layer in range(2)]
+    model.merge_()
+    for (targets, sources), site in zip(draws, model.plan.merged, strict=True):
+        weight = before.get_submodule(site.name).weight
+        pairs = list(zip(targets.tolist(), sources.tolist(), strict=True))
+        cosines = torch.tensor([reference.cosine(weight[i], weight[j]) for i, j in pairs])
+        passed = rule.passes(cosines, site.fan_in).tolist()
+        chosen = [pair for pair, alike in zip(pairs, passed, strict=True) if alike]
+        expected, _ = reference.merge(weight.detach(), chosen, 0.8, -2.0)
+        assert 0 < len(chosen) < len(pairs)
+        torch.testing.assert_close(model.module.get_submodule(site.name).weight, expected)
+
+
+# -- partner, norm, momentum ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_nearest_kernel_is_found_by_looking_at_all(groups: int) -> None:
+    kernels = torch.randn(12, 5, generator=torch.Generator().manual_seed(1))
+    kernels[4], kernels[7] = 0.0, math.nan
+    targets = torch.arange(12)
+    sources = nearest_kernels(kernels, targets, groups)
+    size = 12 // groups
+    for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
+        group = range(target // size * size, target // size * size + size)
+        assert source in group and source != target
+        cosines = {
+            other: reference.cosine(kernels[target], kernels[other])
+            for other in group
+            if other != target
+        }
+        known = {other: value for other, value in cosines.items() if not math.isnan(value)}
+        if known:
+            assert cosines[source] == pytest.approx(max(known.values()), abs=1e-6)
+
+
+def test_most_similar_partners_are_merged() -> None:
+    random = wrapped(similarity_threshold=-1.0)
+    nearest = wrapped(similarity_threshold=-1.0, partner="most_similar")
+    for model in (random, nearest):
+        model.merge_()
+    for one, other in zip(random.report(), nearest.report(), strict=True):
+        assert one.drawn == other.drawn and other.mean_cosine > one.mean_cosine
+
+
+def test_the_norm_is_kept_on_demand() -> None:
+    generator = torch.Generator().manual_seed(0)
+    kernels, partners = torch.randn(2, 6, 50, generator=generator)
+    merged = torch.tensor([True] * 5 + [False])
+    shorter = blend_kernels(kernels, partners, merged, 0.8)
+    kept = blend_kernels(kernels, partners, merged, 0.8, norm_scale(kernels, partners, 0.8))
+    assert (shorter.norm(dim=1) < kernels.norm(dim=1) * 0.95)[:5].all()
+    torch.testing.assert_close(kept.norm(dim=1), kernels.norm(dim=1))
+    cosines = torch.nn.functional.cosine_similarity(kept, shorter)
+    torch.testing.assert_close(cosines, torch.ones(6))
+    opposite = blend_kernels(kernels, -kernels, merged, 0.5, norm_scale(kernels, -kernels, 0.5))
+    assert opposite.isfinite().all()
+
+    model = wrapped(similarity_threshold=-1.0, keep_norm=True, merge_probability=1.0)
+    before = model.module.convs[3].weight.detach().clone()
+    model.merge_()
+    after = model.module.convs[3].weight.detach()
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after.flatten(1).norm(dim=1), before.flatten(1).norm(dim=1))
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_first_moments_follow_the_weights_on_demand(kind: str) -> None:
+    def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+        return sgd(model) if kind == "sgd" else torch.optim.Adam(model.parameters(), lr=1e-3)
+
+    key = "momentum_buffer" if kind == "sgd" else "exp_avg"
+    settings = {"similarity_threshold": -1.0, "merge_probability": 0.5}
+    plain, follows = wrapped(**settings), wrapped(**settings, merge_momentum=True)
+    moments = {}
+    for model in (plain, follows):
+        optimizer = optimizer_of(model)
+        model.attach(optimizer)
+        train(model, optimizer, 1)
+        moments[model] = [
+            optimizer.state[model.module.get_submodule(site.name).weight]
+            for site in model.plan.merged
+        ]
+    assert states_equal(plain.module.state_dict(), follows.module.state_dict())
+    for layer, (before, after) in enumerate(zip(moments[plain], moments[follows], strict=True)):
+        targets, sources = plain._draw(layer, 0, 0.5)
+        pairs = list(zip(targets.tolist(), sources.tolist(), strict=True))
+        expected = before[key].clone()
+        for target, source in pairs:
+            expected[target] = 0.8 * before[key][target] + 0.2 * before[key][source]
+        torch.testing.assert_close(after[key], expected, rtol=1e-5, atol=1e-8)
+        if kind == "adam":
+            assert torch.equal(after["exp_avg_sq"], before["exp_avg_sq"])
+
+
+# -- statistics ----------------------------------------------------------------------------------
+
+
+def test_recalibration_measures_what_the_weights_give() -> None:
+    net = small_net()
+    net.drop.train()
+    net.norms[1].eval()
+    modes = {name: module.training for name, module in net.named_modules()}
+    images = torch.randn(3, 8, 3, 12, 12)
+    assert recalibrate(net, [(batch, None) for batch in images]) == 3
+    first = net.convs[0](images.flatten(0, 1)).detach()
+    torch.testing.assert_close(net.norms[0].running_mean, first.mean((0, 2, 3)))
+    batch_variances = [net.convs[0](batch).var((0, 2, 3)) for batch in images]
+    torch.testing.assert_close(net.norms[0].running_var, torch.stack(batch_variances).mean(0))
+    assert {name: module.training for name, module in net.named_modules()} == modes
+    assert [norm.momentum for norm in net.norms] == [0.1] * 4
+    assert recalibrate(net, images, max_batches=2) == 2
+    assert recalibrate(nn.Sequential(nn.Conv2d(3, 3, 1)), images) == 0
+
+
+@pytest.mark.parametrize(
+    "loader,error,message",
+    [
+        ([], ValueError, "the loader gave no batch"),
+        ([{"image": 1}], TypeError, "got dict"),
+        ([torch.randn(2, 3, 12, 12), torch.randn(2, 5, 12, 12)], RuntimeError, "channels"),
+    ],
+)
+def test_a_failed_recalibration_changes_nothing(
+    loader: list, error: type[Exception], message: str
+) -> None:
+    net = small_net()
+    net(torch.randn(4, 3, 12, 12))
+    net.eval()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(error, match=message):
+        recalibrate(net, loader)
+    assert states_equal(net.state_dict(), before)
+    assert [norm.momentum for norm in net.norms] == [0.1] * 4
+    assert not any(module.training for module in net.modules())
+
+
+def test_the_wrapper_knows_when_its_statistics_lag() -> None:
+    model = wrapped(similarity_threshold=-1.0, schedule=Schedule(end=2))
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    assert not model.statistics_lag
+    train(model, optimizer, 2)
+    assert model.statistics_lag
+    model.recalibrate([torch.randn(4, 3, 12, 12)])
+    assert not model.statistics_lag
+    train(model, optimizer, 1, start=2)
+    assert not model.statistics_lag  # the schedule has ended: this step merged nothing
+    idle = wrapped(similarity_threshold=1.0)
+    idle.merge_()
+    assert not idle.statistics_lag  # nothing passed
+
+
+# -- collapse ------------------------------------------------------------------------------------
+
+
+def test_a_collapse_is_recorded_and_told_before_it_is_complete() -> None:
+    model = wrapped(similarity_threshold=-1.0, inspect_every=10)
+    with pytest.warns(CollapseWarning) as caught:
+        for _ in range(60):
+            model.merge_()
+    named = {str(warning.message).split(" are ")[0] for warning in caught}
+    assert named == {"the kernels of convs.2", "the kernels of convs.3"}
+    history = [entry for entry in model.history if entry.name == "convs.3"]
+    assert [entry.step for entry in history] == [1, 11, 21, 31, 41, 51]
+    ranks = [entry.effective_rank for entry in history]
+    assert ranks == sorted(ranks, reverse=True) and ranks[0] > 0.8 and ranks[-1] < 0.2
+    cosines = [entry.mean_cosine for entry in history]
+    assert cosines[-1] > 0.9 and abs(cosines[0]) < 0.2
+    assert all(entry.share == 1.0 for entry in history)
+
+
+def test_without_inspection_nothing_is_recorded() -> None:
+    model = wrapped(similarity_threshold=-1.0, inspect_every=0)
+    for _ in range(60):
+        model.merge_()
+    assert model.history == []
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"partner": "best"}, "partner must be 'random' or 'most_similar', got 'best'"),
+        ({"inspect_every": -1}, "inspect_every must be a count of steps >= 0, got -1"),
+        ({"similarity_threshold": "high"}, "similarity_threshold"),
+    ],
+)
+def test_bad_options_are_named(settings: dict, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        InMergeWrapper(small_net(), shallow_layers=2, **settings)
