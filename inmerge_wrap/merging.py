@@ -12,6 +12,7 @@ Every function here runs without waiting for the device, so it may run in each t
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,10 +56,13 @@ def draw_pairs(
         raise ValueError(f"{num_kernels} kernels do not fall into {groups} equal groups")
     group_size = num_kernels // groups
     if group_size == 1:
-        empty = torch.empty(0, dtype=torch.int64)
+        empty = torch.empty(0, dtype=torch.int64, device=generator.device)
         return empty, empty.clone()
-    targets = (torch.rand(num_kernels, generator=generator) < probability).nonzero().flatten()
-    shift = torch.randint(1, group_size, targets.shape, generator=generator)
+    # Spelled out, because a user's default device or dtype must not change the draws.
+    where: dict[str, Any] = {"device": generator.device, "generator": generator}
+    chances = torch.rand(num_kernels, dtype=torch.float32, **where)
+    targets = (chances < probability).nonzero().flatten()
+    shift = torch.randint(1, group_size, targets.shape, dtype=torch.int64, **where)
     first_of_group = targets - targets % group_size
     sources = first_of_group + (targets - first_of_group + shift) % group_size
     return targets, sources

@@ -5,17 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 import re
-import sys
 import warnings
 import weakref
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from types import CodeType
 from typing import Any, Literal, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -31,6 +27,17 @@ from inmerge_wrap.merging import (
     norm_scale,
     pair_cosines,
     scatter_kernels_,
+)
+from inmerge_wrap.optimizers import (
+    Attachment,
+    averaged_sequences,
+    first_moments,
+    held_parameters,
+    is_nested_step,
+    is_registered,
+    reshard,
+    stepping_optimizer,
+    trained_parameters,
 )
 from inmerge_wrap.recalibration import recalibrate
 from inmerge_wrap.replicas import check_replicas
@@ -48,23 +55,12 @@ _COLLAPSED = 0.5  # of its first effective rank, below which a layer is called c
 _IDLE_FORWARDS = {False: 10, True: 1000}  # attached -> training forwards without any merge pass
 
 
-# Optimizers, by name, that write the weights from copies of their own.
-_STEPS_COPIES = {"DeepSpeedOptimizerWrapper", "MegatronLMOptimizerWrapper", "DummyOptim"}
-
-
 class NoEffectWarning(UserWarning):
     """Merging was asked for and does not happen."""
 
 
 class CollapseWarning(UserWarning):
     """Merging is making the kernels of a layer copies of each other."""
-
-
-@dataclass
-class _Attachment:
-    optimizer: weakref.ref[Optimizer]
-    handle: RemovableHandle
-    layers: set[int]  # all that the optimizer ever merged
 
 
 class InMergeWrapper(nn.Module):
@@ -183,7 +179,7 @@ class InMergeWrapper(nn.Module):
         self._last_merged: Tensor | None = None  # which pairs of the very last step merged
         self.check_replicas_every = check_replicas_every
         self._tally = Tally(len(plan.merged))
-        self._attached: list[_Attachment] = []
+        self._attached: list[Attachment] = []
         self._steps_here = self._passes_here = 0  # of this process, whatever a checkpoint says
         self._idle_forwards = 0
         self._warned: set[str] = set()
@@ -242,9 +238,9 @@ class InMergeWrapper(nn.Module):
             RuntimeError: If its steps do not write the network's own weights (DeepSpeed,
                 Megatron-LM, FSDP1, XLA, other schedule-free optimizers).
         """
-        optimizer = _stepping_optimizer(optimizer)
+        optimizer = stepping_optimizer(optimizer)
         for other in self._attached:
-            if other.optimizer() is optimizer and _is_registered(other.handle):
+            if other.optimizer() is optimizer and is_registered(other.handle):
                 return other.handle
         layers = self._layers_held_by(optimizer)
         if not layers:
@@ -257,7 +253,7 @@ class InMergeWrapper(nn.Module):
             # timm's Lookahead skips Optimizer.__init__, without which step() runs no hooks.
             optimizer._patch_step_function()
         handle = optimizer.register_step_post_hook(self._after_step)
-        self._attached.append(_Attachment(weakref.ref(optimizer), handle, set(layers)))
+        self._attached.append(Attachment(weakref.ref(optimizer), handle, set(layers)))
         return handle
 
     @torch.no_grad()
@@ -291,14 +287,14 @@ class InMergeWrapper(nn.Module):
     @torch.compiler.disable
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if _is_nested_step(optimizer):
+        if is_nested_step(optimizer):
             return
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "a CUDA graph would repeat the pairs drawn at capture in every replay; capture "
                 "forward and backward only, and call optimizer.step() outside of the graph"
             )
-        _reshard(self)
+        reshard(self)
         layers = self._layers_held_by(optimizer)
         self._check_still_held(optimizer, layers)
         if layers:
@@ -312,10 +308,10 @@ class InMergeWrapper(nn.Module):
         live = [
             other
             for attachment in self._attached
-            if (other := attachment.optimizer()) is not None and _is_registered(attachment.handle)
+            if (other := attachment.optimizer()) is not None and is_registered(attachment.handle)
         ]
         later = live[live.index(optimizer) + 1 :] if optimizer in live else []
-        held = _trained(optimizer).difference(*map(_trained, later))
+        held = trained_parameters(optimizer).difference(*map(trained_parameters, later))
         layers = []
         for index, site in enumerate(self.plan.merged):
             parameters = self._parameters_of(site)
@@ -329,7 +325,7 @@ class InMergeWrapper(nn.Module):
         attachment.layers.update(layers)
         if len(attachment.layers) == len(layers):
             return
-        held = _held(optimizer)
+        held = held_parameters(optimizer)
         lost = []
         for layer in sorted(attachment.layers):
             site = self.plan.merged[layer]
@@ -442,7 +438,7 @@ class InMergeWrapper(nn.Module):
                     passed &= skip.to(device) == 0
                 scale = norm_scale(rows, partners, alpha) if self.keep_norm else None
                 kernels.write_(targets, blend_kernels(rows, partners, passed, alpha, scale), passed)
-            for companion in _companions(optimizer, self._conv(site), self.merge_momentum):
+            for companion in self._companions(optimizer, self._conv(site)):
                 with gathered(companion) as whole:
                     rows, partners = gather_kernels(whole, pairs).chunk(2)
                     blended = blend_kernels(rows, partners, passed, alpha, scale)
@@ -464,11 +460,27 @@ class InMergeWrapper(nn.Module):
             self._warn_if_without_effect()
         self._passes_here += 1
 
+    def _companions(self, optimizer: Optimizer | None, conv: nn.Conv2d) -> list[Tensor]:
+        """The tensors of an optimizer that are blended like the weight."""
+        if optimizer is None:
+            return []
+        moments = first_moments(optimizer, conv) if self.merge_momentum else []
+        if self.merge_momentum and not moments and "momentum" not in self._warned:
+            self._warned.add("momentum")
+            warnings.warn(
+                f"merge_momentum has no effect: {type(optimizer).__name__} keeps no "
+                "momentum_buffer and no exp_avg of a weight to merge",
+                NoEffectWarning,
+                stacklevel=2,
+            )
+        return moments + averaged_sequences(optimizer, conv)
+
     def _draw(self, layer: int, step: int, probability: float) -> tuple[Tensor, Tensor]:
         site = self.plan.merged[layer]
         # The depth, not the place in the plan: other layers do not change this layer's draws.
-        generator = torch.Generator().manual_seed(_mix(self.seed, step, site.depth or 0))
-        return draw_pairs(site.shape[0], probability, generator, site.pair_groups)
+        generator = torch.Generator("cpu").manual_seed(_mix(self.seed, step, site.depth or 0))
+        with torch.device("cpu"):  # whatever torch.set_default_device says
+            return draw_pairs(site.shape[0], probability, generator, site.pair_groups)
 
     def _inspect(self, layers: Sequence[int]) -> None:
         """Records the state of some layers, and warns of those whose kernels grow alike."""
@@ -502,7 +514,7 @@ class InMergeWrapper(nn.Module):
     @torch.compiler.disable
     def _expect_a_merge(self) -> None:
         self._idle_forwards += 1
-        attached = any(_is_registered(known.handle) for known in self._attached)
+        attached = any(is_registered(known.handle) for known in self._attached)
         if self._idle_forwards < _IDLE_FORWARDS[attached] or "idle" in self._warned:
             return
         self._warned.add("idle")
@@ -560,8 +572,10 @@ class InMergeWrapper(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The step counter and the statistics, as a tensor (safetensors stores nothing else)."""
-        header = torch.tensor([_STATE_FORMAT, self.seed, len(self.plan.merged)], dtype=torch.double)
-        return torch.cat([header, self._tally.to_tensor().flatten()])
+        header = [_STATE_FORMAT, self.seed, len(self.plan.merged)]
+        with torch.device("cpu"):
+            table = self._tally.to_tensor().flatten()
+            return torch.cat([table.new_tensor(header), table])
 
     def set_extra_state(self, state: Tensor | None) -> None:
         """Continues from the step counter and statistics of a checkpoint.
@@ -646,131 +660,6 @@ def _check_plan(module: nn.Module, plan: MergePlan) -> None:
                 f"the plan is not of this network: it has no convolution {site.name!r} with a "
                 f"weight of shape {site.shape}; make one with plan_merging(network)"
             )
-
-
-def _stepping_optimizer(optimizer: Any) -> Optimizer:
-    """The torch optimizer whose step() writes the weights, behind the wrappers of others."""
-    kinds = type(optimizer).__mro__
-    names = {kind.__name__ for kind in kinds}
-    packages = {kind.__module__.partition(".")[0] for kind in kinds}
-    if packages & {"deepspeed", "megatron"} or names & _STEPS_COPIES:
-        raise RuntimeError(
-            f"{type(optimizer).__name__} steps copies of the weights and overwrites what is "
-            "merged; train with DDP or FSDP2 (fully_shard) instead, a CNN fits both"
-        )
-    if any("ScheduleFree" in name for name in names) and not (
-        isinstance(optimizer, Optimizer) and "schedulefree" in packages
-    ):
-        raise RuntimeError(
-            f"{type(optimizer).__name__} keeps a second sequence of weights that can not be merged "
-            "along; use SGDScheduleFree, AdamWScheduleFree or RAdamScheduleFree of the package "
-            "schedulefree"
-        )
-    if names & {"AcceleratedOptimizer", "LightningOptimizer"}:
-        return _stepping_optimizer(optimizer.optimizer)
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"attach needs a torch.optim.Optimizer, got {type(optimizer).__name__}; where another "
-            "object wraps the optimizer, attach the wrapped one, or call model.merge_() after "
-            "each step"
-        )
-    inner = getattr(optimizer, "base_optimizer", None)
-    if isinstance(inner, Optimizer):
-        return _stepping_optimizer(inner)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if any(type(p).__name__ == "FlatParameter" or hasattr(p, "_is_flat_param") for p in parameters):
-        raise RuntimeError(
-            "FSDP1 flattens the weights, so that no kernel can be found in them; use FSDP2 "
-            "(fully_shard, or fsdp_version: 2 in Accelerate) or DDP"
-        )
-    if not hasattr(optimizer, "_optimizer_step_post_hooks"):
-        raise TypeError(
-            f"{type(optimizer).__name__} never called Optimizer.__init__, so its steps run no "
-            "hooks; attach the optimizer inside of it, or call model.merge_() after each step"
-        )
-    return optimizer
-
-
-def _held(optimizer: Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-
-def _trained(optimizer: Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-
-
-def _companions(optimizer: Optimizer | None, conv: nn.Conv2d, momentum: bool) -> list[Tensor]:
-    """The tensors of an optimizer that are blended like the weight.
-
-    A schedule-free optimizer averages sequences of weights beside the parameter. Its steps are
-    linear in them: with the same kernels blended in each, the average that is evaluated in the end
-    is merged exactly as the point that is trained. First moments follow on demand.
-    """
-    if optimizer is None:
-        return []
-    weight = conv._parameters.get("weight")
-    first_moments = []
-    if momentum and weight is not None:
-        state = optimizer.state.get(weight, {})
-        first_moments = [
-            state[key] for key in ("momentum_buffer", "exp_avg") if state.get(key) is not None
-        ]
-    return first_moments + _averaged_sequences(optimizer, weight)
-
-
-def _averaged_sequences(optimizer: Optimizer, weight: Tensor | None) -> list[Tensor]:
-    if not any(kind.__module__.startswith("schedulefree.") for kind in type(optimizer).__mro__):
-        return []
-    if weight is None:
-        raise RuntimeError(
-            "schedule-free optimizers average the stored tensors of a weight that is computed "
-            "(weight_norm, spectral_norm, pruning), which merging can not follow; remove the "
-            "parametrisation or use another optimizer"
-        )
-    state = optimizer.state.get(weight, {})
-    return [state[key] for key in ("x", "y", "z") if key in state]
-
-
-def _reshard(model: nn.Module) -> None:
-    """Brings every weight of FSDP2 back to the shards that its optimizer has just stepped.
-
-    After a forward pass without a backward pass, as in evaluation, FSDP2 leaves the weights of
-    its root unsharded, and they would not show the step.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    for module in model.modules():
-        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
-            cast(Any, module).reshard()
-
-
-def _is_registered(handle: RemovableHandle) -> bool:
-    hooks = handle.hooks_dict_ref()
-    return hooks is not None and handle.id in hooks
-
-
-def _is_nested_step(optimizer: Optimizer) -> bool:
-    """Whether this hook runs inside of another step() of the same optimizer.
-
-    Where a subclass calls super().step(), torch runs the hooks in both. The stack tells, and
-    unlike a counter it stays right when a step raises. torch.compile runs steps under another
-    code object of the same name and place.
-    """
-    steps = [vars(kind)["step"] for kind in type(optimizer).__mro__ if "step" in vars(kind)]
-    patched = [_place(step.__code__) for step in steps if hasattr(step, "hooked")]
-    if len(patched) < 2:
-        return False
-    frame, depth = sys._getframe(), 0
-    while frame is not None:
-        arguments = frame.f_locals.get("args") if _place(frame.f_code) in patched else None
-        if arguments and arguments[0] is optimizer:
-            depth += 1
-        frame = frame.f_back  # type: ignore[assignment]
-    return depth > 1
-
-
-def _place(code: CodeType) -> tuple[str, str, int]:
-    return code.co_filename, code.co_name, code.co_firstlineno
 
 
 def _comparable(rows: Tensor, site: ConvSite) -> Tensor:

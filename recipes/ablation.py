@@ -40,6 +40,7 @@ from common import (
     load_digits,
     load_medmnist,
     loss_of,
+    make_accelerator,
     write_json,
 )
 from timm.utils import ModelEmaV3
@@ -268,7 +269,7 @@ def main() -> None:
         else load_medmnist(options.dataset, options.data_root, size)
     )
     options.out.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     runs = list(sweep(options.sweep, common, options.seeds, options.arms))
     for number, run in enumerate(runs, start=1):
         path = options.out / run.file_name

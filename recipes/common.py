@@ -137,6 +137,15 @@ def _download(package: Any, info: Mapping[str, Any], path: Path, size: int) -> N
 # -- training --------------------------------------------------------------------------------------
 
 
+def make_accelerator(**settings: Any) -> Accelerator:
+    """Accelerate's set-up, which without ``cpu`` starts CPU processes that know nothing of another.
+
+    ``torchrun --nproc_per_node 2`` on a machine without an accelerator would train two networks.
+    """
+    cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    return Accelerator(cpu=cpu, **settings)
+
+
 class Normalised:
     """uint8 pixels -> what the network is trained on: optionally augmented, then standardised."""
 
@@ -315,10 +324,12 @@ def layers_or_share(text: str) -> int | float:
     return int(text) if text.isdigit() else float(text)
 
 
-def merging_settings(options: argparse.Namespace, total_steps: int) -> dict[str, Any]:
-    """The arguments of InMergeWrapper that the command line asks for."""
+def merging_settings(
+    options: argparse.Namespace, total_steps: int, start: int = 0
+) -> dict[str, Any]:
+    """The arguments of InMergeWrapper that the command line asks for, merging from ``start`` on."""
     if options.paper:
-        return {"shallow_layers": options.shallow_layers}
+        return {"shallow_layers": options.shallow_layers, "schedule": Schedule(start=start)}
     end = None if options.decay == "constant" else total_steps
     tau = options.similarity_threshold
     return {
@@ -326,5 +337,5 @@ def merging_settings(options: argparse.Namespace, total_steps: int) -> dict[str,
         "merge_probability": options.merge_probability,
         "similarity_threshold": Quantile(0.5) if tau is None else tau,
         "shallow_layers": options.shallow_layers,
-        "schedule": Schedule(end=end, decay=options.decay),
+        "schedule": Schedule(start=start, end=end, decay=options.decay),
     }

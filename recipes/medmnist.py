@@ -34,6 +34,7 @@ from common import (
     load_digits,
     load_medmnist,
     loss_of,
+    make_accelerator,
     merging_settings,
     metrics,
     predict,
@@ -200,7 +201,7 @@ def print_comparison(dataset: str, runs: dict[str, list[dict[str, Any]]]) -> Non
 
 def main() -> None:
     options = parser.parse_args()
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     with accelerator.main_process_first():  # one process downloads, the others find the file
         data = (
             load_digits()

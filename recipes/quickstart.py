@@ -30,6 +30,7 @@ from common import (
     environment,
     evaluate,
     load_digits,
+    make_accelerator,
     merging_settings,
     metrics,
     predict,
@@ -156,7 +157,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     options = parser.parse_args()
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     data = load_digits().first_labels(options.train_images, seed=0).to(accelerator.device)
     results = {}
     _, results["plain"] = train(accelerator, data, options, merge=False)

@@ -12,9 +12,10 @@ Data: an npz file in the MedMNIST layout (`FLAG.npz` or `FLAG_SIZE.npz` in the d
 test_images and test_labels), or `--data digits`, the last 360 handwritten digits of scikit-learn,
 which need no file and are enlarged to `--size` pixels.
 
-Hardware and time: 2 CPU cores; ResNet-18, 2,005 images at 28 px, all corruptions and severities:
-about two minutes per model. On a GPU, seconds.
-Expected: a model trained with noise has an rBE far below 1 under noise and about 1 under the rest.
+Hardware and time: ResNet-18, 2,005 images at 28 px, all corruptions and severities, bootstrap and
+pictures: 236 s of CPU time per model (2 cores), of which the corruptions are about a tenth.
+Expected: a plain ResNet-18 of five epochs on HAM10000 at 28 px (balanced error 0.61 clean, 0.69
+over all corruptions) loses most to border, brightness and saturation, least to dust and noise.
 """
 
 import argparse
@@ -264,7 +265,7 @@ def print_tables(results: dict[str, list[RobustnessResult]], console: Console) -
         overview.add_row(title, *cells)
     console.print(overview)
 
-    details = Table(title="Mean over the severities: balanced error (rBE)")
+    details = Table(title="Balanced error (rBE)", caption="mean over the severities")
     details.add_column("corruption")
     for label in results:
         details.add_column(label, justify="right")

@@ -120,3 +120,89 @@ def test_ablation_claims_runs_and_resumes(tmp_path: Path) -> None:
     assert json.loads(merged.read_text())["merging"]["merged"] > 0
     merged.rename(merged.with_suffix(".claim"))  # as if another process were at it
     assert "accuracy" not in run(*command, folder=tmp_path).stdout
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Path:
+    """A folder in the layout of the NIH release: 40 patients, no hernia among the test images."""
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    images = tmp_path / "nih" / "images_001" / "images"
+    images.mkdir(parents=True)
+    rows = ["Image Index,Finding Labels,Follow-up #,Patient ID"]
+    names = []
+    for patient in range(1, 41):
+        for visit in range(2):
+            name = f"{patient:08d}_{visit:03d}.png"
+            names.append(name)
+            findings = ["Mass|Edema", "No Finding", "Hernia", "Effusion"][patient % 4]
+            if patient > 30 and findings == "Hernia":
+                findings = "Nodule"
+            rows.append(f"{name},{findings},{visit},{patient}")
+            pixels = generator.integers(0, 255, (40, 40), dtype=np.uint8)
+            Image.fromarray(pixels).save(images / name)
+    root = tmp_path / "nih"
+    (root / "Data_Entry_2017_v2020.csv").write_text("\n".join(rows))
+    (root / "train_val_list.txt").write_text("\n".join(names[:60]))
+    (root / "test_list.txt").write_text("\n".join(names[60:]))
+    return root
+
+
+CHEST = ["--arch", "test_resnet", "--weights", "none", "--size", "32", "--workers", "0"]
+CHEST += ["--batch-size", "16", "--lr", "0.01", "--data-root"]
+
+
+def test_chestxray_in_two_phases_and_resumed(tmp_path: Path, release: Path) -> None:
+    command = [sys.executable, recipe("chestxray"), *CHEST, str(release)]
+    done = run(*command, "--epochs", "1", "1", folder=tmp_path)
+    out = tmp_path / "runs" / "chestxray"
+    result = json.loads((out / "results.json").read_text())
+    assert result["test_auroc"]["Hernia"] is None and 0 <= result["test_auroc"]["Mass"] <= 1
+    assert sum(result["images"].values()) == 80 and result["images"]["test"] == 20
+    merged = result["merging"]
+    epoch = result["images"]["train"] // 16
+    assert all(layer["steps"] == 2 * epoch for layer in merged.values())
+    assert sum(layer["merged"] for layer in merged.values()) > 0
+    assert "want of positives" in done.stdout and "CheXGCN" in done.stdout
+    run(*command, "--epochs", "1", "2", "--resume", folder=tmp_path)
+    resumed = json.loads((out / "results.json").read_text())
+    assert resumed["history"][:2] == result["history"] and len(resumed["history"]) == 3
+    assert all(layer["steps"] == 3 * epoch for layer in resumed["merging"].values())
+
+
+@pytest.mark.parametrize(
+    "break_it,message",
+    [
+        ("list", "test_list.txt is missing"),
+        ("image", "00000001_000.png is listed but stands not in"),
+        ("patient", "patients ['1'] stand in both"),
+        ("finding", "has the unknown findings ['Cough']"),
+        ("weights", "--weights nowhere.pth: there is no such file"),
+        ("phase", "--epochs 1 0 leaves no epoch that merges"),
+    ],
+)
+def test_chestxray_refuses_broken_data_in_one_line(
+    tmp_path: Path, release: Path, break_it: str, message: str
+) -> None:
+    extra = []
+    table = release / "Data_Entry_2017_v2020.csv"
+    if break_it == "list":
+        (release / "test_list.txt").unlink()
+    elif break_it == "image":
+        (release / "images_001" / "images" / "00000001_000.png").unlink()
+    elif break_it == "patient":
+        table.write_text(
+            table.read_text().replace(
+                "00000040_000.png,Mass|Edema,0,40", "00000040_000.png,Mass|Edema,0,1"
+            )
+        )
+    elif break_it == "finding":
+        table.write_text(table.read_text().replace("Nodule", "Cough"))
+    elif break_it == "weights":
+        extra = ["--weights", "nowhere.pth"]
+    else:
+        extra = ["--epochs", "1", "0"]
+    command = [sys.executable, recipe("chestxray"), *CHEST, str(release), *extra]
+    done = run(*command, folder=tmp_path, check=False)
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr

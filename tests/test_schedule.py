@@ -7,12 +7,14 @@ import math
 
 import pytest
 import torch
+from timm.optim import Lookahead
 from torch import nn
 
 from inmerge_wrap import (
     CollapseWarning,
     Fixed,
     InMergeWrapper,
+    NoEffectWarning,
     Quantile,
     Schedule,
     ZScore,
@@ -314,3 +316,20 @@ def test_without_inspection_nothing_is_recorded() -> None:
 def test_bad_options_are_named(settings: dict, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         InMergeWrapper(small_net(), shallow_layers=2, **settings)
+
+
+def test_momentum_that_does_not_exist_is_told() -> None:
+    model = wrapped(similarity_threshold=-1.0, merge_momentum=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model.attach(optimizer)
+    with pytest.warns(NoEffectWarning, match="merge_momentum has no effect: SGD keeps no"):
+        train(model, optimizer, 3)
+
+
+def test_momentum_is_found_inside_lookahead() -> None:
+    model = wrapped(similarity_threshold=-1.0, merge_momentum=True)
+    base = sgd(model)
+    optimizer = Lookahead(base)
+    model.attach(optimizer)
+    train(model, optimizer, 2)  # a NoEffectWarning would be an error here
+    assert "momentum_buffer" in base.state[model.module.convs[3].weight]

@@ -1,0 +1,246 @@
+"""Trains under FSDP2 and FSDP1 on each rank and writes how it compares with one process.
+
+    python -m torch.distributed.run --nproc_per_node 2 tests/scripts/sharded.py FOLDER
+
+Every rank writes FOLDER/RANK.json: case -> outcome.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import schedulefree
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
+
+from inmerge_wrap import InMergeWrapper, export_weights
+from tests.scripts.common import SETTINGS, loss_of, sgd, tiny_net, train, wrapped
+
+STEPS = 5
+Case = Callable[[Path], dict[str, Any]]
+
+
+def shard(model: nn.Module, **options: Any) -> nn.Module:
+    """Groups as in a real network: one of its own for a layer, the root for the rest."""
+    options.setdefault("mesh", init_device_mesh("cpu", (dist.get_world_size(),)))
+    fully_shard(model.get_submodule("module.last" if hasattr(model, "plan") else "last"), **options)
+    fully_shard(model, **options)
+    return model
+
+
+def alone(make: Callable[[Any], Any] = sgd, **settings: Any) -> InMergeWrapper:
+    """The same training in one process."""
+    model = wrapped(**settings)
+    optimizer = make(model)
+    model.attach(optimizer)
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    train(model, optimizer, STEPS)
+    return model
+
+
+def compare(model: InMergeWrapper, expected: InMergeWrapper) -> dict[str, Any]:
+    worst, sharded = 0.0, True
+    for name, parameter in model.named_parameters():
+        sharded &= isinstance(parameter, DTensor)
+        if isinstance(parameter, DTensor):
+            parameter = parameter.full_tensor()
+        worst = max(worst, (parameter - expected.get_parameter(name)).abs().max().item())
+    local = sum(p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor))
+    return {
+        "worst": worst,
+        "sharded": sharded,
+        "local": local,
+        "total": sum(p.numel() for p in expected.parameters()),
+        "reports": model.report() == expected.report() or str(model.report()),
+        "merged": model.report().merged,
+    }
+
+
+def wrapped_then_sharded(folder: Path) -> dict[str, Any]:
+    model = shard(wrapped(check_replicas_every=2))
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    train(model, optimizer, STEPS)
+    outcome = compare(model, alone())
+    outcome["rows"] = len(model.module.mid.weight.to_local())
+    export_weights(model, folder / "sharded.safetensors")
+    if dist.get_rank() == 0:
+        export_weights(alone().module, folder / "alone.safetensors")
+    return outcome
+
+
+def sharded_then_wrapped(folder: Path) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        # The trace may need plain weights; the order of registration is right here, too.
+        warnings.filterwarnings("ignore", "no forward pass was possible")
+        model = InMergeWrapper(shard(tiny_net()), **SETTINGS)
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    train(model, optimizer, STEPS)
+    return compare(model, alone())
+
+
+def attached_then_sharded(folder: Path) -> dict[str, Any]:
+    """What Accelerate does: the optimizer is made first and given the shards afterwards."""
+    model = wrapped()
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    names = {id(p): name for name, p in model.named_parameters()}
+    shard(model)
+    new = dict(model.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [new[names[id(p)]] for p in group["params"]]
+    train(model, optimizer, STEPS)
+    return compare(model, alone())
+
+
+def attached_and_forgotten(folder: Path) -> dict[str, Any]:
+    """The optimizer still holds the weights from before sharding: nothing would be trained."""
+    model = wrapped()
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    shard(model)
+    try:
+        train(model, optimizer, 1)
+    except RuntimeError as error:
+        return {"error": str(error)}
+    return {"error": None}
+
+
+def with_evaluation_between(folder: Path) -> dict[str, Any]:
+    """A forward pass without a backward pass leaves the root unsharded when the step comes."""
+    model = shard(wrapped())
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    kinds = set()
+    for number in range(STEPS):
+        model.train()
+        optimizer.zero_grad()
+        loss_of(model, number).backward()
+        model.eval()
+        with torch.no_grad():
+            loss_of(model, 99)
+        kinds.add(type(model.module.mid.weight).__name__)
+        optimizer.step()
+    return {**compare(model, alone()), "seen": sorted(kinds)}
+
+
+def inside_a_sharded_parent(folder: Path) -> dict[str, Any]:
+    """As in a LightningModule: the root group belongs to a module around the wrapper."""
+    model = wrapped()
+    parent = nn.Sequential(model)
+    fully_shard(parent, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = sgd(parent)
+    model.attach(optimizer)
+    train(parent, optimizer, STEPS)
+    return compare(model, alone())
+
+
+def replicated_and_sharded(folder: Path) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("copies", "shards"))
+    model = shard(wrapped(), mesh=mesh)
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    train(model, optimizer, STEPS)
+    return compare(model, alone())
+
+
+def schedule_free(folder: Path) -> dict[str, Any]:
+    def make(model: nn.Module) -> Any:
+        return schedulefree.SGDScheduleFree(model.parameters(), lr=0.05, foreach=False)
+
+    model = shard(wrapped())
+    optimizer = make(model)
+    model.attach(optimizer)
+    optimizer.train()
+    train(model, optimizer, STEPS)
+    expected = wrapped()
+    expected_optimizer = make(expected)
+    expected.attach(expected_optimizer)
+    expected_optimizer.train()
+    train(expected, expected_optimizer, STEPS)
+    for each in (optimizer, expected_optimizer):
+        each.eval()  # the average, in which both sequences take part
+    return compare(model, expected)
+
+
+def resumed(folder: Path) -> dict[str, Any]:
+    """Through torch.distributed.checkpoint's state dicts, step counter included."""
+    first = shard(wrapped())
+    optimizer = torch.optim.SGD(first.parameters(), lr=0.05)
+    first.attach(optimizer)
+    train(first, optimizer, 2)
+    state = {
+        name: value.clone() if isinstance(value, torch.Tensor) else value
+        for name, value in get_model_state_dict(first).items()
+    }
+    second = shard(wrapped(seed=7))
+    second.seed = 0
+    set_model_state_dict(second, state)
+    optimizer = torch.optim.SGD(second.parameters(), lr=0.05)
+    second.attach(optimizer)
+    train(second, optimizer, STEPS - 2, start=2)
+    return compare(second, alone(lambda m: torch.optim.SGD(m.parameters(), lr=0.05)))
+
+
+def flattened(folder: Path) -> dict[str, Any]:
+    """FSDP1, for real, in its two forms and with the optimizer attached before and after."""
+    errors = {}
+    for original in (False, True):
+        for before in (False, True):
+            model = wrapped()
+            early = sgd(model)
+            if before:
+                model.attach(early)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", FutureWarning)
+                    flat = FullyShardedDataParallel(
+                        model, use_orig_params=original, device_id=torch.device("cpu")
+                    )
+                optimizer = early if before else sgd(flat)
+                if not before:
+                    model.attach(optimizer)
+                train(flat, optimizer, 1)
+                errors[f"{original} {before}"] = "none"
+            except RuntimeError as error:
+                errors[f"{original} {before}"] = str(error)
+    return errors
+
+
+CASES: tuple[Case, ...] = (
+    wrapped_then_sharded,
+    sharded_then_wrapped,
+    attached_then_sharded,
+    attached_and_forgotten,
+    with_evaluation_between,
+    inside_a_sharded_parent,
+    replicated_and_sharded,
+    schedule_free,
+    resumed,
+    flattened,
+)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    outcome = {case.__name__: case(folder) for case in CASES}
+    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(outcome))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,486 @@
+"""The inmerge command: what it prints, what it writes, and what it says to mistakes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from inmerge_wrap import InMergeWrapper, __version__, export_timm, plan_merging
+from inmerge_wrap.cli import app
+from inmerge_wrap.robustness import RobustnessResult, evaluate_robustness
+from inmerge_wrap.similarity import measure_similarity
+
+ARCH = "resnet10t"
+
+
+def run(*arguments: Any, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, [str(part) for part in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def run_json(*arguments: Any) -> Any:
+    return json.loads(run(*arguments, "--json").stdout)
+
+
+def complaint(*arguments: Any) -> str:
+    """What stderr says, without line breaks of the terminal; nothing may be on stdout."""
+    result = run(*arguments, code=1)
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    return " ".join(result.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return timm.create_model(ARCH, num_classes=7).eval()
+
+
+@pytest.fixture(scope="module")
+def weights(net: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
+    safetensors.torch.save_file(net.state_dict(), path)
+    return path
+
+
+def same_weights(path: Path, net: nn.Module) -> bool:
+    stored = safetensors.torch.load_file(path)
+    expected = net.state_dict()
+    return stored.keys() == expected.keys() and all(
+        torch.equal(stored[name], expected[name]) for name in expected
+    )
+
+
+# -- the command itself --------------------------------------------------------------------------
+
+
+def test_the_command_runs_as_a_program_and_tells_mistakes_without_a_traceback() -> None:
+    command = [sys.executable, "-m", "inmerge_wrap.cli", "plan", "resnt34"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 1
+    assert found.stdout == "" and "Traceback" not in found.stderr
+    assert "close names: " in found.stderr and "resnet34" in found.stderr
+
+
+def test_help_has_examples_for_every_command() -> None:
+    assert __version__ in run("--version").stdout
+    overview = run("--help").stdout
+    for command in ("plan", "similarity", "export", "evaluate"):
+        assert command in overview
+        text = run(command, "--help").stdout
+        assert "Examples" in text and f"inmerge {command} " in text
+        assert "--json" in text
+
+
+def test_shell_completion_offers_models() -> None:
+    assert "--install-completion" in run("--help").stdout
+    result = CliRunner().invoke(
+        app,
+        [],
+        env={
+            "_INMERGE_COMPLETE": "complete_bash",
+            "COMP_WORDS": "inmerge plan resnet10",
+            "COMP_CWORD": "2",
+        },
+        prog_name="inmerge",
+    )
+    assert "resnet10t" in result.stdout.split()
+
+
+def test_usage_errors_have_their_own_exit_code() -> None:
+    assert "no-such" in run("plan", ARCH, "--no-such", code=2).stderr
+    run("nothing", code=2)
+
+
+# -- plan ----------------------------------------------------------------------------------------
+
+
+def test_plan_is_the_librarys_plan(net: nn.Module) -> None:
+    content = run_json("plan", ARCH, "--shallow-layers", "5", "--exclude", "*downsample*")
+    expected = plan_merging(net, shallow_layers=5, exclude="*downsample*")
+    assert [site["name"] for site in content["merged"]] == [site.name for site in expected.merged]
+    assert {site["name"]: site["reason"] for site in content["skipped"]} == {
+        site.name: site.reason for site in expected.skipped
+    }
+    assert content["merged"][0]["fan_in"] == expected.merged[0].fan_in
+
+
+def test_plan_prints_a_row_for_each_convolution_and_explains_what_is_skipped() -> None:
+    text = run("plan", "timm:efficientnet_b0").stdout
+    sites = run_json("plan", "timm:efficientnet_b0")
+    rows = {line.split()[1]: line for line in text.splitlines() if line[:6].strip().isdigit()}
+    for site in sites["merged"]:
+        assert rows[site["name"]].rstrip().endswith("merged")
+    for site in sites["skipped"]:
+        assert not rows[site["name"]].rstrip().endswith("merged")
+    assert len(rows) == len(sites["merged"]) + len(sites["skipped"]) == 81
+    assert "depthwise: every kernel reads another channel" in text
+    assert f"{len(sites['merged'])} of 81 convolutions are merged" in text
+
+
+def test_plan_takes_kinds_patterns_shares_and_image_sizes() -> None:
+    plain = run_json("plan", "mobilenetv3_small_050")
+    more = run_json("plan", "mobilenetv3_small_050", "--also-merge", "depthwise")
+    assert len(more["merged"]) > len(plain["merged"])
+    half = run_json("plan", ARCH, "--shallow-layers", "0.5")
+    assert len(half["merged"]) == len(run_json("plan", ARCH)["merged"]) + 2
+    named = run_json("plan", ARCH, "--include", "layer1.0.conv1", "--include", "layer4.*conv2")
+    assert [site["name"] for site in named["merged"]] == ["layer1.0.conv1", "layer4.0.conv2"]
+    grey = run_json("plan", ARCH, "--input-size", 1, 28, 28)
+    assert grey["skipped"][0]["shape"][1] == 1
+
+
+def test_plan_knows_torchvision() -> None:
+    pytest.importorskip("torchvision")
+    timm_net, vision_net = run_json("plan", "resnet18"), run_json("plan", "torchvision:resnet18")
+    assert [s["name"] for s in vision_net["merged"]] == [s["name"] for s in timm_net["merged"]]
+    assert run_json("plan", "squeezenet1_1")["merged"], "a name that only torchvision has"
+    assert "3 channels" in complaint("plan", "torchvision:resnet18", "--input-size", 1, 28, 28)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["resnet10x"], "close names: resnet10t"),
+        (["jax:resnet18"], "timm:NAME or torchvision:NAME"),
+        ([ARCH, "--shallow-layers", "many"], "a count such as 10 or a share such as 0.625"),
+        ([ARCH, "--shallow-layers", "99"], "nothing to merge"),
+        ([ARCH, "--include", "layer9*"], "matches none"),
+        ([ARCH, "--also-merge", "everything"], "also_merge knows"),
+        (["vit_tiny_patch16_224"], "choose a convolutional network"),
+    ],
+)
+def test_plan_answers_mistakes(arguments: list[str], told: str) -> None:
+    assert told in complaint("plan", *arguments)
+
+
+# -- reading checkpoints -------------------------------------------------------------------------
+
+
+def test_export_takes_what_accelerate_saved(net: nn.Module, tmp_path: Path) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(InMergeWrapper(net))
+    accelerator.save_state(str(tmp_path / "epoch_9"))
+    names = list(safetensors.torch.load_file(tmp_path / "epoch_9" / "model.safetensors"))
+    assert "_extra_state" in names and all(n.startswith(("module.", "_extra")) for n in names)
+    output = tmp_path / "plain.safetensors"
+    content = run_json("export", tmp_path / "epoch_9", output, "--arch", ARCH)
+    assert same_weights(output, net)
+    loaded = eval(content["load"], {"timm": timm})
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(image), model.eval()(image))
+
+
+def shard(net: nn.Module, folder: Path) -> Path:
+    names = list(net.state_dict())
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, own in parts.items():
+        safetensors.torch.save_file({n: net.state_dict()[n] for n in own}, folder / file)
+    index = {"weight_map": {name: file for file, own in parts.items() for name in own}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "form", ["plain", "compiled", "lightning", "container", "averaged", "shards", "half"]
+)
+def test_export_takes_other_forms_of_checkpoints(form: str, net: nn.Module, tmp_path: Path) -> None:
+    state = net.state_dict()
+    source = tmp_path / "last.pt"
+    content: Any = state
+    if form == "compiled":
+        content = {f"module._orig_mod.{name}": value for name, value in state.items()}
+    elif form == "lightning":
+        content = {"epoch": 3, "state_dict": {f"net.{n}": v for n, v in state.items()}}
+    elif form == "container":
+        content = {"model": state, "step": 7}
+    elif form == "averaged":
+        content = torch.optim.swa_utils.AveragedModel(net).state_dict()
+    elif form == "half":
+        content = {n: v.half() if v.is_floating_point() else v for n, v in state.items()}
+    if form == "shards":
+        source = shard(net, tmp_path)
+    else:
+        torch.save(content, source)
+    output = tmp_path / "plain.safetensors"
+    run("export", source, output, "--arch", ARCH)
+    if form == "half":
+        found = safetensors.torch.load_file(output)["fc.weight"]
+        assert torch.equal(found, state["fc.weight"].half().float())
+    else:
+        assert same_weights(output, net)
+
+
+def test_outputs_and_channels_are_those_of_the_weights(tmp_path: Path) -> None:
+    grey = timm.create_model(ARCH, num_classes=5, in_chans=1)
+    safetensors.torch.save_file(grey.state_dict(), tmp_path / "grey.safetensors")
+    output = tmp_path / "plain.safetensors"
+    text = run("export", tmp_path / "grey.safetensors", output, "--arch", ARCH).stdout
+    assert f'create_model("{ARCH}", num_classes=5, in_chans=1, ' in text
+    assert same_weights(output, grey)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--arch", ARCH, "--num-classes", 3], "with num_classes=3: call it with --num-classes 7"),
+        (["--arch", ARCH, "--in-chans", 1], "with in_chans=1: call it with --in-chans 3"),
+        (["--arch", "resnet18"], "58 of its 122 tensors are there"),
+        (["--arch", "resnet14t"], "does not fit resnet14t; missing: layer1.0.conv3.weight, "),
+        (["--arch", "vgg11"], "these are not the weights of vgg11"),
+        ([], "name the network with --arch"),
+    ],
+)
+def test_weights_that_do_not_fit(
+    options: list[Any], told: str, weights: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.safetensors"
+    assert told in complaint("export", weights, output, *options)
+    assert not output.exists()
+
+
+def test_files_that_are_no_weights(weights: Path, tmp_path: Path) -> None:
+    out, arch = tmp_path / "out.safetensors", ("--arch", ARCH)
+    missing = complaint("export", weights.with_name("weight.safetensors"), out, *arch)
+    assert "no such file" in missing and "weights.safetensors" in missing
+    (tmp_path / "text.safetensors").write_text("hello")
+    assert "is no safetensors" in complaint("export", tmp_path / "text.safetensors", out, *arch)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "optimizer.bin").touch()
+    told = complaint("export", tmp_path / "folder", out, *arch)
+    assert "no model.safetensors (it holds optimizer.bin)" in told
+    torch.save({"epoch": 3}, tmp_path / "empty.pt")
+    assert "no state dict" in complaint("export", tmp_path / "empty.pt", out, *arch)
+
+
+def test_a_pickle_is_not_run(tmp_path: Path) -> None:
+    torch.save(timm.create_model(ARCH, num_classes=2), tmp_path / "whole_model.pt")
+    told = complaint(
+        "export", tmp_path / "whole_model.pt", tmp_path / "o.safetensors", "--arch", ARCH
+    )
+    assert "torch.save(model.state_dict(), path)" in told
+
+
+def test_two_networks_in_one_checkpoint_are_not_guessed_at(net: nn.Module, tmp_path: Path) -> None:
+    state = net.state_dict()
+    both = {f"{who}.{name}": v for who in ("student", "teacher") for name, v in state.items()}
+    torch.save(both, tmp_path / "both.pt")
+    told = complaint("export", tmp_path / "both.pt", tmp_path / "o.safetensors", "--arch", ARCH)
+    assert "2 times, under student., teacher." in told
+
+
+# -- export --------------------------------------------------------------------------------------
+
+
+def test_export_writes_a_timm_folder_with_its_card(
+    net: nn.Module, weights: Path, tmp_path: Path
+) -> None:
+    card = {
+        "title": "Seven classes",
+        "license": "cc-by-4.0",
+        "training_data": "Random numbers.",
+        "results": [{"metric": "accuracy", "value": 0.5, "dataset": "Noise"}],
+    }
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    content = run_json(
+        "export", weights, tmp_path / "out", "--arch", ARCH, "--input-size", 3, 64, 48,
+        "--mean", 0.4, "--std", 0.2, "--label-names", "a,b,c,d,e,f,g",
+        "--card", tmp_path / "card.json",
+    )  # fmt: skip
+    loaded = eval(content["load"], {"timm": timm}).eval()
+    image = torch.rand(1, 3, 64, 48)
+    with torch.no_grad():
+        assert torch.equal(loaded(image), net(image))
+    config = timm.data.resolve_model_data_config(loaded)
+    assert config["input_size"] == (3, 64, 48)
+    assert list(config["mean"]) == [0.4] * 3 and list(config["std"]) == [0.2] * 3
+    assert "# Seven classes" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_export_from_torchvision_tells_how_to_load(tmp_path: Path) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    net = torchvision.models.resnet18(weights=None, num_classes=4)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    path = tmp_path / "plain.safetensors"
+    content = run_json("export", tmp_path / "net.pth", path, "--arch", "torchvision:resnet18")
+    found: dict[str, Any] = {"torchvision": torchvision, "safetensors": safetensors}
+    exec(content["load"], found)
+    assert torch.equal(found["model"].fc.weight, net.fc.weight)
+    told = complaint(
+        "export", tmp_path / "net.pth", tmp_path / "folder", "--arch", "torchvision:resnet18",
+        "--input-size", 3, 32, 32, "--mean", 0.5, "--std", 0.5,
+    )  # fmt: skip
+    assert "not a timm model" in told
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "told"),
+    [
+        ("folder", [], "give --input-size, --mean and --std"),
+        ("file.safetensors", ["--label-names", "a,b"], "need a folder"),
+        (
+            "folder",
+            ["--input-size", 3, 8, 8, "--mean", 0, "--std", 1, "--card", "no.json"],
+            "no.json can not be read",
+        ),
+    ],
+)
+def test_export_answers_mistakes(
+    output: str, options: list[Any], told: str, weights: Path, tmp_path: Path
+) -> None:
+    assert told in complaint("export", weights, tmp_path / output, "--arch", ARCH, *options)
+    assert not (tmp_path / output).exists()
+
+
+# -- similarity ----------------------------------------------------------------------------------
+
+
+def test_similarity_writes_numbers_and_pictures(
+    net: nn.Module, weights: Path, tmp_path: Path
+) -> None:
+    options = ["--arch", ARCH, "--include", "layer3.*", "--output", tmp_path / "out"]
+    content = run_json("similarity", weights, *options)
+    expected = measure_similarity(net, include="layer3.*")
+    assert content["layers"] == [layer.to_dict() for layer in expected]
+    stored = json.loads((tmp_path / "out" / "similarity.json").read_text())
+    assert stored["layers"] == content["layers"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "matrices.png",
+        "overview.png",
+        "pairs.png",
+        "similarity.json",
+    ]
+    for path in (tmp_path / "out").glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert sorted(content["files"]) == sorted(map(str, (tmp_path / "out").iterdir()))
+
+
+def test_similarity_of_a_timm_folder_prints_a_table(net: nn.Module, tmp_path: Path) -> None:
+    folder = tmp_path / "exported"
+    export_timm(net, folder, input_size=(3, 64, 64), mean=[0.5] * 3, std=[0.5] * 3)
+    out = tmp_path / "out"
+    text = run("similarity", folder, "--no-pictures", "--output", out).stdout
+    for layer in measure_similarity(net):
+        row = next(line for line in text.splitlines() if line.split()[:1] == [layer.name])
+        assert row.split()[-1] == f"{layer.effective_rank:.3f}"
+    assert [path.name for path in out.iterdir()] == ["similarity.json"]
+    told = complaint("similarity", folder, "--arch", ARCH)
+    assert "leave out --arch" in told
+
+
+# -- evaluate ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    generator = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("data") / "dermamnist.npz"
+    np.savez(
+        path,
+        test_images=generator.integers(0, 256, (24, 28, 28, 3), dtype=np.uint8),
+        test_labels=(np.arange(24) % 7).astype(np.uint8)[:, None],
+        val_images=generator.integers(0, 256, (8, 28, 28), dtype=np.uint8),
+        val_labels=generator.integers(0, 2, (8, 7), dtype=np.uint8),
+    )
+    return path
+
+
+def read(data: Path) -> dict[str, np.ndarray]:
+    with np.load(data) as content:
+        return dict(content)
+
+
+def test_evaluate_is_the_librarys_evaluation(
+    net: nn.Module, weights: Path, data: Path, tmp_path: Path
+) -> None:
+    content = run_json(
+        "evaluate", weights, "--arch", ARCH, "--data", data, "--preset", "quick", "--severity", 3,
+        "--mean", 0.4, "--std", 0.3, "--bootstrap", 20, "--batch-size", 7,
+        "--output", tmp_path / "rows.json",
+    )  # fmt: skip
+    arrays = read(data)
+    images = torch.from_numpy(arrays["test_images"]).float().permute(0, 3, 1, 2) / 255
+    labels = torch.from_numpy(arrays["test_labels"]).long().squeeze(1)
+    expected = evaluate_robustness(
+        net, [(images, labels)], preset="quick", mean=0.4, std=0.3, severities=[3], bootstrap=20
+    )
+    assert len(content["rows"]) == len(expected.rows)
+    for mine, theirs in zip(content["rows"], expected.rows, strict=True):
+        assert mine.keys() == theirs.keys()
+        # The size of a batch may move the last digits of a logit.
+        assert mine["accuracy"] == theirs["accuracy"]
+        assert mine["brier"] == pytest.approx(theirs["brier"], rel=1e-5)
+    assert content["settings"]["mean"] == [0.4]
+    assert RobustnessResult.from_json(tmp_path / "rows.json").rows == content["rows"]
+
+
+def test_evaluate_takes_settings_from_the_file_name_and_the_folder(
+    net: nn.Module, data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "exported"
+    export_timm(net, folder, input_size=(3, 32, 32), mean=[0.3] * 3, std=[0.2] * 3)
+    options = ["--data", data, "--severity", 1, "--bootstrap", 0, "--limit", 10]
+    text = " ".join(run("evaluate", folder, *options).stdout.split())
+    assert "10 images" in text and "preset dermatoscopy" in text
+    assert "mean [0.3, 0.3, 0.3], std [0.2, 0.2, 0.2]" in text
+    content = run_json("evaluate", folder, *options)
+    arrays = read(data)
+    images = torch.from_numpy(arrays["test_images"][:10]).float().permute(0, 3, 1, 2) / 255
+    small = (
+        nn.functional.interpolate(images, (32, 32), mode="bilinear", antialias=True) - 0.3
+    ) / 0.2
+    with torch.no_grad():
+        right = net(small).argmax(1) == torch.from_numpy(arrays["test_labels"][:10, 0]).long()
+    assert content["rows"][0]["accuracy"] == pytest.approx(right.double().mean().item())
+
+
+def test_evaluate_takes_grey_images_and_several_labels(weights: Path, data: Path) -> None:
+    content = run_json(
+        "evaluate", weights, "--arch", ARCH, "--data", data, "--split", "val", "--preset", "oct",
+        "--severity", 5, "--bootstrap", 0,
+    )  # fmt: skip
+    assert content["settings"]["task"] == "multilabel"
+    assert content["settings"]["n"] == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--preset", "dermatology"], "did you mean dermatoscopy"),
+        (["--severity", 6], "choose some of 1, 2, 3, 4, 5"),
+        (["--attack", "deepfool"], "choose fgsm or pgd"),
+        (["--split", "train"], "MedMNIST layout"),
+    ],
+)
+def test_evaluate_answers_mistakes(
+    options: list[Any], told: str, weights: Path, data: Path
+) -> None:
+    assert told in complaint("evaluate", weights, "--arch", ARCH, "--data", data, *options)
+
+
+def test_evaluate_refuses_other_layouts_and_labels_beyond_the_outputs(
+    weights: Path, data: Path, tmp_path: Path
+) -> None:
+    common = ("evaluate", weights, "--arch", ARCH, "--data")
+    assert "no such file" in complaint(*common, tmp_path / "no.npz")
+    arrays = read(data)
+    np.savez(tmp_path / "float.npz", **arrays | {"test_images": arrays["test_images"] / 255})
+    assert "bytes" in complaint(*common, tmp_path / "float.npz")
+    np.savez(tmp_path / "nine.npz", **arrays | {"test_labels": arrays["test_labels"] + 2})
+    assert "check num_classes" in complaint(*common, tmp_path / "nine.npz", "--preset", "quick")

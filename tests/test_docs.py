@@ -1,0 +1,193 @@
+"""Docs: code runs, commands parse, links lead somewhere, every public name is documented."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer.main
+import yaml
+
+import inmerge_wrap
+from inmerge_wrap.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUN_ELSEWHERE = {"training-loops.md": "test_trainers.py", "what-is-merged.md": "test_zoo.py"}
+NOT_EXECUTED = re.compile(r"<!-- not executed: \S.* -->\s*$")
+
+
+def blocks(text: str, language: str) -> list[tuple[int, str]]:
+    """(line of the first code line, code) of every block that is to be run."""
+    found = []
+    for match in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        before = text[: match.start()]
+        if not NOT_EXECUTED.search(before):
+            found.append((before.count("\n") + 2, match[1]))
+    return found
+
+
+def named(paths: list[Path]) -> Any:
+    return pytest.mark.parametrize("page", paths, ids=[path.name for path in paths])
+
+
+# -- code ----------------------------------------------------------------------------------------
+
+
+# The packages that a page imports may be behind the newest torch.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@named([page for page in PAGES if page.name not in RUN_ELSEWHERE])
+def test_the_code_of_a_page_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    namespace: dict[str, Any] = {"__name__": "page"}
+    try:
+        for line, code in blocks(page.read_text(encoding="utf-8"), "python"):
+            # Line numbers of errors are then those of the page.
+            exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
+    finally:
+        if "accelerate" in sys.modules:
+            from accelerate.state import AcceleratorState
+
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_pages_that_run_elsewhere_do() -> None:
+    for name, test in RUN_ELSEWHERE.items():
+        assert name in (ROOT / "tests" / test).read_text(encoding="utf-8")
+
+
+def test_unexecuted_code_gives_its_reason_and_is_python_all_the_same() -> None:
+    text = "<!-- not executed: it needs a GPU -->\n```python\nx = 1\n```\n\n```python\ny = 2\n```\n"
+    assert blocks(text, "python") == [(7, "y = 2\n")]
+    assert len(blocks(text.replace(": it needs a GPU", ""), "python")) == 2
+    for page in PAGES:
+        for match in re.finditer(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.M):
+            if ">>>" not in match[1]:
+                compile(match[1], str(page), "exec")
+
+
+def commands() -> list[str]:
+    """Every inmerge command that a page or a help text shows."""
+    texts = [code for page in PAGES for _, code in blocks(page.read_text(), "bash")]
+    texts += [
+        example
+        for command in app.registered_commands
+        for example in re.findall(r"`(inmerge [^`]*)`", str(command.epilog))
+    ]
+    lines = "\n".join(texts).replace("\\\n", " ").splitlines()
+    return sorted({line for line in lines if line.startswith("inmerge ")})
+
+
+def test_commands_are_shown() -> None:
+    assert len(commands()) > 10
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_shown_command_parses(line: str) -> None:
+    group = typer.main.get_command(app)
+    name, *arguments = shlex.split(line)[1:]
+    context = group.commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
+    assert context.params
+
+
+# -- names ---------------------------------------------------------------------------------------
+
+
+def documented() -> dict[str, list[str]]:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    return {
+        module: re.findall(r"^ {8}- (\w+)$", members, re.MULTILINE)
+        for module, members in re.findall(
+            r"^::: (inmerge_wrap\.\w+)\n {4}options:\n {6}members:\n((?: {8}- \w+\n)*)",
+            text,
+            re.MULTILINE,
+        )
+    }
+
+
+def test_every_public_name_is_on_the_api_page() -> None:
+    modules = {
+        f"inmerge_wrap.{found.name}": importlib.import_module(f"inmerge_wrap.{found.name}")
+        for found in pkgutil.iter_modules(inmerge_wrap.__path__)
+    }
+    assert {name: sorted(members) for name, members in documented().items()} == {
+        name: sorted(module.__all__) for name, module in modules.items()
+    }
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    for name in inmerge_wrap.__all__:
+        assert f"`{name}`" in text
+
+
+def test_every_public_name_says_what_it_is() -> None:
+    for module_name, names in documented().items():
+        module = importlib.import_module(module_name)
+        for name in names:
+            value = getattr(module, name)
+            if callable(value) and name != "app":
+                assert (value.__doc__ or "").strip(), f"{module_name}.{name} has no docstring"
+
+
+# -- links ---------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    plain = [re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings]
+    return {re.sub(r"[\s-]+", "-", heading) for heading in plain}
+
+
+@named(PAGES)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", target):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = page.parent / name if name else page
+        assert linked.exists(), f"{page.name} links to {target}"
+        if anchor and linked.suffix == ".md":
+            assert anchor in anchors(linked), f"{page.name} links to {target}"
+
+
+def test_the_navigation_holds_every_page() -> None:
+    config = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader=yaml.BaseLoader)
+    shown = [page for entry in config["nav"] for page in entry.values()]
+    assert sorted(shown) == sorted(page.name for page in PAGES[1:])
+
+
+def test_the_site_builds_strictly(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("material")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    api = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
+    for module, names in documented().items():
+        for name in names:
+            assert f'id="{module}.{name}"' in api
+    assert "<blockquote>" not in api, "an example in a docstring is shown as a quotation"
+    assert not re.search(r":(func|class|attr|meth):", api), "Sphinx roles are left over"
+    for page in tmp_path.rglob("*.html"):
+        loaded = re.findall(r'(?:src|<link[^>]*href)="(https?://[^"]*)"', page.read_text())
+        assert not [url for url in loaded if "fonts." in url], f"{page} loads from elsewhere"

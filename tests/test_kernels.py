@@ -1,0 +1,267 @@
+"""Computed weights: what is compared and blended is what the forward pass uses, and it stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from timm.layers import ScaledStdConv2d, StdConv2d
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from inmerge_wrap import InMergeWrapper, plan_merging
+from inmerge_wrap.kernels import kernel_parameters, open_kernels, unmergeable_reason
+from tests import reference
+
+PAIRS = [(0, 1), (1, 0), (2, 7), (5, 3), (6, 4)]
+ALPHA = 0.8
+
+
+def conv(**settings: int) -> nn.Conv2d:
+    """Twelve kernels of 6x3x3, of different norms and all kinds of likeness."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = nn.Conv2d(6, 12, 3, **settings)
+        with torch.no_grad():
+            made.weight.copy_(torch.randn(12, 6, 3, 3) + torch.randn(1, 6, 3, 3))
+            made.weight.mul_(torch.linspace(0.5, 2.0, 12).reshape(12, 1, 1, 1))
+    return made
+
+
+def pruned(structured: bool) -> nn.Conv2d:
+    made = conv()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        if structured:
+            prune.ln_structured(made, "weight", amount=2, n=2, dim=1)
+        else:
+            prune.random_unstructured(made, "weight", amount=0.4)
+    return made
+
+
+def old_weight_norm() -> nn.Conv2d:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        return nn.utils.weight_norm(conv())
+
+
+def scaled_weight_norm() -> nn.Conv2d:
+    """With magnitudes that differ from the directions' norms, as after some training."""
+    made = parametrizations.weight_norm(conv())
+    with torch.no_grad():
+        made.parametrizations.weight.original1.mul_(3.0)
+        made.parametrizations.weight.original0.mul_(torch.linspace(0.5, 2, 12).reshape(12, 1, 1, 1))
+    return made
+
+
+FORMS: dict[str, Callable[[], nn.Conv2d]] = {
+    "plain": conv,
+    "channels_last": lambda: conv().to(memory_format=torch.channels_last),
+    "weight_norm": lambda: parametrizations.weight_norm(conv()),
+    "weight_norm, scaled": scaled_weight_norm,
+    "weight_norm, old": old_weight_norm,
+    "spectral_norm": lambda: parametrizations.spectral_norm(conv()),
+    "spectral_norm, old": lambda: nn.utils.spectral_norm(conv()),
+    "pruned entries": lambda: pruned(structured=False),
+    "pruned channels": lambda: pruned(structured=True),
+}
+
+
+def effective(layer: nn.Conv2d) -> Tensor:
+    """The kernels that a forward pass uses, by what comes out for images of a single one."""
+    shape = layer.in_channels, *layer.kernel_size
+    basis = torch.eye(shape[0] * shape[1] * shape[2], dtype=next(layer.parameters()).dtype)
+    with torch.no_grad():
+        nothing = layer(torch.zeros(1, *shape, dtype=basis.dtype))
+        responses = layer(basis.reshape(-1, *shape)) - nothing
+    return responses.flatten(1).T.reshape(layer.out_channels, *shape).clone()
+
+
+def merge(
+    layer: nn.Conv2d, monkeypatch: pytest.MonkeyPatch, threshold: float = -1.0
+) -> InMergeWrapper:
+    """Merges PAIRS of a convolution through the wrapper, as a training step would."""
+    first = nn.Conv2d(3, layer.in_channels, 3, dtype=kernel_parameters(layer)[0].dtype)
+    network = nn.Sequential(first, nn.ReLU(), layer).eval()
+    drawn = tuple(torch.tensor(side) for side in zip(*PAIRS, strict=True))
+    monkeypatch.setattr("inmerge_wrap.wrapper.draw_pairs", lambda *_: drawn)
+    wrapper = InMergeWrapper(
+        network, include=["2"], merge_weight=ALPHA, similarity_threshold=threshold
+    )
+    wrapper.merge_()
+    return wrapper
+
+
+def halfway(kernels: Tensor) -> float:
+    """A threshold that some of PAIRS pass, well away from every cosine."""
+    cosines = sorted({round(reference.cosine(kernels[i], kernels[j]), 6) for i, j in PAIRS})
+    assert cosines[2] - cosines[1] > 1e-3
+    return (cosines[1] + cosines[2]) / 2
+
+
+def up_to_scale(weight: Tensor) -> Tensor:
+    return weight / weight.norm()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_forced_merge_is_the_papers_on_the_kernels_in_use(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = FORMS[form]().eval()
+    before = effective(layer)
+    assert merge(layer, monkeypatch).report().merged == len(PAIRS)
+    after = effective(layer)
+    expected, _ = reference.merge(before, PAIRS, ALPHA, -1.0)
+    if "prune" in form:  # what is pruned stays so
+        expected *= before != 0
+    if "spectral" in form:  # one number divides all kernels, and it follows the new weights
+        after, expected = up_to_scale(after), up_to_scale(expected)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_threshold_is_applied_to_the_kernels_in_use(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = FORMS[form]().eval()
+    before = effective(layer)
+    threshold = halfway(before)
+    wrapper = merge(layer, monkeypatch, threshold)
+    after = effective(layer)
+    alike = {i for i, j in PAIRS if reference.cosine(before[i], before[j]) > threshold}
+    assert wrapper.report().merged == len(alike) in {2, 3}
+    if "spectral" in form:
+        scale = after[8].norm() / before[8].norm()  # no pair holds kernel 8
+        after = after / scale
+    changed = {i for i in range(12) if not torch.allclose(after[i], before[i], rtol=1e-6)}
+    assert changed == alike
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_untouched_kernels_keep_every_stored_bit(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = FORMS[form]()
+    stored = [parameter.detach().clone() for parameter in kernel_parameters(layer)]
+    merge(layer, monkeypatch, threshold=1.0)  # nothing is that alike
+    for parameter, old in zip(kernel_parameters(layer), stored, strict=True):
+        assert torch.equal(parameter, old)
+    merge(layer, monkeypatch)
+    rest = [i for i in range(12) if i not in {target for target, _ in PAIRS}]
+    for parameter, old in zip(kernel_parameters(layer), stored, strict=True):
+        assert torch.equal(parameter[rest], old[rest])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_was_merged_survives_training_and_saving(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, fresh = FORMS[form](), FORMS[form]()
+    merge(layer, monkeypatch)
+    merged = effective(layer.eval())
+    parameters = kernel_parameters(layer)
+    layer.train()(torch.ones(2, 6, 5, 5)).square().sum().backward()
+    assert all(parameter.is_leaf and parameter.grad is not None for parameter in parameters)
+    fresh.load_state_dict(layer.state_dict())
+    if "spectral" not in form:  # its running estimate moves in train mode
+        assert torch.equal(effective(layer.eval()), merged)
+    assert torch.equal(effective(fresh.eval()), effective(layer.eval()))
+
+
+def test_pruned_entries_keep_their_stored_value_and_stay_zero(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = pruned(structured=False)
+    mask = layer.weight_mask == 0
+    stored = layer.weight_orig.detach().clone()
+    merge(layer, monkeypatch)
+    assert mask.any() and torch.equal(layer.weight_orig[mask], stored[mask])
+    assert (effective(layer)[mask] == 0).all()
+    prune.remove(layer, "weight")
+    assert (layer.weight[mask] == 0).all()
+
+
+def test_half_precision_is_blended_in_single_and_rounded_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = conv().bfloat16()
+    before = layer.weight.detach().clone()
+    merge(layer, monkeypatch)
+    expected, _ = reference.merge(before.float(), PAIRS, ALPHA, -1.0)
+    assert layer.weight.dtype == torch.bfloat16
+    # One rounding: a second would show as a difference of one unit in the last place.
+    assert torch.equal(layer.weight, expected.bfloat16())
+
+
+@pytest.mark.parametrize("kind", [StdConv2d, ScaledStdConv2d])
+def test_standardised_kernels_are_compared_as_the_forward_pass_uses_them(
+    kind: type[nn.Conv2d], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = kind(6, 12, 3, padding=0, bias=False).eval()
+    with torch.no_grad():
+        layer.weight.copy_(conv().weight + 3.0)  # an offset that the forward pass takes away
+    stored, used = layer.weight.detach().clone(), effective(layer)
+    threshold = halfway(used)
+    assert all(reference.cosine(stored[i], stored[j]) > threshold for i, j in PAIRS)
+    wrapper = merge(layer, monkeypatch, threshold)
+    assert wrapper.plan.merged[0].centred
+    alike = [(i, j) for i, j in PAIRS if reference.cosine(used[i], used[j]) > threshold]
+    assert wrapper.report().merged == len(alike) in {2, 3}
+    expected, _ = reference.merge(stored, alike, ALPHA, -1.0)
+    torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def doubled() -> nn.Conv2d:
+    made = conv()
+    parametrize.register_parametrization(made, "weight", Doubled())
+    return made
+
+
+def normed_twice() -> nn.Conv2d:
+    return parametrizations.spectral_norm(parametrizations.weight_norm(conv()))
+
+
+def without_parameter() -> nn.Conv2d:
+    made = conv()
+    weight = made.weight.detach()
+    del made.weight
+    made.weight = weight
+    return made
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (doubled, "parametrization Doubled"),
+        (normed_twice, "parametrization _WeightNorm"),
+        (lambda: parametrizations.orthogonal(conv()), "parametrization _Orthogonal"),
+        (lambda: parametrizations.weight_norm(conv(), dim=1), "weight_norm over dim 1"),
+        (lambda: nn.LazyConv2d(12, 3), "lazy"),
+        (without_parameter, "not a parameter"),
+    ],
+)
+def test_other_computed_weights_are_skipped_with_the_reason(
+    make: Callable[[], nn.Conv2d], reason: str
+) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), make(), nn.BatchNorm2d(12))
+    layer = network[2]
+    assert reason in (unmergeable_reason(layer) or "")
+    with pytest.raises(RuntimeError, match=reason), open_kernels(layer):
+        pass
+    skipped = {site.name: site.reason for site in plan_merging(network, shallow_layers=0).skipped}
+    assert skipped.keys() == {"2"} and reason in (skipped["2"] or "")
+    with pytest.raises(ValueError, match=f"include names '2'.*{reason}"):
+        plan_merging(network, include=["2"])
+
+
+def test_weight_norm_over_everything_is_skipped_in_its_old_form_too() -> None:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        layer = nn.utils.weight_norm(conv(), dim=1)
+    assert "weight_norm that is not over each kernel" in (unmergeable_reason(layer) or "")
+    assert kernel_parameters(layer) == []

@@ -1,0 +1,292 @@
+"""Model cards: metadata that the hub accepts, code that runs, numbers that were measured."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import HfApi, metadata_load
+from huggingface_hub import ModelCard as HubCard
+from torch import nn
+
+from inmerge_wrap import InMergeWrapper, export_timm
+from inmerge_wrap.modelcard import (
+    CardResult,
+    ModelCard,
+    merging_settings,
+    push_to_hub,
+    results_of,
+)
+from inmerge_wrap.robustness import evaluate_robustness
+from inmerge_wrap.similarity import measure_similarity, plot_pairs
+
+ARCH = "resnet10t"
+DATA = {"input_size": (3, 32, 32), "mean": [0.5] * 3, "std": [0.25] * 3}
+
+
+def small_card(**fields: Any) -> ModelCard:
+    given = {"title": "Skin", "license": "cc-by-nc-4.0", "training_data": "HAM10000, 7,007 images."}
+    return ModelCard(**{**given, **fields})
+
+
+@pytest.fixture(scope="module")
+def model() -> InMergeWrapper:
+    torch.manual_seed(0)
+    net = timm.create_model(ARCH, num_classes=3)
+    model = InMergeWrapper(net, similarity_threshold=-1.0, merge_probability=0.7, seed=5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model.attach(optimizer)
+    for _ in range(2):
+        model(torch.randn(2, 3, 32, 32)).sum().backward()
+        optimizer.step()
+    model.recalibrate([torch.randn(8, 3, 32, 32)])
+    return model.eval()
+
+
+def write(model: nn.Module, folder: Path, card: Any, **options: Any) -> str:
+    export_timm(model, folder, card=card, **DATA, **options)
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+# -- metadata ------------------------------------------------------------------------------------
+
+
+def test_metadata_is_what_the_hub_reads(model: nn.Module, tmp_path: Path) -> None:
+    results = [
+        CardResult("accuracy", 0.7654321, "DermaMNIST", dataset_id="medmnist/dermamnist"),
+        CardResult("auroc", 0.9, "DermaMNIST", dataset_id="medmnist/dermamnist"),
+        CardResult("accuracy", 0.6, "DermaMNIST", config="corrupted"),
+        CardResult("kappa", 0.5, 'Ward 7: "B|C"', split="val", interval=(0.4, 0.6)),
+    ]
+    card = small_card(
+        results=results,
+        datasets=["medmnist"],
+        base_model="timm/resnet10t.c3_in1k",
+        tags=["dermatology", "timm"],
+    )
+    write(model, tmp_path, card)
+    metadata = metadata_load(tmp_path / "README.md")
+    assert metadata["library_name"] == "timm"
+    assert metadata["pipeline_tag"] == "image-classification"
+    assert metadata["license"] == "cc-by-nc-4.0"
+    assert metadata["datasets"] == ["medmnist"]
+    assert metadata["base_model"] == "timm/resnet10t.c3_in1k"
+    assert metadata["tags"].count("timm") == 1 and "dermatology" in metadata["tags"]
+    parsed = HubCard.load(tmp_path / "README.md").data
+    assert parsed.model_name == "Skin"
+    found = [
+        (r.dataset_name, r.dataset_config, r.dataset_split, r.metric_type, r.metric_value)
+        for r in parsed.eval_results
+    ]
+    assert sorted(found, key=str) == sorted(
+        [(r.dataset, r.config, r.split, r.metric, round(r.value, 6)) for r in results], key=str
+    )
+
+
+def test_a_card_without_results_claims_none(model: nn.Module, tmp_path: Path) -> None:
+    text = write(model, tmp_path, small_card())
+    assert "model-index" not in metadata_load(tmp_path / "README.md")
+    assert "Nothing was measured for this card." in text
+
+
+def test_titles_and_cells_can_not_break_the_card(model: nn.Module, tmp_path: Path) -> None:
+    title = "A: 'strange' # title\n---\nlicense: mit"
+    results = [CardResult("accuracy", 0.5, "a|b", note="two\nlines")]
+    text = write(model, tmp_path, small_card(title=title, results=results))
+    metadata = metadata_load(tmp_path / "README.md")
+    assert metadata["license"] == "cc-by-nc-4.0"
+    assert metadata["model-index"][0]["name"] == "A: 'strange' # title --- license: mit"
+    assert "| a\\|b | test | Accuracy | 0.5000 |  | two lines |" in text
+
+
+def test_the_licence_other_carries_its_name(model: nn.Module, tmp_path: Path) -> None:
+    card = small_card(license="other", license_name="ward-7", license_link="https://example.org/l")
+    text = write(model, tmp_path, card)
+    metadata = metadata_load(tmp_path / "README.md")
+    assert (metadata["license"], metadata["license_name"]) == ("other", "ward-7")
+    assert "[ward-7](https://example.org/l)" in text
+
+
+# -- text ----------------------------------------------------------------------------------------
+
+
+def test_the_code_of_the_card_loads_the_model_and_its_preprocessing(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = write(model, tmp_path / "export", small_card(), label_names=["nevus", "melanoma", "x"])
+    assert "Outputs: 0 nevus, 1 melanoma, 2 x." in text
+    from PIL import Image
+
+    pixels = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    assert "local-dir:path/to/this/folder" in code
+    names: dict[str, Any] = {}
+    exec(code.replace("path/to/this/folder", str(tmp_path / "export")), names)
+    with torch.no_grad():
+        expected = model((pixels.permute(2, 0, 1)[None].float() / 255 - 0.5) / 0.25)
+    # Image and tensor are normalised by other code, in another order.
+    assert torch.allclose(names["scores"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_grey_models_open_grey_images(tmp_path: Path) -> None:
+    net = timm.create_model(ARCH, num_classes=2, in_chans=1)
+    export_timm(net, tmp_path, input_size=(1, 32, 32), mean=[0.5], std=[0.5], card=small_card())
+    text = (tmp_path / "README.md").read_text()
+    assert 'convert("L")' in text and "Images are 1 x 32 x 32" in text
+
+
+def test_medical_limits_are_said_unless_replaced(model: nn.Module, tmp_path: Path) -> None:
+    text = write(model, tmp_path / "a", small_card())
+    assert "not a medical device" in " ".join(text.split())
+    assert "another scanner" in text and "HAM10000, 7,007 images." in text
+    own = write(model, tmp_path / "b", small_card(limits=["Fails on hair."], intended_use="Demo."))
+    assert "- Fails on hair." in own and "Demo." in own and "another scanner" not in own
+
+
+def test_merging_settings_are_those_of_the_wrapper(model: InMergeWrapper, tmp_path: Path) -> None:
+    settings = merging_settings(nn.Sequential(model))
+    text = write(model, tmp_path / "a", small_card())
+    for name, value in settings.items():
+        assert f"| {name} | {value} |" in text
+    report = model.report()
+    assert settings["merge_probability (p)"] == 0.7
+    assert settings["optimizer steps"] == 2 and settings["seed"] == 5
+    assert settings["merged pairs"] == f"{report.merged:,} of {report.drawn:,} drawn (100.00%)"
+    assert all(site.name in settings["merged layers"] for site in model.plan.merged)
+    assert merging_settings(model.module) == {}
+    assert "In-model merging** (" not in write(model.module, tmp_path / "b", small_card())
+    given = small_card(merging={"tau": 0.25})
+    assert "| tau | 0.25 |" in write(model, tmp_path / "c", given)
+
+
+def test_a_run_that_never_merged_says_so() -> None:
+    idle = InMergeWrapper(timm.create_model(ARCH, num_classes=3))
+    assert merging_settings(idle)["merged pairs"].endswith("as a plain training run")
+
+
+def test_robustness_results_and_picture(model: nn.Module, tmp_path: Path) -> None:
+    images, labels = torch.rand(12, 3, 32, 32), torch.arange(12) % 3
+    result = evaluate_robustness(
+        model, [(images, labels)], preset="quick", severities=[2], bootstrap=20
+    )
+    results = results_of(result, dataset="Noise", metrics=["accuracy", "ece"])
+    clean, corrupted = result.row("clean"), result.row("all")
+    assert [(r.config, r.metric, r.value) for r in results] == [
+        (None, "accuracy", clean["accuracy"]),
+        (None, "ece", clean["ece"]),
+        ("corrupted", "accuracy", corrupted["accuracy"]),
+        ("corrupted", "ece", corrupted["ece"]),
+    ]
+    assert results[0].interval == (clean["accuracy_low"], clean["accuracy_high"])
+    assert results[2].note == "mean of 5 corruptions at severities 2"
+    figure = plot_pairs(measure_similarity(model, include="layer4.*"))
+    text = write(model, tmp_path / "a", small_card(results=results, robustness_picture=figure))
+    assert "![Robustness](robustness.png)" in text
+    picture = tmp_path / "a" / "robustness.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    shutil.copy(picture, tmp_path / "mine.PNG")
+    card = small_card(robustness_picture=tmp_path / "mine.PNG")
+    assert "![Robustness](robustness.png)" in write(model, tmp_path / "b", card)
+    assert (tmp_path / "b" / "robustness.png").read_bytes() == picture.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"title": " "}, "title of the card is empty"),
+        ({"training_data": ""}, "training_data of the card is empty"),
+        ({"license": "Apache 2.0"}, "no identifier of the hub"),
+        ({"license": "other"}, "needs its license_name"),
+        ({"datasets": "ham10000"}, "must be a list"),
+        ({"colour": "red"}, "its fields are title"),
+        ({"results": [{"metric": "accuracy"}]}, "does not fit"),
+    ],
+)
+def test_malformed_cards(fields: dict[str, Any], told: str) -> None:
+    good = {"title": "Skin", "license": "mit", "training_data": "Ten images."}
+    assert ModelCard.from_dict(good).title == "Skin"
+    with pytest.raises(ValueError, match=told):
+        ModelCard.from_dict(good | fields)
+
+
+def test_a_bad_card_leaves_an_earlier_export_alone(model: nn.Module, tmp_path: Path) -> None:
+    write(model, tmp_path, small_card())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for card in ({"title": "x"}, small_card(robustness_picture="no.png")):
+        with pytest.raises(ValueError, match=r"does not fit|no PNG"):
+            export_timm(model, tmp_path, card=card, **DATA)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# -- the hub -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Stands in for the two calls that reach the network, and keeps what they were given."""
+    seen: dict[str, Any] = {}
+
+    def create_repo(self: HfApi, repo_id: str, **options: Any) -> None:
+        seen["created"] = (repo_id, options)
+
+    def upload_folder(self: HfApi, *, repo_id: str, folder_path: Path, **options: Any) -> None:
+        files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        seen.update(token=self.token, uploaded=repo_id, files=files, options=options)
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    return seen
+
+
+def test_push_uploads_the_export_and_nothing_else(
+    model: nn.Module, tmp_path: Path, hub: dict[str, Any]
+) -> None:
+    figure = plot_pairs(measure_similarity(model, include="layer4.*"))
+    write(model, tmp_path, small_card(robustness_picture=figure))
+    (tmp_path / "optimizer.bin").write_text("not for everybody")
+    line = push_to_hub(tmp_path, "ward/skin", private=True, token="hf_x", message="First")
+    assert line == 'timm.create_model("hf-hub:ward/skin", pretrained=True)'
+    assert hub["created"] == ("ward/skin", {"private": True, "exist_ok": True})
+    assert (hub["uploaded"], hub["token"]) == ("ward/skin", "hf_x")
+    assert hub["options"] == {"commit_message": "First"}
+    assert set(hub["files"]) == {
+        "README.md", "config.json", "model.safetensors", "robustness.png",
+    }  # fmt: skip
+    for name in set(hub["files"]) - {"README.md"}:
+        assert hub["files"][name] == (tmp_path / name).read_bytes()
+    card = hub["files"]["README.md"].decode()
+    assert line.replace("timm.create_model(", "") in card and "local-dir:" not in card
+    assert "local-dir:" in (tmp_path / "README.md").read_text(), "the folder itself stays"
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "timm"
+
+
+def test_push_refuses_what_is_no_export(
+    model: nn.Module, tmp_path: Path, hub: dict[str, Any]
+) -> None:
+    export_timm(model, tmp_path, **DATA)
+    with pytest.raises(ValueError, match=r"has no README\.md: write the folder with"):
+        push_to_hub(tmp_path, "ward/skin")
+    write(model, tmp_path, small_card())
+    with pytest.raises(ValueError, match="user/name"):
+        push_to_hub(tmp_path, "skin")
+    assert hub == {}
+
+
+def test_the_card_of_a_command_line_is_plain_data(model: nn.Module, tmp_path: Path) -> None:
+    content = {
+        "title": "Skin",
+        "license": "mit",
+        "training_data": "Ten images.",
+        "results": [{"metric": "auroc", "value": 0.8, "dataset": "D", "interval": [0.7, 0.9]}],
+    }
+    text = write(model, tmp_path, json.loads(json.dumps(content)))
+    assert "| D | test | AUROC | 0.8000 | 0.7000 to 0.9000 |  |" in text

@@ -1,0 +1,569 @@
+"""One merge per optimizer step, whatever the optimizer is and however it is called."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import schedulefree
+import timm
+import timm.optim
+import torch
+from torch import Tensor, nn
+
+from inmerge_wrap import InMergeWrapper, NoEffectWarning
+from tests import reference
+from tests.scripts.common import (
+    MERGED,
+    closure_of,
+    digest,
+    equal,
+    loss_of,
+    next_pairs,
+    sgd,
+    tiny_net,
+    train,
+    weights_of,
+    wrapped,
+)
+
+ALPHA, TAU = 0.7, 0.0
+
+_NEEDS_A_GPU = ("bnb", "fused")  # bitsandbytes and apex
+TIMM_NAMES = [name for name in timm.optim.list_optimizers() if not name.startswith(_NEEDS_A_GPU)]
+
+
+def merge_by_the_book(model: nn.Module, pairs: list[list[tuple[int, int]]]) -> int:
+    """The paper's loop over the weights of a network that no hook touches."""
+    merged = 0
+    for name, layer_pairs in zip(MERGED, pairs, strict=True):
+        weight = model.get_submodule(name).weight
+        merged += sum(
+            reference.merge_on(weight, layer_pairs, merge_weight=ALPHA, similarity_threshold=TAU)
+        )
+    return merged
+
+
+def step_once(model: nn.Module, optimizer: Any, number: int) -> None:
+    """One step as the optimizer wants it, with the same global randomness each time."""
+    torch.manual_seed(number)
+    model.zero_grad()  # not the optimizer's: it must not be needed (timm's Lookahead)
+    if isinstance(optimizer, torch.optim.LBFGS) or "Closure" in type(optimizer).__name__:
+        optimizer.step(closure_of(model, optimizer, number))
+        return
+    loss_of(model, number).backward(create_graph=getattr(optimizer, "is_second_order", False))
+    optimizer.step()
+
+
+def assert_lockstep(
+    make: Callable[[nn.Module], Any], steps: int = 3, attach: Callable[[Any], Any] = lambda o: o
+) -> None:
+    """Attached steps are bare steps followed by the paper's merge: no more, no less, not twice."""
+    model = wrapped(merge_weight=ALPHA, similarity_threshold=TAU)
+    twin = tiny_net()
+    optimizer, twin_optimizer = make(model), make(twin)
+    model.attach(attach(optimizer))
+    merged = 0
+    for number in range(steps):
+        pairs = next_pairs(model)
+        step_once(model, optimizer, number)
+        step_once(twin, twin_optimizer, number)
+        merged += merge_by_the_book(twin, pairs)
+        for name, expected in twin.named_parameters():
+            actual = model.module.get_parameter(name)
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6, msg=name)
+        # A rounding error in a weight must not grow into another sign of an update.
+        twin.load_state_dict(model.module.state_dict())
+    assert [layer.steps for layer in model.report()] == [steps, steps]
+    assert model.report().merged == merged > 0
+
+
+# -- every optimizer -----------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
+@pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum':UserWarning")
+@pytest.mark.parametrize("name", TIMM_NAMES)
+def test_timm(name: str) -> None:
+    assert_lockstep(lambda model: timm.optim.create_optimizer_v2(model, opt=name, lr=1e-2))
+
+
+def test_most_of_timms_optimizers_were_tried() -> None:
+    assert len(TIMM_NAMES) >= 80
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb"])
+def test_timm_lookahead_before_any_zero_grad(name: str) -> None:
+    assert_lockstep(
+        lambda model: timm.optim.create_optimizer_v2(model, opt=f"lookahead_{name}", lr=1e-2),
+        steps=8,  # its slow weights come into play at step 6
+    )
+
+
+TORCH_OPTIMIZERS = [
+    kind
+    for kind in vars(torch.optim).values()
+    if isinstance(kind, type)
+    and issubclass(kind, torch.optim.Optimizer)
+    # abstract; sparse gradients only; matrices only
+    and kind.__name__ not in ("Optimizer", "SparseAdam", "Muon")
+]
+
+
+@pytest.mark.parametrize("kind", TORCH_OPTIMIZERS)
+def test_torch(kind: Any) -> None:
+    assert_lockstep(lambda model: kind(model.parameters(), lr=1e-2))
+
+
+@pytest.mark.parametrize("variant", ["foreach", "fused"])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+def test_torch_variants(name: str, variant: str) -> None:
+    kind = getattr(torch.optim, name)
+    assert_lockstep(lambda model: kind(model.parameters(), lr=1e-2, **{variant: True}))
+
+
+def test_lbfgs_merges_once_for_many_evaluations() -> None:
+    model = wrapped()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=5)
+    model.attach(optimizer)
+    evaluations = 0
+    inner = closure_of(model, optimizer, 0)
+
+    def closure() -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        return inner()
+
+    optimizer.step(closure)
+    assert evaluations >= 4 and model.step == 1
+
+
+# -- optimizers that call an optimizer -----------------------------------------------------------
+
+
+class Clipped(torch.optim.SGD):
+    """A subclass whose step calls super().step(); torch then runs the hooks in both."""
+
+    fail = False
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], 1.0)
+        result = super().step(closure)
+        if self.fail:
+            raise FloatingPointError("asked for")
+        return result
+
+
+class Scaled(Clipped):
+    """A third level."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [Clipped, Scaled])
+def test_a_step_that_calls_its_parents_step(kind: type[Clipped]) -> None:
+    for parent in kind.__mro__[1:]:
+        if parent is torch.optim.Optimizer:
+            break
+        parent([nn.Parameter(torch.zeros(1))], lr=0.1)  # only now torch hooks the parent's step
+    calls = []
+    assert_lockstep(lambda model: kind(model.parameters(), lr=0.05), attach=lambda o: spy(o, calls))
+    assert len(calls) == 3 * (2 if kind is Clipped else 3), "the trap is no longer there"
+
+
+def spy(optimizer: torch.optim.Optimizer, calls: list[int]) -> torch.optim.Optimizer:
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    return optimizer
+
+
+def test_a_step_that_raises_does_not_upset_the_count() -> None:
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    model = wrapped()
+    optimizer = Clipped(model.parameters(), lr=0.05)
+    model.attach(optimizer)
+    train(model, optimizer, 1)
+    optimizer.fail = True
+    with pytest.raises(FloatingPointError):
+        train(model, optimizer, 1)
+    optimizer.fail = False
+    train(model, optimizer, 2)
+    assert model.step == 3  # the failed step never reached its end
+
+
+def test_two_optimizers_of_one_class_nested_in_a_closure() -> None:
+    """One optimizer that steps inside of another's step is no nested step of it."""
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    outer_model, inner_model = wrapped(), wrapped()
+    outer = Clipped(outer_model.parameters(), lr=0.05)
+    inner = Clipped(inner_model.parameters(), lr=0.05)
+    outer_model.attach(outer)
+    inner_model.attach(inner)
+    outer_closure = closure_of(outer_model, outer, 0)
+
+    def closure() -> Tensor:
+        train(inner_model, inner, 1)
+        return outer_closure()
+
+    outer.step(closure)
+    assert (outer_model.step, inner_model.step) == (1, 1)
+
+
+class SAM(torch.optim.Optimizer):
+    """Sharpness-aware minimisation (arXiv 2010.01412) around a base optimizer of its own."""
+
+    def __init__(self, params: Iterable[Tensor], base: Any, rho: float = 0.05, **options: Any):
+        super().__init__(params, {"rho": rho, **options})
+        self.base_optimizer = base(self.param_groups, **options)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        with_grad = [
+            p for group in self.param_groups for p in group["params"] if p.grad is not None
+        ]
+        norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in with_grad]))
+        for p in with_grad:
+            self.state[p]["start"] = p.data.clone()
+            p.add_(p.grad, alpha=float(self.param_groups[0]["rho"] / norm))
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.data = self.state[p]["start"]  # another storage in each step
+        self.base_optimizer.step()
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        closure = torch.enable_grad()(closure)
+        self.first_step(zero_grad=True)
+        closure()
+        self.second_step()
+
+
+def sam_step(model: nn.Module, optimizer: SAM, number: int, style: str) -> None:
+    if style == "closure":
+        loss_of(model, number).backward()
+        optimizer.step(closure_of(model, optimizer, number))
+        optimizer.zero_grad()
+    else:
+        loss_of(model, number).backward()
+        optimizer.first_step(zero_grad=True)
+        loss_of(model, number).backward()
+        optimizer.second_step(zero_grad=True)
+
+
+@pytest.mark.parametrize("attach_to", ["sam", "base_optimizer"])
+@pytest.mark.parametrize("style", ["closure", "two calls"])
+def test_sam(style: str, attach_to: str) -> None:
+    model = wrapped(merge_weight=ALPHA, similarity_threshold=TAU)
+    twin = tiny_net()
+    optimizer, twin_optimizer = (
+        SAM(m.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9) for m in (model, twin)
+    )
+    model.attach(optimizer if attach_to == "sam" else optimizer.base_optimizer)
+    for number in range(3):
+        pairs = next_pairs(model)
+        sam_step(model, optimizer, number, style)
+        sam_step(twin, twin_optimizer, number, style)
+        assert merge_by_the_book(twin, pairs) > 0
+        for name, expected in twin.named_parameters():
+            actual = model.module.get_parameter(name)
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6, msg=name)
+    assert model.step == 3
+
+
+# -- schedule-free -------------------------------------------------------------------------------
+
+SCHEDULE_FREE = [
+    kind
+    for name, kind in vars(schedulefree).items()
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+]
+
+
+@pytest.mark.parametrize("kind", SCHEDULE_FREE)
+def test_schedule_free_merges_the_average_that_is_evaluated(kind: Any) -> None:
+    """The weights seen in evaluation, too, are those of a bare step followed by the merge."""
+    closure_style = "Closure" in kind.__name__
+    model = wrapped(merge_weight=ALPHA, similarity_threshold=TAU)
+    twin = tiny_net()
+    optimizer, twin_optimizer = (kind(m.parameters(), lr=0.02) for m in (model, twin))
+    model.attach(optimizer)
+    for number in range(4):
+        # What an average is worth shows only after it has come apart from the last iterate.
+        if number:
+            there_and_back(optimizer)
+            twin.load_state_dict(model.module.state_dict())
+            twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        pairs = next_pairs(model)
+        for m, o in ((model, optimizer), (twin, twin_optimizer)):
+            if not closure_style:
+                o.train()
+            step_once(m, o, number)
+    # Both have merged in the first three steps, `model` in the fourth as well.
+    alike = {
+        name: [(i, j) for i, j in layer_pairs if reference.cosine(weight[i], weight[j]) > TAU]
+        for name, layer_pairs in zip(MERGED, pairs, strict=True)
+        for weight in [twin.get_submodule(name).weight.detach()]
+    }
+    assert all(alike.values())
+    if not closure_style:
+        optimizer.eval()
+        twin_optimizer.eval()
+    for name, layer_pairs in alike.items():
+        weight, expected = model.get_submodule(name).weight, twin.get_submodule(name).weight
+        for actual, bare in (
+            (weight, expected),
+            (optimizer.state[weight]["z"], twin_optimizer.state[expected]["z"]),
+        ):
+            merged = bare.detach().clone()
+            for i, j in layer_pairs:
+                merged[i] = ALPHA * bare[i] + (1 - ALPHA) * bare[j]
+            torch.testing.assert_close(actual.detach(), merged.detach(), rtol=1e-5, atol=1e-6)
+
+
+def there_and_back(optimizer: Any) -> None:
+    """Where one would evaluate; nothing may be lost on the way."""
+    if hasattr(optimizer, "eval"):
+        optimizer.eval()
+        optimizer.train()
+
+
+def test_schedule_free_with_a_computed_weight_is_refused() -> None:
+    net = tiny_net()
+    nn.utils.parametrizations.weight_norm(net.last)
+    model = InMergeWrapper(net, shallow_layers=1, similarity_threshold=0.0)
+    optimizer = schedulefree.SGDScheduleFree(model.parameters(), lr=0.02)
+    model.attach(optimizer)
+    optimizer.train()
+    with pytest.raises(RuntimeError, match="a weight that is computed"):
+        train(model, optimizer, 1)
+
+
+def test_other_schedule_free_optimizers_are_refused_by_name() -> None:
+    from schedulefree.wrap_schedulefree import ScheduleFreeWrapper
+
+    class ScheduleFreeAdam(torch.optim.Adam):
+        """As other packages name theirs."""
+
+    model = wrapped()
+    for optimizer in (ScheduleFreeWrapper(sgd(model)), ScheduleFreeAdam(model.parameters())):
+        with pytest.raises(RuntimeError, match=f"{type(optimizer).__name__} keeps.*SGDScheduleFr"):
+            model.attach(optimizer)
+
+
+# -- copies, several optimizers, changing groups -------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["pickle", "deepcopy"])
+def test_a_copied_optimizer_merges_after_it_was_attached(way: str) -> None:
+    model = wrapped()
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    train(model, optimizer, 1)
+    if way == "pickle":
+        model, optimizer = pickle.loads(pickle.dumps((model, optimizer)))
+    else:
+        model, optimizer = copy.deepcopy((model, optimizer))
+    train(model, optimizer, 1)
+    assert model.step == 1  # torch's copies of an optimizer have no hooks
+    model.attach(optimizer)
+    train(model, optimizer, 1)
+    assert model.step == 2
+
+
+def test_a_copied_optimizer_that_was_not_attached_is_told() -> None:
+    model = wrapped()
+    model.attach(sgd(model))
+    model, optimizer = copy.deepcopy((model, sgd(model)))
+    with pytest.warns(NoEffectWarning, match=r"no optimizer is attached\. Call model\.attach"):
+        train(model, optimizer, 10)
+
+
+def test_a_reloaded_optimizer_goes_on_merging() -> None:
+    model = wrapped()
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    train(model, optimizer, 1)
+    optimizer.load_state_dict(pickle.loads(pickle.dumps(optimizer.state_dict())))
+    train(model, optimizer, 1)
+    assert model.step == 2
+
+
+def test_an_optimizer_is_not_kept_alive() -> None:
+    model = wrapped()
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    del optimizer
+    gc.collect()
+    assert all(known.optimizer() is None for known in model._attached)
+
+
+def test_two_optimizers_merge_their_own_layers_in_their_own_time() -> None:
+    model = wrapped()
+    first = torch.optim.SGD([*model.stem.parameters(), *model.mid.parameters()], lr=0.05)
+    second = torch.optim.AdamW([*model.last.parameters(), *model.head.parameters()], lr=1e-3)
+    model.attach(first)
+    model.attach(second)
+    for number in range(4):
+        loss_of(model, number).backward()
+        first.step()
+        if number % 2:
+            before = weights_of(model.mid)
+            second.step()
+            assert equal(before, weights_of(model.mid))
+        model.zero_grad()
+    assert [layer.steps for layer in model.report()] == [4, 2]
+
+
+def test_of_two_optimizers_over_one_layer_the_last_attached_merges() -> None:
+    model = wrapped(similarity_threshold=-1.0)
+    whole, head = sgd(model), torch.optim.SGD([*model.module.last.parameters()], lr=0.05)
+    model.attach(whole)
+    model.attach(head)
+    train(model, whole, 2)
+    assert [layer.steps for layer in model.report()] == [2, 0]
+    train(model, head, 1)
+    assert [layer.steps for layer in model.report()] == [2, 1]
+
+
+def test_an_optimizer_whose_layers_were_all_taken_over_just_steps() -> None:
+    model = wrapped()
+    old, new = sgd(model), sgd(model)
+    model.attach(old)
+    model.attach(new)
+    train(model, old, 1)
+    assert model.step == 0
+    train(model, new, 1)
+    assert model.step == 1
+
+
+def test_a_new_optimizer_for_a_second_phase() -> None:
+    model = wrapped()
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    train(model, optimizer, 2)
+    optimizer = torch.optim.AdamW(model.last.parameters(), lr=1e-3)
+    model.attach(optimizer)
+    train(model, optimizer, 2, start=2)
+    assert [layer.steps for layer in model.report()] == [2, 4]
+
+
+def test_parameter_groups_added_later_are_merged() -> None:
+    model = wrapped()
+    optimizer = torch.optim.SGD(model.mid.parameters(), lr=0.05)
+    model.attach(optimizer)
+    train(model, optimizer, 1)
+    optimizer.add_param_group({"params": list(model.last.parameters())})
+    train(model, optimizer, 2)
+    assert [layer.steps for layer in model.report()] == [3, 2]
+
+
+def test_layers_frozen_later_are_left_alone_and_taken_up_again() -> None:
+    model = wrapped(similarity_threshold=-1.0, merge_probability=1.0)
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    train(model, optimizer, 1)
+    model.last.requires_grad_(False)
+    frozen = weights_of(model.last)
+    train(model, optimizer, 2)
+    assert equal(frozen, weights_of(model.last))
+    assert [layer.steps for layer in model.report()] == [3, 1]
+    model.last.requires_grad_(True)
+    train(model, optimizer, 1)
+    assert [layer.steps for layer in model.report()] == [4, 2]
+
+
+def test_freezing_all_is_told_once() -> None:
+    model = wrapped()
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    model.mid.requires_grad_(False)
+    model.last.requires_grad_(False)
+    with pytest.warns(NoEffectWarning, match="all weights to merge are frozen"):
+        train(model, optimizer, 1)
+    train(model, optimizer, 3)  # a second warning would be an error here
+    assert model.step == 0
+
+
+def test_frozen_from_the_start_is_an_error_that_says_so() -> None:
+    model = wrapped()
+    model.mid.requires_grad_(False)
+    model.last.requires_grad_(False)
+    with pytest.raises(ValueError, match="after unfreezing"):
+        model.attach(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+
+
+def test_weights_replaced_behind_the_optimizer_are_an_error_that_names_them() -> None:
+    model = wrapped()
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    train(model, optimizer, 1)
+    loss_of(model, 1).backward()
+    model.mid.weight = nn.Parameter(model.mid.weight.detach().clone())
+    with pytest.raises(RuntimeError, match=r"no longer holds the weights of mid: they were repl"):
+        optimizer.step()
+
+
+def test_an_optimizer_that_runs_no_hooks_is_refused() -> None:
+    class Shell(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+    model = wrapped()
+    with pytest.raises(TypeError, match=r"Shell never called Optimizer\.__init__"):
+        model.attach(Shell(sgd(model)))
+
+
+# -- timm's optimizer factory --------------------------------------------------------------------
+
+GROUPINGS = [
+    ("resnet18", {"weight_decay": 0.05}),
+    ("resnet18", {"weight_decay": 0.05, "layer_decay": 0.7}),
+    ("convnext_atto", {"weight_decay": 0.05, "layer_decay": 0.7}),
+    ("coatnet_nano_rw_224", {"weight_decay": 0.05}),  # has a no_weight_decay of its own
+    ("efficientformer_l1", {"weight_decay": 0.05, "layer_decay": 0.7}),
+]
+
+
+@pytest.mark.parametrize("name,options", GROUPINGS)
+def test_timm_groups_the_parameters_of_a_wrapper_as_those_of_its_network(
+    name: str, options: dict[str, float]
+) -> None:
+    net = timm.create_model(name)
+    names = {id(p): n for n, p in net.named_parameters()}
+
+    def groups(model: nn.Module) -> list[Any]:
+        optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=1e-3, **options)
+        return [
+            (sorted(names[id(p)] for p in g["params"]), g["weight_decay"], g.get("lr_scale", 1.0))
+            for g in optimizer.param_groups
+        ]
+
+    assert groups(InMergeWrapper(net)) == groups(net)
+    if "layer_decay" in options:
+        assert len(groups(net)) > 2
+
+
+def test_the_twins_of_these_tests_would_notice_a_missing_or_double_merge() -> None:
+    """The control: without the merge, and with two, the weights are others."""
+    outcomes = []
+    for passes in range(3):
+        model = wrapped(merge_weight=ALPHA)
+        train(model.module, sgd(model), 1)
+        for _ in range(passes):
+            model.merge_()
+        outcomes.append(digest(weights_of(model)))
+    assert len(set(outcomes)) == 3

@@ -1,0 +1,125 @@
+"""The recipe, run as a user runs it, at a tiny setting."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+for package in ("kornia", "matplotlib", "rich", "sklearn"):
+    pytest.importorskip(package)
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--preset", "gaussian_noise", "bars", "--severities", "1", "5", "--bootstrap", "20"]
+
+
+def run_here(monkeypatch, capsys, *arguments) -> tuple[object, str]:
+    """The script in this process, which saves its imports: exit code or message, and the output."""
+    monkeypatch.setattr(sys, "argv", ["recipes/robustness.py", *map(str, arguments)])
+    code: object = 0
+    try:
+        runpy.run_path(str(ROOT / "recipes" / "robustness.py"), run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code
+    return code, capsys.readouterr().out
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / "robustness.py"), *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def save_model(path: Path, seed: int, **settings) -> Path:
+    torch.manual_seed(seed)
+    model = timm.create_model("test_resnet", **settings)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+    return path
+
+
+def test_digits_two_methods_two_seeds(tmp_path):
+    models = [
+        f"{label}={save_model(tmp_path / f'{label}{seed}.safetensors', seed, **settings)}"
+        for seed, settings in enumerate([{"num_classes": 10, "in_chans": 1}] * 2)
+        for label in ("plain", "merged")
+    ]
+    out = tmp_path / "out"
+    done = run(
+        *models, "--data", "digits", "--size", "32", "--limit", "40", "--arch", "test_resnet",
+        *TINY, "--output", out,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Overview, 40 images" in done.stdout and "paired over seeds" in done.stdout
+    content = json.loads((out / "robustness.json").read_text())
+    assert content["seed"] == 0 and "recipes/robustness.py" in content["command"]
+    assert set(content["versions"]) >= {"python", "torch", "kornia"}
+    assert {label: len(runs) for label, runs in content["models"].items()} == {
+        "plain": 2,
+        "merged": 2,
+    }
+    # The same weights stand under both labels: same rows, and a BE of one.
+    plain, merged = (content["models"][label][1]["rows"] for label in ("plain", "merged"))
+    assert [row["corruption"] for row in plain] == ["clean"] + 3 * ["gaussian_noise"] + 3 * [
+        "bars"
+    ] + ["all"]
+    assert merged[-1]["balanced_error"] == plain[-1]["balanced_error"]
+    assert merged[-1]["be"] == pytest.approx(1)
+    assert all(entry["mean"] == 0 for entry in content["paired_differences"])
+    for name in ("curves.png", "rbe.png", "corruptions.png"):
+        assert (out / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_medmnist_layout_with_a_timm_folder_and_grey_repeated(tmp_path, monkeypatch, capsys):
+    generator = np.random.default_rng(0)
+    np.savez(
+        tmp_path / "pneumoniamnist.npz",
+        test_images=generator.integers(0, 256, (12, 28, 28), dtype=np.uint8),
+        test_labels=np.arange(12, dtype=np.uint8)[:, None] % 2,
+    )
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=2)
+    timm.models.save_for_hf(model, tmp_path / "folder", safe_serialization=True)
+    out = tmp_path / "out"
+    code, _ = run_here(
+        monkeypatch, capsys,
+        f"net={tmp_path / 'folder'}", "--data", "pneumoniamnist", "--data-root", tmp_path,
+        "--severities", "3", "--bootstrap", "0", "--output", out,
+    )  # fmt: skip
+    assert code == 0
+    content = json.loads((out / "robustness.json").read_text())
+    (result,) = content["models"]["net"]
+    assert result["settings"]["task"] == "binary" and result["settings"]["n"] == 12
+    assert "gamma_up" in result["settings"]["corruptions"]
+    assert not (out / "rbe.png").exists(), "one model has nothing to be relative to"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "--data", "digits"], "give label=path"),
+        (["a=.", "--data", "nomnist"], "does not exist"),
+        (["a=.", "--data", "digits", "--preset", "qick"], "did you mean quick"),
+        (["a=.", "--data", "digits", "--baseline", "b"], "none of the labels"),
+        (["a=.", "a=.", "b=.", "--data", "digits"], "same number of seeds"),
+    ],
+)
+def test_mistakes_end_with_one_sentence(arguments, message, monkeypatch, capsys):
+    code, _ = run_here(monkeypatch, capsys, *arguments)
+    assert isinstance(code, str) and message in code
+
+
+def test_help_explains_every_argument(monkeypatch, capsys):
+    code, shown = run_here(monkeypatch, capsys, "--help")
+    assert code == 0
+    assert "label=path" in shown and "--threshold" in shown and "Expected:" in shown

@@ -1,0 +1,404 @@
+"""The blocks of docs/training-loops.md run, with the three lines and without them."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from safetensors.torch import load_file
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask
+from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    TrainingArguments,
+)
+
+from inmerge_wrap import InMergeWrapper, export_weights
+from tests.scripts.common import (
+    EXAMPLE,
+    SETTINGS,
+    TinyNet,
+    batch,
+    digest,
+    equal,
+    forget_accelerator,
+    loss_of,
+    sgd,
+    tiny_net,
+    train,
+    weights_of,
+    wrapped,
+)
+
+PAGE = Path(__file__).parents[1] / "docs" / "training-loops.md"
+MARK = "# InMerge"
+
+
+def blocks() -> dict[str, str]:
+    """The Python blocks of the page under the heading they stand below."""
+    found: dict[str, str] = {}
+    for section in re.split(r"^#+ ", PAGE.read_text(), flags=re.MULTILINE):
+        title = section.partition("\n")[0]
+        for number, block in enumerate(re.findall(r"```python\n(.*?)```", section, re.DOTALL)):
+            found[f"{title} {number}" if number else title] = block
+    return found
+
+
+BLOCKS = blocks()
+LOOPS = {
+    # section -> merges: batches, or fewer with accumulation, or more with epochs
+    "Plain PyTorch": 3,
+    "Accelerate": 2,
+    "Lightning": 3,
+    "Hugging Face Trainer": 3,
+    "Hugging Face Trainer 1": 3,
+    "timm": 6,
+    "FSDP2": 3,
+    "Half precision": 3,
+    "Weight averages and torch.compile": 3,
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    forget_accelerator()
+    yield
+    forget_accelerator()
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def one_process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def surroundings() -> dict[str, Any]:
+    """What a page need not show: imports, data, and Hugging Face's settings."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(12, 3, 32, 32, generator=generator)
+    labels = torch.arange(12) % 3
+    data = TensorDataset(images, labels)
+    return {
+        "Accelerator": Accelerator,
+        "CheckpointSaver": CheckpointSaver,
+        "DataLoader": DataLoader,
+        "DataLoaderConfiguration": DataLoaderConfiguration,
+        "F": F,
+        "InMergeWrapper": InMergeWrapper,
+        "ModelEmaV3": ModelEmaV3,
+        "NativeScaler": NativeScaler,
+        "ResNetForImageClassification": ResNetForImageClassification,
+        "Trainer": Trainer,
+        "arguments": arguments(),
+        "config": hf_config(),
+        "create_optimizer_v2": create_optimizer_v2,
+        "create_scheduler_v2": create_scheduler_v2,
+        "data": data,
+        "dataset": [
+            {"pixel_values": i, "labels": label} for i, label in zip(images, labels, strict=True)
+        ],
+        "export_weights": export_weights,
+        "fully_shard": fully_shard,
+        "lightning": lightning,
+        "loader": DataLoader(data, batch_size=4),
+        "timm": timm,
+        "torch": torch,
+    }
+
+
+def hf_config() -> ResNetConfig:
+    return ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+
+
+def arguments(**options: Any) -> TrainingArguments:
+    defaults = {
+        "output_dir": "trainer",
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 0,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(**{**defaults, **options})
+
+
+THIRD_PARTY = [
+    "ignore:.*does not have many workers.*:UserWarning",
+    "ignore:The number of training batches.*:UserWarning",
+    "ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning",
+    "ignore:.*TracerWarning.*",
+    "ignore:The `foreach` optimization is not yet:UserWarning",
+]
+
+
+def quiet(test: Any) -> Any:
+    for pattern in THIRD_PARTY:
+        test = pytest.mark.filterwarnings(pattern)(test)
+    return test
+
+
+@quiet
+@pytest.mark.usefixtures("one_process_group_for_fsdp2")
+@pytest.mark.parametrize("title", LOOPS)
+def test_a_loop_of_the_page_merges(title: str) -> None:
+    space = surroundings()
+    exec(compile(BLOCKS[title], f"{PAGE.name}: {title}", "exec"), space)
+    models = {id(v): v for v in space.values() if isinstance(v, InMergeWrapper)}
+    model = space["classifier"].model if "classifier" in space else models.popitem()[1]
+    assert not models, "one network, one wrapper"
+    assert model.step == LOOPS[title]
+    assert model.report().drawn > 0
+
+
+@quiet
+@pytest.mark.usefixtures("one_process_group_for_fsdp2")
+@pytest.mark.parametrize("title", LOOPS)
+def test_it_is_the_loop_you_have_plus_at_most_three_lines(title: str) -> None:
+    marked = [line for line in BLOCKS[title].splitlines() if MARK in line]
+    assert 1 <= len(marked) <= 2  # the third is the import
+    rest = "\n".join(line for line in BLOCKS[title].splitlines() if MARK not in line)
+    space = surroundings()
+    del space["InMergeWrapper"]
+    exec(compile(rest, f"{PAGE.name}: {title} (without)", "exec"), space)
+
+
+@pytest.fixture
+def one_process_group_for_fsdp2(request: pytest.FixtureRequest) -> None:
+    if request.node.callspec.params["title"] == "FSDP2":
+        request.getfixturevalue("one_process_group")
+
+
+def test_every_block_is_run() -> None:
+    others = {"Merging in your training loop", "Resuming"}
+    assert BLOCKS.keys() == LOOPS.keys() | others
+    space = surroundings()
+    exec(BLOCKS["Merging in your training loop"], space)
+    exec(BLOCKS["Resuming"], space)
+    assert len(list(space["rest_of_the_epoch"])) == 1
+
+
+# -- beyond what the page shows ------------------------------------------------------------------
+
+
+class Module(lightning.LightningModule):
+    """Batches in a fixed order and no dropout: Lightning restores no random state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = wrapped()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.model(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        optimizer = sgd(self.model)
+        self.model.attach(optimizer)
+        return optimizer
+
+
+def fit(epochs: int, checkpoint: str | None = None, **options: Any) -> tuple[Module, Any]:
+    trainer = lightning.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **options,
+    )
+    module = Module()
+    loader = DataLoader(TensorDataset(*batch(0, size=16)), batch_size=4)
+    trainer.fit(module, loader, ckpt_path=checkpoint)
+    return module, trainer
+
+
+@quiet
+def test_lightning_resumes_bit_for_bit() -> None:
+    straight, _ = fit(4)
+    assert straight.model.step == 16 and straight.model.report().merged > 0
+    _, trainer = fit(2)
+    trainer.save_checkpoint("half.ckpt")
+    second, _ = fit(4, checkpoint="half.ckpt")
+    assert digest(second.model.state_dict()) == digest(straight.model.state_dict())
+
+
+@quiet
+def test_lightning_accumulation_clipping_and_half_precision() -> None:
+    module, _ = fit(2, accumulate_grad_batches=2, gradient_clip_val=1.0, precision="bf16-mixed")
+    assert module.model.step == 4
+
+
+class Classifier(nn.Module):
+    """No PreTrainedModel: a network of one's own that gives its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny_net()
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.net(pixel_values)
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def hf_train(resume: str | None = None, **options: Any) -> tuple[InMergeWrapper, Trainer]:
+    images, labels = batch(0, size=16)
+    dataset = [{"pixel_values": i, "labels": n} for i, n in zip(images, labels, strict=True)]
+    settings = {"remove_unused_columns": False, "label_names": ["labels"], **options}
+    model = InMergeWrapper(Classifier(), **{**SETTINGS, "example_input": EXAMPLE})
+    trainer = Trainer(
+        model=model, args=arguments(**settings), train_dataset=dataset, eval_dataset=dataset
+    )
+    model.attach(trainer.create_optimizer())
+    trainer.train(resume_from_checkpoint=resume)
+    return model, trainer
+
+
+def test_trainer_takes_the_wrapper_of_any_network_and_evaluates_it() -> None:
+    model, trainer = hf_train()
+    assert model.step == 4
+    before = weights_of(model)
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert equal(before, weights_of(model))
+
+
+def test_trainer_resumes_bit_for_bit() -> None:
+    straight, _ = hf_train(save_strategy="steps", save_steps=3, num_train_epochs=2)
+    assert straight.step == 8
+    resumed, _ = hf_train("trainer/checkpoint-3", num_train_epochs=2)
+    assert resumed.step == 8
+    assert digest(resumed.state_dict()) == digest(straight.state_dict())
+
+
+def test_trainer_accumulates() -> None:
+    model, _ = hf_train(gradient_accumulation_steps=2)
+    assert model.step == 2
+
+
+def test_a_network_that_takes_any_keyword_says_so_through_the_wrapper() -> None:
+    class Open(Classifier):
+        def forward(self, pixel_values: Tensor, **options: Any) -> Any:  # type: ignore[override]
+            return super().forward(pixel_values, options.get("labels"))
+
+    class Told(Open):
+        accepts_loss_kwargs = False
+
+    for kind, expected in ((Classifier, False), (Open, True), (Told, False)):
+        model = InMergeWrapper(kind(), **SETTINGS)
+        assert model.accepts_loss_kwargs is expected
+
+
+def test_what_the_trainer_saves_is_what_transformers_loads() -> None:
+    space = surroundings()
+    exec(BLOCKS["Hugging Face Trainer"], space)
+    loaded = ResNetForImageClassification.from_pretrained("trained")
+    assert equal(loaded.state_dict(), space["model"].state_dict())
+
+
+def timm_run(**options: Any) -> tuple[InMergeWrapper, Any, CheckpointSaver]:
+    model = wrapped()
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-2)
+    model.attach(optimizer)
+    return model, optimizer, CheckpointSaver(model, optimizer, **options)
+
+
+def test_timm_saves_plain_weights_that_a_stock_model_loads() -> None:
+    model, optimizer, saver = timm_run()
+    train(model, optimizer, 2)
+    saver.save_checkpoint(0, metric=1.0)
+    stock = TinyNet()
+    timm.models.load_checkpoint(stock, "last.pth.tar")
+    assert equal(stock.state_dict(), model.module.state_dict())
+    resumed, _, _ = timm_run()
+    with pytest.warns(UserWarning, match="no '_extra_state'"):
+        timm.models.resume_checkpoint(resumed, "last.pth.tar")
+    assert equal(resumed.module.state_dict(), model.module.state_dict()) and resumed.step == 0
+
+
+def test_timm_resumes_bit_for_bit_with_the_counter() -> None:
+    straight, optimizer, _ = timm_run()
+    train(straight, optimizer, 6)
+    first, optimizer, saver = timm_run(unwrap_fn=lambda model: model)
+    train(first, optimizer, 3)
+    saver.save_checkpoint(0, metric=1.0)
+    second, optimizer, _ = timm_run()
+    timm.models.resume_checkpoint(second, "last.pth.tar", optimizer)
+    assert second.step == 3
+    train(second, optimizer, 3, start=3)
+    assert digest(second.state_dict()) == digest(straight.state_dict())
+
+
+def test_timm_tasks_take_the_wrapper() -> None:
+    model, optimizer, _ = timm_run()
+    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+    task.setup_ema(decay=0.9)
+    expected = weights_of(model)
+    for number in range(3):
+        optimizer.zero_grad()
+        task(*batch(number))["loss"].backward()
+        optimizer.step()
+        task.update_ema()
+        for name, parameter in model.named_parameters():
+            expected[name].lerp_(parameter.detach(), 0.1)
+    assert model.step == 3
+    stock = TinyNet()
+    stock.load_state_dict(task.get_checkpoint_state()["state_dict"])
+    assert equal(stock.state_dict(), model.module.state_dict())
+    average = task.get_trainable_module(ema=True).module
+    assert average.step == 0
+    for name, value in expected.items():
+        torch.testing.assert_close(average.get_parameter(name).detach(), value)
+
+
+def test_a_loop_without_an_optimizer_object_merges_by_hand() -> None:
+    model = wrapped()
+    for number in range(3):
+        loss_of(model, number).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.05 * parameter.grad
+                parameter.grad = None
+        model.merge_()
+    assert model.step == 3
+
+
+def test_the_page_names_what_is_refused() -> None:
+    refused = PAGE.read_text().partition("### What is refused")[2].partition("## Optimizers")[0]
+    for name in ("DeepSpeed", "Megatron-LM", "FSDP1", "XLA", "CUDA graphs", "schedule-free"):
+        assert name in refused
+
+
+def test_fsdp2_of_the_page_writes_plain_weights(one_process_group: None) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        space = surroundings()
+        exec(BLOCKS["FSDP2"], space)
+    stock = timm.create_model("resnet18", num_classes=3)
+    stock.load_state_dict(load_file("weights.safetensors"))
