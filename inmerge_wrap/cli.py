@@ -742,16 +742,19 @@ def _without_prefix(
 
 def _fitting_arguments(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, int]:
     """Outputs and image channels of the weights, where they are not those of the network."""
+    layers = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    outputs = getattr(network, "num_classes", layers[-1].weight.shape[0])
+    channels = next((m.in_channels for m in layers if isinstance(m, nn.Conv2d)), None)
     fitting = {}
-    tensors = network.state_dict()
-    for name, mine in tensors.items():
+    for name, mine in network.state_dict().items():
         theirs = state.get(name)
-        if theirs is None or theirs.shape == mine.shape or theirs.ndim != mine.ndim:
+        if theirs is None or theirs.ndim != mine.ndim or theirs.ndim == 0:
             continue
-        if mine.ndim == 4 and theirs.shape[0] == mine.shape[0] and mine.shape[1] <= 4:
-            fitting["in_chans"] = theirs.shape[1]
-        elif theirs.shape[1:] == mine.shape[1:]:
-            fitting["num_classes"] = theirs.shape[0]
+        (my_rows, *my_rest), (rows, *rest) = mine.shape, theirs.shape
+        if rest == my_rest and my_rows == outputs != rows:
+            fitting["num_classes"] = rows
+        elif mine.ndim == 4 and rows == my_rows and my_rest[0] == channels != rest[0]:
+            fitting["in_chans"] = rest[0]
     return fitting
 
 

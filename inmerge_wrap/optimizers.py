@@ -95,7 +95,7 @@ def first_moments(optimizer: Optimizer, conv: nn.Conv2d) -> list[Tensor]:
     """SGD's momentum or Adam's first moment of a convolution's weight, where there is one yet."""
     # timm's Lookahead keeps the moments in the optimizer that it wraps.
     state = getattr(optimizer, "_base_optimizer", optimizer).state
-    of_weight = state.get(conv._parameters.get("weight"), {})
+    of_weight = state.get(cast(Tensor, conv._parameters.get("weight")), {})
     moments = (of_weight.get(key) for key in ("momentum_buffer", "exp_avg"))
     return [moment for moment in moments if moment is not None]
 

@@ -11,24 +11,34 @@ module, gradients, buffers and the global random generators are as they were.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from inmerge_wrap.attacks import Attack, PixelClassifier, attack_batch, worst_case
 from inmerge_wrap.corruptions import Corruption, check_images, corrupt, resolve_preset
+from inmerge_wrap.metrics import (
+    LEVEL,
+    bootstrap_weights,
+    check_coverages,
+    check_logits,
+    check_targets,
+    classification_metrics,
+    paired_difference,
+    percentile_interval,
+    resolve_task,
+    to_probabilities,
+)
 
 __all__ = [
     "Attack",
@@ -39,416 +49,10 @@ __all__ = [
     "paired_difference",
     "percentile_interval",
 ]
-
-_TASKS = {
-    "multiclass": "multiclass",
-    "binary": "binary",
-    "multilabel": "multilabel",
-    # The names MedMNIST uses. Grades are scored as classes, as MedMNIST and MedMNIST-C do.
-    "multi-class": "multiclass",
-    "ordinal-regression": "multiclass",
-    "binary-class": "binary",
-    "multi-label, binary-class": "multilabel",
-}
-_ECE_BINS = 15
-_LEVEL = 0.95
-_MOST_EXACT_FLIPS = 13
 _CLEAN = ("clean", 0)
 
 Row = dict[str, Any]
 Condition = tuple[str, int | str]
-
-
-# --- uncertainty: pure functions on arrays --------------------------------------------------------
-
-
-def bootstrap_weights(n: int, resamples: int, *, seed: int = 0) -> np.ndarray:
-    """Draw how often each of `n` images stands in each bootstrap resample.
-
-    Weights rather than indices: every statistic becomes a matrix product over all resamples, and
-    two models that are given the same weights are compared on the same resamples.
-
-    Args:
-        n: Number of images.
-        resamples: Number of resamples.
-        seed: Seed of the draw.
-
-    Returns:
-        Counts of shape (n, resamples), float32; every column sums to n.
-
-    Raises:
-        ValueError: If `n` is below 1 or `resamples` below 0.
-    """
-    if n < 1 or resamples < 0:
-        raise ValueError(f"n is {n} and resamples {resamples}; they must be >= 1 and >= 0")
-    generator = np.random.default_rng(seed)
-    weights = np.empty((n, resamples), dtype=np.float32)
-    for column in range(resamples):
-        weights[:, column] = np.bincount(generator.integers(0, n, n), minlength=n)
-    return weights
-
-
-def percentile_interval(
-    replicates: ArrayLike, *, level: float = _LEVEL
-) -> tuple[float, float] | None:
-    """Percentile interval of bootstrap replicates.
-
-    Args:
-        replicates: Values of the statistic; those that are not finite are left out.
-        level: Share of the replicates inside.
-
-    Returns:
-        Lower and upper end, or None where no replicate is finite.
-
-    Raises:
-        ValueError: If `level` is not in (0, 1).
-    """
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}; it must lie in (0, 1), for instance 0.95")
-    values = np.asarray(replicates, dtype=float)
-    values = values[np.isfinite(values)]
-    if values.size == 0:
-        return None
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def paired_difference(
-    a: ArrayLike, b: ArrayLike, *, level: float = _LEVEL, seed: int = 0
-) -> dict[str, float]:
-    """Mean of a - b over pairs, such as two methods trained from the same seeds.
-
-    Args:
-        a: One value per seed.
-        b: The other method's value for the same seeds, in the same order.
-        level: Confidence of the interval.
-        seed: Seed of the sign flips where there are too many to try them all.
-
-    Returns:
-        `n` and `mean`; from two pairs on `low` and `high` of the t interval, `p_t` of the paired t
-        test and `p_sign_flip` of the sign-flip test (exact up to 13 pairs; it cannot fall below
-        2 / 2^n). `p_t` is absent where all differences are equal.
-
-    Raises:
-        ValueError: If the lengths differ, nothing is given, a value is not finite, or `level` is
-            not in (0, 1).
-    """
-    first, second = np.asarray(a, dtype=float).ravel(), np.asarray(b, dtype=float).ravel()
-    if first.shape != second.shape or first.size == 0:
-        raise ValueError(
-            f"a has {first.size} values and b {second.size}; give one value per seed, the same "
-            "seeds in the same order"
-        )
-    if not (np.isfinite(first).all() and np.isfinite(second).all()):
-        raise ValueError("a and b must be finite; leave out the seeds where a value is undefined")
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}; it must lie in (0, 1), for instance 0.95")
-    differences = first - second
-    summary = {"n": len(differences), "mean": float(differences.mean())}
-    if len(differences) < 2:
-        return summary
-    try:
-        from scipy import stats
-    except ImportError as error:
-        raise ImportError(
-            'paired_difference needs scipy: pip install "inmerge-wrap[robustness]"'
-        ) from error
-    half_width = stats.sem(differences) * stats.t.ppf((1 + level) / 2, len(differences) - 1)
-    summary["low"] = summary["mean"] - float(half_width)
-    summary["high"] = summary["mean"] + float(half_width)
-    if np.ptp(differences) > 1e-12:
-        summary["p_t"] = float(stats.ttest_1samp(differences, 0.0).pvalue)
-    if len(differences) <= _MOST_EXACT_FLIPS:
-        signs = np.array(list(itertools.product((1.0, -1.0), repeat=len(differences))))
-    else:
-        drawn = np.random.default_rng(seed).choice((1.0, -1.0), (9999, len(differences)))
-        # The data as they are belong to the possible outcomes.
-        signs = np.vstack([np.ones(len(differences)), drawn])
-    extreme = np.abs(signs @ differences) >= abs(differences.sum()) - 1e-12
-    summary["p_sign_flip"] = float(extreme.mean())
-    return summary
-
-
-# --- metrics: every one takes weights, so that the point value and the bootstrap share one code ---
-
-
-def classification_metrics(
-    probabilities: Tensor,
-    targets: Tensor,
-    *,
-    task: str = "multiclass",
-    threshold: float | Sequence[float] = 0.5,
-    coverages: Sequence[float] = (0.5, 0.8, 0.9),
-    weights: Tensor | None = None,
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Score probabilities against labels, for any number of weightings of the images at once.
-
-    - `accuracy`, `error` = 1 - accuracy.
-    - `balanced_error` = 1 - mean recall over the classes that occur (undefined with one class).
-    - `auroc`: area under the ROC curve, ties counted half; mean over classes, one against the rest.
-    - `ece`: expected calibration error, 15 equal bins, of the top class (multi-class) or of the
-      positive class (binary, multi-label); the conventions of torchmetrics.
-    - `brier`: mean squared distance to the one-hot label, summed over classes (multi-class, 0 to
-      2), or of the positive class (binary, multi-label, 0 to 1).
-    - `selective_accuracy_c`: accuracy on the share c of the images the model is surest about.
-
-    Multi-label figures are the mean of the binary ones over the labels. A label or class for which
-    a figure is undefined (no positives, no negatives) is left out of that mean and named; where all
-    are, the figure is NaN here and absent from the rows of `evaluate_robustness`.
-
-    Args:
-        probabilities: (N, K) for multi-class; (N,), (N, 1) of the positive class for binary; (N, L)
-            for multi-label.
-        targets: Class indices (N,) or (N, 1); 0/1 labels (N,) or (N, 1); or 0/1 labels (N, L),
-            where NaN marks an unknown one.
-        task: "multiclass", "binary" or "multilabel", or a task name of MedMNIST.
-        threshold: Probability above which a label is predicted (binary, multi-label; one for all or
-            one per label).
-        coverages: Shares c in (0, 1] for the selective accuracy.
-        weights: (N, R), such as counts of bootstrap resamples; all ones (R = 1) if None.
-
-    Returns:
-        Values of shape (R,) by name, and the reason for everything left out, by name.
-
-    Raises:
-        ValueError: If shapes, labels or settings do not fit.
-    """
-    task = _task(task)
-    _check_coverages(coverages)
-    if probabilities.ndim == 1:
-        probabilities = probabilities[:, None]
-    probabilities = probabilities.detach().double().cpu()
-    targets = _check_targets(targets, probabilities.shape, task).cpu()
-    if weights is None:
-        weights = torch.ones(len(targets), 1, dtype=torch.float64)
-    if weights.ndim != 2 or len(weights) != len(targets):
-        raise ValueError(
-            f"weights have shape {tuple(weights.shape)} for {len(targets)} images; give (N, R)"
-        )
-    if task == "multiclass":
-        return _multiclass_metrics(probabilities, targets, weights, coverages)
-
-    names = probabilities.shape[1]
-    thresholds = [threshold] * names if isinstance(threshold, int | float) else list(threshold)
-    if len(thresholds) != names or not all(0 <= value <= 1 for value in thresholds):
-        raise ValueError(
-            f"threshold is {threshold!r}; give a probability in [0, 1], or one for each of the "
-            f"{names} labels"
-        )
-    per_label: dict[str, list[Tensor]] = {}
-    left_out: dict[str, list[int]] = {}
-    for label in range(names):
-        known = ~targets[:, label].isnan()
-        scores = _binary_metrics(
-            probabilities[known, label],
-            targets[known, label],
-            weights[known],
-            thresholds[label],
-            coverages,
-        )
-        for name, values in scores.items():
-            # Without both classes among the labels themselves no resample can define the figure.
-            if values.isnan().all():
-                left_out.setdefault(name, []).append(label)
-            else:
-                per_label.setdefault(name, []).append(values)
-    nothing = torch.full((weights.shape[1],), math.nan, dtype=weights.dtype)
-    metrics = {
-        name: torch.stack(per_label[name]).nanmean(0) if name in per_label else nothing
-        for name in scores
-    }
-    reasons = {
-        name: "no positives or no negatives"
-        + ("" if task == "binary" else f" among labels {labels}")
-        for name, labels in left_out.items()
-    }
-    return metrics, reasons
-
-
-def _binary_metrics(
-    scores: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    threshold: float,
-    coverages: Sequence[float],
-) -> dict[str, Tensor]:
-    positive = labels == 1
-    correct = ((scores > threshold) == positive).to(weights)
-    recall = _weighted_mean(correct[positive], weights[positive])
-    specificity = _weighted_mean(correct[~positive], weights[~positive])
-    accuracy = _weighted_mean(correct, weights)
-    return {
-        "accuracy": accuracy,
-        "error": 1 - accuracy,
-        "balanced_error": 1 - (recall + specificity) / 2,
-        "auroc": _auroc(scores, positive, weights),
-        "ece": _calibration_error(scores, positive.to(weights), weights),
-        "brier": _weighted_mean((scores - labels).square(), weights),
-        **_selective_accuracy(torch.maximum(scores, 1 - scores), correct, weights, coverages),
-    }
-
-
-def _multiclass_metrics(
-    probabilities: Tensor, targets: Tensor, weights: Tensor, coverages: Sequence[float]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    classes = probabilities.shape[1]
-    one_hot = F.one_hot(targets, classes)
-    confidence, predicted = probabilities.max(1)
-    correct = (predicted == targets).to(weights)
-    accuracy = _weighted_mean(correct, weights)
-    members = one_hot.to(weights)
-    recalls = ((members * correct[:, None]).T @ weights) / (members.T @ weights)
-    present = one_hot.any(0)
-    # One class against the rest needs both: a class of all images is as undefined as an empty one.
-    rankable = present & ~one_hot.all(0)
-    undefined = torch.full_like(accuracy, math.nan)
-    areas = [
-        _auroc(probabilities[:, label], targets == label, weights)
-        for label in rankable.nonzero().flatten().tolist()
-    ]
-    left_out = {}
-    if not present.all():
-        missing = (~present).nonzero().flatten().tolist()
-        left_out["auroc"] = left_out["balanced_error"] = f"no images of classes {missing}"
-    if present.sum() < 2:
-        left_out["auroc"] = left_out["balanced_error"] = "all images are of one class"
-    metrics = {
-        "accuracy": accuracy,
-        "error": 1 - accuracy,
-        "balanced_error": 1 - recalls.nanmean(0) if present.sum() >= 2 else undefined,
-        "auroc": torch.stack(areas).nanmean(0) if areas else undefined,
-        "ece": _calibration_error(confidence, correct, weights),
-        "brier": _weighted_mean((probabilities - one_hot).square().sum(1), weights),
-        **_selective_accuracy(confidence, correct, weights, coverages),
-    }
-    return metrics, left_out
-
-
-def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    return values.to(weights) @ weights / weights.sum(0)
-
-
-def _auroc(scores: Tensor, positive: Tensor, weights: Tensor) -> Tensor:
-    """Share of (positive, negative) pairs in the right order (Mann-Whitney), under weights."""
-    negatives, order = scores[~positive].sort()
-    below = F.pad(weights[~positive][order].cumsum(0), (0, 0, 1, 0))
-    # Negatives strictly below a positive count in full, those of equal score half.
-    strictly = torch.searchsorted(negatives, scores[positive].contiguous(), right=False)
-    up_to = torch.searchsorted(negatives, scores[positive].contiguous(), right=True)
-    wins = (weights[positive] * (below[strictly] + below[up_to]) / 2).sum(0)
-    return wins / (weights[positive].sum(0) * below[-1])
-
-
-def _calibration_error(confidence: Tensor, correct: Tensor, weights: Tensor) -> Tensor:
-    inner = torch.linspace(0, 1, _ECE_BINS + 1, dtype=confidence.dtype)[1:-1]
-    members = F.one_hot(torch.bucketize(confidence, inner, right=True), _ECE_BINS).to(weights)
-    gaps = (members * (confidence.to(weights) - correct)[:, None]).T @ weights
-    return gaps.abs().sum(0) / weights.sum(0)
-
-
-def _selective_accuracy(
-    confidence: Tensor, correct: Tensor, weights: Tensor, coverages: Sequence[float]
-) -> dict[str, Tensor]:
-    order = confidence.argsort(descending=True, stable=True)
-    weights, correct = weights[order], correct[order]
-    running = weights.cumsum(0)
-    accuracies = {}
-    for coverage in coverages:
-        # The subtrahend undoes rounding: 0.55 * 100 is 55.00000000000001 and must not become 56.
-        budget = (coverage * running[-1].double() - 1e-6).ceil().to(weights)
-        taken = (weights - (running - budget).clamp_min(0)).clamp_min(0)
-        accuracies[f"selective_accuracy_{coverage:g}"] = correct @ taken / budget
-    return accuracies
-
-
-# --- checks ---------------------------------------------------------------------------------------
-
-
-def _task(task: str) -> str:
-    if task not in _TASKS:
-        raise ValueError(f"task is {task!r}; choose one of {', '.join(_TASKS)}")
-    return _TASKS[task]
-
-
-def _check_coverages(coverages: Sequence[float]) -> None:
-    for coverage in coverages:
-        if not 0 < coverage <= 1:
-            raise ValueError(f"coverage is {coverage}; it must lie in (0, 1], for instance 0.8")
-
-
-def _check_targets(targets: Tensor, shape: Sequence[int], task: str) -> Tensor:
-    """Bring labels into the shape the metrics take: (N,) classes, or (N, L) floats of 0, 1, NaN."""
-    targets = torch.as_tensor(targets)
-    expected = {
-        "multiclass": f"({shape[0]},) or ({shape[0]}, 1) class indices",
-        "binary": f"({shape[0]},) or ({shape[0]}, 1) of 0 and 1",
-        "multilabel": f"{tuple(shape)} of 0, 1 and NaN for unknown",
-    }[task]
-    if task == "multilabel":
-        fits = tuple(targets.shape) == tuple(shape)
-    else:
-        fits = len(targets) == shape[0] and targets.numel() == shape[0] and targets.ndim <= 2
-    if not fits:
-        raise ValueError(
-            f"labels have shape {tuple(targets.shape)} for task {task!r} and outputs "
-            f"{tuple(shape)}; give {expected}"
-        )
-    if task == "multiclass":
-        whole = targets.reshape(-1).long()
-        if not torch.equal(whole.to(targets.dtype), targets.reshape(-1)) or not (
-            0 <= int(whole.min()) and int(whole.max()) < shape[1]
-        ):
-            raise ValueError(
-                f"labels lie in [{targets.min()}, {targets.max()}]; whole numbers from 0 to "
-                f"{shape[1] - 1} fit the {shape[1]} outputs: check num_classes"
-            )
-        return whole
-    labels = targets.double().reshape(tuple(shape))
-    allowed = (labels == 0) | (labels == 1)
-    if task == "multilabel":
-        allowed |= labels.isnan()
-    if not allowed.all():
-        raise ValueError(
-            f"labels hold {labels[~allowed][0].item():g}; give {expected} for task {task!r}"
-        )
-    return labels
-
-
-def _check_logits(outputs: Any, images: Tensor, task: str) -> Tensor:
-    """Bring a model's answer into (B, K) logits, (B, 1) of them for a binary task."""
-    logits = getattr(outputs, "logits", outputs)
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"the model returned {type(outputs).__name__}; a tensor of logits is needed"
-        )
-    if logits.ndim == 1 and task == "binary":
-        logits = logits[:, None]
-    if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] == 0:
-        raise ValueError(
-            f"the model returned shape {tuple(logits.shape)} for {len(images)} images; logits "
-            "(batch, outputs) are needed"
-        )
-    if task == "binary" and logits.shape[1] == 2:
-        # The sigmoid of this difference is the softmax of the two.
-        logits = logits[:, 1:] - logits[:, :1]
-    wrong = {"binary": logits.shape[1] != 1, "multiclass": logits.shape[1] < 2}.get(task, False)
-    if wrong:
-        raise ValueError(
-            f"the model has {logits.shape[1]} output(s); task {task!r} needs "
-            f"{'1 or 2' if task == 'binary' else 'at least 2'}: check the task"
-        )
-    if not logits.isfinite().all():
-        raise ValueError(
-            "the model returned logits that are not finite (NaN or infinite): check the weights, "
-            "the normalisation and the precision it runs in"
-        )
-    return logits
-
-
-def _to_probabilities(logits: Tensor, task: str) -> Tensor:
-    # Double precision keeps apart the confidences that single precision would round to 1.
-    logits = logits.double()
-    return logits.softmax(1) if task == "multiclass" else logits.sigmoid()
 
 
 def _normaliser(
@@ -479,153 +83,6 @@ def _normaliser(
         return (pixels - centre.to(pixels)) / scale.to(pixels)
 
     return apply
-
-
-# --- attacks --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Attack:
-    """A white-box attack of bounded largest change per pixel (L-infinity), on pixels in [0, 1].
-
-    FGSM: one step along the sign of the gradient (I. Goodfellow et al., arXiv 1412.6572). PGD: many
-    small ones from a random start inside the bound (A. Madry et al., arXiv 1706.06083).
-
-    Attributes:
-        name: "fgsm" or "pgd".
-        eps: Largest change of a pixel, in pixel units of the [0, 1] range: 2 grey levels are 2/255.
-        steps: Steps of PGD.
-        step_size: Size of one of them, in the same unit; 2.5 eps / steps if None.
-    """
-
-    name: str
-    eps: float = 2 / 255
-    steps: int = 10
-    step_size: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.name not in ("fgsm", "pgd"):
-            raise ValueError(f"attack {self.name!r} is unknown; choose fgsm or pgd")
-        if not 0 < self.eps <= 1:
-            raise ValueError(
-                f"eps is {self.eps}; it must lie in (0, 1], as a share of the pixel range (2 grey "
-                "levels are 2/255)"
-            )
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; at least 1 is needed")
-        if self.step_size is not None and not self.step_size > 0:
-            raise ValueError(f"step_size is {self.step_size}; it must be positive")
-
-
-class _PixelClassifier(nn.Module):
-    """The attacked network: pixels in [0, 1] go in, so that eps means what it says."""
-
-    def __init__(self, model: nn.Module, normalise: Callable[[Tensor], Tensor], task: str) -> None:
-        super().__init__()
-        self.model = model
-        self.normalise = normalise
-        self.task = task
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        logits = _check_logits(self.model(self.normalise(pixels)), pixels, self.task)
-        # A single logit z becomes (0, z): the same probability as a two-class softmax.
-        return F.pad(logits, (1, 0)) if self.task == "binary" else logits
-
-
-class _TrueLabels(nn.Module):
-    """Cross-entropy against the labels of the batch at hand, whatever labels ART passes.
-
-    ART knows one class per image: it divides every row of labels by its sum, which spoils several
-    labels and gives NaN for none. Unknown labels (NaN) do not count.
-    """
-
-    def __init__(self, targets: Tensor) -> None:
-        super().__init__()
-        self.targets = targets
-
-    def forward(self, logits: Tensor, _: Tensor) -> Tensor:
-        truth = self.targets.to(logits)
-        return F.binary_cross_entropy_with_logits(
-            logits, truth.nan_to_num(), weight=(~truth.isnan()).to(logits), reduction="sum"
-        )
-
-
-def _attack_batch(
-    attack: Attack,
-    network: _PixelClassifier,
-    images: Tensor,
-    targets: Tensor,
-    *,
-    outputs: int,
-    seed: int,
-) -> Tensor:
-    """Adversarial images for one batch, through the Adversarial Robustness Toolbox."""
-    try:
-        from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescent
-        from art.estimators.classification import PyTorchClassifier
-    except ImportError as error:
-        raise ImportError('attacks need ART: pip install "inmerge-wrap[attacks]"') from error
-    device = images.device
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"attacks run on cpu or cuda, not on {device}; move the model")
-    size = len(images)
-    classes = max(2, outputs)
-    loss: nn.Module = nn.CrossEntropyLoss()
-    labels = targets.reshape(-1)[:size].long()
-    if network.task == "multilabel":
-        # One batch per call, so that the labels stay in step with the images.
-        loss, labels = _TrueLabels(targets), torch.zeros(size, dtype=torch.long)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        classifier = PyTorchClassifier(
-            network,
-            loss=loss,
-            input_shape=tuple(images.shape[1:]),
-            nb_classes=classes,
-            clip_values=(0.0, 1.0),
-            device_type="gpu" if device.type == "cuda" else "cpu",
-        )
-        if attack.name == "fgsm":
-            method = FastGradientMethod(classifier, eps=attack.eps, batch_size=size)
-        else:
-            method = ProjectedGradientDescent(
-                classifier,
-                eps=attack.eps,
-                eps_step=attack.step_size or 2.5 * attack.eps / attack.steps,
-                max_iter=attack.steps,
-                num_random_init=1,
-                batch_size=size,
-                verbose=False,
-            )
-        # ART starts PGD from numpy's global generator; the caller puts its state back.
-        np.random.seed(seed % 2**32)
-        with torch.enable_grad():
-            found = method.generate(
-                x=images.detach().float().cpu().numpy(),
-                y=F.one_hot(labels, classes).float().cpu().numpy(),
-            )
-    moved = torch.as_tensor(found).to(images)
-    # Rounding must not carry a pixel beyond what eps promises.
-    return (images + (moved - images).clamp(-attack.eps, attack.eps)).clamp(0, 1)
-
-
-def _worst_case(
-    clean: Tensor,
-    attacked: Tensor,
-    targets: Tensor,
-    task: str,
-    threshold: float | Sequence[float],
-) -> Tensor:
-    """Logits of the attacked image, or of the clean one where the attack helped the model.
-
-    The attacker may leave a picture alone, so an attack never raises the number of right answers.
-    """
-    if task == "multiclass":
-        better = (attacked.argmax(1) == targets) & (clean.argmax(1) != targets)
-    else:
-        cuts = torch.as_tensor(threshold).to(clean).logit()
-        right, right_clean = (((logits > cuts) == targets).sum(1) for logits in (attacked, clean))
-        better = right > right_clean
-    return torch.where(better[:, None], clean, attacked)
 
 
 # --- the evaluation -------------------------------------------------------------------------------
@@ -774,10 +231,10 @@ def evaluate_robustness(
             measured on other data.
         ImportError: If kornia (or, for attacks, the Adversarial Robustness Toolbox) is missing.
     """
-    task = _task(task)
+    task = resolve_task(task)
     corruptions = resolve_preset(preset)
     normalise = _normaliser(mean, std, normalize)
-    _check_coverages(coverages)
+    check_coverages(coverages)
     levels = tuple(severities)
     if not levels or len(set(levels)) < len(levels) or not set(levels) <= {1, 2, 3, 4, 5}:
         raise ValueError(f"severities is {levels}; choose some of 1, 2, 3, 4, 5, each once")
@@ -911,7 +368,7 @@ def _run(
     targets: list[Tensor] = []
     digest = hashlib.sha256()
     seconds = {"corruption": 0.0, "inference": 0.0, "attacks": 0.0}
-    network = _PixelClassifier(model, normalise, task)
+    network = PixelClassifier(model, normalise, task)
     seen = 0
 
     @contextmanager
@@ -924,7 +381,7 @@ def _run(
 
     def infer(pixels: Tensor) -> Tensor:
         with torch.no_grad(), clock("inference"):
-            found = _check_logits(model(normalise(pixels)), pixels, task)
+            found = check_logits(model(normalise(pixels)), pixels, task)
         if any(module.training for module in model.modules()):
             raise RuntimeError("the model put itself into train mode: its outputs are worthless")
         return found
@@ -939,7 +396,7 @@ def _run(
         digest.update(images.detach().float().cpu().contiguous().numpy().tobytes())
         images = images.to(device)
         clean = infer(images)
-        truth = _check_targets(labels, clean.shape, task)
+        truth = check_targets(labels, clean.shape, task)
         targets.append(truth.cpu())
         logits.setdefault(_CLEAN, []).append(clean.float().cpu())
         indices = range(seen, seen + len(images))
@@ -950,7 +407,7 @@ def _run(
                 logits.setdefault((entry.name, level), []).append(infer(damaged).float().cpu())
         for attack in attacks:
             with clock("attacks"):
-                moved = _attack_batch(
+                moved = attack_batch(
                     attack,
                     network,
                     images,
@@ -958,7 +415,7 @@ def _run(
                     outputs=clean.shape[1],
                     seed=seed + seen,
                 )
-            worst = _worst_case(clean, infer(moved), truth.to(device), task, threshold)
+            worst = worst_case(clean, infer(moved), truth.to(device), task, threshold)
             logits.setdefault((attack.name, str(attack.eps)), []).append(worst.float().cpu())
         seen += len(images)
     if not targets:
@@ -991,7 +448,7 @@ def _score(
             weights=given,
         )
 
-    probabilities = _to_probabilities(logits, task)
+    probabilities = to_probabilities(logits, task)
     points, left_out = metrics(None)
     values = {name: float(point) for name, point in points.items() if not point.isnan()}
     # Resamples in portions, so that a large data set does not need them all in memory at once.
@@ -1105,7 +562,7 @@ def _add_ratios(score: _Score, corruption: str, clean: _Score, baseline: Robustn
         if above_drawn is None or below_drawn is None:
             continue
         defined = below_drawn > 1e-12
-        if np.mean(~defined) <= (1 - _LEVEL) / 2:
+        if np.mean(~defined) <= (1 - LEVEL) / 2:
             score.replicates[name] = np.where(
                 defined, above_drawn / np.where(defined, below_drawn, 1.0), math.nan
             )
