@@ -54,7 +54,7 @@ _HOOK_DICTS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_FALLBACK_SIZES = (224, 299, 384, 512, 256)
+_FALLBACK_SIZES = (224, 299, 384, 512, 256, 192, 160, 128, 96, 64)
 
 
 @dataclass(frozen=True)
@@ -649,12 +649,15 @@ def _call_arguments(
     if example_input is not None:
         return [((example_input,), {})]
     configured = _timm_config(network).get("input_size") or ()
-    image_size = getattr(network, "image_size", None)  # torchvision's vision transformers
     first = next(iter(convs.values()))
     channels = [first.weight.shape[1] * first.groups] if _has_shape(first) else []
     channels += [*configured[:1], 3, 1]
-    sizes: list[tuple[int, ...]] = [tuple(configured[1:])] if configured else []
-    sizes += [(side, side) for side in (image_size, *_FALLBACK_SIZES) if isinstance(side, int)]
+    # Of vision transformers in torchvision, in timm, and in timm where img_size was given.
+    patches = getattr(network, "patch_embed", None)
+    holders = ((network, "image_size"), (network, "img_size"), (patches, "img_size"))
+    stated = [_pair(getattr(holder, name, None)) for holder, name in holders]
+    sizes = [tuple(configured[1:])] if configured else []
+    sizes += [size for size in stated if size] + [(side, side) for side in _FALLBACK_SIZES]
     shapes = [(channels[0], *size) for size in sizes] + [(count, *sizes[0]) for count in channels]
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     # Batches of two, because BatchNorm can not train on one value per channel.
@@ -662,6 +665,13 @@ def _call_arguments(
         ((torch.empty(2, *shape, dtype=dtype, device="meta"),), {})
         for shape in dict.fromkeys(shapes)
     ]
+
+
+def _pair(size: Any) -> tuple[int, ...] | None:
+    """(height, width) of what a network states as its image size, None if that is no size."""
+    size = (size, size) if isinstance(size, int) else size
+    is_size = isinstance(size, tuple) and len(size) == 2 and all(isinstance(n, int) for n in size)
+    return size if is_size else None
 
 
 def _timm_config(network: nn.Module) -> Mapping[str, Any]:

@@ -439,8 +439,9 @@ def plot_pairs(
 
     Pairs are taken from all layers given, at most one of each kind per layer while there are
     layers enough. A kernel is drawn as a mosaic of its input channels, the 16 that weigh most in
-    the pair; a kernel of three channels as a colour picture. Both kernels of a pair share one
-    scale, each after division by its own length: the cosine does not see the length either.
+    the pair; a 1x1 kernel as a square of its heaviest weights, at most 256; a kernel of three
+    channels as a colour picture. Both kernels of a pair share one scale, each after division by
+    its own length: the cosine does not see the length either.
 
     Args:
         layers: What :func:`measure_similarity` gave.
@@ -476,7 +477,8 @@ def plot_pairs(
                     )
                     panel.set_xticks([])
                     panel.set_yticks([])
-                    panel.spines[:].set_visible(False)
+                    panel.spines[:].set_visible(True)  # or two mosaics run into one
+                    panel.spines[:].set_linewidth(0.5)
                 left.set_xlabel(f"#{pair.first}", fontsize=7, labelpad=2)
                 right.set_xlabel(f"#{pair.second}", fontsize=7, labelpad=2)
                 left.set_title(

@@ -157,7 +157,12 @@ class InMergeWrapper(nn.Module):
                 exclude=exclude,
                 also_merge=also_merge,
             )
-        elif (shallow_layers, include) != (0.625, None) or exclude or also_merge:
+        elif (
+            (shallow_layers, include) != (0.625, None)
+            or example_input is not None
+            or exclude
+            or also_merge
+        ):
             raise ValueError("a plan decides what is merged: give either a plan or its arguments")
         _check_plan(module, plan)
         self.module = module
@@ -489,11 +494,14 @@ class InMergeWrapper(nn.Module):
             site = self.plan.merged[layer]
             with open_kernels(self._conv(site)) as kernels:
                 everyone = torch.arange(site.shape[0], device=kernels.weight.device)
-                rank = float(effective_rank(_comparable(kernels.read(everyone), site)))
+                rank = float(
+                    effective_rank(_comparable(kernels.read(everyone), site), site.pair_groups)
+                )
             before = [entry for entry in self.history if entry.name == site.name]
             now = LayerSnapshot.since(before[-1] if before else None, report[site.name], rank)
             self.history.append(now)
-            if before and rank < _COLLAPSED * before[0].effective_rank:
+            # Training alone may lower the rank as well; that is not for merging to warn of.
+            if before and now.share > 0.1 and rank < _COLLAPSED * before[0].effective_rank:
                 self._warn_of_collapse(before[0], now)
 
     def _warn_of_collapse(self, first: LayerSnapshot, now: LayerSnapshot) -> None:

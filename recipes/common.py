@@ -268,6 +268,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".draft-")
     with os.fdopen(handle, "w") as file:
         json.dump(content, file, indent=1)
+    os.chmod(draft, 0o644)  # temporary files are for their owner alone
     os.replace(draft, path)
 
 

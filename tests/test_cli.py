@@ -255,6 +255,14 @@ def test_weights_that_do_not_fit(
     assert not output.exists()
 
 
+def test_another_width_is_not_taken_for_another_number_of_classes(tmp_path: Path) -> None:
+    wide = timm.create_model("mobilenetv3_small_075", num_classes=7)
+    safetensors.torch.save_file(wide.state_dict(), tmp_path / "wide.safetensors")
+    options = ("--arch", "mobilenetv3_small_050", "--num-classes", 7)
+    told = complaint("export", tmp_path / "wide.safetensors", tmp_path / "o.safetensors", *options)
+    assert "does not fit mobilenetv3_small_050; shapes: " in told and "--num-classes" not in told
+
+
 def test_files_that_are_no_weights(weights: Path, tmp_path: Path) -> None:
     out, arch = tmp_path / "out.safetensors", ("--arch", ARCH)
     missing = complaint("export", weights.with_name("weight.safetensors"), out, *arch)

@@ -308,6 +308,17 @@ def test_other_channels_need_no_example(channels: int) -> None:
     assert plan_merging(network).found_by == "trace"
 
 
+@pytest.mark.parametrize(
+    "name", ["vit_small_r26_s32_224", "coatnet_0_rw_224", "samvit_base_patch16"]
+)
+def test_another_image_size_than_the_configured_one_needs_no_example(name: str) -> None:
+    network = timm_model(name, img_size=192)
+    assert network.pretrained_cfg["input_size"][1] != 192
+    plan = plan_merging(network)
+    assert plan.found_by == "trace"
+    assert merged(plan) == merged(plan_merging(timm_model(name)))
+
+
 def test_lazy_layers() -> None:
     class Lazy(Net):
         def __init__(self) -> None:
@@ -367,11 +378,11 @@ def test_a_shared_module_and_a_tied_weight_are_merged_once() -> None:
 
         def features(self, x: Tensor) -> Tensor:
             x = self.b(self.c(x))
-            return self.norm(self.a(x) + self.d(x) + 0 * self.again(self.c(x[:, :3])).sum())
+            return self.norm(self.d(x) + self.a(x) + 0 * self.again(self.c(x[:, :3])).sum())
 
     plan = plan_merging(Tied(), shallow_layers=0)
-    assert merged(plan) == ["c", "b", "a"]
-    assert reasons(plan) == {"d": "shares its weight with a"}
+    assert merged(plan) == ["c", "b", "d"]  # d runs before a
+    assert reasons(plan) == {"a": "shares its weight with d"}
 
 
 def test_compiled_networks() -> None:

@@ -206,3 +206,12 @@ def test_chestxray_refuses_broken_data_in_one_line(
     command = [sys.executable, recipe("chestxray"), *CHEST, str(release), *extra]
     done = run(*command, folder=tmp_path, check=False)
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_overhead_benchmark_runs(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "overhead.py"), "--models", "test_resnet"]
+    command += ["--size", "32", "--batch-size", "4", "--repeats", "4", "--out", "overhead.json"]
+    run(*command, folder=tmp_path)
+    rows = json.loads((tmp_path / "overhead.json").read_text())["rows"]
+    assert [row["merged_share"] for row in rows][1] == 1.0
+    assert all(row["floor_ms"] > 0 and row["merge_over_floor"] > 1 for row in rows)
