@@ -432,11 +432,9 @@ def evaluate(
     in_chans: InChans = None,
     mean: Annotated[
         list[float] | None,
-        typer.Option(help="Of pixels in [0, 1]; that of a timm folder, else 0.5."),
+        typer.Option(help="Of pixels in [0, 1], as in training; a timm folder brings its own."),
     ] = None,
-    std: Annotated[
-        list[float] | None, typer.Option(help="That of a timm folder, else 0.5.")
-    ] = None,
+    std: Annotated[list[float] | None, typer.Option(help="As for --mean.")] = None,
     preset: Annotated[
         str | None,
         typer.Option(help="Corruptions: a preset or a MedMNIST name; by the file's name if unset."),
@@ -471,8 +469,12 @@ def evaluate(
         network,
         size or (config["input_size"][-1] if folder else None),
     )
-    mean = mean or list(config.get("mean", [0.5]))
-    std = std or list(config.get("std", [0.5]))
+    mean, std = mean or list(config.get("mean", [])), std or list(config.get("std", []))
+    if not mean or not std:
+        raise ValueError(
+            f"{weights} does not say how its images were prepared: give --mean and --std of the "
+            "training"
+        )
     with torch.no_grad():
         outputs = network.eval()(images[:1].to(device)).shape[-1]
     chosen = preset or DATASET_PRESETS.get(data.stem.split("_")[0], "quick")

@@ -69,8 +69,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--arch", default="resnet18", help="timm model, or torchvision:NAME; folders bring theirs")
     add("--num-classes", type=int, help="outputs of the model; as many as the labels have if unset")
     add("--in-channels", type=int, choices=(1, 3), help="of the model; those of the data if unset")
-    add("--mean", type=float, nargs="+", default=[0.5], help="subtracted from pixels in [0, 1]")
-    add("--std", type=float, nargs="+", default=[0.5], help="divides them after that")
+    add("--mean", type=float, nargs="+", help="subtracted from pixels in [0, 1]; as in training, "
+        "timm folders bring theirs")  # fmt: skip
+    add("--std", type=float, nargs="+", help="divides them after that; as for --mean")
     add("--preset", nargs="+", help="a preset, or corruptions by name; that of the data if unset")
     add("--severities", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="which of 1 to 5")
     add("--attacks", nargs="*", default=[], choices=("fgsm", "pgd"), help="also attack the models")
@@ -155,6 +156,16 @@ def load_model(path: Path, arch: str, num_classes: int, in_channels: int) -> tor
     )
 
 
+def preparation(path: Path, arguments: argparse.Namespace) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation that a model was trained with: no default could be right."""
+    config = json.loads((path / "config.json").read_text()) if path.is_dir() else {}
+    stored = config.get("pretrained_cfg", {})
+    mean, std = arguments.mean or stored.get("mean"), arguments.std or stored.get("std")
+    if not mean or not std:
+        raise SystemExit(f"{path} does not say how its images were prepared: give --mean and --std")
+    return mean, std
+
+
 def make_normalise(model: torch.nn.Module, mean: list[float], std: list[float]):
     """Pixels to what the model was trained on; grey is repeated for a network of three channels."""
     stem = next(module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
@@ -192,7 +203,7 @@ def evaluate_all(
                 track(loader, description=f"{label} ({path.name})", console=console),
                 preset=preset,
                 task=task,
-                normalize=make_normalise(model, arguments.mean, arguments.std),
+                normalize=make_normalise(model, *preparation(path, arguments)),
                 severities=arguments.severities,
                 seed=arguments.seed,
                 baseline=None if label == baseline else results[baseline][number],

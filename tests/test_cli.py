@@ -409,6 +409,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+PREPARED = ("--mean", 0.5, "--std", 0.5)
+
+
 def read(data: Path) -> dict[str, np.ndarray]:
     with np.load(data) as content:
         return dict(content)
@@ -461,7 +464,7 @@ def test_evaluate_takes_settings_from_the_file_name_and_the_folder(
 def test_evaluate_takes_grey_images_and_several_labels(weights: Path, data: Path) -> None:
     content = run_json(
         "evaluate", weights, "--arch", ARCH, "--data", data, "--split", "val", "--preset", "oct",
-        "--severity", 5, "--bootstrap", 0,
+        "--severity", 5, "--bootstrap", 0, *PREPARED,
     )  # fmt: skip
     assert content["settings"]["task"] == "multilabel"
     assert content["settings"]["n"] == 8
@@ -479,13 +482,19 @@ def test_evaluate_takes_grey_images_and_several_labels(weights: Path, data: Path
 def test_evaluate_answers_mistakes(
     options: list[Any], told: str, weights: Path, data: Path
 ) -> None:
-    assert told in complaint("evaluate", weights, "--arch", ARCH, "--data", data, *options)
+    common = ("evaluate", weights, "--arch", ARCH, "--data", data)
+    assert told in complaint(*common, *PREPARED, *options)
+
+
+def test_evaluate_does_not_guess_how_images_were_prepared(weights: Path, data: Path) -> None:
+    told = complaint("evaluate", weights, "--arch", ARCH, "--data", data, "--mean", 0.5)
+    assert "give --mean and --std of the training" in told
 
 
 def test_evaluate_refuses_other_layouts_and_labels_beyond_the_outputs(
     weights: Path, data: Path, tmp_path: Path
 ) -> None:
-    common = ("evaluate", weights, "--arch", ARCH, "--data")
+    common = ("evaluate", weights, "--arch", ARCH, *PREPARED, "--data")
     assert "no such file" in complaint(*common, tmp_path / "no.npz")
     arrays = read(data)
     np.savez(tmp_path / "float.npz", **arrays | {"test_images": arrays["test_images"] / 255})

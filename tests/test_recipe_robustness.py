@@ -41,6 +41,9 @@ def run(*arguments: object) -> subprocess.CompletedProcess:
     )
 
 
+TEST_RESNET = ["--arch", "test_resnet"]
+
+
 def save_model(path: Path, seed: int, **settings) -> Path:
     torch.manual_seed(seed)
     model = timm.create_model("test_resnet", **settings)
@@ -57,7 +60,7 @@ def test_digits_two_methods_two_seeds(tmp_path):
     out = tmp_path / "out"
     done = run(
         *models, "--data", "digits", "--size", "32", "--limit", "40", "--arch", "test_resnet",
-        *TINY, "--output", out,
+        "--mean", "0.3", "--std", "0.4", *TINY, "--output", out,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Overview, 40 images" in done.stdout and "paired over seeds" in done.stdout
@@ -89,6 +92,7 @@ def test_medmnist_layout_with_a_timm_folder_and_grey_repeated(tmp_path, monkeypa
     )
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=2)
+    model.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
     timm.models.save_for_hf(model, tmp_path / "folder", safe_serialization=True)
     out = tmp_path / "out"
     code, _ = run_here(
@@ -101,6 +105,16 @@ def test_medmnist_layout_with_a_timm_folder_and_grey_repeated(tmp_path, monkeypa
     (result,) = content["models"]["net"]
     assert result["settings"]["task"] == "binary" and result["settings"]["n"] == 12
     assert "gamma_up" in result["settings"]["corruptions"]
+    # The folder says how its images were prepared; evaluated by hand, that gives the same figure.
+    with np.load(tmp_path / "pneumoniamnist.npz") as data:
+        pixels = torch.from_numpy(data["test_images"]).unsqueeze(1).expand(-1, 3, -1, -1) / 255
+        labels = torch.from_numpy(data["test_labels"]).flatten()
+    mean, std = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]).view(2, 3, 1, 1)
+    with torch.no_grad():
+        scores = model.eval()((pixels - mean) / std).softmax(1)
+    brier = (scores[:, 1] - labels).square().mean().item()
+    clean = next(row for row in result["rows"] if row["corruption"] == "clean")
+    assert clean["brier"] == pytest.approx(brier, abs=1e-5)
     assert not (out / "rbe.png").exists(), "one model has nothing to be relative to"
 
 
@@ -112,9 +126,12 @@ def test_medmnist_layout_with_a_timm_folder_and_grey_repeated(tmp_path, monkeypa
         (["a=.", "--data", "digits", "--preset", "qick"], "did you mean quick"),
         (["a=.", "--data", "digits", "--baseline", "b"], "none of the labels"),
         (["a=.", "a=.", "b=.", "--data", "digits"], "same number of seeds"),
+        (["a=NET", "--data", "digits", "--size", "32", *TEST_RESNET], "give --mean and --std"),
     ],
 )
-def test_mistakes_end_with_one_sentence(arguments, message, monkeypatch, capsys):
+def test_mistakes_end_with_one_sentence(arguments, message, monkeypatch, capsys, tmp_path):
+    net = save_model(tmp_path / "net.safetensors", 0, num_classes=10, in_chans=1)
+    arguments = [argument.replace("NET", str(net)) for argument in arguments]
     code, _ = run_here(monkeypatch, capsys, *arguments)
     assert isinstance(code, str) and message in code
 

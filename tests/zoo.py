@@ -373,19 +373,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     random.Random(0).shuffle(names)  # so that the large models of a family do not meet
     default = RESULTS / ("zoo_round_trip.csv" if options.round_trip else "zoo.csv")
     start, outcomes = time.perf_counter(), []
-    # A fresh process now and then, because timm keeps caches of every model it built.
+    # An executor, because a pool waits for ever for the work of a process that was killed.
     with ProcessPoolExecutor(
-        options.processes,
-        multiprocessing.get_context("spawn"),
-        _use_one_thread,
-        max_tasks_per_child=100,
+        options.processes, multiprocessing.get_context("spawn"), _use_one_thread
     ) as pool:
         for future in as_completed([pool.submit(job, entry) for entry in names]):
             outcome = future.result()
             outcomes.append(outcome)
             if outcome.broken:
                 print(f"{outcome.source} {outcome.model}: {outcome.broken}", file=sys.stderr)
-            if len(outcomes) % 50 == 0:
+            if len(outcomes) % 100 == 0:
                 print(f"{len(outcomes)} of {len(names)}", file=sys.stderr)
     write(options.output or default, outcomes, kind)
     broken = sum(bool(outcome.broken) for outcome in outcomes)
