@@ -8,28 +8,31 @@ Whatever is a ``Conv2d`` by class but not a bank of comparable kernels is skippe
 
 from __future__ import annotations
 
-import copy
 import difflib
-import random
-import sys
 import warnings
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils._pytree import tree_map
 
 from inmerge_wrap.kernels import kernel_parameters, unmergeable_reason
+from inmerge_wrap.tracing import (
+    Call,
+    Trace,
+    bystanders_kept,
+    call_arguments,
+    first_possible_trace,
+    meta_copy,
+    named_convs,
+    run_trace,
+    timm_config,
+    to_meta,
+)
 
 __all__ = ["SKIPPED_KINDS", "ConvSite", "MergePlan", "plan_merging"]
 
@@ -48,13 +51,6 @@ SKIPPED_KINDS = {
 Pattern = str | Callable[["ConvSite"], bool]
 
 _WEIGHT_STANDARDISED = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"}
-_HOOK_DICTS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-_FALLBACK_SIZES = (224, 299, 384, 512, 256, 192, 160, 128, 96, 64)
 
 
 @dataclass(frozen=True)
@@ -205,344 +201,19 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------
-# The trace: what runs, in which order, on what shapes, and where its output goes
-# ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Call:
-    """What one forward pass showed of one convolution."""
-
-    inputs: list[torch.Size] = field(default_factory=list)
-    outputs: list[torch.Size] = field(default_factory=list)
-    used_own_weight: bool = False
-
-    def is_vector(self) -> bool:
-        return all(shape[-2:].numel() == 1 for shape in self.inputs + self.outputs)
-
-    def is_dense(self, kernel_size: tuple[int, ...]) -> bool:
-        covered = all(tuple(shape[-2:]) == kernel_size for shape in self.inputs)
-        return covered and all(shape[-2:].numel() == 1 for shape in self.outputs)
-
-
-@dataclass
-class _Trace:
-    calls: dict[str, _Call] = field(default_factory=dict)
-    """Convolutions in order of their first call."""
-    predictions: dict[str, bool] = field(default_factory=dict)
-    """Convolutions whose output no other layer reads -> whether it ends as one vector per image."""
-    activated: set[str] = field(default_factory=set)
-    """Convolutions of the former whose output passes an activation of hidden layers."""
-
-
-_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-_OTHER_LAYER = "a layer that is no Conv2d"
-
-
-class _Watch(TorchFunctionMode):
-    """Sees every function of a forward pass: which convolution runs and who reads its output.
-
-    The output of a layer belongs to that layer until another layer reads it. What belongs to
-    nobody else when it leaves the network, or when it is cut from it by ``detach``, is a
-    prediction.
-    """
-
-    def __init__(self, owners: Mapping[int, list[str]], trace: _Trace, shapes_only: bool) -> None:
-        super().__init__()
-        self._owners, self._trace, self._shapes_only = owners, trace, shapes_only
-        self._running = ""  # the convolution whose module is being called
-        self._layers_of = WeakTensorKeyDictionary()  # tensor -> names of the layers it comes from
-        self._read: set[str] = {_OTHER_LAYER}
-        self._cut: set[str] = set()
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
-        if self._shapes_only and func in _KEEPS_SHAPE and args:
-            result = torch.empty_like(args[0])  # on meta tensors these take most of the time
-        else:
-            result = func(*args, **kwargs)
-        outputs = [result] if isinstance(result, Tensor) else _tensors_in(result)
-        name = getattr(func, "__name__", "")
-        if not outputs:
-            if name == "__setitem__":
-                self._layers_of[args[0]] = self._sources([args[0], args[2]])
-            return result
-        operands = _tensors_in((*args, *kwargs.values()))
-        sources = self._sources(operands)
-        if name == "detach":
-            self._cut |= sources
-            sources = frozenset()
-        elif name in _LAYERS or any(isinstance(tensor, nn.Parameter) for tensor in operands):
-            self._read |= sources
-            sources = frozenset([_OTHER_LAYER])
-        elif sources & self._read:  # a sum with features is features too
-            self._read |= sources
-        elif name in _HIDDEN_ACTIVATIONS:
-            self._trace.activated |= sources
-        if func is torch.conv2d:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            owners = self._owners.get(id(weight))
-            if owners:
-                owner = self._running if self._running in owners else owners[0]
-                call = self._trace.calls.setdefault(owner, _Call())
-                call.used_own_weight = True
-                call.inputs.append((args[0] if args else kwargs["input"]).shape)
-                call.outputs.append(result.shape)
-                sources = frozenset([owner])
-        if sources:
-            for tensor in outputs:
-                if tensor.is_floating_point():  # an index or a mask says where, not what
-                    self._layers_of[tensor] = sources
-        return result
-
-    def enter(self, name: str) -> None:
-        """Notes that a convolution is called as a module."""
-        self._running = name
-
-    def leave(self, name: str, inputs: tuple[Any, ...], output: Any) -> None:
-        """Notes what went in and out, whatever the convolution's forward pass computed."""
-        self._running = ""
-        call = self._trace.calls.setdefault(name, _Call())
-        if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
-            call.inputs.append(inputs[0].shape)
-            call.outputs.append(output.shape)
-            self._read |= self._sources([inputs[0]]) - {name}
-            self._layers_of[output] = frozenset([name])
-
-    def note_predictions(self, output: Any) -> None:
-        """Finds the convolutions whose outputs are the network's."""
-        for leaf in tree_leaves(output):
-            for name in self._sources([leaf]) if isinstance(leaf, Tensor) else ():
-                self._trace.predictions[name] = leaf.ndim == 2
-        for name in self._cut:
-            self._trace.predictions.setdefault(name, False)
-        for name in self._read:
-            self._trace.predictions.pop(name, None)
-
-    def _sources(self, tensors: Sequence[Any]) -> frozenset[str]:
-        known = [
-            self._layers_of[t] for t in tensors if isinstance(t, Tensor) and t in self._layers_of
-        ]
-        return known[0] if len(known) == 1 else frozenset().union(*known)
-
-
-_LAYERS = {
-    *("linear", "bilinear", "embedding", "lstm", "gru", "rnn_tanh", "rnn_relu"),
-    *(f"conv{transposed}{d}d" for transposed in ("", "_transpose") for d in (1, 2, 3)),
-    *("batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm"),
-}
-_HIDDEN_ACTIVATIONS = {
-    f"{name}{in_place}"
-    for name in ("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "rrelu", "hardtanh")
-    for in_place in ("", "_")
-} | {"gelu", "silu", "mish", "hardswish", "softplus", "prelu", "glu"}
-_KEEPS_SHAPE = {
-    *(F.batch_norm, F.layer_norm, F.group_norm),
-    *(F.relu, F.gelu, F.silu, F.hardswish, F.hardsigmoid),
-}
-
-
-def _tensors_in(values: Any) -> list[Tensor]:
-    """Tensors among some values and in lists and tuples among them."""
-    if not isinstance(values, list | tuple):
-        return []
-    found = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            found += _tensors_in(value)
-    return found
-
-
-def _trace(
-    model: nn.Module, arguments: _Arguments, *, training: bool = False, shapes_only: bool = True
-) -> _Trace:
-    """Runs one forward pass and records which convolutions ran, in which order, on what.
-
-    Args:
-        model: A network without hooks of its users.
-        arguments: What to call it with.
-        training: In train mode; the modules' flags are set without calling their methods.
-        shapes_only: Whether all tensors are on the meta device, where only shapes count.
-
-    Raises:
-        _ForwardFailed: If the network raised.
-    """
-    trace = _Trace()
-    owners: dict[int, list[str]] = {}
-    convs = dict(_named_convs(model))
-    for name, conv in convs.items():
-        if conv._parameters.get("weight") is not None:
-            owners.setdefault(id(conv.weight), []).append(name)
-    watch = _Watch(owners, trace, shapes_only)
-    for module in model.modules():
-        module.training = training
-    handles = []
-    for name, conv in convs.items():
-        handles.append(conv.register_forward_pre_hook(partial(_enter, watch, name)))
-        handles.append(conv.register_forward_hook(partial(_leave, watch, name)))
-    try:
-        with torch.no_grad(), watch:
-            output = model(*arguments[0], **arguments[1])
-        watch.note_predictions(output)
-    except Exception as error:  # the network's own code ran here
-        raise _ForwardFailed(len(trace.calls)) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return trace
-
-
-def _enter(watch: _Watch, name: str, module: nn.Module, inputs: Any) -> None:
-    watch.enter(name)
-
-
-def _leave(watch: _Watch, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-    watch.leave(name, inputs, output)
-
-
-class _ForwardFailed(Exception):
-    """A forward pass raised; the cause is its ``__cause__``.
-
-    Args:
-        calls: How many convolutions had run.
-    """
-
-    def __init__(self, calls: int) -> None:
-        super().__init__(calls)
-        self.calls = calls
-
-
-def _named_convs(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
-    return (item for item in model.named_modules() if isinstance(item[1], nn.Conv2d))
-
-
-def _is_lazy(module: nn.Module) -> bool:
-    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
-
-
-def _own_hooks(hooks: Mapping[int, Any]) -> OrderedDict[int, Any]:
-    """The hooks by which torch computes weights (weight_norm, pruning) and shapes (lazy layers)."""
-    return OrderedDict(
-        (key, hook)
-        for key, hook in hooks.items()
-        if type(hook).__module__.startswith("torch.nn.utils")
-        or getattr(hook, "__func__", None) is LazyModuleMixin._infer_parameters
-    )
-
-
-class _CloneToMeta(TorchFunctionMode):
-    """Copies made inside of it have no memory, wherever the copied object keeps its tensors."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func is Tensor.__deepcopy__:
-            tensor, memo = args
-            return memo.setdefault(id(tensor), _meta_tensor(tensor))
-        if func is Tensor.clone:
-            return _meta_tensor(args[0])
-        return func(*args, **(kwargs or {}))
-
-
-def _meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of the network without memory for its tensors and without anybody's hooks."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        # A lazy layer's hook is bound to the layer and must be copied with it.
-        for name in () if _is_lazy(module) else _HOOK_DICTS:
-            memo[id(getattr(module, name))] = _own_hooks(getattr(module, name))
-        tensors = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
-        for tensor in tensors:
-            if isinstance(tensor, Tensor) and id(tensor) not in memo:
-                memo[id(tensor)] = _meta_tensor(tensor)
-    with _CloneToMeta():
-        twin = copy.deepcopy(model, memo)
-    for module in twin.modules():
-        for name in _HOOK_DICTS if _is_lazy(module) else ():
-            setattr(module, name, _own_hooks(getattr(module, name)))
-    return twin
-
-
-def _meta_tensor(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer):
-        return cast(Any, type(tensor))(device="meta", dtype=tensor.dtype)
-    shape_only = torch.empty_like(tensor, device="meta", requires_grad=False)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(shape_only, requires_grad=tensor.requires_grad)
-    return shape_only
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Runs the real network without its users' hooks, and puts everything back as it was."""
-    modules = list(model.modules())
-    attributes = [dict(vars(module)) for module in modules]
-    contents = [
-        (held, dict(held))
-        for module in modules
-        for held in (module._parameters, module._buffers, module._modules)
-    ]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        for module in modules:
-            for name in _HOOK_DICTS:
-                setattr(module, name, _own_hooks(getattr(module, name)))
-        yield
-    finally:
-        for module, kept in zip(modules, attributes, strict=True):
-            vars(module).clear()
-            vars(module).update(kept)
-        for held, content in contents:
-            held.clear()
-            held.update(cast(Any, content))
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-
-
-@contextmanager
-def _bystanders_kept(network: nn.Module) -> Iterator[None]:
-    """Keeps what forward passes may touch beside the network: generators, hooks, compilers."""
-    devices = {p.device.index for p in network.parameters() if p.device.type == "cuda"}
-    python_state = random.getstate()
-    numpy_random: Any = sys.modules.get("numpy.random")
-    numpy_state = None if numpy_random is None else numpy_random.get_state()
-    global_hooks = [
-        (hooks, dict(hooks))
-        for name, hooks in vars(torch.nn.modules.module).items()
-        if name in {f"_global{hooks}" for hooks in _HOOK_DICTS}
-    ]
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=sorted(devices)))
-        if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            for hooks, _ in global_hooks:
-                hooks.clear()
-            yield
-        finally:
-            for hooks, kept in global_hooks:
-                hooks.update(kept)
-            random.setstate(python_state)
-            if numpy_random is not None:
-                numpy_random.set_state(numpy_state)
-
-
 def _find_sites(model: nn.Module, example_input: Any) -> tuple[list[ConvSite], str]:
     """Every Conv2d with its depth and kind, in depth order, and how the order was found."""
     network, prefix = model, ""
     while isinstance(getattr(network, "_orig_mod", None), nn.Module):  # made by torch.compile
         network, prefix = network._orig_mod, prefix + "_orig_mod."  # type: ignore[assignment]
-    convs = dict(_named_convs(network))
+    convs = dict(named_convs(network))
     if not convs:
         raise ValueError(
             f"{type(network).__name__} has no Conv2d: in-model merging acts on the kernels of "
             "convolutional networks; choose a CNN (for example resnet34) as the model"
         )
-    with _bystanders_kept(network):
-        trace, found_by, problem = _first_possible_trace(network, convs, example_input)
+    with bystanders_kept(network):
+        trace, found_by, problem = first_possible_trace(network, convs, example_input)
         kinds = _kinds(network, convs, trace, example_input)
     if problem is not None:
         warnings.warn(problem, stacklevel=3)
@@ -579,127 +250,6 @@ def _find_sites(model: nn.Module, example_input: Any) -> tuple[list[ConvSite], s
     return sites, found_by
 
 
-def _first_possible_trace(
-    network: nn.Module, convs: Mapping[str, nn.Conv2d], example_input: Any
-) -> tuple[_Trace | None, str, str | None]:
-    """Traces on meta tensors, else by a real forward pass, else not at all.
-
-    Returns:
-        The trace, how it was made, and a warning where it was not made on meta tensors.
-    """
-    candidates = _call_arguments(network, convs, example_input)
-    on_meta: list[_ForwardFailed] = []
-    really: list[_ForwardFailed] = []
-    try:
-        twin = _meta_copy(network)
-    except Exception as error:  # networks may hold anything, and copying it may raise anything
-        on_meta = [_failed(error)]
-    else:
-        for arguments in candidates:
-            try:
-                return _trace(twin, _on_meta(arguments)), "trace", None
-            except _ForwardFailed as failure:
-                on_meta.append(failure)
-    # A real pass would give lazy layers their shapes, and so change the user's network.
-    lazy = any(_is_lazy(module) for module in network.modules())
-    for arguments in () if lazy else candidates:
-        try:
-            with _undisturbed(network):
-                trace = _trace(network, _on_device_of(network, arguments), shapes_only=False)
-        except _ForwardFailed as failure:
-            really.append(failure)
-        else:
-            return (
-                trace,
-                "forward",
-                "the convolutions were found by a real forward pass, because the network does not "
-                f"run on meta tensors ({_cause(on_meta)})",
-            )
-    return (
-        None,
-        "registration",
-        "no forward pass was possible, so the convolutions are taken in the order in which they "
-        "were registered, and squeeze-excite layers and heads are not recognised. Pass "
-        "example_input, as for a training step. The forward pass failed with: "
-        f"{_cause(really or on_meta)}",
-    )
-
-
-def _failed(cause: Exception) -> _ForwardFailed:
-    failure = _ForwardFailed(0)
-    failure.__cause__ = cause
-    return failure
-
-
-def _cause(failures: Sequence[_ForwardFailed]) -> str:
-    """Why the forward pass failed that came furthest: the others were given a wrong image."""
-    error = max(failures, key=lambda failure: failure.calls).__cause__
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-
-
-def _call_arguments(
-    network: nn.Module, convs: Mapping[str, nn.Conv2d], example_input: Any
-) -> list[_Arguments]:
-    """What to try to call the network with, the likeliest first."""
-    if isinstance(example_input, Mapping):
-        return [((), dict(example_input))]
-    if isinstance(example_input, tuple | list):
-        return [(tuple(example_input), {})]
-    if example_input is not None:
-        return [((example_input,), {})]
-    configured = _timm_config(network).get("input_size") or ()
-    first = next(iter(convs.values()))
-    channels = [first.weight.shape[1] * first.groups] if _has_shape(first) else []
-    channels += [*configured[:1], 3, 1]
-    # Of vision transformers in torchvision, in timm, and in timm where img_size was given.
-    patches = getattr(network, "patch_embed", None)
-    holders = ((network, "image_size"), (network, "img_size"), (patches, "img_size"))
-    stated = [_pair(getattr(holder, name, None)) for holder, name in holders]
-    sizes = [tuple(configured[1:])] if configured else []
-    sizes += [size for size in stated if size] + [(side, side) for side in _FALLBACK_SIZES]
-    shapes = [(channels[0], *size) for size in sizes] + [(count, *sizes[0]) for count in channels]
-    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-    # Batches of two, because BatchNorm can not train on one value per channel.
-    return [
-        ((torch.empty(2, *shape, dtype=dtype, device="meta"),), {})
-        for shape in dict.fromkeys(shapes)
-    ]
-
-
-def _pair(size: Any) -> tuple[int, ...] | None:
-    """(height, width) of what a network states as its image size, None if that is no size."""
-    size = (size, size) if isinstance(size, int) else size
-    is_size = isinstance(size, tuple) and len(size) == 2 and all(isinstance(n, int) for n in size)
-    return size if is_size else None
-
-
-def _timm_config(network: nn.Module) -> Mapping[str, Any]:
-    config = getattr(network, "pretrained_cfg", None)
-    return config if isinstance(config, Mapping) else {}
-
-
-def _has_shape(conv: nn.Conv2d) -> bool:
-    return not isinstance(conv._parameters.get("weight"), nn.parameter.UninitializedParameter)
-
-
-def _on_meta(arguments: _Arguments) -> _Arguments:
-    return tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, arguments)
-
-
-def _on_device_of(network: nn.Module, arguments: _Arguments) -> _Arguments:
-    device = next(network.parameters()).device
-
-    def move(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if value.is_meta:
-            return torch.zeros_like(value, device=device)
-        return value.to(device)
-
-    return tree_map(move, arguments)
-
-
 # ---------------------------------------------------------------------------------------------
 # The decision: which convolutions are banks of comparable kernels, and which of them are deep
 # ---------------------------------------------------------------------------------------------
@@ -708,7 +258,7 @@ def _on_device_of(network: nn.Module, arguments: _Arguments) -> _Arguments:
 def _kinds(
     network: nn.Module,
     convs: Mapping[str, nn.Conv2d],
-    trace: _Trace | None,
+    trace: Trace | None,
     example_input: Any,
 ) -> dict[str, str]:
     """The kind of every convolution: ``"kernels"`` or a key of SKIPPED_KINDS."""
@@ -740,13 +290,13 @@ def _kinds(
     return {name: kind(name, conv) for name, conv in convs.items()}
 
 
-def _image_channels(trace: _Trace | None) -> int:
+def _image_channels(trace: Trace | None) -> int:
     """Channels of the image: what the first convolution of the forward pass reads."""
     first = next(iter(trace.calls.values()), None) if trace else None
     return first.inputs[0][-3] if first and first.inputs else 3
 
 
-def _heads(network: nn.Module, convs: Mapping[str, nn.Conv2d], trace: _Trace | None) -> set[str]:
+def _heads(network: nn.Module, convs: Mapping[str, nn.Conv2d], trace: Trace | None) -> set[str]:
     """Convolutions whose outputs are the predictions.
 
     These are the ones that timm's configuration names as classifier, and the ones whose output
@@ -754,7 +304,7 @@ def _heads(network: nn.Module, convs: Mapping[str, nn.Conv2d], trace: _Trace | N
     after the last one (that a pooled vector of class scores may have too, as in SqueezeNet), by
     a kernel larger than 1x1 that keeps the number of channels, or by timm's ``num_classes=0``.
     """
-    named = _timm_config(network).get("classifier") or ()
+    named = timm_config(network).get("classifier") or ()
     heads = {named} if isinstance(named, str) else set(named)
     if trace is None or getattr(network, "num_classes", None) == 0:
         return heads & convs.keys()
@@ -771,9 +321,9 @@ def _heads(network: nn.Module, convs: Mapping[str, nn.Conv2d], trace: _Trace | N
 def _calls_on_large_maps(
     network: nn.Module,
     convs: Mapping[str, nn.Conv2d],
-    trace: _Trace | None,
+    trace: Trace | None,
     example_input: Any,
-) -> Mapping[str, _Call]:
+) -> Mapping[str, Call]:
     """The calls of the trace, made anew with larger images where it matters.
 
     A small example image shrinks to one pixel by itself. A layer works on a pooled vector if its
@@ -793,9 +343,9 @@ def _calls_on_large_maps(
         sides = [2 * max(side, 112) for side in value.shape[-2:]]
         return value.new_empty((*value.shape[:2], *sides), device="meta")
 
-    (arguments,) = _call_arguments(network, convs, example_input)
+    (arguments,) = call_arguments(network, convs, example_input)
     try:
-        large = _trace(_meta_copy(network), _on_meta(tree_map(enlarged, arguments)))
+        large = run_trace(meta_copy(network), to_meta(tree_map(enlarged, arguments)))
     except Exception:  # no copy, or one size alone: at that size the maps are what they are
         return trace.calls
     return {name: large.calls.get(name, call) for name, call in trace.calls.items()}
@@ -804,16 +354,16 @@ def _calls_on_large_maps(
 def _run_in_training(
     network: nn.Module,
     convs: Mapping[str, nn.Conv2d],
-    trace: _Trace | None,
+    trace: Trace | None,
     example_input: Any,
 ) -> set[str]:
     """Which convolutions run in train mode, asked only where some do not run in eval mode."""
     if trace is None or len(trace.calls) == len(convs):
         return set()
     for given in (example_input, None):  # the example may be too small for an auxiliary head
-        for arguments in _call_arguments(network, convs, given):
+        for arguments in call_arguments(network, convs, given):
             try:
-                return set(_trace(_meta_copy(network), _on_meta(arguments), training=True).calls)
+                return set(run_trace(meta_copy(network), to_meta(arguments), training=True).calls)
             except Exception:  # the copy fails, or another size suits the network
                 continue
     return set()
