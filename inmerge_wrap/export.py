@@ -93,7 +93,9 @@ def export_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
     A model of timm loads the file with ``timm.create_model(name, num_classes=...,
     checkpoint_path=path)``, any other with ``model.load_state_dict(load_file(path))``. The file
-    appears whole or not at all: a previous one stays until the new one was read back.
+    appears whole or not at all: a previous one stays until the new one was read back. (A
+    torchvision MNASNet asks its state dict for a version, which no safetensors file holds; see
+    docs/what-is-merged.md.)
 
     Args:
         model: A wrapper, the bare network, or either inside DDP or torch.compile. Every rank may
