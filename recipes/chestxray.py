@@ -36,6 +36,7 @@ from common import (
     write_json,
 )
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -299,9 +300,7 @@ def main() -> None:
     for epoch in range(progress.epoch, plain_epochs + merged_epochs):
         if epoch == plain_epochs and best.is_dir():
             # The second phase starts from the best of the first, as in the paper.
-            network.load_state_dict(
-                timm.create_model(f"local-dir:{best}", pretrained=True).state_dict()
-            )
+            network.load_state_dict(load_file(best / "model.safetensors"))
             progress.best_loss = float("inf")
         model.train()
         loaders["train"].set_epoch(epoch)
@@ -337,7 +336,7 @@ def main() -> None:
         accelerator.save_state(str(state))
 
     seconds = time.perf_counter() - began
-    network.load_state_dict(timm.create_model(f"local-dir:{best}", pretrained=True).state_dict())
+    network.load_state_dict(load_file(best / "model.safetensors"))
     values = aurocs(*predict(accelerator, model, loaders["test"]))
     if not accelerator.is_main_process:
         return

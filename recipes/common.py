@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -79,6 +81,11 @@ def load_digits(size: int = 32) -> Images:
         tuple(str(name) for name in digits.target_names),
         {name: (images[index], labels[index]) for name, index in parts.items()},
     )
+
+
+def load_images(name: str, root: Path, size: int) -> Images:
+    """A MedMNIST data set of the given size, or ``"digits"``, which come at 32 px."""
+    return load_digits() if name == "digits" else load_medmnist(name, root, size)
 
 
 def load_medmnist(flag: str, root: Path, size: int = 28) -> Images:
@@ -245,9 +252,6 @@ def evaluate(
 
 def environment() -> dict[str, Any]:
     """What a reader needs to judge a figure: the command, the versions, the machine."""
-    import accelerate
-    import timm
-
     return {
         "command": shlex.join(["python", *sys.argv]),
         "versions": {

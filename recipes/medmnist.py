@@ -7,8 +7,8 @@ once per run. Each run writes one JSON file and the weights as a timm folder, an
 when the command is repeated, so a stopped command continues. Prints mean and standard deviation
 over the seeds, the paired difference with its 95% interval, and the paper's figures beside them.
 
-Hardware and time: ResNet-18, 28 px, 10 epochs: on 2 CPU cores about 2 minutes a run on DermaMNIST
-and 3 on BloodMNIST. Expected: recipes/README.md and the files under results/.
+Hardware and time: ResNet-18, 28 px, 5 epochs on one core of a busy machine took 7 to 8 minutes a
+run on DermaMNIST and 8 to 10 on BloodMNIST. Expected: docs/evidence.md, files results/medmnist/.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ from common import (
     batches,
     environment,
     evaluate,
-    load_digits,
-    load_medmnist,
+    load_images,
     loss_of,
     make_accelerator,
     merging_settings,
@@ -203,11 +202,7 @@ def main() -> None:
     options = parser.parse_args()
     accelerator = make_accelerator()
     with accelerator.main_process_first():  # one process downloads, the others find the file
-        data = (
-            load_digits()
-            if options.dataset == "digits"
-            else load_medmnist(options.dataset, options.data_root, options.size)
-        )
+        data = load_images(options.dataset, options.data_root, options.size)
     runs: dict[str, list[dict[str, Any]]] = {}
     for seed in range(options.seed, options.seed + options.seeds):
         for arm in ("plain",) if options.no_merge else ("plain", "merged"):
