@@ -263,6 +263,7 @@ def environment() -> dict[str, Any]:
         },
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
     }
 
 

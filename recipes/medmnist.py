@@ -46,7 +46,9 @@ from inmerge_wrap.robustness import paired_difference
 
 # -- settings --------------------------------------------------------------------------------------
 
-CORRUPTIONS = {"gaussian_noise": (3,), "gaussian_blur": (3,), "contrast_down": (3,)}
+CORRUPTIONS = {
+    name: (3,) for name in ("gaussian_noise", "gaussian_blur", "contrast_down", "brightness_up")
+}
 SHOWN = ("accuracy", "balanced_error", "auroc")
 PUBLISHED = {  # arXiv 2502.20516, accuracy: baseline, InMerge (mean, standard deviation)
     "pathmnist": ((0.898, 0.010), (0.924, 0.002)),
@@ -100,7 +102,11 @@ def train(
     if merge:
         model = InMergeWrapper(network, seed=seed, **merging_settings(options, total_steps))
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=options.lr, momentum=0.9, weight_decay=options.weight_decay
+        model.parameters(),
+        lr=options.lr,
+        momentum=0.9,
+        weight_decay=options.weight_decay,
+        fused=True,
     )
     if isinstance(model, InMergeWrapper):
         model.attach(optimizer)
