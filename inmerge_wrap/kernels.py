@@ -18,11 +18,59 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from inmerge_wrap.merging import gather_kernels, scatter_kernels_
+from inmerge_wrap.merging import (
+    blend_kernels,
+    cosines_of,
+    gather_kernels,
+    norm_scale,
+    scatter_kernels_,
+)
 
-__all__ = ["Kernels", "gathered", "kernel_parameters", "open_kernels", "unmergeable_reason"]
+__all__ = [
+    "Blend",
+    "Kernels",
+    "gathered",
+    "kernel_parameters",
+    "open_kernels",
+    "unmergeable_reason",
+]
 
 _Stored = tuple[Tensor, Tensor | None, Tensor | None]  # weight, magnitude, mask
+
+# What a block of pairs may take, so that its rows are still in the cache when they are used again:
+# half of a usual L2 cache of a CPU core, a third of that of a GPU.
+_CPU_BLOCK_BYTES = 2**20
+_GPU_BLOCK_BYTES = 2**24
+
+
+@dataclass(frozen=True)
+class Blend:
+    """What one pass does to the kernels of a layer: a map of rows, for any tensor of its rows.
+
+    Attributes:
+        targets: Kernels to blend, int64, shape (pairs,), without repetition.
+        sources: Their partners, int64, shape (pairs,).
+        changed: Boolean mask, shape (pairs,): the others stay as they are. None changes all.
+        merge_weight: alpha, the share of a kernel that stays.
+        scale: Factor of each blend, shape (pairs, 1), if norms are kept.
+    """
+
+    targets: Tensor
+    sources: Tensor
+    changed: Tensor | None
+    merge_weight: float
+    scale: Tensor | None = None
+
+    @classmethod
+    def where(cls, passed: Tensor, targets: Tensor, sources: Tensor, merge_weight: float) -> Blend:
+        """The blend of those drawn pairs that passed, shape (pairs,).
+
+        On a CPU, where the outcome is known without waiting, the others are left out and cost
+        nothing; elsewhere the mask decides on the device.
+        """
+        if passed.device.type == "cpu":
+            return cls(targets[passed], sources[passed], None, merge_weight)
+        return cls(targets, sources, passed, merge_weight)
 
 
 @dataclass(frozen=True)
@@ -53,15 +101,66 @@ class Kernels:
             rows = rows * gather_kernels(self.mask, index)
         return rows
 
-    def write_(self, index: Tensor, rows: Tensor, changed: Tensor) -> None:
+    def cosines(self, targets: Tensor, sources: Tensor, *, centred: bool = False) -> Tensor:
+        """Cosine of each target with its source, shape (pairs,); as of :func:`pair_cosines`.
+
+        Args:
+            targets: int64, shape (pairs,).
+            sources: int64, shape (pairs,).
+            centred: Compare the kernels without their mean, as a standardised weight is used.
+        """
+        products, norms = [], []
+        for one, other in self._in_blocks(targets, sources):
+            rows, partners = self.read(one), self.read(other)
+            if centred:
+                rows, partners = rows - rows.mean(1, True), partners - partners.mean(1, True)
+            norms.append(torch.linalg.vector_norm(rows, dim=1))
+            norms[-1] *= torch.linalg.vector_norm(partners, dim=1)
+            products.append(rows.mul_(partners).sum(dim=1))
+        return cosines_of(torch.cat(products), torch.cat(norms))
+
+    def norm_scale(self, blend: Blend) -> Tensor:
+        """The factors that keep the norm of each kernel through a blend, shape (pairs, 1)."""
+        return torch.cat(
+            [
+                norm_scale(self.read(one), self.read(other), blend.merge_weight)
+                for one, other in self._in_blocks(blend.targets, blend.sources)
+            ]
+        )
+
+    def blend_(self, blend: Blend) -> None:
+        """Blends rows; all are read before any is written (eq. 3)."""
+        blended, at = [], 0
+        for one, other in self._in_blocks(blend.targets, blend.sources):
+            here = slice(at, at := at + len(one))
+            scale = None if blend.scale is None else blend.scale[here]
+            changed = None if blend.changed is None else blend.changed[here]
+            rows = blend_kernels(
+                self.read(one), self.read(other), changed, blend.merge_weight, scale
+            )
+            blended.append((one, rows, changed))
+        for one, rows, changed in blended:
+            self.write_(one, rows, changed)
+
+    def _in_blocks(self, *indices: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Equal parts of some indices, small enough for the cache; one at least."""
+        cache = _CPU_BLOCK_BYTES if self.weight.device.type == "cpu" else _GPU_BLOCK_BYTES
+        row_bytes = max(1, self.weight[0].numel() * max(4, self.weight.element_size()))
+        length = max(1, cache // (len(indices) * row_bytes))
+        return zip(*(index.split(length) for index in indices), strict=True)
+
+    def write_(self, index: Tensor, rows: Tensor, changed: Tensor | None) -> None:
         """Stores ``rows``, shape (len(index), fan_in), where ``changed``, shape (len(index),).
 
-        The other rows must be those that :meth:`read` gave; they stay as they are, bit for bit.
+        None stores all. The other rows must be those that :meth:`read` gave; they stay as they
+        are, bit for bit.
         A pruned entry keeps its stored value, so that it stays pruned.
         """
         if self.magnitude is None and self.mask is None:
             scatter_kernels_(self.weight, index, rows)
             return
+        if changed is None:
+            changed = torch.ones_like(index, dtype=torch.bool)
         changed = changed.unsqueeze(1)
         if self.magnitude is not None:
             norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)

@@ -104,15 +104,19 @@ def pair_cosines(kernels: Tensor, partners: Tensor) -> Tensor:
         or holds NaN or Inf; NaN passes no threshold.
     """
     norms = torch.linalg.vector_norm(kernels, dim=1) * torch.linalg.vector_norm(partners, dim=1)
+    return cosines_of((kernels * partners).sum(dim=1), norms)
+
+
+def cosines_of(products: Tensor, norms: Tensor) -> Tensor:
+    """Cosines from the inner products of pairs and the products of their norms, shape (pairs,)."""
     # 0 / 0 is NaN, and so is anything over an infinite norm: both kinds of broken kernel drop out.
-    cosines = torch.linalg.vecdot(kernels, partners) / norms
-    return torch.where(torch.isfinite(norms), cosines.clamp(-1.0, 1.0), math.nan)
+    return torch.where(torch.isfinite(norms), (products / norms).clamp(-1.0, 1.0), math.nan)
 
 
 def blend_kernels(
     kernels: Tensor,
     partners: Tensor,
-    merged: Tensor,
+    merged: Tensor | None,
     merge_weight: float,
     scale: Tensor | None = None,
 ) -> Tensor:
@@ -121,7 +125,7 @@ def blend_kernels(
     Args:
         kernels: Shape (pairs, fan_in).
         partners: Of the same shape and dtype.
-        merged: Boolean mask, shape (pairs,): which pairs are blended.
+        merged: Boolean mask, shape (pairs,): which pairs are blended; None blends all.
         merge_weight: alpha in [0, 1], the share of the kernel that stays.
         scale: Factor of each blend, shape (pairs, 1), as of :func:`norm_scale`; none by default.
 
@@ -131,7 +135,7 @@ def blend_kernels(
     blended = torch.lerp(partners, kernels, merge_weight)
     if scale is not None:
         blended = blended * scale
-    return torch.where(merged.unsqueeze(1), blended, kernels)
+    return blended if merged is None else torch.where(merged.unsqueeze(1), blended, kernels)
 
 
 def norm_scale(kernels: Tensor, partners: Tensor, merge_weight: float) -> Tensor:

@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -17,17 +18,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from inmerge_wrap.discovery import ConvSite, MergePlan, Pattern, plan_merging
-from inmerge_wrap.kernels import gathered, kernel_parameters, open_kernels
-from inmerge_wrap.merging import (
-    blend_kernels,
-    check_range,
-    draw_pairs,
-    gather_kernels,
-    nearest_kernels,
-    norm_scale,
-    pair_cosines,
-    scatter_kernels_,
-)
+from inmerge_wrap.kernels import Blend, Kernels, gathered, kernel_parameters, open_kernels
+from inmerge_wrap.merging import check_range, draw_pairs, nearest_kernels
 from inmerge_wrap.optimizers import (
     Attachment,
     averaged_sequences,
@@ -181,6 +173,7 @@ class InMergeWrapper(nn.Module):
         self.seed = seed
         self.inspect_every = inspect_every
         self.history: list[LayerSnapshot] = []
+        self._snapshots: dict[str, tuple[LayerSnapshot, LayerSnapshot]] = {}  # first, last
         self._last_merged: Tensor | None = None  # which pairs of the very last step merged
         self.check_replicas_every = check_replicas_every
         self._tally = Tally(len(plan.merged))
@@ -430,24 +423,22 @@ class InMergeWrapper(nn.Module):
                 device = kernels.weight.device
                 if device not in on_device:
                     on_device[device] = _send(drawn, device).split([len(layer_of_pair), *sizes])
-                pairs = on_device[device][1 + position]
-                targets = pairs.chunk(2)[0]
+                targets, sources = on_device[device][1 + position].chunk(2)
                 if self.partner == "most_similar":
                     everyone = torch.arange(site.shape[0], device=device)
                     bank = _comparable(kernels.read(everyone), site)
-                    pairs = torch.cat([targets, nearest_kernels(bank, targets, site.pair_groups)])
-                rows, partners = kernels.read(pairs).chunk(2)
-                cosine = pair_cosines(_comparable(rows, site), _comparable(partners, site))
+                    sources = nearest_kernels(bank, targets, site.pair_groups)
+                cosine = kernels.cosines(targets, sources, centred=site.centred)
                 passed = self.similarity_threshold.passes(cosine, site.fan_in)
                 if skip is not None:
                     passed &= skip.to(device) == 0
-                scale = norm_scale(rows, partners, alpha) if self.keep_norm else None
-                kernels.write_(targets, blend_kernels(rows, partners, passed, alpha, scale), passed)
+                blend = Blend.where(passed, targets, sources, alpha)
+                if self.keep_norm:
+                    blend = replace(blend, scale=kernels.norm_scale(blend))
+                kernels.blend_(blend)
             for companion in self._companions(optimizer, self._conv(site)):
                 with gathered(companion) as whole:
-                    rows, partners = gather_kernels(whole, pairs).chunk(2)
-                    blended = blend_kernels(rows, partners, passed, alpha, scale)
-                    scatter_kernels_(whole, targets, blended)
+                    Kernels(whole).blend_(blend)
             cosines.append(cosine)
             merged.append(passed)
             self._tally.passes[layer] += 1
@@ -497,12 +488,13 @@ class InMergeWrapper(nn.Module):
                 rank = float(
                     effective_rank(_comparable(kernels.read(everyone), site), site.pair_groups)
                 )
-            before = [entry for entry in self.history if entry.name == site.name]
-            now = LayerSnapshot.since(before[-1] if before else None, report[site.name], rank)
+            first, last = self._snapshots.get(site.name, (None, None))
+            now = LayerSnapshot.since(last, report[site.name], rank)
+            self._snapshots[site.name] = (first or now, now)
             self.history.append(now)
             # Training alone may lower the rank as well; that is not for merging to warn of.
-            if before and now.share > 0.1 and rank < _COLLAPSED * before[0].effective_rank:
-                self._warn_of_collapse(before[0], now)
+            if first and now.share > 0.1 and rank < _COLLAPSED * first.effective_rank:
+                self._warn_of_collapse(first, now)
 
     def _warn_of_collapse(self, first: LayerSnapshot, now: LayerSnapshot) -> None:
         if now.name in self._warned:
