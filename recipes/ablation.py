@@ -25,7 +25,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from common import load_images, make_accelerator, write_json
+import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list
+from common import Images, load_images, make_accelerator, write_json
 from training import Run, train
 
 # -- settings --------------------------------------------------------------------------------------
@@ -74,6 +76,9 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
+ARCHITECTURES = ("vgg_small", "resnet18", "densenet121", "efficientnet_b0", "convnext_atto")
+
+
 def sweep(name: str, common: Mapping[str, Any], seeds: int, arms: list[str]) -> Iterator[Run]:
     """The runs of one experiment, seed by seed, so that a stopped sweep is paired so far."""
     for seed in range(seeds):
@@ -92,8 +97,7 @@ def sweep(name: str, common: Mapping[str, Any], seeds: int, arms: list[str]) -> 
                 merge = {"shallow_layers": share, "similarity_threshold": tau, **COSINE}
                 yield Run(arm=f"L={share}, tau={tau}", seed=seed, method={"merge": merge}, **common)
         else:
-            archs = ("vgg11", "vgg11_bn", "resnet18", "densenet121", "efficientnet_b0")
-            for arch in (*archs, "convnext_atto"):
+            for arch in ARCHITECTURES:
                 for arm in arms or ("plain", "paper", "top half, cosine"):
                     here = {**common, "arch": arch}
                     yield Run(arm=f"{arch}: {arm}", seed=seed, method=ARMS[arm], **here)
@@ -115,8 +119,23 @@ def claim(path: Path, patience: float = 3600.0) -> bool:
     except FileExistsError:
         if time.time() - token.stat().st_mtime < patience:
             return False
-        os.utime(token)
+        # Of several that find it only one can rename it; the others fail and leave it.
+        try:
+            os.rename(token, stale := token.with_suffix(".stale"))
+            os.close(os.open(token, os.O_CREAT | os.O_EXCL))
+            stale.unlink()
+        except OSError:
+            return False
     return True
+
+
+def with_border(data: Images, width: int) -> Images:
+    """Mirrors a border, for networks that halve the image more often than 28 px allow."""
+    parts = {
+        part: (F.pad(x.float(), [width] * 4, mode="reflect").byte(), labels)
+        for part, (x, labels) in data.parts.items()
+    }
+    return Images(data.name, data.task, data.classes, parts)
 
 
 def main() -> None:
@@ -126,7 +145,13 @@ def main() -> None:
     parser.add_argument("sweep", choices=["study", "figure2", "figure3", "architectures"])
     parser.add_argument("--dataset", default="dermamnist", help="a 2D MedMNIST flag, or digits")
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder of npz files")
-    parser.add_argument("--size", type=int, default=28, choices=[28, 64, 128, 224])
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=28,
+        choices=[28, 32, 64, 128, 224],
+        help="side of the images in pixels; 32 mirrors a border of 2 px around those of 28",
+    )
     parser.add_argument("--arch", default="resnet18", help="any timm CNN")
     parser.add_argument("--train-images", type=int, default=0, help="random subset; 0 takes all")
     parser.add_argument("--epochs", type=int, default=25)
@@ -148,6 +173,9 @@ def main() -> None:
         parser.error(f"unknown arms {unknown}; choose from {list(ARMS)}")
 
     size = 32 if options.dataset == "digits" else options.size
+    data = load_images(options.dataset, options.data_root, 28 if size == 32 else size)
+    if size == 32 and options.dataset != "digits":
+        data = with_border(data, 2)
     common = {
         "dataset": options.dataset,
         "size": size,
@@ -160,21 +188,23 @@ def main() -> None:
         "label_noise": options.label_noise,
         "weights": options.weights,
     }
-    data = load_images(options.dataset, options.data_root, size)
     options.out.mkdir(parents=True, exist_ok=True)
     accelerator = make_accelerator()
     runs = list(sweep(options.sweep, common, options.seeds, options.arms))
     for number, run in enumerate(runs, start=1):
         path = options.out / run.file_name
-        if not claim(path):
+        mine = [accelerator.is_main_process and claim(path)]
+        if not broadcast_object_list(mine)[0]:  # the processes of one launch do one run together
             continue
         try:
             result = train(run, data, accelerator)
-            write_json(path, result)
+            if accelerator.is_main_process:
+                write_json(path, result)
         finally:
-            path.with_suffix(".claim").unlink(missing_ok=True)
+            if accelerator.is_main_process:
+                path.with_suffix(".claim").unlink(missing_ok=True)
         clean = result["test"]["clean"]
-        print(
+        accelerator.print(
             f"[{number}/{len(runs)}] {run.arm}, seed {run.seed}: accuracy {clean['accuracy']:.3f}, "
             f"balanced error {clean['balanced_error']:.3f} ({result['seconds']:.0f} s)",
             flush=True,

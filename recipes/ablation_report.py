@@ -1,0 +1,371 @@
+"""Tables and figures of the runs that recipes/ablation.py wrote.
+
+    python recipes/ablation_report.py study --runs results/ablation/study
+    python recipes/ablation_report.py figure2 --runs results/ablation/figure2
+    python recipes/ablation_report.py figure3 --runs results/ablation/figure3
+    python recipes/ablation_report.py architectures --runs results/ablation/architectures
+
+Every arm is compared with the plain run of the same seed and setting. ``differences.csv`` holds all
+paired differences with their 95% t interval and the p-value, adjusted for the number of arms
+(Benjamini and Hochberg); ``table.md`` the most important of them; the PNG files show them. Metrics
+under corruption are means over the corruptions of a run.
+
+Hardware and time: seconds on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import matplotlib
+import numpy as np
+from scipy.stats import false_discovery_control
+
+from inmerge_wrap.metrics import paired_difference
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# -- settings --------------------------------------------------------------------------------------
+
+HIGHER_IS_BETTER = {"accuracy": "accuracy", "balanced accuracy": "balanced_error", "AUROC": "auroc"}
+WHERE = ("clean", "corrupted")
+SETTING = {  # field of a run -> how a title names it
+    "dataset": "{}",
+    "arch": "{}",
+    "train_images": "{} images",
+    "epochs": "{} epochs",
+    "batch_size": "batch {}",
+    "lr": "lr {:g}",
+    "weight_decay": "weight decay {:g}",
+    "label_noise": "{:.0%} random labels",
+    "weights": "from {}",
+}
+SILENT = {"label_noise": 0.0, "weights": "", "weight_decay": 5e-4}
+COLOURS = {"plain": "#000000", "merging": "#D55E00", "other": "#0072B2"}
+
+Runs = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> result
+Row = dict[str, Any]
+
+
+# -- numbers ---------------------------------------------------------------------------------------
+
+
+def read(folder: Path, *, by_architecture: bool = True) -> dict[str, Runs]:
+    """Setting -> arm -> seed -> result.
+
+    Raises:
+        SystemExit: If there is no run, or two of the same arm, seed and setting.
+    """
+    settings: dict[str, Runs] = defaultdict(lambda: defaultdict(dict))
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise SystemExit(
+            f"{folder} holds no runs: make some with recipes/ablation.py --out {folder}"
+        )
+    for path in paths:
+        result = json.loads(path.read_text())
+        run = result["run"]
+        shown = {name: run[name] for name in SETTING if run[name] != SILENT.get(name)}
+        if not by_architecture:
+            del shown["arch"]
+        setting = ", ".join(SETTING[name].format(value) for name, value in shown.items())
+        arm, seed = settings[setting][run["arm"]], run["seed"]
+        if seed in arm:
+            raise SystemExit(f"{path}: a second run of {run['arm']!r}, seed {seed}, in {setting}")
+        arm[seed] = result
+    return settings
+
+
+def value(result: dict[str, Any], metric: str, where: str) -> float:
+    """A metric of one run, higher is better; under corruption the mean over the corruptions."""
+    rows = [row for name, row in result["test"].items() if (name == "clean") == (where == "clean")]
+    found = mean(row[HIGHER_IS_BETTER[metric]] for row in rows)
+    return 1.0 - found if metric == "balanced accuracy" else found
+
+
+def compare(runs: Runs, setting: str, baseline: str) -> list[Row]:
+    """Each arm against the baseline's runs of the same seeds, with adjusted p-values."""
+    rows: list[Row] = []
+    for metric in HIGHER_IS_BETTER:
+        for where in WHERE:
+            block: list[Row] = []
+            for arm, done in runs.items():
+                seeds = sorted(set(done) & set(runs[baseline]))
+                if arm == baseline or not seeds:
+                    continue
+                mine, plain = (
+                    [value(runs[name][seed], metric, where) for seed in seeds]
+                    for name in (arm, baseline)
+                )
+                row = {"setting": setting, "arm": arm, "baseline": baseline, "metric": metric}
+                row |= {"images": where, "mean": mean(mine)}
+                block.append(row | {"difference": paired_difference(mine, plain)})
+            tested = [row for row in block if "p_t" in row["difference"]]
+            if tested:
+                adjusted = false_discovery_control([row["difference"]["p_t"] for row in tested])
+                for row, p in zip(tested, adjusted, strict=True):
+                    row["p_adjusted"] = float(p)
+            rows += block
+    return rows
+
+
+def write_csv(rows: list[Row], path: Path) -> None:
+    fields = ["setting", "arm", "baseline", "metric", "images", "n", "mean", "difference"]
+    fields += ["low", "high", "p_t", "p_adjusted"]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            flat = {**row, **row["difference"], "difference": row["difference"]["mean"]}
+            flat["mean"] = row["mean"]
+            writer.writerow(
+                {
+                    name: f"{flat[name]:.5f}" if isinstance(flat.get(name), float) else flat[name]
+                    for name in fields
+                    if name in flat
+                }
+            )
+
+
+def table(settings: dict[str, Runs], rows: list[Row], baseline: str) -> str:
+    """Markdown: what each arm costs, what it merged, and its differences from the baseline."""
+    columns = [(metric, where) for metric in list(HIGHER_IS_BETTER)[1:] for where in WHERE]
+    lines = []
+    for setting, runs in settings.items():
+        lines += [f"### {setting}", ""]
+        heads = ["arm", "seeds", "passes: training, inference", "merged", "accuracy, clean"]
+        heads += [f"{metric}, {where}" for metric, where in columns]
+        lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        for arm, done in runs.items():
+            some = next(iter(done.values()))
+            drawn = sum(run["merging"]["drawn"] for run in done.values() if "merging" in run)
+            merged = sum(run["merging"]["merged"] for run in done.values() if "merging" in run)
+            cells = [arm, str(len(done))]
+            cells.append(f"{some['training_passes']:g}, {some['inference_passes']}")
+            cells.append(f"{merged / drawn:.1%}" if drawn else "")
+            cells.append(spread([value(run, "accuracy", "clean") for run in done.values()]))
+            for metric, where in columns:
+                values = [value(run, metric, where) for run in done.values()]
+                if arm == baseline:
+                    cells.append(spread(values))
+                    continue
+                found = next(
+                    row
+                    for row in rows
+                    if (row["setting"], row["arm"]) == (setting, arm)
+                    and (row["metric"], row["images"]) == (metric, where)
+                )
+                cells.append(difference_text(found))
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    lines.append(
+        "Means over the seeds, ± their standard deviation; of the other arms the paired difference "
+        f"from {baseline} with its 95% interval. Bold: an adjusted p below 0.05."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: list[float]) -> str:
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def difference_text(row: Row) -> str:
+    found = row["difference"]
+    text = f"{found['mean']:+.3f}"
+    if "low" in found:
+        text += f" ({found['low']:+.3f} to {found['high']:+.3f})"
+    return f"**{text}**" if row.get("p_adjusted", 1.0) < 0.05 else text
+
+
+# -- figures ---------------------------------------------------------------------------------------
+
+
+def draw_trade_off(setting: str, runs: Runs, rows: list[Row], path: Path) -> None:
+    """Clean against corrupted: the paired differences of each arm, a cross of 95% intervals."""
+    metrics = ("balanced accuracy", "AUROC")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    arms = [arm for arm in runs if any(row["arm"] == arm for row in rows)]
+    for axis, metric in zip(axes, metrics, strict=True):
+        axis.axhline(0, color="0.8", linewidth=0.8)
+        axis.axvline(0, color="0.8", linewidth=0.8)
+        for number, arm in enumerate(arms, start=1):
+            point = {
+                row["images"]: row["difference"]
+                for row in rows
+                if row["arm"] == arm and row["metric"] == metric
+            }
+            x, y = point["clean"], point["corrupted"]
+            merging = any("merging" in run for run in runs[arm].values())
+            colour = COLOURS["merging" if merging else "other"]
+            if "low" in x:
+                axis.plot([x["low"], x["high"]], [y["mean"]] * 2, color=colour, lw=0.7, alpha=0.45)
+                axis.plot([x["mean"]] * 2, [y["low"], y["high"]], color=colour, lw=0.7, alpha=0.45)
+            axis.plot(x["mean"], y["mean"], "o", color=colour, markersize=11, alpha=0.85)
+            axis.text(
+                *(x["mean"], y["mean"], str(number)),
+                color="white",
+                fontsize=7,
+                ha="center",
+                va="center",
+            )
+            if axis is axes[1]:
+                axis.plot([], [], "o", color=colour, label=f"{number}  {arm}")
+        axis.plot(0, 0, "k+", markersize=12, markeredgewidth=2)
+        axis.set(xlabel=f"{metric}, clean, minus plain", ylabel="under corruption, minus plain")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8, handletextpad=0.2)
+    figure.suptitle(f"{setting}: paired differences from plain training (+) and 95% intervals")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_grid(runs: Runs, rows: list[Row], path: Path, *, x: str, y: str, names: Row) -> None:
+    """A map of the AUROC's difference from plain over two settings of merging."""
+    places = {}
+    for arm, done in runs.items():
+        merge = next(iter(done.values()))["run"]["method"].get("merge")
+        if merge:
+            places[arm] = (merge[x], merge[y])
+    xs, ys = (sorted({place[axis] for place in places.values()}) for axis in (0, 1))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    for axis, where in zip(axes, WHERE, strict=False):
+        grid = np.full((len(ys), len(xs)), np.nan)
+        for row in rows:
+            if row["metric"] == "AUROC" and row["images"] == where and row["arm"] in places:
+                column, line = places[row["arm"]]
+                grid[ys.index(line), xs.index(column)] = row["difference"]["mean"]
+        reach = max(1e-3, float(np.nanmax(np.abs(grid))))
+        image = axis.imshow(grid, cmap="PuOr", vmin=-reach, vmax=reach, origin="lower", aspect=0.6)
+        for line, column in np.ndindex(grid.shape):
+            axis.text(
+                *(column, line, f"{grid[line, column]:+.3f}"),
+                fontsize=8,
+                ha="center",
+                va="center",
+                color="white" if abs(grid[line, column]) > 0.6 * reach else "black",
+            )
+        axis.set_title(f"AUROC minus plain, {where}", fontsize=10)
+        figure.colorbar(image, ax=axis, shrink=0.75)
+    shares = np.full((len(ys), len(xs)), np.nan)
+    for arm, (column, line) in places.items():
+        found = [run["merging"] for run in runs[arm].values()]
+        drawn = sum(run["drawn"] for run in found)
+        share = sum(run["merged"] for run in found) / drawn if drawn else 0.0
+        shares[ys.index(line), xs.index(column)] = share
+    image = axes[2].imshow(shares, cmap="Greys", vmin=0, vmax=1, origin="lower", aspect=0.6)
+    for line, column in np.ndindex(shares.shape):
+        axes[2].text(
+            *(column, line, f"{shares[line, column]:.1%}"),
+            fontsize=8,
+            ha="center",
+            va="center",
+            color="white" if shares[line, column] > 0.5 else "black",
+        )
+    axes[2].set_title("share of the drawn pairs that merged", fontsize=10)
+    figure.colorbar(image, ax=axes[2], shrink=0.75)
+    for axis in axes:
+        axis.set_xticks(range(len(xs)), [f"{place:g}" for place in xs])
+        axis.set_yticks(range(len(ys)), [f"{place:g}" for place in ys])
+        axis.set(xlabel=names[x], ylabel=names[y])
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_architectures(runs: Runs, rows: list[Row], path: Path) -> None:
+    """One bar per architecture and kind of merging: AUROC minus its own plain run."""
+    kinds = sorted({row["arm"].split(": ")[1] for row in rows})
+    archs = list(dict.fromkeys(arm.split(": ")[0] for arm in runs))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True, layout="constrained")
+    for axis, where in zip(axes, WHERE, strict=True):
+        for place, kind in enumerate(kinds):
+            found = [
+                row["difference"]
+                for arch in archs
+                for row in rows
+                if (row["arm"], row["metric"]) == (f"{arch}: {kind}", "AUROC")
+                and row["images"] == where
+            ]
+            positions = np.arange(len(found)) + 0.38 * place
+            reach = [d.get("high", d["mean"]) - d["mean"] for d in found]
+            colour = ("#56B4E9", "#D55E00", "#009E73", "#0072B2")[place % 4]
+            heights = [d["mean"] for d in found]
+            axis.bar(
+                *(positions, heights), width=0.36, yerr=reach, color=colour, label=kind, capsize=2
+            )
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_xticks(np.arange(len(archs)) + 0.19 * (len(kinds) - 1), archs, rotation=20)
+        axis.set_title(f"{where} test images")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("AUROC minus plain, 95% interval")
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+# -- what is asked for -----------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sweep", choices=["study", "figure2", "figure3", "architectures"])
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs' JSON files")
+    parser.add_argument("--out", type=Path, help="where to write (default: into --runs)")
+    options = parser.parse_args()
+    out = options.out or options.runs
+    out.mkdir(parents=True, exist_ok=True)
+    settings = read(options.runs, by_architecture=options.sweep != "architectures")
+    rows: list[Row] = []
+    text = []
+    for number, (setting, runs) in enumerate(settings.items()):
+        if options.sweep == "architectures":
+            here: list[Row] = []
+            for arch in dict.fromkeys(arm.split(": ")[0] for arm in runs):
+                own = {arm: done for arm, done in runs.items() if arm.startswith(f"{arch}: ")}
+                found = compare(own, setting, f"{arch}: plain")
+                text.append(
+                    table({f"{setting}, {arch}": own}, rename(found, arch), f"{arch}: plain")
+                )
+                here += found
+            draw_architectures(runs, here, out / f"architectures-{number}.png")
+        else:
+            if "plain" not in runs:
+                raise SystemExit(f"{setting}: there is no plain run to compare with")
+            runs = {"plain": runs["plain"], **runs}
+            here = compare(runs, setting, "plain")
+            text.append(table({setting: runs}, here, "plain"))
+            picture = out / f"{options.sweep}-{number}.png"
+            if options.sweep == "study":
+                draw_trade_off(setting, runs, here, picture)
+            elif options.sweep == "figure2":
+                names = {"merge_weight": "merge weight α", "merge_probability": "probability p"}
+                draw_grid(runs, here, picture, x="merge_weight", y="merge_probability", names=names)
+            else:
+                names = {
+                    "similarity_threshold": "threshold τ",
+                    "shallow_layers": "first layers left alone, share $L_s$",
+                }
+                draw_grid(
+                    runs, here, picture, x="similarity_threshold", y="shallow_layers", names=names
+                )
+        rows += here
+    write_csv(rows, out / "differences.csv")
+    (out / "table.md").write_text("\n".join(text))
+    print("\n".join(text))
+    print(f"Written to {out}: differences.csv, table.md and {len(settings)} figures")
+
+
+def rename(rows: list[Row], arch: str) -> list[Row]:
+    return [{**row, "setting": f"{row['setting']}, {arch}"} for row in rows]
+
+
+if __name__ == "__main__":
+    main()
