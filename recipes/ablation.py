@@ -73,6 +73,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "top half, momentum": {
         "merge": {"similarity_threshold": {"share": 0.5}, "merge_momentum": True, **COSINE}
     },
+    "unit kernels, top half, cosine": {"variant": "unit"},
+    "cluster means, cosine": {"variant": "clusters"},
 }
 
 

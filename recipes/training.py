@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import SWALR, AveragedModel, update_bn
 from torchvision.models import vgg
 
-from inmerge_wrap import InMergeWrapper, Quantile, Schedule, ZScore
+from inmerge_wrap import InMergeWrapper, Quantile, Schedule, ZScore, plan_merging
 
 CORRUPTIONS = {
     name: (3,) for name in ("gaussian_noise", "gaussian_blur", "contrast_down", "brightness_up")
@@ -48,9 +49,10 @@ class Run:
     """Everything that decides the outcome of one run, and so names its file.
 
     ``method`` holds at most one of ``merge`` (arguments of InMergeWrapper; a threshold
-    ``{"z": 2}`` or ``{"share": 0.5}``, a schedule in shares of the training), ``ema`` (decay),
-    ``swa`` (last share of the epochs), ``sam`` (rho), ``soup`` and ``ensemble`` (networks), and
-    ``network`` (arguments of timm, such as ``drop_rate``); ``recalibrate`` goes with ``merge``.
+    ``{"z": 2}`` or ``{"share": 0.5}``, a schedule in shares of the training), ``variant`` (of
+    merge_variant_), ``ema`` (decay), ``swa`` (last share of the epochs), ``sam`` (rho), ``soup``
+    and ``ensemble`` (networks), and ``network`` (arguments of timm, such as ``drop_rate``);
+    ``recalibrate`` goes with ``merge``.
     """
 
     arm: str
@@ -175,6 +177,42 @@ def climbed(network: nn.Module, rho: float) -> Iterator[None]:
             weight.sub_(move)
 
 
+@torch.no_grad()
+def merge_variant_(
+    weight: Tensor,
+    generator: torch.Generator,
+    *,
+    probability: float,
+    merge_weight: float = 0.8,
+    toward: str,
+) -> None:
+    """Two variants of merging that are studied and not part of the library.
+
+    ``clusters``: each drawn kernel moves toward the mean of those kernels that share its most
+    similar one of C_out / 8 drawn at random. ``unit``: the most alike half of random pairs is
+    blended as BatchNorm sees kernels, by their direction; each keeps its norm.
+    """
+    kernels = weight.flatten(1)
+    norms = kernels.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    unit = kernels / norms
+    drawn = (torch.rand(len(kernels), generator=generator) < probability).nonzero().flatten()
+    if toward == "clusters":
+        centres = torch.randperm(len(kernels), generator=generator)[: max(1, len(kernels) // 8)]
+        cluster = (unit @ unit[centres].T).argmax(dim=1)
+        sums = kernels.new_zeros(len(centres), kernels.shape[1]).index_add_(0, cluster, kernels)
+        means = sums / cluster.bincount(minlength=len(centres)).clamp_min(1).unsqueeze(1)
+        blended = torch.lerp(means[cluster[drawn]], kernels[drawn], merge_weight)
+    else:
+        shift = torch.randint(1, len(kernels), drawn.shape, generator=generator)
+        partners = (drawn + shift) % len(kernels)
+        cosines = (unit[drawn] * unit[partners]).sum(dim=1)
+        alike = cosines >= cosines.median()
+        drawn, partners = drawn[alike], partners[alike]
+        direction = torch.lerp(unit[partners], unit[drawn], merge_weight)
+        blended = norms[drawn] * direction / direction.norm(dim=1, keepdim=True)
+    weight.index_copy_(0, drawn, blended.unflatten(1, weight.shape[1:]))
+
+
 def fit(
     run: Run,
     network: nn.Module,
@@ -206,8 +244,9 @@ def fit(
     model, optimizer = accelerator.prepare(model, optimizer)
     ema = ModelEmaV3(network, decay=method["ema"], use_warmup=True) if "ema" in method else None
     swa = AveragedModel(network) if "swa" in method else None
-    augmentation = torch.Generator().manual_seed(seed)
-    passes = 0
+    variant = plan_merging(network).merged if "variant" in method else ()
+    augmentation, draws = (torch.Generator().manual_seed(seed) for _ in range(2))
+    passes = step = 0
     model.train()
     for epoch in range(epochs):
         for (index,) in loader:
@@ -220,6 +259,11 @@ def fit(
                 passes += 1
             optimizer.step()
             optimizer.zero_grad()
+            probability = 0.15 * (1 + math.cos(math.pi * step / total_steps))
+            step += 1
+            for site in variant:
+                weight = network.get_submodule(site.name).weight
+                merge_variant_(weight, draws, probability=probability, toward=method["variant"])
             if held is None or epoch < averaged_from:
                 schedule.step()
             if ema is not None:
