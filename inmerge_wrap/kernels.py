@@ -38,9 +38,9 @@ __all__ = [
 _Stored = tuple[Tensor, Tensor | None, Tensor | None]  # weight, magnitude, mask
 
 # What a block of pairs may take, so that its rows are still in the cache when they are used again:
-# half of a usual L2 cache of a CPU core, a third of that of a GPU.
+# about the L2 cache of a CPU core, or of a small GPU.
 _CPU_BLOCK_BYTES = 2**20
-_GPU_BLOCK_BYTES = 2**24
+_GPU_BLOCK_BYTES = 2**22
 
 
 @dataclass(frozen=True)
