@@ -5,6 +5,7 @@
 All parts of a model are timed in one process, in turn, several times; the table shows medians and
 their ratio, with the quartiles of the ratio. The floor is the bytes that a pass must move (each
 drawn kernel and its partner read, each merged kernel written) over the measured speed of a copy.
+The literal loop is one pass written as the paper states it, a kernel at a time.
 """
 
 from __future__ import annotations
@@ -24,14 +25,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from inmerge_wrap import InMergeWrapper
+from inmerge_wrap import InMergeWrapper, Quantile
+from inmerge_wrap.merging import draw_pairs
+
+THRESHOLDS: dict[str, float | Quantile] = {"0.3": 0.3, "-1": -1.0, "top half": Quantile(0.5)}
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
 parser.add_argument("--models", nargs="+", default=["resnet18", "resnet34", "vgg19"])
+parser.add_argument("--thresholds", nargs="+", default=list(THRESHOLDS), choices=THRESHOLDS)
 parser.add_argument("--size", type=int, default=64, help="side of the images, in pixels")
 parser.add_argument("--batch-size", type=int, default=32)
+parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
+parser.add_argument("--literal", action="store_true", help="time the literal loop as well")
 parser.add_argument("--repeats", type=int, default=15, help="of each part")
 parser.add_argument("--threads", type=int, default=os.cpu_count())
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -56,40 +63,71 @@ def copy_speed(device: str) -> float:
     return 2 * source.numel() * source.element_size() / statistics.median(times)
 
 
-def measure(name: str, tau: float, options: argparse.Namespace, speed: float) -> dict[str, Any]:
+def literal_loop(model: InMergeWrapper, tau: float) -> None:
+    """One pass as the paper writes it: a kernel at a time, waiting for each comparison."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for site in model.plan.merged:
+            weight = model.module.get_submodule(site.name).weight
+            before = weight.clone()
+            targets, sources = draw_pairs(len(weight), model.merge_probability, generator)
+            for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
+                kernel, partner = before[target], before[source]
+                cosine = torch.cosine_similarity(kernel.flatten(), partner.flatten(), dim=0)
+                if cosine.item() > tau:
+                    alpha = model.merge_weight
+                    weight[target] = alpha * kernel + (1 - alpha) * partner
+
+
+def measure(name: str, tau: str, options: argparse.Namespace, speed: float) -> dict[str, Any]:
     device = options.device
     network = timm.create_model(name, num_classes=10).to(device)
-    model = InMergeWrapper(network, similarity_threshold=tau, inspect_every=0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, weight_decay=1e-4)
+    model = InMergeWrapper(network, similarity_threshold=THRESHOLDS[tau], inspect_every=0)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=1e-6, momentum=0.9, weight_decay=1e-4, fused=True
+    )
     images = torch.randn(options.batch_size, 3, options.size, options.size, device=device)
     labels = torch.randint(10, (options.batch_size,), device=device)
     weights = {key: value.clone() for key, value in network.state_dict().items()}
 
     def train() -> None:
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(network(images), labels).backward()
+        with torch.autocast(device, torch.bfloat16, enabled=options.bf16):
+            loss = torch.nn.functional.cross_entropy(network(images), labels)
+        loss.backward()
         optimizer.step()
 
     parts: dict[str, Callable[[], object]] = {
         "training step": train,
+        "with merging": train,
         "optimizer step": optimizer.step,
         "merge pass": model.merge_,
     }
+    if options.literal and tau != "top half":
+        parts["literal loop"] = lambda: literal_loop(model, float(tau))
     times: dict[str, list[float]] = {part: [] for part in parts}
     for repeat in range(options.repeats + 3):
         network.load_state_dict(weights)  # merging always would make all kernels alike
         for part, work in parts.items():
+            handle = model.attach(optimizer) if part == "with merging" else None
             taken = seconds(work, device)
+            if handle is not None:
+                handle.remove()
             if repeat >= 3:
                 times[part].append(taken)
     report = model.report()
-    passes = options.repeats + 3
     width = {site.name: site.fan_in * 4 for site in model.plan.merged}
+    passes = 2 * (options.repeats + 3)
     moved = sum((2 * layer.drawn + layer.merged) * width[layer.name] for layer in report) / passes
     floor = moved / speed
     ratios = {
-        whole: [m / t for m, t in zip(times["merge pass"], times[whole], strict=True)]
-        for whole in ("training step", "optimizer step")
+        f"{part} over {whole}": [m / t for m, t in zip(times[part], times[whole], strict=True)]
+        for part, whole in (
+            ("with merging", "training step"),
+            ("merge pass", "training step"),
+            ("merge pass", "optimizer step"),
+            *((("literal loop", "merge pass"),) if "literal loop" in parts else ()),
+        )
     }
     return {
         "model": name,
@@ -97,7 +135,7 @@ def measure(name: str, tau: float, options: argparse.Namespace, speed: float) ->
         "merged_share": report.merged / report.drawn,
         "median_ms": {part: 1e3 * statistics.median(taken) for part, taken in times.items()},
         "floor_ms": 1e3 * floor,
-        "merge_over": {whole: statistics.quantiles(r, n=4) for whole, r in ratios.items()},
+        "quartiles": {key: statistics.quantiles(ratio, n=4) for key, ratio in ratios.items()},
         "merge_over_floor": statistics.median(times["merge pass"]) / floor,
     }
 
@@ -109,24 +147,31 @@ def main() -> None:
     table = Table(title=f"{options.device}, {options.threads} threads, copy {speed / 1e9:.1f} GB/s")
     for column in ("model", "tau", "merged", "training step", "optimizer step", "merge pass"):
         table.add_column(column, justify="left" if column == "model" else "right")
-    for column in ("of training step (quartiles)", "of optimizer step", "of floor"):
+    for column in ("of training step (quartiles)", "of optimizer step", "of floor", "literal loop"):
         table.add_column(column, justify="right")
     rows = []
     for name in options.models:
-        for tau in (0.3, -1.0):
+        for tau in options.thresholds:
             row = measure(name, tau, options, speed)
             rows.append(row)
-            low, middle, high = row["merge_over"]["training step"]
+            ratio, milliseconds = row["quartiles"], row["median_ms"]
+            low, middle, high = ratio["merge pass over training step"]
             table.add_row(
                 name,
-                f"{tau:g}",
+                tau,
                 f"{row['merged_share']:.0%}",
-                *(f"{value:.1f} ms" for value in row["median_ms"].values()),
+                *(
+                    f"{milliseconds[part]:.1f} ms"
+                    for part in ("training step", "optimizer step", "merge pass")
+                ),
                 f"{middle:.2%} ({low:.2%} to {high:.2%})",
-                f"{row['merge_over']['optimizer step'][1]:.2f}",
+                f"{ratio['merge pass over optimizer step'][1]:.2f}",
                 f"{row['merge_over_floor']:.1f}",
+                f"{ratio['literal loop over merge pass'][1]:.0f} x"
+                if "literal loop" in milliseconds
+                else "",
             )
-    Console(width=130).print(table)
+    Console(width=150).print(table)
     if options.out:
         content = {
             "settings": {key: str(value) for key, value in vars(options).items()},

@@ -1,0 +1,168 @@
+"""How the cost of a merge pass grows: with kernels, with layers, with processes.
+
+    python benchmarks/scaling.py --out results/scaling.json
+
+Chains of 3x3 convolutions, all merged, p = 0.3, medians of several passes. The processes train the
+same network under DDP on one machine, so that they share its memory: what should not grow with
+them is the number of messages, which is counted. Writes JSON and a picture beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.parallel import DistributedDataParallel
+
+from inmerge_wrap import InMergeWrapper
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+WIDTHS = (64, 128, 256, 512, 1024)
+DEPTHS = (1, 2, 4, 8, 16, 32, 64)
+PROCESSES = (1, 2, 4)
+THRESHOLDS = (0.3, -1.0)
+
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
+parser.add_argument("--repeats", type=int, default=15)
+parser.add_argument("--out", type=Path, default=Path("results/scaling.json"))
+
+
+def chain(width: int, depth: int, tau: float, device: str = "cpu") -> InMergeWrapper:
+    network = nn.Sequential(*(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth)))
+    return InMergeWrapper(
+        network.to(device),
+        similarity_threshold=tau,
+        shallow_layers=0,
+        example_input=torch.zeros(1, width, 8, 8, device=device),
+        inspect_every=0,
+    )
+
+
+def milliseconds(model: InMergeWrapper, repeats: int) -> float:
+    weights = {key: value.clone() for key, value in model.module.state_dict().items()}
+    times = []
+    for repeat in range(repeats + 3):
+        model.module.load_state_dict(weights)
+        began = time.perf_counter()
+        model.merge_()
+        if repeat >= 3:
+            times.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(times)
+
+
+def one_process(rank: int, count: int, port: int, repeats: int, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=count)
+    torch.manual_seed(0)
+    model = chain(256, 8, -1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    parallel = DistributedDataParallel(model)
+
+    def train() -> None:
+        parallel(torch.zeros(1, 256, 4, 4)).sum().backward()
+        optimizer.step()
+
+    train()  # DDP forms its final buckets after the first step
+    messages = {}
+    for part in ("without", "with"):
+        if part == "with":
+            model.attach(optimizer)
+        with CommDebugMode() as communication:
+            train()
+        messages[part] = communication.get_total_counts()
+    assert model.report().merged > 0
+    taken = milliseconds(model, repeats)
+    if rank == 0:
+        found = {"ms": taken, "collectives": messages}
+        (Path(folder) / f"{count}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def over_processes(repeats: int, folder: Path) -> dict[int, Any]:
+    found = {}
+    for place, count in enumerate(PROCESSES):
+        arguments = (count, 29650 + place, repeats, str(folder))
+        torch.multiprocessing.spawn(one_process, arguments, nprocs=count)
+        path = folder / f"{count}.json"
+        found[count] = json.loads(path.read_text())
+        path.unlink()
+    return found
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    panels = (("kernels", "kernels of one layer (C x C x 3 x 3)"), ("layers", "layers of 256"))
+    for axis, (key, label) in zip(axes, panels, strict=False):
+        for tau, colour in zip(THRESHOLDS, ("#0072B2", "#D55E00"), strict=True):
+            points = result[key][str(tau)]
+            name = "no pair merges (threshold 0.3)" if tau > 0 else "all drawn pairs merge"
+            axis.plot([int(x) for x in points], points.values(), "o-", color=colour, label=name)
+        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="one merge pass, ms")
+        axis.set_xticks([int(x) for x in points], list(points), minor=False)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False, fontsize=8)
+    counts = list(result["processes"])
+    heights = [result["processes"][count]["ms"] for count in counts]
+    bars = axes[2].bar(counts, heights, color="#009E73", width=0.6)
+    labels = [
+        "{without} messages a step without,\n{with} with merging".format(
+            **result["processes"][count]["collectives"]
+        )
+        for count in counts
+    ]
+    axes[2].bar_label(bars, labels, fontsize=7, padding=2)
+    axes[2].set(xlabel="processes (DDP, one thread each)", ylabel="one merge pass, ms")
+    axes[2].set_ylim(0, 1.3 * max(heights))
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {
+        "kernels": {
+            str(tau): {
+                str(width): milliseconds(chain(width, 1, tau), options.repeats) for width in WIDTHS
+            }
+            for tau in THRESHOLDS
+        },
+        "layers": {
+            str(tau): {
+                str(depth): milliseconds(chain(256, depth, tau), options.repeats)
+                for depth in DEPTHS
+            }
+            for tau in THRESHOLDS
+        },
+        "processes": {
+            str(count): found
+            for count, found in over_processes(options.repeats, options.out.parent).items()
+        },
+        "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "torch": torch.__version__,
+    }
+    options.out.write_text(json.dumps(result, indent=1))
+    draw(result, options.out.with_suffix(".png"))
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
