@@ -9,9 +9,10 @@ stays written. Shards of FSDP2 are gathered and scattered again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import cast
 
 import torch
@@ -23,6 +24,7 @@ from inmerge_wrap.merging import (
     cosines_of,
     gather_kernels,
     norm_scale,
+    pair_cosines,
     scatter_kernels_,
 )
 
@@ -81,11 +83,14 @@ class Kernels:
         weight: The stored kernels, shape (C_out, C_in / groups, kH, kW).
         magnitude: Norm of each kernel under weight normalisation, shape (C_out, 1, 1, 1).
         mask: Pruning mask, of the weight's shape, one where the entry is kept.
+        compiled: Let torch.compile fuse the reading with the arithmetic of plain weights. A
+            computed weight is read without it, and so are norms to keep.
     """
 
     weight: Tensor
     magnitude: Tensor | None = None
     mask: Tensor | None = None
+    compiled: bool = False
 
     def read(self, index: Tensor) -> Tensor:
         """The kernels that the forward pass uses, shape (len(index), fan_in), float32 or wider.
@@ -109,11 +114,14 @@ class Kernels:
             sources: int64, shape (pairs,).
             centred: Compare the kernels without their mean, as a standardised weight is used.
         """
+        if self._fuses(targets):
+            return _compiled(_compare)(_as_rows(self.weight), targets, sources, centred)
         products, norms = [], []
         for one, other in self._in_blocks(targets, sources):
             rows, partners = self.read(one), self.read(other)
             if centred:
-                rows, partners = rows - rows.mean(1, True), partners - partners.mean(1, True)
+                rows -= rows.mean(dim=1, keepdim=True)
+                partners -= partners.mean(dim=1, keepdim=True)
             norms.append(torch.linalg.vector_norm(rows, dim=1))
             norms[-1] *= torch.linalg.vector_norm(partners, dim=1)
             products.append(rows.mul_(partners).sum(dim=1))
@@ -130,6 +138,14 @@ class Kernels:
 
     def blend_(self, blend: Blend) -> None:
         """Blends rows; all are read before any is written (eq. 3)."""
+        if not len(blend.targets):
+            return
+        if self._fuses(blend.targets) and blend.scale is None:
+            rows = _as_rows(self.weight)
+            alpha = torch.tensor(blend.merge_weight, dtype=torch.float64)
+            pairs = (blend.targets, blend.sources, blend.changed)
+            rows.index_copy_(0, blend.targets, _compiled(_blend)(rows, *pairs, alpha))
+            return
         blended, at = [], 0
         for one, other in self._in_blocks(blend.targets, blend.sources):
             here = slice(at, at := at + len(one))
@@ -142,6 +158,10 @@ class Kernels:
         for one, rows, changed in blended:
             self.write_(one, rows, changed)
 
+    def _fuses(self, index: Tensor) -> bool:
+        plain = self.magnitude is None and self.mask is None
+        return self.compiled and plain and len(index) > 1
+
     def _in_blocks(self, *indices: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Equal parts of some indices, small enough for the cache; one at least."""
         cache = _CPU_BLOCK_BYTES if self.weight.device.type == "cpu" else _GPU_BLOCK_BYTES
@@ -153,8 +173,7 @@ class Kernels:
         """Stores ``rows``, shape (len(index), fan_in), where ``changed``, shape (len(index),).
 
         None stores all. The other rows must be those that :meth:`read` gave; they stay as they
-        are, bit for bit.
-        A pruned entry keeps its stored value, so that it stays pruned.
+        are, bit for bit. A pruned entry keeps its stored value, so that it stays pruned.
         """
         if self.magnitude is None and self.mask is None:
             scatter_kernels_(self.weight, index, rows)
@@ -172,8 +191,39 @@ class Kernels:
         scatter_kernels_(self.weight, index, torch.where(changed, rows, stored))
 
 
+def _as_rows(weight: Tensor) -> Tensor:
+    """A view of shape (C_out, fan_in); in channels_last the entries have another order."""
+    if not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):
+        weight = weight.permute(0, 2, 3, 1)
+    return weight.view(len(weight), -1)
+
+
+def _compare(rows: Tensor, targets: Tensor, sources: Tensor, centred: bool) -> Tensor:
+    kernels, partners = gather_kernels(rows, targets), gather_kernels(rows, sources)
+    if centred:
+        kernels = kernels - kernels.mean(dim=1, keepdim=True)
+        partners = partners - partners.mean(dim=1, keepdim=True)
+    return pair_cosines(kernels, partners)
+
+
+def _blend(
+    rows: Tensor, targets: Tensor, sources: Tensor, changed: Tensor | None, alpha: Tensor
+) -> Tensor:
+    kernels, partners = gather_kernels(rows, targets), gather_kernels(rows, sources)
+    # A tensor, for a number would be compiled in, and again for each that a schedule gives.
+    blended = torch.lerp(partners, kernels, alpha.to(kernels.device, kernels.dtype))
+    if changed is not None:
+        blended = torch.where(changed.unsqueeze(1), blended, kernels)
+    return blended.to(rows.dtype)
+
+
+@cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
 @contextmanager
-def open_kernels(conv: nn.Conv2d) -> Iterator[Kernels]:
+def open_kernels(conv: nn.Conv2d, *, compiled: bool = False) -> Iterator[Kernels]:
     """Gives the kernels of a convolution for reading and writing.
 
     Under FSDP2 every rank gathers the whole weight (a collective: all ranks must call it), works
@@ -181,6 +231,7 @@ def open_kernels(conv: nn.Conv2d) -> Iterator[Kernels]:
 
     Args:
         conv: A convolution for which :func:`unmergeable_reason` is None.
+        compiled: See :class:`Kernels`.
 
     Raises:
         RuntimeError: If the kernels can no longer be reached, for instance because FSDP1 or
@@ -195,7 +246,7 @@ def open_kernels(conv: nn.Conv2d) -> Iterator[Kernels]:
         )
     weight, magnitude, mask = cast(_Stored, _stored_tensors(conv))
     with gathered(weight) as whole:
-        yield Kernels(whole, None if magnitude is None else magnitude.detach(), mask)
+        yield Kernels(whole, None if magnitude is None else magnitude.detach(), mask, compiled)
 
 
 @contextmanager

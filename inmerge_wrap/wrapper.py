@@ -83,6 +83,8 @@ class InMergeWrapper(nn.Module):
         merge_momentum: Blend the first moments of the optimizer (SGD's momentum, Adam's
             ``exp_avg``) like the weights, so that the next step continues from the merged point.
             Second moments stay: they scale the steps of an entry and say nothing of its direction.
+        compiled: Let torch.compile fuse each pass; the results are equal up to rounding. Needs a
+            C++ compiler, or Triton on a GPU, and some seconds in the first pass.
         shallow_layers: L_s, first convolutions left alone; see :func:`plan_merging`.
         example_input: See :func:`plan_merging`, as are ``include``, ``exclude``, ``also_merge``.
         plan: A ready plan, instead of the arguments of :func:`plan_merging`.
@@ -110,6 +112,7 @@ class InMergeWrapper(nn.Module):
         partner: Literal["random", "most_similar"] = "random",
         keep_norm: bool = False,
         merge_momentum: bool = False,
+        compiled: bool = False,
         shallow_layers: int | float = 0.625,
         example_input: Any = None,
         include: Pattern | Sequence[Pattern] | None = None,
@@ -170,6 +173,7 @@ class InMergeWrapper(nn.Module):
         self.partner = partner
         self.keep_norm = keep_norm
         self.merge_momentum = merge_momentum
+        self.compiled = compiled
         self.seed = seed
         self.inspect_every = inspect_every
         self.history: list[LayerSnapshot] = []
@@ -419,7 +423,7 @@ class InMergeWrapper(nn.Module):
         cosines, merged = [], []
         for position, layer in enumerate(layers):
             site, (_, alpha) = self.plan.merged[layer], settings[position]
-            with open_kernels(self._conv(site)) as kernels:
+            with open_kernels(self._conv(site), compiled=self.compiled) as kernels:
                 device = kernels.weight.device
                 if device not in on_device:
                     on_device[device] = _send(drawn, device).split([len(layer_of_pair), *sizes])
@@ -438,7 +442,7 @@ class InMergeWrapper(nn.Module):
                 kernels.blend_(blend)
             for companion in self._companions(optimizer, self._conv(site)):
                 with gathered(companion) as whole:
-                    Kernels(whole).blend_(blend)
+                    Kernels(whole, compiled=self.compiled).blend_(blend)
             cosines.append(cosine)
             merged.append(passed)
             self._tally.passes[layer] += 1
@@ -475,8 +479,7 @@ class InMergeWrapper(nn.Module):
         site = self.plan.merged[layer]
         # The depth, not the place in the plan: other layers do not change this layer's draws.
         generator = torch.Generator("cpu").manual_seed(_mix(self.seed, step, site.depth or 0))
-        with torch.device("cpu"):  # whatever torch.set_default_device says
-            return draw_pairs(site.shape[0], probability, generator, site.pair_groups)
+        return draw_pairs(site.shape[0], probability, generator, site.pair_groups)
 
     def _inspect(self, layers: Sequence[int]) -> None:
         """Records the state of some layers, and warns of those whose kernels grow alike."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import weakref
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inmerge_wrap import InMergeWrapper
+from inmerge_wrap import InMergeWrapper, Quantile, Schedule
 
 
 class Ledger(TorchDispatchMode):
@@ -58,3 +59,47 @@ def test_a_pass_takes_less_than_the_largest_layer(device: str, threshold: float)
     operations = [count for count, _ in sizes]
     # The number of blocks follows the number of pairs drawn, and nothing grows with the steps.
     assert max(operations) < 1.2 * min(operations)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_passes_equal_plain_ones() -> None:
+    def layers(*modules: nn.Module) -> nn.Sequential:
+        torch.manual_seed(0)
+        net = nn.Sequential(*modules)
+        for parameter in net.parameters():
+            nn.init.normal_(parameter)
+        return net
+
+    networks = {
+        "float32": lambda: layers(nn.Conv2d(3, 40, 3), nn.Conv2d(40, 24, 1)),
+        "channels_last": lambda: layers(nn.Conv2d(3, 40, 3), nn.Conv2d(40, 24, 3)).to(
+            memory_format=torch.channels_last
+        ),
+        "bfloat16": lambda: layers(nn.Conv2d(3, 40, 3), nn.Conv2d(40, 24, 1)).bfloat16(),
+        "weight_norm": lambda: layers(
+            nn.Conv2d(3, 40, 3), nn.utils.parametrizations.weight_norm(nn.Conv2d(40, 24, 3))
+        ),
+    }
+    for name, make in networks.items():
+        for settings in ({"similarity_threshold": 0.05}, {"similarity_threshold": Quantile(0.5)}):
+            models = [
+                InMergeWrapper(
+                    make(),
+                    shallow_layers=0,
+                    merge_probability=0.6,
+                    schedule=Schedule(end=6, decay="linear", anneals="strength"),
+                    compiled=compiled,
+                    **settings,
+                )
+                for compiled in (False, True)
+            ]
+            for _ in range(5):
+                for model in models:
+                    model.merge_()
+            plain, compiled = ([p for p in m.parameters() if p.ndim == 4] for m in models)
+            for one, other in zip(plain, compiled, strict=True):
+                assert one.stride() == other.stride(), name
+                torch.testing.assert_close(one, other, msg=name)
+            counts = [(layer.merged, layer.drawn) for layer in models[0].report()]
+            assert counts == [(layer.merged, layer.drawn) for layer in models[1].report()]
+            assert all(0 < merged < drawn for merged, drawn in counts)
