@@ -2,11 +2,19 @@
 
     accelerate launch recipes/chestxray.py --data-root DIR
     accelerate launch recipes/chestxray.py --data-root DIR --arch densenet121 --no-merge   # CheXNet
+    accelerate launch recipes/chestxray.py --dataset OWNER/NAME --revision COMMIT
 
 ``DIR`` is the NIH release as it is downloaded: ``images*/`` folders with the PNG files (those of
 ``images_001/images/`` are found as well), ``Data_Entry_2017*.csv``, ``train_val_list.txt`` and
-``test_list.txt``. A tenth of the training patients is the validation part; no patient stands in
-two parts, which is checked. After each epoch the state is saved; ``--resume`` continues from it.
+``test_list.txt``. A data set of Hugging Face, from the hub or a folder, needs the splits train and
+test, the columns image and label, and patients: a column Patient ID, or file names such as
+00000061_012.png. A tenth of the training patients is the validation part where none is given; no
+patient stands in two parts, which is checked. After each epoch the state is saved; ``--resume``
+continues from it.
+
+Decoding 1024 px PNG files is slower than a GPU trains, and each epoch prints the share of its time
+that waited for images. ``--cache DIR`` decodes and resizes each image once (7.3 GB for all at
+224 px) and reads those from then on, with the same pixels.
 
 Settings are those of arXiv 2502.20516: SGD, lr 0.1 divided by 10 when the validation loss stalls
 for 8 epochs, 30 epochs without and 10 with merging, from the best checkpoint of the first phase.
@@ -18,40 +26,50 @@ lists. It has not been run on the whole data set by us.
 from __future__ import annotations
 
 import argparse
-import csv
-import hashlib
+import statistics
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from common import (
+    Waited,
     add_merging_arguments,
+    add_run_arguments,
     environment,
-    make_accelerator,
+    merged_share,
     merging_settings,
+    one_line_if_out_of_memory,
+    start,
     write_json,
 )
-from PIL import Image
+from nih import (
+    FINDINGS,
+    MEAN,
+    STD,
+    Part,
+    Radiographs,
+    Standardised,
+    cached,
+    images_per_second,
+    read_dataset,
+    read_release,
+    resized_side,
+)
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from inmerge_wrap import InMergeWrapper, export_timm
 
 # -- settings --------------------------------------------------------------------------------------
 
-FINDINGS = (  # in the column order of the paper's table
-    *("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia"),
-    *("Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening"),
-    "Hernia",
-)
 SHORT = "Atel Card Effu Infi Mass Nodu Pnma Pntx Cons Edem Emph Fibr P_T Hern".split()
 PUBLISHED = {  # AUROC in the same order, then their mean, as the paper lists them
     "U-DCNN": ".700 .810 .759 .661 .693 .669 .658 .799 .703 .805 .833 .786 .684 .872 .745",
@@ -66,12 +84,15 @@ PUBLISHED = {  # AUROC in the same order, then their mean, as the paper lists th
     "CheXGCN": ".786 .893 .832 .699 .840 .800 .739 .876 .751 .850 .944 .834 .795 .929 .826",
     "InMerge": ".805 .895 .881 .710 .842 .750 .770 .878 .801 .888 .915 .818 .773 .903 .830",
 }
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
-parser.add_argument("--data-root", type=Path, required=True, help="the NIH release")
+source = parser.add_mutually_exclusive_group(required=True)
+source.add_argument("--data-root", type=Path, help="the NIH release")
+source.add_argument("--dataset", help="of Hugging Face instead: a name on the hub, or a folder")
+parser.add_argument("--revision", help="commit of a --dataset on the hub, 40 hex digits")
+parser.add_argument("--cache", type=Path, help="folder of decoded images, written if need be")
 parser.add_argument("--arch", default="resnet34", help="any timm CNN (default: %(default)s)")
 parser.add_argument(
     "--weights",
@@ -79,84 +100,54 @@ parser.add_argument(
     help="imagenet (downloaded by timm), none, or a file of weights (default: %(default)s)",
 )
 parser.add_argument("--size", type=int, default=224, help="side of the centre crop, in pixels")
-parser.add_argument("--epochs", type=int, nargs=2, default=(30, 10), metavar=("PLAIN", "MERGED"))
+parser.add_argument(
+    "--epochs",
+    type=int,
+    nargs=2,
+    default=(30, 10),
+    metavar=("PLAIN", "MERGED"),
+    help="of the two phases (default: 30 10)",
+)
 parser.add_argument("--batch-size", type=int, default=324, help="over all processes")
-parser.add_argument("--lr", type=float, default=0.1)
-parser.add_argument("--weight-decay", type=float, default=1e-4)
+parser.add_argument("--lr", type=float, default=0.1, help="the first (default: %(default)s)")
+parser.add_argument("--weight-decay", type=float, default=1e-4, help="L2 penalty of SGD")
 parser.add_argument("--workers", type=int, default=4, help="reading processes, per process")
-parser.add_argument("--mixed-precision", default="no", choices=["no", "bf16", "fp16"])
-parser.add_argument("--seed", type=int, default=0)
+parser.add_argument(
+    "--time-loading", type=int, default=0, metavar="N", help="first time N batches of the loader"
+)
+parser.add_argument(
+    "--mixed-precision",
+    default="no",
+    choices=["no", "bf16", "fp16"],
+    help="number format of the forward pass (default: float32)",
+)
+parser.add_argument("--seed", type=int, default=0, help="of split, network, order and merging")
 parser.add_argument("--resume", action="store_true", help="continue from the last saved epoch")
-parser.add_argument("--out", type=Path, default=Path("runs/chestxray"))
+parser.add_argument(
+    "--out", type=Path, default=Path("runs/chestxray"), help="folder (default: %(default)s)"
+)
+add_run_arguments(parser)
 add_merging_arguments(parser)
 
 
 # -- data ------------------------------------------------------------------------------------------
 
 
-class Radiographs(Dataset):
-    """Grey images as three channels, normalised, with 14 labels of 0 and 1."""
-
-    def __init__(self, rows: list[tuple[Path, Tensor]], size: int, *, train: bool) -> None:
-        self.rows = rows
-        steps: list[nn.Module] = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
-        if train:
-            steps.append(v2.RandomHorizontalFlip())
-        self.transform = v2.Compose(
-            [*steps, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-        )
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        path, labels = self.rows[index]
-        with Image.open(path) as image:  # a few files of the release are RGBA
-            return self.transform(image.convert("L").convert("RGB")), labels
-
-
-def read_release(root: Path, seed: int) -> dict[str, list[tuple[Path, Tensor]]]:
-    """Paths and labels of the three parts.
-
-    Raises:
-        SystemExit: With one clear line, if something is missing or a patient is in two parts.
-    """
-    tables = sorted(root.glob("Data_Entry_2017*.csv"))
-    lists = {name: root / f"{name}_list.txt" for name in ("train_val", "test")}
-    for path in [*tables[:1], *lists.values()] if tables else [root / "Data_Entry_2017_v2020.csv"]:
-        if not path.is_file():
-            raise SystemExit(f"{path} is missing: --data-root must hold the NIH release")
-    with open(tables[-1], newline="") as file:
-        entries = {row["Image Index"]: row for row in csv.DictReader(file)}
-    paths = {path.name: path for path in root.glob("images*/**/*.png")}
-    listed = {name: path.read_text().split() for name, path in lists.items()}
-    for name in (image for images in listed.values() for image in images):
-        if name not in entries or name not in paths:
-            where = tables[-1].name if name not in entries else f"{root}/images*/"
-            raise SystemExit(
-                f"{name} is listed but stands not in {where}: the release is incomplete"
-            )
-    parts: dict[str, list[tuple[Path, Tensor]]] = {"train": [], "val": [], "test": []}
-    patients: dict[str, set[str]] = {part: set() for part in parts}
-    for source, images in listed.items():
-        for name in images:
-            patient = entries[name]["Patient ID"]
-            part = source
-            if source == "train_val":
-                draw = hashlib.sha256(f"{seed}:{patient}".encode()).digest()[0]
-                part = "val" if draw < 26 else "train"  # 26 of 256: a tenth of the patients
-            found = set(entries[name]["Finding Labels"].split("|"))
-            unknown = found - {*FINDINGS, "No Finding"}
-            if unknown:
-                raise SystemExit(f"{name} has the unknown findings {sorted(unknown)}")
-            labels = torch.tensor([float(finding in found) for finding in FINDINGS])
-            parts[part].append((paths[name], labels))
-            patients[part].add(patient)
-    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
-        shared = patients[one] & patients[other]
-        if shared:
-            raise SystemExit(f"patients {sorted(shared)[:5]} stand in both {one} and {other}")
-    return parts
+def read_parts(options: argparse.Namespace) -> dict[str, Part]:
+    if options.dataset:
+        parts = read_dataset(options.dataset, options.revision, options.seed)
+    else:
+        parts = read_release(options.data_root, options.seed)
+    if not options.cache:
+        return parts
+    source = str(Path(options.dataset or options.data_root).resolve())
+    if options.revision:
+        source = f"{options.dataset} {options.revision}"
+    side, workers = resized_side(options.size), options.workers
+    return {
+        name: cached(part, options.cache / f"{name}.npy", source, side, workers)
+        for name, part in parts.items()
+    }
 
 
 # -- model -----------------------------------------------------------------------------------------
@@ -199,13 +190,13 @@ class Progress:
 
 @torch.no_grad()
 def predict(
-    accelerator: Accelerator, model: nn.Module, loader: DataLoader
+    accelerator: Accelerator, model: nn.Module, loader: DataLoader, standardise: Standardised
 ) -> tuple[Tensor, Tensor]:
     """Logits and labels of a whole part, on every process."""
     model.eval()
     outputs = []
     for images, labels in loader:
-        logits = model(images).float()
+        logits = model(standardise(images)).float()
         outputs.append([x.cpu() for x in accelerator.gather_for_metrics((logits, labels))])
     logits, labels = (torch.cat(column) for column in zip(*outputs, strict=True))
     return logits, labels
@@ -234,7 +225,7 @@ def print_table(label: str, values: dict[str, float | None]) -> None:
     def cell(value: float | None) -> str:
         return "-" if value is None else f"{value:.3f}".lstrip("0")
 
-    table = Table(title="AUROC on the official test list (published rows: as the paper lists them)")
+    table = Table(title="AUROC on the test part (published rows: official list, as in the paper)")
     table.add_column("system")
     for heading in (*SHORT, "mean"):
         table.add_column(heading, justify="right")
@@ -252,24 +243,36 @@ def main() -> None:
     options = parser.parse_args()
     if not options.no_merge and options.epochs[1] < 1:
         parser.error(f"--epochs {options.epochs[0]} 0 leaves no epoch that merges: pass --no-merge")
-    accelerator = make_accelerator(mixed_precision=options.mixed_precision)
-    set_seed(options.seed)
-    parts = read_release(options.data_root, options.seed)
-    accelerator.print({part: len(rows) for part, rows in parts.items()})
+    # The others wait while one process writes the cache, by far longer than the usual ten minutes.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+    accelerator = start(
+        options, "chestxray", mixed_precision=options.mixed_precision, kwargs_handlers=[patience]
+    )
+    with accelerator.local_main_process_first():  # one process of a machine downloads and writes
+        parts = read_parts(options)
+    # After that: the one process that writes a cache has used random numbers for its loader.
+    set_seed(options.seed, deterministic=options.deterministic)
+    accelerator.print({name: len(part) for name, part in parts.items()})
+    batch_size = max(1, options.batch_size // accelerator.num_processes)
     loaders = {
-        part: DataLoader(
-            Radiographs(rows, options.size, train=part == "train"),
-            batch_size=max(1, options.batch_size // accelerator.num_processes),
-            shuffle=part == "train",
-            drop_last=part == "train",
+        name: DataLoader(
+            Radiographs(part, options.size, resized_side(options.size), train=name == "train"),
+            batch_size=batch_size,
+            shuffle=name == "train",
+            drop_last=name == "train",
             num_workers=options.workers,
             persistent_workers=options.workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
-        for part, rows in parts.items()
+        for name, part in parts.items()
     }
     if not len(loaders["train"]):
         raise SystemExit(f"--batch-size {options.batch_size} exceeds {len(parts['train'])} images")
+    loading = None
+    if options.time_loading:
+        with torch.random.fork_rng(devices=[]):  # the training stays what it is without
+            loading = images_per_second(loaders["train"], options.time_loading)
+        accelerator.print(f"the loader of one process, alone: {loading:.0f} images/s")
     loaders = dict(zip(loaders, accelerator.prepare(*loaders.values()), strict=True))
     plain_epochs, merged_epochs = options.epochs
     steps = len(loaders["train"])
@@ -282,7 +285,11 @@ def main() -> None:
         model = InMergeWrapper(network, seed=options.seed, **settings)
         accelerator.print(model.plan)
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=options.lr, momentum=0.9, weight_decay=options.weight_decay
+        model.parameters(),
+        lr=options.lr,
+        momentum=0.9,
+        weight_decay=options.weight_decay,
+        fused=True,
     )
     if isinstance(model, InMergeWrapper):
         model.attach(optimizer)
@@ -295,7 +302,7 @@ def main() -> None:
         if not state.is_dir():
             raise SystemExit(f"--resume: nothing was saved in {state}")
         accelerator.load_state(str(state))
-    loss_function = nn.BCEWithLogitsLoss()
+    standardise, loss_function = Standardised(accelerator.device), nn.BCEWithLogitsLoss()
     began = time.perf_counter()
     for epoch in range(progress.epoch, plain_epochs + merged_epochs):
         if epoch == plain_epochs and best.is_dir():
@@ -304,46 +311,71 @@ def main() -> None:
             progress.best_loss = float("inf")
         model.train()
         loaders["train"].set_epoch(epoch)
+        waited, total_loss = Waited(loaders["train"]), torch.zeros((), device=accelerator.device)
         bar = tqdm(
-            loaders["train"], desc=f"epoch {epoch + 1}", disable=not accelerator.is_main_process
+            waited,
+            desc=f"epoch {epoch + 1}",
+            total=steps,
+            disable=not accelerator.is_main_process,
         )
+        epoch_began = time.perf_counter()
         for images, labels in bar:
-            loss = loss_function(model(images), labels)
+            loss = loss_function(model(standardise(images)), labels)
             accelerator.backward(loss)
+            total_loss += loss.detach()  # stays on the device: .item() would wait for each step
             optimizer.step()
             optimizer.zero_grad()
-        logits, labels = predict(accelerator, model, loaders["val"])
+        train_loss = accelerator.reduce(total_loss, "mean").item() / steps
+        epoch_seconds = time.perf_counter() - epoch_began
+        logits, labels = predict(accelerator, model, loaders["val"], standardise)
         val_loss = loss_function(logits, labels).item()
-        stall.step(val_loss)
         progress.epoch = epoch + 1
-        progress.history.append(
-            {"val_loss": val_loss, "val_auroc": mean_of(aurocs(logits, labels))}
-        )
-        accelerator.print(f"epoch {epoch + 1}: {progress.history[-1]}")
+        figures = {
+            "train_loss": train_loss,
+            "val_loss": val_loss,
+            "val_auroc": mean_of(aurocs(logits, labels)),
+            "lr": optimizer.param_groups[0]["lr"],
+            "images_per_second": steps * batch_size * accelerator.num_processes / epoch_seconds,
+            "share_waiting": waited.seconds / epoch_seconds,
+        }
+        stall.step(val_loss)
+        progress.history.append(figures)
+        accelerator.print(f"epoch {epoch + 1}: {figures}")
+        if options.tracker:
+            shown = {key: value for key, value in figures.items() if value is not None}
+            shown |= merged_share(accelerator.unwrap_model(model))
+            accelerator.log(shown, step=epoch + 1)
         if val_loss < progress.best_loss:
             progress.best_loss = val_loss
-            export_timm(
-                network,
-                best,
-                input_size=(3, options.size, options.size),
-                mean=MEAN,
-                std=STD,
-                crop_pct=224 / 256,
-                interpolation="bilinear",
-                label_names=FINDINGS,
-            )
+            if accelerator.is_main_process:
+                export_timm(
+                    network,
+                    best,
+                    input_size=(3, options.size, options.size),
+                    mean=MEAN,
+                    std=STD,
+                    crop_pct=224 / 256,
+                    interpolation="bilinear",
+                    label_names=FINDINGS,
+                )
         accelerator.wait_for_everyone()
         accelerator.save_state(str(state))
 
     seconds = time.perf_counter() - began
     network.load_state_dict(load_file(best / "model.safetensors"))
-    values = aurocs(*predict(accelerator, model, loaders["test"]))
+    values = aurocs(*predict(accelerator, model, loaders["test"], standardise))
+    accelerator.end_training()
     if not accelerator.is_main_process:
         return
     result = {
         "settings": {key: str(value) for key, value in vars(options).items()},
-        "split": "official test list; validation patients are a tenth of train_val_list.txt",
-        "images": {part: len(rows) for part, rows in parts.items()},
+        "split": f"splits of {options.dataset}; without one, a tenth of train for validation"
+        if options.dataset
+        else "official test list; validation patients are a tenth of train_val_list.txt",
+        "images": {name: len(part) for name, part in parts.items()},
+        "images_per_second": statistics.median(x["images_per_second"] for x in progress.history),
+        "share_waiting": statistics.median(x["share_waiting"] for x in progress.history),
+        "loader_images_per_second": loading,
         "history": progress.history,
         "test_auroc": values,
         "test_mean_auroc": mean_of(values),
@@ -360,4 +392,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_if_out_of_memory():
+        main()

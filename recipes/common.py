@@ -9,7 +9,9 @@ import platform
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, get_available_trackers
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from inmerge_wrap import Quantile, Schedule, __version__
+from inmerge_wrap import InMergeWrapper, Quantile, Schedule, __version__
 from inmerge_wrap.corruptions import corrupt
 from inmerge_wrap.robustness import classification_metrics
 
@@ -153,6 +157,28 @@ def make_accelerator(**settings: Any) -> Accelerator:
     return Accelerator(cpu=cpu, **settings)
 
 
+def start(options: argparse.Namespace, project: str, **settings: Any) -> Accelerator:
+    """The accelerator of a run with the arguments of ``add_run_arguments``, its tracker started."""
+    if options.deterministic:
+        # cuBLAS reads it once, when CUDA starts; without it deterministic kernels are refused.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    accelerator = make_accelerator(**tracking(options.tracker, options.out), **settings)
+    accelerator.init_trackers(project, {key: str(value) for key, value in vars(options).items()})
+    return accelerator
+
+
+@contextmanager
+def one_line_if_out_of_memory() -> Iterator[None]:
+    """Ends a run whose memory is too small with a line that helps, instead of a traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+            raise
+        cause = str(error).splitlines()[0]
+        raise SystemExit(f"out of memory: pass a smaller --batch-size ({cause})") from None
+
+
 class Normalised:
     """uint8 pixels -> what the network is trained on: optionally augmented, then standardised."""
 
@@ -201,6 +227,24 @@ def batches(accelerator: Accelerator, count: int, batch_size: int, seed: int) ->
     return accelerator.prepare(loader)
 
 
+class Waited:
+    """A loader that adds up the seconds for which its batches were waited for.
+
+    They are an upper bound of what an accelerator stood idle: it goes on with its queue meanwhile.
+    """
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader, self.seconds = loader, 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        began = time.perf_counter()
+        for batch in self.loader:
+            self.seconds += time.perf_counter() - began
+            yield batch
+            began = time.perf_counter()
+        self.seconds += time.perf_counter() - began
+
+
 @torch.no_grad()
 def predict(model: nn.Module, pixels: Tensor, normalise: Normalised, batch_size: int) -> Tensor:
     """Logits for uint8 or float pixels, shape (N, classes), in eval mode, on the CPU."""
@@ -247,6 +291,51 @@ def evaluate(
     return rows
 
 
+# -- tracking --------------------------------------------------------------------------------------
+
+
+class JsonLines(GeneralTracker):
+    """One JSON line for each ``Accelerator.log``, in a file that takes no package to read."""
+
+    name, requires_logging_directory = "jsonl", False
+
+    def __init__(self, path: Path) -> None:
+        self.tracker = path
+        super().__init__()  # which looks for the attributes
+
+    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        """Appends, so that a resumed run continues its file."""
+        self.tracker.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.tracker, "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def tracking(name: str | None, folder: Path) -> dict[str, Any]:
+    """The arguments of Accelerator for a tracker that writes into ``folder``.
+
+    Raises:
+        SystemExit: If its package is missing, where Accelerate would quietly track nothing.
+    """
+    if name is None:
+        return {}
+    if name == "jsonl":
+        return {"log_with": JsonLines(folder / "log.jsonl")}
+    if name not in map(str, get_available_trackers()):
+        raise SystemExit(f"--tracker {name}: the package {name} is missing: pip install {name}")
+    return {"log_with": name, "project_dir": folder}
+
+
+def merged_share(model: nn.Module) -> dict[str, float]:
+    """For a tracker: share of the drawn pairs that merged so far; empty without merging.
+
+    Waits for the device, so it is for the end of an epoch, not for every step.
+    """
+    if not isinstance(model, InMergeWrapper):
+        return {}
+    report = model.report()
+    return {"merged_share": report.merged / report.drawn if report.drawn else 0.0}
+
+
 # -- results ---------------------------------------------------------------------------------------
 
 
@@ -275,6 +364,24 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         json.dump(content, file, indent=1)
     os.chmod(draft, 0o644)  # temporary files are for their owner alone
     os.replace(draft, path)
+
+
+# -- the command line ------------------------------------------------------------------------------
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``start`` reads, beside ``--out``."""
+    parser.add_argument(
+        "--tracker",
+        choices=["tensorboard", "wandb", "trackio", "jsonl"],
+        help="where each epoch's figures go; jsonl, a file in --out, takes no package "
+        "(default: nowhere)",
+    )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bits each time on the same machine, by slower kernels where there are some",
+    )
 
 
 # -- merging on the command line -------------------------------------------------------------------

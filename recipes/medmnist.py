@@ -27,16 +27,19 @@ from common import (
     Images,
     Normalised,
     add_merging_arguments,
+    add_run_arguments,
     augment,
     batches,
     environment,
     evaluate,
     load_images,
     loss_of,
-    make_accelerator,
+    merged_share,
     merging_settings,
     metrics,
+    one_line_if_out_of_memory,
     predict,
+    start,
     write_json,
 )
 from tqdm import tqdm
@@ -61,16 +64,25 @@ parser = argparse.ArgumentParser(
 )
 parser.add_argument("--dataset", default="bloodmnist", help="a 2D MedMNIST flag, or digits")
 parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder of npz files")
-parser.add_argument("--size", type=int, default=28, choices=[28, 64, 128, 224])
+parser.add_argument(
+    "--size",
+    type=int,
+    default=28,
+    choices=[28, 64, 128, 224],
+    help="side of the images in pixels (default: %(default)s)",
+)
 parser.add_argument("--arch", default="resnet18", help="any timm CNN (default: %(default)s)")
-parser.add_argument("--epochs", type=int, default=10)
+parser.add_argument("--epochs", type=int, default=10, help="of each run (default: %(default)s)")
 parser.add_argument("--batch-size", type=int, default=64, help="per process")
 parser.add_argument("--lr", type=float, default=0.05, help="peak of the one-cycle schedule")
-parser.add_argument("--weight-decay", type=float, default=5e-4)
+parser.add_argument("--weight-decay", type=float, default=5e-4, help="L2 penalty of SGD")
 parser.add_argument("--seed", type=int, default=0, help="the first seed")
 parser.add_argument("--seeds", type=int, default=1, help="how many pairs of runs")
 parser.add_argument("--train-images", type=int, default=0, help="random subset; 0 takes all")
-parser.add_argument("--out", type=Path, default=Path("runs/medmnist"))
+parser.add_argument(
+    "--out", type=Path, default=Path("runs/medmnist"), help="folder (default: %(default)s)"
+)
+add_run_arguments(parser)
 add_merging_arguments(parser)
 
 
@@ -86,7 +98,7 @@ def train(
     folder: Path,
 ) -> dict[str, Any]:
     """Trains, takes the best validation epoch, tests it once and exports it."""
-    set_seed(seed)
+    set_seed(seed, deterministic=options.deterministic)
     if options.train_images:
         data = data.first_labels(options.train_images, seed)
     data = data.to(accelerator.device)
@@ -124,15 +136,26 @@ def train(
     )
     for epoch in bar:
         model.train()
+        total_loss = torch.zeros((), device=accelerator.device)
         for (index,) in loader:
             pixels = normalise(augment(images[index], augmentation, flip=flip))
-            accelerator.backward(loss_function(model(pixels), labels[index]))
+            loss = loss_function(model(pixels), labels[index])
+            accelerator.backward(loss)
+            total_loss += loss.detach()  # stays on the device: .item() would wait for each step
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
         val_images, val_labels = data.parts["val"]
         validation = metrics(predict(network, val_images, normalise, 500), val_labels, data.task)
         bar.set_postfix(val_auroc=f"{validation['auroc']:.3f}")
+        if options.tracker:
+            values = {
+                "train_loss": accelerator.reduce(total_loss, "mean").item() / len(loader),
+                "lr": schedule.get_last_lr()[0],
+                **{f"val_{name}": value for name, value in validation.items()},
+                **merged_share(accelerator.unwrap_model(model)),
+            }
+            accelerator.log({f"{folder.name}/{k}": v for k, v in values.items()}, step=epoch)
         if validation["auroc"] > best["auroc"]:
             state = {name: value.clone() for name, value in network.state_dict().items()}
             best = {"auroc": validation["auroc"], "epoch": epoch, "state": state}
@@ -206,7 +229,7 @@ def print_comparison(dataset: str, runs: dict[str, list[dict[str, Any]]]) -> Non
 
 def main() -> None:
     options = parser.parse_args()
-    accelerator = make_accelerator()
+    accelerator = start(options, "medmnist")
     with accelerator.main_process_first():  # one process downloads, the others find the file
         data = load_images(options.dataset, options.data_root, options.size)
     runs: dict[str, list[dict[str, Any]]] = {}
@@ -221,6 +244,7 @@ def main() -> None:
                 result = train(accelerator, data, options, seed, arm == "merged", folder)
                 accelerator.wait_for_everyone()
             runs.setdefault(arm, []).append(result)
+    accelerator.end_training()
     if accelerator.is_main_process:
         print_comparison(options.dataset, runs)
         print(f"Results and weights: {options.out}/")
@@ -230,17 +254,20 @@ def check_same_settings(
     result: dict[str, Any], options: argparse.Namespace, folder: Path, arm: str
 ) -> None:
     """Refuses to mix runs of different settings into one mean."""
-    free = {"seed", "seeds", "out", "data_root", "no_merge"}
+    free = {"seed", "seeds", "out", "data_root", "no_merge", "tracker"}
     if arm == "plain":
         free |= {"paper", "decay", "shallow_layers", "similarity_threshold"}
         free |= {"merge_weight", "merge_probability"}
     for key, value in vars(options).items():
-        if key not in free and result["settings"].get(key) != str(value):
+        # A run from before an argument was added did what its default says.
+        before = result["settings"].get(key, str(parser.get_default(key)))
+        if key not in free and before != str(value):
             raise SystemExit(
-                f"{folder} holds a run with {key}={result['settings'].get(key)}, not {value}: "
+                f"{folder} holds a run with {key}={before}, not {value}: "
                 "choose another folder with --out"
             )
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_if_out_of_memory():
+        main()

@@ -33,6 +33,7 @@ from common import (
     make_accelerator,
     merging_settings,
     metrics,
+    one_line_if_out_of_memory,
     predict,
     write_json,
 )
@@ -48,12 +49,14 @@ parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
 parser.add_argument("--arch", default="resnet10t", help="any timm CNN (default: %(default)s)")
-parser.add_argument("--epochs", type=int, default=8)
+parser.add_argument("--epochs", type=int, default=8, help="of each run (default: %(default)s)")
 parser.add_argument("--batch-size", type=int, default=32, help="per process")
 parser.add_argument("--lr", type=float, default=0.05, help="peak of the one-cycle schedule")
 parser.add_argument("--seed", type=int, default=0, help="of both runs")
 parser.add_argument("--train-images", type=int, default=1100, help="at most 1100")
-parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
+parser.add_argument(
+    "--out", type=Path, default=Path("runs/quickstart"), help="folder (default: %(default)s)"
+)
 add_merging_arguments(parser)
 
 
@@ -197,4 +200,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_if_out_of_memory():
+        main()

@@ -20,6 +20,7 @@ over all corruptions) loses most to border, brightness and saturation, least to 
 
 import argparse
 import json
+import os
 import platform
 import shlex
 import sys
@@ -505,6 +506,8 @@ def write_json(
 
 def main() -> None:
     arguments = parse_arguments()
+    if os.environ.get("RANK", "0") != "0":
+        return  # a launcher started several, and a second one would write the same files
     console = Console()
     groups = group_models(arguments.models, arguments.baseline)
 

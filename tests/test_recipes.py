@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
+import csv
+import importlib
+import importlib.util
 import json
 import os
+import runpy
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--arch", "test_resnet", "--train-images", "96", "--batch-size", "32"]
@@ -76,20 +87,13 @@ def test_medmnist_in_pairs_and_resumed(blood: Path) -> None:
     content = json.loads(results[0].read_text())
     assert content["merge"] and content["environment"]["command"].startswith("python ")
     assert set(content["test"]) >= {"clean", "gaussian_noise/3"}
+    del content["settings"]["deterministic"]  # as in a file from before there was this argument
+    results[0].write_text(json.dumps(content))
     before = [path.stat().st_mtime_ns for path in results]
     run(*command, "--seeds", "2", folder=blood)
     assert [path.stat().st_mtime_ns for path in results] == before
     other = run(*command, "--seeds", "2", "--lr", "0.5", folder=blood, check=False)
     assert other.returncode != 0 and "lr=0.05, not 0.5" in other.stderr
-
-
-def test_medmnist_on_two_processes(blood: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launcher += ["--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    arguments = [*TINY, "--data-root", ".", "--epochs", "1"]
-    done = run(*launcher, recipe("medmnist"), *arguments, folder=blood)
-    assert len(list((blood / "runs" / "medmnist").glob("*/result.json"))) == 2
-    assert done.stdout.count("Results and weights") == 1
 
 
 @pytest.mark.parametrize(
@@ -180,6 +184,7 @@ def test_chestxray_in_two_phases_and_resumed(tmp_path: Path, release: Path) -> N
         ("finding", "has the unknown findings ['Cough']"),
         ("weights", "--weights nowhere.pth: there is no such file"),
         ("phase", "--epochs 1 0 leaves no epoch that merges"),
+        ("hub", "owner/name can not be loaded: ConnectionError"),
     ],
 )
 def test_chestxray_refuses_broken_data_in_one_line(
@@ -201,11 +206,256 @@ def test_chestxray_refuses_broken_data_in_one_line(
         table.write_text(table.read_text().replace("Nodule", "Cough"))
     elif break_it == "weights":
         extra = ["--weights", "nowhere.pth"]
-    else:
+    elif break_it == "phase":
         extra = ["--epochs", "1", "0"]
-    command = [sys.executable, recipe("chestxray"), *CHEST, str(release), *extra]
+    source = ["--data-root", str(release)]
+    if break_it == "hub":
+        source = ["--dataset", "owner/name", "--revision", 40 * "0"]
+    command = [sys.executable, recipe("chestxray"), *CHEST[:-1], *source, *extra]
     done = run(*command, folder=tmp_path, check=False)
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+
+
+# -- every recipe, however it is started -----------------------------------------------------------
+
+LAUNCHERS = {
+    "python": [sys.executable],
+    "accelerate": [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"],
+    "two processes": [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+        *("--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"),
+    ],
+}
+CACHED = ["--cache", "cache", "--time-loading", "1", "--tracker", "jsonl", "--epochs", "1", "1"]
+RECIPES = {  # arguments, the files they write, the last line they print
+    "quickstart": (
+        [*TINY, "--epochs", "1"],
+        ["runs/quickstart/results.json", "runs/quickstart/merged/model.safetensors"],
+        "Results and picture: ",
+    ),
+    "medmnist": (
+        [*TINY, "--data-root", ".", "--epochs", "1", "--tracker", "tensorboard"],
+        [
+            f"runs/medmnist/bloodmnist-28-test_resnet-{arm}-seed0/{name}"
+            for arm in ("plain", "merged")
+            for name in ("result.json", "model.safetensors")
+        ],
+        "Results and weights: ",
+    ),
+    "chestxray": (
+        [*CHEST, "nih", *CACHED],
+        [
+            *("runs/chestxray/results.json", "runs/chestxray/best/model.safetensors"),
+            *("cache/train.npy", "cache/val.npy", "cache/test.npy"),
+        ],
+        "Results: ",
+    ),
+    "robustness": (
+        [
+            *("net=net.safetensors", "--data", "bloodmnist", "--data-root", ".", "--limit", "16"),
+            *("--arch", "test_resnet", "--mean", "0.3", "--std", "0.4", "--output", "runs"),
+            *("--preset", "gaussian_noise", "--severities", "3", "--bootstrap", "0"),
+        ],
+        ["runs/robustness.json", "runs/curves.png"],
+        "written to ",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name,launcher",
+    [  # what the tests above and those of robustness do not start
+        ("quickstart", "python"),
+        ("quickstart", "two processes"),
+        ("medmnist", "accelerate"),
+        ("medmnist", "two processes"),
+        ("chestxray", "accelerate"),
+        ("chestxray", "two processes"),
+        ("robustness", "accelerate"),
+        ("robustness", "two processes"),
+    ],
+)
+def test_every_recipe_under_every_launcher(
+    blood: Path, release: Path, name: str, launcher: str
+) -> None:
+    arguments, files, last = RECIPES[name]
+    if name == "robustness":
+        weights = timm.create_model("test_resnet", num_classes=8).state_dict()
+        save_file(weights, blood / "net.safetensors")
+    done = run(*LAUNCHERS[launcher], recipe(name), *arguments, folder=blood)
+    assert done.stdout.count(last) == 1, "one process reports"
+    for file in files:
+        path = blood / file
+        assert path.stat().st_size > 0
+        if path.suffix == ".json":
+            figures = json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN, Infinity
+            assert figures.get("environment", figures)
+        elif path.suffix == ".safetensors":
+            assert all(value.isfinite().all() for value in load_file(path).values())
+    assert not [path for path in blood.rglob("*") if "draft" in path.name]
+    if name == "chestxray":
+        assert done.stderr.count("writing cache/train.npy:   0%") == 1, "one process writes"
+        check_cached_and_tracked(blood)
+    if name == "medmnist":
+        assert tags(blood / "runs" / "medmnist" / "medmnist") >= {
+            f"bloodmnist-28-test_resnet-{arm}-seed0/{figure}"
+            for arm, figure in [
+                ("plain", "train_loss"),
+                ("merged", "lr"),
+                ("merged", "val_auroc"),
+                ("merged", "merged_share"),
+            ]
+        }
+
+
+def test_writing_and_timing_change_nothing_in_chestxray(tmp_path: Path, release: Path) -> None:
+    command = [sys.executable, recipe("chestxray"), *CHEST, str(release), "--no-merge"]
+    figures = []
+    for extra in ([], ["--cache", "cache", "--time-loading", "1"]):
+        run(*command, "--epochs", "1", "0", *extra, folder=tmp_path)
+        result = json.loads((tmp_path / "runs" / "chestxray" / "results.json").read_text())
+        (epoch,) = result["history"]
+        figures.append((epoch["train_loss"], epoch["val_loss"], result["test_auroc"]))
+    assert figures[0] == figures[1]
+
+
+def check_cached_and_tracked(folder: Path) -> None:
+    result = json.loads((folder / "runs/chestxray/results.json").read_text())
+    assert len(np.load(folder / "cache" / "train.npy")) == result["images"]["train"]
+    assert result["images_per_second"] > 0 and result["loader_images_per_second"] > 0
+    assert 0 < result["share_waiting"] < 1
+    lines = (folder / "runs/chestxray/log.jsonl").read_text().splitlines()
+    first, second = map(json.loads, lines)
+    assert (first["step"], second["step"]) == (1, 2)
+    for line, figures in zip((first, second), result["history"], strict=True):
+        assert line.items() >= {k: v for k, v in figures.items() if v is not None}.items()
+    assert first["merged_share"] == 0 < second["merged_share"] < 1
+
+
+def tags(folder: Path) -> set[str]:
+    """What a TensorBoard folder holds."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    return set(events.Tags()["scalars"])
+
+
+def test_chestxray_without_merging_from_a_data_set(tmp_path: Path, release: Path) -> None:
+    """CheXNet: its DenseNet, here on images in the layout of Hugging Face."""
+    table = csv.DictReader((release / "Data_Entry_2017_v2020.csv").read_text().splitlines())
+    entries = {row["Image Index"]: row["Finding Labels"] for row in table}
+    for split, listed in (("train", "train_val"), ("test", "test")):
+        folder = tmp_path / "hf" / split
+        folder.mkdir(parents=True)
+        lines = ["file_name,labels"]
+        for name in (release / f"{listed}_list.txt").read_text().split():
+            shutil.copy(release / "images_001" / "images" / name, folder)
+            lines.append(f"{name},{entries[name]}")
+        (folder / "metadata.csv").write_text("\n".join(lines))
+    command = [sys.executable, recipe("chestxray"), *CHEST[:-1], "--dataset", "hf", "--no-merge"]
+    command += ["--arch", "densenet121", "--epochs", "1", "0", "--cache", "cache"]
+    done = run(*command, folder=tmp_path)
+    result = json.loads((tmp_path / "runs" / "chestxray" / "results.json").read_text())
+    assert "merging" not in result and sum(result["images"].values()) == 80
+    assert len(result["history"]) == 1 and 0 <= result["test_auroc"]["Mass"] <= 1
+    assert "densenet121 " in done.stdout
+    about = json.loads((tmp_path / "cache" / "test.json").read_text())
+    assert about["images"] == 20 and about["source"].endswith("hf")
+
+
+# -- what they share -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def common(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    monkeypatch.delitem(sys.modules, "common", raising=False)
+    return importlib.import_module("common")
+
+
+@pytest.mark.parametrize("name", ["quickstart", "medmnist", "chestxray", "robustness"])
+def test_help_explains_every_option(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    for module in ("common", "nih"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    seen: list[argparse.ArgumentParser] = []
+
+    def stop(parser: argparse.ArgumentParser, *_: object) -> None:
+        seen.append(parser)
+        raise SystemExit
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    with pytest.raises(SystemExit):
+        runpy.run_path(recipe(name), run_name="__main__")
+    (parser,) = seen
+    assert len(parser._actions) > 10
+    assert [action.dest for action in parser._actions if not action.help] == []
+    assert "Expected:" in parser.format_help()  # which fails on a stray percent sign
+
+
+def patched(name: str, patch: str, check: str = "") -> list[str]:
+    """Runs a recipe after a statement and before another, in its process."""
+    path = recipe(name)
+    code = f"import os, runpy, sys, timm, torch; sys.path.insert(0, {os.path.dirname(path)!r})"
+    code += f"; sys.argv[0] = {path!r}; {patch}; runpy.run_path({path!r}, run_name='__main__')"
+    return [sys.executable, "-c", f"{code}; {check}"]
+
+
+def test_deterministic_runs_give_equal_bits(blood: Path) -> None:
+    check = "assert torch.are_deterministic_algorithms_enabled()"
+    check += "; assert os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'"
+    command = [*patched("medmnist", "pass", check), *TINY, "--data-root", ".", "--epochs", "1"]
+    files = []
+    for out in ("one", "two"):
+        run(*command, "--deterministic", "--out", out, folder=blood)
+        files.append(sorted((blood / out).glob("*/model.safetensors")))
+    assert len(files[0]) == 2
+    merged, plain = (path.read_bytes() for path in files[0])
+    assert [merged, plain] == [path.read_bytes() for path in files[1]] and merged != plain
+
+
+@pytest.mark.parametrize("name", ["quickstart", "medmnist", "chestxray"])
+def test_out_of_memory_is_one_line(blood: Path, release: Path, name: str) -> None:
+    patch = "timm.create_model = lambda *_, **__: torch.empty(10**15)"  # what no machine has
+    done = run(*patched(name, patch), *RECIPES[name][0], folder=blood, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "out of memory: pass a smaller --batch-size (" in done.stderr.splitlines()[-1]
+
+
+def test_what_counts_as_out_of_memory(common: ModuleType) -> None:
+    message = "CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation"
+    with pytest.raises(SystemExit, match=r"--batch-size \(CUDA out .* 2.00 GiB.\)$"):
+        with common.one_line_if_out_of_memory():
+            raise torch.OutOfMemoryError(message)
+    with pytest.raises(RuntimeError, match="shapes"), common.one_line_if_out_of_memory():
+        raise RuntimeError("shapes do not fit")
+
+
+def test_a_tracker_without_its_package_is_refused(common: ModuleType, tmp_path: Path) -> None:
+    missing = [name for name in ("wandb", "trackio") if importlib.util.find_spec(name) is None]
+    for name in missing or pytest.skip("both are installed"):
+        message = f"--tracker {name}: the package {name} is missing: pip install {name}"
+        with pytest.raises(SystemExit, match=message):
+            common.tracking(name, tmp_path)
+
+
+def test_waited_counts_the_loader_alone(
+    common: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(common.time, "perf_counter", lambda: clock[0])
+
+    def slow() -> Iterator[int]:
+        for batch in range(3):
+            clock[0] += 2
+            yield batch
+        clock[0] += 1
+
+    waited, seen = common.Waited(slow()), []
+    for batch in waited:
+        clock[0] += 10
+        seen.append(batch)
+    assert seen == [0, 1, 2] and waited.seconds == 7
 
 
 def test_the_overhead_benchmark_runs(tmp_path: Path) -> None:
