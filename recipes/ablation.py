@@ -27,7 +27,13 @@ from typing import Any
 
 import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
-from common import Images, load_images, make_accelerator, write_json
+from common import (
+    Images,
+    load_images,
+    make_accelerator,
+    one_line_if_out_of_memory,
+    write_json,
+)
 from training import Run, train
 
 # -- settings --------------------------------------------------------------------------------------
@@ -144,7 +150,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sweep", choices=["study", "figure2", "figure3", "architectures"])
+    parser.add_argument(
+        "sweep", choices=["study", "figure2", "figure3", "architectures"], help="what to run"
+    )
     parser.add_argument("--dataset", default="dermamnist", help="a 2D MedMNIST flag, or digits")
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder of npz files")
     parser.add_argument(
@@ -156,10 +164,12 @@ def main() -> None:
     )
     parser.add_argument("--arch", default="resnet18", help="any timm CNN")
     parser.add_argument("--train-images", type=int, default=0, help="random subset; 0 takes all")
-    parser.add_argument("--epochs", type=int, default=25)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument(
+        "--epochs", type=int, default=25, help="budget of each run (default: %(default)s)"
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="per process")
     parser.add_argument("--lr", type=float, default=0.05, help="peak of the one-cycle schedule")
-    parser.add_argument("--weight-decay", type=float, default=5e-4)
+    parser.add_argument("--weight-decay", type=float, default=5e-4, help="L2 penalty of SGD")
     parser.add_argument(
         "--label-noise", type=float, default=0.0, help="share of training labels drawn at random"
     )
@@ -167,8 +177,12 @@ def main() -> None:
         "--weights", default="", help="safetensors file to fine-tune from, but for its head"
     )
     parser.add_argument("--seeds", type=int, default=5, help="paired runs of each arm")
-    parser.add_argument("--arms", nargs="*", default=[], help=f"of {list(ARMS)}")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    parser.add_argument(
+        "--arms", nargs="*", default=[], help=f"of {', '.join(ARMS)}".replace("%", "%%")
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/ablation"), help="folder (default: %(default)s)"
+    )
     options = parser.parse_args()
     unknown = sorted(set(options.arms) - set(ARMS))
     if unknown:
@@ -214,4 +228,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_if_out_of_memory():
+        main()

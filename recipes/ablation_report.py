@@ -10,7 +10,7 @@ paired differences with their 95% t interval and the p-value, adjusted for the n
 (Benjamini and Hochberg); ``table.md`` the most important of them; the PNG files show them. Metrics
 under corruption are means over the corruptions of a run.
 
-Hardware and time: seconds on a CPU.
+Hardware and time: seconds on a CPU. Expected: results/ablation/, docs/evidence.md.
 """
 
 from __future__ import annotations
@@ -316,7 +316,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sweep", choices=["study", "figure2", "figure3", "architectures"])
+    parser.add_argument(
+        "sweep",
+        choices=["study", "figure2", "figure3", "architectures"],
+        help="what recipes/ablation.py ran",
+    )
     parser.add_argument("--runs", type=Path, required=True, help="folder of the runs' JSON files")
     parser.add_argument("--out", type=Path, help="where to write (default: into --runs)")
     options = parser.parse_args()

@@ -2,7 +2,7 @@
 
 The official release is read as it is downloaded, and a Hugging Face data set of the same images
 from the hub or a folder. In both, a tenth of the training patients is the validation part where
-none is given, drawn from the patient's number alone, and no patient stands in two parts.
+none is given, drawn by a hash of seed and patient, and no patient stands in two parts.
 """
 
 from __future__ import annotations
