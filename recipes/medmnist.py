@@ -5,7 +5,8 @@
 Official splits; the epoch is chosen by the validation part alone (AUROC); the test part is read
 once per run. Each run writes one JSON file and the weights as a timm folder, and is not done again
 when the command is repeated, so a stopped command continues. Prints mean and standard deviation
-over the seeds, the paired difference with its 95% interval, and the paper's figures beside them.
+over the seeds, the paired difference with its 95% interval, and the paper's figures beside them;
+the same table is written in Markdown.
 
 Hardware and time: ResNet-18, 28 px, 5 epochs on one core of a busy machine took 7 to 8 minutes a
 run on DermaMNIST and 8 to 10 on BloodMNIST. Expected: docs/evidence.md, files results/medmnist/.
@@ -17,6 +18,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import timm
@@ -193,22 +195,16 @@ def train(
 # -- all runs, and what they say -------------------------------------------------------------------
 
 
-def print_comparison(dataset: str, runs: dict[str, list[dict[str, Any]]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{dataset}: test part, mean ± standard deviation over seeds")
-    for column in ("images", "metric", *runs, "difference (95% interval)"):
-        table.add_column(column, justify="left" if column in ("images", "metric") else "right")
+def compare(dataset: str, runs: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
+    """Heads and rows of the table: mean and standard deviation over seeds, paired difference."""
+    lines = [["images", "metric", *runs, "difference (95% interval)"]]
     for condition in next(iter(runs.values()))[0]["test"]:
         for metric in SHOWN:
             values = {
                 arm: [run["test"][condition][metric] for run in done] for arm, done in runs.items()
             }
             cells = [
-                f"{torch.tensor(v).mean():.3f} ± {torch.tensor(v).std():.3f}"
-                if len(v) > 1
-                else f"{v[0]:.3f}"
+                f"{mean(v):.3f} ± {stdev(v):.3f}" if len(v) > 1 else f"{v[0]:.3f}"
                 for v in values.values()
             ]
             difference = ""
@@ -217,14 +213,31 @@ def print_comparison(dataset: str, runs: dict[str, list[dict[str, Any]]]) -> Non
                 difference = f"{paired['mean']:+.3f}"
                 if "low" in paired:
                     difference += f" ({paired['low']:+.3f} to {paired['high']:+.3f})"
-            table.add_row(condition, metric, *cells, difference)
+            lines.append([condition, metric.replace("_", " "), *cells, difference])
     if dataset in PUBLISHED:
         (before, before_sd), (after, after_sd) = PUBLISHED[dataset]
         published = {"plain": f"{before:.3f} ± {before_sd:.3f}"}
         published["merged"] = f"{after:.3f} ± {after_sd:.3f}"
-        cells = [published[arm] for arm in runs]
-        table.add_row("published", "accuracy", *cells, f"{after - before:+.3f}")
+        lines.append(["published", "accuracy", *(published[arm] for arm in runs)])
+        lines[-1].append(f"{after - before:+.3f}" if len(runs) == 2 else "")
+    return lines
+
+
+def print_comparison(lines: list[list[str]], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for column in lines[0]:
+        table.add_column(column, justify="left" if column in ("images", "metric") else "right")
+    for line in lines[1:]:
+        table.add_row(*line)
     Console(width=110).print(table)
+
+
+def write_markdown(lines: list[list[str]], title: str, path: Path) -> None:
+    heads, *rows = (f"| {' | '.join(line)} |" for line in lines)
+    path.write_text("\n".join([title, "", heads, "|---" * len(lines[0]) + "|", *rows, ""]))
 
 
 def main() -> None:
@@ -246,8 +259,15 @@ def main() -> None:
             runs.setdefault(arm, []).append(result)
     accelerator.end_training()
     if accelerator.is_main_process:
-        print_comparison(options.dataset, runs)
-        print(f"Results and weights: {options.out}/")
+        lines = compare(options.dataset, runs)
+        title = (
+            f"{options.dataset}, {options.size} px, {options.arch}: test part, "
+            f"{options.seeds} seed(s), mean ± standard deviation"
+        )
+        print_comparison(lines, title)
+        name = f"{options.dataset}-{options.size}-{options.arch}.md"
+        write_markdown(lines, title, options.out / name)
+        print(f"Results and weights: {options.out}/; the table: {name}")
 
 
 def check_same_settings(

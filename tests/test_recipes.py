@@ -84,6 +84,13 @@ def test_medmnist_in_pairs_and_resumed(blood: Path) -> None:
     results = sorted((blood / "runs" / "medmnist").glob("*/result.json"))
     assert len(results) == 4
     assert "±" in done.stdout and "0.948 ± 0.004" in done.stdout
+    table = (blood / "runs" / "medmnist" / "bloodmnist-28-test_resnet.md").read_text().splitlines()
+    assert table[2].startswith("| images | metric | plain | merged |")
+    values = [json.loads(path.read_text())["test"]["clean"]["accuracy"] for path in results]
+    # Sorted by name: merged of both seeds, then plain.
+    assert (
+        f"{sum(values[2:]) / 2:.3f} ± " in table[4] and f"{sum(values[:2]) / 2:.3f} ± " in table[4]
+    )
     content = json.loads(results[0].read_text())
     assert content["merge"] and content["environment"]["command"].startswith("python ")
     assert set(content["test"]) >= {"clean", "gaussian_noise/3"}
