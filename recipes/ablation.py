@@ -79,6 +79,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "top half, momentum": {
         "merge": {"similarity_threshold": {"share": 0.5}, "merge_momentum": True, **COSINE}
     },
+    "z > 2, p=1, cosine": {
+        "merge": {"similarity_threshold": {"z": 2.0}, "merge_probability": 1.0, **COSINE}
+    },
+    "nearest, z > 3, cosine": {
+        "merge": {"similarity_threshold": {"z": 3.0}, "partner": "most_similar", **COSINE}
+    },
     "unit kernels, top half, cosine": {"variant": "unit"},
     "cluster means, cosine": {"variant": "clusters"},
 }

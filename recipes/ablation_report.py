@@ -83,6 +83,15 @@ def read(folder: Path, *, by_architecture: bool = True) -> dict[str, Runs]:
     return settings
 
 
+def best_first(runs: Runs) -> Runs:
+    """Plain, then the others by their mean AUROC on clean images."""
+
+    def place(arm: str) -> tuple[bool, float]:
+        return arm != "plain", -mean(value(run, "AUROC", "clean") for run in runs[arm].values())
+
+    return {arm: runs[arm] for arm in sorted(runs, key=place)}
+
+
 def value(result: dict[str, Any], metric: str, where: str) -> float:
     """A metric of one run, higher is better; under corruption the mean over the corruptions."""
     rows = [row for name, row in result["test"].items() if (name == "clean") == (where == "clean")]
@@ -343,7 +352,7 @@ def main() -> None:
         else:
             if "plain" not in runs:
                 raise SystemExit(f"{setting}: there is no plain run to compare with")
-            runs = {"plain": runs["plain"], **runs}
+            runs = best_first(runs)
             here = compare(runs, setting, "plain")
             text.append(table({setting: runs}, here, "plain"))
             picture = out / f"{options.sweep}-{number}.png"
