@@ -38,6 +38,7 @@ parser.add_argument("--thresholds", nargs="+", default=list(THRESHOLDS), choices
 parser.add_argument("--size", type=int, default=64, help="side of the images, in pixels")
 parser.add_argument("--batch-size", type=int, default=32)
 parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
+parser.add_argument("--compiled", action="store_true", help="merge with compiled=True")
 parser.add_argument("--literal", action="store_true", help="time the literal loop as well")
 parser.add_argument("--repeats", type=int, default=15, help="of each part")
 parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -82,7 +83,12 @@ def literal_loop(model: InMergeWrapper, tau: float) -> None:
 def measure(name: str, tau: str, options: argparse.Namespace, speed: float) -> dict[str, Any]:
     device = options.device
     network = timm.create_model(name, num_classes=10).to(device)
-    model = InMergeWrapper(network, similarity_threshold=THRESHOLDS[tau], inspect_every=0)
+    model = InMergeWrapper(
+        network,
+        similarity_threshold=THRESHOLDS[tau],
+        compiled=options.compiled,
+        inspect_every=0,
+    )
     optimizer = torch.optim.SGD(
         model.parameters(), lr=1e-6, momentum=0.9, weight_decay=1e-4, fused=True
     )

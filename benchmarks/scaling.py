@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import statistics
 import time
 from pathlib import Path
@@ -29,15 +30,15 @@ from inmerge_wrap import InMergeWrapper
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-WIDTHS = (64, 128, 256, 512, 1024)
-DEPTHS = (1, 2, 4, 8, 16, 32, 64)
-PROCESSES = (1, 2, 4)
 THRESHOLDS = (0.3, -1.0)
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
-parser.add_argument("--repeats", type=int, default=15)
+parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
+parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+parser.add_argument("--repeats", type=int, default=15, help="passes of each part")
 parser.add_argument("--out", type=Path, default=Path("results/scaling.json"))
 
 
@@ -77,7 +78,8 @@ def one_process(rank: int, count: int, port: int, repeats: int, folder: str) -> 
         parallel(torch.zeros(1, 256, 4, 4)).sum().backward()
         optimizer.step()
 
-    train()  # DDP forms its final buckets after the first step
+    for _ in range(3):  # DDP forms its final buckets in the first steps
+        train()
     messages = {}
     for part in ("without", "with"):
         if part == "with":
@@ -93,10 +95,13 @@ def one_process(rank: int, count: int, port: int, repeats: int, folder: str) -> 
     dist.destroy_process_group()
 
 
-def over_processes(repeats: int, folder: Path) -> dict[int, Any]:
+def over_processes(counts: list[int], repeats: int, folder: Path) -> dict[int, Any]:
     found = {}
-    for place, count in enumerate(PROCESSES):
-        arguments = (count, 29650 + place, repeats, str(folder))
+    for count in counts:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        arguments = (count, port, repeats, str(folder))
         torch.multiprocessing.spawn(one_process, arguments, nprocs=count)
         path = folder / f"{count}.json"
         found[count] = json.loads(path.read_text())
@@ -114,21 +119,24 @@ def draw(result: dict[str, Any], path: Path) -> None:
             axis.plot([int(x) for x in points], points.values(), "o-", color=colour, label=name)
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel="one merge pass, ms")
         axis.set_xticks([int(x) for x in points], list(points), minor=False)
+        low, high = axis.get_ylim()
+        ticks = [x for x in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= x <= high]
+        axis.set_yticks(ticks, [f"{x:g}" for x in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False, fontsize=8)
     counts = list(result["processes"])
     heights = [result["processes"][count]["ms"] for count in counts]
-    bars = axes[2].bar(counts, heights, color="#009E73", width=0.6)
+    axes[2].bar(counts, heights, color="#009E73", width=0.6)
     labels = [
-        "{without} messages a step without,\n{with} with merging".format(
-            **result["processes"][count]["collectives"]
-        )
+        "{}\n{without} / {with}".format(count, **result["processes"][count]["collectives"])
         for count in counts
     ]
-    axes[2].bar_label(bars, labels, fontsize=7, padding=2)
-    axes[2].set(xlabel="processes (DDP, one thread each)", ylabel="one merge pass, ms")
-    axes[2].set_ylim(0, 1.3 * max(heights))
+    axes[2].set_xticks(range(len(counts)), labels)
+    axes[2].set(
+        xlabel=f"DDP processes on {os.cpu_count()} cores\nmessages a step without / with merging",
+        ylabel="one merge pass, ms",
+    )
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
@@ -141,20 +149,23 @@ def main() -> None:
     result: dict[str, Any] = {
         "kernels": {
             str(tau): {
-                str(width): milliseconds(chain(width, 1, tau), options.repeats) for width in WIDTHS
+                str(width): milliseconds(chain(width, 1, tau), options.repeats)
+                for width in options.widths
             }
             for tau in THRESHOLDS
         },
         "layers": {
             str(tau): {
                 str(depth): milliseconds(chain(256, depth, tau), options.repeats)
-                for depth in DEPTHS
+                for depth in options.depths
             }
             for tau in THRESHOLDS
         },
         "processes": {
             str(count): found
-            for count, found in over_processes(options.repeats, options.out.parent).items()
+            for count, found in over_processes(
+                options.processes, options.repeats, options.out.parent
+            ).items()
         },
         "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "torch": torch.__version__,

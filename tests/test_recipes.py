@@ -484,3 +484,14 @@ def test_the_overhead_benchmark_runs(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "overhead.json").read_text())["rows"]
     assert [row["merged_share"] for row in rows][1] == 1.0
     assert all(row["floor_ms"] > 0 and row["merge_over_floor"] > 1 for row in rows)
+
+
+def test_the_scaling_benchmark_counts_no_message_for_merging(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "scaling.py"), "--widths", "8", "16"]
+    command += ["--depths", "1", "2", "--processes", "2", "--repeats", "2", "--out", "scaling.json"]
+    run(*command, folder=tmp_path)
+    result = json.loads((tmp_path / "scaling.json").read_text())
+    messages = result["processes"]["2"]["collectives"]
+    assert messages["with"] == messages["without"] > 0
+    assert set(result["kernels"]["-1.0"]) == {"8", "16"} and result["layers"]["0.3"]["2"] > 0
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
