@@ -1,10 +1,10 @@
 """How the cost of a merge pass grows: with kernels, with layers, with processes.
 
-    python benchmarks/scaling.py --out results/scaling.json
+    python benchmarks/scaling.py --out results/scaling.json --picture docs/images/scaling.png
 
 Chains of 3x3 convolutions, all merged, p = 0.3, medians of several passes. The processes train the
 same network under DDP on one machine, so that they share its memory: what should not grow with
-them is the number of messages, which is counted. Writes JSON and a picture beside it.
+them is the number of messages, which is counted. Writes JSON and a picture.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32
 parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
 parser.add_argument("--repeats", type=int, default=15, help="passes of each part")
 parser.add_argument("--out", type=Path, default=Path("results/scaling.json"))
+parser.add_argument("--picture", type=Path, help="PNG file (default: beside --out)")
 
 
 def chain(width: int, depth: int, tau: float, device: str = "cpu") -> InMergeWrapper:
@@ -171,7 +172,9 @@ def main() -> None:
         "torch": torch.__version__,
     }
     options.out.write_text(json.dumps(result, indent=1))
-    draw(result, options.out.with_suffix(".png"))
+    picture = options.picture or options.out.with_suffix(".png")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    draw(result, picture)
     print(json.dumps(result, indent=1))
 
 

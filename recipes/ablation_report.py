@@ -332,9 +332,12 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=Path, required=True, help="folder of the runs' JSON files")
     parser.add_argument("--out", type=Path, help="where to write (default: into --runs)")
+    parser.add_argument("--pictures", type=Path, help="where the PNG files go (default: --out)")
     options = parser.parse_args()
     out = options.out or options.runs
-    out.mkdir(parents=True, exist_ok=True)
+    pictures = options.pictures or out
+    for folder in (out, pictures):
+        folder.mkdir(parents=True, exist_ok=True)
     settings = read(options.runs, by_architecture=options.sweep != "architectures")
     rows: list[Row] = []
     text = []
@@ -348,14 +351,14 @@ def main() -> None:
                     table({f"{setting}, {arch}": own}, rename(found, arch), f"{arch}: plain")
                 )
                 here += found
-            draw_architectures(runs, here, out / f"architectures-{number}.png")
+            draw_architectures(runs, here, pictures / f"architectures-{number}.png")
         else:
             if "plain" not in runs:
                 raise SystemExit(f"{setting}: there is no plain run to compare with")
             runs = best_first(runs)
             here = compare(runs, setting, "plain")
             text.append(table({setting: runs}, here, "plain"))
-            picture = out / f"{options.sweep}-{number}.png"
+            picture = pictures / f"{options.sweep}-{number}.png"
             if options.sweep == "study":
                 draw_trade_off(setting, runs, here, picture)
             elif options.sweep == "figure2":
@@ -373,7 +376,7 @@ def main() -> None:
     write_csv(rows, out / "differences.csv")
     (out / "table.md").write_text("\n".join(text))
     print("\n".join(text))
-    print(f"Written to {out}: differences.csv, table.md and {len(settings)} figures")
+    print(f"Written: differences.csv and table.md to {out}, {len(settings)} figures to {pictures}")
 
 
 def rename(rows: list[Row], arch: str) -> list[Row]:
