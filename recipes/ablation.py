@@ -79,6 +79,21 @@ ARMS: dict[str, dict[str, Any]] = {
     "top half, momentum": {
         "merge": {"similarity_threshold": {"share": 0.5}, "merge_momentum": True, **COSINE}
     },
+    "all, norm kept": {"merge": {"similarity_threshold": -1.0, "keep_norm": True, **COSINE}},
+    "z > 2, norm kept": {
+        "merge": {"similarity_threshold": {"z": 2.0}, "keep_norm": True, **COSINE}
+    },
+    "nearest, top half, norm kept": {
+        "merge": {
+            "similarity_threshold": {"share": 0.5},
+            "partner": "most_similar",
+            "keep_norm": True,
+            **COSINE,
+        }
+    },
+    "top half, norm kept, to the end": {
+        "merge": {"similarity_threshold": {"share": 0.5}, "keep_norm": True}
+    },
     "z > 2, p=1, cosine": {
         "merge": {"similarity_threshold": {"z": 2.0}, "merge_probability": 1.0, **COSINE}
     },
