@@ -36,7 +36,7 @@ from inmerge_wrap.replicas import check_replicas
 from inmerge_wrap.report import LayerSnapshot, MergeReport, Tally
 from inmerge_wrap.schedule import Schedule
 from inmerge_wrap.similarity import effective_rank
-from inmerge_wrap.thresholds import Fixed, Threshold
+from inmerge_wrap.thresholds import Fixed, Threshold, ZScore
 
 __all__ = ["CollapseWarning", "InMergeWrapper", "NoEffectWarning"]
 
@@ -187,6 +187,30 @@ class InMergeWrapper(nn.Module):
         self._warned: set[str] = set()
         self.register_state_dict_post_hook(_put_counter_last)
         self.register_load_state_dict_pre_hook(_adapt_state_dict)
+
+    @classmethod
+    def recommended(cls, module: nn.Module, *, total_steps: int, **settings: Any) -> InMergeWrapper:
+        """The setting of docs/evidence.md for a network with BatchNorm: it merges, and costs least.
+
+        Pairs merge that are more alike than chance, in layers of any width (:class:`ZScore` of 2),
+        and p fades out over the training, so that BatchNorm's statistics fit the weights at its
+        end. The constructor's own defaults are the paper's.
+
+        Args:
+            module: As of the constructor.
+            total_steps: Optimizer steps of the whole training.
+            **settings: Any argument of the constructor, instead of what is recommended.
+
+        Raises:
+            ValueError: If ``total_steps`` is not positive, and as of the constructor.
+        """
+        if total_steps < 1:
+            raise ValueError(f"total_steps must be a count of steps >= 1, got {total_steps}")
+        chosen: dict[str, Any] = {
+            "similarity_threshold": ZScore(2.0),
+            "schedule": Schedule(end=total_steps, decay="cosine"),
+        }
+        return cls(module, **{**chosen, **settings})
 
     # -- the network ------------------------------------------------------------------------
 

@@ -333,3 +333,29 @@ def test_momentum_is_found_inside_lookahead() -> None:
     model.attach(optimizer)
     train(model, optimizer, 2)  # a NoEffectWarning would be an error here
     assert "momentum_buffer" in base.state[model.module.convs[3].weight]
+
+
+# -- what is recommended ---------------------------------------------------------------------------
+
+
+def test_the_recommended_setting_merges_in_a_wide_layer_and_ends_with_the_training() -> None:
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Conv2d(3, 128, 1), nn.Conv2d(128, 256, 3), nn.Conv2d(256, 64, 3))
+    example = torch.zeros(1, 3, 8, 8)
+    settings = {"total_steps": 20, "shallow_layers": 1, "example_input": example, "seed": 3}
+    model = InMergeWrapper.recommended(wide, **settings)
+    paper = InMergeWrapper(copy.deepcopy(wide), shallow_layers=1, example_input=example, seed=3)
+    merged = []
+    for _ in range(25):
+        model.merge_()
+        paper.merge_()
+        merged.append(model.report().merged)
+    assert paper.report().merged == 0  # at tau = 0.3 nothing passes at these fan-ins
+    # By chance 2.3% of independent pairs lie more than two standard deviations above no likeness.
+    assert 0.005 < model.report().merged / model.report().drawn < 0.08
+    assert merged[19] == merged[-1] > 0
+    assert not model.statistics_lag
+    other = InMergeWrapper.recommended(wide, **settings, merge_probability=0.5, keep_norm=True)
+    assert (other.merge_probability, other.keep_norm, other.schedule.end) == (0.5, True, 20)
+    with pytest.raises(ValueError, match="total_steps must be a count of steps >= 1, got 0"):
+        InMergeWrapper.recommended(wide, total_steps=0)
