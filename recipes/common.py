@@ -27,7 +27,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from inmerge_wrap import InMergeWrapper, Quantile, Schedule, __version__
+from inmerge_wrap import Fixed, InMergeWrapper, Quantile, Schedule, ZScore, __version__
 from inmerge_wrap.corruptions import corrupt
 from inmerge_wrap.robustness import classification_metrics
 
@@ -410,11 +410,11 @@ def add_merging_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--similarity-threshold",
-        type=float,
-        default=None,
+        type=threshold,
+        default=ZScore(2.0),
         metavar="TAU",
-        help="tau: fixed cosine above which a pair merges, -1 to 1 (default: the most "
-        "alike half of the drawn pairs of each layer)",
+        help="tau: cosine above which a pair merges, -1 to 1; or z=2, so many standard deviations "
+        "above chance; or top=0.5, that share of the drawn pairs of each layer (default: z=2)",
     )
     group.add_argument(
         "--shallow-layers",
@@ -432,6 +432,23 @@ def add_merging_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def threshold(text: str) -> float | ZScore | Quantile:
+    """``"0.3"`` -> the paper's fixed cosine, ``"z=2"`` and ``"top=0.5"`` -> what adapts to a layer.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is none of these, or out of range.
+    """
+    kind, given, number = text.rpartition("=")
+    rules: dict[str, Callable[[float], Any]] = {"": Fixed, "z": ZScore, "top": Quantile}
+    try:
+        rule = rules[kind if given else ""](float(number))
+    except (KeyError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no threshold: give a cosine such as 0.3, z=2 or top=0.5 ({error})"
+        ) from error
+    return rule.tau if isinstance(rule, Fixed) else rule
+
+
 def layers_or_share(text: str) -> int | float:
     """``"10"`` -> 10 layers, ``"0.5"`` -> half of the depth."""
     return int(text) if text.isdigit() else float(text)
@@ -444,11 +461,10 @@ def merging_settings(
     if options.paper:
         return {"shallow_layers": options.shallow_layers, "schedule": Schedule(start=start)}
     end = None if options.decay == "constant" else total_steps
-    tau = options.similarity_threshold
     return {
         "merge_weight": options.merge_weight,
         "merge_probability": options.merge_probability,
-        "similarity_threshold": Quantile(0.5) if tau is None else tau,
+        "similarity_threshold": options.similarity_threshold,
         "shallow_layers": options.shallow_layers,
         "schedule": Schedule(start=start, end=end, decay=options.decay),
     }

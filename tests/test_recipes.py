@@ -495,3 +495,13 @@ def test_the_scaling_benchmark_counts_no_message_for_merging(tmp_path: Path) -> 
     assert messages["with"] == messages["without"] > 0
     assert set(result["kernels"]["-1.0"]) == {"8", "16"} and result["layers"]["0.3"]["2"] > 0
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_thresholds_on_the_command_line(common: ModuleType) -> None:
+    from inmerge_wrap import Quantile, ZScore
+
+    assert common.threshold("0.3") == 0.3 and common.threshold("-1") == -1.0
+    assert common.threshold("z=2") == ZScore(2.0) and common.threshold("top=.5") == Quantile(0.5)
+    for text in ("", "z", "z=", "half=1", "top=0", "1.5", "nan", "z=inf"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is no threshold: give a cosine"):
+            common.threshold(text)
