@@ -211,7 +211,8 @@ def draw_trade_off(setting: str, runs: Runs, rows: list[Row], path: Path) -> Non
                 if row["arm"] == arm and row["metric"] == metric
             }
             x, y = point["clean"], point["corrupted"]
-            merging = any("merging" in run for run in runs[arm].values())
+            method = next(iter(runs[arm].values()))["run"]["method"]
+            merging = "merge" in method or "variant" in method
             colour = COLOURS["merging" if merging else "other"]
             if "low" in x:
                 axis.plot([x["low"], x["high"]], [y["mean"]] * 2, color=colour, lw=0.7, alpha=0.45)
@@ -229,7 +230,8 @@ def draw_trade_off(setting: str, runs: Runs, rows: list[Row], path: Path) -> Non
         axis.plot(0, 0, "k+", markersize=12, markeredgewidth=2)
         axis.set(xlabel=f"{metric}, clean, minus plain", ylabel="under corruption, minus plain")
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right center", frameon=False, fontsize=8, handletextpad=0.2)
+    legend = figure.legend(loc="outside right center", frameon=False, fontsize=8)
+    legend.set_title("orange: merging\nblue: what else could be used", {"size": 8})
     figure.suptitle(f"{setting}: paired differences from plain training (+) and 95% intervals")
     figure.savefig(path, dpi=150)
     plt.close(figure)
