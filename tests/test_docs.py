@@ -6,6 +6,7 @@ import importlib
 import os
 import pkgutil
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -191,3 +192,32 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     for page in tmp_path.rglob("*.html"):
         loaded = re.findall(r'(?:src|<link[^>]*href)="(https?://[^"]*)"', page.read_text())
         assert not [url for url in loaded if "fonts." in url], f"{page} loads from elsewhere"
+
+
+@pytest.mark.parametrize("page", ["docs/evidence.md", "recipes/README.md"])
+def test_figures_with_a_spread_come_from_results_files(page: str) -> None:
+    written = {
+        line.strip()
+        for path in (ROOT / "results").rglob("*.md")
+        for line in path.read_text().splitlines()
+    }
+    shown = [
+        line
+        for line in (ROOT / page).read_text().splitlines()
+        if line.startswith("|") and "±" in line
+    ]
+    assert len(shown) >= 4
+    assert [line for line in shown if line not in written] == []
+
+
+def test_the_ablation_tables_are_made_from_the_runs_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = ROOT / "results" / "ablation"
+    script = ROOT / "recipes" / "ablation_report.py"
+    monkeypatch.setattr(
+        sys, "argv", [script.name, "study", "--runs", str(runs), "--out", str(tmp_path)]
+    )
+    runpy.run_path(str(script), run_name="__main__")
+    for name in ("table.md", "differences.csv"):
+        assert (tmp_path / name).read_text() == (runs / name).read_text()
