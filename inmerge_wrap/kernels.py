@@ -21,6 +21,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from inmerge_wrap.merging import (
     blend_kernels,
+    centre,
     cosines_of,
     gather_kernels,
     norm_scale,
@@ -71,7 +72,8 @@ class Blend:
         nothing; elsewhere the mask decides on the device.
         """
         if passed.device.type == "cpu":
-            return cls(targets[passed], sources[passed], None, merge_weight)
+            kept = passed.nonzero().flatten()
+            return cls(targets[kept], sources[kept], None, merge_weight)
         return cls(targets, sources, passed, merge_weight)
 
 
@@ -92,11 +94,15 @@ class Kernels:
     mask: Tensor | None = None
     compiled: bool = False
 
-    def read(self, index: Tensor) -> Tensor:
+    def read(self, index: Tensor, *, centred: bool = False) -> Tensor:
         """The kernels that the forward pass uses, shape (len(index), fan_in), float32 or wider.
 
         Spectral normalisation divides all kernels by one number, which no cosine and no blend
         can see, so the stored kernels stand for them.
+
+        Args:
+            index: Which kernels, int64.
+            centred: Without their mean; see :func:`centre`.
         """
         rows = gather_kernels(self.weight, index)
         if self.magnitude is not None:
@@ -104,7 +110,7 @@ class Kernels:
             rows = rows * (gather_kernels(self.magnitude, index) / norms)
         if self.mask is not None:
             rows = rows * gather_kernels(self.mask, index)
-        return rows
+        return centre(rows) if centred else rows
 
     def cosines(self, targets: Tensor, sources: Tensor, *, centred: bool = False) -> Tensor:
         """Cosine of each target with its source, shape (pairs,); as of :func:`pair_cosines`.
@@ -112,27 +118,23 @@ class Kernels:
         Args:
             targets: int64, shape (pairs,).
             sources: int64, shape (pairs,).
-            centred: Compare the kernels without their mean, as a standardised weight is used.
+            centred: Compare the kernels without their mean; see :func:`centre`.
         """
         if self._fuses(targets):
             return _compiled(_compare)(_as_rows(self.weight), targets, sources, centred)
         products, norms = [], []
-        for one, other in self._in_blocks(targets, sources):
-            rows, partners = self.read(one), self.read(other)
-            if centred:
-                rows -= rows.mean(dim=1, keepdim=True)
-                partners -= partners.mean(dim=1, keepdim=True)
-            norms.append(torch.linalg.vector_norm(rows, dim=1))
+        for _, kernels, partners in self._in_blocks(targets, sources, centred=centred):
+            norms.append(torch.linalg.vector_norm(kernels, dim=1))
             norms[-1] *= torch.linalg.vector_norm(partners, dim=1)
-            products.append(rows.mul_(partners).sum(dim=1))
+            products.append(kernels.mul_(partners).sum(dim=1))
         return cosines_of(torch.cat(products), torch.cat(norms))
 
     def norm_scale(self, blend: Blend) -> Tensor:
         """The factors that keep the norm of each kernel through a blend, shape (pairs, 1)."""
         return torch.cat(
             [
-                norm_scale(self.read(one), self.read(other), blend.merge_weight)
-                for one, other in self._in_blocks(blend.targets, blend.sources)
+                norm_scale(kernels, partners, blend.merge_weight)
+                for _, kernels, partners in self._in_blocks(blend.targets, blend.sources)
             ]
         )
 
@@ -146,28 +148,34 @@ class Kernels:
             pairs = (blend.targets, blend.sources, blend.changed)
             rows.index_copy_(0, blend.targets, _compiled(_blend)(rows, *pairs, alpha))
             return
-        blended, at = [], 0
-        for one, other in self._in_blocks(blend.targets, blend.sources):
-            here = slice(at, at := at + len(one))
+        blended = []
+        for here, kernels, partners in self._in_blocks(blend.targets, blend.sources):
             scale = None if blend.scale is None else blend.scale[here]
             changed = None if blend.changed is None else blend.changed[here]
-            rows = blend_kernels(
-                self.read(one), self.read(other), changed, blend.merge_weight, scale
-            )
-            blended.append((one, rows, changed))
-        for one, rows, changed in blended:
-            self.write_(one, rows, changed)
+            new = blend_kernels(kernels, partners, changed, blend.merge_weight, scale)
+            blended.append((blend.targets[here], new, changed))
+        for targets, new, changed in blended:
+            self.write_(targets, new, changed)
 
     def _fuses(self, index: Tensor) -> bool:
         plain = self.magnitude is None and self.mask is None
         return self.compiled and plain and len(index) > 1
 
-    def _in_blocks(self, *indices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Equal parts of some indices, small enough for the cache; one at least."""
+    def _in_blocks(
+        self, targets: Tensor, sources: Tensor, *, centred: bool = False
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Some pairs in parts small enough for the cache, one at least.
+
+        Yields:
+            Which pairs, their kernels and their partners; fresh tensors, (pairs, fan_in).
+        """
         cache = _CPU_BLOCK_BYTES if self.weight.device.type == "cpu" else _GPU_BLOCK_BYTES
         row_bytes = max(1, self.weight[0].numel() * max(4, self.weight.element_size()))
-        length = max(1, cache // (len(indices) * row_bytes))
-        return zip(*(index.split(length) for index in indices), strict=True)
+        length = max(1, cache // (2 * row_bytes))
+        for start in range(0, max(1, len(targets)), length):
+            here = slice(start, start + length)
+            kernels = self.read(targets[here], centred=centred)
+            yield here, kernels, self.read(sources[here], centred=centred)
 
     def write_(self, index: Tensor, rows: Tensor, changed: Tensor | None) -> None:
         """Stores ``rows``, shape (len(index), fan_in), where ``changed``, shape (len(index),).
@@ -201,8 +209,7 @@ def _as_rows(weight: Tensor) -> Tensor:
 def _compare(rows: Tensor, targets: Tensor, sources: Tensor, centred: bool) -> Tensor:
     kernels, partners = gather_kernels(rows, targets), gather_kernels(rows, sources)
     if centred:
-        kernels = kernels - kernels.mean(dim=1, keepdim=True)
-        partners = partners - partners.mean(dim=1, keepdim=True)
+        kernels, partners = centre(kernels), centre(partners)
     return pair_cosines(kernels, partners)
 
 
@@ -211,10 +218,8 @@ def _blend(
 ) -> Tensor:
     kernels, partners = gather_kernels(rows, targets), gather_kernels(rows, sources)
     # A tensor, for a number would be compiled in, and again for each that a schedule gives.
-    blended = torch.lerp(partners, kernels, alpha.to(kernels.device, kernels.dtype))
-    if changed is not None:
-        blended = torch.where(changed.unsqueeze(1), blended, kernels)
-    return blended.to(rows.dtype)
+    alpha = alpha.to(kernels.device, kernels.dtype)
+    return blend_kernels(kernels, partners, changed, alpha).to(rows.dtype)
 
 
 @cache
@@ -237,14 +242,15 @@ def open_kernels(conv: nn.Conv2d, *, compiled: bool = False) -> Iterator[Kernels
         RuntimeError: If the kernels can no longer be reached, for instance because FSDP1 or
             DeepSpeed took the weights over after the plan was made.
     """
-    reason = unmergeable_reason(conv)
+    stored = _stored_tensors(conv)
+    reason = _reason(stored)
     if reason is not None:
         raise RuntimeError(
             f"the kernels of this convolution can not be written: {reason}. If a library replaced "
             "the weights after wrapping (FSDP1, DeepSpeed, Megatron, reparameterisation), train "
             "with DDP or FSDP2 (fully_shard) instead, or wrap the network anew"
         )
-    weight, magnitude, mask = cast(_Stored, _stored_tensors(conv))
+    weight, magnitude, mask = cast(_Stored, stored)
     with gathered(weight) as whole:
         yield Kernels(whole, None if magnitude is None else magnitude.detach(), mask, compiled)
 
@@ -267,7 +273,10 @@ def gathered(tensor: Tensor) -> Iterator[Tensor]:
 
 def unmergeable_reason(conv: nn.Conv2d) -> str | None:
     """Why the kernels of a convolution can not be written, or None where they can."""
-    stored = _stored_tensors(conv)
+    return _reason(_stored_tensors(conv))
+
+
+def _reason(stored: _Stored | str) -> str | None:
     if isinstance(stored, str):
         return stored
     weight, *others = stored

@@ -12,6 +12,8 @@ Every function here runs without waiting for the device, so it may run in each t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from torch import Tensor
 
 __all__ = [
     "blend_kernels",
+    "centre",
+    "draw_layers",
     "draw_pairs",
     "merge_pairs_",
     "nearest_kernels",
@@ -50,22 +54,59 @@ def draw_pairs(
         ValueError: If ``probability`` is outside [0, 1] or ``groups`` does not divide
             ``num_kernels``.
     """
-    if not 0.0 <= probability <= 1.0:
-        raise ValueError(f"probability must lie in [0, 1], got {probability}")
-    if groups < 1 or num_kernels < 1 or num_kernels % groups:
-        raise ValueError(f"{num_kernels} kernels do not fall into {groups} equal groups")
-    group_size = num_kernels // groups
-    if group_size == 1:
-        empty = torch.empty(0, dtype=torch.int64, device=generator.device)
-        return empty, empty.clone()
-    # Spelled out, because a user's default device or dtype must not change the draws.
-    where: dict[str, Any] = {"device": generator.device, "generator": generator}
-    chances = torch.rand(num_kernels, dtype=torch.float32, **where)
-    targets = (chances < probability).nonzero().flatten()
-    shift = torch.randint(1, group_size, targets.shape, dtype=torch.int64, **where)
-    first_of_group = targets - targets % group_size
-    sources = first_of_group + (targets - first_of_group + shift) % group_size
+    (_, targets, sources), _ = draw_layers([num_kernels], [probability], [generator], [groups])
     return targets, sources
+
+
+def draw_layers(
+    num_kernels: Sequence[int],
+    probabilities: Sequence[float],
+    generators: Sequence[torch.Generator],
+    groups: Sequence[int],
+) -> tuple[Tensor, list[int]]:
+    """Draws for several layers as :func:`draw_pairs` does for each, in a few operations.
+
+    Args:
+        num_kernels: C_out of each layer.
+        probabilities: p of each layer.
+        generators: Of each layer its own, so that no layer changes the draws of another.
+        groups: Of each layer.
+
+    Returns:
+        The drawn pairs, layer after layer, int64, shape (3, pairs) on the CPU: place of the layer
+        in the arguments, target, source; and how many pairs each layer has.
+
+    Raises:
+        ValueError: As of :func:`draw_pairs`.
+    """
+    for count, probability, parts in zip(num_kernels, probabilities, groups, strict=True):
+        if not 0.0 <= probability <= 1.0:
+            raise ValueError(f"probability must lie in [0, 1], got {probability}")
+        if parts < 1 or count < 1 or count % parts:
+            raise ValueError(f"{count} kernels do not fall into {parts} equal groups")
+    sizes = [count // parts for count, parts in zip(num_kernels, groups, strict=True)]
+    # A kernel alone in its group has no partner, so it is never a target.
+    limits = [p if size > 1 else 0.0 for p, size in zip(probabilities, sizes, strict=True)]
+    # Spelled out, because a user's default device or dtype must not change the draws.
+    host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
+    chances = torch.empty(sum(num_kernels), dtype=torch.float32, device="cpu")
+    for part, generator in zip(chances.split(list(num_kernels)), generators, strict=True):
+        part.uniform_(generator=generator)
+    layers = torch.arange(len(sizes), device="cpu")
+    layer = layers.repeat_interleave(torch.tensor(num_kernels, **host))
+    limit = torch.tensor(limits, dtype=torch.float32, device="cpu")
+    drawn = (chances < limit[layer]).nonzero().flatten()
+    layer = layer[drawn]
+    pairs = layer.bincount(minlength=len(sizes)).tolist()
+    shifts = [
+        torch.randint(1, max(2, size), (number,), generator=generator, **host)
+        for size, number, generator in zip(sizes, pairs, generators, strict=True)
+    ]
+    first = torch.tensor([0, *accumulate(num_kernels[:-1])], **host)
+    targets, size = drawn - first[layer], torch.tensor(sizes, **host)[layer]
+    place = targets % size
+    sources = targets - place + (place + torch.cat(shifts)) % size
+    return torch.stack([layer, targets, sources]), pairs
 
 
 def nearest_kernels(kernels: Tensor, targets: Tensor, groups: int = 1) -> Tensor:
@@ -113,11 +154,20 @@ def cosines_of(products: Tensor, norms: Tensor) -> Tensor:
     return torch.where(torch.isfinite(norms), (products / norms).clamp(-1.0, 1.0), math.nan)
 
 
+def centre(kernels: Tensor) -> Tensor:
+    """Kernels without their mean, as a layer uses them that standardises its weight.
+
+    Args:
+        kernels: Shape (n, fan_in).
+    """
+    return kernels - kernels.mean(dim=-1, keepdim=True)
+
+
 def blend_kernels(
     kernels: Tensor,
     partners: Tensor,
     merged: Tensor | None,
-    merge_weight: float,
+    merge_weight: float | Tensor,
     scale: Tensor | None = None,
 ) -> Tensor:
     """Blends the kernels of the merged pairs with their partners (eq. 3), leaving the others.
@@ -126,7 +176,8 @@ def blend_kernels(
         kernels: Shape (pairs, fan_in).
         partners: Of the same shape and dtype.
         merged: Boolean mask, shape (pairs,): which pairs are blended; None blends all.
-        merge_weight: alpha in [0, 1], the share of the kernel that stays.
+        merge_weight: alpha in [0, 1], the share of the kernel that stays; a number, or a scalar
+            tensor of the kernels' dtype.
         scale: Factor of each blend, shape (pairs, 1), as of :func:`norm_scale`; none by default.
 
     Returns:

@@ -307,8 +307,7 @@ def read_kernels(conv: nn.Module, *, centred: bool = False) -> Tensor:
     assert isinstance(conv, nn.Conv2d)
     with open_kernels(conv) as stored:
         index = torch.arange(len(stored.weight), device=stored.weight.device)
-        kernels = stored.read(index).clone()
-    return kernels - kernels.mean(dim=1, keepdim=True) if centred else kernels
+        return stored.read(index, centred=centred)
 
 
 def _directions(kernels: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from inmerge_wrap.discovery import ConvSite, MergePlan, Pattern, plan_merging
 from inmerge_wrap.kernels import Blend, Kernels, gathered, kernel_parameters, open_kernels
-from inmerge_wrap.merging import check_range, draw_pairs, nearest_kernels
+from inmerge_wrap.merging import check_range, draw_layers, nearest_kernels
 from inmerge_wrap.optimizers import (
     Attachment,
     averaged_sequences,
@@ -35,7 +35,7 @@ from inmerge_wrap.recalibration import recalibrate
 from inmerge_wrap.replicas import check_replicas
 from inmerge_wrap.report import LayerSnapshot, MergeReport, Tally
 from inmerge_wrap.schedule import Schedule
-from inmerge_wrap.similarity import effective_rank
+from inmerge_wrap.similarity import effective_rank, read_kernels
 from inmerge_wrap.thresholds import Fixed, Threshold, ZScore
 
 __all__ = ["CollapseWarning", "InMergeWrapper", "NoEffectWarning"]
@@ -431,30 +431,22 @@ class InMergeWrapper(nn.Module):
             self.schedule.apply(steps[layer], self.merge_probability, self.merge_weight)
             for layer in layers
         ]
-        draws = [
-            self._draw(layer, steps[layer], probability)
-            for layer, (probability, _) in zip(layers, settings, strict=True)
-        ]
-        layer_of_pair = torch.cat(
-            [
-                torch.full_like(targets, layer)
-                for layer, (targets, _) in zip(layers, draws, strict=True)
-            ]
+        drawn, pairs = self._draw(
+            layers, [steps[layer] for layer in layers], [probability for probability, _ in settings]
         )
-        sizes = [2 * len(targets) for targets, _ in draws]
-        drawn = torch.cat([layer_of_pair, *(part for pair in draws for part in pair)])
-        on_device: dict[torch.device, tuple[Tensor, ...]] = {}
-        cosines, merged = [], []
-        for position, layer in enumerate(layers):
-            site, (_, alpha) = self.plan.merged[layer], settings[position]
-            with open_kernels(self._conv(site), compiled=self.compiled) as kernels:
+        on_device: dict[torch.device, Tensor] = {}
+        cosines, merged, end = [], [], 0
+        for layer, (_, alpha), number in zip(layers, settings, pairs, strict=True):
+            site = self.plan.merged[layer]
+            conv = self._conv(site)
+            with open_kernels(conv, compiled=self.compiled) as kernels:
                 device = kernels.weight.device
                 if device not in on_device:
-                    on_device[device] = _send(drawn, device).split([len(layer_of_pair), *sizes])
-                targets, sources = on_device[device][1 + position].chunk(2)
+                    on_device[device] = _send(drawn, device)
+                _, targets, sources = on_device[device][:, end : (end := end + number)]
                 if self.partner == "most_similar":
                     everyone = torch.arange(site.shape[0], device=device)
-                    bank = _comparable(kernels.read(everyone), site)
+                    bank = kernels.read(everyone, centred=site.centred)
                     sources = nearest_kernels(bank, targets, site.pair_groups)
                 cosine = kernels.cosines(targets, sources, centred=site.centred)
                 passed = self.similarity_threshold.passes(cosine, site.fan_in)
@@ -464,13 +456,13 @@ class InMergeWrapper(nn.Module):
                 if self.keep_norm:
                     blend = replace(blend, scale=kernels.norm_scale(blend))
                 kernels.blend_(blend)
-            for companion in self._companions(optimizer, self._conv(site)):
+            for companion in self._companions(optimizer, conv):
                 with gathered(companion) as whole:
                     Kernels(whole, compiled=self.compiled).blend_(blend)
             cosines.append(cosine)
             merged.append(passed)
             self._tally.passes[layer] += 1
-            self._tally.drawn[layer] += len(cosine)
+            self._tally.drawn[layer] += number
         device = cosines[0].device
         self._last_merged = torch.cat([mask.to(device) for mask in merged])
         self._tally.add(
@@ -499,22 +491,28 @@ class InMergeWrapper(nn.Module):
             )
         return moments + averaged_sequences(optimizer, conv)
 
-    def _draw(self, layer: int, step: int, probability: float) -> tuple[Tensor, Tensor]:
-        site = self.plan.merged[layer]
+    def _draw(
+        self, layers: Sequence[int], steps: Sequence[int], probabilities: Sequence[float]
+    ) -> tuple[Tensor, list[int]]:
+        """Layer, target and source of each pair, shape (3, pairs), and the pairs of each layer."""
+        sites = [self.plan.merged[layer] for layer in layers]
         # The depth, not the place in the plan: other layers do not change this layer's draws.
-        generator = torch.Generator("cpu").manual_seed(_mix(self.seed, step, site.depth or 0))
-        return draw_pairs(site.shape[0], probability, generator, site.pair_groups)
+        generators = [
+            torch.Generator("cpu").manual_seed(_mix(self.seed, step, site.depth or 0))
+            for site, step in zip(sites, steps, strict=True)
+        ]
+        counts, groups = [site.shape[0] for site in sites], [site.pair_groups for site in sites]
+        drawn, pairs = draw_layers(counts, probabilities, generators, groups)
+        drawn[0] = torch.tensor(layers, device="cpu")[drawn[0]]
+        return drawn, pairs
 
     def _inspect(self, layers: Sequence[int]) -> None:
         """Records the state of some layers, and warns of those whose kernels grow alike."""
         report = self.report()
         for layer in layers:
             site = self.plan.merged[layer]
-            with open_kernels(self._conv(site)) as kernels:
-                everyone = torch.arange(site.shape[0], device=kernels.weight.device)
-                rank = float(
-                    effective_rank(_comparable(kernels.read(everyone), site), site.pair_groups)
-                )
+            kernels = read_kernels(self._conv(site), centred=site.centred)
+            rank = float(effective_rank(kernels, site.pair_groups))
             first, last = self._snapshots.get(site.name, (None, None))
             now = LayerSnapshot.since(last, report[site.name], rank)
             self._snapshots[site.name] = (first or now, now)
@@ -687,11 +685,6 @@ def _check_plan(module: nn.Module, plan: MergePlan) -> None:
                 f"the plan is not of this network: it has no convolution {site.name!r} with a "
                 f"weight of shape {site.shape}; make one with plan_merging(network)"
             )
-
-
-def _comparable(rows: Tensor, site: ConvSite) -> Tensor:
-    """Kernels as the forward pass uses them: without their mean where it standardises them."""
-    return rows - rows.mean(dim=1, keepdim=True) if site.centred else rows
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:

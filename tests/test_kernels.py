@@ -83,8 +83,8 @@ def merge(
     """Merges PAIRS of a convolution through the wrapper, as a training step would."""
     first = nn.Conv2d(3, layer.in_channels, 3, dtype=kernel_parameters(layer)[0].dtype)
     network = nn.Sequential(first, nn.ReLU(), layer).eval()
-    drawn = tuple(torch.tensor(side) for side in zip(*PAIRS, strict=True))
-    monkeypatch.setattr("inmerge_wrap.wrapper.draw_pairs", lambda *_: drawn)
+    drawn = torch.tensor([(0, *pair) for pair in PAIRS]).T
+    monkeypatch.setattr(InMergeWrapper, "_draw", lambda *_: (drawn, [len(PAIRS)]))
     wrapper = InMergeWrapper(
         network, include=["2"], merge_weight=ALPHA, similarity_threshold=threshold
     )

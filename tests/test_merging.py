@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from inmerge_wrap.merging import draw_pairs, merge_pairs_
+from inmerge_wrap.merging import draw_layers, draw_pairs, merge_pairs_
 from tests import reference
 
 SHAPES = [  # weight shape, groups
@@ -155,6 +155,24 @@ def test_draws_are_sorted_distinct_and_reproducible() -> None:
     assert (targets.diff() > 0).all()
     other = draw_pairs(100, 0.5, generator(4))
     assert not torch.equal(targets, other[0])
+
+
+def test_layers_are_drawn_together_as_each_alone() -> None:
+    """Whatever layers stand beside it, whatever the user's defaults are."""
+    layers = [(40, 0.5, 1), (12, 0.0, 3), (6, 1.0, 6), (64, 0.3, 8), (10, 1.0, 5)]
+    counts, probabilities, groups = zip(*layers, strict=True)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            generators = [generator(seed) for seed in range(len(layers))]
+            drawn, pairs = draw_layers(counts, probabilities, generators, groups)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert pairs[1:3] == [0, 0] and pairs[4] == 10  # no chance, no partner, everyone
+    parts = drawn.split(pairs, dim=1)
+    for place, (part, (count, probability, number)) in enumerate(zip(parts, layers, strict=True)):
+        targets, sources = draw_pairs(count, probability, generator(place), number)
+        assert torch.equal(part, torch.stack([torch.full_like(targets, place), targets, sources]))
 
 
 def test_draws_leave_the_global_generator_alone() -> None:

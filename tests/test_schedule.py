@@ -22,7 +22,7 @@ from inmerge_wrap import (
 )
 from inmerge_wrap.merging import blend_kernels, nearest_kernels, norm_scale
 from tests import reference
-from tests.test_wrapper import sgd, small_net, states_equal, train, wrapped
+from tests.test_wrapper import drawn, sgd, small_net, states_equal, train, wrapped
 
 # -- schedule ------------------------------------------------------------------------------------
 
@@ -126,7 +126,7 @@ def test_a_bad_z_is_named() -> None:
 def test_the_wrapper_merges_the_pairs_that_the_rule_passes(rule: Quantile | ZScore) -> None:
     model = wrapped(similarity_threshold=rule, merge_probability=1.0)
     before = copy.deepcopy(model.module)
-    draws = [model._draw(layer, 0, 1.0) for layer in range(2)]
+    draws = [drawn(model, layer, 0, 1.0) for layer in range(2)]
     model.merge_()
     for (targets, sources), site in zip(draws, model.plan.merged, strict=True):
         weight = before.get_submodule(site.name).weight
@@ -211,7 +211,7 @@ def test_first_moments_follow_the_weights_on_demand(kind: str) -> None:
         ]
     assert states_equal(plain.module.state_dict(), follows.module.state_dict())
     for layer, (before, after) in enumerate(zip(moments[plain], moments[follows], strict=True)):
-        targets, sources = plain._draw(layer, 0, 0.5)
+        targets, sources = drawn(plain, layer, 0, 0.5)
         pairs = list(zip(targets.tolist(), sources.tolist(), strict=True))
         expected = before[key].clone()
         for target, source in pairs:

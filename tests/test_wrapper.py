@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from inmerge_wrap import InMergeWrapper, NoEffectWarning, plan_merging
 from tests import reference
@@ -72,6 +72,13 @@ def states_equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def drawn(model: InMergeWrapper, layer: int, step: int, probability: float) -> Tensor:
+    """What a layer draws in a step: targets and sources, shape (2, pairs)."""
+    pairs, _ = model._draw([layer], [step], [probability])
+    assert (pairs[0] == layer).all()
+    return pairs[1:]
+
+
 # -- merging in the hook is the paper's merging --------------------------------------------------
 
 
@@ -84,7 +91,7 @@ def test_each_step_is_an_optimizer_step_followed_by_the_papers_merge() -> None:
         twin = copy.deepcopy(model)  # a copy has no hook: it takes the bare optimizer step
         twin_optimizer = sgd(twin)
         twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        draws = [model._draw(layer, step, 0.6) for layer in range(2)]
+        draws = [drawn(model, layer, step, 0.6) for layer in range(2)]
         train(twin, twin_optimizer, 1, start=step)
         train(model, optimizer, 1, start=step)
         for (targets, sources), site in zip(draws, model.plan.merged, strict=True):
@@ -269,7 +276,7 @@ def test_forgetting_the_counter_would_be_seen() -> None:
 def test_draws_depend_on_seed_step_and_layer_only() -> None:
     def draws(model: InMergeWrapper) -> list[list[int]]:
         layers = range(len(model.plan.merged))
-        return [model._draw(layer, model.step, 0.3)[0].tolist() for layer in layers]
+        return [drawn(model, layer, model.step, 0.3)[0].tolist() for layer in layers]
 
     model, same, other = wrapped(), wrapped(), wrapped(seed=1)
     torch.randn(5)
