@@ -1,11 +1,12 @@
 """What one merge pass costs beside the optimizer step and the whole training step.
 
-    python benchmarks/overhead.py --models resnet18 resnet34 vgg19 --out results/overhead.json
+    python benchmarks/overhead.py --size 64 --batch-size 32 --out results/overhead/cpu-64px.json
 
 All parts of a model are timed in one process, in turn, several times; the table shows medians and
 their ratio, with the quartiles of the ratio. The floor is the bytes that a pass must move (each
 drawn kernel and its partner read, each merged kernel written) over the measured speed of a copy.
-The literal loop is one pass written as the paper states it, a kernel at a time.
+The literal loop is one pass written as the paper states it, a kernel at a time. The rows of the
+table, in Markdown, are those of docs/performance.md.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,27 +25,41 @@ from typing import Any
 
 import timm
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from inmerge_wrap import InMergeWrapper, Quantile
 from inmerge_wrap.merging import draw_pairs
 
+MODELS = ["resnet18", "resnet34", "resnet50", "vgg19", "densenet121", "convnext_tiny"]
+MODELS += ["efficientnet_b0"]
 THRESHOLDS: dict[str, float | Quantile] = {"0.3": 0.3, "-1": -1.0, "top half": Quantile(0.5)}
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
-parser.add_argument("--models", nargs="+", default=["resnet18", "resnet34", "vgg19"])
-parser.add_argument("--thresholds", nargs="+", default=list(THRESHOLDS), choices=THRESHOLDS)
+parser.add_argument("--models", nargs="+", default=MODELS, help=f"of timm (default: {MODELS})")
+parser.add_argument(
+    "--thresholds",
+    nargs="+",
+    default=list(THRESHOLDS),
+    choices=THRESHOLDS,
+    help="which pairs merge (default: each of them)",
+)
 parser.add_argument("--size", type=int, default=64, help="side of the images, in pixels")
-parser.add_argument("--batch-size", type=int, default=32)
+parser.add_argument("--batch-size", type=int, default=32, help="images a step")
 parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
 parser.add_argument("--compiled", action="store_true", help="merge with compiled=True")
-parser.add_argument("--literal", action="store_true", help="time the literal loop as well")
+parser.add_argument(
+    "--literal", action="store_true", help="time the literal loop as well, for fixed thresholds"
+)
 parser.add_argument("--repeats", type=int, default=15, help="of each part")
-parser.add_argument("--threads", type=int, default=os.cpu_count())
-parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+parser.add_argument(
+    "--threads", type=int, default=os.cpu_count(), help="of PyTorch (default: all cores)"
+)
+parser.add_argument(
+    "--device",
+    default="cuda" if torch.cuda.is_available() else "cpu",
+    help="cpu or cuda (default: cuda where there is one)",
+)
 parser.add_argument("--out", type=Path, help="write the figures here as JSON")
 
 
@@ -71,7 +88,8 @@ def literal_loop(model: InMergeWrapper, tau: float) -> None:
         for site in model.plan.merged:
             weight = model.module.get_submodule(site.name).weight
             before = weight.clone()
-            targets, sources = draw_pairs(len(weight), model.merge_probability, generator)
+            draw = len(weight), model.merge_probability, generator, site.pair_groups
+            targets, sources = draw_pairs(*draw)
             for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
                 kernel, partner = before[target], before[source]
                 cosine = torch.cosine_similarity(kernel.flatten(), partner.flatten(), dim=0)
@@ -137,6 +155,8 @@ def measure(name: str, tau: str, options: argparse.Namespace, speed: float) -> d
     }
     return {
         "model": name,
+        "batch_size": options.batch_size,
+        "size": options.size,
         "similarity_threshold": tau,
         "merged_share": report.merged / report.drawn,
         "median_ms": {part: 1e3 * statistics.median(taken) for part, taken in times.items()},
@@ -146,45 +166,55 @@ def measure(name: str, tau: str, options: argparse.Namespace, speed: float) -> d
     }
 
 
+def cells(row: dict[str, Any]) -> dict[str, str]:
+    """One line of the table: what is shown of a measurement, by column."""
+    time_of, ratio = row["median_ms"], row["quartiles"]
+    low, middle, high = ratio["merge pass over training step"]
+    literal = ratio.get("literal loop over merge pass")
+    return {
+        "network": row["model"],
+        "images": f"{row['batch_size']} x {row['size']} px",
+        "threshold": row["similarity_threshold"],
+        "pairs merged": f"{row['merged_share']:.0%}",
+        "training step": f"{time_of['training step']:.0f} ms",
+        "merge pass": f"{time_of['merge pass']:.1f} ms",
+        "of the training step (quartiles)": f"{middle:.1%} ({low:.1%} to {high:.1%})",
+        "of the optimizer step": f"{ratio['merge pass over optimizer step'][1]:.2f}",
+        "of the floor": f"{row['merge_over_floor']:.1f}",
+        "literal loop": "" if literal is None else f"{literal[1]:.0f} x",
+    }
+
+
+def markdown(row: dict[str, Any]) -> str:
+    """The same as a line of a Markdown table."""
+    return f"| {' | '.join(cells(row).values())} |"
+
+
 def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     speed = copy_speed(options.device)
-    table = Table(title=f"{options.device}, {options.threads} threads, copy {speed / 1e9:.1f} GB/s")
-    for column in ("model", "tau", "merged", "training step", "optimizer step", "merge pass"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for column in ("of training step (quartiles)", "of optimizer step", "of floor", "literal loop"):
-        table.add_column(column, justify="right")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in options.models:
         for tau in options.thresholds:
-            row = measure(name, tau, options, speed)
-            rows.append(row)
-            ratio, milliseconds = row["quartiles"], row["median_ms"]
-            low, middle, high = ratio["merge pass over training step"]
-            table.add_row(
-                name,
-                tau,
-                f"{row['merged_share']:.0%}",
-                *(
-                    f"{milliseconds[part]:.1f} ms"
-                    for part in ("training step", "optimizer step", "merge pass")
-                ),
-                f"{middle:.2%} ({low:.2%} to {high:.2%})",
-                f"{ratio['merge pass over optimizer step'][1]:.2f}",
-                f"{row['merge_over_floor']:.1f}",
-                f"{ratio['literal loop over merge pass'][1]:.0f} x"
-                if "literal loop" in milliseconds
-                else "",
-            )
-    Console(width=150).print(table)
+            rows.append(measure(name, tau, options, speed))
+            if len(rows) == 1:
+                print(
+                    f"| {' | '.join(cells(rows[0]))} |",
+                    "|---" * len(cells(rows[0])) + "|",
+                    sep="\n",
+                )
+            print(markdown(rows[-1]), flush=True)
+    print(f"{options.device}, {options.threads} threads, copies {speed / 1e9:.1f} GB/s")
     if options.out:
         content = {
+            "command": shlex.join(["python", *sys.argv]),
             "settings": {key: str(value) for key, value in vars(options).items()},
             "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "copy": speed},
             "torch": torch.__version__,
             "rows": rows,
         }
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(content, indent=1))
 
 

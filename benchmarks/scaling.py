@@ -43,13 +43,13 @@ parser.add_argument("--out", type=Path, default=Path("results/scaling.json"))
 parser.add_argument("--picture", type=Path, help="PNG file (default: beside --out)")
 
 
-def chain(width: int, depth: int, tau: float, device: str = "cpu") -> InMergeWrapper:
+def chain(width: int, depth: int, tau: float) -> InMergeWrapper:
     network = nn.Sequential(*(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth)))
     return InMergeWrapper(
-        network.to(device),
+        network,
         similarity_threshold=tau,
         shallow_layers=0,
-        example_input=torch.zeros(1, width, 8, 8, device=device),
+        example_input=torch.zeros(1, width, 8, 8),
         inspect_every=0,
     )
 

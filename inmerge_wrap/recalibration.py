@@ -39,8 +39,17 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
         for module in model.modules()
         if isinstance(module, _BatchNorm) and module.track_running_stats
     ]
-    if not norms:
-        return 0
+    batches = _measure(model, norms, loader, max_batches) if norms else 0
+    for module in model.modules():
+        tell = getattr(type(module), "statistics_measured", None)
+        if tell is not None:  # a wrapper, whose export would warn otherwise
+            tell(module)
+    return batches
+
+
+def _measure(
+    model: nn.Module, norms: list[_BatchNorm], loader: Iterable[Any], max_batches: int | None
+) -> int:
     device = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
     momenta = [norm.momentum for norm in norms]

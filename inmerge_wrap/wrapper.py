@@ -190,7 +190,7 @@ class InMergeWrapper(nn.Module):
 
     @classmethod
     def recommended(cls, module: nn.Module, *, total_steps: int, **settings: Any) -> InMergeWrapper:
-        """The setting of docs/evidence.md for a network with BatchNorm: it merges, and costs least.
+        """A setting that merges and was level with plain training in docs/evidence.md.
 
         Pairs merge that are more alike than chance, in layers of any width (:class:`ZScore` of 2),
         and p fades out over the training, so that BatchNorm's statistics fit the weights at its
@@ -292,9 +292,11 @@ class InMergeWrapper(nn.Module):
 
         Needed before evaluation or export where merging runs until the last step.
         """
-        batches = recalibrate(self.module, loader, max_batches=max_batches)
+        return recalibrate(self, loader, max_batches=max_batches)
+
+    def statistics_measured(self) -> None:
+        """Says that BatchNorm was measured after the last step, by other means than ours."""
         self._last_merged = None
-        return batches
 
     @property
     def statistics_lag(self) -> bool:

@@ -21,6 +21,7 @@ import argparse
 import os
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ def with_border(data: Images, width: int) -> Images:
         part: (F.pad(x.float(), [width] * 4, mode="reflect").byte(), labels)
         for part, (x, labels) in data.parts.items()
     }
-    return Images(data.name, data.task, data.classes, parts)
+    return replace(data, parts=parts)
 
 
 def main() -> None:
@@ -179,11 +180,14 @@ def main() -> None:
     parser.add_argument(
         "--size",
         type=int,
-        default=28,
         choices=[28, 32, 64, 128, 224],
-        help="side of the images in pixels; 32 mirrors a border of 2 px around those of 28",
+        help="side of the images in pixels; 32 mirrors a border of 2 px around those of 28 "
+        "(default: 28; of architectures 32, for some of them halve the image five times)",
     )
-    parser.add_argument("--arch", default="resnet18", help="any timm CNN")
+    parser.add_argument(
+        "--arch",
+        help=f"any timm CNN, but for architectures: {', '.join(ARCHITECTURES)} (default: resnet18)",
+    )
     parser.add_argument("--train-images", type=int, default=0, help="random subset; 0 takes all")
     parser.add_argument(
         "--epochs", type=int, default=25, help="budget of each run (default: %(default)s)"
@@ -199,7 +203,11 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=5, help="paired runs of each arm")
     parser.add_argument(
-        "--arms", nargs="*", default=[], help=f"of {', '.join(ARMS)}".replace("%", "%%")
+        "--arms",
+        nargs="*",
+        default=[],
+        help=f"of study and architectures: {', '.join(ARMS)} (default: all of them; plain, paper "
+        "and top half)".replace("%", "%%"),
     )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/ablation"), help="folder (default: %(default)s)"
@@ -208,15 +216,24 @@ def main() -> None:
     unknown = sorted(set(options.arms) - set(ARMS))
     if unknown:
         parser.error(f"unknown arms {unknown}; choose from {list(ARMS)}")
+    if options.arms and options.sweep.startswith("figure"):
+        parser.error(f"{options.sweep} has arms of its own: leave out --arms")
+    if options.arch and options.sweep == "architectures":
+        parser.error(f"architectures are {', '.join(ARCHITECTURES)}: leave out --arch")
+    if options.size == 28 and options.sweep == "architectures":
+        parser.error("28 px are too few for architectures: leave out --size, or give 32 or more")
 
-    size = 32 if options.dataset == "digits" else options.size
-    data = load_images(options.dataset, options.data_root, 28 if size == 32 else size)
-    if size == 32 and options.dataset != "digits":
-        data = with_border(data, 2)
+    accelerator = make_accelerator()
+    size = options.size or (32 if options.sweep == "architectures" else 28)
+    border = 2 if size == 32 and options.dataset != "digits" else 0
+    with accelerator.main_process_first():  # one process downloads, the others find the file
+        data = load_images(options.dataset, options.data_root, size - 2 * border)
+    if border:
+        data = with_border(data, border)
     common = {
         "dataset": options.dataset,
         "size": size,
-        "arch": options.arch,
+        "arch": options.arch or "resnet18",
         "train_images": options.train_images,
         "epochs": options.epochs,
         "batch_size": options.batch_size,
@@ -226,7 +243,6 @@ def main() -> None:
         "weights": options.weights,
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    accelerator = make_accelerator()
     runs = list(sweep(options.sweep, common, options.seeds, options.arms))
     for number, run in enumerate(runs, start=1):
         path = options.out / run.file_name

@@ -18,23 +18,30 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import matplotlib
 import numpy as np
+from common import difference_text, spread
 from scipy.stats import false_discovery_control
 
 from inmerge_wrap.metrics import paired_difference
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 # -- settings --------------------------------------------------------------------------------------
 
-HIGHER_IS_BETTER = {"accuracy": "accuracy", "balanced accuracy": "balanced_error", "AUROC": "auroc"}
+METRICS = {  # shown, higher is better -> field of a run
+    "accuracy": "accuracy",
+    "balanced accuracy": "balanced_error",
+    "AUROC": "auroc",
+}
 WHERE = ("clean", "corrupted")
 SETTING = {  # field of a run -> how a title names it
     "dataset": "{}",
@@ -48,7 +55,7 @@ SETTING = {  # field of a run -> how a title names it
     "weights": "from {}",
 }
 SILENT = {"label_noise": 0.0, "weights": "", "weight_decay": 5e-4}
-COLOURS = {"plain": "#000000", "merging": "#D55E00", "other": "#0072B2"}
+COLOURS = {"merging": "#D55E00", "other": "#0072B2"}
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> result
 Row = dict[str, Any]
@@ -75,12 +82,19 @@ def read(folder: Path, *, by_architecture: bool = True) -> dict[str, Runs]:
         shown = {name: run[name] for name in SETTING if run[name] != SILENT.get(name)}
         if not by_architecture:
             del shown["arch"]
+        if "weights" in shown:
+            shown["weights"] = Path(shown["weights"]).parent.name
         setting = ", ".join(SETTING[name].format(value) for name, value in shown.items())
         arm, seed = settings[setting][run["arm"]], run["seed"]
         if seed in arm:
             raise SystemExit(f"{path}: a second run of {run['arm']!r}, seed {seed}, in {setting}")
         arm[seed] = result
     return settings
+
+
+def slug(setting: str) -> str:
+    """The setting as part of a file name."""
+    return "-".join(re.findall(r"[a-z0-9.]+", setting.lower()))
 
 
 def best_first(runs: Runs) -> Runs:
@@ -95,14 +109,21 @@ def best_first(runs: Runs) -> Runs:
 def value(result: dict[str, Any], metric: str, where: str) -> float:
     """A metric of one run, higher is better; under corruption the mean over the corruptions."""
     rows = [row for name, row in result["test"].items() if (name == "clean") == (where == "clean")]
-    found = mean(row[HIGHER_IS_BETTER[metric]] for row in rows)
+    found = mean(row[METRICS[metric]] for row in rows)
     return 1.0 - found if metric == "balanced accuracy" else found
+
+
+def merged_share(done: dict[int, dict[str, Any]]) -> float | None:
+    """Merged over drawn pairs of all runs of an arm; None where it drew none."""
+    found = [run["merging"] for run in done.values() if "merging" in run]
+    drawn = sum(run["drawn"] for run in found)
+    return sum(run["merged"] for run in found) / drawn if drawn else None
 
 
 def compare(runs: Runs, setting: str, baseline: str) -> list[Row]:
     """Each arm against the baseline's runs of the same seeds, with adjusted p-values."""
     rows: list[Row] = []
-    for metric in HIGHER_IS_BETTER:
+    for metric in METRICS:
         for where in WHERE:
             block: list[Row] = []
             for arm, done in runs.items():
@@ -132,8 +153,8 @@ def write_csv(rows: list[Row], path: Path) -> None:
         writer = csv.DictWriter(file, fields, lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            flat = {**row, **row["difference"], "difference": row["difference"]["mean"]}
-            flat["mean"] = row["mean"]
+            found = row["difference"]
+            flat = {**found, **row, "difference": found["mean"]}
             writer.writerow(
                 {
                     name: f"{flat[name]:.5f}" if isinstance(flat.get(name), float) else flat[name]
@@ -145,7 +166,7 @@ def write_csv(rows: list[Row], path: Path) -> None:
 
 def table(settings: dict[str, Runs], rows: list[Row], baseline: str) -> str:
     """Markdown: what each arm costs, what it merged, and its differences from the baseline."""
-    columns = [(metric, where) for metric in list(HIGHER_IS_BETTER)[1:] for where in WHERE]
+    columns = [(metric, where) for metric in list(METRICS)[1:] for where in WHERE]
     lines = []
     for setting, runs in settings.items():
         lines += [f"### {setting}", ""]
@@ -154,11 +175,10 @@ def table(settings: dict[str, Runs], rows: list[Row], baseline: str) -> str:
         lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for arm, done in runs.items():
             some = next(iter(done.values()))
-            drawn = sum(run["merging"]["drawn"] for run in done.values() if "merging" in run)
-            merged = sum(run["merging"]["merged"] for run in done.values() if "merging" in run)
             cells = [arm, str(len(done))]
             cells.append(f"{some['training_passes']:g}, {some['inference_passes']}")
-            cells.append(f"{merged / drawn:.1%}" if drawn else "")
+            share = merged_share(done)
+            cells.append("" if share is None else f"{share:.1%}")
             cells.append(spread([value(run, "accuracy", "clean") for run in done.values()]))
             for metric, where in columns:
                 values = [value(run, metric, where) for run in done.values()]
@@ -171,7 +191,8 @@ def table(settings: dict[str, Runs], rows: list[Row], baseline: str) -> str:
                     if (row["setting"], row["arm"]) == (setting, arm)
                     and (row["metric"], row["images"]) == (metric, where)
                 )
-                cells.append(difference_text(found))
+                text = difference_text(found["difference"])
+                cells.append(f"**{text}**" if found.get("p_adjusted", 1.0) < 0.05 else text)
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     lines.append(
@@ -179,18 +200,6 @@ def table(settings: dict[str, Runs], rows: list[Row], baseline: str) -> str:
         f"from {baseline} with its 95% interval. Bold: an adjusted p below 0.05."
     )
     return "\n".join(lines) + "\n"
-
-
-def spread(values: list[float]) -> str:
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
-
-
-def difference_text(row: Row) -> str:
-    found = row["difference"]
-    text = f"{found['mean']:+.3f}"
-    if "low" in found:
-        text += f" ({found['low']:+.3f} to {found['high']:+.3f})"
-    return f"**{text}**" if row.get("p_adjusted", 1.0) < 0.05 else text
 
 
 # -- figures ---------------------------------------------------------------------------------------
@@ -253,40 +262,34 @@ def draw_grid(runs: Runs, rows: list[Row], path: Path, *, x: str, y: str, names:
                 column, line = places[row["arm"]]
                 grid[ys.index(line), xs.index(column)] = row["difference"]["mean"]
         reach = max(1e-3, float(np.nanmax(np.abs(grid))))
-        image = axis.imshow(grid, cmap="PuOr", vmin=-reach, vmax=reach, origin="lower", aspect=0.6)
-        for line, column in np.ndindex(grid.shape):
-            axis.text(
-                *(column, line, f"{grid[line, column]:+.3f}"),
-                fontsize=8,
-                ha="center",
-                va="center",
-                color="white" if abs(grid[line, column]) > 0.6 * reach else "black",
-            )
+        draw_map(axis, grid, "{:+.3f}", cmap="PuOr", vmin=-reach, vmax=reach)
         axis.set_title(f"AUROC minus plain, {where}", fontsize=10)
-        figure.colorbar(image, ax=axis, shrink=0.75)
     shares = np.full((len(ys), len(xs)), np.nan)
     for arm, (column, line) in places.items():
-        found = [run["merging"] for run in runs[arm].values()]
-        drawn = sum(run["drawn"] for run in found)
-        share = sum(run["merged"] for run in found) / drawn if drawn else 0.0
-        shares[ys.index(line), xs.index(column)] = share
-    image = axes[2].imshow(shares, cmap="Greys", vmin=0, vmax=1, origin="lower", aspect=0.6)
-    for line, column in np.ndindex(shares.shape):
-        axes[2].text(
-            *(column, line, f"{shares[line, column]:.1%}"),
-            fontsize=8,
-            ha="center",
-            va="center",
-            color="white" if shares[line, column] > 0.5 else "black",
-        )
+        shares[ys.index(line), xs.index(column)] = merged_share(runs[arm]) or 0.0
+    draw_map(axes[2], shares, "{:.1%}", cmap="Greys", vmin=0, vmax=1)
     axes[2].set_title("share of the drawn pairs that merged", fontsize=10)
-    figure.colorbar(image, ax=axes[2], shrink=0.75)
     for axis in axes:
         axis.set_xticks(range(len(xs)), [f"{place:g}" for place in xs])
         axis.set_yticks(range(len(ys)), [f"{place:g}" for place in ys])
         axis.set(xlabel=names[x], ylabel=names[y])
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def draw_map(axis: Axes, grid: np.ndarray, form: str, **colours: Any) -> None:
+    """A grid of numbers, each written into its square."""
+    image = axis.imshow(grid, origin="lower", aspect=0.6, **colours)
+    for line, column in np.ndindex(grid.shape):
+        red, green, blue, _ = image.to_rgba(grid[line, column])
+        axis.text(
+            *(column, line, form.format(grid[line, column])),
+            fontsize=8,
+            ha="center",
+            va="center",
+            color="black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white",
+        )
+    axis.figure.colorbar(image, ax=axis, shrink=0.75)
 
 
 def draw_architectures(runs: Runs, rows: list[Row], path: Path) -> None:
@@ -343,24 +346,22 @@ def main() -> None:
     settings = read(options.runs, by_architecture=options.sweep != "architectures")
     rows: list[Row] = []
     text = []
-    for number, (setting, runs) in enumerate(settings.items()):
+    for setting, runs in settings.items():
+        picture = pictures / f"{options.sweep}-{slug(setting)}.png"
         if options.sweep == "architectures":
             here: list[Row] = []
             for arch in dict.fromkeys(arm.split(": ")[0] for arm in runs):
                 own = {arm: done for arm, done in runs.items() if arm.startswith(f"{arch}: ")}
-                found = compare(own, setting, f"{arch}: plain")
-                text.append(
-                    table({f"{setting}, {arch}": own}, rename(found, arch), f"{arch}: plain")
-                )
+                found = compare(own, f"{setting}, {arch}", f"{arch}: plain")
+                text.append(table({f"{setting}, {arch}": own}, found, f"{arch}: plain"))
                 here += found
-            draw_architectures(runs, here, pictures / f"architectures-{number}.png")
+            draw_architectures(runs, here, picture)
         else:
             if "plain" not in runs:
                 raise SystemExit(f"{setting}: there is no plain run to compare with")
             runs = best_first(runs)
             here = compare(runs, setting, "plain")
             text.append(table({setting: runs}, here, "plain"))
-            picture = pictures / f"{options.sweep}-{number}.png"
             if options.sweep == "study":
                 draw_trade_off(setting, runs, here, picture)
             elif options.sweep == "figure2":
@@ -379,10 +380,6 @@ def main() -> None:
     (out / "table.md").write_text("\n".join(text))
     print("\n".join(text))
     print(f"Written: differences.csv and table.md to {out}, {len(settings)} figures to {pictures}")
-
-
-def rename(rows: list[Row], arch: str) -> list[Row]:
-    return [{**row, "setting": f"{row['setting']}, {arch}"} for row in rows]
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import accelerate
@@ -30,6 +31,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from inmerge_wrap import Fixed, InMergeWrapper, Quantile, Schedule, ZScore, __version__
 from inmerge_wrap.corruptions import corrupt
 from inmerge_wrap.robustness import classification_metrics
+
+# What the test images are damaged with, at the middle severity.
+CORRUPTIONS = {
+    name: (3,) for name in ("gaussian_noise", "gaussian_blur", "contrast_down", "brightness_up")
+}
+
 
 # -- data ------------------------------------------------------------------------------------------
 
@@ -59,14 +66,17 @@ class Images:
     def to(self, device: torch.device) -> Images:
         """The same on a device."""
         parts = {name: (x.to(device), y.to(device)) for name, (x, y) in self.parts.items()}
-        return Images(self.name, self.task, self.classes, parts)
+        return replace(self, parts=parts)
 
     def first_labels(self, count: int, seed: int) -> Images:
         """The same with a random ``count`` of the training images, to study small data sets."""
         images, labels = self.parts["train"]
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
-        parts = {**self.parts, "train": (images[chosen], labels[chosen])}
-        return Images(self.name, self.task, self.classes, parts)
+        return self.trained_on(images[chosen], labels[chosen])
+
+    def trained_on(self, images: Tensor, labels: Tensor) -> Images:
+        """The same with other training images."""
+        return replace(self, parts={**self.parts, "train": (images, labels)})
 
 
 def load_digits(size: int = 32) -> Images:
@@ -88,8 +98,8 @@ def load_digits(size: int = 32) -> Images:
 
 
 def load_images(name: str, root: Path, size: int) -> Images:
-    """A MedMNIST data set of the given size, or ``"digits"``, which come at 32 px."""
-    return load_digits() if name == "digits" else load_medmnist(name, root, size)
+    """A MedMNIST data set of the given size, or ``"digits"``."""
+    return load_digits(size) if name == "digits" else load_medmnist(name, root, size)
 
 
 def load_medmnist(flag: str, root: Path, size: int = 28) -> Images:
@@ -192,6 +202,10 @@ class Normalised:
         scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
         return (scaled - self._mean) / self._std
 
+    def batches(self, images: Tensor, size: int = 500) -> Iterator[Tensor]:
+        """All images in order, as the network takes them."""
+        return (self(part) for part in images.split(size))
+
 
 def augment(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
     """Shifts each image by up to a fourteenth of its side, and flips half of them."""
@@ -250,7 +264,7 @@ def predict(model: nn.Module, pixels: Tensor, normalise: Normalised, batch_size:
     """Logits for uint8 or float pixels, shape (N, classes), in eval mode, on the CPU."""
     was_training = model.training
     model.eval()
-    outputs = [model(normalise(part)).float().cpu() for part in pixels.split(batch_size)]
+    outputs = [model(part).float().cpu() for part in normalise.batches(pixels, batch_size)]
     model.train(was_training)
     return torch.cat(outputs)
 
@@ -354,6 +368,17 @@ def environment() -> dict[str, Any]:
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and, of several values, standard deviation."""
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def difference_text(paired: Mapping[str, float]) -> str:
+    """What ``paired_difference`` found: the mean and, of several pairs, its 95% interval."""
+    text = f"{paired['mean']:+.3f}"
+    return text + (f" ({paired['low']:+.3f} to {paired['high']:+.3f})" if "low" in paired else "")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

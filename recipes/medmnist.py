@@ -18,7 +18,6 @@ import argparse
 import json
 import time
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import timm
@@ -26,12 +25,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from common import (
+    CORRUPTIONS,
     Images,
     Normalised,
     add_merging_arguments,
     add_run_arguments,
     augment,
     batches,
+    difference_text,
     environment,
     evaluate,
     load_images,
@@ -41,6 +42,7 @@ from common import (
     metrics,
     one_line_if_out_of_memory,
     predict,
+    spread,
     start,
     write_json,
 )
@@ -51,9 +53,6 @@ from inmerge_wrap.robustness import paired_difference
 
 # -- settings --------------------------------------------------------------------------------------
 
-CORRUPTIONS = {
-    name: (3,) for name in ("gaussian_noise", "gaussian_blur", "contrast_down", "brightness_up")
-}
 SHOWN = ("accuracy", "balanced_error", "auroc")
 PUBLISHED = {  # arXiv 2502.20516, accuracy: baseline, InMerge (mean, standard deviation)
     "pathmnist": ((0.898, 0.010), (0.924, 0.002)),
@@ -197,29 +196,25 @@ def train(
 
 def compare(dataset: str, runs: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
     """Heads and rows of the table: mean and standard deviation over seeds, paired difference."""
-    lines = [["images", "metric", *runs, "difference (95% interval)"]]
+    lines = [["images", "metric", *runs]]
+    if len(runs) == 2:
+        lines[0].append("difference (95% interval)")
     for condition in next(iter(runs.values()))[0]["test"]:
         for metric in SHOWN:
             values = {
                 arm: [run["test"][condition][metric] for run in done] for arm, done in runs.items()
             }
-            cells = [
-                f"{mean(v):.3f} ± {stdev(v):.3f}" if len(v) > 1 else f"{v[0]:.3f}"
-                for v in values.values()
-            ]
-            difference = ""
+            cells = [spread(v) for v in values.values()]
             if len(values) == 2:
-                paired = paired_difference(values["merged"], values["plain"])
-                difference = f"{paired['mean']:+.3f}"
-                if "low" in paired:
-                    difference += f" ({paired['low']:+.3f} to {paired['high']:+.3f})"
-            lines.append([condition, metric.replace("_", " "), *cells, difference])
+                cells.append(difference_text(paired_difference(values["merged"], values["plain"])))
+            lines.append([condition, metric.replace("_", " "), *cells])
     if dataset in PUBLISHED:
         (before, before_sd), (after, after_sd) = PUBLISHED[dataset]
         published = {"plain": f"{before:.3f} ± {before_sd:.3f}"}
         published["merged"] = f"{after:.3f} ± {after_sd:.3f}"
         lines.append(["published", "accuracy", *(published[arm] for arm in runs)])
-        lines[-1].append(f"{after - before:+.3f}" if len(runs) == 2 else "")
+        if len(runs) == 2:
+            lines[-1].append(f"{after - before:+.3f}")
     return lines
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from common import (
+    CORRUPTIONS,
     Images,
     Normalised,
     augment,
@@ -34,14 +34,19 @@ from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.optim.swa_utils import SWALR, AveragedModel, update_bn
+from torch.optim.swa_utils import SWALR, AveragedModel
 from torchvision.models import vgg
 
-from inmerge_wrap import InMergeWrapper, Quantile, Schedule, ZScore, plan_merging
-
-CORRUPTIONS = {
-    name: (3,) for name in ("gaussian_noise", "gaussian_blur", "contrast_down", "brightness_up")
-}
+from inmerge_wrap import (
+    InMergeWrapper,
+    Quantile,
+    Schedule,
+    ZScore,
+    draw_pairs,
+    plan_merging,
+    recalibrate,
+)
+from inmerge_wrap.merging import blend_kernels, norm_scale, pair_cosines
 
 
 @dataclass(frozen=True)
@@ -90,8 +95,7 @@ def training_part(run: Run, data: Images) -> Images:
     generator = torch.Generator().manual_seed(run.seed)
     wrong = torch.rand(labels.shape, generator=generator) < run.label_noise
     drawn = torch.randint(len(data.classes), labels.shape, generator=generator)
-    noisy = torch.where(wrong, drawn.to(labels.dtype), labels)
-    return Images(data.name, data.task, data.classes, {**data.parts, "train": (images, noisy)})
+    return data.trained_on(images, torch.where(wrong, drawn.to(labels.dtype), labels))
 
 
 def build(run: Run, classes: int, channels: int) -> nn.Module:
@@ -195,21 +199,21 @@ def merge_variant_(
     kernels = weight.flatten(1)
     norms = kernels.norm(dim=1, keepdim=True).clamp_min(1e-12)
     unit = kernels / norms
-    drawn = (torch.rand(len(kernels), generator=generator) < probability).nonzero().flatten()
     if toward == "clusters":
+        drawn = (torch.rand(len(kernels), generator=generator) < probability).nonzero().flatten()
         centres = torch.randperm(len(kernels), generator=generator)[: max(1, len(kernels) // 8)]
         cluster = (unit @ unit[centres].T).argmax(dim=1)
         sums = kernels.new_zeros(len(centres), kernels.shape[1]).index_add_(0, cluster, kernels)
         means = sums / cluster.bincount(minlength=len(centres)).clamp_min(1).unsqueeze(1)
         blended = torch.lerp(means[cluster[drawn]], kernels[drawn], merge_weight)
     else:
-        shift = torch.randint(1, len(kernels), drawn.shape, generator=generator)
-        partners = (drawn + shift) % len(kernels)
-        cosines = (unit[drawn] * unit[partners]).sum(dim=1)
+        drawn, partners = draw_pairs(len(kernels), probability, generator)
+        cosines = pair_cosines(kernels[drawn], kernels[partners])
         alike = cosines >= cosines.median()
         drawn, partners = drawn[alike], partners[alike]
-        direction = torch.lerp(unit[partners], unit[drawn], merge_weight)
-        blended = norms[drawn] * direction / direction.norm(dim=1, keepdim=True)
+        pair = unit[drawn], unit[partners]
+        scale = norm_scale(*pair, merge_weight)
+        blended = norms[drawn] * blend_kernels(*pair, None, merge_weight, scale)
     weight.index_copy_(0, drawn, blended.unflatten(1, weight.shape[1:]))
 
 
@@ -245,11 +249,12 @@ def fit(
     ema = ModelEmaV3(network, decay=method["ema"], use_warmup=True) if "ema" in method else None
     swa = AveragedModel(network) if "swa" in method else None
     variant = plan_merging(network).merged if "variant" in method else ()
+    fade = Schedule(end=total_steps, decay="cosine")
     augmentation, draws = (torch.Generator().manual_seed(seed) for _ in range(2))
-    passes = step = 0
+    passes = 0
     model.train()
     for epoch in range(epochs):
-        for (index,) in loader:
+        for step, (index,) in enumerate(loader, start=epoch * len(loader)):
             inputs = normalise(augment(images[index], augmentation, flip=data.name != "digits"))
             accelerator.backward(loss_function(model(inputs), labels[index]))
             passes += 1
@@ -259,10 +264,9 @@ def fit(
                 passes += 1
             optimizer.step()
             optimizer.zero_grad()
-            probability = 0.15 * (1 + math.cos(math.pi * step / total_steps))
-            step += 1
             for site in variant:
                 weight = network.get_submodule(site.name).weight
+                probability = 0.3 * fade.level(step)
                 merge_variant_(weight, draws, probability=probability, toward=method["variant"])
             if held is None or epoch < averaged_from:
                 schedule.step()
@@ -272,7 +276,6 @@ def fit(
             swa.update_parameters(network)
             held.step()
 
-    every_image = (normalise(part) for part in images.split(500))
     seen: dict[str, Any] = {"passes": passes / len(loader)}
     if isinstance(model, InMergeWrapper):
         report = model.report()
@@ -282,9 +285,9 @@ def fit(
             for entry in model.history[-len(report) :]
         ]
         if method.get("recalibrate"):
-            model.recalibrate(every_image)
+            model.recalibrate(normalise.batches(images))
     if swa is not None:
-        update_bn(every_image, swa.module)
+        recalibrate(swa.module, normalise.batches(images))
         return swa.module, seen
     return (network if ema is None else ema.module), seen
 
@@ -322,7 +325,7 @@ def soup(
         mean = AveragedModel(member) if mean is None else mean
         mean.update_parameters(member)
     normalise = Normalised(data, accelerator.device)
-    update_bn((normalise(part) for part in data.parts["train"][0].split(500)), mean.module)
+    recalibrate(mean.module, normalise.batches(data.parts["train"][0]))
     return mean.module, seen
 
 

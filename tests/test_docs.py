@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import pkgutil
 import re
@@ -210,11 +211,25 @@ def test_figures_with_a_spread_come_from_results_files(page: str) -> None:
     assert [line for line in shown if line not in written] == []
 
 
+def test_the_figures_of_the_performance_page_come_from_results_files() -> None:
+    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "overhead.py"))
+    measured = [
+        benchmark["markdown"](row)
+        for path in (ROOT / "results" / "overhead").glob("*.json")
+        for row in json.loads(path.read_text())["rows"]
+    ]
+    text = (ROOT / "docs" / "performance.md").read_text()
+    shown = [line for line in text.splitlines() if line.startswith("|") and " px |" in line]
+    assert len(shown) > 10
+    assert [line for line in shown if line not in measured] == []
+
+
 def test_the_ablation_tables_are_made_from_the_runs_beside_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = ROOT / "results" / "ablation"
     script = ROOT / "recipes" / "ablation_report.py"
+    monkeypatch.syspath_prepend(str(script.parent))
     monkeypatch.setattr(
         sys, "argv", [script.name, "study", "--runs", str(runs), "--out", str(tmp_path)]
     )

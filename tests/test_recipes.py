@@ -118,6 +118,32 @@ def test_medmnist_without_data_says_what_to_do(
     assert message in done.stderr and "Traceback" not in done.stderr.split(message)[-1]
 
 
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["figure2", "--arms", "plain"], "figure2 has arms of its own: leave out --arms"),
+        (["architectures", "--arch", "resnet50"], "architectures are vgg_small, resnet18"),
+        (["architectures", "--size", "28"], "28 px are too few for architectures"),
+        (["study", "--arms", "best"], "unknown arms ['best']; choose from ['plain', 'ema .98'"),
+    ],
+)
+def test_options_that_an_experiment_would_ignore_are_refused(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    done = run(sys.executable, recipe("ablation"), *arguments, folder=tmp_path, check=False)
+    assert done.returncode == 2 and message in done.stderr
+
+
+def test_every_architecture_takes_the_size_that_is_chosen_for_it(tmp_path: Path) -> None:
+    command = [sys.executable, recipe("ablation"), "architectures", "--dataset", "digits"]
+    command += ["--train-images", "64", "--epochs", "1", "--seeds", "1", "--arms", "plain"]
+    done = run(*command, folder=tmp_path)
+    names = ("vgg_small", "resnet18", "densenet121", "efficientnet_b0", "convnext_atto")
+    assert all(f"{name}: plain" in done.stdout for name in names)
+    files = list((tmp_path / "runs" / "ablation").glob("*.json"))
+    assert [json.loads(path.read_text())["run"]["size"] for path in files] == [32] * 5
+
+
 def test_ablation_claims_runs_and_resumes(tmp_path: Path) -> None:
     command = [sys.executable, recipe("ablation"), "study", "--dataset", "digits", *TINY]
     command += ["--epochs", "1", "--seeds", "1", "--arms", "plain", "ema .98", "top half, cosine"]
@@ -407,7 +433,7 @@ def test_help_explains_every_option(monkeypatch: pytest.MonkeyPatch, name: str) 
     with pytest.raises(SystemExit):
         runpy.run_path(recipe(name), run_name="__main__")
     (parser,) = seen
-    assert len(parser._actions) > 3
+    assert len(parser._actions) > (4 if name == "ablation_report" else 9)
     assert [action.dest for action in parser._actions if not action.help] == []
     assert "Expected:" in parser.format_help()  # which fails on a stray percent sign
 
@@ -450,9 +476,15 @@ def test_what_counts_as_out_of_memory(common: ModuleType) -> None:
         raise RuntimeError("shapes do not fit")
 
 
-def test_a_tracker_without_its_package_is_refused(common: ModuleType, tmp_path: Path) -> None:
-    missing = [name for name in ("wandb", "trackio") if importlib.util.find_spec(name) is None]
-    for name in missing or pytest.skip("both are installed"):
+def test_a_tracker_without_its_package_is_refused(
+    common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    hidden = {"wandb", "trackio"}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *_: None if name in hidden else find(name)
+    )
+    for name in hidden:
         message = f"--tracker {name}: the package {name} is missing: pip install {name}"
         with pytest.raises(SystemExit, match=message):
             common.tracking(name, tmp_path)
@@ -480,10 +512,11 @@ def test_waited_counts_the_loader_alone(
 def test_the_overhead_benchmark_runs(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "overhead.py"), "--models", "test_resnet"]
     command += ["--size", "32", "--batch-size", "4", "--repeats", "4", "--out", "overhead.json"]
-    run(*command, folder=tmp_path)
+    done = run(*command, folder=tmp_path)
     rows = json.loads((tmp_path / "overhead.json").read_text())["rows"]
     assert [row["merged_share"] for row in rows][1] == 1.0
     assert all(row["floor_ms"] > 0 and row["merge_over_floor"] > 1 for row in rows)
+    assert done.stdout.count("| test_resnet | 4 x 32 px |") == len(rows) == 3
 
 
 def test_the_scaling_benchmark_counts_no_message_for_merging(tmp_path: Path) -> None:

@@ -272,6 +272,15 @@ def test_the_wrapper_knows_when_its_statistics_lag() -> None:
     assert model.statistics_lag
     model.recalibrate([torch.randn(4, 3, 12, 12)])
     assert not model.statistics_lag
+    for tell in (
+        lambda again: recalibrate(nn.Sequential(again), [torch.randn(4, 3, 12, 12)]),
+        lambda again: again.statistics_measured(),
+    ):
+        again = wrapped(similarity_threshold=-1.0)
+        again.merge_()
+        assert again.statistics_lag
+        tell(again)
+        assert not again.statistics_lag
     train(model, optimizer, 1, start=2)
     assert not model.statistics_lag  # the schedule has ended: this step merged nothing
     idle = wrapped(similarity_threshold=1.0)
