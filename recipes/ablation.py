@@ -74,6 +74,13 @@ ARMS: dict[str, dict[str, Any]] = {
             "schedule": {"decay": "cosine", "start": 0.5},
         }
     },
+    "top half, second half, ema .98": {
+        "ema": 0.98,
+        "merge": {
+            "similarity_threshold": {"share": 0.5},
+            "schedule": {"decay": "cosine", "start": 0.5},
+        },
+    },
     "top half, norm kept": {
         "merge": {"similarity_threshold": {"share": 0.5}, "keep_norm": True, **COSINE}
     },

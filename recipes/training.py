@@ -56,8 +56,8 @@ class Run:
     ``method`` holds at most one of ``merge`` (arguments of InMergeWrapper; a threshold
     ``{"z": 2}`` or ``{"share": 0.5}``, a schedule in shares of the training), ``variant`` (of
     merge_variant_), ``ema`` (decay), ``swa`` (last share of the epochs), ``sam`` (rho), ``soup``
-    and ``ensemble`` (networks), and ``network`` (arguments of timm, such as ``drop_rate``);
-    ``recalibrate`` goes with ``merge``.
+    and ``ensemble`` (networks), and ``network`` (arguments of timm, such as ``drop_rate``); but
+    ``recalibrate`` and ``ema`` go with ``merge``.
     """
 
     arm: str

@@ -172,12 +172,13 @@ def test_the_report_computes_paired_differences_as_scipy_does(
     for seed in range(5):
         write_run(tmp_path, "plain", seed, {}, plain[seed])
         write_run(tmp_path, "better", seed, {"merge": {}}, better[seed])
-        write_run(tmp_path, "other", seed, {"ema": 0.9}, other[seed])
+        write_run(tmp_path, "ema .98", seed, {"ema": 0.98}, other[seed])
     report(monkeypatch, "study", "--runs", str(tmp_path), "--out", str(tmp_path / "out"))
     with open(tmp_path / "out" / "differences.csv", newline="") as file:
-        rows = {(r["arm"], r["metric"], r["images"]): r for r in csv.DictReader(file)}
-    tests = {arm: stats.ttest_rel(v, plain) for arm, v in (("better", better), ("other", other))}
-    adjusted = stats.false_discovery_control([tests[arm].pvalue for arm in ("better", "other")])
+        every = list(csv.DictReader(file))
+    rows = {(r["arm"], r["metric"], r["images"]): r for r in every if r["baseline"] == "plain"}
+    tests = {arm: stats.ttest_rel(v, plain) for arm, v in (("better", better), ("ema .98", other))}
+    adjusted = stats.false_discovery_control([tests[arm].pvalue for arm in ("better", "ema .98")])
     for (arm, test), p in zip(tests.items(), adjusted, strict=True):
         interval = test.confidence_interval(0.95)
         for metric, images in (("AUROC", "clean"), ("AUROC", "corrupted"), ("accuracy", "clean")):
@@ -190,7 +191,11 @@ def test_the_report_computes_paired_differences_as_scipy_does(
     assert "| better | 5 | 1, 1 | 25.0% |" in text
     line = next(line for line in text.splitlines() if line.startswith("| better"))
     assert line.count("**") == 8  # both metrics, clean and corrupted
-    assert "**" not in next(line for line in text.splitlines() if line.startswith("| other"))
+    assert "**" not in next(line for line in text.splitlines() if line.startswith("| ema .98"))
+    against = stats.ttest_rel(better, other)
+    (row,) = [r for r in every if r["baseline"] == "ema .98" and r["arm"] == "better"][:1]
+    assert float(row["difference"]) == pytest.approx((better - other).mean(), abs=1e-5)
+    assert float(row["p_t"]) == pytest.approx(against.pvalue, abs=1e-5)
     (picture,) = (tmp_path / "out").glob("*.png")
     assert picture.name == "study-digits-test-resnet-9-images-1-epochs-batch-3-lr-0.1.png"
     assert picture.stat().st_size > 20_000
