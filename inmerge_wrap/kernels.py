@@ -224,7 +224,9 @@ def _blend(
 
 @cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    # Not fullgraph: past its limit of shapes and dtypes torch.compile would raise in mid-training,
+    # where it now says so and runs the function as it is.
+    return torch.compile(function, dynamic=True)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from inmerge_wrap import InMergeWrapper, Quantile, Schedule
+from inmerge_wrap.kernels import Blend, Kernels
 
 
 class Ledger(TorchDispatchMode):
@@ -59,6 +60,23 @@ def test_a_pass_takes_less_than_the_largest_layer(device: str, threshold: float)
     operations = [count for count, _ in sizes]
     # The number of blocks follows the number of pairs drawn, and nothing grows with the steps.
     assert max(operations) < 1.2 * min(operations)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_what_can_not_be_compiled_any_more_is_computed_all_the_same() -> None:
+    """torch.compile gives a function up after so many dtypes and shapes."""
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            weight = torch.randn(12, 4, 3, 3, dtype=dtype)
+            targets, sources = torch.arange(6), torch.arange(6, 12)
+            both = [Kernels(weight.clone(), compiled=compiled) for compiled in (False, True)]
+            cosines = [kernels.cosines(targets, sources) for kernels in both]
+            torch.testing.assert_close(cosines[0], cosines[1])
+            for kernels in both:
+                kernels.blend_(Blend(targets, sources, None, 0.8))
+            torch.testing.assert_close(both[0].weight, both[1].weight)
+            assert not torch.equal(both[1].weight, weight)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
