@@ -32,6 +32,7 @@ from inmerge_wrap.merging import (
 __all__ = [
     "Blend",
     "Kernels",
+    "check_compiler",
     "gathered",
     "kernel_parameters",
     "open_kernels",
@@ -227,6 +228,24 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     # Not fullgraph: past its limit of shapes and dtypes torch.compile would raise in mid-training,
     # where it now says so and runs the function as it is.
     return torch.compile(function, dynamic=True)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compiles the reading of kernels, so that what is missing is told before training begins.
+
+    Raises:
+        RuntimeError: If torch.compile can not.
+    """
+    if device.type == "meta":  # the network moves to another one later
+        return
+    rows, index = torch.ones(5, 3, device=device), torch.arange(2, device=device)
+    try:
+        _compiled(_compare)(rows, index, index, False)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"compiled=True does not work on {device}: torch.compile needs a C++ compiler, on a "
+            f"GPU Triton; install it, or leave compiled=False, which computes the same ({error})"
+        ) from error
 
 
 @contextmanager

@@ -18,7 +18,14 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from inmerge_wrap.discovery import ConvSite, MergePlan, Pattern, plan_merging
-from inmerge_wrap.kernels import Blend, Kernels, gathered, kernel_parameters, open_kernels
+from inmerge_wrap.kernels import (
+    Blend,
+    Kernels,
+    check_compiler,
+    gathered,
+    kernel_parameters,
+    open_kernels,
+)
 from inmerge_wrap.merging import check_range, draw_layers, nearest_kernels
 from inmerge_wrap.optimizers import (
     Attachment,
@@ -84,7 +91,7 @@ class InMergeWrapper(nn.Module):
             ``exp_avg``) like the weights, so that the next step continues from the merged point.
             Second moments stay: they scale the steps of an entry and say nothing of its direction.
         compiled: Let torch.compile fuse each pass; the results are equal up to rounding. Needs a
-            C++ compiler, or Triton on a GPU, and some seconds in the first pass.
+            C++ compiler, or Triton on a GPU, and some seconds here and in the first pass.
         shallow_layers: L_s, first convolutions left alone; see :func:`plan_merging`.
         example_input: See :func:`plan_merging`, as are ``include``, ``exclude``, ``also_merge``.
         plan: A ready plan, instead of the arguments of :func:`plan_merging`.
@@ -99,6 +106,7 @@ class InMergeWrapper(nn.Module):
 
     Raises:
         ValueError: If an argument is out of range, or there is nothing to merge.
+        RuntimeError: If ``compiled`` is asked for and torch.compile does not work here.
     """
 
     def __init__(
@@ -162,6 +170,8 @@ class InMergeWrapper(nn.Module):
         _check_plan(module, plan)
         self.module = module
         self.plan = plan
+        if compiled:
+            check_compiler(self._parameters_of(plan.merged[0])[0].device)
         self.merge_weight = merge_weight
         self.similarity_threshold = (
             Fixed(similarity_threshold)

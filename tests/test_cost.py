@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,6 +81,21 @@ def test_what_can_not_be_compiled_any_more_is_computed_all_the_same() -> None:
                 kernels.blend_(Blend(targets, sources, None, 0.8))
             torch.testing.assert_close(both[0].weight, both[1].weight)
             assert not torch.equal(both[1].weight, weight)
+
+
+def test_a_missing_compiler_is_told_before_the_training(tmp_path: Path) -> None:
+    code = "import timm; from inmerge_wrap import InMergeWrapper\n"
+    code += "InMergeWrapper(timm.create_model('test_resnet'), compiled=True)"
+    hidden = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **hidden},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 1
+    assert "compiled=True does not work on cpu: torch.compile needs a C++ compiler" in done.stderr
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
