@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from zipfile import BadZipFile
 
 import torch
 from torch import Tensor, nn
@@ -254,7 +255,7 @@ def similarity(
     as_json: AsJson = False,
 ) -> None:
     """How alike the kernels of trained weights are, in numbers and pictures."""
-    network = _load(weights, arch, num_classes, in_chans)
+    network, _ = _load(weights, arch, num_classes, in_chans)
     layers = measure_similarity(network, include=include, exclude=exclude or (), pairs=pairs)
     content = {
         "weights": str(weights),
@@ -356,14 +357,13 @@ def export(
 
     Prefixes of wrappers (`module.`, `_orig_mod.`) and the state of merging are taken away.
     """
-    network = _load(weights, arch, num_classes, in_chans)
+    network, arguments = _load(weights, arch, num_classes, in_chans)
     if output.suffix == ".safetensors":
         if card is not None or label_names is not None:
             raise ValueError("a card and label names need a folder as the output, not one file")
         export_weights(network, output)
-        load = _loading_line(
-            network, arch or _read_json(weights / "config.json")["architecture"], output
-        )
+        arch = arch or _read_json(weights / "config.json")["architecture"]
+        load = _loading_line(arch, arguments, output)
     elif not hasattr(network, "pretrained_cfg"):
         raise ValueError(
             f"{arch} is not a timm model, and only timm loads such a folder: name a .safetensors "
@@ -390,21 +390,15 @@ def export(
         Console().print(f"written: {output}\nload it with: {load}", soft_wrap=True, highlight=False)
 
 
-def _loading_line(network: nn.Module, arch: str, path: Path) -> str:
+def _loading_line(arch: str, arguments: Mapping[str, Any], path: Path) -> str:
     library, name = _resolve(arch)
+    given = "".join(f", {key}={value!r}" for key, value in arguments.items())
     if library == "torchvision":
-        outputs = [m.out_features for m in network.modules() if isinstance(m, nn.Linear)][-1:]
-        classes = f", num_classes={outputs[0]}" if outputs else ""
         return (
-            f'model = torchvision.models.get_model("{name}"{classes}); '
+            f'model = torchvision.models.get_model("{name}"{given}); '
             f'model.load_state_dict(safetensors.torch.load_file("{path}"))'
         )
-    first = next(m for m in network.modules() if isinstance(m, nn.Conv2d))
-    channels = "" if first.in_channels == 3 else f", in_chans={first.in_channels}"
-    return (
-        f'timm.create_model("{name}", num_classes={network.num_classes}{channels}, '
-        f'checkpoint_path="{path}")'
-    )
+    return f'timm.create_model("{name}"{given}, checkpoint_path="{path}")'
 
 
 # --- evaluate -------------------------------------------------------------------------------------
@@ -461,7 +455,8 @@ def evaluate(
 ) -> None:
     """Accuracy, AUROC, calibration: clean, corrupted, and attacked."""
     images, labels = _read_npz(data, split, limit)
-    network = _load(weights, arch, num_classes, in_chans).to(device)
+    network, _ = _load(weights, arch, num_classes, in_chans)
+    network.to(device)
     folder = _is_timm_folder(weights)
     config: Mapping[str, Any] = network.pretrained_cfg if folder else {}  # type: ignore[assignment]
     images = _fit_images(
@@ -613,8 +608,11 @@ def _build(name: str, num_classes: int | None = None, in_chans: int | None = Non
 
 def _load(
     weights: Path, arch: str | None, num_classes: int | None, in_chans: int | None
-) -> nn.Module:
+) -> tuple[nn.Module, dict[str, Any]]:
     """A network with the weights of a checkpoint, whatever wrapped it when it was written.
+
+    Returns:
+        The network, and the arguments that its architecture is created with.
 
     Raises:
         ValueError: If they do not fit the network; the message says what would.
@@ -622,15 +620,17 @@ def _load(
     if _is_timm_folder(weights):
         if arch is not None:
             raise ValueError(f"{weights} brings its own architecture: leave out --arch")
-        return _build(str(weights), num_classes, in_chans)
+        config = _read_json(weights / "config.json")
+        arguments = {"num_classes": config["num_classes"], **config.get("model_args", {})}
+        return _build(str(weights), num_classes, in_chans), arguments
     state = _read_state(weights)
     if arch is None:
         raise ValueError(f"{weights} holds weights alone: name the network with --arch")
     network = _build(arch, num_classes, in_chans)
     fitted = _without_prefix(state, network, arch)
     fitting = _fitting_arguments(fitted, network)
+    asked = {"num_classes": num_classes, "in_chans": in_chans}
     if fitting:
-        asked = {"num_classes": num_classes, "in_chans": in_chans}
         if any(asked[key] is not None for key in fitting):
             options = shlex.join(
                 part
@@ -642,10 +642,11 @@ def _load(
                 f"{', '.join(f'{key}={asked[key]}' for key in fitting if asked[key] is not None)}: "
                 f"call it with {options}, or leave it out"
             )
-        network = _build(arch, **{**asked, **fitting})
+        asked |= fitting
+        network = _build(arch, **asked)
     _check_shapes(fitted, network, weights, arch)
     network.load_state_dict(fitted)
-    return network
+    return network, {key: value for key, value in asked.items() if value is not None}
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
@@ -790,9 +791,9 @@ def _read_npz(path: Path, split: str, limit: int | None) -> tuple[Tensor, Tensor
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
     try:
-        with np.load(path) as content:
+        with open(path, "rb") as file, np.load(file) as content:
             images, labels = content[f"{split}_images"], content[f"{split}_labels"]
-    except (KeyError, ValueError, OSError) as error:
+    except (KeyError, ValueError, OSError, EOFError, TypeError, BadZipFile) as error:
         raise ValueError(
             f"{path} is not in the MedMNIST layout: an .npz with {split}_images (N, H, W) or "
             f"(N, H, W, 3), bytes, and {split}_labels (N, 1) or (N, L); {error}"

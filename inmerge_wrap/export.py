@@ -22,6 +22,7 @@ from inmerge_wrap.modelcard import ModelCard
 
 __all__ = ["export_timm", "export_weights", "plain_state_dict", "unwrap"]
 
+_INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
 _WRAPPERS = {
     "AveragedModel",
     "DataParallel",
@@ -70,9 +71,16 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
     ranks must do together.
 
     Raises:
-        ValueError: If the state holds anything but tensors, which no safetensors file can.
+        ValueError: If the state holds anything but tensors, which no safetensors file can, or the
+            wrapper is a part of a larger module.
     """
     network = unwrap(model)
+    inner = [n for n, m in network.named_modules() if type(m).__name__ == "InMergeWrapper"]
+    if inner:
+        raise ValueError(
+            f"{type(network).__name__} holds an InMergeWrapper at {inner[0]!r}, whose names would "
+            f"stand in the file: export that part alone, model.{inner[0]}"
+        )
     if any(_computes_weights(module) for module in network.modules()):
         network = _with_stored_weights(network)
     state = {}
@@ -137,7 +145,8 @@ def export_timm(
 
     The preprocessing is stored as it was in *this* training, not that of the ImageNet weights, so
     that ``timm.data.resolve_model_data_config`` gives it back. Before anything is replaced, a
-    fresh model is loaded from the draft and must give the same outputs, bit for bit.
+    fresh model is loaded from the draft and must give the same outputs, bit for bit. (Shards of
+    FSDP2 compute nothing on one rank alone: of these the weights are compared.)
 
     Args:
         model: A timm model, or a wrapper of one, as for :func:`export_weights`.
@@ -146,7 +155,7 @@ def export_timm(
         mean: Per channel, subtracted from pixels in [0, 1].
         std: Per channel, in the same units.
         crop_pct: Share of the resized image that the centre crop keeps.
-        interpolation: Of the resizing: ``"bicubic"``, ``"bilinear"`` or ``"nearest"``.
+        interpolation: Of the resizing, as timm names it: ``"bicubic"``, ``"bilinear"``, ...
         label_names: Names of the classes, in the order of the outputs.
         model_args: Arguments of ``timm.create_model`` that changed the architecture, if timm did
             not record them.
@@ -159,7 +168,8 @@ def export_timm(
     Raises:
         TypeError: If the network is not a timm model.
         ValueError: If the data configuration does not fit the network, or the card is malformed.
-        RuntimeError: If the draft does not load into an equal model; nothing is replaced then.
+        RuntimeError: If the draft does not load into an equal model, or the network's outputs are
+            not finite; nothing is replaced then.
     """
     network = unwrap(model)
     if not hasattr(network, "pretrained_cfg"):
@@ -175,6 +185,12 @@ def export_timm(
     if label_names is not None and len(label_names) != network.num_classes:
         raise ValueError(
             f"label_names has {len(label_names)} names for {network.num_classes} classes"
+        )
+    if not 0.0 < crop_pct <= 1.0:
+        raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct}")
+    if interpolation not in _INTERPOLATIONS:
+        raise ValueError(
+            f"interpolation must be one of {', '.join(_INTERPOLATIONS)}, got {interpolation!r}"
         )
     if card is not None and not isinstance(card, ModelCard):
         card = ModelCard.from_dict(card)
@@ -194,7 +210,7 @@ def export_timm(
             draft = Path(draft_name)
             _write_timm_config(network, draft / "config.json", data_config, label_names, model_args)
             _save_verified(state, draft / "model.safetensors")
-            _check_timm_draft(network, draft, data_config)
+            _check_timm_draft(network, state, draft, data_config)
             names = ["model.safetensors", "config.json"]
             if card is not None:
                 architecture = json.loads((draft / "config.json").read_text())["architecture"]
@@ -205,7 +221,14 @@ def export_timm(
                     data_config=data_config,
                     label_names=label_names,
                 )
+            elif (directory / "README.md").exists():
+                warnings.warn(
+                    f"{directory}/README.md was written for other weights and stays as it is: "
+                    "give a card, or remove it",
+                    stacklevel=2,
+                )
             for name in names:
+                (draft / name).chmod(0o666 & ~_umask())
                 os.replace(draft / name, directory / name)
         _sync_directory(directory)
     return f'timm.create_model("local-dir:{directory}", pretrained=True)'
@@ -236,8 +259,10 @@ def _write_timm_config(
     path.write_text(json.dumps(config, indent=2))
 
 
-def _check_timm_draft(network: nn.Module, draft: Path, data_config: dict[str, Any]) -> None:
-    """Loads the draft as a stranger would and compares state and outputs."""
+def _check_timm_draft(
+    network: nn.Module, state: Mapping[str, Tensor], draft: Path, data_config: dict[str, Any]
+) -> None:
+    """Loads the draft as a stranger would and compares outputs, or of shards the state."""
     import timm
 
     try:
@@ -247,10 +272,24 @@ def _check_timm_draft(network: nn.Module, draft: Path, data_config: dict[str, An
             f"timm can not rebuild this {type(network).__name__} ({error}). If it was created with "
             "arguments that change its layers, pass them as model_args"
         ) from error
+    if any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
+        loaded = fresh.state_dict()
+        if any(
+            not torch.equal(loaded[name].float(), value.float()) for name, value in state.items()
+        ):
+            raise RuntimeError(f"the reloaded {type(network).__name__} holds other weights")
+        return
     ours = _with_stored_weights(network).cpu().float().eval()
+    # In channels_last the convolutions would round otherwise than in the model that is loaded.
+    ours.to(memory_format=torch.contiguous_format)
     image = torch.rand(2, *data_config["input_size"], generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected, actual = ours(image), fresh(image)
+    if not bool(expected.isfinite().all()):
+        raise RuntimeError(
+            f"this {type(network).__name__} answers with NaN or Inf, its training has diverged: "
+            "export an earlier checkpoint (export_weights stores these weights all the same)"
+        )
     if not torch.equal(expected, actual):
         raise RuntimeError(
             f"the reloaded {type(network).__name__} gives other outputs. If it was created with "

@@ -237,12 +237,21 @@ def classification_metrics(
         name: torch.stack(per_label[name]).nanmean(0) if name in per_label else nothing
         for name in scores
     }
-    reasons = {
-        name: "no positives or no negatives"
-        + ("" if task == "binary" else f" among labels {labels}")
-        for name, labels in left_out.items()
+    return metrics, {
+        name: _why_left_out(labels, targets, task) for name, labels in left_out.items()
     }
-    return metrics, reasons
+
+
+def _why_left_out(labels: list[int], targets: Tensor, task: str) -> str:
+    unknown = [label for label in labels if targets[:, label].isnan().all()]
+    one_sided = [label for label in labels if label not in unknown]
+    reasons = []
+    if one_sided:
+        among = "" if task == "binary" else f" among labels {one_sided}"
+        reasons.append(f"no positives or no negatives{among}")
+    if unknown:
+        reasons.append(f"nothing is known of labels {unknown}")
+    return "; ".join(reasons)
 
 
 def _binary_metrics(
@@ -335,7 +344,7 @@ def _selective_accuracy(
     accuracies = {}
     for coverage in coverages:
         # The subtrahend undoes rounding: 0.55 * 100 is 55.00000000000001 and must not become 56.
-        budget = (coverage * running[-1].double() - 1e-6).ceil().to(weights)
+        budget = (coverage * weights.sum(0).double() - 1e-6).ceil().to(weights)
         taken = (weights - (running - budget).clamp_min(0)).clamp_min(0)
         accuracies[f"selective_accuracy_{coverage:g}"] = correct @ taken / budget
     return accuracies

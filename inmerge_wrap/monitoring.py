@@ -10,7 +10,7 @@ import math
 import torch
 from torch import nn
 
-from inmerge_wrap.report import LayerReport, MergeReport
+from inmerge_wrap.report import MergeReport, pairs_between
 from inmerge_wrap.similarity import effective_rank, read_kernels
 from inmerge_wrap.wrapper import InMergeWrapper
 
@@ -56,11 +56,7 @@ def tracker_values(
     all_drawn = all_merged = 0
     for place, layer in enumerate(report):
         earlier = since.layers[place] if since is not None else None
-        drawn, merged, known, total = _sums(layer)
-        if earlier is not None:
-            before = _sums(earlier)
-            drawn, merged, known = drawn - before[0], merged - before[1], known - before[2]
-            total -= before[3]
+        drawn, merged, known, total = pairs_between(earlier, layer)
         all_drawn, all_merged = all_drawn + drawn, all_merged + merged
         if drawn:
             values[f"{prefix}_share/{layer.name}"] = merged / drawn
@@ -72,12 +68,6 @@ def tracker_values(
         if math.isfinite(rank):
             values[f"{prefix}_rank/{name}"] = rank
     return values
-
-
-def _sums(layer: LayerReport) -> tuple[int, int, int, float]:
-    """Pairs drawn, pairs merged, pairs with a cosine, and the sum of these cosines."""
-    known = layer.drawn - layer.undefined
-    return layer.drawn, layer.merged, known, (layer.mean_cosine or 0.0) * known
 
 
 def _ranks(wrapper: InMergeWrapper) -> list[float]:

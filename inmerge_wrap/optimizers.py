@@ -22,7 +22,6 @@ __all__ = [
     "is_registered",
     "reshard",
     "stepping_optimizer",
-    "trained_parameters",
 ]
 
 # By name: they write the weights from copies of their own.
@@ -86,16 +85,11 @@ def held_parameters(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
-def trained_parameters(optimizer: Optimizer) -> set[int]:
-    """The same without the frozen ones."""
-    return {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-
-
-def first_moments(optimizer: Optimizer, conv: nn.Conv2d) -> list[Tensor]:
-    """SGD's momentum or Adam's first moment of a convolution's weight, where there is one yet."""
+def first_moments(optimizer: Optimizer, weight: nn.Parameter) -> list[Tensor]:
+    """SGD's momentum or Adam's first moment of a weight, where there is one yet."""
     # timm's Lookahead keeps the moments in the optimizer that it wraps.
     state = getattr(optimizer, "_base_optimizer", optimizer).state
-    of_weight = state.get(cast(Tensor, conv._parameters.get("weight")), {})
+    of_weight = state.get(weight, {})
     moments = (of_weight.get(key) for key in ("momentum_buffer", "exp_avg"))
     return [moment for moment in moments if moment is not None]
 

@@ -32,8 +32,10 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
 
     Raises:
         TypeError: If a batch is neither a tensor nor a sequence that begins with one.
-        ValueError: If the loader gives no batch.
+        ValueError: If the loader gives no batch, or ``max_batches`` is not positive.
     """
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches must be a count >= 1 or None, got {max_batches}")
     norms = [
         module
         for module in model.modules()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["LayerReport", "LayerSnapshot", "MergeReport", "Tally"]
+__all__ = ["LayerReport", "LayerSnapshot", "MergeReport", "Tally", "pairs_between"]
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,8 @@ class LayerSnapshot:
     @classmethod
     def since(cls, last: LayerSnapshot | None, total: LayerReport, rank: float) -> LayerSnapshot:
         """The snapshot between an earlier one and the running totals of now."""
-        drawn, merged, known, cosines = _sums(total)
-        if last is not None:
-            before = _sums(last._total)
-            drawn, merged, known = drawn - before[0], merged - before[1], known - before[2]
-            cosines -= before[3]
+        earlier = None if last is None else last._total
+        drawn, merged, known, cosines = pairs_between(earlier, total)
         return cls(
             name=total.name,
             step=total.steps,
@@ -78,9 +75,23 @@ class LayerSnapshot:
         )
 
 
-def _sums(layer: LayerReport) -> tuple[int, int, int, float]:
-    known = layer.drawn - layer.undefined
-    return layer.drawn, layer.merged, known, (layer.mean_cosine or 0.0) * known
+def pairs_between(earlier: LayerReport | None, later: LayerReport) -> tuple[int, int, int, float]:
+    """Pairs drawn, merged, and with a cosine, and the sum of these cosines, between two reports.
+
+    Args:
+        earlier: None for all pairs up to the later one.
+        later: Of the same layer.
+    """
+
+    def sums(layer: LayerReport) -> tuple[int, int, int, float]:
+        known = layer.drawn - layer.undefined
+        return layer.drawn, layer.merged, known, (layer.mean_cosine or 0.0) * known
+
+    drawn, merged, known, cosines = sums(later)
+    if earlier is None:
+        return drawn, merged, known, cosines
+    before = sums(earlier)
+    return drawn - before[0], merged - before[1], known - before[2], cosines - before[3]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from inmerge_wrap.merging import check_range
 
-__all__ = ["Fixed", "Quantile", "Threshold", "ZScore"]
+__all__ = ["Fixed", "Quantile", "Threshold", "ZScore", "as_threshold"]
 
 
 class Threshold(Protocol):
@@ -79,3 +79,20 @@ class Quantile:
         if not len(cosines):
             return cosines.bool()
         return cosines >= torch.nanquantile(cosines, 1.0 - self.share)
+
+
+def as_threshold(value: float | Threshold) -> Threshold:
+    """A rule as it is, and a number as :class:`Fixed`.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If the number is outside [-1, 1].
+    """
+    if isinstance(value, int | float):
+        return Fixed(value)
+    if not callable(getattr(value, "passes", None)):
+        raise TypeError(
+            "similarity_threshold must be a number in [-1, 1] or a rule such as Quantile(0.5), "
+            f"got {value!r}"
+        )
+    return value

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal, cast
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -36,14 +37,13 @@ from inmerge_wrap.optimizers import (
     is_registered,
     reshard,
     stepping_optimizer,
-    trained_parameters,
 )
 from inmerge_wrap.recalibration import recalibrate
 from inmerge_wrap.replicas import check_replicas
 from inmerge_wrap.report import LayerSnapshot, MergeReport, Tally
 from inmerge_wrap.schedule import Schedule
 from inmerge_wrap.similarity import effective_rank, read_kernels
-from inmerge_wrap.thresholds import Fixed, Threshold, ZScore
+from inmerge_wrap.thresholds import Threshold, ZScore, as_threshold
 
 __all__ = ["CollapseWarning", "InMergeWrapper", "NoEffectWarning"]
 
@@ -51,7 +51,7 @@ _STATE_FORMAT = 1
 _PATIENCE = 100  # passes after which a run without effect is told so
 _NEGLIGIBLE = 1e-3  # share of merged pairs below which a run is called a plain run
 _COLLAPSED = 0.5  # of its first effective rank, below which a layer is called collapsing
-_IDLE_FORWARDS = {False: 10, True: 1000}  # attached -> training forwards without any merge pass
+_IDLE_FORWARDS = {False: 10, True: 1000}  # merged before or attached -> forwards without a pass
 
 
 class NoEffectWarning(UserWarning):
@@ -132,15 +132,9 @@ class InMergeWrapper(nn.Module):
         check_replicas_every: int = 0,
     ) -> None:
         super().__init__()
-        check_range("merge_weight", merge_weight, 0.0, 1.0)
-        check_range("merge_probability", merge_probability, 0.0, 1.0)
-        if not isinstance(similarity_threshold, int | float) and not callable(
-            getattr(similarity_threshold, "passes", None)
-        ):
-            raise TypeError(
-                "similarity_threshold must be a number in [-1, 1] or a rule such as Quantile(0.5), "
-                f"got {similarity_threshold!r}"
-            )
+        self.merge_weight = merge_weight
+        self.similarity_threshold: Threshold = as_threshold(similarity_threshold)
+        self.merge_probability = merge_probability
         if not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise ValueError(f"seed must be an integer in [0, 2**32), got {seed!r}")
         if partner not in ("random", "most_similar"):
@@ -172,13 +166,6 @@ class InMergeWrapper(nn.Module):
         self.plan = plan
         if compiled:
             check_compiler(self._parameters_of(plan.merged[0])[0].device)
-        self.merge_weight = merge_weight
-        self.similarity_threshold = (
-            Fixed(similarity_threshold)
-            if isinstance(similarity_threshold, int | float)
-            else similarity_threshold
-        )
-        self.merge_probability = merge_probability
         self.schedule = schedule or Schedule()
         self.partner = partner
         self.keep_norm = keep_norm
@@ -188,11 +175,12 @@ class InMergeWrapper(nn.Module):
         self.inspect_every = inspect_every
         self.history: list[LayerSnapshot] = []
         self._snapshots: dict[str, tuple[LayerSnapshot, LayerSnapshot]] = {}  # first, last
-        self._last_merged: Tensor | None = None  # which pairs of the very last step merged
+        self._last_merged: dict[int, Tensor] = {}  # layer -> which pairs of its last step merged
         self.check_replicas_every = check_replicas_every
         self._tally = Tally(len(plan.merged))
         self._attached: list[Attachment] = []
-        self._steps_here = self._passes_here = 0  # of this process, whatever a checkpoint says
+        # Of this process, whatever a checkpoint says.
+        self._steps_here, self._passes_here = 0, [0] * len(plan.merged)
         self._idle_forwards = 0
         self._warned: set[str] = set()
         self.register_state_dict_post_hook(_put_counter_last)
@@ -243,6 +231,18 @@ class InMergeWrapper(nn.Module):
             return lambda *args, **kwargs: _prefixed_matcher(value(*args, **kwargs))
         return value
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module | nn.Parameter) and name != "module":
+            raise AttributeError(
+                f"{name} would stand on the wrapper, where nothing uses it: set it on the network, "
+                f"model.module.{name} = ..., before wrapping if it is a convolution to merge"
+            )
+        if name in ("merge_weight", "merge_probability"):
+            check_range(name, value, 0.0, 1.0)
+        elif name == "similarity_threshold":
+            value = as_threshold(value)
+        super().__setattr__(name, value)
+
     @property
     def accepts_loss_kwargs(self) -> bool:
         """Whether the network takes any keyword: Hugging Face's Trainer would ask the wrapper's."""
@@ -278,7 +278,7 @@ class InMergeWrapper(nn.Module):
         for other in self._attached:
             if other.optimizer() is optimizer and is_registered(other.handle):
                 return other.handle
-        layers = self._layers_held_by(optimizer)
+        layers = self._trained(self._layers_held_by(optimizer))
         if not layers:
             raise ValueError(
                 f"the optimizer holds none of the {len(self.plan.merged)} weights to merge "
@@ -290,12 +290,16 @@ class InMergeWrapper(nn.Module):
             optimizer._patch_step_function()
         handle = optimizer.register_step_post_hook(self._after_step)
         self._attached.append(Attachment(weakref.ref(optimizer), handle, set(layers)))
+        for layer in layers:  # a training that goes on with another optimizer keeps its schedule
+            self._tally.steps[layer] = self.step
         return handle
 
     @torch.no_grad()
     def merge_(self) -> None:
         """One pass over all merged layers by hand, for a loop that has no torch optimizer."""
-        self._pass(range(len(self.plan.merged)))
+        reshard(self)
+        layers = range(len(self.plan.merged))
+        self._pass(layers, self._count_step(layers))
 
     def recalibrate(self, loader: Iterable[Any], *, max_batches: int | None = None) -> int:
         """Measures BatchNorm's running statistics anew; see :func:`recalibrate`.
@@ -306,12 +310,12 @@ class InMergeWrapper(nn.Module):
 
     def statistics_measured(self) -> None:
         """Says that BatchNorm was measured after the last step, by other means than ours."""
-        self._last_merged = None
+        self._last_merged.clear()
 
     @property
     def statistics_lag(self) -> bool:
         """Whether the last step moved kernels after BatchNorm measured; waits for the device."""
-        return self._last_merged is not None and bool(self._last_merged.any())
+        return any(bool(merged.any()) for merged in self._last_merged.values())
 
     def report(self) -> MergeReport:
         """What merging did so far, layer by layer; waits for the device."""
@@ -319,7 +323,7 @@ class InMergeWrapper(nn.Module):
 
     @property
     def step(self) -> int:
-        """Optimizer steps seen so far."""
+        """Optimizer steps seen so far; of several optimizers, of the one that made most."""
         return max(self._tally.steps)
 
     @torch.compiler.disable
@@ -333,29 +337,51 @@ class InMergeWrapper(nn.Module):
                 "forward and backward only, and call optimizer.step() outside of the graph"
             )
         reshard(self)
-        layers = self._layers_held_by(optimizer)
+        self._idle_forwards = 0
+        held = self._layers_held_by(optimizer)
+        layers = self._trained(held)
         self._check_still_held(optimizer, layers)
+        step = self._count_step(held) if held else 0
         if layers:
             # A fused optimizer runs its hooks even on a step that the scaler skips for overflow.
-            self._pass(layers, optimizer, skip=getattr(optimizer, "found_inf", None))
+            self._pass(layers, step, optimizer, skip=getattr(optimizer, "found_inf", None))
         else:  # all frozen, or taken over by an optimizer attached later
             self._warn_if_frozen()
 
+    def _count_step(self, layers: Sequence[int]) -> int:
+        """Counts a step of some layers, which share one clock; returns the number before.
+
+        A layer that was frozen or joined later takes over the count of the others: the schedule
+        follows the training, not the layer.
+        """
+        step = max(self._tally.steps[layer] for layer in layers)
+        for layer in layers:
+            self._tally.steps[layer] = step + 1
+        return step
+
     def _layers_held_by(self, optimizer: Optimizer) -> list[int]:
-        """Merged layers that the optimizer trains and no optimizer attached after it does."""
+        """Merged layers in the optimizer's groups and in none of an optimizer attached later."""
         live = [
             other
             for attachment in self._attached
             if (other := attachment.optimizer()) is not None and is_registered(attachment.handle)
         ]
         later = live[live.index(optimizer) + 1 :] if optimizer in live else []
-        held = trained_parameters(optimizer).difference(*map(trained_parameters, later))
+        held = held_parameters(optimizer).difference(*map(held_parameters, later))
         layers = []
         for index, site in enumerate(self.plan.merged):
             parameters = self._parameters_of(site)
             if parameters and all(id(p) in held for p in parameters):
                 layers.append(index)
         return layers
+
+    def _trained(self, layers: Sequence[int]) -> list[int]:
+        """Those of some layers that are not frozen."""
+        return [
+            layer
+            for layer in layers
+            if all(p.requires_grad for p in self._parameters_of(self.plan.merged[layer]))
+        ]
 
     def _check_still_held(self, optimizer: Optimizer, layers: Sequence[int]) -> None:
         """Raises where an attached optimizer lost weights: whatever it steps, it is not those."""
@@ -400,6 +426,7 @@ class InMergeWrapper(nn.Module):
     def _pass(
         self,
         layers: Sequence[int],
+        step: int,
         optimizer: Optimizer | None = None,
         skip: Tensor | None = None,
     ) -> None:
@@ -410,7 +437,7 @@ class InMergeWrapper(nn.Module):
             if torch.amp.is_autocast_available(device)
             else nullcontext()
         ):
-            self._merge(layers, optimizer, skip)
+            self._merge(layers, step, optimizer, skip)
         # Counted here and not by the schedule or a checkpoint, so that all replicas get here even
         # if their step counters are what differs.
         if self.check_replicas_every and self._steps_here % self.check_replicas_every == 0:
@@ -427,28 +454,21 @@ class InMergeWrapper(nn.Module):
     def _merge(
         self,
         layers: Sequence[int],
-        optimizer: Optimizer | None = None,
-        skip: Tensor | None = None,
+        step: int,
+        optimizer: Optimizer | None,
+        skip: Tensor | None,
     ) -> None:
         """One step of some layers; ``skip`` is a scalar on the device, non-zero for no merge."""
-        steps = {layer: self._tally.steps[layer] for layer in layers}
-        for layer in layers:
-            self._tally.steps[layer] += 1
         self._idle_forwards = 0
-        self._last_merged = None
-        layers = [layer for layer in layers if self.schedule.level(steps[layer]) > 0.0]
-        if not layers:
+        for layer in layers:
+            self._last_merged.pop(layer, None)
+        if self.schedule.level(step) == 0.0:
             return
-        settings = [
-            self.schedule.apply(steps[layer], self.merge_probability, self.merge_weight)
-            for layer in layers
-        ]
-        drawn, pairs = self._draw(
-            layers, [steps[layer] for layer in layers], [probability for probability, _ in settings]
-        )
+        probability, alpha = self.schedule.apply(step, self.merge_probability, self.merge_weight)
+        drawn, pairs = self._draw(layers, step, probability)
         on_device: dict[torch.device, Tensor] = {}
         cosines, merged, end = [], [], 0
-        for layer, (_, alpha), number in zip(layers, settings, pairs, strict=True):
+        for layer, number in zip(layers, pairs, strict=True):
             site = self.plan.merged[layer]
             conv = self._conv(site)
             with open_kernels(conv, compiled=self.compiled) as kernels:
@@ -468,58 +488,71 @@ class InMergeWrapper(nn.Module):
                 if self.keep_norm:
                     blend = replace(blend, scale=kernels.norm_scale(blend))
                 kernels.blend_(blend)
-            for companion in self._companions(optimizer, conv):
+            for companion in self._companions(optimizer, site):
                 with gathered(companion) as whole:
                     Kernels(whole, compiled=self.compiled).blend_(blend)
             cosines.append(cosine)
             merged.append(passed)
+            self._last_merged[layer] = passed
             self._tally.passes[layer] += 1
             self._tally.drawn[layer] += number
         device = cosines[0].device
-        self._last_merged = torch.cat([mask.to(device) for mask in merged])
         self._tally.add(
             on_device[device][0],
             torch.cat([cosine.to(device) for cosine in cosines]),
-            self._last_merged,
+            torch.cat([passed.to(device) for passed in merged]),
         )
-        if self.inspect_every and self._passes_here % self.inspect_every == 0:
-            self._inspect(layers)
+        if self.inspect_every:
+            self._inspect(
+                [layer for layer in layers if self._passes_here[layer] % self.inspect_every == 0]
+            )
         if max(self._tally.passes[layer] for layer in layers) == _PATIENCE:
             self._warn_if_without_effect()
-        self._passes_here += 1
+        for layer in layers:
+            self._passes_here[layer] += 1
 
-    def _companions(self, optimizer: Optimizer | None, conv: nn.Conv2d) -> list[Tensor]:
+    def _companions(self, optimizer: Optimizer | None, site: ConvSite) -> list[Tensor]:
         """The tensors of an optimizer that are blended like the weight."""
         if optimizer is None:
             return []
-        moments = first_moments(optimizer, conv) if self.merge_momentum else []
-        if self.merge_momentum and not moments and "momentum" not in self._warned:
-            self._warned.add("momentum")
-            warnings.warn(
-                f"merge_momentum has no effect: {type(optimizer).__name__} keeps no "
-                "momentum_buffer and no exp_avg of a weight to merge",
-                NoEffectWarning,
-                stacklevel=2,
-            )
-        return moments + averaged_sequences(optimizer, conv)
+        moments: list[Tensor] = []
+        if self.merge_momentum:
+            weight, *magnitude = self._parameters_of(site)
+            moments = [] if magnitude else first_moments(optimizer, weight)
+            if not moments and "momentum" not in self._warned:
+                self._warned.add("momentum")
+                why = (
+                    f"the weight of {site.name} is computed from a direction and a magnitude, "
+                    "whose moments are no kernels"
+                    if magnitude
+                    else f"{type(optimizer).__name__} keeps no momentum_buffer and no exp_avg of "
+                    f"{site.name}.weight"
+                )
+                warnings.warn(f"merge_momentum has no effect: {why}", NoEffectWarning, stacklevel=2)
+        return moments + averaged_sequences(optimizer, self._conv(site))
 
     def _draw(
-        self, layers: Sequence[int], steps: Sequence[int], probabilities: Sequence[float]
+        self, layers: Sequence[int], step: int, probability: float
     ) -> tuple[Tensor, list[int]]:
         """Layer, target and source of each pair, shape (3, pairs), and the pairs of each layer."""
         sites = [self.plan.merged[layer] for layer in layers]
-        # The depth, not the place in the plan: other layers do not change this layer's draws.
         generators = [
-            torch.Generator("cpu").manual_seed(_mix(self.seed, step, site.depth or 0))
-            for site, step in zip(sites, steps, strict=True)
+            torch.Generator("cpu").manual_seed(_mix(self.seed, step, _number_of(site)))
+            for site in sites
         ]
-        counts, groups = [site.shape[0] for site in sites], [site.pair_groups for site in sites]
-        drawn, pairs = draw_layers(counts, probabilities, generators, groups)
+        drawn, pairs = draw_layers(
+            [site.shape[0] for site in sites],
+            [probability] * len(sites),
+            generators,
+            [site.pair_groups for site in sites],
+        )
         drawn[0] = torch.tensor(layers, device="cpu")[drawn[0]]
         return drawn, pairs
 
     def _inspect(self, layers: Sequence[int]) -> None:
         """Records the state of some layers, and warns of those whose kernels grow alike."""
+        if not layers:
+            return
         report = self.report()
         for layer in layers:
             site = self.plan.merged[layer]
@@ -552,15 +585,17 @@ class InMergeWrapper(nn.Module):
     def _expect_a_merge(self) -> None:
         self._idle_forwards += 1
         attached = any(is_registered(known.handle) for known in self._attached)
-        if self._idle_forwards < _IDLE_FORWARDS[attached] or "idle" in self._warned:
+        patience = _IDLE_FORWARDS[attached or self._steps_here > 0]
+        if self._idle_forwards < patience or "idle" in self._warned:
             return
         self._warned.add("idle")
-        remedy = (
-            "the attached optimizer never finished a step. Attach the optimizer whose step() your "
-            "loop calls"
-            if attached
-            else "no optimizer is attached. Call model.attach(optimizer)"
-        )
+        if attached:
+            remedy = "the attached optimizer never finished a step. Attach the optimizer whose "
+            remedy += "step() your loop calls"
+        elif self._steps_here:
+            remedy = "merge_() is no longer called, and no optimizer is attached"
+        else:
+            remedy = "no optimizer is attached. Call model.attach(optimizer)"
         warnings.warn(
             f"{self._idle_forwards} training forward passes without merging: {remedy}",
             NoEffectWarning,
@@ -655,6 +690,10 @@ class InMergeWrapper(nn.Module):
             tally = Tally(len(self.plan.merged))
             tally.steps = [step] * len(tally.steps)
         self._tally = tally
+        # The totals may have gone back: what came after them is not of this run any more.
+        self.history = [entry for entry in self.history if entry.step <= self.step]
+        self._snapshots.clear()
+        self._last_merged.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is driven by no optimizer, and must not drag the original's along.
@@ -697,6 +736,12 @@ def _check_plan(module: nn.Module, plan: MergePlan) -> None:
                 f"the plan is not of this network: it has no convolution {site.name!r} with a "
                 f"weight of shape {site.shape}; make one with plan_merging(network)"
             )
+
+
+def _number_of(site: ConvSite) -> int:
+    """What tells a layer's draws from those of others, whichever of them are merged."""
+    # The depth, not the place in the plan; a convolution that never ran has none, but a name.
+    return site.depth if site.depth is not None else 2**32 + crc32(site.name.encode())
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:

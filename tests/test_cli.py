@@ -321,6 +321,23 @@ def test_export_writes_a_timm_folder_with_its_card(
     assert "# Seven classes" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("arch", [ARCH, "torchvision:squeezenet1_1"])
+def test_the_printed_line_names_what_the_network_was_made_with(arch: str, tmp_path: Path) -> None:
+    """SqueezeNet ends in a convolution: no linear layer tells how many classes it has."""
+    torchvision = pytest.importorskip("torchvision")
+    if arch == ARCH:
+        net = timm.create_model(arch, num_classes=7, in_chans=1)
+    else:
+        net = torchvision.models.squeezenet1_1(weights=None, num_classes=7)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    path = tmp_path / "plain.safetensors"
+    line = run_json("export", tmp_path / "net.pth", path, "--arch", arch)["load"]
+    found: dict[str, Any] = {"torchvision": torchvision, "timm": timm, "safetensors": safetensors}
+    exec(line if line.startswith("model = ") else f"model = {line}", found)
+    state = net.state_dict()
+    assert all(torch.equal(value, state[n]) for n, value in found["model"].state_dict().items())
+
+
 def test_export_from_torchvision_tells_how_to_load(tmp_path: Path) -> None:
     torchvision = pytest.importorskip("torchvision")
     net = torchvision.models.resnet18(weights=None, num_classes=4)
@@ -496,6 +513,11 @@ def test_evaluate_refuses_other_layouts_and_labels_beyond_the_outputs(
 ) -> None:
     common = ("evaluate", weights, "--arch", ARCH, *PREPARED, "--data")
     assert "no such file" in complaint(*common, tmp_path / "no.npz")
+    cut = tmp_path / "cut.npz"
+    cut.write_bytes(data.read_bytes()[:1000])
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for broken in (cut, tmp_path / "array.npy"):
+        assert "is not in the MedMNIST layout" in complaint(*common, broken)
     arrays = read(data)
     np.savez(tmp_path / "float.npz", **arrays | {"test_images": arrays["test_images"] / 255})
     assert "bytes" in complaint(*common, tmp_path / "float.npz")

@@ -156,6 +156,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
         "sharded_then_wrapped",
         "attached_then_sharded",
         "with_evaluation_between",
+        "by_hand_after_evaluation",
         "inside_a_sharded_parent",
         "replicated_and_sharded",
         "schedule_free",
@@ -200,6 +201,12 @@ def test_fsdp2_export_gathers(sharded: tuple[Path, list[dict[str, Any]]]) -> Non
     exported, expected = (load_file(folder / f"{n}.safetensors") for n in ("sharded", "alone"))
     assert equal(exported, expected)
     TinyNet().load_state_dict(exported)
+
+
+def test_fsdp2_exports_a_timm_folder(sharded: tuple[Path, list[dict[str, Any]]]) -> None:
+    for rank in sharded[1]:
+        assert rank["exported_to_timm"]["equal"] is True
+        assert "local-dir:" in rank["exported_to_timm"]["line"]
 
 
 # -- what can not be merged ----------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import warnings
@@ -63,6 +64,9 @@ def ours(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
     return logits
 
 
+PREPARED: dict[str, Any] = {"input_size": (3, 32, 32), "mean": [0.5] * 3, "std": [0.5] * 3}
+
+
 @pytest.fixture
 def image() -> torch.Tensor:
     return torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -121,6 +125,57 @@ def test_the_file_is_plain_and_reproducible(tmp_path: Path, image: torch.Tensor)
         assert file.metadata() == {"format": "pt"}
         assert set(file.keys()) == set(net.state_dict())
     assert list(tmp_path.iterdir()) and not list(tmp_path.glob(".*"))
+
+
+def test_the_folder_of_a_channels_last_network_loads(tmp_path: Path) -> None:
+    net = timm.create_model("resnet10t", num_classes=3).to(memory_format=torch.channels_last)
+    export_timm(net, tmp_path / "net", **PREPARED)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True).eval()
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, net.state_dict()[name]), name
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "net").iterdir()}
+    assert len(set(modes.values())) == 1 and set(modes) == {"config.json", "model.safetensors"}
+
+
+def test_a_diverged_network_is_told_as_such(tmp_path: Path) -> None:
+    net = timm.create_model("test_resnet", num_classes=3)
+    nn.init.constant_(net.fc.weight, math.nan)
+    with pytest.raises(RuntimeError, match="answers with NaN or Inf, its training has diverged"):
+        export_timm(net, tmp_path / "net", **PREPARED)
+    assert not list((tmp_path / "net").iterdir())
+    export_weights(net, tmp_path / "net.safetensors")
+
+
+def test_a_card_of_other_weights_is_told(tmp_path: Path) -> None:
+    net = timm.create_model("test_resnet", num_classes=3)
+    card = {"title": "First", "license": "mit", "training_data": "Noise."}
+    export_timm(net, tmp_path / "net", card=card, **PREPARED)
+    with pytest.warns(UserWarning, match="README.md was written for other weights"):
+        export_timm(net, tmp_path / "net", **PREPARED)
+    assert "First" in (tmp_path / "net" / "README.md").read_text()
+
+
+def test_a_wrapper_inside_of_another_module_is_refused(tmp_path: Path) -> None:
+    detector = nn.Sequential(InMergeWrapper(timm.create_model("test_resnet")), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"holds an InMergeWrapper at '0'.*alone, model\.0$"):
+        export_weights(detector, tmp_path / "net.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"crop_pct": 0.0}, r"crop_pct must lie in \(0, 1\], got 0.0"),
+        ({"crop_pct": 1.5}, "got 1.5"),
+        ({"interpolation": "cubic"}, "must be one of bicubic, .* got 'cubic'"),
+    ],
+)
+def test_a_preparation_that_timm_can_not_make_is_refused(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    net = timm.create_model("test_resnet")
+    with pytest.raises(ValueError, match=message):
+        export_timm(net, tmp_path, **PREPARED, **settings)
 
 
 @pytest.mark.parametrize("way", ["wrapper", "bare", "compiled", "compiled inside", "average"])

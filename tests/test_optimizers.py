@@ -15,9 +15,10 @@ import timm.optim
 import torch
 from torch import Tensor, nn
 
-from inmerge_wrap import InMergeWrapper, NoEffectWarning
+from inmerge_wrap import InMergeWrapper, NoEffectWarning, Schedule
 from tests import reference
 from tests.scripts.common import (
+    EXAMPLE,
     MERGED,
     closure_of,
     digest,
@@ -468,7 +469,9 @@ def test_parameter_groups_added_later_are_merged() -> None:
     train(model, optimizer, 1)
     optimizer.add_param_group({"params": list(model.last.parameters())})
     train(model, optimizer, 2)
-    assert [layer.steps for layer in model.report()] == [3, 2]
+    # The new group takes over the count, so that a schedule ends for it when it ends for all.
+    assert [layer.steps for layer in model.report()] == [3, 3]
+    assert all(layer.drawn for layer in model.report())
 
 
 def test_layers_frozen_later_are_left_alone_and_taken_up_again() -> None:
@@ -480,10 +483,58 @@ def test_layers_frozen_later_are_left_alone_and_taken_up_again() -> None:
     frozen = weights_of(model.last)
     train(model, optimizer, 2)
     assert equal(frozen, weights_of(model.last))
-    assert [layer.steps for layer in model.report()] == [3, 1]
+    assert [layer.steps for layer in model.report()] == [3, 3]
+    passes = model._tally.passes
+    assert passes == [3, 1]
     model.last.requires_grad_(True)
     train(model, optimizer, 1)
-    assert [layer.steps for layer in model.report()] == [4, 2]
+    assert [layer.steps for layer in model.report()] == [4, 4]
+    assert passes == [4, 2]
+
+
+def test_a_layer_unfrozen_late_stops_merging_when_the_schedule_ends() -> None:
+    model = wrapped(similarity_threshold=-1.0, schedule=Schedule(end=6, decay="linear"))
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    model.last.requires_grad_(False)
+    train(model, optimizer, 3)
+    model.last.requires_grad_(True)
+    train(model, optimizer, 3, start=3)
+    merged = [layer.merged for layer in model.report()]
+    assert all(merged)
+    train(model, optimizer, 2, start=6)
+    assert [layer.merged for layer in model.report()] == merged
+    assert not model.statistics_lag
+
+
+def test_an_optimizer_attached_in_mid_training_continues_the_schedule() -> None:
+    model = wrapped(similarity_threshold=-1.0, schedule=Schedule(end=3))
+    first = torch.optim.SGD(model.mid.parameters(), lr=0.05)
+    model.attach(first)
+    train(model, first, 3)
+    second = torch.optim.SGD(model.last.parameters(), lr=0.05)
+    model.attach(second)
+    train(model, second, 2, start=3)
+    assert [layer.drawn > 0 for layer in model.report()] == [True, False]
+
+
+def test_the_layers_of_two_optimizers_are_both_inspected_and_both_may_lag() -> None:
+    model = wrapped(similarity_threshold=-1.0, merge_probability=1.0, inspect_every=2)
+    pair = [torch.optim.SGD(part.parameters(), lr=0.05) for part in (model.mid, model.last)]
+    for optimizer in pair:
+        model.attach(optimizer)
+    for step in range(4):
+        loss_of(model, step).backward()
+        for optimizer in pair:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [entry.name for entry in model.history] == ["mid", "last"] * 2
+    model.similarity_threshold = 1.0  # the last of the two optimizers merges nothing any more
+    loss_of(model, 4).backward()
+    pair[1].step()
+    assert model.statistics_lag
+    pair[0].step()
+    assert not model.statistics_lag
 
 
 def test_freezing_all_is_told_once() -> None:
@@ -495,7 +546,10 @@ def test_freezing_all_is_told_once() -> None:
     with pytest.warns(NoEffectWarning, match="all weights to merge are frozen"):
         train(model, optimizer, 1)
     train(model, optimizer, 3)  # a second warning would be an error here
-    assert model.step == 0
+    assert model.step == 4 and not model.report().drawn
+    for _ in range(1000):  # nor is the optimizer said to make no steps
+        model(EXAMPLE)
+        optimizer.step()
 
 
 def test_frozen_from_the_start_is_an_error_that_says_so() -> None:

@@ -151,6 +151,17 @@ def test_unknown_labels_do_not_count():
     assert values["auroc"] == pytest.approx(np.mean(areas), abs=1e-9)
 
 
+def test_a_label_of_which_nothing_is_known_is_left_out_and_named():
+    probabilities = torch.tensor([[0.2, 0.9], [0.8, 0.4], [0.6, 0.1]])
+    targets = torch.tensor([[0.0, math.nan], [1.0, math.nan], [1.0, math.nan]])
+    metrics, left_out = classification_metrics(probabilities, targets, task="multilabel")
+    alone, _ = classification_metrics(probabilities[:, :1], targets[:, :1], task="multilabel")
+    assert {name: value.item() for name, value in metrics.items()} == {
+        name: value.item() for name, value in alone.items()
+    }
+    assert set(left_out.values()) == {"nothing is known of labels [1]"}
+
+
 def test_a_class_without_images_is_left_out_and_named():
     probabilities = torch.eye(4).repeat(10, 1)[:, [0, 1, 2, 3]] * 0.6 + 0.1
     targets = torch.arange(40) % 4

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from timm.optim import Lookahead
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from inmerge_wrap import (
     CollapseWarning,
@@ -20,6 +23,7 @@ from inmerge_wrap import (
     ZScore,
     recalibrate,
 )
+from inmerge_wrap.kernels import kernel_parameters
 from inmerge_wrap.merging import blend_kernels, nearest_kernels, norm_scale
 from tests import reference
 from tests.test_wrapper import drawn, sgd, small_net, states_equal, train, wrapped
@@ -221,6 +225,48 @@ def test_first_moments_follow_the_weights_on_demand(kind: str) -> None:
             assert torch.equal(after["exp_avg_sq"], before["exp_avg_sq"])
 
 
+def computed(compute: Callable[[nn.Conv2d], nn.Module]) -> tuple[InMergeWrapper, Tensor, Any]:
+    """A network of a computed weight after its first step: wrapper, stored weight, optimizer."""
+    torch.manual_seed(0)
+    layer = compute(nn.Conv2d(8, 12, 3))
+    model = InMergeWrapper(
+        nn.Sequential(nn.Conv2d(3, 8, 3), layer),
+        include=["1"],
+        similarity_threshold=-1.0,
+        merge_probability=1.0,
+        merge_momentum=True,
+    )
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    model(torch.randn(2, 3, 12, 12)).square().mean().backward()
+    weight = kernel_parameters(layer)[0]  # type: ignore[arg-type]
+    before = weight.grad.clone()  # type: ignore[union-attr]
+    optimizer.step()
+    return model, before, optimizer.state[weight]["momentum_buffer"]
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        nn.utils.parametrizations.spectral_norm,
+        lambda conv: prune.random_unstructured(conv, "weight", amount=0.3),
+    ],
+    ids=["spectral_norm", "pruning"],
+)
+def test_the_moments_of_stored_kernels_follow(compute: Callable[[nn.Conv2d], nn.Module]) -> None:
+    model, gradient, momentum = computed(compute)
+    targets, sources = drawn(model, 0, 0, 1.0)
+    expected = gradient.clone()  # the first momentum is the gradient
+    expected[targets] = 0.8 * gradient[targets] + 0.2 * gradient[sources]
+    torch.testing.assert_close(momentum, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_moments_of_a_direction_and_a_magnitude_are_told_to_stay() -> None:
+    with pytest.warns(NoEffectWarning, match="computed from a direction and a magnitude"):
+        _, gradient, momentum = computed(nn.utils.parametrizations.weight_norm)
+    assert torch.equal(momentum, gradient)
+
+
 # -- statistics ----------------------------------------------------------------------------------
 
 
@@ -238,6 +284,8 @@ def test_recalibration_measures_what_the_weights_give() -> None:
     assert {name: module.training for name, module in net.named_modules()} == modes
     assert [norm.momentum for norm in net.norms] == [0.1] * 4
     assert recalibrate(net, images, max_batches=2) == 2
+    with pytest.raises(ValueError, match="max_batches must be a count >= 1 or None, got 0"):
+        recalibrate(net, images, max_batches=0)
     assert recalibrate(nn.Sequential(nn.Conv2d(3, 3, 1)), images) == 0
 
 

@@ -74,7 +74,7 @@ def states_equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 def drawn(model: InMergeWrapper, layer: int, step: int, probability: float) -> Tensor:
     """What a layer draws in a step: targets and sources, shape (2, pairs)."""
-    pairs, _ = model._draw([layer], [step], [probability])
+    pairs, _ = model._draw([layer], step, probability)
     assert (pairs[0] == layer).all()
     return pairs[1:]
 
@@ -350,6 +350,70 @@ def test_training_without_an_optimizer_warns_once() -> None:
             model(torch.randn(4, 3, 12, 12))
     for _ in range(30):  # a second warning would be an error here
         model(torch.randn(4, 3, 12, 12))
+
+
+def test_merging_by_hand_counts_as_merging() -> None:
+    model = wrapped()
+    for _ in range(3):
+        model.merge_()
+        for _ in range(20):  # accumulated gradients: many forward passes to a step
+            model(torch.randn(4, 3, 12, 12))
+    with pytest.warns(NoEffectWarning, match=r"merge_\(\) is no longer called"):
+        for _ in range(1000):
+            model(torch.zeros(1, 3, 12, 12))
+
+
+def test_parts_of_the_network_are_not_lost_on_the_wrapper() -> None:
+    model = wrapped()
+    for value in (nn.Linear(16, 2), nn.Parameter(torch.zeros(2))):
+        with pytest.raises(AttributeError, match=r"set it on the network, model\.module\.head ="):
+            model.head = value
+    assert "head" not in dict(model.named_children())
+    model.note = "plain attributes are the wrapper's"
+    model.module = model.module
+
+
+def test_settings_changed_later_are_checked_as_at_first() -> None:
+    model = wrapped(similarity_threshold=1.0, merge_probability=1.0)
+    model.merge_()
+    assert model.report().merged == 0
+    model.similarity_threshold = -1.0
+    model.merge_()
+    assert 0 < model.report().merged < model.report().drawn
+    for name, value, message in (
+        ("similarity_threshold", 1.5, r"must lie in \[-1, 1\], got 1.5"),
+        ("merge_weight", -0.1, r"merge_weight must lie in \[0, 1\], got -0.1"),
+        ("merge_probability", 2.0, r"merge_probability must lie in \[0, 1\], got 2"),
+    ):
+        before = getattr(model, name)
+        with pytest.raises(ValueError, match=message):
+            setattr(model, name, value)
+        assert getattr(model, name) == before
+    with pytest.raises(TypeError, match="similarity_threshold must be a number"):
+        model.similarity_threshold = "half"
+
+
+def test_going_back_to_an_earlier_checkpoint_goes_back_in_the_history() -> None:
+    model = wrapped(similarity_threshold=-1.0, merge_weight=1.0, inspect_every=5)
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    train(model, optimizer, 8)
+    state = copy.deepcopy(model.state_dict())
+    train(model, optimizer, 20)
+    model.load_state_dict(state)
+    assert {entry.step for entry in model.history} == {1, 6}
+    train(model, optimizer, 10)
+    assert all(entry.share == 1.0 for entry in model.history)  # every pair passes
+    assert not model.load_state_dict(state).missing_keys and not model.statistics_lag
+
+
+def test_layers_that_never_run_have_draws_of_their_own() -> None:
+    net = timm.create_model("test_resnet", num_classes=3)
+    net.idle = nn.ModuleList([nn.Conv2d(8, 40, 3), nn.Conv2d(8, 40, 3)])
+    model = InMergeWrapper(net, also_merge=["unused"], merge_probability=0.5)
+    layers = [n for n, site in enumerate(model.plan.merged) if site.depth is None]
+    first, second = (drawn(model, layer, 0, 0.5) for layer in layers)
+    assert first.shape != second.shape or not torch.equal(first, second)
 
 
 def test_inference_and_attached_training_do_not_warn() -> None:

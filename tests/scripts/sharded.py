@@ -7,6 +7,7 @@ Every rank writes FOLDER/RANK.json: case -> outcome.
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import warnings
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import schedulefree
+import timm
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -23,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
-from inmerge_wrap import InMergeWrapper, export_weights
+from inmerge_wrap import InMergeWrapper, export_timm, export_weights
 from tests.scripts.common import SETTINGS, loss_of, sgd, tiny_net, train, wrapped
 
 STEPS = 5
@@ -136,6 +138,37 @@ def with_evaluation_between(folder: Path) -> dict[str, Any]:
     return {**compare(model, alone()), "seen": sorted(kinds)}
 
 
+def by_hand_after_evaluation(folder: Path) -> dict[str, Any]:
+    """The same trap where the loop calls merge_() itself."""
+    model, expected = shard(wrapped()), wrapped()
+    for each in (model, expected):
+        optimizer = sgd(each)
+        for number in range(STEPS):
+            train(each, optimizer, 1, start=number)
+            with torch.no_grad():
+                loss_of(each, 99)
+            each.merge_()
+    train_mode = model.train()  # the next forward pass gathers what the shards hold
+    loss_of(train_mode, 0).backward()
+    return compare(model, expected)
+
+
+def exported_to_timm(folder: Path) -> dict[str, Any]:
+    """Without a forward pass of the sharded network, which only all ranks together could make."""
+    torch.manual_seed(0)
+    network = timm.create_model("test_resnet", num_classes=3)
+    model = InMergeWrapper(network)
+    twin = copy.deepcopy(network).eval()
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    line = export_timm(
+        model, folder / "timm", input_size=(3, 32, 32), mean=[0.5] * 3, std=[0.5] * 3
+    )
+    dist.barrier()  # rank 0 writes
+    loaded = timm.create_model(f"local-dir:{folder / 'timm'}", pretrained=True).eval()
+    image = torch.rand(2, 3, 32, 32)
+    return {"line": line, "equal": torch.equal(loaded(image), twin(image))}
+
+
 def inside_a_sharded_parent(folder: Path) -> dict[str, Any]:
     """As in a LightningModule: the root group belongs to a module around the wrapper."""
     model = wrapped()
@@ -225,6 +258,8 @@ CASES: tuple[Case, ...] = (
     attached_then_sharded,
     attached_and_forgotten,
     with_evaluation_between,
+    by_hand_after_evaluation,
+    exported_to_timm,
     inside_a_sharded_parent,
     replicated_and_sharded,
     schedule_free,
