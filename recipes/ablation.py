@@ -6,8 +6,10 @@
     python recipes/ablation.py architectures --data-root DIR
 
 Every run is one JSON file in ``--out``. A run that is there is not done again, and several
-processes or machines that share the folder never do the same one twice, so the same command
-continues a sweep that was stopped, and speeds it up when it is started once more elsewhere.
+processes or machines that share the folder never do the same one twice: each run is locked while
+it is done, by a file in ``.locks/`` that its system frees when the process ends, however it ends.
+So the same command continues a sweep that was stopped, and speeds it up when it is started once
+more elsewhere.
 ``python recipes/ablation_report.py`` turns the files into tables and figures. All arms have the
 same budget of passes forward and backward over the training images (recipes/training.py).
 
@@ -18,8 +20,6 @@ then 10 seconds for the evaluation. Expected: docs/evidence.md, from results/abl
 from __future__ import annotations
 
 import argparse
-import os
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import product
@@ -35,6 +35,7 @@ from common import (
     one_line_if_out_of_memory,
     write_json,
 )
+from filelock import FileLock, Timeout
 from training import Run, train
 
 # -- settings --------------------------------------------------------------------------------------
@@ -143,27 +144,23 @@ def sweep(name: str, common: Mapping[str, Any], seeds: int, arms: list[str]) -> 
 # -- many runs -------------------------------------------------------------------------------------
 
 
-def claim(path: Path, patience: float = 3600.0) -> bool:
-    """Whether this process may do the run: nobody has done it, nobody is at it.
+def claim(path: Path) -> FileLock | None:
+    """The lock, held, of a run that nobody has done and nobody is at; None of any other.
 
-    A claim older than ``patience`` seconds was left by a process that died, and is taken over.
+    The system frees it when the process ends; the file that is left is no lock.
     """
-    if path.exists():
-        return False
-    token = path.with_suffix(".claim")
+    folder = path.parent / ".locks"
+    folder.mkdir(exist_ok=True)
+    lock = FileLock(folder / f"{path.stem}.lock")
     try:
-        os.close(os.open(token, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        if time.time() - token.stat().st_mtime < patience:
-            return False
-        # Of several that find it only one can rename it; the others fail and leave it.
-        try:
-            os.rename(token, stale := token.with_suffix(".stale"))
-            os.close(os.open(token, os.O_CREAT | os.O_EXCL))
-            stale.unlink()
-        except OSError:
-            return False
-    return True
+        lock.acquire(blocking=False)
+    except Timeout:
+        return None
+    # Only now: another process may have finished the run a moment ago.
+    if path.exists():
+        lock.release()
+        return None
+    return lock
 
 
 def with_border(data: Images, width: int) -> Images:
@@ -199,7 +196,7 @@ def main() -> None:
     parser.add_argument(
         "--epochs", type=int, default=25, help="budget of each run (default: %(default)s)"
     )
-    parser.add_argument("--batch-size", type=int, default=64, help="per process")
+    parser.add_argument("--batch-size", type=int, default=64, help="over all processes")
     parser.add_argument("--lr", type=float, default=0.05, help="peak of the one-cycle schedule")
     parser.add_argument("--weight-decay", type=float, default=5e-4, help="L2 penalty of SGD")
     parser.add_argument(
@@ -253,7 +250,8 @@ def main() -> None:
     runs = list(sweep(options.sweep, common, options.seeds, options.arms))
     for number, run in enumerate(runs, start=1):
         path = options.out / run.file_name
-        mine = [accelerator.is_main_process and claim(path)]
+        lock = claim(path) if accelerator.is_main_process else None
+        mine = [lock is not None]
         if not broadcast_object_list(mine)[0]:  # the processes of one launch do one run together
             continue
         try:
@@ -261,8 +259,8 @@ def main() -> None:
             if accelerator.is_main_process:
                 write_json(path, result)
         finally:
-            if accelerator.is_main_process:
-                path.with_suffix(".claim").unlink(missing_ok=True)
+            if lock is not None:
+                lock.release()
         clean = result["test"]["clean"]
         accelerator.print(
             f"[{number}/{len(runs)}] {run.arm}, seed {run.seed}: accuracy {clean['accuracy']:.3f}, "

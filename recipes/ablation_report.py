@@ -46,6 +46,7 @@ WHERE = ("clean", "corrupted")
 SETTING = {  # field of a run -> how a title names it
     "dataset": "{}",
     "arch": "{}",
+    "size": "{} px",
     "train_images": "{} images",
     "epochs": "{} epochs",
     "batch_size": "batch {}",
@@ -83,8 +84,6 @@ def read(folder: Path, *, by_architecture: bool = True) -> dict[str, Runs]:
         shown = {name: run[name] for name in SETTING if run[name] != SILENT.get(name)}
         if not by_architecture:
             del shown["arch"]
-        if "weights" in shown:
-            shown["weights"] = Path(shown["weights"]).parent.name
         setting = ", ".join(SETTING[name].format(value) for name, value in shown.items())
         arm, seed = settings[setting][run["arm"]], run["seed"]
         if seed in arm:
@@ -122,7 +121,13 @@ def merged_share(done: dict[int, dict[str, Any]]) -> float | None:
 
 
 def compare(runs: Runs, setting: str, baseline: str) -> list[Row]:
-    """Each arm against the baseline's runs of the same seeds, with adjusted p-values."""
+    """Each arm against the baseline's runs of the same seeds, with adjusted p-values.
+
+    Raises:
+        SystemExit: If the baseline has no run.
+    """
+    if baseline not in runs:
+        raise SystemExit(f"{setting}: there is no run of {baseline!r} to compare with")
     rows: list[Row] = []
     for metric in METRICS:
         for where in WHERE:
@@ -300,17 +305,16 @@ def draw_architectures(runs: Runs, rows: list[Row], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True, layout="constrained")
     for axis, where in zip(axes, WHERE, strict=True):
         for place, kind in enumerate(kinds):
-            found = [
-                row["difference"]
-                for arch in archs
+            found = {
+                row["arm"].split(": ")[0]: row["difference"]
                 for row in rows
-                if (row["arm"], row["metric"]) == (f"{arch}: {kind}", "AUROC")
-                and row["images"] == where
-            ]
-            positions = np.arange(len(found)) + 0.38 * place
-            reach = [d.get("high", d["mean"]) - d["mean"] for d in found]
+                if row["arm"].endswith(f": {kind}")
+                and (row["metric"], row["images"]) == ("AUROC", where)
+            }
+            positions = [archs.index(arch) + 0.38 * place for arch in found]
+            reach = [d.get("high", d["mean"]) - d["mean"] for d in found.values()]
             colour = ("#56B4E9", "#D55E00", "#009E73", "#0072B2")[place % 4]
-            heights = [d["mean"] for d in found]
+            heights = [d["mean"] for d in found.values()]
             axis.bar(
                 *(positions, heights), width=0.36, yerr=reach, color=colour, label=kind, capsize=2
             )
@@ -358,8 +362,6 @@ def main() -> None:
                 here += found
             draw_architectures(runs, here, picture)
         else:
-            if "plain" not in runs:
-                raise SystemExit(f"{setting}: there is no plain run to compare with")
             runs = best_first(runs)
             here = compare(runs, setting, "plain")
             text.append(table({setting: runs}, here, "plain"))

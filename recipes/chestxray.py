@@ -10,14 +10,17 @@
 test, the columns image and label, and patients: a column Patient ID, or file names such as
 00000061_012.png. A tenth of the training patients is the validation part where none is given; no
 patient stands in two parts, which is checked. After each epoch the state is saved; ``--resume``
-continues from it.
+continues from it, with the same settings.
 
 Decoding 1024 px PNG files is slower than a GPU trains, and each epoch prints the share of its time
 that waited for images. ``--cache DIR`` decodes and resizes each image once (7.3 GB for all at
 224 px) and reads those from then on, with the same pixels.
 
-Settings are those of arXiv 2502.20516: SGD, lr 0.1 divided by 10 when the validation loss stalls
+Training is that of arXiv 2502.20516: SGD, lr 0.1 divided by 10 when the validation loss stalls
 for 8 epochs, 30 epochs without and 10 with merging, from the best checkpoint of the first phase.
+``--paper`` makes the merging the paper's as well; without it pairs merge that are more alike than
+chance, fading out.
+
 Hardware: meant for GPUs (112,120 images of 1024 px); a small folder runs on a CPU with
 ``--size 64``. Expected: a mean AUROC around the .80 to .83 of the published systems that the table
 lists. It has not been run on the whole data set by us.
@@ -26,6 +29,8 @@ lists. It has not been run on the whole data set by us.
 from __future__ import annotations
 
 import argparse
+import math
+import shutil
 import statistics
 import time
 from datetime import timedelta
@@ -44,6 +49,8 @@ from common import (
     merged_share,
     merging_settings,
     one_line_if_out_of_memory,
+    parse_run,
+    per_process,
     start,
     write_json,
 )
@@ -85,6 +92,9 @@ PUBLISHED = {  # AUROC in the same order, then their mean, as the paper lists th
     "InMerge": ".805 .895 .881 .710 .842 .750 .770 .878 .801 .888 .915 .818 .773 .903 .830",
 }
 
+# What may differ from the run that --resume continues.
+FREE = {"resume", "out", "tracker", "workers", "cache", "time_loading", "data_root"}
+
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
@@ -104,7 +114,7 @@ parser.add_argument(
     "--epochs",
     type=int,
     nargs=2,
-    default=(30, 10),
+    default=[30, 10],
     metavar=("PLAIN", "MERGED"),
     help="of the two phases (default: 30 10)",
 )
@@ -176,9 +186,10 @@ def create_network(arch: str, weights: str) -> nn.Module:
 
 
 class Progress:
-    """How far the run is; saved and loaded with Accelerate's state."""
+    """What the run is, and how far; saved and loaded with Accelerate's state."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: dict[str, str]) -> None:
+        self.run = run
         self.epoch, self.best_loss, self.history = 0, float("inf"), []  # type: ignore[var-annotated]
 
     def state_dict(self) -> dict[str, Any]:
@@ -186,6 +197,47 @@ class Progress:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+
+
+def saved_epochs(folder: Path) -> list[Path]:
+    """The states that were saved whole, the newest last."""
+    return sorted(folder.glob("epoch-*"))
+
+
+def save(accelerator: Accelerator, folder: Path, epoch: int) -> None:
+    """Saves the state of an epoch whole or not at all; the one before goes only then."""
+    draft = folder / "draft"
+    if accelerator.is_main_process:
+        shutil.rmtree(draft, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(draft))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        older = saved_epochs(folder)
+        draft.rename(folder / f"epoch-{epoch:04d}")
+        for path in older:
+            shutil.rmtree(path)
+    accelerator.wait_for_everyone()
+
+
+def check_same_run(saved: Path, run: dict[str, str]) -> None:
+    """Refuses to continue a run with other settings or images.
+
+    Raises:
+        SystemExit: If there are differences, each with both values.
+    """
+    # Progress is the first object that is registered for checkpointing.
+    before = torch.load(saved / "custom_checkpoint_0.pkl")["run"]
+    differences = [
+        f"{key}={before.get(key)}, not {value}"
+        for key, value in run.items()
+        if key not in FREE and before.get(key) != value
+    ]
+    if differences:
+        raise SystemExit(
+            f"--resume: {saved} is of a run with {'; '.join(differences)}: "
+            "give the same, or start anew with another --out"
+        )
 
 
 @torch.no_grad()
@@ -240,20 +292,34 @@ def print_table(label: str, values: dict[str, float | None]) -> None:
 
 
 def main() -> None:
-    options = parser.parse_args()
+    options = parse_run(parser)
     if not options.no_merge and options.epochs[1] < 1:
         parser.error(f"--epochs {options.epochs[0]} 0 leaves no epoch that merges: pass --no-merge")
+    state, best = options.out / "state", options.out / "best"
+    best_of_phase_1 = options.out / "best-of-phase-1"
+    saved = saved_epochs(state)
+    if options.resume and not saved:
+        raise SystemExit(f"--resume: {state} holds no epoch: start anew with another --out")
+    used = [*saved, best, best_of_phase_1, options.out / "results.json"]
+    if not options.resume and any(path.exists() for path in used):
+        raise SystemExit(
+            f"{options.out} holds a run already: --resume continues it, or choose another --out"
+        )
     # The others wait while one process writes the cache, by far longer than the usual ten minutes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     accelerator = start(
         options, "chestxray", mixed_precision=options.mixed_precision, kwargs_handlers=[patience]
     )
+    batch_size = per_process(options.batch_size, accelerator.num_processes)
     with accelerator.local_main_process_first():  # one process of a machine downloads and writes
         parts = read_parts(options)
     # After that: the one process that writes a cache has used random numbers for its loader.
     set_seed(options.seed, deterministic=options.deterministic)
     accelerator.print({name: len(part) for name, part in parts.items()})
-    batch_size = max(1, options.batch_size // accelerator.num_processes)
+    settings = {key: str(value) for key, value in vars(options).items()}
+    run = settings | {f"{name} images": str(len(part)) for name, part in parts.items()}
+    if options.resume:
+        check_same_run(saved[-1], run)
     loaders = {
         name: DataLoader(
             Radiographs(part, options.size, resized_side(options.size), train=name == "train"),
@@ -279,10 +345,10 @@ def main() -> None:
     network = create_network(options.arch, options.weights)
     model = network
     if not options.no_merge:
-        settings = merging_settings(
+        merging = merging_settings(
             options, total_steps=(plain_epochs + merged_epochs) * steps, start=plain_epochs * steps
         )
-        model = InMergeWrapper(network, seed=options.seed, **settings)
+        model = InMergeWrapper(network, seed=options.seed, **merging)
         accelerator.print(model.plan)
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -295,19 +361,16 @@ def main() -> None:
         model.attach(optimizer)
     stall = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=8)
     model, optimizer = accelerator.prepare(model, optimizer)
-    progress = Progress()
+    progress = Progress(run)
     accelerator.register_for_checkpointing(progress, stall)
-    state, best = options.out / "state", options.out / "best"
     if options.resume:
-        if not state.is_dir():
-            raise SystemExit(f"--resume: nothing was saved in {state}")
-        accelerator.load_state(str(state))
+        accelerator.load_state(str(saved[-1]))
     standardise, loss_function = Standardised(accelerator.device), nn.BCEWithLogitsLoss()
     began = time.perf_counter()
     for epoch in range(progress.epoch, plain_epochs + merged_epochs):
-        if epoch == plain_epochs and best.is_dir():
+        if epoch == plain_epochs > 0:
             # The second phase starts from the best of the first, as in the paper.
-            network.load_state_dict(load_file(best / "model.safetensors"))
+            network.load_state_dict(load_file(best_of_phase_1 / "model.safetensors"))
             progress.best_loss = float("inf")
         model.train()
         loaders["train"].set_epoch(epoch)
@@ -329,6 +392,11 @@ def main() -> None:
         epoch_seconds = time.perf_counter() - epoch_began
         logits, labels = predict(accelerator, model, loaders["val"], standardise)
         val_loss = loss_function(logits, labels).item()
+        if not math.isfinite(val_loss):
+            raise SystemExit(
+                f"epoch {epoch + 1}: the validation loss is {val_loss}: start anew with another "
+                f"--out and an --lr below {options.lr:g}"
+            )
         progress.epoch = epoch + 1
         figures = {
             "train_loss": train_loss,
@@ -348,9 +416,11 @@ def main() -> None:
         if val_loss < progress.best_loss:
             progress.best_loss = val_loss
             if accelerator.is_main_process:
+                # Not the wrapper, which would warn each time of statistics that lag while merging
+                # is on: this is the network whose loss was measured.
                 export_timm(
                     network,
-                    best,
+                    best if epoch >= plain_epochs or not merged_epochs else best_of_phase_1,
                     input_size=(3, options.size, options.size),
                     mean=MEAN,
                     std=STD,
@@ -358,8 +428,7 @@ def main() -> None:
                     interpolation="bilinear",
                     label_names=FINDINGS,
                 )
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(state))
+        save(accelerator, state, epoch + 1)
 
     seconds = time.perf_counter() - began
     network.load_state_dict(load_file(best / "model.safetensors"))
@@ -368,7 +437,7 @@ def main() -> None:
     if not accelerator.is_main_process:
         return
     result = {
-        "settings": {key: str(value) for key, value in vars(options).items()},
+        "settings": settings,
         "split": f"splits of {options.dataset}; without one, a tenth of train for validation"
         if options.dataset
         else "official test list; validation patients are a tenth of train_val_list.txt",

@@ -228,12 +228,26 @@ def loss_of(task: str) -> Callable[[Tensor, Tensor], Tensor]:
     return F.binary_cross_entropy_with_logits if task == "multilabel" else F.cross_entropy
 
 
+def per_process(batch_size: int, processes: int) -> int:
+    """What each process takes of a batch.
+
+    Raises:
+        SystemExit: If the batch can not be divided evenly.
+    """
+    if batch_size < 1 or batch_size % processes:
+        raise SystemExit(
+            f"--batch-size {batch_size} is the size over all processes: "
+            f"give a positive multiple of their number, {processes}"
+        )
+    return batch_size // processes
+
+
 def batches(accelerator: Accelerator, count: int, batch_size: int, seed: int) -> DataLoader:
-    """Shuffled indices of the training images, split over the processes by Accelerate."""
+    """Shuffled indices of the training images, each batch split over the processes."""
     generator = torch.Generator().manual_seed(seed)
     loader = DataLoader(
         TensorDataset(torch.arange(count)),
-        batch_size=batch_size,
+        batch_size=per_process(batch_size, accelerator.num_processes),
         shuffle=True,
         drop_last=count > batch_size,  # BatchNorm can not train on a last batch of one image
         generator=generator,
@@ -365,6 +379,7 @@ def environment() -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
@@ -411,11 +426,25 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 # -- merging on the command line -------------------------------------------------------------------
 
+MERGING = {  # argument -> what holds where it is left out
+    "merge_weight": 0.8,
+    "merge_probability": 0.3,
+    "similarity_threshold": ZScore(2.0),
+    "shallow_layers": 0.625,
+    "decay": "cosine",
+}
+PAPER = {**MERGING, "similarity_threshold": 0.3, "decay": "constant"}
 
-def add_merging_arguments(parser: argparse.ArgumentParser) -> None:
-    """The settings of merging, each with its symbol in the paper (arXiv 2502.20516)."""
+
+def add_merging_arguments(parser: argparse.ArgumentParser, *, optional: bool = True) -> None:
+    """The settings of merging, each with its symbol in the paper (arXiv 2502.20516).
+
+    They are None until ``parse_run`` fills them in, which so can tell what was given. A recipe
+    that always merges is not ``optional``: it offers no ``--no-merge``.
+    """
     group = parser.add_argument_group("in-model merging (symbols of arXiv 2502.20516)")
-    group.add_argument("--no-merge", action="store_true", help="train plainly, without merging")
+    if optional:
+        group.add_argument("--no-merge", action="store_true", help="train plainly, without merging")
     group.add_argument(
         "--paper",
         action="store_true",
@@ -424,19 +453,16 @@ def add_merging_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--merge-weight",
         type=float,
-        default=0.8,
-        help="alpha: share of a kernel that stays, 0 to 1 (default: %(default)s)",
+        help="alpha: share of a kernel that stays, 0 to 1 (default: 0.8)",
     )
     group.add_argument(
         "--merge-probability",
         type=float,
-        default=0.3,
-        help="p: chance of a kernel to be drawn in a step (default: %(default)s)",
+        help="p: chance of a kernel to be drawn in a step (default: 0.3)",
     )
     group.add_argument(
         "--similarity-threshold",
         type=threshold,
-        default=ZScore(2.0),
         metavar="TAU",
         help="tau: cosine above which a pair merges, -1 to 1; or z=2, so many standard deviations "
         "above chance; or top=0.5, that share of the drawn pairs of each layer (default: z=2)",
@@ -444,17 +470,39 @@ def add_merging_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--shallow-layers",
         type=layers_or_share,
-        default=0.625,
         metavar="L_S",
         help="L_s: first convolutions left alone, a count such as 10 or a share of "
-        "the depth such as 0.625 (default: %(default)s)",
+        "the depth such as 0.625 (default: 0.625)",
     )
     group.add_argument(
         "--decay",
         choices=["constant", "linear", "cosine"],
-        default="cosine",
-        help="course of p over training (default: %(default)s)",
+        help="course of p over training (default: cosine)",
     )
+
+
+def parse_run(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parses the command line of a recipe that merges, and fills in the settings of merging.
+
+    They are those in force, for the results file: the defaults, the paper's, or None without
+    merging. Arguments that ``--paper`` or ``--no-merge`` would ignore are refused.
+    """
+    options = parser.parse_args()
+    merges = not getattr(options, "no_merge", False)
+    given = [name for name in MERGING if getattr(options, name) is not None]
+    ignored: list[str] = []
+    if not merges:
+        ignored = given + ["paper"] * options.paper
+    elif options.paper:
+        ignored = [name for name in given if name != "shallow_layers"]
+    if ignored:
+        names = ", ".join("--" + name.replace("_", "-") for name in ignored)
+        switch = "--paper" if merges else "--no-merge"
+        parser.error(f"{switch} would ignore {names}: leave out the one or the other")
+    if merges:
+        defaults = PAPER if options.paper else MERGING
+        vars(options).update({k: v for k, v in defaults.items() if k not in given})
+    return options
 
 
 def threshold(text: str) -> float | ZScore | Quantile:
@@ -483,8 +531,6 @@ def merging_settings(
     options: argparse.Namespace, total_steps: int, start: int = 0
 ) -> dict[str, Any]:
     """The arguments of InMergeWrapper that the command line asks for, merging from ``start`` on."""
-    if options.paper:
-        return {"shallow_layers": options.shallow_layers, "schedule": Schedule(start=start)}
     end = None if options.decay == "constant" else total_steps
     return {
         "merge_weight": options.merge_weight,

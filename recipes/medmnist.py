@@ -26,6 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from common import (
     CORRUPTIONS,
+    MERGING,
     Images,
     Normalised,
     add_merging_arguments,
@@ -41,6 +42,7 @@ from common import (
     merging_settings,
     metrics,
     one_line_if_out_of_memory,
+    parse_run,
     predict,
     spread,
     start,
@@ -74,7 +76,7 @@ parser.add_argument(
 )
 parser.add_argument("--arch", default="resnet18", help="any timm CNN (default: %(default)s)")
 parser.add_argument("--epochs", type=int, default=10, help="of each run (default: %(default)s)")
-parser.add_argument("--batch-size", type=int, default=64, help="per process")
+parser.add_argument("--batch-size", type=int, default=64, help="over all processes")
 parser.add_argument("--lr", type=float, default=0.05, help="peak of the one-cycle schedule")
 parser.add_argument("--weight-decay", type=float, default=5e-4, help="L2 penalty of SGD")
 parser.add_argument("--seed", type=int, default=0, help="the first seed")
@@ -125,6 +127,7 @@ def train(
         model.attach(optimizer)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=total_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
+    trained = accelerator.unwrap_model(model)
 
     augmentation = torch.Generator().manual_seed(seed)
     flip = data.name != "digits"
@@ -154,7 +157,7 @@ def train(
                 "train_loss": accelerator.reduce(total_loss, "mean").item() / len(loader),
                 "lr": schedule.get_last_lr()[0],
                 **{f"val_{name}": value for name, value in validation.items()},
-                **merged_share(accelerator.unwrap_model(model)),
+                **merged_share(trained),
             }
             accelerator.log({f"{folder.name}/{k}": v for k, v in values.items()}, step=epoch)
         if validation["auroc"] > best["auroc"]:
@@ -174,13 +177,13 @@ def train(
         "environment": environment(),
     }
     if merge:
-        report = accelerator.unwrap_model(model).report()
+        report = trained.report()
         result["merging"] = report.to_dict()
         accelerator.print(report)
     if accelerator.is_main_process:
         mean, std = data.statistics()
         result["load"] = export_timm(
-            network,
+            trained,
             folder,
             input_size=data.input_size,
             mean=mean,
@@ -236,7 +239,7 @@ def write_markdown(lines: list[list[str]], title: str, path: Path) -> None:
 
 
 def main() -> None:
-    options = parser.parse_args()
+    options = parse_run(parser)
     accelerator = start(options, "medmnist")
     with accelerator.main_process_first():  # one process downloads, the others find the file
         data = load_images(options.dataset, options.data_root, options.size)
@@ -275,7 +278,8 @@ def check_same_settings(
         free |= {"merge_weight", "merge_probability"}
     for key, value in vars(options).items():
         # A run from before an argument was added did what its default says.
-        before = result["settings"].get(key, str(parser.get_default(key)))
+        default = MERGING.get(key, parser.get_default(key))
+        before = result["settings"].get(key, str(default))
         if key not in free and before != str(value):
             raise SystemExit(
                 f"{folder} holds a run with {key}={before}, not {value}: "

@@ -34,6 +34,7 @@ from common import (
     merging_settings,
     metrics,
     one_line_if_out_of_memory,
+    parse_run,
     predict,
     write_json,
 )
@@ -50,14 +51,14 @@ parser = argparse.ArgumentParser(
 )
 parser.add_argument("--arch", default="resnet10t", help="any timm CNN (default: %(default)s)")
 parser.add_argument("--epochs", type=int, default=8, help="of each run (default: %(default)s)")
-parser.add_argument("--batch-size", type=int, default=32, help="per process")
+parser.add_argument("--batch-size", type=int, default=32, help="over all processes")
 parser.add_argument("--lr", type=float, default=0.05, help="peak of the one-cycle schedule")
 parser.add_argument("--seed", type=int, default=0, help="of both runs")
 parser.add_argument("--train-images", type=int, default=1100, help="at most 1100")
 parser.add_argument(
     "--out", type=Path, default=Path("runs/quickstart"), help="folder (default: %(default)s)"
 )
-add_merging_arguments(parser)
+add_merging_arguments(parser, optional=False)
 
 
 # -- one training run ------------------------------------------------------------------------------
@@ -66,15 +67,17 @@ add_merging_arguments(parser)
 def train(
     accelerator: Accelerator, data: Images, options: argparse.Namespace, *, merge: bool
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The trained model, with merging its wrapper, and what it came to."""
     set_seed(options.seed)
     network = timm.create_model(options.arch, num_classes=10, in_chans=1)
     normalise = Normalised(data, accelerator.device)
     images, labels = data.parts["train"]
     loader = batches(accelerator, len(images), options.batch_size, options.seed)
     total_steps = options.epochs * len(loader)
+    settings = merging_settings(options, total_steps)
 
     # The two lines that merging takes: wrap the network ...
-    model = InMergeWrapper(network, **merging_settings(options, total_steps)) if merge else network
+    model = InMergeWrapper(network, seed=options.seed, **settings) if merge else network
     optimizer = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9, weight_decay=5e-4)
     if merge:
         model.attach(optimizer)  # ... and attach its optimizer.
@@ -105,11 +108,11 @@ def train(
         "val_accuracy": history,
         "test": evaluate(network, data, normalise, corruptions=CORRUPTIONS),
     }
+    trained = accelerator.unwrap_model(model)
     if merge:
-        wrapper = accelerator.unwrap_model(model)
-        result["plan"], result["report"] = str(wrapper.plan), str(wrapper.report())
-        result["merging"] = wrapper.report().to_dict()
-    return network, result
+        result["plan"], result["report"] = str(trained.plan), str(trained.report())
+        result["merging"] = trained.report().to_dict()
+    return trained, result
 
 
 # -- report ----------------------------------------------------------------------------------------
@@ -159,19 +162,19 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    options = parser.parse_args()
+    options = parse_run(parser)
     accelerator = make_accelerator()
     data = load_digits().first_labels(options.train_images, seed=0).to(accelerator.device)
     results = {}
     _, results["plain"] = train(accelerator, data, options, merge=False)
-    network, results["merged"] = train(accelerator, data, options, merge=True)
+    merged, results["merged"] = train(accelerator, data, options, merge=True)
     if not accelerator.is_main_process:
         return
 
     options.out.mkdir(parents=True, exist_ok=True)
     mean, std = data.statistics()
     call = export_timm(
-        network,
+        merged,
         options.out / "merged",
         input_size=data.input_size,
         mean=mean,
@@ -182,7 +185,7 @@ def main() -> None:
     normalise = Normalised(data, accelerator.device)
     reloaded = timm.create_model(f"local-dir:{options.out / 'merged'}", pretrained=True)
     reloaded.to(accelerator.device)
-    ours, theirs = (predict(net, pixels, normalise, 500) for net in (network, reloaded))
+    ours, theirs = (predict(net, pixels, normalise, 500) for net in (merged, reloaded))
     if not torch.equal(ours, theirs):
         raise SystemExit("the exported network computes something else: do not use these weights")
 

@@ -2,7 +2,8 @@
 
 The budget is ``Run.epochs`` passes forward and backward over the training images. SAM needs two
 passes for one step, so it gets half the epochs; a soup or an ensemble divides them among its
-networks. What a method costs at inference stands in its result.
+networks. Shares are rounded to whole epochs: of 15, SAM gets 8, which are 16 passes. The passes
+that were made, and what a method costs at inference, stand in its result.
 """
 
 from __future__ import annotations
@@ -254,6 +255,8 @@ def fit(
     passes = 0
     model.train()
     for epoch in range(epochs):
+        if held is not None and epoch >= averaged_from:
+            held.step()
         for step, (index,) in enumerate(loader, start=epoch * len(loader)):
             inputs = normalise(augment(images[index], augmentation, flip=data.name != "digits"))
             accelerator.backward(loss_function(model(inputs), labels[index]))
@@ -272,9 +275,8 @@ def fit(
                 schedule.step()
             if ema is not None:
                 ema.update(network)
-        if swa is not None and held is not None and epoch >= averaged_from:
+        if swa is not None and epoch >= averaged_from:
             swa.update_parameters(network)
-            held.step()
 
     seen: dict[str, Any] = {"passes": passes / len(loader)}
     if isinstance(model, InMergeWrapper):

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from matplotlib.axes import Axes
 from scipy import stats
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"dataset": "digits", "arch": "test_resnet", "train_images": 96, "batch_size": 32}
@@ -124,7 +126,7 @@ def test_every_arm_of_the_study_keeps_to_the_budget(training: ModuleType, digits
     for arm, method in arms.items():
         run = training.Run(arm=arm, seed=0, epochs=6, method=method, **SMALL)
         result = training.train(run, digits, accelerator)
-        assert result["training_passes"] == 6, arm
+        assert result["training_passes"] == 6, arm  # which every share divides
         assert result["inference_passes"] == (3 if "ensemble" in arm else 1)
         assert len(result["test"]) == 5
         assert all(np.isfinite(v) for row in result["test"].values() for v in row.values()), arm
@@ -135,10 +137,33 @@ def test_every_arm_of_the_study_keeps_to_the_budget(training: ModuleType, digits
     assert len(set(outcome.values())) >= len(arms) - 1
 
 
+def test_the_budget_is_rounded_to_whole_epochs(training: ModuleType, digits: Any) -> None:
+    run = training.Run(arm="sam", seed=0, epochs=3, method={"sam": 0.05}, **SMALL)
+    result = training.train(run, digits, Accelerator(cpu=True))
+    assert result["training_passes"] == 2 * 2  # two epochs of two passes for a budget of three
+
+
+def test_swa_averages_at_a_rate_that_moves_the_weights(training: ModuleType, digits: Any) -> None:
+    rates: list[float] = []
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
+    )
+    run = training.Run(arm="swa", seed=0, epochs=4, method={"swa": 0.5}, lr=0.05, **SMALL)
+    try:
+        training.train(run, digits, Accelerator(cpu=True))
+    finally:
+        hook.remove()
+    epochs = np.array(rates).reshape(4, -1)
+    assert epochs.shape == (4, 3) and epochs[:2].max() == pytest.approx(0.05, rel=0.1)
+    np.testing.assert_allclose(epochs[2:], 0.05 / 5)  # the first averaged epoch as the others
+
+
 # -- the report ------------------------------------------------------------------------------------
 
 
-def write_run(folder: Path, arm: str, seed: int, method: dict[str, Any], auroc: float) -> None:
+def write_run(
+    folder: Path, arm: str, seed: int, method: dict[str, Any], auroc: float, **other: Any
+) -> None:
     row = {"accuracy": auroc - 0.1, "balanced_error": 1.1 - auroc, "auroc": auroc}
     test = {
         "clean": row,
@@ -147,13 +172,15 @@ def write_run(folder: Path, arm: str, seed: int, method: dict[str, Any], auroc: 
     }
     run = {"arm": arm, "seed": seed, "dataset": "digits", "arch": arm.partition(":")[0], "lr": 0.1}
     run |= {"train_images": 9, "epochs": 1, "batch_size": 3, "weight_decay": 5e-4, "weights": ""}
-    run |= {"label_noise": 0.0, "method": method}
+    run |= {"label_noise": 0.0, "method": method, "size": 28}
     if ":" not in arm:
         run["arch"] = "test_resnet"
+    run |= other
     result = {"run": run, "training_passes": 1.0, "inference_passes": 1, "test": test}
     if "merge" in method:
         result["merging"] = {"drawn": 200, "merged": 50}
-    (folder / f"{arm}-{seed}.json".replace(":", "")).write_text(json.dumps(result))
+    name = "-".join([arm, str(seed), *map(str, other.values())])
+    (folder / f"{name}.json".replace(":", "").replace("/", "")).write_text(json.dumps(result))
 
 
 def report(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -197,7 +224,7 @@ def test_the_report_computes_paired_differences_as_scipy_does(
     assert float(row["difference"]) == pytest.approx((better - other).mean(), abs=1e-5)
     assert float(row["p_t"]) == pytest.approx(against.pvalue, abs=1e-5)
     (picture,) = (tmp_path / "out").glob("*.png")
-    assert picture.name == "study-digits-test-resnet-9-images-1-epochs-batch-3-lr-0.1.png"
+    assert picture.name == "study-digits-test-resnet-28-px-9-images-1-epochs-batch-3-lr-0.1.png"
     assert picture.stat().st_size > 20_000
 
 
@@ -234,11 +261,65 @@ def test_architectures_are_compared_with_their_own_plain_run(
     assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(
+    "field,values,titles",
+    [
+        ("size", (28, 64), ("28 px", "64 px")),
+        ("weights", ("one/best/model.safetensors", "two/best/model.safetensors"), None),
+    ],
+)
+def test_runs_of_different_settings_are_not_paired(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    field: str,
+    values: tuple[Any, Any],
+    titles: tuple[str, str] | None,
+) -> None:
+    for value, plain in zip(values, (0.7, 0.9), strict=True):
+        write_run(tmp_path, "plain", 0, {}, plain, **{field: value})
+        write_run(tmp_path, "better", 0, {"merge": {}}, plain + 0.01, **{field: value})
+    report(monkeypatch, "study", "--runs", str(tmp_path))
+    heads = [
+        line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("### ")
+    ]
+    assert len(heads) == 2
+    for head, title in zip(heads, titles or [f"from {value}" for value in values], strict=True):
+        assert title in head
+    with open(tmp_path / "differences.csv", newline="") as file:
+        differences = {row["difference"] for row in csv.DictReader(file)}
+    assert differences == {"0.01000"}
+    assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+def test_bars_stand_at_the_place_of_their_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arch, arms in (("a_net", ["paper"]), ("b_net", []), ("c_net", ["paper", "late"])):
+        write_run(tmp_path, f"{arch}: plain", 0, {}, 0.7)
+        for arm in arms:
+            write_run(tmp_path, f"{arch}: {arm}", 0, {"merge": {}}, 0.8)
+    drawn: dict[str, list[float]] = {}
+    bar = Axes.bar
+
+    def record(axis: Axes, positions: Any, heights: Any, **settings: Any) -> Any:
+        drawn[settings["label"]] = [round(float(place)) for place in positions]
+        return bar(axis, positions, heights, **settings)
+
+    monkeypatch.setattr(Axes, "bar", record)
+    report(monkeypatch, "architectures", "--runs", str(tmp_path))
+    assert drawn == {"paper": [0, 2], "late": [2]}
+
+
 def test_the_report_refuses_what_it_can_not_compare(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SystemExit, match="holds no runs"):
         report(monkeypatch, "study", "--runs", str(tmp_path))
     write_run(tmp_path, "better", 0, {"merge": {}}, 0.8)
-    with pytest.raises(SystemExit, match="no plain run"):
+    with pytest.raises(SystemExit, match=r"28 px, .*: there is no run of 'plain' to compare"):
         report(monkeypatch, "study", "--runs", str(tmp_path))
+    folder = tmp_path / "architectures"
+    folder.mkdir()
+    write_run(folder, "a_net: paper", 0, {"merge": {}}, 0.8)
+    with pytest.raises(SystemExit, match="a_net: there is no run of 'a_net: plain' to compare"):
+        report(monkeypatch, "architectures", "--runs", str(folder))

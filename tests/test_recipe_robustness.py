@@ -1,5 +1,6 @@
 """The recipe, run as a user runs it, at a tiny setting."""
 
+import importlib
 import json
 import os
 import runpy
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-for package in ("kornia", "matplotlib", "rich", "sklearn"):
+for package in ("accelerate", "kornia", "matplotlib", "rich", "sklearn"):
     pytest.importorskip(package)
+medmnist = pytest.importorskip("medmnist")
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--preset", "gaussian_noise", "bars", "--severities", "1", "5", "--bootstrap", "20"]
@@ -22,6 +24,7 @@ TINY = ["--preset", "gaussian_noise", "bars", "--severities", "1", "5", "--boots
 
 def run_here(monkeypatch, capsys, *arguments) -> tuple[object, str]:
     """The script in this process, which saves its imports: exit code or message, and the output."""
+    monkeypatch.syspath_prepend(ROOT / "recipes")
     monkeypatch.setattr(sys, "argv", ["recipes/robustness.py", *map(str, arguments)])
     code: object = 0
     try:
@@ -65,8 +68,9 @@ def test_digits_two_methods_two_seeds(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Overview, 40 images" in done.stdout and "paired over seeds" in done.stdout
     content = json.loads((out / "robustness.json").read_text())
-    assert content["seed"] == 0 and "recipes/robustness.py" in content["command"]
-    assert set(content["versions"]) >= {"python", "torch", "kornia"}
+    made_by = content["environment"]
+    assert content["seed"] == 0 and "recipes/robustness.py" in made_by["command"]
+    assert set(made_by["versions"]) >= {"python", "torch", "kornia"}
     assert {label: len(runs) for label, runs in content["models"].items()} == {
         "plain": 2,
         "merged": 2,
@@ -83,13 +87,40 @@ def test_digits_two_methods_two_seeds(tmp_path):
         assert (out / name).read_bytes()[:4] == b"\x89PNG"
 
 
+def test_no_digit_was_trained_on_by_another_recipe(monkeypatch, capsys, tmp_path):
+    """The figures are those of the test part of common.load_digits, computed by hand."""
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    common = importlib.import_module("common")
+    net = save_model(tmp_path / "net.safetensors", 0, num_classes=10, in_chans=1)
+    code, _ = run_here(
+        monkeypatch, capsys,
+        f"net={net}", "--data", "digits", "--size", "32", *TEST_RESNET, "--mean", "0.3",
+        "--std", "0.4", "--preset", "bars", "--severities", "1", "--bootstrap", "0",
+        "--output", tmp_path,
+    )  # fmt: skip
+    assert code == 0
+    (result,) = json.loads((tmp_path / "robustness.json").read_text())["models"]["net"]
+    parts = common.load_digits(32).parts
+    pixels, labels = parts["test"]
+    assert result["settings"]["n"] == len(pixels) == 497
+    model = timm.create_model("test_resnet", num_classes=10, in_chans=1)
+    model.load_state_dict(load_file(net))
+    with torch.no_grad():
+        logits = model.eval()((pixels / 255 - 0.3) / 0.4)
+    scores = logits.softmax(1) - torch.nn.functional.one_hot(labels, 10)
+    clean = next(row for row in result["rows"] if row["corruption"] == "clean")
+    assert clean["brier"] == pytest.approx(scores.square().sum(1).mean().item(), abs=1e-5)
+    trained = {image.numpy().tobytes() for part in ("train", "val") for image in parts[part][0]}
+    assert not trained & {image.numpy().tobytes() for image in pixels}
+
+
 def test_medmnist_layout_with_a_timm_folder_and_grey_repeated(tmp_path, monkeypatch, capsys):
     generator = np.random.default_rng(0)
-    np.savez(
-        tmp_path / "pneumoniamnist.npz",
-        test_images=generator.integers(0, 256, (12, 28, 28), dtype=np.uint8),
-        test_labels=np.arange(12, dtype=np.uint8)[:, None] % 2,
-    )
+    arrays = {}
+    for part in ("train", "val", "test"):
+        arrays[f"{part}_images"] = generator.integers(0, 256, (12, 28, 28), dtype=np.uint8)
+        arrays[f"{part}_labels"] = np.arange(12, dtype=np.uint8)[:, None] % 2
+    np.savez(tmp_path / "pneumoniamnist.npz", **arrays)
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=2)
     model.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
@@ -122,7 +153,8 @@ def test_medmnist_layout_with_a_timm_folder_and_grey_repeated(tmp_path, monkeypa
     ("arguments", "message"),
     [
         (["nowhere", "--data", "digits"], "give label=path"),
-        (["a=.", "--data", "nomnist"], "does not exist"),
+        (["a=.", "--data", "nomnist"], "unknown data set 'nomnist'; the 2D sets are"),
+        (["a=.", "--data", "dermamnist", "--size", "64"], "data/dermamnist_64.npz is missing and"),
         (["a=.", "--data", "digits", "--preset", "qick"], "did you mean quick"),
         (["a=.", "--data", "digits", "--baseline", "b"], "none of the labels"),
         (["a=.", "a=.", "b=.", "--data", "digits"], "same number of seeds"),
@@ -130,6 +162,11 @@ def test_medmnist_layout_with_a_timm_folder_and_grey_repeated(tmp_path, monkeypa
     ],
 )
 def test_mistakes_end_with_one_sentence(arguments, message, monkeypatch, capsys, tmp_path):
+    def offline(*_, **__):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(medmnist, "DermaMNIST", offline)
+    monkeypatch.chdir(tmp_path)
     net = save_model(tmp_path / "net.safetensors", 0, num_classes=10, in_chans=1)
     arguments = [argument.replace("NET", str(net)) for argument in arguments]
     code, _ = run_here(monkeypatch, capsys, *arguments)

@@ -6,12 +6,15 @@ import argparse
 import csv
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +23,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parent.parent
@@ -118,6 +123,35 @@ def test_medmnist_without_data_says_what_to_do(
     assert message in done.stderr and "Traceback" not in done.stderr.split(message)[-1]
 
 
+@pytest.mark.parametrize("name", ["quickstart", "medmnist"])
+def test_an_export_says_that_statistics_lag(blood: Path, name: str) -> None:
+    """Merging to the last step leaves BatchNorm behind; only the wrapper knows of it."""
+    command = [sys.executable, "-W", "default", recipe(name), *TINY, "--epochs", "1"]
+    command += ["--decay", "constant", *(["--data-root", "."] * (name == "medmnist"))]
+    message = "kernels were merged in the very last step"
+    for merges, tau in ((True, "-1"), (False, "1")):
+        extra = ["--similarity-threshold", tau, "--out", f"merges-{merges}"]
+        assert (message in run(*command, *extra, folder=blood).stderr) is merges
+
+
+def test_medmnist_takes_the_files_of_earlier_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    medmnist = runpy.run_path(recipe("medmnist"))
+    paths = sorted((ROOT / "results" / "medmnist" / "recommended").glob("*.json"))
+    assert len(paths) == 20
+    for path in paths:
+        result = json.loads(path.read_text())
+        arm = "merged" if result["merge"] else "plain"
+        _, script, *arguments = shlex.split(result["environment"]["command"])
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        options = medmnist["parse_run"](medmnist["parser"])
+        medmnist["check_same_settings"](result, options, path, arm)
+        options.merge_weight = 0.5
+        if arm == "merged":
+            with pytest.raises(SystemExit, match=r"merge_weight=0.8, not 0.5"):
+                medmnist["check_same_settings"](result, options, path, arm)
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
@@ -151,12 +185,32 @@ def test_ablation_claims_runs_and_resumes(tmp_path: Path) -> None:
     out.mkdir(parents=True)
     first = run(*command, folder=tmp_path)
     assert first.stdout.count("accuracy") == 3
-    files = sorted(out.iterdir())
+    files = sorted(path for path in out.iterdir() if path.is_file())
     assert len(files) == 3 and all(path.suffix == ".json" for path in files)
     merged = next(path for path in files if "top-half" in path.name)
     assert json.loads(merged.read_text())["merging"]["merged"] > 0
-    merged.rename(merged.with_suffix(".claim"))  # as if another process were at it
-    assert "accuracy" not in run(*command, folder=tmp_path).stdout
+    merged.unlink()
+    lock = out / ".locks" / f"{merged.stem}.lock"
+    assert lock.exists(), "what a process leaves behind, however it ended"
+    with FileLock(lock):  # as if another process were at it
+        assert "accuracy" not in run(*command, folder=tmp_path).stdout
+    again = run(*command, folder=tmp_path)
+    assert again.stdout.count("accuracy") == 1 and merged.exists()
+
+
+def test_a_run_that_was_finished_meanwhile_is_not_claimed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    claim = importlib.import_module("ablation").claim
+    path = tmp_path / "run.json"
+    first = claim(path)
+    assert first is not None and claim(path) is None
+    path.write_text("{}")
+    first.release()
+    assert claim(path) is None
+    path.unlink()
+    assert claim(path) is not None, "the refusal left no lock"
 
 
 @pytest.fixture
@@ -190,10 +244,12 @@ CHEST = ["--arch", "test_resnet", "--weights", "none", "--size", "32", "--worker
 CHEST += ["--batch-size", "16", "--lr", "0.01", "--data-root"]
 
 
-def test_chestxray_in_two_phases_and_resumed(tmp_path: Path, release: Path) -> None:
+def test_chestxray_in_two_phases(tmp_path: Path, release: Path) -> None:
     command = [sys.executable, recipe("chestxray"), *CHEST, str(release)]
     done = run(*command, "--epochs", "1", "1", folder=tmp_path)
     out = tmp_path / "runs" / "chestxray"
+    assert {"best", "best-of-phase-1", "state", "results.json"} <= set(os.listdir(out))
+    assert os.listdir(out / "state") == ["epoch-0002"]
     result = json.loads((out / "results.json").read_text())
     assert result["test_auroc"]["Hernia"] is None and 0 <= result["test_auroc"]["Mass"] <= 1
     assert sum(result["images"].values()) == 80 and result["images"]["test"] == 20
@@ -202,10 +258,54 @@ def test_chestxray_in_two_phases_and_resumed(tmp_path: Path, release: Path) -> N
     assert all(layer["steps"] == 2 * epoch for layer in merged.values())
     assert sum(layer["merged"] for layer in merged.values()) > 0
     assert "want of positives" in done.stdout and "CheXGCN" in done.stdout
-    run(*command, "--epochs", "1", "2", "--resume", folder=tmp_path)
-    resumed = json.loads((out / "results.json").read_text())
-    assert resumed["history"][:2] == result["history"] and len(resumed["history"]) == 3
-    assert all(layer["steps"] == 3 * epoch for layer in resumed["merging"].values())
+    again = run(*command, "--epochs", "1", "1", folder=tmp_path, check=False)
+    assert again.returncode != 0 and "runs/chestxray holds a run already" in again.stderr
+    assert json.loads((out / "results.json").read_text()) == result
+
+
+def test_chestxray_resumes_where_it_was_killed(tmp_path: Path, release: Path) -> None:
+    """Killed while it saved the first epoch of the second phase, when best/ was written already."""
+    arguments = [*CHEST, str(release), "--epochs", "1", "2"]
+    dying = (
+        "from accelerate import Accelerator as A; save = A.save_state; "
+        "A.save_state = lambda self, folder: save(self, folder) and "
+        "os.path.exists('killed/state/epoch-0001') and os._exit(9)"
+    )
+    killed = run(
+        *patched("chestxray", dying), *arguments, "--out", "killed", folder=tmp_path, check=False
+    )
+    assert killed.returncode == 9
+    out = tmp_path / "killed"
+    assert sorted(os.listdir(out / "state")) == ["draft", "epoch-0001"]
+    assert (out / "best" / "model.safetensors").exists()
+    resume = [sys.executable, recipe("chestxray"), *arguments, "--out", "killed", "--resume"]
+    other = run(*resume, "--seed", "1", "--lr", "0.02", folder=tmp_path, check=False)
+    assert other.returncode != 0 and not (out / "results.json").exists()
+    assert "lr=0.01, not 0.02; seed=0, not 1" in other.stderr
+    # What changes no figure may differ, and so may where the run stands.
+    run(*resume, "--tracker", "jsonl", "--cache", "cache", folder=tmp_path)
+    assert os.listdir(out / "state") == ["epoch-0003"]
+    run(sys.executable, recipe("chestxray"), *arguments, "--out", "whole", folder=tmp_path)
+    results = [
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("killed", "whole")
+    ]
+    for result in results:
+        assert len(result["history"]) == 3
+        for epoch in result["history"]:
+            del epoch["images_per_second"], epoch["share_waiting"]
+    resumed, whole = results
+    for figure in ("history", "test_auroc", "merging"):
+        assert resumed[figure] == whole[figure]
+    weights = [
+        load_file(tmp_path / name / "best" / "model.safetensors") for name in ("killed", "whole")
+    ]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_chestxray_has_something_to_resume(tmp_path: Path, release: Path) -> None:
+    command = [sys.executable, recipe("chestxray"), *CHEST, str(release), "--resume"]
+    done = run(*command, folder=tmp_path, check=False)
+    assert done.returncode != 0 and "runs/chestxray/state holds no epoch" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -332,7 +432,11 @@ def test_every_recipe_under_every_launcher(
         assert path.stat().st_size > 0
         if path.suffix == ".json":
             figures = json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN, Infinity
-            assert figures.get("environment", figures)
+            assert figures["environment"]["processes"] == (2 if launcher == "two processes" else 1)
+            figures = figures.get("results", {}).get("merged", figures)
+            if name in ("quickstart", "medmnist"):
+                # 96 images in batches of 32 over all processes, however many these are.
+                assert {layer["steps"] for layer in figures.get("merging", {}).values()} <= {3}
         elif path.suffix == ".safetensors":
             assert all(value.isfinite().all() for value in load_file(path).values())
     assert not [path for path in blood.rglob("*") if "draft" in path.name]
@@ -355,8 +459,10 @@ def test_writing_and_timing_change_nothing_in_chestxray(tmp_path: Path, release:
     command = [sys.executable, recipe("chestxray"), *CHEST, str(release), "--no-merge"]
     figures = []
     for extra in ([], ["--cache", "cache", "--time-loading", "1"]):
-        run(*command, "--epochs", "1", "0", *extra, folder=tmp_path)
-        result = json.loads((tmp_path / "runs" / "chestxray" / "results.json").read_text())
+        out = f"runs/{len(extra)}"
+        run(*command, "--epochs", "1", "0", *extra, "--out", out, folder=tmp_path)
+        assert sorted(os.listdir(tmp_path / out)) == ["best", "results.json", "state"]
+        result = json.loads((tmp_path / out / "results.json").read_text())
         (epoch,) = result["history"]
         figures.append((epoch["train_loss"], epoch["val_loss"], result["test_auroc"]))
     assert figures[0] == figures[1]
@@ -436,6 +542,90 @@ def test_help_explains_every_option(monkeypatch: pytest.MonkeyPatch, name: str) 
     assert len(parser._actions) > (4 if name == "ablation_report" else 9)
     assert [action.dest for action in parser._actions if not action.help] == []
     assert "Expected:" in parser.format_help()  # which fails on a stray percent sign
+
+
+RUNS = {"quickstart": [], "medmnist": [], "chestxray": ["--data-root", "nih"]}
+
+
+@pytest.mark.parametrize(
+    "name,arguments,message",
+    [
+        *(
+            (name, ["--paper", "--decay", "linear", "--merge-weight", "0"], "--paper would ignore "
+             "--merge-weight, --decay: leave out the one or the other")
+            for name in RUNS
+        ),
+        ("medmnist", ["--no-merge", "--paper"], "--no-merge would ignore --paper: "),
+        ("chestxray", ["--no-merge", "--shallow-layers", "0"], "would ignore --shallow-layers: "),
+        ("quickstart", ["--no-merge"], "unrecognized arguments: --no-merge"),
+    ],
+)  # fmt: skip
+def test_settings_of_merging_that_a_run_would_ignore_are_refused(
+    tmp_path: Path, name: str, arguments: list[str], message: str
+) -> None:
+    command = [sys.executable, recipe(name), *RUNS[name], *arguments]
+    done = run(*command, folder=tmp_path, check=False)
+    assert done.returncode == 2 and message in done.stderr
+
+
+def settings_in_force(
+    common: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str
+) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    common.add_merging_arguments(parser)
+    monkeypatch.setattr(sys, "argv", ["recipe", *arguments])
+    return common.parse_run(parser)
+
+
+def test_the_settings_that_are_recorded_are_those_in_force(
+    common: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from inmerge_wrap import InMergeWrapper, Schedule, ZScore
+
+    ours = settings_in_force(common, monkeypatch, "--merge-weight", "0.5")
+    assert vars(ours).items() >= {"merge_weight": 0.5, "merge_probability": 0.3}.items()
+    assert ours.similarity_threshold == ZScore(2.0) and ours.decay == "cosine"
+    assert common.merging_settings(ours, 9)["schedule"] == Schedule(end=9, decay="cosine")
+    paper = settings_in_force(common, monkeypatch, "--paper", "--shallow-layers", "10")
+    assert paper.decay == "constant" and paper.similarity_threshold == 0.3
+    # The paper's settings are the defaults of the library.
+    settings = common.merging_settings(paper, 9, start=4)
+    assert settings.pop("schedule") == Schedule(start=4) and settings.pop("shallow_layers") == 10
+    defaults = inspect.signature(InMergeWrapper).parameters
+    assert settings == {name: defaults[name].default for name in settings} and len(settings) == 3
+    plain = settings_in_force(common, monkeypatch, "--no-merge")
+    assert {getattr(plain, name) for name in common.MERGING} == {None}
+
+
+def test_the_help_states_the_defaults_of_merging(common: ModuleType) -> None:
+    parser = argparse.ArgumentParser()
+    common.add_merging_arguments(parser)
+    text = " ".join(parser.format_help().split())
+    threshold = common.MERGING["similarity_threshold"]
+    defaults = {**common.MERGING, "similarity_threshold": f"z={threshold.z:g}"}
+    for name, value in defaults.items():
+        help_text = text.split(f" --{name.replace('_', '-')} ")[-1]
+        assert help_text.split("(default: ")[1].startswith(f"{value})"), name
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_the_seed_of_quickstart_is_that_of_merging(
+    common: ModuleType, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    quickstart = runpy.run_path(recipe("quickstart"))
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *TINY, "--epochs", "1", "--seed", str(seed)])
+    options = quickstart["parse_run"](quickstart["parser"])
+    data = common.load_digits().first_labels(options.train_images, seed=0)
+    wrapper, _ = quickstart["train"](Accelerator(cpu=True), data, options, merge=True)
+    assert wrapper.seed == seed
+
+
+def test_a_batch_is_divided_over_the_processes_or_refused(common: ModuleType) -> None:
+    assert common.per_process(64, 4) == 16
+    for size in (0, -4, 3, 66):
+        message = f"--batch-size {size} is the size over all processes: .* multiple of .* 4$"
+        with pytest.raises(SystemExit, match=message):
+            common.batches(types.SimpleNamespace(num_processes=4), 96, size, seed=0)
 
 
 def patched(name: str, patch: str, check: str = "") -> list[str]:
