@@ -5,7 +5,7 @@
     python recipes/ablation_report.py figure3 --runs results/ablation/figure3
     python recipes/ablation_report.py architectures --runs results/ablation/architectures
 
-Every arm is compared with the plain run of the same seed and setting, and with that of EMA.
+Every arm is compared with the plain run of the same seed and setting, and with EMA and SWA.
 ``differences.csv`` holds all paired differences with their 95% t interval and the p-value, adjusted
 for the number of arms (Benjamini and Hochberg); ``table.md`` the most important of those from plain
 training; the PNG files show them. Metrics under corruption are means over the corruptions of a run.
@@ -55,7 +55,7 @@ SETTING = {  # field of a run -> how a title names it
     "label_noise": "{:.0%} random labels",
     "weights": "from {}",
 }
-EMA = "ema .98"  # what costs the same and is in every toolbox: the second baseline
+ALTERNATIVES = ("ema .98", "swa")  # what costs the same and is in every toolbox
 SILENT = {"label_noise": 0.0, "weights": "", "weight_decay": 5e-4}
 COLOURS = {"merging": "#D55E00", "other": "#0072B2"}
 
@@ -378,8 +378,9 @@ def main() -> None:
                 draw_grid(
                     runs, here, picture, x="similarity_threshold", y="shallow_layers", names=names
                 )
-            if EMA in runs:
-                rows += compare(runs, setting, EMA)
+            for baseline in ALTERNATIVES:
+                if baseline in runs:
+                    rows += compare(runs, setting, baseline)
         rows += here
     write_csv(rows, out / "differences.csv")
     (out / "table.md").write_text("\n".join(text))
