@@ -190,6 +190,18 @@ def markdown(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells(row).values())} |"
 
 
+def write(path: Path, options: argparse.Namespace, speed: float, rows: list[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "command": shlex.join(["python", *sys.argv]),
+        "settings": {key: str(value) for key, value in vars(options).items()},
+        "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "copy": speed},
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+    path.write_text(json.dumps(content, indent=1))
+
+
 def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -205,17 +217,9 @@ def main() -> None:
                     sep="\n",
                 )
             print(markdown(rows[-1]), flush=True)
+            if options.out:  # after each row: a network that fails costs no more than its own
+                write(options.out, options, speed, rows)
     print(f"{options.device}, {options.threads} threads, copies {speed / 1e9:.1f} GB/s")
-    if options.out:
-        content = {
-            "command": shlex.join(["python", *sys.argv]),
-            "settings": {key: str(value) for key, value in vars(options).items()},
-            "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "copy": speed},
-            "torch": torch.__version__,
-            "rows": rows,
-        }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -247,7 +248,10 @@ def draw_trade_off(setting: str, runs: Runs, rows: list[Row], path: Path) -> Non
         axis.spines[["top", "right"]].set_visible(False)
     legend = figure.legend(loc="outside right center", frameon=False, fontsize=8)
     legend.set_title("orange: merging\nblue: what else could be used", {"size": 8})
-    figure.suptitle(f"{setting}: paired differences from plain training (+) and 95% intervals")
+    figure.suptitle(
+        f"{fill(setting, 110)}\npaired differences from plain training (+), 95% intervals",
+        fontsize=10,
+    )
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -236,3 +236,5 @@ def test_the_ablation_tables_are_made_from_the_runs_beside_them(
     runpy.run_path(str(script), run_name="__main__")
     for name in ("table.md", "differences.csv"):
         assert (tmp_path / name).read_text() == (runs / name).read_text()
+    shown = re.findall(r"images/(study-[^)]*)", (ROOT / "docs" / "evidence.md").read_text())
+    assert len(shown) == 3 and {path.name for path in tmp_path.glob("*.png")}.issuperset(shown)
