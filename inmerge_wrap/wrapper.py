@@ -232,10 +232,12 @@ class InMergeWrapper(nn.Module):
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Module | nn.Parameter) and name != "module":
+        network = vars(self).get("_modules", {}).get("module")
+        part = isinstance(value, nn.Module | nn.Parameter) and name != "module"
+        if part and hasattr(network, name):
             raise AttributeError(
-                f"{name} would stand on the wrapper, where nothing uses it: set it on the network, "
-                f"model.module.{name} = ..., before wrapping if it is a convolution to merge"
+                f"the network has a {name} of its own, which its forward pass would go on using: "
+                f"set it there, model.module.{name} = ..., and before wrapping if it is to merge"
             )
         if name in ("merge_weight", "merge_probability"):
             check_range(name, value, 0.0, 1.0)

@@ -364,12 +364,14 @@ def test_merging_by_hand_counts_as_merging() -> None:
 
 
 def test_parts_of_the_network_are_not_lost_on_the_wrapper() -> None:
-    model = wrapped()
+    model = InMergeWrapper(timm.create_model("test_resnet"))
     for value in (nn.Linear(16, 2), nn.Parameter(torch.zeros(2))):
-        with pytest.raises(AttributeError, match=r"set it on the network, model\.module\.head ="):
-            model.head = value
-    assert "head" not in dict(model.named_children())
-    model.note = "plain attributes are the wrapper's"
+        with pytest.raises(AttributeError, match=r"a fc of its own.*model\.module\.fc = "):
+            model.fc = value
+    assert list(dict(model.named_children())) == ["module"]
+    model.module.fc = nn.Linear(model.module.fc.in_features, 2)
+    assert model.fc.out_features == 2
+    model.loss = nn.CrossEntropyLoss()  # what the network does not have may stand on the wrapper
     model.module = model.module
 
 
