@@ -280,7 +280,7 @@ class InMergeWrapper(nn.Module):
         for other in self._attached:
             if other.optimizer() is optimizer and is_registered(other.handle):
                 return other.handle
-        layers = self._trained(self._layers_held_by(optimizer))
+        _, layers = self._layers_held_by(optimizer)
         if not layers:
             raise ValueError(
                 f"the optimizer holds none of the {len(self.plan.merged)} weights to merge "
@@ -292,8 +292,9 @@ class InMergeWrapper(nn.Module):
             optimizer._patch_step_function()
         handle = optimizer.register_step_post_hook(self._after_step)
         self._attached.append(Attachment(weakref.ref(optimizer), handle, set(layers)))
+        now = self.step
         for layer in layers:  # a training that goes on with another optimizer keeps its schedule
-            self._tally.steps[layer] = self.step
+            self._tally.steps[layer] = now
         return handle
 
     @torch.no_grad()
@@ -339,9 +340,7 @@ class InMergeWrapper(nn.Module):
                 "forward and backward only, and call optimizer.step() outside of the graph"
             )
         reshard(self)
-        self._idle_forwards = 0
-        held = self._layers_held_by(optimizer)
-        layers = self._trained(held)
+        held, layers = self._layers_held_by(optimizer)
         self._check_still_held(optimizer, layers)
         step = self._count_step(held) if held else 0
         if layers:
@@ -351,7 +350,7 @@ class InMergeWrapper(nn.Module):
             self._warn_if_frozen()
 
     def _count_step(self, layers: Sequence[int]) -> int:
-        """Counts a step of some layers, which share one clock; returns the number before.
+        """Begins a step of some layers, which share one clock; returns the number before it.
 
         A layer that was frozen or joined later takes over the count of the others: the schedule
         follows the training, not the layer.
@@ -359,10 +358,16 @@ class InMergeWrapper(nn.Module):
         step = max(self._tally.steps[layer] for layer in layers)
         for layer in layers:
             self._tally.steps[layer] = step + 1
+            self._last_merged.pop(layer, None)
+        self._idle_forwards = 0
         return step
 
-    def _layers_held_by(self, optimizer: Optimizer) -> list[int]:
-        """Merged layers in the optimizer's groups and in none of an optimizer attached later."""
+    def _layers_held_by(self, optimizer: Optimizer) -> tuple[list[int], list[int]]:
+        """Merged layers in the optimizer's groups and in none of an optimizer attached later.
+
+        Returns:
+            All of them, and those that are not frozen.
+        """
         live = [
             other
             for attachment in self._attached
@@ -370,20 +375,14 @@ class InMergeWrapper(nn.Module):
         ]
         later = live[live.index(optimizer) + 1 :] if optimizer in live else []
         held = held_parameters(optimizer).difference(*map(held_parameters, later))
-        layers = []
+        layers, trained = [], []
         for index, site in enumerate(self.plan.merged):
             parameters = self._parameters_of(site)
             if parameters and all(id(p) in held for p in parameters):
                 layers.append(index)
-        return layers
-
-    def _trained(self, layers: Sequence[int]) -> list[int]:
-        """Those of some layers that are not frozen."""
-        return [
-            layer
-            for layer in layers
-            if all(p.requires_grad for p in self._parameters_of(self.plan.merged[layer]))
-        ]
+                if all(p.requires_grad for p in parameters):
+                    trained.append(index)
+        return layers, trained
 
     def _check_still_held(self, optimizer: Optimizer, layers: Sequence[int]) -> None:
         """Raises where an attached optimizer lost weights: whatever it steps, it is not those."""
@@ -461,9 +460,6 @@ class InMergeWrapper(nn.Module):
         skip: Tensor | None,
     ) -> None:
         """One step of some layers; ``skip`` is a scalar on the device, non-zero for no merge."""
-        self._idle_forwards = 0
-        for layer in layers:
-            self._last_merged.pop(layer, None)
         if self.schedule.level(step) == 0.0:
             return
         probability, alpha = self.schedule.apply(step, self.merge_probability, self.merge_weight)
@@ -504,10 +500,10 @@ class InMergeWrapper(nn.Module):
             torch.cat([cosine.to(device) for cosine in cosines]),
             torch.cat([passed.to(device) for passed in merged]),
         )
-        if self.inspect_every:
-            self._inspect(
-                [layer for layer in layers if self._passes_here[layer] % self.inspect_every == 0]
-            )
+        every = self.inspect_every
+        due = [layer for layer in layers if every and self._passes_here[layer] % every == 0]
+        if due:
+            self._inspect(due)
         if max(self._tally.passes[layer] for layer in layers) == _PATIENCE:
             self._warn_if_without_effect()
         for layer in layers:
@@ -553,8 +549,6 @@ class InMergeWrapper(nn.Module):
 
     def _inspect(self, layers: Sequence[int]) -> None:
         """Records the state of some layers, and warns of those whose kernels grow alike."""
-        if not layers:
-            return
         report = self.report()
         for layer in layers:
             site = self.plan.merged[layer]

@@ -507,6 +507,18 @@ def test_a_layer_unfrozen_late_stops_merging_when_the_schedule_ends() -> None:
     assert not model.statistics_lag
 
 
+def test_statistics_of_layers_that_are_frozen_catch_up() -> None:
+    model = wrapped(similarity_threshold=-1.0, merge_probability=1.0)
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    train(model, optimizer, 1)
+    assert model.statistics_lag
+    model.last.requires_grad_(False)
+    model.similarity_threshold = 1.0
+    train(model, optimizer, 1, start=1)  # nothing was merged in this step, by any layer
+    assert not model.statistics_lag
+
+
 def test_an_optimizer_attached_in_mid_training_continues_the_schedule() -> None:
     model = wrapped(similarity_threshold=-1.0, schedule=Schedule(end=3))
     first = torch.optim.SGD(model.mid.parameters(), lr=0.05)
