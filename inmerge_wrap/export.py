@@ -273,10 +273,7 @@ def _check_timm_draft(
             "arguments that change its layers, pass them as model_args"
         ) from error
     if any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
-        loaded = fresh.state_dict()
-        if any(
-            not torch.equal(loaded[name].float(), value.float()) for name, value in state.items()
-        ):
+        if not _same_bits(fresh.state_dict(), state):
             raise RuntimeError(f"the reloaded {type(network).__name__} holds other weights")
         return
     ours = _with_stored_weights(network).cpu().float().eval()
@@ -349,17 +346,19 @@ def _save_verified(state: dict[str, Tensor], path: Path) -> None:
     # One metadata key: safetensors writes several in random order, and equal weights should give
     # equal files.
     safetensors.torch.save_file(state, path, metadata={"format": "pt"})
-    stored = safetensors.torch.load_file(path)
-    # Compared as bytes, so that a NaN equals itself.
-    same = stored.keys() == state.keys() and all(
+    if not _same_bits(safetensors.torch.load_file(path), state):
+        raise RuntimeError(f"what was written to {path.name} reads back differently")
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _same_bits(stored: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
+    """Whether two states hold the same; compared as bytes, so that a NaN equals itself."""
+    return stored.keys() == state.keys() and all(
         tensor.dtype == stored[name].dtype
         and torch.equal(tensor.view(-1).view(torch.uint8), stored[name].view(-1).view(torch.uint8))
         for name, tensor in state.items()
     )
-    if not same:
-        raise RuntimeError(f"what was written to {path.name} reads back differently")
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _replace_file(path: Path, write: Any) -> None:

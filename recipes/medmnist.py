@@ -274,8 +274,7 @@ def check_same_settings(
     """Refuses to mix runs of different settings into one mean."""
     free = {"seed", "seeds", "out", "data_root", "no_merge", "tracker"}
     if arm == "plain":
-        free |= {"paper", "decay", "shallow_layers", "similarity_threshold"}
-        free |= {"merge_weight", "merge_probability"}
+        free |= {"paper", *MERGING}
     for key, value in vars(options).items():
         # A run from before an argument was added did what its default says.
         default = MERGING.get(key, parser.get_default(key))
