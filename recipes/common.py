@@ -69,8 +69,14 @@ class Images:
         return replace(self, parts=parts)
 
     def first_labels(self, count: int, seed: int) -> Images:
-        """The same with a random ``count`` of the training images, to study small data sets."""
+        """The same with a random ``count`` of the training images, to study small data sets.
+
+        Raises:
+            SystemExit: If there are fewer.
+        """
         images, labels = self.parts["train"]
+        if not 1 <= count <= len(images):
+            raise SystemExit(f"--train-images must lie in [1, {len(images)}], got {count}")
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
         return self.trained_on(images[chosen], labels[chosen])
 

@@ -720,6 +720,15 @@ def test_the_scaling_benchmark_counts_no_message_for_merging(tmp_path: Path) -> 
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
 
+def test_a_subset_of_more_images_than_there_are_is_refused(common: ModuleType) -> None:
+    digits = common.load_digits()
+    assert len(digits.first_labels(1100, seed=0).parts["train"][0]) == 1100
+    for count in (1101, -5):
+        message = rf"--train-images must lie in \[1, 1100\], got {count}"
+        with pytest.raises(SystemExit, match=message):
+            digits.first_labels(count, seed=0)
+
+
 def test_thresholds_on_the_command_line(common: ModuleType) -> None:
     from inmerge_wrap import Quantile, ZScore
 
