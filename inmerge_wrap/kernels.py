@@ -9,9 +9,9 @@ stays written. Shards of FSDP2 are gathered and scattered again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import cast
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
+from inmerge_wrap import native
 from inmerge_wrap.merging import (
     blend_kernels,
     centre,
@@ -32,10 +33,13 @@ from inmerge_wrap.merging import (
 __all__ = [
     "Blend",
     "Kernels",
+    "all_native",
     "check_compiler",
     "gathered",
+    "is_sharded",
     "kernel_parameters",
     "open_kernels",
+    "stored_kernels",
     "unmergeable_reason",
 ]
 
@@ -65,17 +69,16 @@ class Blend:
     merge_weight: float
     scale: Tensor | None = None
 
-    @classmethod
-    def where(cls, passed: Tensor, targets: Tensor, sources: Tensor, merge_weight: float) -> Blend:
-        """The blend of those drawn pairs that passed, shape (pairs,).
+    def known(self) -> Blend:
+        """The same without the pairs that stay as they are, where one need not wait to know them.
 
-        On a CPU, where the outcome is known without waiting, the others are left out and cost
-        nothing; elsewhere the mask decides on the device.
+        On a CPU those cost nothing then; elsewhere the mask decides on the device.
         """
-        if passed.device.type == "cpu":
-            kept = passed.nonzero().flatten()
-            return cls(targets[kept], sources[kept], None, merge_weight)
-        return cls(targets, sources, passed, merge_weight)
+        if self.changed is None or self.changed.device.type != "cpu":
+            return self
+        kept = self.changed.nonzero().flatten()
+        scale = None if self.scale is None else self.scale[kept]
+        return Blend(self.targets[kept], self.sources[kept], None, self.merge_weight, scale)
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,9 @@ class Kernels:
         weight: The stored kernels, shape (C_out, C_in / groups, kH, kW).
         magnitude: Norm of each kernel under weight normalisation, shape (C_out, 1, 1, 1).
         mask: Pruning mask, of the weight's shape, one where the entry is kept.
-        compiled: Let torch.compile fuse the reading with the arithmetic of plain weights. A
-            computed weight is read without it, and so are norms to keep.
+        compiled: Fuse the reading with the arithmetic of plain weights: in native code where it
+            takes them, else by torch.compile. A computed weight is read without it, and so are
+            norms to keep.
     """
 
     weight: Tensor
@@ -121,6 +125,8 @@ class Kernels:
             sources: int64, shape (pairs,).
             centred: Compare the kernels without their mean; see :func:`centre`.
         """
+        if self.native:
+            return native.compare([self.weight], [len(targets)], targets, sources, [centred])
         if self._fuses(targets):
             return _compiled(_compare)(_as_rows(self.weight), targets, sources, centred)
         products, norms = [], []
@@ -130,17 +136,25 @@ class Kernels:
             products.append(kernels.mul_(partners).sum(dim=1))
         return cosines_of(torch.cat(products), torch.cat(norms))
 
-    def norm_scale(self, blend: Blend) -> Tensor:
-        """The factors that keep the norm of each kernel through a blend, shape (pairs, 1)."""
-        return torch.cat(
-            [
-                norm_scale(kernels, partners, blend.merge_weight)
-                for _, kernels, partners in self._in_blocks(blend.targets, blend.sources)
-            ]
-        )
+    def keeping_norms(self, blend: Blend) -> Blend:
+        """The same blend, scaled so that each kernel keeps its norm."""
+        blend = blend.known()
+        scales = [
+            norm_scale(kernels, partners, blend.merge_weight)
+            for _, kernels, partners in self._in_blocks(blend.targets, blend.sources)
+        ]
+        return replace(blend, scale=torch.cat(scales))
 
     def blend_(self, blend: Blend) -> None:
         """Blends rows; all are read before any is written (eq. 3)."""
+        if self.native and blend.scale is None:
+            changed = blend.changed
+            if changed is None:
+                changed = torch.ones_like(blend.targets, dtype=torch.bool)
+            ends = blend.targets, blend.sources
+            native.blend_([self.weight], [len(changed)], *ends, changed, blend.merge_weight)
+            return
+        blend = blend.known()
         if not len(blend.targets):
             return
         if self._fuses(blend.targets) and blend.scale is None:
@@ -158,9 +172,27 @@ class Kernels:
         for targets, new, changed in blended:
             self.write_(targets, new, changed)
 
+    @property
+    def native(self) -> bool:
+        """Whether native code reads and writes these kernels."""
+        whole = self._plain and not is_sharded(self.weight)
+        return self.compiled and whole and native.takes(self.weight)
+
+    @contextmanager
+    def whole(self) -> Iterator[Kernels]:
+        """The same with a gathered weight; see :func:`gathered`."""
+        if not is_sharded(self.weight):
+            yield self
+            return
+        with gathered(self.weight) as weight:
+            yield replace(self, weight=weight)
+
+    @property
+    def _plain(self) -> bool:
+        return self.magnitude is None and self.mask is None
+
     def _fuses(self, index: Tensor) -> bool:
-        plain = self.magnitude is None and self.mask is None
-        return self.compiled and plain and len(index) > 1
+        return self.compiled and self._plain and not self.native and len(index) > 1
 
     def _in_blocks(
         self, targets: Tensor, sources: Tensor, *, centred: bool = False
@@ -200,6 +232,12 @@ class Kernels:
         scatter_kernels_(self.weight, index, torch.where(changed, rows, stored))
 
 
+def all_native(layers: Sequence[Kernels]) -> bool:
+    """Whether one call of native code takes all these layers."""
+    one_dtype = len({layer.weight.dtype for layer in layers}) == 1
+    return one_dtype and all(layer.native for layer in layers)
+
+
 def _as_rows(weight: Tensor) -> Tensor:
     """A view of shape (C_out, fan_in); in channels_last the entries have another order."""
     if not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):
@@ -231,29 +269,28 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compiles the reading of kernels, so that what is missing is told before training begins.
+    """Compiles what passes call, so that what is missing is told before training begins.
 
     Raises:
-        RuntimeError: If torch.compile can not.
+        RuntimeError: If that can not be done.
     """
     if device.type == "meta":  # the network moves to another one later
+        return
+    if device.type == "cpu":
+        native.library()
         return
     rows, index = torch.ones(5, 3, device=device), torch.arange(2, device=device)
     try:
         _compiled(_compare)(rows, index, index, False)
     except RuntimeError as error:
         raise RuntimeError(
-            f"compiled=True does not work on {device}: torch.compile needs a C++ compiler, on a "
-            f"GPU Triton; install it, or leave compiled=False, which computes the same ({error})"
+            f"compiled=True does not work on {device}: torch.compile needs Triton on a GPU; "
+            f"install it, or leave compiled=False, which computes the same ({error})"
         ) from error
 
 
-@contextmanager
-def open_kernels(conv: nn.Conv2d, *, compiled: bool = False) -> Iterator[Kernels]:
-    """Gives the kernels of a convolution for reading and writing.
-
-    Under FSDP2 every rank gathers the whole weight (a collective: all ranks must call it), works
-    on the copy, and keeps its own slice of the outcome.
+def stored_kernels(conv: nn.Conv2d, *, compiled: bool = False) -> Kernels:
+    """The kernels of a convolution as they are stored, which may be in shards.
 
     Args:
         conv: A convolution for which :func:`unmergeable_reason` is None.
@@ -272,15 +309,26 @@ def open_kernels(conv: nn.Conv2d, *, compiled: bool = False) -> Iterator[Kernels
             "with DDP or FSDP2 (fully_shard) instead, or wrap the network anew"
         )
     weight, magnitude, mask = cast(_Stored, stored)
-    with gathered(weight) as whole:
-        yield Kernels(whole, None if magnitude is None else magnitude.detach(), mask, compiled)
+    magnitude = None if magnitude is None else magnitude.detach()
+    return Kernels(weight.detach(), magnitude, mask, compiled)
+
+
+@contextmanager
+def open_kernels(conv: nn.Conv2d) -> Iterator[Kernels]:
+    """Gives the whole kernels of a convolution for reading and writing; see :func:`gathered`."""
+    with stored_kernels(conv).whole() as kernels:
+        yield kernels
 
 
 @contextmanager
 def gathered(tensor: Tensor) -> Iterator[Tensor]:
-    """Gives the whole of a tensor that FSDP2 may have sharded; what is written to it is kept."""
+    """Gives the whole of a tensor that FSDP2 may have sharded; what is written to it is kept.
+
+    Under FSDP2 every rank gathers the whole (a collective: all ranks must call it), works on the
+    copy, and keeps its own slice of the outcome.
+    """
     tensor = tensor.detach()
-    if not hasattr(tensor, "full_tensor"):
+    if not is_sharded(tensor):
         yield tensor
         return
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -290,6 +338,11 @@ def gathered(tensor: Tensor) -> Iterator[Tensor]:
     yield whole
     mine = distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None)
     sharded.copy_(mine)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether FSDP2 holds a tensor in shards."""
+    return hasattr(tensor, "full_tensor")
 
 
 def unmergeable_reason(conv: nn.Conv2d) -> str | None:
@@ -303,7 +356,7 @@ def _reason(stored: _Stored | str) -> str | None:
     weight, *others = stored
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "lazy: its weight has no shape before the first forward pass"
-    if hasattr(weight, "full_tensor") and any(other is not None for other in others):
+    if is_sharded(weight) and any(other is not None for other in others):
         return "a computed weight that FSDP2 has sharded"
     return None
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,12 +21,13 @@ from torch import Tensor
 __all__ = [
     "blend_kernels",
     "centre",
-    "draw_layers",
+    "draw_numbers",
     "draw_pairs",
     "merge_pairs_",
     "nearest_kernels",
     "norm_scale",
     "pair_cosines",
+    "pair_up",
 ]
 
 
@@ -54,59 +54,85 @@ def draw_pairs(
         ValueError: If ``probability`` is outside [0, 1] or ``groups`` does not divide
             ``num_kernels``.
     """
-    (_, targets, sources), _ = draw_layers([num_kernels], [probability], [generator], [groups])
-    return targets, sources
+    if not 0.0 <= probability <= 1.0:
+        raise ValueError(f"probability must lie in [0, 1], got {probability}")
+    if groups < 1 or num_kernels < 1 or num_kernels % groups:
+        raise ValueError(f"{num_kernels} kernels do not fall into {groups} equal groups")
+    size = num_kernels // groups
+    chances = torch.empty(num_kernels, dtype=torch.float32, device="cpu")
+    chances.uniform_(generator=generator)
+    # A kernel alone in its group has no partner, so it is never a target.
+    targets = (chances < (probability if size > 1 else 0.0)).nonzero().flatten()
+    shifts = torch.empty_like(targets).random_(1, max(2, size), generator=generator)
+    return targets, _shifted(targets, shifts, size)
 
 
-def draw_layers(
-    num_kernels: Sequence[int],
-    probabilities: Sequence[float],
-    generators: Sequence[torch.Generator],
-    groups: Sequence[int],
-) -> tuple[Tensor, list[int]]:
-    """Draws for several layers as :func:`draw_pairs` does for each, in a few operations.
+def draw_numbers(
+    num_kernels: Sequence[int], group_sizes: Sequence[int], seeds: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Random numbers for the pairs of several layers, from which :func:`pair_up` makes them.
+
+    Together they draw for each layer what :func:`draw_pairs` does with a generator of its seed.
 
     Args:
         num_kernels: C_out of each layer.
-        probabilities: p of each layer.
-        generators: Of each layer its own, so that no layer changes the draws of another.
-        groups: Of each layer.
+        group_sizes: How many kernels are in each group of a layer.
+        seeds: Of each layer its own, so that no layer changes the draws of another.
+
+    Returns:
+        ``(chances, shifts)``, both on the CPU, of shape (sum(num_kernels),): float32 in [0, 1);
+        and int64 from 1 to below the layer's group size.
+    """
+    generator = torch.Generator("cpu")
+    # Spelled out, because a user's default device or dtype must not change the draws.
+    host: dict[str, Any] = {"generator": generator, "device": "cpu"}
+    chances, shifts = [], []
+    for count, size, seed in zip(num_kernels, group_sizes, seeds, strict=True):
+        generator.manual_seed(seed)
+        chances.append(torch.rand(count, dtype=torch.float32, **host))
+        # More than will be used, for how many those are is not known before they are compared.
+        shifts.append(torch.randint(1, max(2, size), (count,), dtype=torch.int64, **host))
+    return torch.cat(chances), torch.cat(shifts)
+
+
+def pair_up(
+    num_kernels: Sequence[int],
+    group_sizes: Sequence[int],
+    probability: float,
+    chances: Tensor,
+    shifts: Tensor,
+) -> tuple[Tensor, list[int]]:
+    """Which kernels of several layers are blended, and each one's partner.
+
+    Args:
+        num_kernels: As of :func:`draw_numbers`, as is ``group_sizes``.
+        group_sizes: A kernel that is alone in its group has no partner and is not drawn.
+        probability: p, in [0, 1].
+        chances: A kernel is drawn where its chance is below p.
+        shifts: The partner of a layer's n-th drawn kernel is as many places further in its group
+            as the layer's n-th number says.
 
     Returns:
         The drawn pairs, layer after layer, int64, shape (3, pairs) on the CPU: place of the layer
         in the arguments, target, source; and how many pairs each layer has.
-
-    Raises:
-        ValueError: As of :func:`draw_pairs`.
     """
-    for count, probability, parts in zip(num_kernels, probabilities, groups, strict=True):
-        if not 0.0 <= probability <= 1.0:
-            raise ValueError(f"probability must lie in [0, 1], got {probability}")
-        if parts < 1 or count < 1 or count % parts:
-            raise ValueError(f"{count} kernels do not fall into {parts} equal groups")
-    sizes = [count // parts for count, parts in zip(num_kernels, groups, strict=True)]
-    # A kernel alone in its group has no partner, so it is never a target.
-    limits = [p if size > 1 else 0.0 for p, size in zip(probabilities, sizes, strict=True)]
-    # Spelled out, because a user's default device or dtype must not change the draws.
-    host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
-    chances = torch.empty(sum(num_kernels), dtype=torch.float32, device="cpu")
-    for part, generator in zip(chances.split(list(num_kernels)), generators, strict=True):
-        part.uniform_(generator=generator)
-    layers = torch.arange(len(sizes), device="cpu")
-    layer = layers.repeat_interleave(torch.tensor(num_kernels, **host))
-    limit = torch.tensor(limits, dtype=torch.float32, device="cpu")
-    drawn = (chances < limit[layer]).nonzero().flatten()
+    counts, size_of = torch.tensor([num_kernels, group_sizes], dtype=torch.int64, device="cpu")
+    begins = counts.cumsum(0) - counts
+    layer = torch.zeros_like(shifts).index_fill_(0, begins[1:], 1).cumsum(0)  # of each kernel
+    drawn = ((chances < probability) & (size_of > 1)[layer]).nonzero().flatten()
     layer = layer[drawn]
-    pairs = layer.bincount(minlength=len(sizes)).tolist()
-    shifts = [
-        torch.randint(1, max(2, size), (number,), generator=generator, **host)
-        for size, number, generator in zip(sizes, pairs, generators, strict=True)
-    ]
-    first = torch.tensor([0, *accumulate(num_kernels[:-1])], **host)
-    targets, size = drawn - first[layer], torch.tensor(sizes, **host)[layer]
+    pairs = layer.bincount(minlength=len(counts))
+    first = begins[layer]
+    rank = torch.arange(len(drawn), device="cpu") - (pairs.cumsum(0) - pairs)[layer]
+    targets = drawn - first
+    sources = _shifted(targets, shifts[first + rank], size_of[layer])
+    return torch.stack([layer, targets, sources]), pairs.tolist()
+
+
+def _shifted(targets: Tensor, shifts: Tensor, size: int | Tensor) -> Tensor:
+    """The kernels that follow so many places on, round and round in each group of ``size``."""
     place = targets % size
-    sources = targets - place + (place + torch.cat(shifts)) % size
-    return torch.stack([layer, targets, sources]), pairs
+    return targets - place + (place + shifts) % size
 
 
 def nearest_kernels(kernels: Tensor, targets: Tensor, groups: int = 1) -> Tensor:

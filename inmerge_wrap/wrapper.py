@@ -7,9 +7,8 @@ import math
 import re
 import warnings
 import weakref
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any, Literal, cast
 from zlib import crc32
 
@@ -18,16 +17,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from inmerge_wrap import native
 from inmerge_wrap.discovery import ConvSite, MergePlan, Pattern, plan_merging
 from inmerge_wrap.kernels import (
     Blend,
     Kernels,
+    all_native,
     check_compiler,
     gathered,
     kernel_parameters,
-    open_kernels,
+    stored_kernels,
 )
-from inmerge_wrap.merging import check_range, draw_layers, nearest_kernels
+from inmerge_wrap.merging import check_range, draw_numbers, nearest_kernels, pair_up
 from inmerge_wrap.optimizers import (
     Attachment,
     averaged_sequences,
@@ -90,8 +91,9 @@ class InMergeWrapper(nn.Module):
         merge_momentum: Blend the first moments of the optimizer (SGD's momentum, Adam's
             ``exp_avg``) like the weights, so that the next step continues from the merged point.
             Second moments stay: they scale the steps of an entry and say nothing of its direction.
-        compiled: Let torch.compile fuse each pass; the results are equal up to rounding. Needs a
-            C++ compiler, or Triton on a GPU, and some seconds here and in the first pass.
+        compiled: Compile what a pass does, native code for a CPU, torch.compile for a GPU; the
+            results are equal up to rounding. Needs a C++ compiler and a second here on a CPU, on
+            a GPU Triton and some seconds here and in the first pass.
         shallow_layers: L_s, first convolutions left alone; see :func:`plan_merging`.
         example_input: See :func:`plan_merging`, as are ``include``, ``exclude``, ``also_merge``.
         plan: A ready plan, instead of the arguments of :func:`plan_merging`.
@@ -106,7 +108,7 @@ class InMergeWrapper(nn.Module):
 
     Raises:
         ValueError: If an argument is out of range, or there is nothing to merge.
-        RuntimeError: If ``compiled`` is asked for and torch.compile does not work here.
+        RuntimeError: If ``compiled`` is asked for and can not be had here.
     """
 
     def __init__(
@@ -406,7 +408,13 @@ class InMergeWrapper(nn.Module):
             )
 
     def _conv(self, site: ConvSite) -> nn.Conv2d:
-        return self.module.get_submodule(site.name)  # type: ignore[return-value]
+        found: Any = self.module
+        try:
+            for part in site.name.split("."):
+                found = found._modules[part]  # a fifth of the time that get_submodule takes
+        except KeyError:
+            return self.module.get_submodule(site.name)  # type: ignore[return-value]
+        return found
 
     def _parameters_of(self, site: ConvSite) -> list[nn.Parameter]:
         parameters = kernel_parameters(self._conv(site))
@@ -463,43 +471,19 @@ class InMergeWrapper(nn.Module):
         if self.schedule.level(step) == 0.0:
             return
         probability, alpha = self.schedule.apply(step, self.merge_probability, self.merge_weight)
-        drawn, pairs = self._draw(layers, step, probability)
-        on_device: dict[torch.device, Tensor] = {}
-        cosines, merged, end = [], [], 0
-        for layer, number in zip(layers, pairs, strict=True):
-            site = self.plan.merged[layer]
-            conv = self._conv(site)
-            with open_kernels(conv, compiled=self.compiled) as kernels:
-                device = kernels.weight.device
-                if device not in on_device:
-                    on_device[device] = _send(drawn, device)
-                _, targets, sources = on_device[device][:, end : (end := end + number)]
-                if self.partner == "most_similar":
-                    everyone = torch.arange(site.shape[0], device=device)
-                    bank = kernels.read(everyone, centred=site.centred)
-                    sources = nearest_kernels(bank, targets, site.pair_groups)
-                cosine = kernels.cosines(targets, sources, centred=site.centred)
-                passed = self.similarity_threshold.passes(cosine, site.fan_in)
-                if skip is not None:
-                    passed &= skip.to(device) == 0
-                blend = Blend.where(passed, targets, sources, alpha)
-                if self.keep_norm:
-                    blend = replace(blend, scale=kernels.norm_scale(blend))
-                kernels.blend_(blend)
-            for companion in self._companions(optimizer, site):
-                with gathered(companion) as whole:
-                    Kernels(whole, compiled=self.compiled).blend_(blend)
-            cosines.append(cosine)
-            merged.append(passed)
-            self._last_merged[layer] = passed
+        sites = [self.plan.merged[layer] for layer in layers]
+        stored = [stored_kernels(self._conv(site), compiled=self.compiled) for site in sites]
+        at_once = not self.keep_norm and all_native(stored)
+        drawn, pairs = self._draw(sites, step, probability, native.pair_up if at_once else pair_up)
+        way = self._merge_at_once if at_once else self._merge_one_by_one
+        places, cosines, merged = way(sites, stored, drawn, pairs, alpha, optimizer, skip)
+        if len(layers) < len(self.plan.merged):
+            places = _send(torch.tensor(layers, device="cpu"), places.device)[places]
+        self._tally.add(places, cosines, merged)
+        for layer, number, mask in zip(layers, pairs, merged.split(pairs), strict=True):
+            self._last_merged[layer] = mask
             self._tally.passes[layer] += 1
             self._tally.drawn[layer] += number
-        device = cosines[0].device
-        self._tally.add(
-            on_device[device][0],
-            torch.cat([cosine.to(device) for cosine in cosines]),
-            torch.cat([passed.to(device) for passed in merged]),
-        )
         every = self.inspect_every
         due = [layer for layer in layers if every and self._passes_here[layer] % every == 0]
         if due:
@@ -508,6 +492,83 @@ class InMergeWrapper(nn.Module):
             self._warn_if_without_effect()
         for layer in layers:
             self._passes_here[layer] += 1
+
+    def _merge_one_by_one(
+        self,
+        sites: Sequence[ConvSite],
+        stored: Sequence[Kernels],
+        drawn: Tensor,
+        pairs: Sequence[int],
+        alpha: float,
+        optimizer: Optimizer | None,
+        skip: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Merges the drawn pairs of some layers; of weights in shards one is whole at a time.
+
+        Returns:
+            Of each pair the place of its layer, the cosine and whether it merged, on one device.
+        """
+        on_device: dict[torch.device, Tensor] = {}
+        cosines, merged, end = [], [], 0
+        for site, shards, number in zip(sites, stored, pairs, strict=True):
+            with shards.whole() as kernels:
+                device = kernels.weight.device
+                if device not in on_device:
+                    on_device[device] = _send(drawn, device)
+                _, targets, sources = on_device[device][:, end : (end := end + number)]
+                if self.partner == "most_similar":
+                    sources = _nearest(site, kernels, targets)
+                cosine = kernels.cosines(targets, sources, centred=site.centred)
+                passed = self.similarity_threshold.passes(cosine, site.fan_in)
+                if skip is not None:
+                    passed &= skip.to(device) == 0
+                blend = Blend(targets, sources, passed, alpha)
+                if self.keep_norm:
+                    blend = kernels.keeping_norms(blend)
+                kernels.blend_(blend)
+            for companion in self._companions(optimizer, site):
+                with gathered(companion) as whole:
+                    Kernels(whole, compiled=self.compiled).blend_(blend)
+            cosines.append(cosine)
+            merged.append(passed)
+        device = cosines[0].device
+        return (
+            on_device[device][0],
+            torch.cat([cosine.to(device) for cosine in cosines]),
+            torch.cat([passed.to(device) for passed in merged]),
+        )
+
+    def _merge_at_once(
+        self,
+        sites: Sequence[ConvSite],
+        stored: Sequence[Kernels],
+        drawn: Tensor,
+        pairs: Sequence[int],
+        alpha: float,
+        optimizer: Optimizer | None,
+        skip: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same in native code, which takes all layers in one call."""
+        places, targets, sources = drawn
+        weights = [kernels.weight for kernels in stored]
+        if self.partner == "most_similar":
+            sources = torch.cat([*map(_nearest, sites, stored, targets.split(pairs))])
+        centred = [site.centred for site in sites]
+        cosines = native.compare(weights, pairs, targets, sources, centred)
+        merged = torch.cat(
+            [
+                self.similarity_threshold.passes(cosine, site.fan_in)
+                for cosine, site in zip(cosines.split(pairs), sites, strict=True)
+            ]
+        )
+        if skip is not None:
+            merged &= skip == 0
+        native.blend_(weights, pairs, targets, sources, merged, alpha)
+        of_layers = zip(*(part.split(pairs) for part in (targets, sources, merged)), strict=True)
+        for site, (ours, theirs, passed) in zip(sites, of_layers, strict=True):
+            for companion in self._companions(optimizer, site):
+                Kernels(companion, compiled=True).blend_(Blend(ours, theirs, passed, alpha))
+        return places, cosines, merged
 
     def _companions(self, optimizer: Optimizer | None, site: ConvSite) -> list[Tensor]:
         """The tensors of an optimizer that are blended like the weight."""
@@ -530,22 +591,18 @@ class InMergeWrapper(nn.Module):
         return moments + averaged_sequences(optimizer, self._conv(site))
 
     def _draw(
-        self, layers: Sequence[int], step: int, probability: float
+        self,
+        sites: Sequence[ConvSite],
+        step: int,
+        probability: float,
+        pair_up: Callable[..., tuple[Tensor, list[int]]] = pair_up,
     ) -> tuple[Tensor, list[int]]:
-        """Layer, target and source of each pair, shape (3, pairs), and the pairs of each layer."""
-        sites = [self.plan.merged[layer] for layer in layers]
-        generators = [
-            torch.Generator("cpu").manual_seed(_mix(self.seed, step, _number_of(site)))
-            for site in sites
-        ]
-        drawn, pairs = draw_layers(
-            [site.shape[0] for site in sites],
-            [probability] * len(sites),
-            generators,
-            [site.pair_groups for site in sites],
-        )
-        drawn[0] = torch.tensor(layers, device="cpu")[drawn[0]]
-        return drawn, pairs
+        """Place of the layer, target and source of each pair, and the pairs of each layer."""
+        counts = [site.shape[0] for site in sites]
+        group_sizes = [site.shape[0] // site.pair_groups for site in sites]
+        seeds = [_mix(self.seed, step, _number_of(site)) for site in sites]
+        numbers = draw_numbers(counts, group_sizes, seeds)
+        return pair_up(counts, group_sizes, probability, *numbers)
 
     def _inspect(self, layers: Sequence[int]) -> None:
         """Records the state of some layers, and warns of those whose kernels grow alike."""
@@ -738,6 +795,13 @@ def _number_of(site: ConvSite) -> int:
     """What tells a layer's draws from those of others, whichever of them are merged."""
     # The depth, not the place in the plan; a convolution that never ran has none, but a name.
     return site.depth if site.depth is not None else 2**32 + crc32(site.name.encode())
+
+
+def _nearest(site: ConvSite, kernels: Kernels, targets: Tensor) -> Tensor:
+    """The most similar partner of each target of a layer."""
+    everyone = torch.arange(site.shape[0], device=targets.device)
+    bank = kernels.read(everyone, centred=site.centred)
+    return nearest_kernels(bank, targets, site.pair_groups)
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:

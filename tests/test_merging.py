@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
+from typing import Any
 
 import pytest
 import torch
 from scipy.stats import chisquare
 
-from inmerge_wrap.merging import draw_layers, draw_pairs, merge_pairs_
+from inmerge_wrap import native
+from inmerge_wrap.merging import draw_numbers, draw_pairs, merge_pairs_, pair_up
 from tests import reference
 
 SHAPES = [  # weight shape, groups
@@ -21,6 +24,9 @@ SHAPES = [  # weight shape, groups
     ((1, 4, 3, 3), 1),
     ((4, 1, 3, 3), 4),
 ]
+
+
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -157,22 +163,26 @@ def test_draws_are_sorted_distinct_and_reproducible() -> None:
     assert not torch.equal(targets, other[0])
 
 
-def test_layers_are_drawn_together_as_each_alone() -> None:
+@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    "make", [pair_up, pytest.param(native.pair_up, marks=NEEDS_COMPILER)], ids=["plain", "native"]
+)
+def test_layers_are_drawn_together_as_each_alone(make: Any, probability: float) -> None:
     """Whatever layers stand beside it, whatever the user's defaults are."""
-    layers = [(40, 0.5, 1), (12, 0.0, 3), (6, 1.0, 6), (64, 0.3, 8), (10, 1.0, 5)]
-    counts, probabilities, groups = zip(*layers, strict=True)
+    counts, groups = (40, 12, 6, 64, 10), (1, 3, 6, 8, 5)
+    sizes = [count // number for count, number in zip(counts, groups, strict=True)]
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            generators = [generator(seed) for seed in range(len(layers))]
-            drawn, pairs = draw_layers(counts, probabilities, generators, groups)
+            numbers = draw_numbers(counts, sizes, range(len(counts)))
+            drawn, pairs = make(counts, sizes, probability, *numbers)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert pairs[1:3] == [0, 0] and pairs[4] == 10  # no chance, no partner, everyone
-    parts = drawn.split(pairs, dim=1)
-    for place, (part, (count, probability, number)) in enumerate(zip(parts, layers, strict=True)):
-        targets, sources = draw_pairs(count, probability, generator(place), number)
-        assert torch.equal(part, torch.stack([torch.full_like(targets, place), targets, sources]))
+    assert sum(pairs) == drawn.shape[1] and pairs[2] == 0  # nobody in the group to merge with
+    assert probability == 0.3 or pairs == [int(probability) * n for n in (40, 12, 0, 64, 10)]
+    for place, part in enumerate(drawn.split(pairs, dim=1)):
+        alone = draw_pairs(counts[place], probability, generator(place), groups[place])
+        assert torch.equal(part, torch.stack([torch.full_like(alone[0], place), *alone]))
 
 
 def test_draws_leave_the_global_generator_alone() -> None:

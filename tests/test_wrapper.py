@@ -74,8 +74,7 @@ def states_equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 def drawn(model: InMergeWrapper, layer: int, step: int, probability: float) -> Tensor:
     """What a layer draws in a step: targets and sources, shape (2, pairs)."""
-    pairs, _ = model._draw([layer], step, probability)
-    assert (pairs[0] == layer).all()
+    pairs, _ = model._draw([model.plan.merged[layer]], step, probability)
     return pairs[1:]
 
 

@@ -104,7 +104,9 @@ def next_pairs(model: InMergeWrapper) -> list[list[tuple[int, int]]]:
     """What the next pass will draw, layer by layer; asking does not change it."""
     pairs = []
     for layer, step in enumerate(model._tally.steps):
-        (_, targets, sources), _ = model._draw([layer], step, model.merge_probability)
+        (_, targets, sources), _ = model._draw(
+            [model.plan.merged[layer]], step, model.merge_probability
+        )
         pairs.append(list(zip(targets.tolist(), sources.tolist(), strict=True)))
     return pairs
 

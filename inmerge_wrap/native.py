@@ -1,0 +1,168 @@
+"""Comparing and blending the drawn kernels of many layers in one call each, on a CPU.
+
+PyTorch copies the drawn kernels out of a weight before it multiplies them, and each of its calls
+takes longer than the arithmetic of a small layer. ``native.cpp`` reads the weights where they lie.
+It is compiled when it is first needed, for the processor at hand, and kept for this process only:
+a file in a home directory might be loaded on another kind of processor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+__all__ = ["blend_", "compare", "library", "pair_up", "takes"]
+
+_DTYPES = {
+    torch.float32: ("float32", torch.float32),
+    torch.float64: ("float64", torch.float64),
+    torch.bfloat16: ("bfloat16", torch.float32),
+}
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """Compiles ``native.cpp`` and loads it.
+
+    The compiler is that of the environment variable ``CXX``, else ``c++``; it must take the
+    options of GCC.
+
+    Raises:
+        RuntimeError: If there is none, or what it made can not be loaded.
+    """
+    source = Path(__file__).with_name("native.cpp")
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    # Apple's compiler has no OpenMP; without it one thread does the work.
+    parallel = [] if sys.platform == "darwin" else ["-fopenmp"]
+    options = ["-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", *parallel]
+    with TemporaryDirectory(prefix="inmerge-") as folder:
+        target = Path(folder, "native.so")
+        try:
+            subprocess.run(
+                [*compiler, *options, str(source), "-o", str(target)],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+            return ctypes.CDLL(str(target))
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise RuntimeError(
+                "compiled=True does not work on the CPU: it needs a C++ compiler (c++, or that of "
+                "the environment variable CXX) with the options of g++ and clang++, and a folder "
+                "for temporary files (TMPDIR) from which libraries may be loaded; install it, or "
+                "leave compiled=False, which computes the same "
+                f"({getattr(error, 'stderr', None) or error})"
+            ) from error
+
+
+def takes(weight: Tensor) -> bool:
+    """Whether the kernels of a weight can be read where they lie, on a CPU."""
+    if weight.device.type != "cpu" or weight.dtype not in _DTYPES:
+        return False
+    return weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def pair_up(
+    num_kernels: Sequence[int],
+    group_sizes: Sequence[int],
+    probability: float,
+    chances: Tensor,
+    shifts: Tensor,
+) -> tuple[Tensor, list[int]]:
+    """The same as :func:`inmerge_wrap.merging.pair_up`."""
+    sizes = torch.tensor([num_kernels, group_sizes], dtype=torch.int64, device="cpu")
+    pairs = torch.empty(3, len(chances), dtype=torch.int64, device="cpu")
+    lengths = (ctypes.c_int64 * len(num_kernels))()
+    library().pair_up(
+        *(_address(tensor) for tensor in (sizes, chances, shifts, pairs)),
+        ctypes.c_int64(len(num_kernels)),
+        ctypes.c_int64(len(chances)),
+        ctypes.c_float(probability),
+        lengths,
+    )
+    numbers = list(lengths)
+    return pairs[:, : sum(numbers)], numbers
+
+
+def compare(
+    weights: Sequence[Tensor],
+    pairs: Sequence[int],
+    targets: Tensor,
+    sources: Tensor,
+    centred: Sequence[bool],
+) -> Tensor:
+    """Cosine of each drawn pair of several layers, as of :func:`inmerge_wrap.merging.pair_cosines`.
+
+    Args:
+        weights: Of one dtype, each of shape (C_out, C_in / groups, kH, kW); see :func:`takes`.
+        pairs: How many pairs each layer has.
+        targets: int64, layer after layer, shape (sum(pairs),).
+        sources: Likewise.
+        centred: Of each layer, whether to compare the kernels without their mean.
+
+    Returns:
+        Shape (sum(pairs),), float32 or wider.
+    """
+    name, wide = _DTYPES[weights[0].dtype]
+    cosines = torch.empty(len(targets), dtype=wide, device="cpu")
+    layers = _table(weights, pairs, centred)
+    arguments = map(_address, (layers, targets, sources, cosines))
+    library()[f"compare_{name}"](*arguments, ctypes.c_int64(len(weights)), _threads())
+    return cosines
+
+
+def blend_(
+    weights: Sequence[Tensor],
+    pairs: Sequence[int],
+    targets: Tensor,
+    sources: Tensor,
+    changed: Tensor,
+    merge_weight: float,
+) -> None:
+    """Blends kernels of several layers in place; all are read before they are written (eq. 3).
+
+    Args:
+        weights: As of :func:`compare`, as are ``pairs``, ``targets`` and ``sources``.
+        pairs: Of each layer.
+        targets: Without repetition in a layer.
+        sources: Their partners.
+        changed: Boolean mask of the pairs to blend, shape (sum(pairs),).
+        merge_weight: alpha, the share of a kernel that stays.
+    """
+    if not changed.any():
+        return
+    name, _ = _DTYPES[weights[0].dtype]
+    layers, alpha = _table(weights, pairs), ctypes.c_double(merge_weight)
+    arguments = map(_address, (layers, targets, sources, changed))
+    library()[f"blend_{name}"](*arguments, ctypes.c_int64(len(weights)), alpha, _threads())
+
+
+def _table(
+    weights: Sequence[Tensor], pairs: Sequence[int], centred: Sequence[bool] | None = None
+) -> Tensor:
+    """An array of ``struct Layer``, see ``native.cpp``."""
+    ends = list(accumulate(pairs, initial=0))
+    rows = [weight.data_ptr() for weight in weights]
+    fan_ins = [weight[0].numel() for weight in weights]
+    means = centred or [False] * len(weights)
+    columns = zip(rows, fan_ins, ends[:-1], ends[1:], means, strict=True)
+    return torch.tensor(list(columns), dtype=torch.int64, device="cpu")
+
+
+def _address(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _threads() -> ctypes.c_int:
+    return ctypes.c_int(torch.get_num_threads())

@@ -1,0 +1,147 @@
+"""Native code against the plain functions, which are its specification, and a literal loop."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from inmerge_wrap import native
+from inmerge_wrap.merging import centre, pair_cosines
+from tests import reference
+
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+
+# Longer than one part of a kernel, not a multiple of the lanes, a single entry; all dense.
+SHAPES = [(40, 250, 3, 3), (9, 7, 1, 5), (24, 1, 1, 1), (2, 3, 3, 3)]
+
+
+def random_layers(dtype: torch.dtype, channels_last: bool = False) -> list[Tensor]:
+    torch.manual_seed(0)
+    layers = [torch.randn(shape).to(dtype) for shape in SHAPES]
+    if channels_last:
+        layers = [layer.to(memory_format=torch.channels_last) for layer in layers]
+    return layers
+
+
+def everyone_with_another() -> tuple[list[int], Tensor, Tensor]:
+    """Every kernel is a target, so that partners form cycles, and trees that end in one."""
+    generator = torch.Generator().manual_seed(1)
+    pairs = [shape[0] for shape in SHAPES]
+    targets = [torch.arange(count) for count in pairs]
+    sources = [
+        (index + torch.randint(1, len(index), index.shape, generator=generator)) % len(index)
+        for index in targets
+    ]
+    return pairs, torch.cat(targets), torch.cat(sources)
+
+
+@needs_compiler
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_cosines(dtype: torch.dtype, channels_last: bool) -> None:
+    layers = random_layers(dtype, channels_last)
+    layers[0][3] = 0.0
+    layers[0][4, 5] = float("nan")
+    layers[0][7, 1] = float("inf")
+    layers[1] += 100  # far from centred: the mean must go before the products are taken
+    pairs, targets, sources = everyone_with_another()
+    centred = [False, True, False, True]
+    found = native.compare(layers, pairs, targets, sources, centred)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    parts = zip(layers, found.split(pairs), targets.split(pairs), sources.split(pairs), strict=True)
+    for (layer, cosines, ours, theirs), mean in zip(parts, centred, strict=True):
+        rows = layer.flatten(1).to(found.dtype)
+        rows = centre(rows) if mean else rows
+        expected = pair_cosines(rows[ours], rows[theirs])
+        torch.testing.assert_close(cosines, expected, rtol=0, atol=2e-5, equal_nan=True)
+    assert found.split(pairs)[0].isnan().sum() >= 3
+
+
+@needs_compiler
+@pytest.mark.parametrize("merge_weight", [0.0, 0.3, 0.8, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_all_kernels_are_read_before_any_is_written(
+    dtype: torch.dtype, merge_weight: float
+) -> None:
+    pairs, targets, sources = everyone_with_another()
+    for share in (0.0, 0.5, 1.0):
+        layers = random_layers(dtype)
+        before = [layer.clone() for layer in layers]
+        changed = torch.rand(len(targets), generator=torch.Generator().manual_seed(2)) < share
+        native.blend_(layers, pairs, targets, sources, changed, merge_weight)
+        parts = (part.split(pairs) for part in (targets, sources, changed))
+        for layer, old, ours, theirs, mask in zip(layers, before, *parts, strict=True):
+            expected = old.clone()
+            for i, j in zip(ours[mask].tolist(), theirs[mask].tolist(), strict=True):
+                blended = merge_weight * old[i].double() + (1 - merge_weight) * old[j].double()
+                expected[i] = blended.to(dtype)
+            torch.testing.assert_close(layer, expected)
+            left = ours[~mask]
+            assert torch.equal(layer[left], old[left])
+
+
+@needs_compiler
+def test_the_literal_loop_merges_the_same_pairs() -> None:
+    for seed in range(20):
+        torch.manual_seed(seed)
+        weight = torch.randn(30, 2, 3, 3) + torch.randn(2, 3, 3)
+        targets = torch.randperm(30)[:20].sort().values
+        sources = (targets + torch.randint(1, 30, (20,))) % 30
+        expected, merged = reference.merge(
+            weight, list(zip(targets.tolist(), sources.tolist(), strict=True)), 0.8, 0.4
+        )
+        cosines = native.compare([weight], [20], targets, sources, [False])
+        native.blend_([weight], [20], targets, sources, cosines > 0.4, 0.8)
+        torch.testing.assert_close(weight, expected)
+        assert (cosines > 0.4).tolist() == merged
+
+
+@needs_compiler
+def test_the_number_of_threads_changes_no_bit() -> None:
+    pairs, targets, sources = everyone_with_another()
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            layers = random_layers(torch.float32)
+            cosines = native.compare(layers, pairs, targets, sources, [False] * len(layers))
+            native.blend_(layers, pairs, targets, sources, cosines > 0, 0.8)
+            results.append([cosines, *layers])
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+def test_what_is_taken() -> None:
+    weight = torch.randn(8, 4, 3, 3)
+    assert native.takes(weight) and native.takes(weight.to(memory_format=torch.channels_last))
+    assert native.takes(weight.bfloat16()) and native.takes(weight.double())
+    assert not native.takes(weight.half())
+    assert not native.takes(weight.to("meta"))
+    assert not native.takes(weight[:, :2]) and not native.takes(weight.transpose(2, 3))
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/c++", "false", "true"])
+def test_a_compiler_that_fails_is_told_before_the_training(compiler: str, tmp_path: Path) -> None:
+    """One that is missing, one that refuses, and one that makes nothing."""
+    code = "import timm; from inmerge_wrap import InMergeWrapper\n"
+    code += "InMergeWrapper(timm.create_model('test_resnet'), compiled=True)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "CXX": compiler, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 1
+    assert "compiled=True does not work on the CPU: it needs a C++ compiler" in done.stderr
+    assert list(tmp_path.iterdir()) == []
