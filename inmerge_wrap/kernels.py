@@ -356,7 +356,7 @@ def _reason(stored: _Stored | str) -> str | None:
     weight, *others = stored
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "lazy: its weight has no shape before the first forward pass"
-    if is_sharded(weight) and any(other is not None for other in others):
+    if any(other is not None for other in others) and is_sharded(weight):
         return "a computed weight that FSDP2 has sharded"
     return None
 
@@ -372,12 +372,13 @@ def kernel_parameters(conv: nn.Conv2d) -> list[nn.Parameter]:
 
 def _stored_tensors(conv: nn.Conv2d) -> _Stored | str:
     """(weight, magnitude, mask) behind ``conv.weight``, or why they are out of reach."""
+    own = conv._parameters
+    plain = own.get("weight")
+    if plain is not None:  # first, for it is nearly always so and asked for in every step
+        return plain, None, None
     if parametrize.is_parametrized(conv, "weight"):
         return _parametrized_tensors(cast(nn.ModuleDict, conv.parametrizations)["weight"])
-    own = conv._parameters
-    plain, direction, magnitude = own.get("weight"), own.get("weight_v"), own.get("weight_g")
-    if plain is not None:
-        return plain, None, None
+    direction, magnitude = own.get("weight_v"), own.get("weight_g")
     if direction is not None and magnitude is not None:
         if magnitude.shape == (conv.out_channels, 1, 1, 1):
             return direction, magnitude, None

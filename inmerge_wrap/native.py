@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -45,7 +46,8 @@ def library() -> ctypes.CDLL:
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     # Apple's compiler has no OpenMP; without it one thread does the work.
     parallel = [] if sys.platform == "darwin" else ["-fopenmp"]
-    options = ["-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", *parallel]
+    here = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    options = ["-std=c++17", "-O3", here, "-fPIC", "-shared", *parallel]
     with TemporaryDirectory(prefix="inmerge-") as folder:
         target = Path(folder, "native.so")
         try:
@@ -115,10 +117,11 @@ def compare(
         Shape (sum(pairs),), float32 or wider.
     """
     name, wide = _DTYPES[weights[0].dtype]
+    targets, sources = targets.contiguous(), sources.contiguous()
     cosines = torch.empty(len(targets), dtype=wide, device="cpu")
     layers = _table(weights, pairs, centred)
     arguments = map(_address, (layers, targets, sources, cosines))
-    library()[f"compare_{name}"](*arguments, ctypes.c_int64(len(weights)), _threads())
+    getattr(library(), f"compare_{name}")(*arguments, ctypes.c_int64(len(weights)), _threads())
     return cosines
 
 
@@ -143,9 +146,12 @@ def blend_(
     if not changed.any():
         return
     name, _ = _DTYPES[weights[0].dtype]
+    targets, sources, changed = (part.contiguous() for part in (targets, sources, changed))
     layers, alpha = _table(weights, pairs), ctypes.c_double(merge_weight)
     arguments = map(_address, (layers, targets, sources, changed))
-    library()[f"blend_{name}"](*arguments, ctypes.c_int64(len(weights)), alpha, _threads())
+    getattr(library(), f"blend_{name}")(*arguments, ctypes.c_int64(len(weights)), alpha, _threads())
+    # As each of PyTorch's own writes does, so that a backward pass over old weights is refused.
+    torch.autograd.graph.increment_version(weights)
 
 
 def _table(
@@ -154,7 +160,7 @@ def _table(
     """An array of ``struct Layer``, see ``native.cpp``."""
     ends = list(accumulate(pairs, initial=0))
     rows = [weight.data_ptr() for weight in weights]
-    fan_ins = [weight[0].numel() for weight in weights]
+    fan_ins = [weight.numel() // len(weight) for weight in weights]
     means = centred or [False] * len(weights)
     columns = zip(rows, fan_ins, ends[:-1], ends[1:], means, strict=True)
     return torch.tensor(list(columns), dtype=torch.int64, device="cpu")

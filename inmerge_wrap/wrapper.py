@@ -44,7 +44,7 @@ from inmerge_wrap.replicas import check_replicas
 from inmerge_wrap.report import LayerSnapshot, MergeReport, Tally
 from inmerge_wrap.schedule import Schedule
 from inmerge_wrap.similarity import effective_rank, read_kernels
-from inmerge_wrap.thresholds import Threshold, ZScore, as_threshold
+from inmerge_wrap.thresholds import Fixed, Threshold, ZScore, as_threshold
 
 __all__ = ["CollapseWarning", "InMergeWrapper", "NoEffectWarning"]
 
@@ -519,7 +519,7 @@ class InMergeWrapper(nn.Module):
                 if self.partner == "most_similar":
                     sources = _nearest(site, kernels, targets)
                 cosine = kernels.cosines(targets, sources, centred=site.centred)
-                passed = self.similarity_threshold.passes(cosine, site.fan_in)
+                passed = self._passes(cosine, site.fan_in)
                 if skip is not None:
                     passed &= skip.to(device) == 0
                 blend = Blend(targets, sources, passed, alpha)
@@ -555,20 +555,31 @@ class InMergeWrapper(nn.Module):
             sources = torch.cat([*map(_nearest, sites, stored, targets.split(pairs))])
         centred = [site.centred for site in sites]
         cosines = native.compare(weights, pairs, targets, sources, centred)
-        merged = torch.cat(
-            [
-                self.similarity_threshold.passes(cosine, site.fan_in)
-                for cosine, site in zip(cosines.split(pairs), sites, strict=True)
-            ]
-        )
+        fan_ins = [site.fan_in for site in sites]
+        if isinstance(self.similarity_threshold, Fixed):  # the same in all layers
+            merged = self._passes(cosines, max(fan_ins))
+        else:
+            merged = torch.cat([*map(self._passes, cosines.split(pairs), fan_ins)])
         if skip is not None:
             merged &= skip == 0
         native.blend_(weights, pairs, targets, sources, merged, alpha)
-        of_layers = zip(*(part.split(pairs) for part in (targets, sources, merged)), strict=True)
-        for site, (ours, theirs, passed) in zip(sites, of_layers, strict=True):
-            for companion in self._companions(optimizer, site):
-                Kernels(companion, compiled=True).blend_(Blend(ours, theirs, passed, alpha))
+        companions = [self._companions(optimizer, site) for site in sites]
+        if any(companions):
+            of_layers = (part.split(pairs) for part in (targets, sources, merged))
+            for tensors, ours, theirs, passed in zip(companions, *of_layers, strict=True):
+                for tensor in tensors:
+                    Kernels(tensor, compiled=True).blend_(Blend(ours, theirs, passed, alpha))
         return places, cosines, merged
+
+    def _passes(self, cosines: Tensor, fan_in: int) -> Tensor:
+        passed = self.similarity_threshold.passes(cosines, fan_in)
+        if passed.shape != cosines.shape or passed.dtype != torch.bool:
+            raise TypeError(
+                f"similarity_threshold={self.similarity_threshold} must decide on each pair: its "
+                f"passes() gave a {passed.dtype} of shape {tuple(passed.shape)} for "
+                f"{len(cosines)} cosines instead of as many booleans"
+            )
+        return passed
 
     def _companions(self, optimizer: Optimizer | None, site: ConvSite) -> list[Tensor]:
         """The tensors of an optimizer that are blended like the weight."""
@@ -595,14 +606,14 @@ class InMergeWrapper(nn.Module):
         sites: Sequence[ConvSite],
         step: int,
         probability: float,
-        pair_up: Callable[..., tuple[Tensor, list[int]]] = pair_up,
+        make: Callable[..., tuple[Tensor, list[int]]] = pair_up,
     ) -> tuple[Tensor, list[int]]:
         """Place of the layer, target and source of each pair, and the pairs of each layer."""
         counts = [site.shape[0] for site in sites]
         group_sizes = [site.shape[0] // site.pair_groups for site in sites]
         seeds = [_mix(self.seed, step, _number_of(site)) for site in sites]
         numbers = draw_numbers(counts, group_sizes, seeds)
-        return pair_up(counts, group_sizes, probability, *numbers)
+        return make(counts, group_sizes, probability, *numbers)
 
     def _inspect(self, layers: Sequence[int]) -> None:
         """Records the state of some layers, and warns of those whose kernels grow alike."""

@@ -121,6 +121,36 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         assert all(map(torch.equal, result, results[0]))
 
 
+@needs_compiler
+def test_a_backward_pass_over_weights_that_were_merged_is_refused() -> None:
+    """As after any other write: PyTorch must learn of it."""
+    weight = torch.randn(8, 4, 3, 3, requires_grad=True)
+    loss = torch.nn.functional.conv2d(torch.randn(1, 4, 5, 5, requires_grad=True), weight).sum()
+    everyone = torch.arange(8)
+    mask = torch.ones(8, dtype=torch.bool)
+    native.blend_([weight.detach()], [8], everyone, everyone.roll(1), mask, 0.8)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@needs_compiler
+def test_arguments_that_are_not_dense_are_read_aright() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(8, 4, 3, 3)
+    ends = torch.stack([torch.arange(8), torch.arange(8).roll(3)], dim=1)
+    mask = torch.tensor([[True, False], [False, True]]).repeat(4, 1)[:, 0]
+    results = []
+    for dense in (False, True):
+        layer, (targets, sources), changed = weight.clone(), ends.unbind(1), mask
+        if dense:
+            targets, sources, changed = targets.clone(), sources.clone(), mask.clone()
+        assert targets.is_contiguous() == changed.is_contiguous() == dense
+        cosines = native.compare([layer], [8], targets, sources, [False])
+        native.blend_([layer], [8], targets, sources, changed, 0.8)
+        results.append([cosines, layer])
+    assert all(map(torch.equal, *results)) and not torch.equal(results[0][1], weight)
+
+
 def test_what_is_taken() -> None:
     weight = torch.randn(8, 4, 3, 3)
     assert native.takes(weight) and native.takes(weight.to(memory_format=torch.channels_last))

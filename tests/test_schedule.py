@@ -143,6 +143,16 @@ def test_the_wrapper_merges_the_pairs_that_the_rule_passes(rule: Quantile | ZSco
         torch.testing.assert_close(model.module.get_submodule(site.name).weight, expected)
 
 
+@pytest.mark.parametrize("answer", [torch.tensor(True), torch.ones(3, dtype=torch.int64), None])
+def test_a_rule_that_does_not_decide_on_each_pair_is_told(answer: Any) -> None:
+    class Mine:
+        def passes(self, cosines: torch.Tensor, fan_in: int) -> torch.Tensor:
+            return cosines.new_ones(cosines.shape) if answer is None else answer
+
+    with pytest.raises(TypeError, match=r"must decide on each pair: its passes\(\) gave a torch"):
+        wrapped(similarity_threshold=Mine(), merge_probability=1.0).merge_()
+
+
 # -- partner, norm, momentum ---------------------------------------------------------------------
 
 
