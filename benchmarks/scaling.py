@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import socket
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,12 @@ from inmerge_wrap import InMergeWrapper
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-THRESHOLDS = (0.3, -1.0)
+SERIES: dict[str, dict[str, Any]] = {
+    "no pair merges": {"similarity_threshold": 0.3},
+    "all drawn pairs merge": {"similarity_threshold": -1.0},
+    "no pair merges, compiled": {"similarity_threshold": 0.3, "compiled": True},
+    "all drawn pairs merge, compiled": {"similarity_threshold": -1.0, "compiled": True},
+}
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -43,14 +50,14 @@ parser.add_argument("--out", type=Path, default=Path("results/scaling.json"))
 parser.add_argument("--picture", type=Path, help="PNG file (default: beside --out)")
 
 
-def chain(width: int, depth: int, tau: float) -> InMergeWrapper:
+def chain(width: int, depth: int, **settings: Any) -> InMergeWrapper:
     network = nn.Sequential(*(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth)))
     return InMergeWrapper(
         network,
-        similarity_threshold=tau,
         shallow_layers=0,
         example_input=torch.zeros(1, width, 8, 8),
         inspect_every=0,
+        **settings,
     )
 
 
@@ -71,7 +78,7 @@ def one_process(rank: int, count: int, port: int, repeats: int, folder: str) -> 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=count)
     torch.manual_seed(0)
-    model = chain(256, 8, -1.0)
+    model = chain(256, 8, similarity_threshold=-1.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
     parallel = DistributedDataParallel(model)
 
@@ -114,10 +121,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     panels = (("kernels", "kernels of one layer (C x C x 3 x 3)"), ("layers", "layers of 256"))
     for axis, (key, label) in zip(axes, panels, strict=False):
-        for tau, colour in zip(THRESHOLDS, ("#0072B2", "#D55E00"), strict=True):
-            points = result[key][str(tau)]
-            name = "no pair merges (threshold 0.3)" if tau > 0 else "all drawn pairs merge"
-            axis.plot([int(x) for x in points], points.values(), "o-", color=colour, label=name)
+        for name, points in result[key].items():
+            axis.plot(
+                [int(x) for x in points],
+                points.values(),
+                marker="o",
+                color="#0072B2" if name.startswith("no") else "#D55E00",
+                linestyle="--" if name.endswith("compiled") else "-",
+                label=name,
+            )
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel="one merge pass, ms")
         axis.set_xticks([int(x) for x in points], list(points), minor=False)
         low, high = axis.get_ylim()
@@ -148,19 +160,20 @@ def main() -> None:
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
+        "command": shlex.join(["python", *sys.argv]),
         "kernels": {
-            str(tau): {
-                str(width): milliseconds(chain(width, 1, tau), options.repeats)
+            name: {
+                str(width): milliseconds(chain(width, 1, **settings), options.repeats)
                 for width in options.widths
             }
-            for tau in THRESHOLDS
+            for name, settings in SERIES.items()
         },
         "layers": {
-            str(tau): {
-                str(depth): milliseconds(chain(256, depth, tau), options.repeats)
+            name: {
+                str(depth): milliseconds(chain(256, depth, **settings), options.repeats)
                 for depth in options.depths
             }
-            for tau in THRESHOLDS
+            for name, settings in SERIES.items()
         },
         "processes": {
             str(count): found

@@ -125,7 +125,7 @@ class Kernels:
             sources: int64, shape (pairs,).
             centred: Compare the kernels without their mean; see :func:`centre`.
         """
-        if self.native:
+        if self.is_native:
             return native.compare([self.weight], [len(targets)], targets, sources, [centred])
         if self._fuses(targets):
             return _compiled(_compare)(_as_rows(self.weight), targets, sources, centred)
@@ -147,7 +147,7 @@ class Kernels:
 
     def blend_(self, blend: Blend) -> None:
         """Blends rows; all are read before any is written (eq. 3)."""
-        if self.native and blend.scale is None:
+        if self.is_native and blend.scale is None:
             changed = blend.changed
             if changed is None:
                 changed = torch.ones_like(blend.targets, dtype=torch.bool)
@@ -173,7 +173,7 @@ class Kernels:
             self.write_(targets, new, changed)
 
     @property
-    def native(self) -> bool:
+    def is_native(self) -> bool:
         """Whether native code reads and writes these kernels."""
         whole = self._plain and not is_sharded(self.weight)
         return self.compiled and whole and native.takes(self.weight)
@@ -192,7 +192,7 @@ class Kernels:
         return self.magnitude is None and self.mask is None
 
     def _fuses(self, index: Tensor) -> bool:
-        return self.compiled and self._plain and not self.native and len(index) > 1
+        return self.compiled and self._plain and not self.is_native and len(index) > 1
 
     def _in_blocks(
         self, targets: Tensor, sources: Tensor, *, centred: bool = False
@@ -235,7 +235,7 @@ class Kernels:
 def all_native(layers: Sequence[Kernels]) -> bool:
     """Whether one call of native code takes all these layers."""
     one_dtype = len({layer.weight.dtype for layer in layers}) == 1
-    return one_dtype and all(layer.native for layer in layers)
+    return one_dtype and all(layer.is_native for layer in layers)
 
 
 def _as_rows(weight: Tensor) -> Tensor:

@@ -475,11 +475,11 @@ class InMergeWrapper(nn.Module):
         stored = [stored_kernels(self._conv(site), compiled=self.compiled) for site in sites]
         at_once = not self.keep_norm and all_native(stored)
         drawn, pairs = self._draw(sites, step, probability, native.pair_up if at_once else pair_up)
-        way = self._merge_at_once if at_once else self._merge_one_by_one
-        places, cosines, merged = way(sites, stored, drawn, pairs, alpha, optimizer, skip)
         if len(layers) < len(self.plan.merged):
-            places = _send(torch.tensor(layers, device="cpu"), places.device)[places]
-        self._tally.add(places, cosines, merged)
+            drawn[0] = torch.tensor(layers, device="cpu")[drawn[0]]
+        way = self._merge_at_once if at_once else self._merge_one_by_one
+        of_layer, cosines, merged = way(sites, stored, drawn, pairs, alpha, optimizer, skip)
+        self._tally.add(of_layer, cosines, merged)
         for layer, number, mask in zip(layers, pairs, merged.split(pairs), strict=True):
             self._last_merged[layer] = mask
             self._tally.passes[layer] += 1
@@ -506,7 +506,7 @@ class InMergeWrapper(nn.Module):
         """Merges the drawn pairs of some layers; of weights in shards one is whole at a time.
 
         Returns:
-            Of each pair the place of its layer, the cosine and whether it merged, on one device.
+            Of each pair its layer, its cosine and whether it merged, on one device.
         """
         on_device: dict[torch.device, Tensor] = {}
         cosines, merged, end = [], [], 0
@@ -549,7 +549,7 @@ class InMergeWrapper(nn.Module):
         skip: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same in native code, which takes all layers in one call."""
-        places, targets, sources = drawn
+        of_layer, targets, sources = drawn
         weights = [kernels.weight for kernels in stored]
         if self.partner == "most_similar":
             sources = torch.cat([*map(_nearest, sites, stored, targets.split(pairs))])
@@ -561,7 +561,7 @@ class InMergeWrapper(nn.Module):
         else:
             merged = torch.cat([*map(self._passes, cosines.split(pairs), fan_ins)])
         if skip is not None:
-            merged &= skip == 0
+            merged &= skip.to(merged.device) == 0
         native.blend_(weights, pairs, targets, sources, merged, alpha)
         companions = [self._companions(optimizer, site) for site in sites]
         if any(companions):
@@ -569,7 +569,7 @@ class InMergeWrapper(nn.Module):
             for tensors, ours, theirs, passed in zip(companions, *of_layers, strict=True):
                 for tensor in tensors:
                     Kernels(tensor, compiled=True).blend_(Blend(ours, theirs, passed, alpha))
-        return places, cosines, merged
+        return of_layer, cosines, merged
 
     def _passes(self, cosines: Tensor, fan_in: int) -> Tensor:
         passed = self.similarity_threshold.passes(cosines, fan_in)
@@ -608,7 +608,7 @@ class InMergeWrapper(nn.Module):
         probability: float,
         make: Callable[..., tuple[Tensor, list[int]]] = pair_up,
     ) -> tuple[Tensor, list[int]]:
-        """Place of the layer, target and source of each pair, and the pairs of each layer."""
+        """As of :func:`pair_up`, which ``make`` may do in native code."""
         counts = [site.shape[0] for site in sites]
         group_sizes = [site.shape[0] // site.pair_groups for site in sites]
         seeds = [_mix(self.seed, step, _number_of(site)) for site in sites]

@@ -107,7 +107,11 @@ def test_compiled_passes_equal_plain_ones() -> None:
         ),
     }
     for name, make in networks.items():
-        for settings in ({"similarity_threshold": 0.05}, {"similarity_threshold": Quantile(0.5)}):
+        for settings in (
+            {"similarity_threshold": 0.05},
+            {"similarity_threshold": Quantile(0.5), "keep_norm": True},
+            {"similarity_threshold": Quantile(0.5), "partner": "most_similar"},
+        ):
             models = [
                 InMergeWrapper(
                     make(),
@@ -129,3 +133,30 @@ def test_compiled_passes_equal_plain_ones() -> None:
             counts = [(layer.merged, layer.drawn) for layer in models[0].report()]
             assert counts == [(layer.merged, layer.drawn) for layer in models[1].report()]
             assert all(0 < merged < drawn for merged, drawn in counts)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_compiled_passes_take_the_moments_along_and_leave_frozen_layers() -> None:
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        network = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(4)))
+        model = InMergeWrapper(
+            network,
+            shallow_layers=0,
+            similarity_threshold=0.0,
+            merge_momentum=True,
+            compiled=compiled,
+        )
+        network[1].requires_grad_(False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        model.attach(optimizer)
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(torch.randn(2, 8, 6, 6)).square().mean().backward()
+            optimizer.step()
+        moments = [optimizer.state[p]["momentum_buffer"] for p in network[2].parameters()]
+        results.append([*network.state_dict().values(), *moments])
+        layers = list(model.report())
+        assert layers[1].drawn == 0 and all(layers[n].merged > 0 for n in (0, 2, 3))
+    torch.testing.assert_close(*results)
