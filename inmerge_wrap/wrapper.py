@@ -135,18 +135,16 @@ class InMergeWrapper(nn.Module):
     ) -> None:
         super().__init__()
         self.merge_weight = merge_weight
-        self.similarity_threshold: Threshold = as_threshold(similarity_threshold)
+        self.similarity_threshold: Threshold = similarity_threshold  # type: ignore[assignment]
         self.merge_probability = merge_probability
-        if not isinstance(seed, int) or not 0 <= seed < 2**32:
-            raise ValueError(f"seed must be an integer in [0, 2**32), got {seed!r}")
-        if partner not in ("random", "most_similar"):
-            raise ValueError(f"partner must be 'random' or 'most_similar', got {partner!r}")
-        for name, count in (
-            ("inspect_every", inspect_every),
-            ("check_replicas_every", check_replicas_every),
-        ):
-            if not isinstance(count, int) or count < 0:
-                raise ValueError(f"{name} must be a count of steps >= 0, got {count!r}")
+        self.schedule = schedule or Schedule()
+        self.partner = partner
+        self.keep_norm = keep_norm
+        self.merge_momentum = merge_momentum
+        self.compiled = compiled
+        self.seed = seed
+        self.inspect_every = inspect_every
+        self.check_replicas_every = check_replicas_every
         if plan is None:
             plan = plan_merging(
                 module,
@@ -168,17 +166,9 @@ class InMergeWrapper(nn.Module):
         self.plan = plan
         if compiled:
             check_compiler(self._parameters_of(plan.merged[0])[0].device)
-        self.schedule = schedule or Schedule()
-        self.partner = partner
-        self.keep_norm = keep_norm
-        self.merge_momentum = merge_momentum
-        self.compiled = compiled
-        self.seed = seed
-        self.inspect_every = inspect_every
         self.history: list[LayerSnapshot] = []
         self._snapshots: dict[str, tuple[LayerSnapshot, LayerSnapshot]] = {}  # first, last
         self._last_merged: dict[int, Tensor] = {}  # layer -> which pairs of its last step merged
-        self.check_replicas_every = check_replicas_every
         self._tally = Tally(len(plan.merged))
         self._attached: list[Attachment] = []
         # Of this process, whatever a checkpoint says.
@@ -241,11 +231,11 @@ class InMergeWrapper(nn.Module):
                 f"the network has a {name} of its own, which its forward pass would go on using: "
                 f"set it there, model.module.{name} = ..., and before wrapping if it is to merge"
             )
-        if name in ("merge_weight", "merge_probability"):
-            check_range(name, value, 0.0, 1.0)
-        elif name == "similarity_threshold":
-            value = as_threshold(value)
-        super().__setattr__(name, value)
+        if name == "plan" and "plan" in vars(self):
+            raise AttributeError(
+                "the plan stays, for the statistics are those of its layers: wrap the network anew"
+            )
+        super().__setattr__(name, _checked(name, value))
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -786,6 +776,25 @@ def _adapt_state_dict(wrapper: nn.Module, state_dict: dict[str, Any], prefix: st
             stacklevel=2,
         )
         state_dict[key] = None
+
+
+def _checked(name: str, value: Any) -> Any:
+    """A setting of the wrapper; raises where it is none."""
+    if name in ("merge_weight", "merge_probability"):
+        check_range(name, value, 0.0, 1.0)
+    elif name == "similarity_threshold":
+        return as_threshold(value)
+    elif name == "schedule" and not isinstance(value, Schedule):
+        raise TypeError(f"schedule must be a Schedule, got {value!r}")
+    elif name == "partner" and value not in ("random", "most_similar"):
+        raise ValueError(f"partner must be 'random' or 'most_similar', got {value!r}")
+    elif name == "seed" and (not isinstance(value, int) or not 0 <= value < 2**32):
+        raise ValueError(f"seed must be an integer in [0, 2**32), got {value!r}")
+    elif name in ("inspect_every", "check_replicas_every") and (
+        not isinstance(value, int) or value < 0
+    ):
+        raise ValueError(f"{name} must be a count of steps >= 0, got {value!r}")
+    return value
 
 
 def _check_plan(module: nn.Module, plan: MergePlan) -> None:

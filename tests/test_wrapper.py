@@ -385,6 +385,10 @@ def test_settings_changed_later_are_checked_as_at_first() -> None:
         ("similarity_threshold", 1.5, r"must lie in \[-1, 1\], got 1.5"),
         ("merge_weight", -0.1, r"merge_weight must lie in \[0, 1\], got -0.1"),
         ("merge_probability", 2.0, r"merge_probability must lie in \[0, 1\], got 2"),
+        ("partner", "best", "partner must be 'random' or 'most_similar', got 'best'"),
+        ("seed", 2**32, r"seed must be an integer in \[0, 2\*\*32\), got 4294967296"),
+        ("inspect_every", -1, "inspect_every must be a count of steps >= 0, got -1"),
+        ("check_replicas_every", 0.5, "check_replicas_every must be a count of steps >= 0"),
     ):
         before = getattr(model, name)
         with pytest.raises(ValueError, match=message):
@@ -392,6 +396,10 @@ def test_settings_changed_later_are_checked_as_at_first() -> None:
         assert getattr(model, name) == before
     with pytest.raises(TypeError, match="similarity_threshold must be a number"):
         model.similarity_threshold = "half"
+    with pytest.raises(TypeError, match="schedule must be a Schedule, got 'cosine'"):
+        model.schedule = "cosine"
+    with pytest.raises(AttributeError, match="the plan stays"):
+        model.plan = plan_merging(model.module)
 
 
 def test_going_back_to_an_earlier_checkpoint_goes_back_in_the_history() -> None:
