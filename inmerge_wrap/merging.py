@@ -21,13 +21,12 @@ from torch import Tensor
 __all__ = [
     "blend_kernels",
     "centre",
-    "draw_numbers",
+    "draw_layers",
     "draw_pairs",
     "merge_pairs_",
     "nearest_kernels",
     "norm_scale",
     "pair_cosines",
-    "pair_up",
 ]
 
 
@@ -67,21 +66,26 @@ def draw_pairs(
     return targets, _shifted(targets, shifts, size)
 
 
-def draw_numbers(
-    num_kernels: Sequence[int], group_sizes: Sequence[int], seeds: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Random numbers for the pairs of several layers, from which :func:`pair_up` makes them.
+def draw_layers(
+    num_kernels: Sequence[int],
+    group_sizes: Sequence[int],
+    probability: float,
+    seeds: Sequence[int],
+) -> tuple[Tensor, list[int]]:
+    """Draws for several layers in a few operations.
 
-    Together they draw for each layer what :func:`draw_pairs` does with a generator of its seed.
+    Each layer draws what :func:`draw_pairs` does with a generator of its seed, so that no layer
+    changes the draws of another.
 
     Args:
         num_kernels: C_out of each layer.
         group_sizes: How many kernels are in each group of a layer.
-        seeds: Of each layer its own, so that no layer changes the draws of another.
+        probability: p, in [0, 1].
+        seeds: Of each layer, in [0, 2**32).
 
     Returns:
-        ``(chances, shifts)``, both on the CPU, of shape (sum(num_kernels),): float32 in [0, 1);
-        and int64 from 1 to below the layer's group size.
+        The drawn pairs, layer after layer, int64, shape (3, pairs) on the CPU: place of the layer
+        in the arguments, target, source; and how many pairs each layer has.
     """
     generator = torch.Generator("cpu")
     # Spelled out, because a user's default device or dtype must not change the draws.
@@ -90,42 +94,19 @@ def draw_numbers(
     for count, size, seed in zip(num_kernels, group_sizes, seeds, strict=True):
         generator.manual_seed(seed)
         chances.append(torch.rand(count, dtype=torch.float32, **host))
-        # More than will be used, for how many those are is not known before they are compared.
+        # More than will be used, for how many those are is known only when all layers are drawn.
         shifts.append(torch.randint(1, max(2, size), (count,), dtype=torch.int64, **host))
-    return torch.cat(chances), torch.cat(shifts)
-
-
-def pair_up(
-    num_kernels: Sequence[int],
-    group_sizes: Sequence[int],
-    probability: float,
-    chances: Tensor,
-    shifts: Tensor,
-) -> tuple[Tensor, list[int]]:
-    """Which kernels of several layers are blended, and each one's partner.
-
-    Args:
-        num_kernels: As of :func:`draw_numbers`, as is ``group_sizes``.
-        group_sizes: A kernel that is alone in its group has no partner and is not drawn.
-        probability: p, in [0, 1].
-        chances: A kernel is drawn where its chance is below p.
-        shifts: The partner of a layer's n-th drawn kernel is as many places further in its group
-            as the layer's n-th number says.
-
-    Returns:
-        The drawn pairs, layer after layer, int64, shape (3, pairs) on the CPU: place of the layer
-        in the arguments, target, source; and how many pairs each layer has.
-    """
+    chance, shift = torch.cat(chances), torch.cat(shifts)
     counts, size_of = torch.tensor([num_kernels, group_sizes], dtype=torch.int64, device="cpu")
     begins = counts.cumsum(0) - counts
-    layer = torch.zeros_like(shifts).index_fill_(0, begins[1:], 1).cumsum(0)  # of each kernel
-    drawn = ((chances < probability) & (size_of > 1)[layer]).nonzero().flatten()
+    layer = torch.zeros_like(shift).index_fill_(0, begins[1:], 1).cumsum(0)  # of each kernel
+    drawn = ((chance < probability) & (size_of > 1)[layer]).nonzero().flatten()
     layer = layer[drawn]
     pairs = layer.bincount(minlength=len(counts))
     first = begins[layer]
     rank = torch.arange(len(drawn), device="cpu") - (pairs.cumsum(0) - pairs)[layer]
     targets = drawn - first
-    sources = _shifted(targets, shifts[first + rank], size_of[layer])
+    sources = _shifted(targets, shift[first + rank], size_of[layer])
     return torch.stack([layer, targets, sources]), pairs.tolist()
 
 

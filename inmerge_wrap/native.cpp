@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <random>
 #include <vector>
 
 namespace {
@@ -193,24 +194,26 @@ void blend(const Layer *layers, int64_t count, Pairs pairs, const bool *changed,
 
 }  // namespace
 
-// Fills the rows of `pairs` (layer, target, source; each of `total` places) from the left.
-extern "C" void pair_up(const int64_t *sizes, const float *chances, const int64_t *shifts,
-                        int64_t *pairs, int64_t layers, int64_t total, float probability,
-                        int64_t *lengths) {
-  int64_t drawn = 0;
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    const int64_t kernels = sizes[layer], group = sizes[layers + layer], first = drawn;
-    for (int64_t k = 0; k < kernels; ++k) {
-      if (!(chances[k] < probability) || group == 1) continue;
-      const int64_t place = k % group;
-      pairs[drawn] = layer;
-      pairs[total + drawn] = k;
-      pairs[2 * total + drawn] = k - place + (place + shifts[drawn - first]) % group;
-      ++drawn;
+// Draws what PyTorch's CPU generator of the same seeds does. Fills the rows of `pairs` (layer,
+// target, source; each of `room` places) from the left.
+extern "C" void draw_layers(const int64_t *kernels, const int64_t *group_sizes,
+                            const int64_t *seeds, int64_t count, float probability,
+                            int64_t *pairs, int64_t room, int64_t *lengths) {
+  int64_t *layers = pairs, *targets = pairs + room, *sources = pairs + 2 * room;
+  int64_t end = 0;
+  for (int64_t layer = 0; layer < count; ++layer) {
+    const int64_t size = group_sizes[layer], begin = end;
+    std::mt19937 generator(static_cast<uint32_t>(seeds[layer]));
+    for (int64_t kernel = 0; kernel < kernels[layer]; ++kernel) {
+      const float chance = (generator() & 0xFFFFFF) * 0x1p-24f;
+      if (chance < probability && size > 1) targets[end++] = kernel;
     }
-    lengths[layer] = drawn - first;
-    chances += kernels;
-    shifts += kernels;
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t place = targets[n] % size, shift = 1 + generator() % (size - 1);
+      layers[n] = layer;
+      sources[n] = targets[n] - place + (place + shift) % size;
+    }
+    lengths[layer] = end - begin;
   }
 }
 

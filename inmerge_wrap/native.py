@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-__all__ = ["blend_", "compare", "library", "pair_up", "takes"]
+__all__ = ["blend_", "compare", "draw_layers", "library", "takes"]
 
 _DTYPES = {
     torch.float32: ("float32", torch.float32),
@@ -75,22 +75,22 @@ def takes(weight: Tensor) -> bool:
     return weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def pair_up(
+def draw_layers(
     num_kernels: Sequence[int],
     group_sizes: Sequence[int],
     probability: float,
-    chances: Tensor,
-    shifts: Tensor,
+    seeds: Sequence[int],
 ) -> tuple[Tensor, list[int]]:
-    """The same as :func:`inmerge_wrap.merging.pair_up`."""
-    sizes = torch.tensor([num_kernels, group_sizes], dtype=torch.int64, device="cpu")
-    pairs = torch.empty(3, len(chances), dtype=torch.int64, device="cpu")
-    lengths = (ctypes.c_int64 * len(num_kernels))()
-    library().pair_up(
-        *(_address(tensor) for tensor in (sizes, chances, shifts, pairs)),
+    """The same draws as of :func:`inmerge_wrap.merging.draw_layers`."""
+    pairs = torch.empty(3, sum(num_kernels), dtype=torch.int64, device="cpu")
+    array = ctypes.c_int64 * len(num_kernels)
+    lengths = array()
+    library().draw_layers(
+        *(array(*column) for column in (num_kernels, group_sizes, seeds)),
         ctypes.c_int64(len(num_kernels)),
-        ctypes.c_int64(len(chances)),
         ctypes.c_float(probability),
+        _address(pairs),
+        ctypes.c_int64(pairs.shape[1]),
         lengths,
     )
     numbers = list(lengths)

@@ -28,7 +28,7 @@ from inmerge_wrap.kernels import (
     kernel_parameters,
     stored_kernels,
 )
-from inmerge_wrap.merging import check_range, draw_numbers, nearest_kernels, pair_up
+from inmerge_wrap.merging import check_range, draw_layers, nearest_kernels
 from inmerge_wrap.optimizers import (
     Attachment,
     averaged_sequences,
@@ -464,7 +464,8 @@ class InMergeWrapper(nn.Module):
         sites = [self.plan.merged[layer] for layer in layers]
         stored = [stored_kernels(self._conv(site), compiled=self.compiled) for site in sites]
         at_once = not self.keep_norm and all_native(stored)
-        drawn, pairs = self._draw(sites, step, probability, native.pair_up if at_once else pair_up)
+        draw = native.draw_layers if at_once else draw_layers
+        drawn, pairs = self._draw(sites, step, probability, draw)
         if len(layers) < len(self.plan.merged):
             drawn[0] = torch.tensor(layers, device="cpu")[drawn[0]]
         way = self._merge_at_once if at_once else self._merge_one_by_one
@@ -596,14 +597,13 @@ class InMergeWrapper(nn.Module):
         sites: Sequence[ConvSite],
         step: int,
         probability: float,
-        make: Callable[..., tuple[Tensor, list[int]]] = pair_up,
+        draw: Callable[..., tuple[Tensor, list[int]]] = draw_layers,
     ) -> tuple[Tensor, list[int]]:
-        """As of :func:`pair_up`, which ``make`` may do in native code."""
+        """What :func:`draw_layers` draws for some layers in a step."""
         counts = [site.shape[0] for site in sites]
         group_sizes = [site.shape[0] // site.pair_groups for site in sites]
         seeds = [_mix(self.seed, step, _number_of(site)) for site in sites]
-        numbers = draw_numbers(counts, group_sizes, seeds)
-        return make(counts, group_sizes, probability, *numbers)
+        return draw(counts, group_sizes, probability, seeds)
 
     def _inspect(self, layers: Sequence[int]) -> None:
         """Records the state of some layers, and warns of those whose kernels grow alike."""

@@ -12,7 +12,7 @@ import torch
 from scipy.stats import chisquare
 
 from inmerge_wrap import native
-from inmerge_wrap.merging import draw_numbers, draw_pairs, merge_pairs_, pair_up
+from inmerge_wrap.merging import draw_layers, draw_pairs, merge_pairs_
 from tests import reference
 
 SHAPES = [  # weight shape, groups
@@ -165,17 +165,18 @@ def test_draws_are_sorted_distinct_and_reproducible() -> None:
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize(
-    "make", [pair_up, pytest.param(native.pair_up, marks=NEEDS_COMPILER)], ids=["plain", "native"]
+    "draw",
+    [draw_layers, pytest.param(native.draw_layers, marks=NEEDS_COMPILER)],
+    ids=["plain", "native"],
 )
-def test_layers_are_drawn_together_as_each_alone(make: Any, probability: float) -> None:
+def test_layers_are_drawn_together_as_each_alone(draw: Any, probability: float) -> None:
     """Whatever layers stand beside it, whatever the user's defaults are."""
     counts, groups = (40, 12, 6, 64, 10), (1, 3, 6, 8, 5)
     sizes = [count // number for count, number in zip(counts, groups, strict=True)]
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            numbers = draw_numbers(counts, sizes, range(len(counts)))
-            drawn, pairs = make(counts, sizes, probability, *numbers)
+            drawn, pairs = draw(counts, sizes, probability, range(len(counts)))
     finally:
         torch.set_default_dtype(torch.float32)
     assert sum(pairs) == drawn.shape[1] and pairs[2] == 0  # nobody in the group to merge with
