@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -89,8 +90,8 @@ class Kernels:
         weight: The stored kernels, shape (C_out, C_in / groups, kH, kW).
         magnitude: Norm of each kernel under weight normalisation, shape (C_out, 1, 1, 1).
         mask: Pruning mask, of the weight's shape, one where the entry is kept.
-        compiled: Fuse the reading with the arithmetic of plain weights: in native code where it
-            takes them, else by torch.compile. A computed weight is read without it, and so are
+        compiled: Fuse the reading with the arithmetic of plain, dense weights: on a CPU in native
+            code, elsewhere by torch.compile. A computed weight is read without it, and so are
             norms to keep.
     """
 
@@ -175,8 +176,7 @@ class Kernels:
     @property
     def is_native(self) -> bool:
         """Whether native code reads and writes these kernels."""
-        whole = self._plain and not is_sharded(self.weight)
-        return self.compiled and whole and native.takes(self.weight)
+        return self.compiled and self._plain and native.takes(self.weight)
 
     @contextmanager
     def whole(self) -> Iterator[Kernels]:
@@ -192,7 +192,8 @@ class Kernels:
         return self.magnitude is None and self.mask is None
 
     def _fuses(self, index: Tensor) -> bool:
-        return self.compiled and self._plain and not self.is_native and len(index) > 1
+        compiled = self.compiled and self._plain and self.weight.device.type != "cpu"
+        return compiled and native.is_dense(self.weight) and len(index) > 1
 
     def _in_blocks(
         self, targets: Tensor, sources: Tensor, *, centred: bool = False
@@ -233,9 +234,12 @@ class Kernels:
 
 
 def all_native(layers: Sequence[Kernels]) -> bool:
-    """Whether one call of native code takes all these layers."""
-    one_dtype = len({layer.weight.dtype for layer in layers}) == 1
-    return one_dtype and all(layer.is_native for layer in layers)
+    """Whether one call of native code takes all these layers, which it reads and writes at once."""
+    if not all(layer.is_native for layer in layers):
+        return False
+    spans = sorted((layer.weight.data_ptr(), layer.weight.nbytes) for layer in layers)
+    apart = all(start + size <= after for (start, size), (after, _) in pairwise(spans))
+    return apart and len({layer.weight.dtype for layer in layers}) == 1
 
 
 def _as_rows(weight: Tensor) -> Tensor:

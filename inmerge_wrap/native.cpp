@@ -152,10 +152,10 @@ std::vector<Blend> in_order(const Layer &layer, Pairs pairs, const bool *changed
 
 constexpr int64_t kSpan = 2048;  // entries of a kernel that one thread blends at a time
 
-// alpha * kernel + (1 - alpha) * partner where changed, for all layers.
+// alpha * kernel + (1 - alpha) * partner where changed, for all layers; says which were written.
 template <typename Number, typename Wide>
 void blend(const Layer *layers, int64_t count, Pairs pairs, const bool *changed, Wide alpha,
-           int threads) {
+           bool *written, int threads) {
   std::vector<std::vector<Blend>> orders;
   struct Part {
     int64_t layer, begin, end;
@@ -163,7 +163,8 @@ void blend(const Layer *layers, int64_t count, Pairs pairs, const bool *changed,
   std::vector<Part> parts;  // no entry of a kernel depends on another, so any split will do
   for (int64_t l = 0; l < count; ++l) {
     orders.push_back(in_order(layers[l], pairs, changed));
-    if (orders[l].empty()) continue;
+    written[l] = !orders[l].empty();
+    if (!written[l]) continue;
     for (int64_t begin = 0; begin < layers[l].fan_in; begin += kSpan) {
       parts.push_back({l, begin, std::min(begin + kSpan, layers[l].fan_in)});
     }
@@ -225,9 +226,9 @@ extern "C" void draw_layers(const int64_t *kernels, const int64_t *group_sizes,
   }                                                                                                \
   extern "C" void blend_##name(const Layer *layers, const int64_t *targets,                        \
                                const int64_t *sources, const bool *changed, int64_t count,         \
-                               double alpha, int threads) {                                        \
+                               double alpha, bool *written, int threads) {                         \
     blend<Number, Wide>(layers, count, {targets, sources}, changed, static_cast<Wide>(alpha),      \
-                        threads);                                                                  \
+                        written, threads);                                                         \
   }
 
 INMERGE_FUNCTIONS(float32, float, float)

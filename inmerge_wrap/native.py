@@ -23,7 +23,9 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-__all__ = ["blend_", "compare", "draw_layers", "library", "takes"]
+from inmerge_wrap import merging
+
+__all__ = ["blend_", "compare", "draw_layers", "is_dense", "library", "takes"]
 
 _DTYPES = {
     torch.float32: ("float32", torch.float32),
@@ -43,22 +45,23 @@ def library() -> ctypes.CDLL:
         RuntimeError: If there is none, or what it made can not be loaded.
     """
     source = Path(__file__).with_name("native.cpp")
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
     # Apple's compiler has no OpenMP; without it one thread does the work.
     parallel = [] if sys.platform == "darwin" else ["-fopenmp"]
     here = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     options = ["-std=c++17", "-O3", here, "-fPIC", "-shared", *parallel]
-    with TemporaryDirectory(prefix="inmerge-") as folder:
+    with TemporaryDirectory(prefix="inmerge-", ignore_cleanup_errors=True) as folder:
         target = Path(folder, "native.so")
         try:
+            compiler = shlex.split(os.environ.get("CXX") or "c++")
             subprocess.run(
                 [*compiler, *options, str(source), "-o", str(target)],
                 check=True,
                 capture_output=True,
                 text=True,
+                errors="replace",
             )
             return ctypes.CDLL(str(target))
-        except (OSError, subprocess.CalledProcessError) as error:
+        except (OSError, ValueError, subprocess.CalledProcessError) as error:
             raise RuntimeError(
                 "compiled=True does not work on the CPU: it needs a C++ compiler (c++, or that of "
                 "the environment variable CXX) with the options of g++ and clang++, and a folder "
@@ -68,11 +71,16 @@ def library() -> ctypes.CDLL:
             ) from error
 
 
+def is_dense(weight: Tensor) -> bool:
+    """Whether a weight is a matrix of kernels in memory, whatever the order of their entries."""
+    return weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def takes(weight: Tensor) -> bool:
     """Whether the kernels of a weight can be read where they lie, on a CPU."""
-    if weight.device.type != "cpu" or weight.dtype not in _DTYPES:
-        return False
-    return weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    # Subclasses (shards, quantised and fake tensors) may have no memory of their own.
+    plain = type(weight) is Tensor and weight.layout is torch.strided
+    return plain and weight.device.type == "cpu" and weight.dtype in _DTYPES and is_dense(weight)
 
 
 def draw_layers(
@@ -82,6 +90,24 @@ def draw_layers(
     seeds: Sequence[int],
 ) -> tuple[Tensor, list[int]]:
     """The same draws as of :func:`inmerge_wrap.merging.draw_layers`."""
+    if not _draws_like_torch():
+        return merging.draw_layers(num_kernels, group_sizes, probability, seeds)
+    return _draw_layers(num_kernels, group_sizes, probability, seeds)
+
+
+@cache
+def _draws_like_torch() -> bool:
+    """Whether PyTorch's generator is still the one that ``native.cpp`` follows."""
+    example = [64, 640], [32, 640], 0.5, [1, 2**32 - 1]
+    return torch.equal(_draw_layers(*example)[0], merging.draw_layers(*example)[0])
+
+
+def _draw_layers(
+    num_kernels: Sequence[int],
+    group_sizes: Sequence[int],
+    probability: float,
+    seeds: Sequence[int],
+) -> tuple[Tensor, list[int]]:
     pairs = torch.empty(3, sum(num_kernels), dtype=torch.int64, device="cpu")
     array = ctypes.c_int64 * len(num_kernels)
     lengths = array()
@@ -143,15 +169,17 @@ def blend_(
         changed: Boolean mask of the pairs to blend, shape (sum(pairs),).
         merge_weight: alpha, the share of a kernel that stays.
     """
-    if not changed.any():
-        return
     name, _ = _DTYPES[weights[0].dtype]
     targets, sources, changed = (part.contiguous() for part in (targets, sources, changed))
     layers, alpha = _table(weights, pairs), ctypes.c_double(merge_weight)
     arguments = map(_address, (layers, targets, sources, changed))
-    getattr(library(), f"blend_{name}")(*arguments, ctypes.c_int64(len(weights)), alpha, _threads())
-    # As each of PyTorch's own writes does, so that a backward pass over old weights is refused.
-    torch.autograd.graph.increment_version(weights)
+    written = (ctypes.c_bool * len(weights))()
+    number = ctypes.c_int64(len(weights))
+    getattr(library(), f"blend_{name}")(*arguments, number, alpha, written, _threads())
+    # As PyTorch does where it writes, so that a backward pass over the old weights is refused.
+    torch.autograd.graph.increment_version(
+        [weight for weight, was in zip(weights, written, strict=True) if was]
+    )
 
 
 def _table(

@@ -91,7 +91,8 @@ def first_moments(optimizer: Optimizer, weight: nn.Parameter) -> list[Tensor]:
     state = getattr(optimizer, "_base_optimizer", optimizer).state
     of_weight = state.get(weight, {})
     moments = (of_weight.get(key) for key in ("momentum_buffer", "exp_avg"))
-    return [moment for moment in moments if moment is not None]
+    # Some optimizers keep their moments in fewer dimensions; those are no kernels.
+    return [m for m in moments if m is not None and m.shape == weight.shape]
 
 
 def averaged_sequences(optimizer: Optimizer, conv: nn.Conv2d) -> list[Tensor]:

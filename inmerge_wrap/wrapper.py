@@ -141,7 +141,6 @@ class InMergeWrapper(nn.Module):
         self.partner = partner
         self.keep_norm = keep_norm
         self.merge_momentum = merge_momentum
-        self.compiled = compiled
         self.seed = seed
         self.inspect_every = inspect_every
         self.check_replicas_every = check_replicas_every
@@ -164,8 +163,7 @@ class InMergeWrapper(nn.Module):
         _check_plan(module, plan)
         self.module = module
         self.plan = plan
-        if compiled:
-            check_compiler(self._parameters_of(plan.merged[0])[0].device)
+        self.compiled = compiled
         self.history: list[LayerSnapshot] = []
         self._snapshots: dict[str, tuple[LayerSnapshot, LayerSnapshot]] = {}  # first, last
         self._last_merged: dict[int, Tensor] = {}  # layer -> which pairs of its last step merged
@@ -235,7 +233,12 @@ class InMergeWrapper(nn.Module):
             raise AttributeError(
                 "the plan stays, for the statistics are those of its layers: wrap the network anew"
             )
+        if name == "compiled" and value:
+            self._check_compiler()
         super().__setattr__(name, _checked(name, value))
+
+    def _check_compiler(self) -> None:
+        check_compiler(self._parameters_of(self.plan.merged[0])[0].device)
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -279,6 +282,8 @@ class InMergeWrapper(nn.Module):
                 f"({self.plan.merged[0].name}, ...): build it from the parameters of this model, "
                 "after unfreezing them"
             )
+        if self.compiled:  # the network may have moved to another device since it was wrapped
+            self._check_compiler()
         if not getattr(type(optimizer).step, "hooked", False):
             # timm's Lookahead skips Optimizer.__init__, without which step() runs no hooks.
             optimizer._patch_step_function()
@@ -408,13 +413,8 @@ class InMergeWrapper(nn.Module):
 
     def _parameters_of(self, site: ConvSite) -> list[nn.Parameter]:
         parameters = kernel_parameters(self._conv(site))
-        if parameters and tuple(parameters[0].shape) != site.shape:
-            raise RuntimeError(
-                f"the weight of {site.name} has the shape {tuple(parameters[0].shape)} instead of "
-                f"{site.shape}: FSDP1 and DeepSpeed ZeRO-3 flatten the weights, so that no kernel "
-                "can be found in them; use FSDP2 (fully_shard, or fsdp_version: 2 in Accelerate) "
-                "or DDP"
-            )
+        if parameters:
+            _check_shape(site, parameters[0])
         if parameters and parameters[0].device.type == "xla":
             raise RuntimeError(
                 "on XLA devices parameters are swapped behind torch, and what is merged is lost; "
@@ -463,6 +463,8 @@ class InMergeWrapper(nn.Module):
         probability, alpha = self.schedule.apply(step, self.merge_probability, self.merge_weight)
         sites = [self.plan.merged[layer] for layer in layers]
         stored = [stored_kernels(self._conv(site), compiled=self.compiled) for site in sites]
+        for site, kernels in zip(sites, stored, strict=True):
+            _check_shape(site, kernels.weight)
         at_once = not self.keep_norm and all_native(stored)
         draw = native.draw_layers if at_once else draw_layers
         drawn, pairs = self._draw(sites, step, probability, draw)
@@ -547,7 +549,7 @@ class InMergeWrapper(nn.Module):
         centred = [site.centred for site in sites]
         cosines = native.compare(weights, pairs, targets, sources, centred)
         fan_ins = [site.fan_in for site in sites]
-        if isinstance(self.similarity_threshold, Fixed):  # the same in all layers
+        if type(self.similarity_threshold) is Fixed:  # the same in all layers
             merged = self._passes(cosines, max(fan_ins))
         else:
             merged = torch.cat([*map(self._passes, cosines.split(pairs), fan_ins)])
@@ -587,7 +589,7 @@ class InMergeWrapper(nn.Module):
                     "whose moments are no kernels"
                     if magnitude
                     else f"{type(optimizer).__name__} keeps no momentum_buffer and no exp_avg of "
-                    f"{site.name}.weight"
+                    f"the shape of {site.name}.weight"
                 )
                 warnings.warn(f"merge_momentum has no effect: {why}", NoEffectWarning, stacklevel=2)
         return moments + averaged_sequences(optimizer, self._conv(site))
@@ -809,6 +811,16 @@ def _check_plan(module: nn.Module, plan: MergePlan) -> None:
                 f"the plan is not of this network: it has no convolution {site.name!r} with a "
                 f"weight of shape {site.shape}; make one with plan_merging(network)"
             )
+
+
+def _check_shape(site: ConvSite, weight: Tensor) -> None:
+    if weight.shape != site.shape:
+        raise RuntimeError(
+            f"the weight of {site.name} has the shape {tuple(weight.shape)} instead of "
+            f"{site.shape}. A layer that was replaced needs a new wrapper; FSDP1 and DeepSpeed "
+            "ZeRO-3 flatten the weights, so that no kernel can be found in them: use FSDP2 "
+            "(fully_shard, or fsdp_version: 2 in Accelerate) or DDP"
+        )
 
 
 def _number_of(site: ConvSite) -> int:

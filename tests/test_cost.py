@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import weakref
 from typing import Any
 
@@ -12,8 +11,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inmerge_wrap import InMergeWrapper, Quantile, Schedule
-from inmerge_wrap.kernels import Blend, Kernels
+from inmerge_wrap import InMergeWrapper, Quantile, Schedule, kernels
+from inmerge_wrap.kernels import _blend, _compare
+from inmerge_wrap.merging import blend_kernels, centre, gather_kernels, pair_cosines
+from tests import NEEDS_COMPILER
 
 
 class Ledger(TorchDispatchMode):
@@ -45,10 +46,8 @@ class Ledger(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("threshold", [0.3, -1.0])
-@pytest.mark.parametrize("way", ["cpu", "meta", "native"])
+@pytest.mark.parametrize("way", ["cpu", "meta", pytest.param("native", marks=NEEDS_COMPILER)])
 def test_a_pass_takes_less_than_the_largest_layer(way: str, threshold: float) -> None:
-    if way == "native" and shutil.which("c++") is None:
-        pytest.skip("needs a C++ compiler")
     network = timm.create_model("resnet18", num_classes=3).to("meta" if way == "meta" else "cpu")
     model = InMergeWrapper(
         network,
@@ -69,30 +68,48 @@ def test_a_pass_takes_less_than_the_largest_layer(way: str, threshold: float) ->
     assert max(operations) < 1.2 * min(operations)
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
-def test_what_can_not_be_compiled_any_more_is_computed_all_the_same() -> None:
-    """torch.compile, which merges what native code does not take, gives up after some variants."""
+@NEEDS_COMPILER
+@pytest.mark.parametrize("limit", [8, 1], ids=["compiled", "beyond the limit"])
+def test_what_torch_compile_does_on_a_gpu_equals_the_plain_functions(limit: int) -> None:
+    """On a CPU here. It gives a function up after some variants, which then runs as it is."""
     torch.compiler.reset()
-    with torch._dynamo.config.patch(recompile_limit=1):
-        targets, sources = torch.arange(6), torch.arange(6, 12)
-        for variant in (False, True):
-            weight = torch.randn(12, 4, 3, 3, dtype=torch.float16)
-            both = [Kernels(weight.clone(), compiled=compiled) for compiled in (False, True)]
-            cosines = [kernels.cosines(targets, sources, centred=variant) for kernels in both]
-            torch.testing.assert_close(cosines[0], cosines[1])
-            for kernels in both:
-                kernels.blend_(Blend(targets, sources, None, 0.8))
-            torch.testing.assert_close(both[0].weight, both[1].weight)
-            assert not torch.equal(both[1].weight, weight)
+    torch.manual_seed(0)
+    compare, blend = (kernels._compiled(function) for function in (_compare, _blend))
+    targets, sources = torch.arange(6), torch.arange(6, 12)
+    mask = torch.tensor([True, False] * 3)
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            rows = torch.randn(12, 36, dtype=dtype)
+            ours, theirs = (gather_kernels(rows, index) for index in (targets, sources))
+            for centred in (False, True):
+                expected = pair_cosines(centre(ours), centre(theirs)) if centred else None
+                expected = pair_cosines(ours, theirs) if expected is None else expected
+                found = compare(rows, targets, sources, centred)
+                torch.testing.assert_close(found, expected)
+            for changed in (None, mask):
+                expected = blend_kernels(ours, theirs, changed, 0.8).to(dtype)
+                alpha = torch.tensor(0.8, dtype=torch.float64)
+                found = blend(rows, targets, sources, changed, alpha)
+                torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+@NEEDS_COMPILER
 def test_compiled_passes_equal_plain_ones() -> None:
     def layers(*modules: nn.Module) -> nn.Sequential:
         torch.manual_seed(0)
         net = nn.Sequential(*modules)
         for parameter in net.parameters():
             nn.init.normal_(parameter)
+        return net
+
+    def permuted(net: nn.Sequential) -> nn.Sequential:
+        for conv in net:  # as weights of TensorFlow come
+            hwio = conv.weight.detach().permute(2, 3, 1, 0).contiguous()
+            conv.weight = nn.Parameter(hwio.permute(3, 2, 0, 1))
+        return net
+
+    def sharing(net: nn.Sequential) -> nn.Sequential:
+        net[1].weight = nn.Parameter(net[0].weight.data)
         return net
 
     networks = {
@@ -102,6 +119,8 @@ def test_compiled_passes_equal_plain_ones() -> None:
         ),
         "bfloat16": lambda: layers(nn.Conv2d(3, 40, 3), nn.Conv2d(40, 24, 1)).bfloat16(),
         "float16": lambda: layers(nn.Conv2d(3, 40, 3), nn.Conv2d(40, 24, 1)).half(),
+        "permuted": lambda: permuted(layers(nn.Conv2d(3, 40, 3), nn.Conv2d(40, 24, 2))),
+        "shared memory": lambda: sharing(layers(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))),
         "weight_norm": lambda: layers(
             nn.Conv2d(3, 40, 3), nn.utils.parametrizations.weight_norm(nn.Conv2d(40, 24, 3))
         ),
@@ -135,7 +154,7 @@ def test_compiled_passes_equal_plain_ones() -> None:
             assert all(0 < merged < drawn for merged, drawn in counts)
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@NEEDS_COMPILER
 def test_compiled_passes_take_the_moments_along_and_leave_frozen_layers() -> None:
     results = []
     for compiled in (False, True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from scipy.stats import chisquare
 
 from inmerge_wrap import native
 from inmerge_wrap.merging import draw_layers, draw_pairs, merge_pairs_
-from tests import reference
+from tests import NEEDS_COMPILER, reference
 
 SHAPES = [  # weight shape, groups
     ((16, 3, 3, 3), 1),
@@ -24,9 +23,6 @@ SHAPES = [  # weight shape, groups
     ((1, 4, 3, 3), 1),
     ((4, 1, 3, 3), 4),
 ]
-
-
-NEEDS_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
 
 def generator(seed: int = 0) -> torch.Generator:

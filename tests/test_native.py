@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from inmerge_wrap import native
+from inmerge_wrap import merging, native
 from inmerge_wrap.merging import centre, pair_cosines
-from tests import reference
-
-needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+from tests import NEEDS_COMPILER, reference
 
 # Longer than one part of a kernel, not a multiple of the lanes, a single entry; all dense.
 SHAPES = [(40, 250, 3, 3), (9, 7, 1, 5), (24, 1, 1, 1), (2, 3, 3, 3)]
@@ -42,7 +41,7 @@ def everyone_with_another() -> tuple[list[int], Tensor, Tensor]:
     return pairs, torch.cat(targets), torch.cat(sources)
 
 
-@needs_compiler
+@NEEDS_COMPILER
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_cosines(dtype: torch.dtype, channels_last: bool) -> None:
@@ -64,7 +63,7 @@ def test_cosines(dtype: torch.dtype, channels_last: bool) -> None:
     assert found.split(pairs)[0].isnan().sum() >= 3
 
 
-@needs_compiler
+@NEEDS_COMPILER
 @pytest.mark.parametrize("merge_weight", [0.0, 0.3, 0.8, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_all_kernels_are_read_before_any_is_written(
@@ -87,7 +86,7 @@ def test_all_kernels_are_read_before_any_is_written(
             assert torch.equal(layer[left], old[left])
 
 
-@needs_compiler
+@NEEDS_COMPILER
 def test_the_literal_loop_merges_the_same_pairs() -> None:
     for seed in range(20):
         torch.manual_seed(seed)
@@ -103,7 +102,7 @@ def test_the_literal_loop_merges_the_same_pairs() -> None:
         assert (cosines > 0.4).tolist() == merged
 
 
-@needs_compiler
+@NEEDS_COMPILER
 def test_the_number_of_threads_changes_no_bit() -> None:
     pairs, targets, sources = everyone_with_another()
     before = torch.get_num_threads()
@@ -121,19 +120,22 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         assert all(map(torch.equal, result, results[0]))
 
 
-@needs_compiler
+@NEEDS_COMPILER
 def test_a_backward_pass_over_weights_that_were_merged_is_refused() -> None:
-    """As after any other write: PyTorch must learn of it."""
-    weight = torch.randn(8, 4, 3, 3, requires_grad=True)
-    loss = torch.nn.functional.conv2d(torch.randn(1, 4, 5, 5, requires_grad=True), weight).sum()
+    """As after any other write: PyTorch must learn of it, and of no write that was none."""
+    weights = [torch.randn(8, 4, 3, 3, requires_grad=True) for _ in range(2)]
+    images = torch.randn(1, 4, 5, 5, requires_grad=True)
+    losses = [torch.nn.functional.conv2d(images, weight).sum() for weight in weights]
     everyone = torch.arange(8)
-    mask = torch.ones(8, dtype=torch.bool)
-    native.blend_([weight.detach()], [8], everyone, everyone.roll(1), mask, 0.8)
+    targets, sources = everyone.repeat(2), everyone.roll(1).repeat(2)
+    mask = torch.arange(16) < 8
+    native.blend_([weight.detach() for weight in weights], [8, 8], targets, sources, mask, 0.8)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+        losses[0].backward()
+    losses[1].backward()
 
 
-@needs_compiler
+@NEEDS_COMPILER
 def test_arguments_that_are_not_dense_are_read_aright() -> None:
     torch.manual_seed(0)
     weight = torch.randn(8, 4, 3, 3)
@@ -158,13 +160,20 @@ def test_what_is_taken() -> None:
     assert not native.takes(weight.half())
     assert not native.takes(weight.to("meta"))
     assert not native.takes(weight[:, :2]) and not native.takes(weight.transpose(2, 3))
+    with FakeTensorMode():  # a subclass, without memory of its own
+        assert not native.takes(torch.empty(8, 4, 3, 3))
+    assert not native.takes(torch.eye(3).to_sparse())
 
 
-@pytest.mark.parametrize("compiler", ["/nowhere/c++", "false", "true"])
-def test_a_compiler_that_fails_is_told_before_the_training(compiler: str, tmp_path: Path) -> None:
-    """One that is missing, one that refuses, and one that makes nothing."""
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("compiler", ["/nowhere/c++", "false", "true", "c++ '"])
+def test_a_compiler_that_fails_is_told_before_the_training(
+    compiler: str, later: bool, tmp_path: Path
+) -> None:
+    """One that is missing, one that refuses, one that makes nothing, one that can not be read."""
     code = "import timm; from inmerge_wrap import InMergeWrapper\n"
-    code += "InMergeWrapper(timm.create_model('test_resnet'), compiled=True)"
+    code += f"model = InMergeWrapper(timm.create_model('test_resnet'), compiled={not later})\n"
+    code += "model.compiled = True"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "CXX": compiler, "TMPDIR": str(tmp_path)},
@@ -174,4 +183,36 @@ def test_a_compiler_that_fails_is_told_before_the_training(compiler: str, tmp_pa
     )
     assert done.returncode == 1
     assert "compiled=True does not work on the CPU: it needs a C++ compiler" in done.stderr
+    assert f"line {2 + later}" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@NEEDS_COMPILER
+def test_an_empty_variable_names_no_compiler() -> None:
+    code = "from inmerge_wrap import native; print(native.library())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "CXX": ""}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "CDLL" in done.stdout, done.stderr
+
+
+@NEEDS_COMPILER
+def test_draws_follow_a_generator_that_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch may exchange its generator; the draws must not depend on who makes them."""
+    plain = merging.draw_layers
+
+    def changed(counts: Any, sizes: Any, probability: float, seeds: Any) -> Any:
+        return plain(counts, sizes, probability, [seed ^ 1 for seed in seeds])
+
+    monkeypatch.setattr(merging, "draw_layers", changed)
+    native._draws_like_torch.cache_clear()
+    arguments = [20, 30], [20, 10], 0.5, [3, 4]
+    try:
+        drawn, pairs = native.draw_layers(*arguments)
+    finally:
+        native._draws_like_torch.cache_clear()
+    expected, expected_pairs = changed(*arguments)
+    assert torch.equal(drawn, expected) and pairs == expected_pairs
+    monkeypatch.undo()
+    assert torch.equal(native.draw_layers(*arguments)[0], plain(*arguments)[0])
+    assert native._draws_like_torch()

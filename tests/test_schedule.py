@@ -25,7 +25,7 @@ from inmerge_wrap import (
 )
 from inmerge_wrap.kernels import kernel_parameters
 from inmerge_wrap.merging import blend_kernels, nearest_kernels, norm_scale
-from tests import reference
+from tests import NEEDS_COMPILER, reference
 from tests.test_wrapper import drawn, sgd, small_net, states_equal, train, wrapped
 
 # -- schedule ------------------------------------------------------------------------------------
@@ -141,6 +141,21 @@ def test_the_wrapper_merges_the_pairs_that_the_rule_passes(rule: Quantile | ZSco
         expected, _ = reference.merge(weight.detach(), chosen, 0.8, -2.0)
         assert 0 < len(chosen) < len(pairs)
         torch.testing.assert_close(model.module.get_submodule(site.name).weight, expected)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=NEEDS_COMPILER)])
+def test_a_rule_made_of_the_fixed_one_is_asked_in_each_layer(compiled: bool) -> None:
+    class Wide(Fixed):
+        def passes(self, cosines: torch.Tensor, fan_in: int) -> torch.Tensor:
+            return super().passes(cosines, fan_in) & (fan_in > 30)
+
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3))
+    model = InMergeWrapper(
+        net, shallow_layers=0, similarity_threshold=Wide(-1.0), compiled=compiled
+    )
+    model.merge_()
+    narrow, wide = model.report()
+    assert narrow.merged == 0 < wide.merged == wide.drawn
 
 
 @pytest.mark.parametrize("answer", [torch.tensor(True), torch.ones(3, dtype=torch.int64), None])
@@ -390,6 +405,23 @@ def test_momentum_that_does_not_exist_is_told() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     model.attach(optimizer)
     with pytest.warns(NoEffectWarning, match="merge_momentum has no effect: SGD keeps no"):
+        train(model, optimizer, 3)
+
+
+def test_moments_of_another_shape_are_no_kernels() -> None:
+    """As an optimizer keeps them that projects the gradients."""
+
+    class Projecting(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self.state[parameter]["exp_avg"] = torch.zeros(2, 3)
+            return super().step(closure)
+
+    model = wrapped(similarity_threshold=-1.0, merge_momentum=True)
+    optimizer = Projecting(model.parameters(), lr=0.01)
+    model.attach(optimizer)
+    with pytest.warns(NoEffectWarning, match=r"no exp_avg of the shape of convs.\d.weight"):
         train(model, optimizer, 3)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from inmerge_wrap import InMergeWrapper, NoEffectWarning, plan_merging
-from tests import reference
+from tests import NEEDS_COMPILER, reference
 
 
 class SmallNet(nn.Module):
@@ -495,6 +495,15 @@ def test_the_report_counts_what_happened() -> None:
 def test_bad_arguments_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         wrapped(**settings)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=NEEDS_COMPILER)])
+def test_a_layer_that_was_replaced_is_told(compiled: bool) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3))
+    model = InMergeWrapper(net, shallow_layers=0, compiled=compiled)
+    net[1] = nn.Conv2d(16, 8, 3)
+    with pytest.raises(RuntimeError, match=r"weight of 1 has the shape \(8, 16, 3, 3\) instead of"):
+        model.merge_()
 
 
 def test_a_plan_of_another_network_is_refused() -> None:
