@@ -82,8 +82,8 @@ def test_what_torch_compile_does_on_a_gpu_equals_the_plain_functions(limit: int)
             rows = torch.randn(12, 36, dtype=dtype)
             ours, theirs = (gather_kernels(rows, index) for index in (targets, sources))
             for centred in (False, True):
-                expected = pair_cosines(centre(ours), centre(theirs)) if centred else None
-                expected = pair_cosines(ours, theirs) if expected is None else expected
+                ends = [centre(part) if centred else part for part in (ours, theirs)]
+                expected = pair_cosines(*ends)
                 found = compare(rows, targets, sources, centred)
                 torch.testing.assert_close(found, expected)
             for changed in (None, mask):
