@@ -1,4 +1,4 @@
-// Compares and blends the drawn kernels of many layers in one call each; see native.py.
+// Draws, compares and blends the kernels of many layers in one call each; see native.py.
 //
 // A layer's weight is a matrix of C_out rows, one flattened kernel each. The plain functions of
 // merging.py are the specification.

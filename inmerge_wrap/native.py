@@ -1,4 +1,4 @@
-"""Comparing and blending the drawn kernels of many layers in one call each, on a CPU.
+"""Drawing, comparing and blending the kernels of many layers in one call each, on a CPU.
 
 PyTorch copies the drawn kernels out of a weight before it multiplies them, and each of its calls
 takes longer than the arithmetic of a small layer. ``native.cpp`` reads the weights where they lie.
