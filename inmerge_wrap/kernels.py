@@ -73,13 +73,13 @@ class Blend:
     def known(self) -> Blend:
         """The same without the pairs that stay as they are, where one need not wait to know them.
 
-        On a CPU those cost nothing then; elsewhere the mask decides on the device.
+        On a CPU those cost nothing then; elsewhere the mask decides on the device. A scale is made
+        for the pairs that are left.
         """
         if self.changed is None or self.changed.device.type != "cpu":
             return self
         kept = self.changed.nonzero().flatten()
-        scale = None if self.scale is None else self.scale[kept]
-        return Blend(self.targets[kept], self.sources[kept], None, self.merge_weight, scale)
+        return replace(self, targets=self.targets[kept], sources=self.sources[kept], changed=None)
 
 
 @dataclass(frozen=True)

@@ -92,28 +92,24 @@ def draw_layers(
     """The same draws as of :func:`inmerge_wrap.merging.draw_layers`."""
     if not _draws_like_torch():
         return merging.draw_layers(num_kernels, group_sizes, probability, seeds)
-    return _draw_layers(num_kernels, group_sizes, probability, seeds)
+    return _draw([num_kernels, group_sizes, seeds], probability)
 
 
 @cache
 def _draws_like_torch() -> bool:
     """Whether PyTorch's generator is still the one that ``native.cpp`` follows."""
-    example = [64, 640], [32, 640], 0.5, [1, 2**32 - 1]
-    return torch.equal(_draw_layers(*example)[0], merging.draw_layers(*example)[0])
+    kernels, sizes, seeds = [64, 640], [32, 640], [1, 2**32 - 1]
+    ours, _ = _draw([kernels, sizes, seeds], 0.5)
+    return torch.equal(ours, merging.draw_layers(kernels, sizes, 0.5, seeds)[0])
 
 
-def _draw_layers(
-    num_kernels: Sequence[int],
-    group_sizes: Sequence[int],
-    probability: float,
-    seeds: Sequence[int],
-) -> tuple[Tensor, list[int]]:
-    pairs = torch.empty(3, sum(num_kernels), dtype=torch.int64, device="cpu")
-    array = ctypes.c_int64 * len(num_kernels)
+def _draw(columns: Sequence[Sequence[int]], probability: float) -> tuple[Tensor, list[int]]:
+    array = ctypes.c_int64 * len(columns[0])
     lengths = array()
+    pairs = torch.empty(3, sum(columns[0]), dtype=torch.int64, device="cpu")
     library().draw_layers(
-        *(array(*column) for column in (num_kernels, group_sizes, seeds)),
-        ctypes.c_int64(len(num_kernels)),
+        *(array(*column) for column in columns),
+        ctypes.c_int64(len(lengths)),
         ctypes.c_float(probability),
         _address(pairs),
         ctypes.c_int64(pairs.shape[1]),

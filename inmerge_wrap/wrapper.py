@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 from zlib import crc32
 
 import torch
@@ -61,6 +61,18 @@ class NoEffectWarning(UserWarning):
 
 class CollapseWarning(UserWarning):
     """Merging is making the kernels of a layer copies of each other."""
+
+
+class _Work(NamedTuple):
+    """What one step of some layers merges, and with what."""
+
+    sites: Sequence[ConvSite]
+    stored: Sequence[Kernels]
+    drawn: Tensor  # as of draw_layers, but with the number of the layer
+    pairs: list[int]
+    alpha: float
+    optimizer: Optimizer | None
+    skip: Tensor | None  # a scalar on the device, non-zero for no merge
 
 
 class InMergeWrapper(nn.Module):
@@ -471,7 +483,7 @@ class InMergeWrapper(nn.Module):
         if len(layers) < len(self.plan.merged):
             drawn[0] = torch.tensor(layers, device="cpu")[drawn[0]]
         way = self._merge_at_once if at_once else self._merge_one_by_one
-        of_layer, cosines, merged = way(sites, stored, drawn, pairs, alpha, optimizer, skip)
+        of_layer, cosines, merged = way(_Work(sites, stored, drawn, pairs, alpha, optimizer, skip))
         self._tally.add(of_layer, cosines, merged)
         for layer, number, mask in zip(layers, pairs, merged.split(pairs), strict=True):
             self._last_merged[layer] = mask
@@ -486,16 +498,7 @@ class InMergeWrapper(nn.Module):
         for layer in layers:
             self._passes_here[layer] += 1
 
-    def _merge_one_by_one(
-        self,
-        sites: Sequence[ConvSite],
-        stored: Sequence[Kernels],
-        drawn: Tensor,
-        pairs: Sequence[int],
-        alpha: float,
-        optimizer: Optimizer | None,
-        skip: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _merge_one_by_one(self, work: _Work) -> tuple[Tensor, Tensor, Tensor]:
         """Merges the drawn pairs of some layers; of weights in shards one is whole at a time.
 
         Returns:
@@ -503,23 +506,23 @@ class InMergeWrapper(nn.Module):
         """
         on_device: dict[torch.device, Tensor] = {}
         cosines, merged, end = [], [], 0
-        for site, shards, number in zip(sites, stored, pairs, strict=True):
+        for site, shards, number in zip(work.sites, work.stored, work.pairs, strict=True):
             with shards.whole() as kernels:
                 device = kernels.weight.device
                 if device not in on_device:
-                    on_device[device] = _send(drawn, device)
+                    on_device[device] = _send(work.drawn, device)
                 _, targets, sources = on_device[device][:, end : (end := end + number)]
                 if self.partner == "most_similar":
                     sources = _nearest(site, kernels, targets)
                 cosine = kernels.cosines(targets, sources, centred=site.centred)
                 passed = self._passes(cosine, site.fan_in)
-                if skip is not None:
-                    passed &= skip.to(device) == 0
-                blend = Blend(targets, sources, passed, alpha)
+                if work.skip is not None:
+                    passed &= work.skip.to(device) == 0
+                blend = Blend(targets, sources, passed, work.alpha)
                 if self.keep_norm:
                     blend = kernels.keeping_norms(blend)
                 kernels.blend_(blend)
-            for companion in self._companions(optimizer, site):
+            for companion in self._companions(work.optimizer, site):
                 with gathered(companion) as whole:
                     Kernels(whole, compiled=self.compiled).blend_(blend)
             cosines.append(cosine)
@@ -531,32 +534,23 @@ class InMergeWrapper(nn.Module):
             torch.cat([passed.to(device) for passed in merged]),
         )
 
-    def _merge_at_once(
-        self,
-        sites: Sequence[ConvSite],
-        stored: Sequence[Kernels],
-        drawn: Tensor,
-        pairs: Sequence[int],
-        alpha: float,
-        optimizer: Optimizer | None,
-        skip: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _merge_at_once(self, work: _Work) -> tuple[Tensor, Tensor, Tensor]:
         """The same in native code, which takes all layers in one call."""
-        of_layer, targets, sources = drawn
-        weights = [kernels.weight for kernels in stored]
+        (of_layer, targets, sources), pairs, alpha = work.drawn, work.pairs, work.alpha
+        weights = [kernels.weight for kernels in work.stored]
         if self.partner == "most_similar":
-            sources = torch.cat([*map(_nearest, sites, stored, targets.split(pairs))])
-        centred = [site.centred for site in sites]
+            sources = torch.cat([*map(_nearest, work.sites, work.stored, targets.split(pairs))])
+        centred = [site.centred for site in work.sites]
         cosines = native.compare(weights, pairs, targets, sources, centred)
-        fan_ins = [site.fan_in for site in sites]
+        fan_ins = [site.fan_in for site in work.sites]
         if type(self.similarity_threshold) is Fixed:  # the same in all layers
             merged = self._passes(cosines, max(fan_ins))
         else:
             merged = torch.cat([*map(self._passes, cosines.split(pairs), fan_ins)])
-        if skip is not None:
-            merged &= skip.to(merged.device) == 0
+        if work.skip is not None:
+            merged &= work.skip.to(merged.device) == 0
         native.blend_(weights, pairs, targets, sources, merged, alpha)
-        companions = [self._companions(optimizer, site) for site in sites]
+        companions = [self._companions(work.optimizer, site) for site in work.sites]
         if any(companions):
             of_layers = (part.split(pairs) for part in (targets, sources, merged))
             for tensors, ours, theirs, passed in zip(companions, *of_layers, strict=True):
