@@ -2,7 +2,8 @@
 
 from inmerge_wrap.discovery import ConvSite, MergePlan, plan_merging
 from inmerge_wrap.export import export_timm, export_weights
-from inmerge_wrap.merging import draw_pairs, merge_pairs_
+from inmerge_wrap.merge_pass import merge_pairs_
+from inmerge_wrap.merging import draw_pairs
 from inmerge_wrap.recalibration import recalibrate
 from inmerge_wrap.report import LayerReport, LayerSnapshot, MergeReport
 from inmerge_wrap.schedule import Schedule

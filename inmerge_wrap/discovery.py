@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from inmerge_wrap.kernels import kernel_parameters, unmergeable_reason
+from inmerge_wrap.stores import store_of
 from inmerge_wrap.tracing import (
     Call,
     Trace,
@@ -223,8 +223,9 @@ def _find_sites(model: nn.Module, example_input: Any) -> tuple[list[ConvSite], s
     first_owner: dict[int, str] = {}
     for place, name in enumerate(order, start=1):
         conv = convs[name]
-        reason = unmergeable_reason(conv)
-        weight = next(iter(kernel_parameters(conv)), None) if reason is None else None
+        store = store_of(conv)
+        reason = store.reason
+        weight = next(iter(store.parameters), None) if reason is None else None
         call = trace.calls.get(name) if trace else None
         centred = type(conv).__name__ in _WEIGHT_STANDARDISED
         stored = conv._parameters.get("weight")
@@ -282,7 +283,7 @@ def _kinds(
         side = max(conv.kernel_size)
         if conv.in_channels == channels and side > 1 and conv.kernel_size == conv.stride:
             return "patch_embedding"
-        parameters = kernel_parameters(conv)
+        parameters = store_of(conv).parameters
         if parameters and not all(p.requires_grad for p in parameters):
             return "frozen"
         return "kernels"

@@ -19,14 +19,16 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "add_gaussian",
     "blend_kernels",
     "centre",
     "draw_layers",
     "draw_pairs",
-    "merge_pairs_",
+    "multiply_gaussian",
     "nearest_kernels",
     "norm_scale",
     "pair_cosines",
+    "signed_weight",
 ]
 
 
@@ -183,9 +185,9 @@ def blend_kernels(
         kernels: Shape (pairs, fan_in).
         partners: Of the same shape and dtype.
         merged: Boolean mask, shape (pairs,): which pairs are blended; None blends all.
-        merge_weight: alpha in [0, 1], the share of the kernel that stays; a number, or a scalar
-            tensor of the kernels' dtype.
-        scale: Factor of each blend, shape (pairs, 1), as of :func:`norm_scale`; none by default.
+        merge_weight: alpha, the share of the kernel that stays; above 1 it moves away from its
+            partner. A number, or one for each pair, shape (pairs, 1).
+        scale: Factor of each blend, shape (pairs, 1), see :func:`norm_scale`; none by default.
 
     Returns:
         ``alpha * kernels + (1 - alpha) * partners`` where ``merged``, else ``kernels``.
@@ -196,7 +198,7 @@ def blend_kernels(
     return blended if merged is None else torch.where(merged.unsqueeze(1), blended, kernels)
 
 
-def norm_scale(kernels: Tensor, partners: Tensor, merge_weight: float) -> Tensor:
+def norm_scale(kernels: Tensor, partners: Tensor, merge_weight: float | Tensor) -> Tensor:
     """The factor that brings each blend back to the norm of its kernel, shape (pairs, 1).
 
     The paper goes without: a blend of orthogonal kernels is shorter, by 18% at alpha = 0.8.
@@ -206,42 +208,51 @@ def norm_scale(kernels: Tensor, partners: Tensor, merge_weight: float) -> Tensor
     return (norms / torch.linalg.vector_norm(blended, dim=1, keepdim=True)).nan_to_num(1.0, 1.0)
 
 
-def merge_pairs_(
-    weight: Tensor,
-    targets: Tensor,
-    sources: Tensor,
-    *,
-    merge_weight: float,
-    similarity_threshold: float,
-) -> Tensor:
-    """Merges the drawn pairs of one convolution weight, in place (eq. 1-4).
+def signed_weight(kernels: Tensor, partners: Tensor, signs: Tensor, radius: float) -> Tensor:
+    """The merge weight of each pair that moves its kernel by ``radius`` of the kernel's norm.
 
-    All kernels are read before any is written, as the paper's simultaneous update demands, and
-    only the rows in ``targets`` are touched. Half precision weights are compared and blended in
-    float32 and rounded once. Kernels that are zero or hold NaN or Inf neither merge nor spread.
+    With it :func:`blend_kernels` gives ``K_i + s r |K_i| (K_j - K_i) / |K_j - K_i|``: a step of a
+    fixed relative size along the difference, toward the partner (s = 1) or away from it (s = -1).
 
     Args:
-        weight: Shape (C_out, C_in / groups, kH, kW), floating point, any memory format.
-        targets: Kernels to blend, int64, shape (pairs,), without repetition.
-        sources: Their partners, int64, shape (pairs,).
-        merge_weight: alpha in [0, 1], the share of a kernel that stays.
-        similarity_threshold: tau in [-1, 1]; a pair merges where its cosine is above it.
+        kernels: Shape (pairs, fan_in).
+        partners: Of the same shape and dtype.
+        signs: 1 or -1, shape (pairs,).
+        radius: r, the size of the step relative to the kernel's norm.
 
     Returns:
-        Boolean mask of the pairs that were merged, shape (pairs,), on the weight's device.
-
-    Raises:
-        ValueError: If ``merge_weight`` or ``similarity_threshold`` is out of range.
+        Shape (pairs, 1); 1, which leaves the kernel alone, where both are equal.
     """
-    check_range("merge_weight", merge_weight, 0.0, 1.0)
-    check_range("similarity_threshold", similarity_threshold, -1.0, 1.0)
-    targets, sources = targets.to(weight.device), sources.to(weight.device)
-    with torch.no_grad():
-        kernels, partners = gather_kernels(weight, torch.cat([targets, sources])).chunk(2)
-        merged = pair_cosines(kernels, partners) > similarity_threshold
-        blended = blend_kernels(kernels, partners, merged, merge_weight)
-        scatter_kernels_(weight, targets, blended)
-    return merged
+    norms = torch.linalg.vector_norm(kernels, dim=1, keepdim=True)
+    distance = torch.linalg.vector_norm(partners - kernels, dim=1, keepdim=True)
+    step = signs.to(kernels.dtype).unsqueeze(1) * (radius * norms / distance)
+    return 1.0 - torch.where(distance > 0, step, 0.0)
+
+
+def add_gaussian(kernels: Tensor, noise: Tensor, radius: float) -> Tensor:
+    """Moves each kernel by ``radius`` of its norm in a random direction (LPF-SGD's filter noise).
+
+    Args:
+        kernels: Shape (pairs, fan_in).
+        noise: Standard normal numbers z of the same shape.
+        radius: r: ``K_i + r |K_i| z / |z|``.
+    """
+    norms = torch.linalg.vector_norm(kernels, dim=1, keepdim=True)
+    lengths = torch.linalg.vector_norm(noise, dim=1, keepdim=True)
+    return kernels + noise * (radius * norms / lengths)
+
+
+def multiply_gaussian(kernels: Tensor, noise: Tensor, radius: float) -> Tensor:
+    """Scales each entry by ``1 + r z`` (DAMP, arXiv 2406.16540).
+
+    The step has ``radius`` times the norm of its kernel in expectation.
+
+    Args:
+        kernels: Shape (pairs, fan_in).
+        noise: Standard normal numbers z of the same shape.
+        radius: r.
+    """
+    return kernels * (1.0 + radius * noise)
 
 
 def gather_kernels(weight: Tensor, index: Tensor) -> Tensor:
@@ -257,5 +268,5 @@ def scatter_kernels_(weight: Tensor, index: Tensor, rows: Tensor) -> None:
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
     """Raises a ValueError that names the setting, its value and its range."""
-    if not low <= value <= high:
-        raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {value}")
+    if not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {value!r}")

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from inmerge_wrap.discovery import SKIPPED_KINDS, ConvSite, Pattern, plan_merging
 from inmerge_wrap.export import unwrap
-from inmerge_wrap.kernels import open_kernels
+from inmerge_wrap.merging import centre
+from inmerge_wrap.stores import store_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -305,9 +306,9 @@ def read_kernels(conv: nn.Module, *, centred: bool = False) -> Tensor:
         centred: Take the mean of each kernel away, for layers that standardise their weight.
     """
     assert isinstance(conv, nn.Conv2d)
-    with open_kernels(conv) as stored:
-        index = torch.arange(len(stored.weight), device=stored.weight.device)
-        return stored.read(index, centred=centred)
+    with store_of(conv).opened() as stored:
+        kernels = stored.read(torch.arange(len(stored.weight), device=stored.weight.device))
+    return centre(kernels) if centred else kernels
 
 
 def _directions(kernels: Tensor) -> tuple[Tensor, Tensor]:

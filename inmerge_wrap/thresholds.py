@@ -23,7 +23,7 @@ __all__ = ["Fixed", "Quantile", "Threshold", "ZScore", "as_threshold"]
 class Threshold(Protocol):
     """Decides which of the drawn pairs are alike enough to merge."""
 
-    def passes(self, cosines: Tensor, fan_in: int) -> Tensor:
+    def alike(self, cosines: Tensor, fan_in: int) -> Tensor:
         """Boolean mask of ``cosines``, shape (pairs,); a NaN cosine never passes."""
         ...
 
@@ -37,7 +37,7 @@ class Fixed:
     def __post_init__(self) -> None:
         check_range("similarity_threshold", self.tau, -1.0, 1.0)
 
-    def passes(self, cosines: Tensor, fan_in: int) -> Tensor:
+    def alike(self, cosines: Tensor, fan_in: int) -> Tensor:
         """See :class:`Threshold`."""
         return cosines > self.tau
 
@@ -59,7 +59,7 @@ class ZScore:
         if not math.isfinite(self.z):
             raise ValueError(f"z must be a finite number of standard deviations, got {self.z}")
 
-    def passes(self, cosines: Tensor, fan_in: int) -> Tensor:
+    def alike(self, cosines: Tensor, fan_in: int) -> Tensor:
         """See :class:`Threshold`."""
         return cosines > self.z / math.sqrt(fan_in)
 
@@ -74,7 +74,7 @@ class Quantile:
         if not 0.0 < self.share <= 1.0:
             raise ValueError(f"share must lie in (0, 1], got {self.share}")
 
-    def passes(self, cosines: Tensor, fan_in: int) -> Tensor:
+    def alike(self, cosines: Tensor, fan_in: int) -> Tensor:
         """See :class:`Threshold`."""
         if not len(cosines):
             return cosines.bool()
@@ -90,7 +90,7 @@ def as_threshold(value: float | Threshold) -> Threshold:
     """
     if isinstance(value, int | float):
         return Fixed(value)
-    if not callable(getattr(value, "passes", None)):
+    if not callable(getattr(value, "alike", None)):
         raise TypeError(
             "similarity_threshold must be a number in [-1, 1] or a rule such as Quantile(0.5), "
             f"got {value!r}"

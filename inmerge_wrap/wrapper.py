@@ -2,84 +2,54 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-import re
-import warnings
-import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple, cast
-from zlib import crc32
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import fields, replace
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from inmerge_wrap import native
-from inmerge_wrap.discovery import ConvSite, MergePlan, Pattern, plan_merging
-from inmerge_wrap.kernels import (
-    Blend,
-    Kernels,
-    all_native,
-    check_compiler,
-    gathered,
-    kernel_parameters,
-    stored_kernels,
-)
-from inmerge_wrap.merging import check_range, draw_layers, nearest_kernels
-from inmerge_wrap.optimizers import (
-    Attachment,
-    averaged_sequences,
-    first_moments,
-    held_parameters,
+from inmerge_wrap import neighbours
+from inmerge_wrap.attachment import (
+    Attachments,
+    companions,
     is_nested_step,
-    is_registered,
+    is_schedule_free,
+    is_state_initialisation,
+    refuse_capture,
     reshard,
     stepping_optimizer,
 )
+from inmerge_wrap.discovery import MergePlan, Pattern, plan_merging
+from inmerge_wrap.engines import require
+from inmerge_wrap.interlude import BeforeStep, Interlude
+from inmerge_wrap.layers import MergedLayer, check_sites, find_layers
+from inmerge_wrap.merge_pass import Kept, draw_step, merge_layers
+from inmerge_wrap.pairs import Outcome, mix
 from inmerge_wrap.recalibration import recalibrate
 from inmerge_wrap.replicas import check_replicas
-from inmerge_wrap.report import LayerSnapshot, MergeReport, Tally
+from inmerge_wrap.report import LayerSnapshot, MergeReport
 from inmerge_wrap.schedule import Schedule
-from inmerge_wrap.similarity import effective_rank, read_kernels
-from inmerge_wrap.thresholds import Fixed, Threshold, ZScore, as_threshold
+from inmerge_wrap.settings import MergeSettings
+from inmerge_wrap.stores import Sharded, store_of
+from inmerge_wrap.tally import Tally
+from inmerge_wrap.thresholds import Threshold, ZScore
+from inmerge_wrap.watch import CollapseWarning, NoEffectWarning, Watch
 
 __all__ = ["CollapseWarning", "InMergeWrapper", "NoEffectWarning"]
 
-_STATE_FORMAT = 1
-_PATIENCE = 100  # passes after which a run without effect is told so
-_NEGLIGIBLE = 1e-3  # share of merged pairs below which a run is called a plain run
-_COLLAPSED = 0.5  # of its first effective rank, below which a layer is called collapsing
-_IDLE_FORWARDS = {False: 10, True: 1000}  # merged before or attached -> forwards without a pass
-
-
-class NoEffectWarning(UserWarning):
-    """Merging was asked for and does not happen."""
-
-
-class CollapseWarning(UserWarning):
-    """Merging is making the kernels of a layer copies of each other."""
-
-
-class _Work(NamedTuple):
-    """What one step of some layers merges, and with what."""
-
-    sites: Sequence[ConvSite]
-    stored: Sequence[Kernels]
-    drawn: Tensor  # as of draw_layers, but with the number of the layer
-    pairs: list[int]
-    alpha: float
-    optimizer: Optimizer | None
-    skip: Tensor | None  # a scalar on the device, non-zero for no merge
+_SETTINGS = frozenset(setting.name for setting in fields(MergeSettings))
+_SHALLOW = 0.625
 
 
 class InMergeWrapper(nn.Module):
-    """Merges similar kernels inside a CNN after each optimizer step (arXiv 2502.20516).
+    """Merges similar kernels inside a CNN with each optimizer step (arXiv 2502.20516).
 
     The wrapped network computes what it computed before; :meth:`attach` makes an optimizer merge
-    after each of its steps. The wrapper holds no parameter and no copy of one.
+    with each of its steps. The wrapper holds no parameter and no copy of one.
 
     >>> import timm, torch
     >>> from inmerge_wrap import InMergeWrapper
@@ -89,25 +59,36 @@ class InMergeWrapper(nn.Module):
 
     Unknown attributes are those of the network, so that timm's optimizer factory and training
     code see its configuration. ``no_weight_decay`` and ``group_matcher`` answer in the names of
-    the wrapper's own parameters.
+    the wrapper's own parameters. The settings below are attributes too, checked when they are set.
 
     Args:
         module: The network, on any device, before it is parallelised.
-        merge_weight: alpha in [0, 1], the share of a kernel that stays.
+        merge_weight: alpha in [0, 2], the share of a kernel that stays; above 1 a kernel moves
+            away from its partner.
         similarity_threshold: tau in [-1, 1]: pairs merge where their cosine is above it; or a
             rule that adapts to the layer, :class:`ZScore` or :class:`Quantile`.
         merge_probability: p in [0, 1], per kernel and step.
         schedule: When merging runs and how strongly; the default is every step alike.
         partner: ``"random"``, any other kernel of the group (the paper), or ``"most_similar"``.
-        keep_norm: Scale each blended kernel to its norm before the blend. The paper does not.
+        direction: How a kernel moves whose pair passes the threshold: toward its ``"partner"``
+            (the paper's blend); ``"signed"``, along the difference, to or fro at random; or, as
+            controls and alternatives that need no partner, by filter-wise ``"gaussian"`` noise or
+            ``"multiplicative"`` noise.
+        radius: r in [0, 2], the length of the move relative to the kernel's norm, of all
+            directions but ``"partner"``.
+        keep_norm: Scale each changed kernel to its norm before the change. The paper does not.
         merge_momentum: Blend the first moments of the optimizer (SGD's momentum, Adam's
             ``exp_avg``) like the weights, so that the next step continues from the merged point.
             Second moments stay: they scale the steps of an entry and say nothing of its direction.
-        compiled: Compile what a pass does, native code for a CPU, torch.compile for a GPU; the
-            results are equal up to rounding. Needs a C++ compiler and a second here on a CPU, on
-            a GPU Triton and some seconds here and in the first pass.
+        transient: Merge at the forward pass and put the kernels back before the optimizer steps:
+            the gradient is taken at the merged network, the step is made from the whole one.
+        replica_draws: With ``transient``, each process draws pairs of its own, so that the mean
+            gradient is one over several perturbations.
+        engine: What computes a pass: ``"native"`` code, compiled here in a second or two, or plain
+            ``"torch"``; ``"auto"`` takes native code where it can. Results are equal up to
+            rounding.
         shallow_layers: L_s, first convolutions left alone; see :func:`plan_merging`.
-        example_input: See :func:`plan_merging`, as are ``include``, ``exclude``, ``also_merge``.
+        example_input: See :func:`plan_merging`, as for ``include``, ``exclude``, ``also_merge``.
         plan: A ready plan, instead of the arguments of :func:`plan_merging`.
         seed: Of the draws, in [0, 2**32); the same on every process. The draws depend on nothing
             but the seed, the step and the layer, and never touch the global generators.
@@ -120,8 +101,25 @@ class InMergeWrapper(nn.Module):
 
     Raises:
         ValueError: If an argument is out of range, or there is nothing to merge.
-        RuntimeError: If ``compiled`` is asked for and can not be had here.
+        RuntimeError: If an engine is asked for by name and does not work here.
     """
+
+    # Of the settings, for type checkers: they are held by a frozen object and answered by name.
+    merge_weight: float
+    similarity_threshold: Threshold
+    merge_probability: float
+    schedule: Schedule
+    partner: str
+    direction: str
+    radius: float
+    keep_norm: bool
+    merge_momentum: bool
+    transient: bool
+    replica_draws: bool
+    engine: str
+    seed: int
+    inspect_every: int
+    check_replicas_every: int
 
     def __init__(
         self,
@@ -132,10 +130,14 @@ class InMergeWrapper(nn.Module):
         merge_probability: float = 0.3,
         schedule: Schedule | None = None,
         partner: Literal["random", "most_similar"] = "random",
+        direction: Literal["partner", "signed", "gaussian", "multiplicative"] = "partner",
+        radius: float = 0.3,
         keep_norm: bool = False,
         merge_momentum: bool = False,
-        compiled: bool = False,
-        shallow_layers: int | float = 0.625,
+        transient: bool = False,
+        replica_draws: bool = False,
+        engine: Literal["auto", "torch", "native"] = "auto",
+        shallow_layers: int | float = _SHALLOW,
         example_input: Any = None,
         include: Pattern | Sequence[Pattern] | None = None,
         exclude: Pattern | Sequence[Pattern] = (),
@@ -146,16 +148,23 @@ class InMergeWrapper(nn.Module):
         check_replicas_every: int = 0,
     ) -> None:
         super().__init__()
-        self.merge_weight = merge_weight
-        self.similarity_threshold: Threshold = similarity_threshold  # type: ignore[assignment]
-        self.merge_probability = merge_probability
-        self.schedule = schedule or Schedule()
-        self.partner = partner
-        self.keep_norm = keep_norm
-        self.merge_momentum = merge_momentum
-        self.seed = seed
-        self.inspect_every = inspect_every
-        self.check_replicas_every = check_replicas_every
+        self.settings = MergeSettings(
+            merge_weight=merge_weight,
+            similarity_threshold=similarity_threshold,  # type: ignore[arg-type]
+            merge_probability=merge_probability,
+            schedule=schedule or Schedule(),
+            partner=partner,
+            direction=direction,
+            radius=radius,
+            keep_norm=keep_norm,
+            merge_momentum=merge_momentum,
+            transient=transient,
+            replica_draws=replica_draws,
+            engine=engine,
+            seed=seed,
+            inspect_every=inspect_every,
+            check_replicas_every=check_replicas_every,
+        )
         if plan is None:
             plan = plan_merging(
                 module,
@@ -165,28 +174,22 @@ class InMergeWrapper(nn.Module):
                 exclude=exclude,
                 also_merge=also_merge,
             )
-        elif (
-            (shallow_layers, include) != (0.625, None)
-            or example_input is not None
-            or exclude
-            or also_merge
+        elif (shallow_layers, include, example_input) != (_SHALLOW, None, None) or (
+            exclude or also_merge
         ):
             raise ValueError("a plan decides what is merged: give either a plan or its arguments")
-        _check_plan(module, plan)
+        check_sites(module, plan.merged)
         self.module = module
         self.plan = plan
-        self.compiled = compiled
-        self.history: list[LayerSnapshot] = []
-        self._snapshots: dict[str, tuple[LayerSnapshot, LayerSnapshot]] = {}  # first, last
-        self._last_merged: dict[int, Tensor] = {}  # layer -> which pairs of its last step merged
+        self._require_engine()
         self._tally = Tally(len(plan.merged))
-        self._attached: list[Attachment] = []
-        # Of this process, whatever a checkpoint says.
-        self._steps_here, self._passes_here = 0, [0] * len(plan.merged)
-        self._idle_forwards = 0
-        self._warned: set[str] = set()
-        self.register_state_dict_post_hook(_put_counter_last)
-        self.register_load_state_dict_pre_hook(_adapt_state_dict)
+        self._watch = Watch()
+        self._attachments = Attachments()
+        self._last_merged: dict[int, Tensor] = {}  # layer -> which pairs of its last step merged
+        self._interlude: Interlude | None = None
+        self._pending: dict[int, tuple[list[MergedLayer], Outcome]] = {}  # of which optimizer
+        self.register_state_dict_post_hook(neighbours.put_counter_last)
+        self.register_load_state_dict_pre_hook(neighbours.accept_network_state)
 
     @classmethod
     def recommended(cls, module: nn.Module, *, total_steps: int, **settings: Any) -> InMergeWrapper:
@@ -197,12 +200,12 @@ class InMergeWrapper(nn.Module):
         end. The constructor's own defaults are the paper's.
 
         Args:
-            module: As of the constructor.
+            module: See the constructor.
             total_steps: Optimizer steps of the whole training.
             **settings: Any argument of the constructor, instead of what is recommended.
 
         Raises:
-            ValueError: If ``total_steps`` is not positive, and as of the constructor.
+            ValueError: If ``total_steps`` is not positive, and where the constructor does.
         """
         if total_steps < 1:
             raise ValueError(f"total_steps must be a count of steps >= 1, got {total_steps}")
@@ -217,23 +220,37 @@ class InMergeWrapper(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the network."""
         if self.training and torch.is_grad_enabled():
+            if self.settings.transient:
+                self._begin_interlude()
             # A counter would make torch.compile specialise on its value and compile every step.
-            if not (self._attached and torch.compiler.is_compiling()):
-                self._expect_a_merge()
+            if not torch.compiler.is_compiling() or not self._attachments.live:
+                self._watch_forward()
+        elif self._interlude is not None:
+            self.end_interlude()
         return self.module(*args, **kwargs)
 
+    def train(self, mode: bool = True) -> InMergeWrapper:
+        """Sets the mode; kernels that are merged for a gradient are whole in evaluation."""
+        if not mode:
+            self.end_interlude()
+        return super().train(mode)
+
     def __getattr__(self, name: str) -> Any:
+        if name in _SETTINGS:
+            return getattr(vars(self)["settings"], name)
         try:
             return super().__getattr__(name)
         except AttributeError:
             value = getattr(super().__getattr__("module"), name)
-        if name == "no_weight_decay":
-            return lambda: {f"module.{parameter}" for parameter in value()}
-        if name == "group_matcher":
-            return lambda *args, **kwargs: _prefixed_matcher(value(*args, **kwargs))
-        return value
+        return neighbours.renamed_for_timm(name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in _SETTINGS:
+            self.end_interlude()
+            self.settings = replace(self.settings, **{name: value})
+            if name == "engine":
+                self._require_engine()
+            return
         network = vars(self).get("_modules", {}).get("module")
         part = isinstance(value, nn.Module | nn.Parameter) and name != "module"
         if part and hasattr(network, name):
@@ -243,32 +260,25 @@ class InMergeWrapper(nn.Module):
             )
         if name == "plan" and "plan" in vars(self):
             raise AttributeError(
-                "the plan stays, for the statistics are those of its layers: wrap the network anew"
+                "the plan stays, for the statistics are those of its layers: wrap the network again"
             )
-        if name == "compiled" and value:
-            self._check_compiler()
-        super().__setattr__(name, _checked(name, value))
-
-    def _check_compiler(self) -> None:
-        check_compiler(self._parameters_of(self.plan.merged[0])[0].device)
+        super().__setattr__(name, value)
 
     @property
     def accepts_loss_kwargs(self) -> bool:
         """Whether the network takes any keyword: Hugging Face's Trainer would ask the wrapper's."""
-        own = getattr(self.module, "accepts_loss_kwargs", None)
-        parameters = inspect.signature(self.module.forward).parameters.values()
-        return any(p.kind is p.VAR_KEYWORD for p in parameters) if own is None else own
+        return neighbours.takes_any_keyword(self.module)
 
     # -- merging ----------------------------------------------------------------------------
 
     def attach(self, optimizer: Any) -> RemovableHandle:
-        """Merges after each step of ``optimizer`` from now on.
+        """Merges with each step of ``optimizer`` from now on.
 
         Of the merged layers those are merged that the optimizer trains; parameter groups may be
-        added or frozen later. Where two attached optimizers train one layer, the last attached
-        one merges it. An optimizer restored by pickle or deepcopy has lost its hooks: attach it.
-        Schedule-free optimizers of the ``schedulefree`` package keep two sequences of weights,
-        and both are merged alike.
+        added, frozen or unfrozen later. Where two attached optimizers train one layer, the last
+        attached one merges it. An optimizer restored by pickle or deepcopy has lost its hooks:
+        attach it. Schedule-free optimizers of the ``schedulefree`` package keep two sequences of
+        weights, and both are merged alike.
 
         Args:
             optimizer: A torch optimizer, or one prepared by Accelerate or Lightning. For a
@@ -279,42 +289,75 @@ class InMergeWrapper(nn.Module):
 
         Raises:
             TypeError: If it is not a torch optimizer.
-            ValueError: If it trains none of the merged weights.
+            ValueError: If it holds none of the merged weights.
             RuntimeError: If its steps do not write the network's own weights (DeepSpeed,
-                Megatron-LM, FSDP1, XLA, other schedule-free optimizers).
+                Megatron-LM, FSDP1, XLA, other schedule-free optimizers), or a setting does not
+                work with it.
         """
         optimizer = stepping_optimizer(optimizer)
-        for other in self._attached:
-            if other.optimizer() is optimizer and is_registered(other.handle):
-                return other.handle
-        _, layers = self._layers_held_by(optimizer)
-        if not layers:
+        handle = self._attachments.handle_of(optimizer)
+        if handle is not None:
+            return handle
+        layers = self._layers()
+        held, trained = self._attachments.held_by(optimizer, layers)
+        if not held:
             raise ValueError(
-                f"the optimizer holds none of the {len(self.plan.merged)} weights to merge "
-                f"({self.plan.merged[0].name}, ...): build it from the parameters of this model, "
-                "after unfreezing them"
+                f"the optimizer holds none of the {len(layers)} weights to merge "
+                f"({layers[0].site.name}, ...): build it from the parameters of this model, "
+                "after unfreezing them or with the frozen ones"
             )
-        if self.compiled:  # the network may have moved to another device since it was wrapped
-            self._check_compiler()
+        if not trained:
+            self._warn_of_frozen_weights()
+        self._check_optimizer(optimizer, held)
+        self._require_engine()  # the network may have moved to another device since it was wrapped
         if not getattr(type(optimizer).step, "hooked", False):
             # timm's Lookahead skips Optimizer.__init__, without which step() runs no hooks.
             optimizer._patch_step_function()
+        optimizer.register_step_pre_hook(BeforeStep(self))
         handle = optimizer.register_step_post_hook(self._after_step)
-        self._attached.append(Attachment(weakref.ref(optimizer), handle, set(layers)))
+        self._attachments.add(optimizer, handle, trained)
         now = self.step
-        for layer in layers:  # a training that goes on with another optimizer keeps its schedule
-            self._tally.steps[layer] = now
+        for layer in held:  # a training that goes on with another optimizer keeps its schedule
+            self._tally.steps[layer.number] = now
         return handle
 
     @torch.no_grad()
     def merge_(self) -> None:
-        """One pass over all merged layers by hand, for a loop that has no torch optimizer."""
+        """One pass over all merged layers by hand, for a loop that has no torch optimizer.
+
+        Raises:
+            RuntimeError: With ``transient``, whose kernels an optimizer's step must find whole.
+        """
+        if self.settings.transient:
+            raise RuntimeError(
+                "merge_() merges for good, and transient=True for a gradient alone: attach the "
+                "optimizer, or train with transient=False"
+            )
         reshard(self)
-        layers = range(len(self.plan.merged))
-        self._pass(layers, self._count_step(layers))
+        layers = self._layers()
+        self._step(layers, layers)
+
+    def next_pairs(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """The pairs that the next step draws, before any threshold.
+
+        Returns:
+            Name of each merged layer -> (targets, sources), int64, shape (pairs,) each; empty
+            where the schedule lets the step rest. With ``partner="most_similar"`` the sources are
+            None: they depend on the weights that the step will find.
+        """
+        layers = self._layers()
+        settings = self._settings_at(self.step)
+        if settings is None:
+            settings = replace(self.settings, merge_probability=0.0)
+        drawn = draw_step(layers, settings, self.step)
+        known = settings.partner == "random"
+        return {
+            layer.site.name: (part.targets, part.sources if known else None)
+            for layer, part in zip(layers, drawn.split(), strict=True)
+        }
 
     def recalibrate(self, loader: Iterable[Any], *, max_batches: int | None = None) -> int:
-        """Measures BatchNorm's running statistics anew; see :func:`recalibrate`.
+        """Measures BatchNorm's running statistics again; see :func:`recalibrate`.
 
         Needed before evaluation or export where merging runs until the last step.
         """
@@ -326,7 +369,7 @@ class InMergeWrapper(nn.Module):
 
     @property
     def statistics_lag(self) -> bool:
-        """Whether the last step moved kernels after BatchNorm measured; waits for the device."""
+        """Whether BatchNorm measured other kernels in the last step; waits for the device."""
         return any(bool(merged.any()) for merged in self._last_merged.values())
 
     def report(self) -> MergeReport:
@@ -334,370 +377,189 @@ class InMergeWrapper(nn.Module):
         return self._tally.report([site.name for site in self.plan.merged])
 
     @property
+    def history(self) -> list[LayerSnapshot]:
+        """Snapshots of the merged layers, every ``inspect_every`` passes."""
+        return self._watch.history
+
+    @property
     def step(self) -> int:
         """Optimizer steps seen so far; of several optimizers, of the one that made most."""
-        return max(self._tally.steps)
+        return self._tally.step
+
+    # -- one step ---------------------------------------------------------------------------
 
     @torch.compiler.disable
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if is_nested_step(optimizer):
+        if is_nested_step(optimizer) or is_state_initialisation():
             return
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "a CUDA graph would repeat the pairs drawn at capture in every replay; capture "
-                "forward and backward only, and call optimizer.step() outside of the graph"
-            )
+        refuse_capture("optimizer.step()")
         reshard(self)
-        held, layers = self._layers_held_by(optimizer)
-        self._check_still_held(optimizer, layers)
-        step = self._count_step(held) if held else 0
-        if layers:
-            # A fused optimizer runs its hooks even on a step that the scaler skips for overflow.
-            self._pass(layers, step, optimizer, skip=getattr(optimizer, "found_inf", None))
-        else:  # all frozen, or taken over by an optimizer attached later
-            self._warn_if_frozen()
+        layers = self._layers()
+        held, trained = self._attachments.held_by(optimizer, layers)
+        self._attachments.check(optimizer, trained, layers)
+        if held:
+            self._step(held, trained, optimizer)
+        if not trained and not any(
+            p.requires_grad for layer in layers for p in layer.parameters
+        ):  # else another optimizer, attached later, merges them
+            self._warn_of_frozen_weights()
 
-    def _count_step(self, layers: Sequence[int]) -> int:
-        """Begins a step of some layers, which share one clock; returns the number before it.
-
-        A layer that was frozen or joined later takes over the count of the others: the schedule
-        follows the training, not the layer.
-        """
-        step = max(self._tally.steps[layer] for layer in layers)
-        for layer in layers:
-            self._tally.steps[layer] = step + 1
-            self._last_merged.pop(layer, None)
-        self._idle_forwards = 0
-        return step
-
-    def _layers_held_by(self, optimizer: Optimizer) -> tuple[list[int], list[int]]:
-        """Merged layers in the optimizer's groups and in none of an optimizer attached later.
-
-        Returns:
-            All of them, and those that are not frozen.
-        """
-        live = [
-            other
-            for attachment in self._attached
-            if (other := attachment.optimizer()) is not None and is_registered(attachment.handle)
-        ]
-        later = live[live.index(optimizer) + 1 :] if optimizer in live else []
-        held = held_parameters(optimizer).difference(*map(held_parameters, later))
-        layers, trained = [], []
-        for index, site in enumerate(self.plan.merged):
-            parameters = self._parameters_of(site)
-            if parameters and all(id(p) in held for p in parameters):
-                layers.append(index)
-                if all(p.requires_grad for p in parameters):
-                    trained.append(index)
-        return layers, trained
-
-    def _check_still_held(self, optimizer: Optimizer, layers: Sequence[int]) -> None:
-        """Raises where an attached optimizer lost weights: whatever it steps, it is not those."""
-        attachment = next(known for known in self._attached if known.optimizer() is optimizer)
-        attachment.layers.update(layers)
-        if len(attachment.layers) == len(layers):
-            return
-        held = held_parameters(optimizer)
-        lost = []
-        for layer in sorted(attachment.layers):
-            site = self.plan.merged[layer]
-            parameters = self._parameters_of(site)
-            if not parameters or any(p.requires_grad and id(p) not in held for p in parameters):
-                lost.append(site.name)
-        if lost:
-            raise RuntimeError(
-                f"the attached optimizer no longer holds the weights of {', '.join(lost)}: they "
-                "were replaced after attach(). With FSDP2 (fully_shard) make the optimizer after "
-                "sharding; with Accelerate prepare model and optimizer in one call. DeepSpeed, "
-                "Megatron-LM and FSDP1 step copies of the weights: train with DDP or FSDP2 instead"
-            )
-
-    def _conv(self, site: ConvSite) -> nn.Conv2d:
-        found: Any = self.module
-        try:
-            for part in site.name.split("."):
-                found = found._modules[part]  # a fifth of the time that get_submodule takes
-        except KeyError:
-            return self.module.get_submodule(site.name)  # type: ignore[return-value]
-        return found
-
-    def _parameters_of(self, site: ConvSite) -> list[nn.Parameter]:
-        parameters = kernel_parameters(self._conv(site))
-        if parameters:
-            _check_shape(site, parameters[0])
-        if parameters and parameters[0].device.type == "xla":
-            raise RuntimeError(
-                "on XLA devices parameters are swapped behind torch, and what is merged is lost; "
-                "train on CUDA or CPU"
-            )
-        return parameters
-
-    def _pass(
+    def _step(
         self,
-        layers: Sequence[int],
-        step: int,
+        held: Sequence[MergedLayer],
+        trained: Sequence[MergedLayer],
         optimizer: Optimizer | None = None,
-        skip: Tensor | None = None,
     ) -> None:
-        device = self._parameters_of(self.plan.merged[layers[0]])[0].device.type
-        # A step inside of an autocast region would compare kernels in half precision.
-        with (
-            torch.autocast(device, enabled=False)
-            if torch.amp.is_autocast_available(device)
-            else nullcontext()
-        ):
-            self._merge(layers, step, optimizer, skip)
+        """Counts a step of some layers, and merges those that train."""
+        step = self._tally.begin([layer.number for layer in held])
+        for layer in held:
+            self._last_merged.pop(layer.number, None)
+        self._watch.idle_forwards = 0
+        if not trained:
+            return
+        if self.settings.transient:
+            trained, outcome = self._pending.pop(id(optimizer), (trained, None))
+            if outcome is None and self.settings.at(step) is not None:
+                self._watch.warn_once(
+                    "forward",
+                    "a step followed no training forward pass of this model, so nothing was merged "
+                    "for its gradient: call the wrapper itself, in train mode, and attach the "
+                    "optimizer before the first pass",
+                )
+        else:
+            # A fused optimizer runs its hooks even on a step that the scaler skips for overflow.
+            skip = getattr(optimizer, "found_inf", None)
+            outcome = self._merge(trained, step, optimizer, skip)
+        if outcome is not None:
+            self._tally.add([layer.number for layer in trained], outcome)
+            self._note_merged(trained, outcome)
+            self._watch.after_pass(trained, self._tally, self.settings, self.report)
+        every = self.settings.check_replicas_every
         # Counted here and not by the schedule or a checkpoint, so that all replicas get here even
         # if their step counters are what differs.
-        if self.check_replicas_every and self._steps_here % self.check_replicas_every == 0:
-            check_replicas(
-                {
-                    f"{site.name}.weight": parameter
-                    for site in self.plan.merged
-                    for parameter in kernel_parameters(self._conv(site))[:1]
-                },
-                {"the seed": self.seed, "the step counter of merging": self.step},
-            )
-        self._steps_here += 1
+        if every and self._watch.steps % every == 0:
+            self._check_replicas()
+        self._watch.steps += 1
 
     def _merge(
         self,
-        layers: Sequence[int],
+        layers: Sequence[MergedLayer],
         step: int,
-        optimizer: Optimizer | None,
-        skip: Tensor | None,
-    ) -> None:
-        """One step of some layers; ``skip`` is a scalar on the device, non-zero for no merge."""
-        if self.schedule.level(step) == 0.0:
-            return
-        probability, alpha = self.schedule.apply(step, self.merge_probability, self.merge_weight)
-        sites = [self.plan.merged[layer] for layer in layers]
-        stored = [stored_kernels(self._conv(site), compiled=self.compiled) for site in sites]
-        for site, kernels in zip(sites, stored, strict=True):
-            _check_shape(site, kernels.weight)
-        at_once = not self.keep_norm and all_native(stored)
-        draw = native.draw_layers if at_once else draw_layers
-        drawn, pairs = self._draw(sites, step, probability, draw)
-        if len(layers) < len(self.plan.merged):
-            drawn[0] = torch.tensor(layers, device="cpu")[drawn[0]]
-        way = self._merge_at_once if at_once else self._merge_one_by_one
-        of_layer, cosines, merged = way(_Work(sites, stored, drawn, pairs, alpha, optimizer, skip))
-        self._tally.add(of_layer, cosines, merged)
-        for layer, number, mask in zip(layers, pairs, merged.split(pairs), strict=True):
-            self._last_merged[layer] = mask
-            self._tally.passes[layer] += 1
-            self._tally.drawn[layer] += number
-        every = self.inspect_every
-        due = [layer for layer in layers if every and self._passes_here[layer] % every == 0]
-        if due:
-            self._inspect(due)
-        if max(self._tally.passes[layer] for layer in layers) == _PATIENCE:
-            self._warn_if_without_effect()
-        for layer in layers:
-            self._passes_here[layer] += 1
-
-    def _merge_one_by_one(self, work: _Work) -> tuple[Tensor, Tensor, Tensor]:
-        """Merges the drawn pairs of some layers; of weights in shards one is whole at a time.
-
-        Returns:
-            Of each pair its layer, its cosine and whether it merged, on one device.
-        """
-        on_device: dict[torch.device, Tensor] = {}
-        cosines, merged, end = [], [], 0
-        for site, shards, number in zip(work.sites, work.stored, work.pairs, strict=True):
-            with shards.whole() as kernels:
-                device = kernels.weight.device
-                if device not in on_device:
-                    on_device[device] = _send(work.drawn, device)
-                _, targets, sources = on_device[device][:, end : (end := end + number)]
-                if self.partner == "most_similar":
-                    sources = _nearest(site, kernels, targets)
-                cosine = kernels.cosines(targets, sources, centred=site.centred)
-                passed = self._passes(cosine, site.fan_in)
-                if work.skip is not None:
-                    passed &= work.skip.to(device) == 0
-                blend = Blend(targets, sources, passed, work.alpha)
-                if self.keep_norm:
-                    blend = kernels.keeping_norms(blend)
-                kernels.blend_(blend)
-            for companion in self._companions(work.optimizer, site):
-                with gathered(companion) as whole:
-                    Kernels(whole, compiled=self.compiled).blend_(blend)
-            cosines.append(cosine)
-            merged.append(passed)
-        device = cosines[0].device
-        return (
-            on_device[device][0],
-            torch.cat([cosine.to(device) for cosine in cosines]),
-            torch.cat([passed.to(device) for passed in merged]),
+        optimizer: Optimizer | None = None,
+        skip: Tensor | None = None,
+        keep: list[Kept] | None = None,
+    ) -> Outcome | None:
+        """Draws and merges pairs of some layers; None where the schedule lets the step rest."""
+        settings = self._settings_at(step)
+        if settings is None:
+            return None
+        found, problem = companions(optimizer, layers, moments=settings.merge_momentum)
+        if problem is not None:
+            self._watch.warn_once("momentum", f"merge_momentum has no effect: {problem}")
+        pairs = draw_step(layers, settings, step)
+        return merge_layers(
+            layers, pairs, settings, step=step, companions=found, skip=skip, keep=keep
         )
 
-    def _merge_at_once(self, work: _Work) -> tuple[Tensor, Tensor, Tensor]:
-        """The same in native code, which takes all layers in one call."""
-        (of_layer, targets, sources), pairs, alpha = work.drawn, work.pairs, work.alpha
-        weights = [kernels.weight for kernels in work.stored]
-        if self.partner == "most_similar":
-            sources = torch.cat([*map(_nearest, work.sites, work.stored, targets.split(pairs))])
-        centred = [site.centred for site in work.sites]
-        cosines = native.compare(weights, pairs, targets, sources, centred)
-        fan_ins = [site.fan_in for site in work.sites]
-        if type(self.similarity_threshold) is Fixed:  # the same in all layers
-            merged = self._passes(cosines, max(fan_ins))
-        else:
-            merged = torch.cat([*map(self._passes, cosines.split(pairs), fan_ins)])
-        if work.skip is not None:
-            merged &= work.skip.to(merged.device) == 0
-        native.blend_(weights, pairs, targets, sources, merged, alpha)
-        companions = [self._companions(work.optimizer, site) for site in work.sites]
-        if any(companions):
-            of_layers = (part.split(pairs) for part in (targets, sources, merged))
-            for tensors, ours, theirs, passed in zip(companions, *of_layers, strict=True):
-                for tensor in tensors:
-                    Kernels(tensor, compiled=True).blend_(Blend(ours, theirs, passed, alpha))
-        return of_layer, cosines, merged
+    def _note_merged(self, layers: Sequence[MergedLayer], outcome: Outcome) -> None:
+        masks = outcome.merged.split(outcome.lengths)
+        self._last_merged.update(zip([layer.number for layer in layers], masks, strict=True))
 
-    def _passes(self, cosines: Tensor, fan_in: int) -> Tensor:
-        passed = self.similarity_threshold.passes(cosines, fan_in)
-        if passed.shape != cosines.shape or passed.dtype != torch.bool:
-            raise TypeError(
-                f"similarity_threshold={self.similarity_threshold} must decide on each pair: its "
-                f"passes() gave a {passed.dtype} of shape {tuple(passed.shape)} for "
-                f"{len(cosines)} cosines instead of as many booleans"
-            )
-        return passed
+    def _settings_at(self, step: int) -> MergeSettings | None:
+        settings = self.settings.at(step)
+        if settings and settings.replica_draws and dist.is_available() and dist.is_initialized():
+            return replace(settings, seed=mix(settings.seed, dist.get_rank()))
+        return settings
 
-    def _companions(self, optimizer: Optimizer | None, site: ConvSite) -> list[Tensor]:
-        """The tensors of an optimizer that are blended like the weight."""
-        if optimizer is None:
-            return []
-        moments: list[Tensor] = []
-        if self.merge_momentum:
-            weight, *magnitude = self._parameters_of(site)
-            moments = [] if magnitude else first_moments(optimizer, weight)
-            if not moments and "momentum" not in self._warned:
-                self._warned.add("momentum")
-                why = (
-                    f"the weight of {site.name} is computed from a direction and a magnitude, "
-                    "whose moments are no kernels"
-                    if magnitude
-                    else f"{type(optimizer).__name__} keeps no momentum_buffer and no exp_avg of "
-                    f"the shape of {site.name}.weight"
-                )
-                warnings.warn(f"merge_momentum has no effect: {why}", NoEffectWarning, stacklevel=2)
-        return moments + averaged_sequences(optimizer, self._conv(site))
-
-    def _draw(
-        self,
-        sites: Sequence[ConvSite],
-        step: int,
-        probability: float,
-        draw: Callable[..., tuple[Tensor, list[int]]] = draw_layers,
-    ) -> tuple[Tensor, list[int]]:
-        """What :func:`draw_layers` draws for some layers in a step."""
-        counts = [site.shape[0] for site in sites]
-        group_sizes = [site.shape[0] // site.pair_groups for site in sites]
-        seeds = [_mix(self.seed, step, _number_of(site)) for site in sites]
-        return draw(counts, group_sizes, probability, seeds)
-
-    def _inspect(self, layers: Sequence[int]) -> None:
-        """Records the state of some layers, and warns of those whose kernels grow alike."""
-        report = self.report()
-        for layer in layers:
-            site = self.plan.merged[layer]
-            kernels = read_kernels(self._conv(site), centred=site.centred)
-            rank = float(effective_rank(kernels, site.pair_groups))
-            first, last = self._snapshots.get(site.name, (None, None))
-            now = LayerSnapshot.since(last, report[site.name], rank)
-            self._snapshots[site.name] = (first or now, now)
-            self.history.append(now)
-            # Training alone may lower the rank as well; that is not for merging to warn of.
-            if first and now.share > 0.1 and rank < _COLLAPSED * first.effective_rank:
-                self._warn_of_collapse(first, now)
-
-    def _warn_of_collapse(self, first: LayerSnapshot, now: LayerSnapshot) -> None:
-        if now.name in self._warned:
-            return
-        self._warned.add(now.name)
-        warnings.warn(
-            f"the kernels of {now.name} are becoming copies of each other: their effective rank "
-            f"fell from {first.effective_rank:.2f} to {now.effective_rank:.2f} by step {now.step}, "
-            f"{now.share:.0%} of the drawn pairs merge. Raise similarity_threshold, lower "
-            "merge_probability, or let merging end earlier (schedule)",
-            CollapseWarning,
-            stacklevel=2,
-        )
-
-    # -- nothing happens silently -------------------------------------------------------------
+    # -- transient merging --------------------------------------------------------------------
 
     @torch.compiler.disable
-    def _expect_a_merge(self) -> None:
-        self._idle_forwards += 1
-        attached = any(is_registered(known.handle) for known in self._attached)
-        patience = _IDLE_FORWARDS[attached or self._steps_here > 0]
-        if self._idle_forwards < patience or "idle" in self._warned:
+    @torch.no_grad()
+    def _begin_interlude(self) -> None:
+        """Merges for the gradient, unless kernels are merged already."""
+        if self._interlude is not None and not self._interlude.is_over:
             return
-        self._warned.add("idle")
-        if attached:
-            remedy = "the attached optimizer never finished a step. Attach the optimizer whose "
-            remedy += "step() your loop calls"
-        elif self._steps_here:
-            remedy = "merge_() is no longer called, and no optimizer is attached"
-        else:
-            remedy = "no optimizer is attached. Call model.attach(optimizer)"
-        warnings.warn(
-            f"{self._idle_forwards} training forward passes without merging: {remedy}",
-            NoEffectWarning,
-            stacklevel=3,
+        self.end_interlude()
+        optimizers = self._attachments.live
+        if not optimizers:
+            return
+        refuse_capture("the forward pass of transient merging")
+        layers = self._layers()
+        kept: list[Kept] = []
+        for optimizer in optimizers:
+            held, trained = self._attachments.held_by(optimizer, layers)
+            if not trained:
+                continue
+            step = self._tally.next_step([layer.number for layer in held])
+            outcome = self._merge(trained, step, keep=kept)
+            if outcome is not None:
+                self._pending[id(optimizer)] = trained, outcome
+                self._note_merged(trained, outcome)
+        if kept:
+            self._interlude = Interlude(self.module, kept)
+
+    def end_interlude(self) -> None:
+        """Puts kernels that are merged for a gradient back now, bit for bit.
+
+        Needed by nobody who attaches an optimizer: its step does so, as do evaluation, checkpoints
+        and copies. Call it before you read or write ``weight`` tensors yourself between a forward
+        pass and the step.
+        """
+        interlude = vars(self).get("_interlude")
+        if interlude is not None:
+            self._interlude = None
+            interlude.end()
+
+    # -- checks -------------------------------------------------------------------------------
+
+    def _layers(self) -> list[MergedLayer]:
+        return find_layers(self.module, self.plan.merged)
+
+    def _require_engine(self) -> None:
+        first = self.module.get_submodule(self.plan.merged[0].name)
+        require(self.settings.engine, store_of(first).weight.device)
+
+    def _check_optimizer(self, optimizer: Optimizer, held: Sequence[MergedLayer]) -> None:
+        if self.settings.transient and any(isinstance(layer.store, Sharded) for layer in held):
+            raise RuntimeError(
+                "transient=True does not work with FSDP2: a forward pass gathers the weights "
+                "before the wrapper is called, so that nothing merged in the shards would be seen; "
+                "train with DDP, a CNN fits it"
+            )
+        if (
+            is_schedule_free(optimizer)
+            and not self.settings.transient
+            and (self.settings.direction in ("gaussian", "multiplicative"))
+        ):
+            raise RuntimeError(
+                f"direction={self.settings.direction!r} is no map of kernels that the averages "
+                f"of {type(optimizer).__name__} could follow: use direction='partner', or "
+                "transient=True"
+            )
+
+    def _check_replicas(self) -> None:
+        first = [layer for layer in self._layers() if layer.parameters]
+        check_replicas(
+            {f"{layer.site.name}.weight": layer.parameters[0] for layer in first},
+            {"the seed": self.seed, "the step counter of merging": self.step},
         )
 
-    def _warn_if_frozen(self) -> None:
-        parameters = [p for site in self.plan.merged for p in self._parameters_of(site)]
-        if "frozen" in self._warned or any(p.requires_grad for p in parameters):
-            return
-        self._warned.add("frozen")
-        warnings.warn(
+    @torch.compiler.disable
+    def _watch_forward(self) -> None:
+        self._watch.before_forward(attached=bool(self._attachments.live))
+
+    def _warn_of_frozen_weights(self) -> None:
+        self._watch.warn_once(
+            "frozen",
             "all weights to merge are frozen: nothing is merged until requires_grad is True again",
-            NoEffectWarning,
-            stacklevel=2,
-        )
-
-    def _warn_if_without_effect(self) -> None:
-        report = self.report()
-        if report.merged >= _NEGLIGIBLE * report.drawn and report.drawn:
-            return
-        if not report.drawn:
-            found = f"no pair was drawn in {_PATIENCE} steps"
-            remedy = "raise merge_probability"
-        else:
-            found = (
-                f"{report.merged or 'none'} of {report.drawn:,} drawn pairs passed "
-                f"similarity_threshold={self.similarity_threshold} in {_PATIENCE} steps"
-            )
-            known = [layer for layer in report if layer.max_cosine is not None]
-            best = max(known, key=lambda layer: layer.max_cosine or 0.0, default=None)
-            remedy = (
-                "all kernels are zero or hold NaN or Inf"
-                if best is None
-                else f"the largest cosine was {best.max_cosine:.4f}, in {best.name}: a "
-                f"similarity_threshold of {_just_below(best.max_cosine or 0.0):g} would have "
-                "merged it"
-            )
-        warnings.warn(
-            f"merging has no effect, this is a plain training run: {found}; {remedy}",
-            NoEffectWarning,
-            stacklevel=2,
         )
 
     # -- state --------------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
         """The step counter and the statistics, as a tensor (safetensors stores nothing else)."""
-        header = [_STATE_FORMAT, self.seed, len(self.plan.merged)]
-        with torch.device("cpu"):
-            table = self._tally.to_tensor().flatten()
-            return torch.cat([table.new_tensor(header), table])
+        return self._tally.to_state(self.seed)
 
     def set_extra_state(self, state: Tensor | None) -> None:
         """Continues from the step counter and statistics of a checkpoint.
@@ -707,165 +569,13 @@ class InMergeWrapper(nn.Module):
         """
         if state is None:
             return
-        if not isinstance(state, Tensor) or state.numel() < 3 or state[0].item() != _STATE_FORMAT:
-            raise ValueError(
-                "_extra_state of the checkpoint is not that of an InMergeWrapper (format "
-                f"{_STATE_FORMAT}); load a checkpoint of this model, or drop its _extra_state"
-            )
-        seed, layers = int(state[1]), int(state[2])
-        if state.numel() != 3 + 7 * layers:
-            raise ValueError(
-                f"_extra_state holds {state.numel()} numbers where {layers} merged layers need "
-                f"{3 + 7 * layers}: the checkpoint is truncated"
-            )
-        if state.dtype != torch.float64:
-            raise ValueError(
-                f"_extra_state was converted to {state.dtype}, which rounds its counters; convert "
-                "the weights of a checkpoint only, or drop its _extra_state"
-            )
-        tally = Tally.from_tensor(state[3:].detach().cpu().reshape(layers, 7))
-        if seed != self.seed:
-            warnings.warn(
-                f"the checkpoint was trained with seed={seed}, this wrapper draws with "
-                f"seed={self.seed}: the run will not continue as it began",
-                stacklevel=2,
-            )
-        if layers != len(self.plan.merged):
-            warnings.warn(
-                f"the checkpoint merged {layers} layers and this plan {len(self.plan.merged)}: the "
-                "step counter continues, the statistics start anew",
-                stacklevel=2,
-            )
-            step = max(tally.steps)
-            tally = Tally(len(self.plan.merged))
-            tally.steps = [step] * len(tally.steps)
-        self._tally = tally
+        self._tally = Tally.from_state(state, layers=len(self.plan.merged), seed=self.seed)
         # The totals may have gone back: what came after them is not of this run any more.
-        self.history = [entry for entry in self.history if entry.step <= self.step]
-        self._snapshots.clear()
+        self._watch.rewind(self.step)
         self._last_merged.clear()
+        self._pending.clear()
 
     def __getstate__(self) -> dict[str, Any]:
+        self.end_interlude()
         # A copy is driven by no optimizer, and must not drag the original's along.
-        return {**super().__getstate__(), "_attached": []}
-
-
-def _put_counter_last(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
-    """timm's training tasks pair the values of a wrapper's state with those of its network."""
-    key = f"{prefix}_extra_state"
-    if key in state_dict:
-        state_dict[key] = state_dict.pop(key)
-
-
-def _adapt_state_dict(wrapper: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Accepts the network's own state dict, and one without the step counter, with a warning."""
-    own = [name for name in cast(nn.Module, wrapper.module).state_dict() if name]
-    if not any(f"{prefix}module.{name}" in state_dict for name in own):
-        for name in own:
-            if f"{prefix}{name}" in state_dict:
-                state_dict[f"{prefix}module.{name}"] = state_dict.pop(f"{prefix}{name}")
-    key = f"{prefix}_extra_state"
-    if key not in state_dict and any(name.startswith(prefix) for name in state_dict):
-        warnings.warn(
-            f"the state dict has no {key!r}: the weights are loaded, and merging counts its steps "
-            f"from {wrapper.step}",
-            stacklevel=2,
-        )
-        state_dict[key] = None
-
-
-def _checked(name: str, value: Any) -> Any:
-    """A setting of the wrapper; raises where it is none."""
-    if name in ("merge_weight", "merge_probability"):
-        check_range(name, value, 0.0, 1.0)
-    elif name == "similarity_threshold":
-        return as_threshold(value)
-    elif name == "schedule" and not isinstance(value, Schedule):
-        raise TypeError(f"schedule must be a Schedule, got {value!r}")
-    elif name == "partner" and value not in ("random", "most_similar"):
-        raise ValueError(f"partner must be 'random' or 'most_similar', got {value!r}")
-    elif name == "seed" and (not isinstance(value, int) or not 0 <= value < 2**32):
-        raise ValueError(f"seed must be an integer in [0, 2**32), got {value!r}")
-    elif name in ("inspect_every", "check_replicas_every") and (
-        not isinstance(value, int) or value < 0
-    ):
-        raise ValueError(f"{name} must be a count of steps >= 0, got {value!r}")
-    return value
-
-
-def _check_plan(module: nn.Module, plan: MergePlan) -> None:
-    if not plan.merged:
-        raise ValueError("the plan merges no convolution")
-    modules = dict(module.named_modules())
-    for site in plan.merged:
-        conv = modules.get(site.name)
-        parameters = kernel_parameters(conv) if isinstance(conv, nn.Conv2d) else []
-        if not parameters or tuple(parameters[0].shape) != site.shape:
-            raise ValueError(
-                f"the plan is not of this network: it has no convolution {site.name!r} with a "
-                f"weight of shape {site.shape}; make one with plan_merging(network)"
-            )
-
-
-def _check_shape(site: ConvSite, weight: Tensor) -> None:
-    if weight.shape != site.shape:
-        raise RuntimeError(
-            f"the weight of {site.name} has the shape {tuple(weight.shape)} instead of "
-            f"{site.shape}. A layer that was replaced needs a new wrapper; FSDP1 and DeepSpeed "
-            "ZeRO-3 flatten the weights, so that no kernel can be found in them: use FSDP2 "
-            "(fully_shard, or fsdp_version: 2 in Accelerate) or DDP"
-        )
-
-
-def _number_of(site: ConvSite) -> int:
-    """What tells a layer's draws from those of others, whichever of them are merged."""
-    # The depth, not the place in the plan; a convolution that never ran has none, but a name.
-    return site.depth if site.depth is not None else 2**32 + crc32(site.name.encode())
-
-
-def _nearest(site: ConvSite, kernels: Kernels, targets: Tensor) -> Tensor:
-    """The most similar partner of each target of a layer."""
-    everyone = torch.arange(site.shape[0], device=targets.device)
-    bank = kernels.read(everyone, centred=site.centred)
-    return nearest_kernels(bank, targets, site.pair_groups)
-
-
-def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copies to the device without waiting for it."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-def _mix(*numbers: int) -> int:
-    """Hashes integers to 32 bits, all that torch's CPU generator reads of a seed (splitmix64)."""
-    state = 0
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) % 2**64
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
-        state ^= state >> 31
-    return state >> 32
-
-
-def _just_below(cosine: float) -> float:
-    return max(-1.0, math.ceil(cosine * 1000) / 1000 - 0.001)
-
-
-def _prefixed_matcher(matcher: Any) -> Any:
-    """timm's map from parameter names to layers, for names that begin with ``module.``."""
-    if callable(matcher):
-        return lambda name: matcher(name.removeprefix("module."))
-
-    def prefixed(pattern: str) -> str:
-        # timm matches at the start of the name anyway; an anchor would forbid the prefix.
-        return r"module\.(?:" + re.sub(r"(?<![\\\[])\^", "", pattern) + ")"
-
-    return {
-        layer: (
-            [(prefixed(part[0]), *part[1:]) for part in pattern]
-            if isinstance(pattern, list | tuple)
-            else pattern and prefixed(pattern)
-        )
-        for layer, pattern in matcher.items()
-    }
+        return {**super().__getstate__(), "_attachments": Attachments(), "_pending": {}}

@@ -7,6 +7,7 @@ float64, its own blend.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -48,3 +49,43 @@ def merge_on(weight: Tensor, pairs: list[tuple[int, int]], **settings: float) ->
     with torch.no_grad():
         weight.copy_(new)
     return merged
+
+
+def signed(kernel: Tensor, partner: Tensor, sign: int, radius: float) -> Tensor:
+    """``K_i + s r |K_i| u``, u the unit vector of ``K_j - K_i``."""
+    ours, theirs = kernel.double().flatten().tolist(), partner.double().flatten().tolist()
+    difference = [b - a for a, b in zip(ours, theirs, strict=True)]
+    length = math.sqrt(math.fsum(d * d for d in difference))
+    norm = math.sqrt(math.fsum(a * a for a in ours))
+    moved = [a + sign * radius * norm * d / length for a, d in zip(ours, difference, strict=True)]
+    return torch.tensor(moved, dtype=torch.float64).reshape(kernel.shape).to(kernel.dtype)
+
+
+def gaussian(kernel: Tensor, noise: Tensor, radius: float) -> Tensor:
+    """``K_i + r |K_i| z / |z|``."""
+    ours, z = kernel.double().flatten().tolist(), noise.double().flatten().tolist()
+    norm = math.sqrt(math.fsum(a * a for a in ours))
+    length = math.sqrt(math.fsum(n * n for n in z))
+    moved = [a + radius * norm * n / length for a, n in zip(ours, z, strict=True)]
+    return torch.tensor(moved, dtype=torch.float64).reshape(kernel.shape).to(kernel.dtype)
+
+
+def multiplicative(kernel: Tensor, noise: Tensor, radius: float) -> Tensor:
+    """``K_i (1 + r z)``, entry by entry."""
+    ours, z = kernel.double().flatten().tolist(), noise.double().flatten().tolist()
+    moved = [a * (1.0 + radius * n) for a, n in zip(ours, z, strict=True)]
+    return torch.tensor(moved, dtype=torch.float64).reshape(kernel.shape).to(kernel.dtype)
+
+
+def transient_step(
+    weight: Tensor,
+    pairs: list[tuple[int, int]],
+    gradient_at: Callable[[Tensor], Tensor],
+    *,
+    lr: float,
+    merge_weight: float,
+    similarity_threshold: float,
+) -> Tensor:
+    """One step of plain SGD: from the whole weight, along the gradient at the merged one."""
+    merged, _ = merge(weight, pairs, merge_weight, similarity_threshold)
+    return weight - lr * gradient_at(merged)

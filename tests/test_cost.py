@@ -11,9 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inmerge_wrap import InMergeWrapper, Quantile, Schedule, kernels
-from inmerge_wrap.kernels import _blend, _compare
-from inmerge_wrap.merging import blend_kernels, centre, gather_kernels, pair_cosines
+from inmerge_wrap import InMergeWrapper, Quantile, Schedule
 from tests import NEEDS_COMPILER
 
 
@@ -53,7 +51,7 @@ def test_a_pass_takes_less_than_the_largest_layer(way: str, threshold: float) ->
         network,
         similarity_threshold=threshold,
         inspect_every=0,
-        compiled=way == "native",
+        engine="native" if way == "native" else "torch",
     )
     model.merge_()  # the tally moves to the device once
     sizes = []
@@ -69,32 +67,7 @@ def test_a_pass_takes_less_than_the_largest_layer(way: str, threshold: float) ->
 
 
 @NEEDS_COMPILER
-@pytest.mark.parametrize("limit", [8, 1], ids=["compiled", "beyond the limit"])
-def test_what_torch_compile_does_on_a_gpu_equals_the_plain_functions(limit: int) -> None:
-    """On a CPU here. It gives a function up after some variants, which then runs as it is."""
-    torch.compiler.reset()
-    torch.manual_seed(0)
-    compare, blend = (kernels._compiled(function) for function in (_compare, _blend))
-    targets, sources = torch.arange(6), torch.arange(6, 12)
-    mask = torch.tensor([True, False] * 3)
-    with torch._dynamo.config.patch(recompile_limit=limit):
-        for dtype in (torch.float32, torch.float64, torch.bfloat16):
-            rows = torch.randn(12, 36, dtype=dtype)
-            ours, theirs = (gather_kernels(rows, index) for index in (targets, sources))
-            for centred in (False, True):
-                ends = [centre(part) if centred else part for part in (ours, theirs)]
-                expected = pair_cosines(*ends)
-                found = compare(rows, targets, sources, centred)
-                torch.testing.assert_close(found, expected)
-            for changed in (None, mask):
-                expected = blend_kernels(ours, theirs, changed, 0.8).to(dtype)
-                alpha = torch.tensor(0.8, dtype=torch.float64)
-                found = blend(rows, targets, sources, changed, alpha)
-                torch.testing.assert_close(found, expected)
-
-
-@NEEDS_COMPILER
-def test_compiled_passes_equal_plain_ones() -> None:
+def test_native_passes_equal_plain_ones() -> None:
     def layers(*modules: nn.Module) -> nn.Sequential:
         torch.manual_seed(0)
         net = nn.Sequential(*modules)
@@ -137,16 +110,16 @@ def test_compiled_passes_equal_plain_ones() -> None:
                     shallow_layers=0,
                     merge_probability=0.6,
                     schedule=Schedule(end=6, decay="linear", anneals="strength"),
-                    compiled=compiled,
+                    engine=engine,
                     **settings,
                 )
-                for compiled in (False, True)
+                for engine in ("torch", "native")
             ]
             for _ in range(5):
                 for model in models:
                     model.merge_()
-            plain, compiled = ([p for p in m.parameters() if p.ndim == 4] for m in models)
-            for one, other in zip(plain, compiled, strict=True):
+            plain, native = ([p for p in m.parameters() if p.ndim == 4] for m in models)
+            for one, other in zip(plain, native, strict=True):
                 assert one.stride() == other.stride(), name
                 torch.testing.assert_close(one, other, msg=name)
             counts = [(layer.merged, layer.drawn) for layer in models[0].report()]
@@ -155,9 +128,9 @@ def test_compiled_passes_equal_plain_ones() -> None:
 
 
 @NEEDS_COMPILER
-def test_compiled_passes_take_the_moments_along_and_leave_frozen_layers() -> None:
+def test_native_passes_take_the_moments_along_and_leave_frozen_layers() -> None:
     results = []
-    for compiled in (False, True):
+    for engine in ("torch", "native"):
         torch.manual_seed(0)
         network = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(4)))
         model = InMergeWrapper(
@@ -165,7 +138,7 @@ def test_compiled_passes_take_the_moments_along_and_leave_frozen_layers() -> Non
             shallow_layers=0,
             similarity_threshold=0.0,
             merge_momentum=True,
-            compiled=compiled,
+            engine=engine,
         )
         network[1].requires_grad_(False)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from inmerge_wrap import native
-from inmerge_wrap.merging import draw_layers, draw_pairs, merge_pairs_
+from inmerge_wrap import merge_pairs_
+from inmerge_wrap.engines import native
+from inmerge_wrap.merging import draw_layers, draw_pairs
 from tests import NEEDS_COMPILER, reference
 
 SHAPES = [  # weight shape, groups

@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from inmerge_wrap import merging, native
+from inmerge_wrap import merging
+from inmerge_wrap.changes import Blend
+from inmerge_wrap.engines import native
 from inmerge_wrap.merging import centre, pair_cosines
+from inmerge_wrap.pairs import Pairs
+from inmerge_wrap.stores import tensor_store
 from tests import NEEDS_COMPILER, reference
 
 # Longer than one part of a kernel, not a multiple of the lanes, a single entry; all dense.
@@ -41,6 +45,30 @@ def everyone_with_another() -> tuple[list[int], Tensor, Tensor]:
     return pairs, torch.cat(targets), torch.cat(sources)
 
 
+def compare(
+    weights: list[Tensor], lengths: list[int], targets: Tensor, sources: Tensor, centred: list[bool]
+) -> Tensor:
+    stores = [tensor_store(weight) for weight in weights]
+    return native.cosines(stores, paired(lengths, targets, sources), centred)
+
+
+def blend_(
+    weights: list[Tensor],
+    lengths: list[int],
+    targets: Tensor,
+    sources: Tensor,
+    changed: Tensor,
+    merge_weight: float,
+) -> None:
+    stores = [tensor_store(weight) for weight in weights]
+    native.change_(stores, paired(lengths, targets, sources), changed, Blend(merge_weight))
+
+
+def paired(lengths: list[int], targets: Tensor, sources: Tensor) -> Pairs:
+    layer = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    return Pairs(torch.stack([layer, targets, sources]), tuple(lengths))
+
+
 @NEEDS_COMPILER
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -52,7 +80,7 @@ def test_cosines(dtype: torch.dtype, channels_last: bool) -> None:
     layers[1] += 100  # far from centred: the mean must go before the products are taken
     pairs, targets, sources = everyone_with_another()
     centred = [False, True, False, True]
-    found = native.compare(layers, pairs, targets, sources, centred)
+    found = compare(layers, pairs, targets, sources, centred)
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     parts = zip(layers, found.split(pairs), targets.split(pairs), sources.split(pairs), strict=True)
     for (layer, cosines, ours, theirs), mean in zip(parts, centred, strict=True):
@@ -74,7 +102,7 @@ def test_all_kernels_are_read_before_any_is_written(
         layers = random_layers(dtype)
         before = [layer.clone() for layer in layers]
         changed = torch.rand(len(targets), generator=torch.Generator().manual_seed(2)) < share
-        native.blend_(layers, pairs, targets, sources, changed, merge_weight)
+        blend_(layers, pairs, targets, sources, changed, merge_weight)
         parts = (part.split(pairs) for part in (targets, sources, changed))
         for layer, old, ours, theirs, mask in zip(layers, before, *parts, strict=True):
             expected = old.clone()
@@ -96,8 +124,8 @@ def test_the_literal_loop_merges_the_same_pairs() -> None:
         expected, merged = reference.merge(
             weight, list(zip(targets.tolist(), sources.tolist(), strict=True)), 0.8, 0.4
         )
-        cosines = native.compare([weight], [20], targets, sources, [False])
-        native.blend_([weight], [20], targets, sources, cosines > 0.4, 0.8)
+        cosines = compare([weight], [20], targets, sources, [False])
+        blend_([weight], [20], targets, sources, cosines > 0.4, 0.8)
         torch.testing.assert_close(weight, expected)
         assert (cosines > 0.4).tolist() == merged
 
@@ -111,8 +139,8 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             layers = random_layers(torch.float32)
-            cosines = native.compare(layers, pairs, targets, sources, [False] * len(layers))
-            native.blend_(layers, pairs, targets, sources, cosines > 0, 0.8)
+            cosines = compare(layers, pairs, targets, sources, [False] * len(layers))
+            blend_(layers, pairs, targets, sources, cosines > 0, 0.8)
             results.append([cosines, *layers])
     finally:
         torch.set_num_threads(before)
@@ -129,7 +157,7 @@ def test_a_backward_pass_over_weights_that_were_merged_is_refused() -> None:
     everyone = torch.arange(8)
     targets, sources = everyone.repeat(2), everyone.roll(1).repeat(2)
     mask = torch.arange(16) < 8
-    native.blend_([weight.detach() for weight in weights], [8, 8], targets, sources, mask, 0.8)
+    blend_([weight.detach() for weight in weights], [8, 8], targets, sources, mask, 0.8)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         losses[0].backward()
     losses[1].backward()
@@ -139,30 +167,36 @@ def test_a_backward_pass_over_weights_that_were_merged_is_refused() -> None:
 def test_arguments_that_are_not_dense_are_read_aright() -> None:
     torch.manual_seed(0)
     weight = torch.randn(8, 4, 3, 3)
-    ends = torch.stack([torch.arange(8), torch.arange(8).roll(3)], dim=1)
+    everyone = torch.arange(8)
+    rows = torch.stack([torch.zeros_like(everyone), everyone, everyone.roll(3)], dim=1)
     mask = torch.tensor([[True, False], [False, True]]).repeat(4, 1)[:, 0]
     results = []
     for dense in (False, True):
-        layer, (targets, sources), changed = weight.clone(), ends.unbind(1), mask
+        layer, table, changed = tensor_store(weight.clone()), rows.T, mask
         if dense:
-            targets, sources, changed = targets.clone(), sources.clone(), mask.clone()
-        assert targets.is_contiguous() == changed.is_contiguous() == dense
-        cosines = native.compare([layer], [8], targets, sources, [False])
-        native.blend_([layer], [8], targets, sources, changed, 0.8)
-        results.append([cosines, layer])
+            table, changed = rows.T.contiguous(), mask.clone()
+        pairs = Pairs(table, (8,))
+        assert pairs.targets.is_contiguous() == changed.is_contiguous() == dense
+        cosines = native.cosines([layer], pairs, [False])
+        native.change_([layer], pairs, changed, Blend(0.8))
+        results.append([cosines, layer.weight])
     assert all(map(torch.equal, *results)) and not torch.equal(results[0][1], weight)
+
+
+def takes(weight: Tensor) -> bool:
+    return native.takes(tensor_store(weight))
 
 
 def test_what_is_taken() -> None:
     weight = torch.randn(8, 4, 3, 3)
-    assert native.takes(weight) and native.takes(weight.to(memory_format=torch.channels_last))
-    assert native.takes(weight.bfloat16()) and native.takes(weight.double())
-    assert not native.takes(weight.half())
-    assert not native.takes(weight.to("meta"))
-    assert not native.takes(weight[:, :2]) and not native.takes(weight.transpose(2, 3))
+    assert takes(weight) and takes(weight.to(memory_format=torch.channels_last))
+    assert takes(weight.bfloat16()) and takes(weight.double())
+    assert not takes(weight.half())
+    assert not takes(weight.to("meta"))
+    assert not takes(weight[:, :2]) and not takes(weight.transpose(2, 3))
     with FakeTensorMode():  # a subclass, without memory of its own
-        assert not native.takes(torch.empty(8, 4, 3, 3))
-    assert not native.takes(torch.eye(3).to_sparse())
+        assert not takes(torch.empty(8, 4, 3, 3))
+    assert not takes(torch.eye(3).to_sparse())
 
 
 @pytest.mark.parametrize("later", [False, True])
@@ -172,8 +206,9 @@ def test_a_compiler_that_fails_is_told_before_the_training(
 ) -> None:
     """One that is missing, one that refuses, one that makes nothing, one that can not be read."""
     code = "import timm; from inmerge_wrap import InMergeWrapper\n"
-    code += f"model = InMergeWrapper(timm.create_model('test_resnet'), compiled={not later})\n"
-    code += "model.compiled = True"
+    code += "network = timm.create_model('test_resnet')\n"
+    code += f"model = InMergeWrapper(network, engine={'auto' if later else 'native'!r})\n"
+    code += "model.engine = 'native'"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "CXX": compiler, "TMPDIR": str(tmp_path)},
@@ -182,14 +217,14 @@ def test_a_compiler_that_fails_is_told_before_the_training(
         timeout=240,
     )
     assert done.returncode == 1
-    assert "compiled=True does not work on the CPU: it needs a C++ compiler" in done.stderr
-    assert f"line {2 + later}" in done.stderr
+    assert "engine='native' does not work here: native code needs a C++ compiler" in done.stderr
+    assert f"line {3 + later}" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 @NEEDS_COMPILER
 def test_an_empty_variable_names_no_compiler() -> None:
-    code = "from inmerge_wrap import native; print(native.library())"
+    code = "from inmerge_wrap.engines import native; print(native.library())"
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "CXX": ""}, capture_output=True, text=True
     )

@@ -203,8 +203,9 @@ def test_no_pass_waits_for_the_device() -> None:
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-    model._pass([0, 1], 3, skip=torch.zeros((), device="meta"))  # as after a fused, scaled step
-    assert model.step == 3
+    optimizer.found_inf = torch.zeros((), device="meta")  # as after a fused, scaled step
+    optimizer.step()
+    assert model.step == 4
     with pytest.raises(RuntimeError, match="meta"):
         model.report()  # the control: this one does ask
 

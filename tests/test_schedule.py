@@ -23,8 +23,8 @@ from inmerge_wrap import (
     ZScore,
     recalibrate,
 )
-from inmerge_wrap.kernels import kernel_parameters
 from inmerge_wrap.merging import blend_kernels, nearest_kernels, norm_scale
+from inmerge_wrap.stores import store_of
 from tests import NEEDS_COMPILER, reference
 from tests.test_wrapper import drawn, sgd, small_net, states_equal, train, wrapped
 
@@ -98,21 +98,21 @@ def test_the_wrapper_follows_its_schedule_through_a_resume() -> None:
 
 def test_rules_against_their_definitions() -> None:
     cosines = torch.tensor([-0.5, 0.1, math.nan, 0.2, 0.9, 0.4])
-    assert Fixed(0.2).passes(cosines, 9).tolist() == [False, False, False, False, True, True]
-    assert ZScore(3.0).passes(cosines, 100).tolist() == [False, False, False, False, True, True]
-    assert ZScore(3.0).passes(cosines, 10_000).tolist() == [False, True, False, True, True, True]
-    assert Quantile(0.4).passes(cosines, 9).tolist() == [False, False, False, False, True, True]
-    assert Quantile(1.0).passes(cosines, 9).tolist() == [True, True, False, True, True, True]
+    assert Fixed(0.2).alike(cosines, 9).tolist() == [False, False, False, False, True, True]
+    assert ZScore(3.0).alike(cosines, 100).tolist() == [False, False, False, False, True, True]
+    assert ZScore(3.0).alike(cosines, 10_000).tolist() == [False, True, False, True, True, True]
+    assert Quantile(0.4).alike(cosines, 9).tolist() == [False, False, False, False, True, True]
+    assert Quantile(1.0).alike(cosines, 9).tolist() == [True, True, False, True, True, True]
     nothing = torch.empty(0)
-    assert all(rule.passes(nothing, 9).shape == (0,) for rule in (Fixed(0), ZScore(1), Quantile(1)))
+    assert all(rule.alike(nothing, 9).shape == (0,) for rule in (Fixed(0), ZScore(1), Quantile(1)))
 
 
 @pytest.mark.parametrize("fan_in", [9, 144, 4608])
 def test_a_z_score_means_the_same_in_every_layer(fan_in: int) -> None:
     kernels = torch.randn(2, 20_000, fan_in, generator=torch.Generator().manual_seed(0))
     cosines = torch.nn.functional.cosine_similarity(*kernels)
-    assert ZScore(1.0).passes(cosines, fan_in).float().mean() == pytest.approx(0.159, abs=0.015)
-    assert Quantile(0.25).passes(cosines, fan_in).float().mean() == pytest.approx(0.25, abs=1e-3)
+    assert ZScore(1.0).alike(cosines, fan_in).float().mean() == pytest.approx(0.159, abs=0.015)
+    assert Quantile(0.25).alike(cosines, fan_in).float().mean() == pytest.approx(0.25, abs=1e-3)
 
 
 @pytest.mark.parametrize("share", [0.0, -1, 1.1, math.nan])
@@ -136,23 +136,21 @@ def test_the_wrapper_merges_the_pairs_that_the_rule_passes(rule: Quantile | ZSco
         weight = before.get_submodule(site.name).weight
         pairs = list(zip(targets.tolist(), sources.tolist(), strict=True))
         cosines = torch.tensor([reference.cosine(weight[i], weight[j]) for i, j in pairs])
-        passed = rule.passes(cosines, site.fan_in).tolist()
+        passed = rule.alike(cosines, site.fan_in).tolist()
         chosen = [pair for pair, alike in zip(pairs, passed, strict=True) if alike]
         expected, _ = reference.merge(weight.detach(), chosen, 0.8, -2.0)
         assert 0 < len(chosen) < len(pairs)
         torch.testing.assert_close(model.module.get_submodule(site.name).weight, expected)
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=NEEDS_COMPILER)])
-def test_a_rule_made_of_the_fixed_one_is_asked_in_each_layer(compiled: bool) -> None:
+@pytest.mark.parametrize("engine", ["torch", pytest.param("native", marks=NEEDS_COMPILER)])
+def test_a_rule_made_of_the_fixed_one_is_asked_in_each_layer(engine: Any) -> None:
     class Wide(Fixed):
-        def passes(self, cosines: torch.Tensor, fan_in: int) -> torch.Tensor:
-            return super().passes(cosines, fan_in) & (fan_in > 30)
+        def alike(self, cosines: torch.Tensor, fan_in: int) -> torch.Tensor:
+            return super().alike(cosines, fan_in) & (fan_in > 30)
 
     net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3))
-    model = InMergeWrapper(
-        net, shallow_layers=0, similarity_threshold=Wide(-1.0), compiled=compiled
-    )
+    model = InMergeWrapper(net, shallow_layers=0, similarity_threshold=Wide(-1.0), engine=engine)
     model.merge_()
     narrow, wide = model.report()
     assert narrow.merged == 0 < wide.merged == wide.drawn
@@ -161,10 +159,10 @@ def test_a_rule_made_of_the_fixed_one_is_asked_in_each_layer(compiled: bool) -> 
 @pytest.mark.parametrize("answer", [torch.tensor(True), torch.ones(3, dtype=torch.int64), None])
 def test_a_rule_that_does_not_decide_on_each_pair_is_told(answer: Any) -> None:
     class Mine:
-        def passes(self, cosines: torch.Tensor, fan_in: int) -> torch.Tensor:
+        def alike(self, cosines: torch.Tensor, fan_in: int) -> torch.Tensor:
             return cosines.new_ones(cosines.shape) if answer is None else answer
 
-    with pytest.raises(TypeError, match=r"must decide on each pair: its passes\(\) gave a torch"):
+    with pytest.raises(TypeError, match=r"must decide on each pair: its alike\(\) gave a torch"):
         wrapped(similarity_threshold=Mine(), merge_probability=1.0).merge_()
 
 
@@ -264,7 +262,7 @@ def computed(compute: Callable[[nn.Conv2d], nn.Module]) -> tuple[InMergeWrapper,
     optimizer = sgd(model)
     model.attach(optimizer)
     model(torch.randn(2, 3, 12, 12)).square().mean().backward()
-    weight = kernel_parameters(layer)[0]  # type: ignore[arg-type]
+    weight = store_of(layer).parameters[0]  # type: ignore[arg-type]
     before = weight.grad.clone()  # type: ignore[union-attr]
     optimizer.step()
     return model, before, optimizer.state[weight]["momentum_buffer"]

@@ -102,13 +102,11 @@ def digest(state: Mapping[str, Tensor]) -> str:
 
 def next_pairs(model: InMergeWrapper) -> list[list[tuple[int, int]]]:
     """What the next pass will draw, layer by layer; asking does not change it."""
-    pairs = []
-    for layer, step in enumerate(model._tally.steps):
-        (_, targets, sources), _ = model._draw(
-            [model.plan.merged[layer]], step, model.merge_probability
-        )
-        pairs.append(list(zip(targets.tolist(), sources.tolist(), strict=True)))
-    return pairs
+    return [
+        list(zip(targets.tolist(), sources.tolist(), strict=True))
+        for targets, sources in model.next_pairs().values()
+        if sources is not None
+    ]
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

@@ -10,8 +10,12 @@ from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from inmerge_wrap import InMergeWrapper, plan_merging
-from inmerge_wrap.kernels import kernel_parameters, open_kernels, unmergeable_reason
+from inmerge_wrap import MergePlan, plan_merging
+from inmerge_wrap.layers import find_layers
+from inmerge_wrap.merge_pass import merge_layers
+from inmerge_wrap.pairs import Outcome, Pairs
+from inmerge_wrap.settings import MergeSettings
+from inmerge_wrap.stores import store_of
 from tests import reference
 
 PAIRS = [(0, 1), (1, 0), (2, 7), (5, 3), (6, 4)]
@@ -77,19 +81,20 @@ def effective(layer: nn.Conv2d) -> Tensor:
     return responses.flatten(1).T.reshape(layer.out_channels, *shape).clone()
 
 
-def merge(
-    layer: nn.Conv2d, monkeypatch: pytest.MonkeyPatch, threshold: float = -1.0
-) -> InMergeWrapper:
-    """Merges PAIRS of a convolution through the wrapper, as a training step would."""
-    first = nn.Conv2d(3, layer.in_channels, 3, dtype=kernel_parameters(layer)[0].dtype)
+def planned(layer: nn.Conv2d) -> tuple[nn.Sequential, MergePlan]:
+    """A network that merges this convolution alone."""
+    first = nn.Conv2d(3, layer.in_channels, 3, dtype=store_of(layer).parameters[0].dtype)
     network = nn.Sequential(first, nn.ReLU(), layer).eval()
-    drawn = torch.tensor([(0, *pair) for pair in PAIRS]).T
-    monkeypatch.setattr(InMergeWrapper, "_draw", lambda *_: (drawn, [len(PAIRS)]))
-    wrapper = InMergeWrapper(
-        network, include=["2"], merge_weight=ALPHA, similarity_threshold=threshold
-    )
-    wrapper.merge_()
-    return wrapper
+    return network, plan_merging(network, include=["2"])
+
+
+@torch.no_grad()
+def merge(layer: nn.Conv2d, threshold: float = -1.0) -> Outcome:
+    """Merges PAIRS of a convolution, as a training step would that drew them."""
+    network, plan = planned(layer)
+    pairs = Pairs(torch.tensor([(0, *pair) for pair in PAIRS]).T, (len(PAIRS),))
+    settings = MergeSettings(merge_weight=ALPHA, similarity_threshold=threshold)
+    return merge_layers(find_layers(network, plan.merged), pairs, settings)
 
 
 def halfway(kernels: Tensor) -> float:
@@ -104,12 +109,10 @@ def up_to_scale(weight: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_forced_merge_is_the_papers_on_the_kernels_in_use(
-    form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forced_merge_is_the_papers_on_the_kernels_in_use(form: str) -> None:
     layer = FORMS[form]().eval()
     before = effective(layer)
-    assert merge(layer, monkeypatch).report().merged == len(PAIRS)
+    assert merge(layer).merged.tolist() == [True] * len(PAIRS)
     after = effective(layer)
     expected, _ = reference.merge(before, PAIRS, ALPHA, -1.0)
     if "prune" in form:  # what is pruned stays so
@@ -121,16 +124,14 @@ def test_a_forced_merge_is_the_papers_on_the_kernels_in_use(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_threshold_is_applied_to_the_kernels_in_use(
-    form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_threshold_is_applied_to_the_kernels_in_use(form: str) -> None:
     layer = FORMS[form]().eval()
     before = effective(layer)
     threshold = halfway(before)
-    wrapper = merge(layer, monkeypatch, threshold)
+    outcome = merge(layer, threshold)
     after = effective(layer)
     alike = {i for i, j in PAIRS if reference.cosine(before[i], before[j]) > threshold}
-    assert wrapper.report().merged == len(alike) in {2, 3}
+    assert outcome.merged.sum() == len(alike) in {2, 3}
     if "spectral" in form:
         scale = after[8].norm() / before[8].norm()  # no pair holds kernel 8
         after = after / scale
@@ -139,28 +140,24 @@ def test_the_threshold_is_applied_to_the_kernels_in_use(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_untouched_kernels_keep_every_stored_bit(
-    form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_untouched_kernels_keep_every_stored_bit(form: str) -> None:
     layer = FORMS[form]()
-    stored = [parameter.detach().clone() for parameter in kernel_parameters(layer)]
-    merge(layer, monkeypatch, threshold=1.0)  # nothing is that alike
-    for parameter, old in zip(kernel_parameters(layer), stored, strict=True):
+    stored = [parameter.detach().clone() for parameter in store_of(layer).parameters]
+    merge(layer, threshold=1.0)  # nothing is that alike
+    for parameter, old in zip(store_of(layer).parameters, stored, strict=True):
         assert torch.equal(parameter, old)
-    merge(layer, monkeypatch)
+    merge(layer)
     rest = [i for i in range(12) if i not in {target for target, _ in PAIRS}]
-    for parameter, old in zip(kernel_parameters(layer), stored, strict=True):
+    for parameter, old in zip(store_of(layer).parameters, stored, strict=True):
         assert torch.equal(parameter[rest], old[rest])
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_was_merged_survives_training_and_saving(
-    form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_merged_survives_training_and_saving(form: str) -> None:
     layer, fresh = FORMS[form](), FORMS[form]()
-    merge(layer, monkeypatch)
+    merge(layer)
     merged = effective(layer.eval())
-    parameters = kernel_parameters(layer)
+    parameters = store_of(layer).parameters
     layer.train()(torch.ones(2, 6, 5, 5)).square().sum().backward()
     assert all(parameter.is_leaf and parameter.grad is not None for parameter in parameters)
     fresh.load_state_dict(layer.state_dict())
@@ -169,25 +166,21 @@ def test_what_was_merged_survives_training_and_saving(
     assert torch.equal(effective(fresh.eval()), effective(layer.eval()))
 
 
-def test_pruned_entries_keep_their_stored_value_and_stay_zero(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_pruned_entries_keep_their_stored_value_and_stay_zero() -> None:
     layer = pruned(structured=False)
     mask = layer.weight_mask == 0
     stored = layer.weight_orig.detach().clone()
-    merge(layer, monkeypatch)
+    merge(layer)
     assert mask.any() and torch.equal(layer.weight_orig[mask], stored[mask])
     assert (effective(layer)[mask] == 0).all()
     prune.remove(layer, "weight")
     assert (layer.weight[mask] == 0).all()
 
 
-def test_half_precision_is_blended_in_single_and_rounded_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_half_precision_is_blended_in_single_and_rounded_once() -> None:
     layer = conv().bfloat16()
     before = layer.weight.detach().clone()
-    merge(layer, monkeypatch)
+    merge(layer)
     expected, _ = reference.merge(before.float(), PAIRS, ALPHA, -1.0)
     assert layer.weight.dtype == torch.bfloat16
     # One rounding: a second would show as a difference of one unit in the last place.
@@ -196,7 +189,7 @@ def test_half_precision_is_blended_in_single_and_rounded_once(
 
 @pytest.mark.parametrize("kind", [StdConv2d, ScaledStdConv2d])
 def test_standardised_kernels_are_compared_as_the_forward_pass_uses_them(
-    kind: type[nn.Conv2d], monkeypatch: pytest.MonkeyPatch
+    kind: type[nn.Conv2d],
 ) -> None:
     layer = kind(6, 12, 3, padding=0, bias=False).eval()
     with torch.no_grad():
@@ -204,10 +197,10 @@ def test_standardised_kernels_are_compared_as_the_forward_pass_uses_them(
     stored, used = layer.weight.detach().clone(), effective(layer)
     threshold = halfway(used)
     assert all(reference.cosine(stored[i], stored[j]) > threshold for i, j in PAIRS)
-    wrapper = merge(layer, monkeypatch, threshold)
-    assert wrapper.plan.merged[0].centred
+    outcome = merge(layer, threshold)
+    assert planned(layer)[1].merged[0].centred
     alike = [(i, j) for i, j in PAIRS if reference.cosine(used[i], used[j]) > threshold]
-    assert wrapper.report().merged == len(alike) in {2, 3}
+    assert outcome.merged.sum() == len(alike) in {2, 3}
     expected, _ = reference.merge(stored, alike, ALPHA, -1.0)
     torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-5, atol=1e-6)
 
@@ -251,8 +244,8 @@ def test_other_computed_weights_are_skipped_with_the_reason(
 ) -> None:
     network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), make(), nn.BatchNorm2d(12))
     layer = network[2]
-    assert reason in (unmergeable_reason(layer) or "")
-    with pytest.raises(RuntimeError, match=reason), open_kernels(layer):
+    assert reason in (store_of(layer).reason or "")
+    with pytest.raises(RuntimeError, match=reason), store_of(layer).opened():
         pass
     skipped = {site.name: site.reason for site in plan_merging(network, shallow_layers=0).skipped}
     assert skipped.keys() == {"2"} and reason in (skipped["2"] or "")
@@ -263,5 +256,5 @@ def test_other_computed_weights_are_skipped_with_the_reason(
 def test_weight_norm_over_everything_is_skipped_in_its_old_form_too() -> None:
     with pytest.warns(FutureWarning, match="weight_norm"):
         layer = nn.utils.weight_norm(conv(), dim=1)
-    assert "weight_norm that is not over each kernel" in (unmergeable_reason(layer) or "")
-    assert kernel_parameters(layer) == []
+    assert "weight_norm that is not over each kernel" in (store_of(layer).reason or "")
+    assert store_of(layer).parameters == ()

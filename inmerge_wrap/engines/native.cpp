@@ -108,7 +108,7 @@ void compare(const Layer *layers, int64_t count, Pairs pairs, Wide *cosines, int
   }
 }
 
-struct Blend {
+struct Move {
   int64_t target, source;
   bool opens_cycle;   // its kernel is still needed after it is written: set it aside
   bool closes_cycle;  // its partner is the kernel that was set aside
@@ -116,7 +116,7 @@ struct Blend {
 
 // An order in which each kernel is read by all that blend with it before it is written itself, so
 // that nothing is copied but one kernel of each cycle of partners.
-std::vector<Blend> in_order(const Layer &layer, Pairs pairs, const bool *changed) {
+std::vector<Move> in_order(const Layer &layer, Pairs pairs, const bool *changed) {
   int64_t kernels = 0;
   for (int64_t p = layer.begin; p < layer.end; ++p) {
     kernels = std::max({kernels, pairs.targets[p] + 1, pairs.sources[p] + 1});
@@ -131,7 +131,7 @@ std::vector<Blend> in_order(const Layer &layer, Pairs pairs, const bool *changed
   for (int64_t k = 0; k < kernels; ++k) {
     if (partner[k] >= 0 && readers[k] == 0) ready.push_back(k);
   }
-  std::vector<Blend> order;
+  std::vector<Move> order;
   while (!ready.empty()) {
     const int64_t target = ready.back(), source = partner[target];
     ready.pop_back();
@@ -156,7 +156,7 @@ constexpr int64_t kSpan = 2048;  // entries of a kernel that one thread blends a
 template <typename Number, typename Wide>
 void blend(const Layer *layers, int64_t count, Pairs pairs, const bool *changed, Wide alpha,
            bool *written, int threads) {
-  std::vector<std::vector<Blend>> orders;
+  std::vector<std::vector<Move>> orders;
   struct Part {
     int64_t layer, begin, end;
   };
@@ -175,7 +175,7 @@ void blend(const Layer *layers, int64_t count, Pairs pairs, const bool *changed,
     const Part part = parts[n];
     const int64_t length = part.end - part.begin;
     Number aside[kSpan];
-    for (const Blend &step : orders[part.layer]) {
+    for (const Move &step : orders[part.layer]) {
       Number *kernel = row<Number>(layers[part.layer], step.target) + part.begin;
       const Number *partner = row<Number>(layers[part.layer], step.source) + part.begin;
       if (step.closes_cycle) {

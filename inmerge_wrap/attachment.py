@@ -1,0 +1,323 @@
+"""Who steps which layer: the attached optimizers, and what the library must know of them."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from inmerge_wrap.layers import MergedLayer
+from inmerge_wrap.stores import Store, tensor_store
+
+__all__ = [
+    "Attachments",
+    "companions",
+    "is_nested_step",
+    "is_schedule_free",
+    "is_state_initialisation",
+    "refuse_capture",
+    "reshard",
+    "stepping_optimizer",
+]
+
+# By name: they write the weights from copies of their own.
+_STEPS_COPIES = {"DeepSpeedOptimizerWrapper", "MegatronLMOptimizerWrapper", "DummyOptim"}
+
+
+@dataclass
+class _Attachment:
+    """An optimizer that merges with its steps."""
+
+    # Not a strong reference: a copy of the wrapper would take the optimizer along.
+    optimizer: weakref.ref[Optimizer]
+    handle: RemovableHandle
+    layers: set[int]  # numbers of all that the optimizer ever merged
+
+
+class Attachments:
+    """The optimizers that merge with their steps, in the order in which they were attached.
+
+    Where two hold one layer, the one attached last merges it.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[_Attachment] = []
+
+    def add(
+        self, optimizer: Optimizer, handle: RemovableHandle, layers: Sequence[MergedLayer]
+    ) -> None:
+        """Records an optimizer with the layers that it holds."""
+        numbers = {layer.number for layer in layers}
+        self._known.append(_Attachment(weakref.ref(optimizer), handle, numbers))
+
+    def handle_of(self, optimizer: Optimizer) -> RemovableHandle | None:
+        """The handle of an optimizer that is attached."""
+        for known in self._known:
+            if known.optimizer() is optimizer and _is_registered(known.handle):
+                return known.handle
+        return None
+
+    @property
+    def live(self) -> list[Optimizer]:
+        """The optimizers that still exist and whose hooks nobody removed."""
+        return [
+            optimizer
+            for known in self._known
+            if (optimizer := known.optimizer()) is not None and _is_registered(known.handle)
+        ]
+
+    def held_by(
+        self, optimizer: Optimizer, layers: Sequence[MergedLayer]
+    ) -> tuple[list[MergedLayer], list[MergedLayer]]:
+        """Layers in the optimizer's groups and in none of an optimizer attached later.
+
+        Returns:
+            All of them, and those that are not frozen.
+        """
+        live = self.live
+        later = live[live.index(optimizer) + 1 :] if optimizer in live else []
+        mine = _held_parameters(optimizer).difference(*map(_held_parameters, later))
+        held = [
+            layer
+            for layer in layers
+            if layer.parameters and all(id(p) in mine for p in layer.parameters)
+        ]
+        return held, [layer for layer in held if all(p.requires_grad for p in layer.parameters)]
+
+    def check(
+        self,
+        optimizer: Optimizer,
+        merging: Sequence[MergedLayer],
+        layers: Sequence[MergedLayer],
+    ) -> None:
+        """Makes sure that an attached optimizer still holds the weights that it merged before.
+
+        Args:
+            optimizer: An attached one.
+            merging: The layers that merge with this step.
+            layers: All layers of the plan.
+
+        Raises:
+            RuntimeError: If it lost some: whatever it steps, it is not these.
+        """
+        attachment = next(known for known in self._known if known.optimizer() is optimizer)
+        attachment.layers.update(layer.number for layer in merging)
+        if len(attachment.layers) == len(merging):
+            return
+        held = _held_parameters(optimizer)
+        lost = [
+            layer.site.name
+            for layer in layers
+            if layer.number in attachment.layers
+            and (
+                not layer.parameters
+                or any(p.requires_grad and id(p) not in held for p in layer.parameters)
+            )
+        ]
+        if lost:
+            raise RuntimeError(
+                f"the attached optimizer no longer holds the weights of {', '.join(lost)}: they "
+                "were replaced after attach(). With FSDP2 (fully_shard) make the optimizer after "
+                "sharding; with Accelerate prepare model and optimizer in one call. DeepSpeed, "
+                "Megatron-LM and FSDP1 step copies of the weights: train with DDP or FSDP2 instead"
+            )
+
+
+def stepping_optimizer(optimizer: Any) -> Optimizer:
+    """The torch optimizer whose step() writes the weights, behind the wrappers of others."""
+    kinds = type(optimizer).__mro__
+    names = {kind.__name__ for kind in kinds}
+    packages = {kind.__module__.partition(".")[0] for kind in kinds}
+    if packages & {"deepspeed", "megatron"} or names & _STEPS_COPIES:
+        raise RuntimeError(
+            f"{type(optimizer).__name__} steps copies of the weights and overwrites what is "
+            "merged; train with DDP or FSDP2 (fully_shard) instead, a CNN fits both"
+        )
+    if any("ScheduleFree" in name for name in names) and not (
+        isinstance(optimizer, Optimizer) and "schedulefree" in packages
+    ):
+        raise RuntimeError(
+            f"{type(optimizer).__name__} keeps a second sequence of weights that cannot be merged "
+            "along; use SGDScheduleFree, AdamWScheduleFree or RAdamScheduleFree of the package "
+            "schedulefree"
+        )
+    if names & {"AcceleratedOptimizer", "LightningOptimizer"}:
+        return stepping_optimizer(optimizer.optimizer)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"attach needs a torch.optim.Optimizer, got {type(optimizer).__name__}; where another "
+            "object wraps the optimizer, attach the wrapped one, or call model.merge_() after "
+            "each step"
+        )
+    inner = getattr(optimizer, "base_optimizer", None)
+    if isinstance(inner, Optimizer):
+        return stepping_optimizer(inner)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(type(p).__name__ == "FlatParameter" or hasattr(p, "_is_flat_param") for p in parameters):
+        raise RuntimeError(
+            "FSDP1 flattens the weights, so that no kernel can be found in them; use FSDP2 "
+            "(fully_shard, or fsdp_version: 2 in Accelerate) or DDP"
+        )
+    if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        raise TypeError(
+            f"{type(optimizer).__name__} never called Optimizer.__init__, so its steps run no "
+            "hooks; attach the optimizer inside of it, or call model.merge_() after each step"
+        )
+    return optimizer
+
+
+def _held_parameters(optimizer: Optimizer) -> set[int]:
+    """Identities of the parameters in the optimizer's groups."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _first_moments(optimizer: Optimizer, weight: nn.Parameter) -> list[Tensor]:
+    """SGD's momentum or Adam's first moment of a weight, where there is one yet."""
+    # timm's Lookahead keeps the moments in the optimizer that it wraps.
+    state = getattr(optimizer, "_base_optimizer", optimizer).state
+    of_weight = state.get(weight, {})
+    moments = (of_weight.get(key) for key in ("momentum_buffer", "exp_avg"))
+    # Some optimizers keep their moments in fewer dimensions; those are no kernels.
+    return [m for m in moments if m is not None and m.shape == weight.shape]
+
+
+def companions(
+    optimizer: Optimizer | None, layers: Sequence[MergedLayer], *, moments: bool
+) -> tuple[dict[int, list[Store]], str | None]:
+    """The tensors of an optimizer that change like the weights.
+
+    Args:
+        optimizer: None for none.
+        layers: Those that merge.
+        moments: Whether first moments are among them; the averages of a schedule-free optimizer
+            always are.
+
+    Returns:
+        Number of each layer -> its tensors; and why a layer's moments cannot follow, if so.
+
+    Raises:
+        RuntimeError: If a schedule-free optimizer averages what a weight is computed from.
+    """
+    found: dict[int, list[Store]] = {}
+    problem = None
+    if optimizer is None or not (moments or is_schedule_free(optimizer)):
+        return found, problem
+    for layer in layers:
+        tensors = _averaged_sequences(optimizer, layer.module)
+        if moments:
+            weight, *magnitude = layer.parameters
+            first = [] if magnitude else _first_moments(optimizer, weight)
+            tensors = first + tensors
+            if not first and problem is None:
+                problem = (
+                    f"the weight of {layer.site.name} is computed from a direction and a "
+                    "magnitude, whose moments are no kernels"
+                    if magnitude
+                    else f"{type(optimizer).__name__} keeps no momentum_buffer and no exp_avg of "
+                    f"the shape of {layer.site.name}.weight"
+                )
+        found[layer.number] = [tensor_store(tensor) for tensor in tensors]
+    return found, problem
+
+
+def refuse_capture(what: str) -> None:
+    """Raises a RuntimeError where a CUDA graph is being captured."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"a CUDA graph would repeat the pairs drawn at capture in every replay: run {what} "
+            "outside of the graph"
+        )
+
+
+def is_schedule_free(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is one of the package ``schedulefree``."""
+    return any(kind.__module__.startswith("schedulefree.") for kind in type(optimizer).__mro__)
+
+
+def _averaged_sequences(optimizer: Optimizer, conv: nn.Module) -> list[Tensor]:
+    """The sequences of weights that a schedule-free optimizer averages beside the parameter.
+
+    Its steps are linear in them: with the same kernels blended in each, the average that is
+    evaluated in the end is merged exactly as the point that is trained.
+
+    Raises:
+        RuntimeError: If the weight is computed from other tensors.
+    """
+    if not is_schedule_free(optimizer):
+        return []
+    weight = conv._parameters.get("weight")
+    if weight is None:
+        raise RuntimeError(
+            "schedule-free optimizers average the stored tensors of a weight that is computed "
+            "(weight_norm, spectral_norm, pruning), which merging cannot follow; remove the "
+            "parametrisation or use another optimizer"
+        )
+    state = optimizer.state.get(weight, {})
+    return [state[key] for key in ("x", "y", "z") if key in state]
+
+
+def reshard(model: nn.Module) -> None:
+    """Brings every weight of FSDP2 back to the shards that its optimizer has just stepped.
+
+    After a forward pass without a backward pass, as in evaluation, FSDP2 leaves the weights of
+    its root unsharded, and they would not show the step.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    for module in model.modules():
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            cast(Any, module).reshard()
+
+
+def _is_registered(handle: RemovableHandle) -> bool:
+    """Whether the hook of a handle still stands, although anybody may have removed it."""
+    hooks = handle.hooks_dict_ref()
+    return hooks is not None and handle.id in hooks
+
+
+def is_nested_step(optimizer: Optimizer) -> bool:
+    """Whether this hook runs inside of another step() of the same optimizer.
+
+    Where a subclass calls super().step(), torch runs the hooks in both. The stack tells, and
+    unlike a counter it stays right when a step raises. torch.compile runs steps under another
+    code object of the same name and place.
+    """
+    steps = [vars(kind)["step"] for kind in type(optimizer).__mro__ if "step" in vars(kind)]
+    patched = [_place(step.__code__) for step in steps if hasattr(step, "hooked")]
+    if len(patched) < 2:
+        return False
+    frame, depth = sys._getframe(), 0
+    while frame is not None:
+        arguments = frame.f_locals.get("args") if _place(frame.f_code) in patched else None
+        if arguments and arguments[0] is optimizer:
+            depth += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return depth > 1
+
+
+def is_state_initialisation() -> bool:
+    """Whether this hook runs in a step that only makes a fresh optimizer's state.
+
+    ``torch.distributed.checkpoint.state_dict.set_optimizer_state_dict`` (and with it Accelerate's
+    FSDP2 resume) takes such a step, with gradients of zero and a learning rate of 0, before it
+    loads. A learning rate of 0 alone is no sign, for warm-ups begin with it: the caller is.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_init_optim_state":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _place(code: CodeType) -> tuple[str, str, int]:
+    return code.co_filename, code.co_name, code.co_firstlineno

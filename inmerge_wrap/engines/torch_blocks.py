@@ -1,0 +1,107 @@
+"""The plain engine: PyTorch's own functions, in blocks of pairs that fit into the cache.
+
+It takes every store, every change and every device, and is the specification of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from inmerge_wrap.changes import Change
+from inmerge_wrap.merging import centre, cosines_of
+from inmerge_wrap.pairs import Pairs
+from inmerge_wrap.stores import Store
+
+__all__ = ["NAME", "batches", "blocks", "change_", "cosines", "makes", "takes"]
+
+NAME = "torch"
+
+# What a block of pairs may take, so that its rows are still in the cache when they are used again:
+# about the L2 cache of a CPU core, or of a small GPU.
+_CPU_BLOCK_BYTES = 2**20
+_GPU_BLOCK_BYTES = 2**22
+
+
+def takes(store: Store) -> bool:
+    """Whether this engine reads and writes a store: it does so with all."""
+    return True
+
+
+def makes(change: Change) -> bool:
+    """Whether this engine computes a kind of change: it computes all."""
+    return True
+
+
+def batches(stores: Sequence[Store]) -> list[list[int]]:
+    """One layer at a time, so that only one layer in shards is ever whole."""
+    return [[place] for place in range(len(stores))]
+
+
+def cosines(stores: Sequence[Store], pairs: Pairs, centred: Sequence[bool]) -> Tensor:
+    """Cosine of each target with its source, see :func:`inmerge_wrap.merging.pair_cosines`.
+
+    Args:
+        stores: Of each layer, opened.
+        pairs: On the device of the stores.
+        centred: Of each layer, whether its kernels are compared without their mean.
+
+    Returns:
+        Shape (pairs,), float32 or wider.
+    """
+    products, norms = [], []
+    for store, part, mean in zip(stores, pairs.split(), centred, strict=True):
+        for _, kernels, partners in blocks(store, part, centred=mean):
+            norms.append(torch.linalg.vector_norm(kernels, dim=1))
+            norms[-1] *= torch.linalg.vector_norm(partners, dim=1)
+            products.append(kernels.mul_(partners).sum(dim=1))
+    return cosines_of(torch.cat(products), torch.cat(norms))
+
+
+def change_(stores: Sequence[Store], pairs: Pairs, changed: Tensor | None, change: Change) -> None:
+    """Writes the new kernels of the changed pairs; all are read before any is written (eq. 3).
+
+    Args:
+        stores: Of each layer, opened.
+        pairs: On the device of the stores.
+        changed: Boolean mask, shape (pairs,); None changes all.
+        change: What becomes of a kernel, for all pairs.
+    """
+    begin = 0
+    for store, part in zip(stores, pairs.split(), strict=True):
+        here = slice(begin, begin := begin + len(part))
+        _change_one_(store, part, None if changed is None else changed[here], change.at(here))
+
+
+def _change_one_(store: Store, pairs: Pairs, changed: Tensor | None, change: Change) -> None:
+    if not len(pairs):
+        return
+    new = []
+    for here, kernels, partners in blocks(store, pairs):
+        mask = None if changed is None else changed[here]
+        rows = change.at(here).rows(kernels, partners, mask)
+        new.append((pairs.targets[here], rows, mask))
+    for block in new:
+        store.write_(*block)
+
+
+def blocks(
+    store: Store, pairs: Pairs, *, centred: bool = False
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """The pairs of one layer in parts small enough for the cache, one part at least.
+
+    Yields:
+        Which pairs, their kernels and their partners; fresh tensors, (pairs, fan_in).
+    """
+    weight = store.weight
+    cache = _CPU_BLOCK_BYTES if weight.device.type == "cpu" else _GPU_BLOCK_BYTES
+    row_bytes = max(1, weight[0].numel() * max(4, weight.element_size()))
+    length = max(1, cache // (2 * row_bytes))
+    for start in range(0, max(1, len(pairs)), length):
+        here = slice(start, start + length)
+        kernels, partners = store.read(pairs.targets[here]), store.read(pairs.sources[here])
+        if centred:
+            kernels, partners = centre(kernels), centre(partners)
+        yield here, kernels, partners

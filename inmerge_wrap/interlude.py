@@ -1,0 +1,129 @@
+"""Transient merging: from a training forward pass to the optimizer's step, kernels are merged.
+
+The weights are merged where they are, so that whatever computes a gradient meanwhile (recomputed
+activations, compiled code, replicas) sees the merged kernels, and only the kernels that change are
+copied. Everybody else must see them whole: the optimizer, evaluation, checkpoints, copies. Each way
+in is a *door*; whoever comes through it ends the interlude first.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from inmerge_wrap.merge_pass import Kept
+from inmerge_wrap.stores import store_of
+
+__all__ = ["BeforeStep", "Interlude"]
+
+
+class Interlude:
+    """The time in which some kernels of a network are merged, and a copy of them before that.
+
+    Args:
+        network: The wrapped network.
+        kept: The kernels as they were, layer by layer.
+    """
+
+    def __init__(self, network: nn.Module, kept: Sequence[Kept]) -> None:
+        self._network = network
+        self._kept = list(kept)
+        self._hooks: list[RemovableHandle] = []
+        self._guarded: list[nn.Module] = []
+        self._open_doors()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the kernels are whole again."""
+        return not self._kept
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """Puts the kernels back, bit for bit, and leaves no trace in the network."""
+        self._put_back()
+        for hook in self._hooks:
+            hook.remove()
+        for module in self._guarded:
+            vars(module).pop("__getstate__", None)
+        self._hooks, self._guarded = [], []
+
+    @torch.no_grad()
+    def _put_back(self) -> None:
+        kept, self._kept = self._kept, []
+        for part in kept:
+            # Looked up now, for a tensor may have been exchanged since (SAM does so).
+            store_of(part.layer.module).copy_back_(part.index, part.rows)
+
+    def _open_doors(self) -> None:
+        """Watches every way in which the weights may be read or replaced meanwhile.
+
+        A hook must not remove itself while PyTorch goes through the hooks, so these put the
+        kernels back and are removed with the end.
+        """
+        convs = [part.layer.module for part in self._kept]
+        self._hooks.append(self._network.register_forward_pre_hook(self._before_forward))
+        for conv in convs:
+            self._hooks.append(conv.register_state_dict_pre_hook(self._before_look))
+            self._hooks.append(conv.register_load_state_dict_pre_hook(self._before_look))
+        for module in (self._network, *convs):
+            # Asked by deepcopy and pickle, of the instance first.
+            vars(module)["__getstate__"] = self._state_getter(module)
+            self._guarded.append(module)
+
+    def _before_forward(self, network: nn.Module, _: Any) -> None:
+        if not (network.training and torch.is_grad_enabled()):
+            self._put_back()
+
+    def _before_look(self, *_: Any, **__: Any) -> None:
+        self._put_back()
+
+    def _state_getter(self, module: nn.Module) -> Callable[[], dict[str, Any]]:
+        def getstate() -> dict[str, Any]:
+            self.end()
+            own = getattr(type(module), "__getstate__", None)
+            state = None if own is None else own(module)
+            return vars(module).copy() if state is None else state
+
+        return getstate
+
+
+class BeforeStep:
+    """The door of an optimizer, its step pre-hook: a step begins from whole kernels.
+
+    Args:
+        wrapper: The InMergeWrapper; no strong reference is kept.
+    """
+
+    def __init__(self, wrapper: Any) -> None:
+        self._wrapper = weakref.ref(wrapper)
+
+    @torch.compiler.disable
+    def __call__(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        wrapper = self._wrapper()
+        if wrapper is None or not wrapper.settings.transient:
+            return None
+        wrapper.end_interlude()
+        # step(closure) runs forward and backward inside of the step, LBFGS several times.
+        if len(args) > 1 and callable(closure := args[1]):  # the first is the optimizer
+            return (args[0], _whole_after(wrapper, closure), *args[2:]), kwargs
+        if callable(closure := kwargs.get("closure")):
+            return args, {**kwargs, "closure": _whole_after(wrapper, closure)}
+        return None
+
+
+def _whole_after(wrapper: Any, closure: Any) -> Any:
+    def evaluate() -> Any:
+        try:
+            return closure()
+        finally:
+            wrapper.end_interlude()
+
+    return evaluate

@@ -1,0 +1,330 @@
+"""One pass over some layers: partners, cosines, threshold, change. Pure but for the weights.
+
+For each drawn pair ``(i, j)`` of a layer, all kernels being read before any is written::
+
+    cos(K_i, K_j) > tau   =>   K_i <- alpha K_i + (1 - alpha) K_j          (eq. 1-4)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inmerge_wrap.changes import Blend, Change, Noise
+from inmerge_wrap.discovery import ConvSite
+from inmerge_wrap.engines import Engine, group, native, torch_blocks, wanted
+from inmerge_wrap.layers import MergedLayer, stream_of
+from inmerge_wrap.merging import (
+    centre,
+    draw_layers,
+    nearest_kernels,
+    norm_scale,
+    signed_weight,
+)
+from inmerge_wrap.pairs import Outcome, Pairs, mix
+from inmerge_wrap.settings import MergeSettings
+from inmerge_wrap.stores import Plain, Store
+from inmerge_wrap.thresholds import Fixed, Threshold
+
+__all__ = ["Kept", "draw_step", "merge_layers", "merge_pairs_"]
+
+_DIRECTION_STREAM = 2**40  # sets the draws of a direction apart from those of the pairs
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Kernels of one layer as they were before a pass.
+
+    Attributes:
+        layer: The layer.
+        index: Which kernels, int64, shape (kernels,).
+        rows: What the layer's store gave for them.
+    """
+
+    layer: MergedLayer
+    index: Tensor
+    rows: tuple[Tensor, ...]
+
+
+def draw_step(layers: Sequence[MergedLayer], settings: MergeSettings, step: int) -> Pairs:
+    """Draws the pairs of some layers, from the seed, the step and the layer alone.
+
+    Args:
+        layers: At least one.
+        settings: Those in force at this step, see :meth:`MergeSettings.at`.
+        step: The optimizer step.
+
+    Returns:
+        The pairs, on the CPU. The sources are those of ``partner="random"``.
+    """
+    counts = [layer.site.shape[0] for layer in layers]
+    sizes = [layer.site.shape[0] // layer.site.pair_groups for layer in layers]
+    seeds = [mix(settings.seed, step, stream_of(layer.site)) for layer in layers]
+    on_native = wanted(settings.engine, layers[0].store.weight.device).NAME == native.NAME
+    draw = native.draw_layers if on_native else draw_layers
+    table, lengths = draw(counts, sizes, settings.merge_probability, seeds)
+    numbers = [layer.number for layer in layers]
+    if numbers != list(range(len(numbers))):
+        number = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+        table = torch.stack([number[table[0]], table[1], table[2]])
+    return Pairs(table, tuple(lengths))
+
+
+def merge_layers(
+    layers: Sequence[MergedLayer],
+    pairs: Pairs,
+    settings: MergeSettings,
+    *,
+    step: int = 0,
+    companions: Mapping[int, Sequence[Store]] | None = None,
+    skip: Tensor | None = None,
+    keep: list[Kept] | None = None,
+) -> Outcome:
+    """Merges the drawn pairs of some layers, in place.
+
+    Args:
+        layers: At least one.
+        pairs: What they draw, layer after layer, on the CPU.
+        settings: Those in force at this step, see :meth:`MergeSettings.at`.
+        step: The optimizer step; with the seed it decides random directions.
+        companions: Number of a layer -> tensors of an optimizer that change like its weight.
+        skip: A scalar on the device, non-zero for no merge at all.
+        keep: Takes a copy of the kernels that change, before they do.
+
+    Returns:
+        What became of each pair, on the device of the first layer.
+    """
+    with _without_autocast(layers[0].store.weight.device):
+        return _merge_groups(layers, pairs, settings, step, companions or {}, skip, keep)
+
+
+def _merge_groups(
+    layers: Sequence[MergedLayer],
+    pairs: Pairs,
+    settings: MergeSettings,
+    step: int,
+    companions: Mapping[int, Sequence[Store]],
+    skip: Tensor | None,
+    keep: list[Kept] | None,
+) -> Outcome:
+    """Gives each engine its layers, and puts what they find into the order of the layers."""
+    cosines: list[Tensor] = [torch.empty(0)] * len(layers)
+    merged = list(cosines)
+    on_device: dict[torch.device, Pairs] = {}
+    for engine, places in group([layer.store for layer in layers], settings.engine):
+        device = layers[places[0]].store.weight.device
+        if device not in on_device:
+            on_device[device] = pairs.to(device)
+        theirs = on_device[device].of(places)
+        found = _merge_batch(
+            engine,
+            [layers[place] for place in places],
+            theirs,
+            settings,
+            step,
+            companions,
+            skip,
+            keep,
+        )
+        if len(places) == len(layers):  # nothing to put back into order
+            return Outcome(theirs.layer, *found, pairs.lengths)
+        for parts, whole in zip((cosines, merged), found, strict=True):
+            for place, part in zip(places, whole.split(theirs.lengths), strict=True):
+                parts[place] = part
+    device = cosines[0].device
+    return Outcome(
+        pairs.layer.to(device),
+        torch.cat([part.to(device) for part in cosines]),
+        torch.cat([part.to(device) for part in merged]),
+        pairs.lengths,
+    )
+
+
+def _merge_batch(
+    engine: Engine,
+    layers: Sequence[MergedLayer],
+    pairs: Pairs,
+    settings: MergeSettings,
+    step: int,
+    companions: Mapping[int, Sequence[Store]],
+    skip: Tensor | None,
+    keep: list[Kept] | None,
+) -> tuple[Tensor, Tensor]:
+    """The pass over layers that one engine takes together; the cosines and what merged."""
+    sites = [layer.site for layer in layers]
+    with ExitStack() as stack:
+        stores = [stack.enter_context(layer.store.opened()) for layer in layers]
+        if settings.partner == "most_similar":
+            pairs = pairs.toward(torch.cat([*map(_nearest, layers, stores, pairs.split())]))
+        cosines = engine.cosines(stores, pairs, [site.centred for site in sites])
+        fan_ins = [site.fan_in for site in sites]
+        merged = _alike(settings.similarity_threshold, cosines, pairs.lengths, fan_ins)
+        if skip is not None:
+            merged &= skip.to(merged.device) == 0
+        if keep is not None:
+            keep += map(_copy, layers, stores, pairs.split(), merged.split(pairs.lengths))
+        blends = settings.direction == "partner" and not settings.keep_norm
+        blend = Blend(settings.merge_weight)
+        if blends and engine.makes(blend):
+            engine.change_(stores, pairs, merged, blend)
+            changes: list[Change] = [blend] * len(layers)
+            _change_companions_(layers, pairs, merged, changes, companions, settings.engine)
+            return cosines, merged
+        parts = zip(layers, stores, pairs.split(), merged.split(pairs.lengths), strict=True)
+        for layer, store, part, mask in parts:
+            part, changed = _known(part, mask)
+            change = _change_of(layer, store, part, settings, step)
+            torch_blocks.change_([store], part, changed, change)
+            _change_companions_([layer], part, changed, [change], companions, settings.engine)
+    return cosines, merged
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A step inside of an autocast region would compare kernels in half precision."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _nearest(layer: MergedLayer, store: Store, pairs: Pairs) -> Tensor:
+    """The most similar partner of each target of a layer."""
+    everyone = torch.arange(layer.site.shape[0], device=pairs.targets.device)
+    bank = store.read(everyone)
+    bank = centre(bank) if layer.site.centred else bank
+    return nearest_kernels(bank, pairs.targets, layer.site.pair_groups)
+
+
+def _alike(
+    threshold: Threshold, cosines: Tensor, lengths: Sequence[int], fan_ins: Sequence[int]
+) -> Tensor:
+    """Which pairs are alike enough to merge, boolean, shape (pairs,)."""
+    if type(threshold) is Fixed:  # the same in all layers
+        return threshold.alike(cosines, max(fan_ins))
+    masks = []
+    for part, fan_in in zip(cosines.split(lengths), fan_ins, strict=True):
+        alike = threshold.alike(part, fan_in)
+        if alike.shape != part.shape or alike.dtype != torch.bool:
+            raise TypeError(
+                f"similarity_threshold={threshold} must decide on each pair: its alike() gave a "
+                f"{alike.dtype} of shape {tuple(alike.shape)} for {len(part)} cosines instead of "
+                "as many booleans"
+            )
+        masks.append(alike)
+    return torch.cat(masks)
+
+
+def _known(pairs: Pairs, changed: Tensor) -> tuple[Pairs, Tensor | None]:
+    """The pairs of one layer without those that stay, where one need not wait to know them.
+
+    On a CPU those cost nothing then; elsewhere the mask decides on the device.
+    """
+    if changed.device.type != "cpu":
+        return pairs, changed
+    return pairs.at(changed.nonzero().flatten()), None
+
+
+def _copy(layer: MergedLayer, store: Store, pairs: Pairs, changed: Tensor) -> Kept:
+    targets = _known(pairs, changed)[0].targets
+    return Kept(layer, targets, store.copy_out(targets))
+
+
+def _change_of(
+    layer: MergedLayer, store: Store, pairs: Pairs, settings: MergeSettings, step: int
+) -> Change:
+    """What becomes of the kernels of one layer."""
+    device = pairs.targets.device
+    if settings.direction == "partner":
+        blend = Blend(settings.merge_weight)
+    else:
+        generator = torch.Generator(device)
+        stream = _DIRECTION_STREAM + stream_of(layer.site)
+        generator.manual_seed(mix(settings.seed, step, stream))
+        if settings.direction != "signed":
+            numbers = torch.randn(
+                (len(pairs), layer.site.fan_in),
+                generator=generator,
+                device=device,
+                dtype=torch.float32,
+            )
+            multiplicative = settings.direction == "multiplicative"
+            return Noise(multiplicative, settings.radius, numbers, settings.keep_norm)
+        signs = 2 * torch.randint(0, 2, (len(pairs),), generator=generator, device=device) - 1
+        blend = Blend(
+            torch.cat(
+                [
+                    signed_weight(kernels, partners, signs[here], settings.radius)
+                    for here, kernels, partners in torch_blocks.blocks(store, pairs)
+                ]
+            )
+        )
+    if not settings.keep_norm:
+        return blend
+    scales = [
+        norm_scale(kernels, partners, blend.at(here).merge_weight)
+        for here, kernels, partners in torch_blocks.blocks(store, pairs)
+    ]
+    return Blend(blend.merge_weight, torch.cat(scales))
+
+
+def _change_companions_(
+    layers: Sequence[MergedLayer],
+    pairs: Pairs,
+    changed: Tensor | None,
+    changes: Sequence[Change],
+    companions: Mapping[int, Sequence[Store]],
+    name: str,
+) -> None:
+    """Changes the tensors that an optimizer keeps of some layers as the weights were."""
+    if not companions:
+        return
+    masks = [None] * len(layers) if changed is None else changed.split(pairs.lengths)
+    for layer, part, mask, change in zip(layers, pairs.split(), masks, changes, strict=True):
+        for companion in companions.get(layer.number, ()):
+            ((engine, _),) = group([companion], name)
+            engine = engine if engine.makes(change) else torch_blocks
+            with companion.opened() as store:
+                engine.change_([store], part, mask, change)
+
+
+def merge_pairs_(
+    weight: Tensor,
+    targets: Tensor,
+    sources: Tensor,
+    *,
+    merge_weight: float,
+    similarity_threshold: float,
+) -> Tensor:
+    """Merges the drawn pairs of one convolution weight, in place (eq. 1-4).
+
+    All kernels are read before any is written, as the paper's simultaneous update demands, and
+    only the rows in ``targets`` are touched. Half precision weights are compared and blended in
+    float32 and rounded once. Kernels that are zero or hold NaN or Inf neither merge nor spread.
+
+    Args:
+        weight: Shape (C_out, C_in / groups, kH, kW), floating point, any memory format.
+        targets: Kernels to blend, int64, shape (pairs,), without repetition.
+        sources: Their partners, int64, shape (pairs,).
+        merge_weight: alpha in [0, 2], the share of a kernel that stays.
+        similarity_threshold: tau in [-1, 1]; a pair merges where its cosine is above it.
+
+    Returns:
+        Boolean mask of the pairs that were merged, shape (pairs,), on the weight's device.
+
+    Raises:
+        ValueError: If ``merge_weight`` or ``similarity_threshold`` is out of range.
+    """
+    settings = MergeSettings(
+        merge_weight=merge_weight,
+        similarity_threshold=similarity_threshold,  # type: ignore[arg-type]
+        engine="torch",
+    )
+    site = ConvSite("weight", 1, tuple(weight.shape))
+    layer = MergedLayer(0, site, nn.Module(), Plain(weight.detach()))
+    table = torch.stack([torch.zeros_like(targets), targets, sources])
+    with torch.no_grad():
+        return merge_layers([layer], Pairs(table, (len(targets),)), settings).merged

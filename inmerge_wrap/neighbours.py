@@ -1,0 +1,82 @@
+"""What other libraries expect of a wrapped network: timm, Hugging Face's Trainer, checkpoints."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import nn
+
+__all__ = [
+    "accept_network_state",
+    "put_counter_last",
+    "renamed_for_timm",
+    "takes_any_keyword",
+]
+
+
+def takes_any_keyword(network: nn.Module) -> bool:
+    """Whether the network's forward takes any keyword: Trainer would ask the wrapper's."""
+    own = getattr(network, "accepts_loss_kwargs", None)
+    parameters = inspect.signature(network.forward).parameters.values()
+    return any(p.kind is p.VAR_KEYWORD for p in parameters) if own is None else own
+
+
+def renamed_for_timm(name: str, value: Any) -> Any:
+    """An attribute of the network, in the names of the wrapper's own parameters.
+
+    timm's optimizer factory asks ``no_weight_decay`` and ``group_matcher`` for parameters by name.
+    """
+    if name == "no_weight_decay":
+        return lambda: {f"module.{parameter}" for parameter in value()}
+    if name == "group_matcher":
+        return lambda *args, **kwargs: _prefixed_matcher(value(*args, **kwargs))
+    return value
+
+
+def _prefixed_matcher(matcher: Any) -> Any:
+    """timm's map from parameter names to layers, for names that begin with ``module.``."""
+    if callable(matcher):
+        return lambda name: cast(Callable[[str], Any], matcher)(name.removeprefix("module."))
+
+    def prefixed(pattern: str) -> str:
+        # timm matches at the start of the name anyway; an anchor would forbid the prefix.
+        return r"module\.(?:" + re.sub(r"(?<![\\\[])\^", "", pattern) + ")"
+
+    return {
+        layer: (
+            [(prefixed(part[0]), *part[1:]) for part in pattern]
+            if isinstance(pattern, list | tuple)
+            else pattern and prefixed(pattern)
+        )
+        for layer, pattern in matcher.items()
+    }
+
+
+def put_counter_last(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
+    """timm's training tasks pair the values of a wrapper's state with those of its network."""
+    key = f"{prefix}_extra_state"
+    if key in state_dict:
+        state_dict[key] = state_dict.pop(key)
+
+
+def accept_network_state(
+    wrapper: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Accepts the network's own state dict, and one without the step counter, with a warning."""
+    own = [name for name in cast(nn.Module, wrapper.module).state_dict() if name]
+    if not any(f"{prefix}module.{name}" in state_dict for name in own):
+        for name in own:
+            if f"{prefix}{name}" in state_dict:
+                state_dict[f"{prefix}module.{name}"] = state_dict.pop(f"{prefix}{name}")
+    key = f"{prefix}_extra_state"
+    if key not in state_dict and any(name.startswith(prefix) for name in state_dict):
+        warnings.warn(
+            f"the state dict has no {key!r}: the weights are loaded, and merging counts its steps "
+            f"from {wrapper.step}",
+            stacklevel=2,
+        )
+        state_dict[key] = None

@@ -1,0 +1,99 @@
+"""The pairs of kernels that one step draws, and what merging made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+__all__ = ["Outcome", "Pairs", "mix"]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Ordered pairs of kernels of several layers, layer after layer.
+
+    Attributes:
+        table: int64, shape (3, pairs): number of the layer, target, source. Within a layer no
+            target repeats.
+        lengths: How many pairs each layer has.
+    """
+
+    table: Tensor
+    lengths: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return self.table.shape[1]
+
+    @property
+    def layer(self) -> Tensor:
+        """Number of each pair's layer in the plan, shape (pairs,)."""
+        return self.table[0]
+
+    @property
+    def targets(self) -> Tensor:
+        """The kernels that may change, shape (pairs,)."""
+        return self.table[1]
+
+    @property
+    def sources(self) -> Tensor:
+        """Their partners, shape (pairs,)."""
+        return self.table[2]
+
+    def to(self, device: torch.device) -> Pairs:
+        """The same on a device, without waiting for it."""
+        if self.table.device == device:
+            return self
+        table = self.table.pin_memory() if device.type == "cuda" else self.table
+        return replace(self, table=table.to(device, non_blocking=device.type == "cuda"))
+
+    def split(self) -> list[Pairs]:
+        """The pairs of each layer by themselves."""
+        parts = self.table.split(self.lengths, dim=1)
+        return [Pairs(part, (part.shape[1],)) for part in parts]
+
+    def of(self, places: Sequence[int]) -> Pairs:
+        """The pairs of some of the layers, by their places in :attr:`lengths`."""
+        if len(places) == len(self.lengths):
+            return self
+        parts = self.table.split(self.lengths, dim=1)
+        table = torch.cat([parts[place] for place in places], dim=1)
+        return Pairs(table, tuple(self.lengths[place] for place in places))
+
+    def at(self, index: Tensor) -> Pairs:
+        """Some pairs of a single layer, by their places."""
+        return Pairs(self.table[:, index], (len(index),))
+
+    def toward(self, sources: Tensor) -> Pairs:
+        """The same targets with other sources, shape (pairs,)."""
+        return replace(self, table=torch.stack([self.layer, self.targets, sources]))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step did.
+
+    Attributes:
+        layer: Number of each drawn pair's layer in the plan, int64, shape (pairs,).
+        cosines: Of each drawn pair, shape (pairs,); NaN where it is undefined.
+        merged: Whether the target changed, boolean, shape (pairs,).
+        lengths: How many pairs each layer drew, in the order of the layers of the step.
+    """
+
+    layer: Tensor
+    cosines: Tensor
+    merged: Tensor
+    lengths: tuple[int, ...]
+
+
+def mix(*numbers: int) -> int:
+    """Hashes integers to 32 bits, all that torch's CPU generator reads of a seed (splitmix64)."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+        state ^= state >> 31
+    return state >> 32

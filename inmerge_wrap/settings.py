@@ -1,0 +1,90 @@
+"""The settings of merging: checked when they are given, frozen afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from inmerge_wrap.engines import ENGINES
+from inmerge_wrap.merging import check_range
+from inmerge_wrap.schedule import Schedule
+from inmerge_wrap.thresholds import Fixed, Threshold, as_threshold
+
+__all__ = ["DIRECTIONS", "PARTNERS", "MergeSettings"]
+
+PARTNERS = ("random", "most_similar")
+DIRECTIONS = ("partner", "signed", "gaussian", "multiplicative")
+_CHOICES = {"partner": PARTNERS, "direction": DIRECTIONS, "engine": ENGINES}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSettings:
+    """What :class:`inmerge_wrap.InMergeWrapper` is asked to do; see there for each attribute.
+
+    Raises:
+        ValueError: If a setting is out of range, or two contradict each other.
+        TypeError: If a threshold or schedule is of another type.
+    """
+
+    merge_weight: float = 0.8
+    similarity_threshold: Threshold = field(default_factory=lambda: Fixed(0.3))
+    merge_probability: float = 0.3
+    schedule: Schedule = field(default_factory=Schedule)
+    partner: Literal["random", "most_similar"] = "random"
+    direction: Literal["partner", "signed", "gaussian", "multiplicative"] = "partner"
+    radius: float = 0.3
+    keep_norm: bool = False
+    merge_momentum: bool = False
+    transient: bool = False
+    replica_draws: bool = False
+    engine: str = "auto"
+    seed: int = 0
+    inspect_every: int = 100
+    check_replicas_every: int = 0
+
+    def __post_init__(self) -> None:
+        check_range("merge_weight", self.merge_weight, 0.0, 2.0)
+        check_range("merge_probability", self.merge_probability, 0.0, 1.0)
+        check_range("radius", self.radius, 0.0, 2.0)
+        object.__setattr__(self, "similarity_threshold", as_threshold(self.similarity_threshold))
+        if not isinstance(self.schedule, Schedule):
+            raise TypeError(f"schedule must be a Schedule, got {self.schedule!r}")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                listed = " or ".join(map(repr, choices))
+                raise ValueError(f"{name} must be {listed}, got {value!r}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be an integer in [0, 2**32), got {self.seed!r}")
+        for name in ("inspect_every", "check_replicas_every"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be a count of steps >= 0, got {value!r}")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.merge_momentum and self.transient:
+            raise ValueError(
+                "merge_momentum has no meaning with transient=True: the optimizer steps from the "
+                "kernels as they were; leave one of them out"
+            )
+        if self.merge_momentum and self.direction in ("gaussian", "multiplicative"):
+            raise ValueError(
+                f"merge_momentum needs a partner to blend with, direction={self.direction!r} has "
+                "none; leave one of them out"
+            )
+        if self.replica_draws and not self.transient:
+            raise ValueError(
+                "replica_draws=True needs transient=True: replicas that keep what they draw by "
+                "themselves would drift apart"
+            )
+
+    def at(self, step: int) -> MergeSettings | None:
+        """The settings in force at an optimizer step; None where the step does not merge."""
+        level = self.schedule.level(step)
+        if level == 0.0:
+            return None
+        probability, weight = self.schedule.apply(step, self.merge_probability, self.merge_weight)
+        fades = self.schedule.anneals == "strength"
+        radius = self.radius * level if fades else self.radius
+        return replace(self, merge_probability=probability, merge_weight=weight, radius=radius)
