@@ -46,7 +46,7 @@ parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512,
 parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
 parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
 parser.add_argument("--repeats", type=int, default=15, help="passes of each part")
-parser.add_argument("--out", type=Path, default=Path("results/scaling.json"))
+parser.add_argument("--out", type=Path, default=Path("runs/scaling.json"))
 parser.add_argument("--picture", type=Path, help="PNG file (default: beside --out)")
 
 

@@ -28,89 +28,58 @@ from typing import Any
 
 import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
-from common import (
-    Images,
-    load_images,
-    make_accelerator,
-    one_line_if_out_of_memory,
-    write_json,
-)
 from filelock import FileLock, Timeout
+from images import Images, load_images
+from methods import EMA, SAM, SWA, Dropout, Ensemble, Fade, Merge, Method, Soup, Variant
+from records import write_json
+from running import make_accelerator, one_line_if_out_of_memory
 from training import Run, train
+
+from inmerge_wrap import Quantile, ZScore
 
 # -- settings --------------------------------------------------------------------------------------
 
-COSINE = {"schedule": {"decay": "cosine"}}
-ARMS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "ema .98": {"ema": 0.98},
-    "swa": {"swa": 0.25},
-    "dropout .3": {"network": {"drop_rate": 0.3}},
-    "drop path .1": {"network": {"drop_path_rate": 0.1}},
-    "sam": {"sam": 0.05},
-    "soup of 3": {"soup": 3},
-    "ensemble of 3": {"ensemble": 3},
-    "paper": {"merge": {}},
-    "all, cosine": {"merge": {"similarity_threshold": -1.0, **COSINE}},
-    "all, a=.95, cosine": {"merge": {"similarity_threshold": -1.0, "merge_weight": 0.95, **COSINE}},
-    "all, to the end, recalibrated": {
-        "merge": {"similarity_threshold": -1.0},
-        "recalibrate": True,
-    },
-    "z > 2, cosine": {"merge": {"similarity_threshold": {"z": 2.0}, **COSINE}},
-    "top 10%, cosine": {"merge": {"similarity_threshold": {"share": 0.1}, **COSINE}},
-    "top half, cosine": {"merge": {"similarity_threshold": {"share": 0.5}, **COSINE}},
-    "nearest, top half, cosine": {
-        "merge": {"similarity_threshold": {"share": 0.5}, "partner": "most_similar", **COSINE}
-    },
-    "top half, strength": {
-        "merge": {
-            "similarity_threshold": {"share": 0.5},
-            "schedule": {"decay": "cosine", "anneals": "strength"},
-        }
-    },
-    "top half, second half": {
-        "merge": {
-            "similarity_threshold": {"share": 0.5},
-            "schedule": {"decay": "cosine", "start": 0.5},
-        }
-    },
-    "top half, second half, ema .98": {
-        "ema": 0.98,
-        "merge": {
-            "similarity_threshold": {"share": 0.5},
-            "schedule": {"decay": "cosine", "start": 0.5},
-        },
-    },
-    "top half, norm kept": {
-        "merge": {"similarity_threshold": {"share": 0.5}, "keep_norm": True, **COSINE}
-    },
-    "top half, momentum": {
-        "merge": {"similarity_threshold": {"share": 0.5}, "merge_momentum": True, **COSINE}
-    },
-    "all, norm kept": {"merge": {"similarity_threshold": -1.0, "keep_norm": True, **COSINE}},
-    "z > 2, norm kept": {
-        "merge": {"similarity_threshold": {"z": 2.0}, "keep_norm": True, **COSINE}
-    },
-    "nearest, top half, norm kept": {
-        "merge": {
-            "similarity_threshold": {"share": 0.5},
-            "partner": "most_similar",
-            "keep_norm": True,
-            **COSINE,
-        }
-    },
-    "top half, norm kept, to the end": {
-        "merge": {"similarity_threshold": {"share": 0.5}, "keep_norm": True}
-    },
-    "z > 2, p=1, cosine": {
-        "merge": {"similarity_threshold": {"z": 2.0}, "merge_probability": 1.0, **COSINE}
-    },
-    "nearest, z > 3, cosine": {
-        "merge": {"similarity_threshold": {"z": 3.0}, "partner": "most_similar", **COSINE}
-    },
-    "unit kernels, top half, cosine": {"variant": "unit"},
-    "cluster means, cosine": {"variant": "clusters"},
+COSINE, HALF = Fade(decay="cosine"), Quantile(0.5)
+LATE = Fade(start=0.5, decay="cosine")
+
+
+def merge(fade: Fade | None = COSINE, recalibrate: bool = False, **settings: Any) -> Merge:
+    """Merging with these arguments of InMergeWrapper, fading out."""
+    return Merge(settings, fade, recalibrate=recalibrate)
+
+
+ARMS: dict[str, tuple[Method, ...]] = {
+    "plain": (),
+    "ema .98": (EMA(0.98),),
+    "swa": (SWA(0.25),),
+    "dropout .3": (Dropout(rate=0.3),),
+    "drop path .1": (Dropout(path_rate=0.1),),
+    "sam": (SAM(0.05),),
+    "soup of 3": (Soup(3),),
+    "ensemble of 3": (Ensemble(3),),
+    "paper": (Merge(),),
+    "all, cosine": (merge(similarity_threshold=-1.0),),
+    "all, a=.95, cosine": (merge(similarity_threshold=-1.0, merge_weight=0.95),),
+    "all, to the end, recalibrated": (merge(None, recalibrate=True, similarity_threshold=-1.0),),
+    "z > 2, cosine": (merge(similarity_threshold=ZScore(2.0)),),
+    "top 10%, cosine": (merge(similarity_threshold=Quantile(0.1)),),
+    "top half, cosine": (merge(similarity_threshold=HALF),),
+    "nearest, top half, cosine": (merge(similarity_threshold=HALF, partner="most_similar"),),
+    "top half, strength": (merge(Fade(anneals="strength"), similarity_threshold=HALF),),
+    "top half, second half": (merge(LATE, similarity_threshold=HALF),),
+    "top half, second half, ema .98": (merge(LATE, similarity_threshold=HALF), EMA(0.98)),
+    "top half, norm kept": (merge(similarity_threshold=HALF, keep_norm=True),),
+    "top half, momentum": (merge(similarity_threshold=HALF, merge_momentum=True),),
+    "all, norm kept": (merge(similarity_threshold=-1.0, keep_norm=True),),
+    "z > 2, norm kept": (merge(similarity_threshold=ZScore(2.0), keep_norm=True),),
+    "nearest, top half, norm kept": (
+        merge(similarity_threshold=HALF, partner="most_similar", keep_norm=True),
+    ),
+    "top half, norm kept, to the end": (merge(None, similarity_threshold=HALF, keep_norm=True),),
+    "z > 2, p=1, cosine": (merge(similarity_threshold=ZScore(2.0), merge_probability=1.0),),
+    "nearest, z > 3, cosine": (merge(similarity_threshold=ZScore(3.0), partner="most_similar"),),
+    "unit kernels, top half, cosine": (Variant("unit"),),
+    "cluster means, cosine": (Variant("clusters"),),
 }
 
 
@@ -126,14 +95,14 @@ def sweep(name: str, common: Mapping[str, Any], seeds: int, arms: list[str]) -> 
         elif name == "figure2":
             yield Run(arm="plain", seed=seed, **common)
             for weight, probability in product((0.5, 0.7, 0.8, 0.9, 0.95), (0.1, 0.3, 0.5, 1.0)):
-                merge = {"merge_weight": weight, "merge_probability": probability, **COSINE}
-                method = {"merge": {"similarity_threshold": {"share": 0.5}, **merge}}
+                settings = {"merge_weight": weight, "merge_probability": probability}
+                method = (merge(similarity_threshold=HALF, **settings),)
                 yield Run(arm=f"a={weight}, p={probability}", seed=seed, method=method, **common)
         elif name == "figure3":
             yield Run(arm="plain", seed=seed, **common)
             for share, tau in product((0.0, 0.25, 0.5, 0.625, 0.75), (-1.0, 0.0, 0.05, 0.1, 0.3)):
-                merge = {"shallow_layers": share, "similarity_threshold": tau, **COSINE}
-                yield Run(arm=f"L={share}, tau={tau}", seed=seed, method={"merge": merge}, **common)
+                method = (merge(shallow_layers=share, similarity_threshold=tau),)
+                yield Run(arm=f"L={share}, tau={tau}", seed=seed, method=method, **common)
         else:
             for arch in ARCHITECTURES:
                 for arm in arms or ("plain", "paper", "top half, cosine"):

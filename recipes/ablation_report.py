@@ -27,7 +27,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from common import difference_text, spread
+from records import difference_text, spread
 from scipy.stats import false_discovery_control
 
 from inmerge_wrap.metrics import paired_difference

@@ -18,8 +18,10 @@ that waited for images. ``--cache DIR`` decodes and resizes each image once (7.3
 
 Training is that of arXiv 2502.20516: SGD, lr 0.1 divided by 10 when the validation loss stalls
 for 8 epochs, 30 epochs without and 10 with merging, from the best checkpoint of the first phase.
-``--paper`` makes the merging the paper's as well; without it pairs merge that are more alike than
-chance, fading out.
+``--paper`` makes the merging the paper's as well; without it merging is what
+``InMergeWrapper.recommended`` chooses. Ten more epochs help a network whether it merges or not:
+``--control`` trains the second phase a second time without merging, from the same checkpoint with
+the same images in the same order, and reports both.
 
 Hardware: meant for GPUs (112,120 images of 1024 px); a small folder runs on a CPU with
 ``--size 64``. Expected: a mean AUROC around the .80 to .83 of the published systems that the table
@@ -41,19 +43,8 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
-from common import (
-    Waited,
-    add_merging_arguments,
-    add_run_arguments,
-    environment,
-    merged_share,
-    merging_settings,
-    one_line_if_out_of_memory,
-    parse_run,
-    per_process,
-    start,
-    write_json,
-)
+from evaluation import evaluating
+from merging_options import add_merging_arguments, merging_settings, parse_run
 from nih import (
     FINDINGS,
     MEAN,
@@ -67,13 +58,22 @@ from nih import (
     read_release,
     resized_side,
 )
+from records import environment, write_json
+from running import (
+    Waited,
+    add_run_arguments,
+    one_line_if_out_of_memory,
+    per_process,
+    start,
+)
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from tracking import merged_share
 
-from inmerge_wrap import InMergeWrapper, export_timm
+from inmerge_wrap import InMergeWrapper, Schedule, export_timm
 
 # -- settings --------------------------------------------------------------------------------------
 
@@ -92,8 +92,12 @@ PUBLISHED = {  # AUROC in the same order, then their mean, as the paper lists th
     "InMerge": ".805 .895 .881 .710 .842 .750 .770 .878 .801 .888 .915 .818 .773 .903 .830",
 }
 
+OFFICIAL_TEST_IMAGES = 25_596  # in the release's test_list.txt
+
 # What may differ from the run that --resume continues.
 FREE = {"resume", "out", "tracker", "workers", "cache", "time_loading", "data_root"}
+
+AUROCs = dict[str, float | None]  # of each finding; None where it is undefined
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -117,6 +121,12 @@ parser.add_argument(
     default=[30, 10],
     metavar=("PLAIN", "MERGED"),
     help="of the two phases (default: 30 10)",
+)
+parser.add_argument(
+    "--control",
+    action="store_true",
+    help="train the second phase without merging as well, from the same checkpoint and in the same "
+    "order",
 )
 parser.add_argument("--batch-size", type=int, default=324, help="over all processes")
 parser.add_argument("--lr", type=float, default=0.1, help="the first (default: %(default)s)")
@@ -220,6 +230,21 @@ def save(accelerator: Accelerator, folder: Path, epoch: int) -> None:
     accelerator.wait_for_everyone()
 
 
+def keep_state(accelerator: Accelerator, states: Path, folder: Path) -> None:
+    """Copies the newest state, which the next epoch would delete."""
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(saved_epochs(states)[-1], folder)
+    accelerator.wait_for_everyone()
+
+
+def go_back(accelerator: Accelerator, progress: Progress, folder: Path) -> None:
+    """Loads a kept state, but not how far the run is."""
+    so_far = progress.state_dict()
+    accelerator.load_state(str(folder))
+    progress.load_state_dict(so_far)
+
+
 def check_same_run(saved: Path, run: dict[str, str]) -> None:
     """Refuses to continue a run with other settings or images.
 
@@ -245,18 +270,18 @@ def predict(
     accelerator: Accelerator, model: nn.Module, loader: DataLoader, standardise: Standardised
 ) -> tuple[Tensor, Tensor]:
     """Logits and labels of a whole part, on every process."""
-    model.eval()
     outputs = []
-    for images, labels in loader:
-        logits = model(standardise(images)).float()
-        outputs.append([x.cpu() for x in accelerator.gather_for_metrics((logits, labels))])
+    with evaluating(model):
+        for images, labels in loader:
+            logits = model(standardise(images)).float()
+            outputs.append([x.cpu() for x in accelerator.gather_for_metrics((logits, labels))])
     logits, labels = (torch.cat(column) for column in zip(*outputs, strict=True))
     return logits, labels
 
 
-def aurocs(logits: Tensor, labels: Tensor) -> dict[str, float | None]:
+def aurocs(logits: Tensor, labels: Tensor) -> AUROCs:
     """AUROC of each finding; None where the part has no positive or no negative image."""
-    values: dict[str, float | None] = {}
+    values: AUROCs = {}
     for column, finding in enumerate(FINDINGS):
         target = labels[:, column].numpy()
         defined = 0 < target.sum() < len(target)
@@ -264,43 +289,66 @@ def aurocs(logits: Tensor, labels: Tensor) -> dict[str, float | None]:
     return values
 
 
-def mean_of(values: dict[str, float | None]) -> float | None:
+def mean_of(values: AUROCs) -> float | None:
     """Mean over the findings that have an AUROC."""
     known = [value for value in values.values() if value is not None]
     return sum(known) / len(known) if known else None
 
 
-def print_table(label: str, values: dict[str, float | None]) -> None:
+def print_tables(test_images: int, official: bool, rows: dict[str, AUROCs]) -> None:
+    """The AUROC of this run's networks, and the published ones beside or, if need be, apart."""
     from rich.console import Console
     from rich.table import Table
 
     def cell(value: float | None) -> str:
         return "-" if value is None else f"{value:.3f}".lstrip("0")
 
-    table = Table(title="AUROC on the test part (published rows: official list, as in the paper)")
-    table.add_column("system")
-    for heading in (*SHORT, "mean"):
-        table.add_column(heading, justify="right")
+    def table(title: str, **style: str) -> Table:
+        empty = Table(title=title, **style)  # type: ignore[arg-type]
+        empty.add_column("system")
+        for heading in (*SHORT, "mean"):
+            empty.add_column(heading, justify="right")
+        return empty
+
+    console = Console(width=140)
+    own = table(f"AUROC on the {test_images:,} test images")
+    comparable = official and test_images == OFFICIAL_TEST_IMAGES
+    published = own
+    if not comparable:
+        published = table(
+            f"NOT COMPARABLE with the above: published for the official {OFFICIAL_TEST_IMAGES:,} "
+            "test images",
+            style="dim",
+        )
     for system, row in PUBLISHED.items():
-        table.add_row(system, *row.split())
-    table.add_section()
-    table.add_row(label, *(cell(values[finding]) for finding in FINDINGS), cell(mean_of(values)))
-    Console(width=140).print(table)
+        published.add_row(system, *row.split())
+    own.add_section()
+    for label, values in rows.items():
+        own.add_row(label, *(cell(values[finding]) for finding in FINDINGS), cell(mean_of(values)))
+    console.print(own)
     undefined = [finding for finding, value in values.items() if value is None]
     if undefined:
         print(f"No AUROC, and not in the mean, for want of positives: {', '.join(undefined)}")
+    if not comparable:
+        console.print(published)
 
 
 def main() -> None:
     options = parse_run(parser)
     if not options.no_merge and options.epochs[1] < 1:
         parser.error(f"--epochs {options.epochs[0]} 0 leaves no epoch that merges: pass --no-merge")
-    state, best = options.out / "state", options.out / "best"
-    best_of_phase_1 = options.out / "best-of-phase-1"
+    plain_epochs, second_epochs = options.epochs
+    if options.control and (options.no_merge or plain_epochs < 1):
+        parser.error("--control compares two second phases: give --epochs 1 1 or more, and merge")
+    state, best_of_phase_1 = options.out / "state", options.out / "best-of-phase-1"
+    end_of_phase_1 = options.out / "end-of-phase-1"
+    # The second phase, after its control if there is one, and where the best network of each goes.
+    branches = {"control": options.out / "best-control"} if options.control else {}
+    branches["plain" if options.no_merge else "merged"] = options.out / "best"
     saved = saved_epochs(state)
     if options.resume and not saved:
         raise SystemExit(f"--resume: {state} holds no epoch: start anew with another --out")
-    used = [*saved, best, best_of_phase_1, options.out / "results.json"]
+    used = [*saved, *branches.values(), best_of_phase_1, options.out / "results.json"]
     if not options.resume and any(path.exists() for path in used):
         raise SystemExit(
             f"{options.out} holds a run already: --resume continues it, or choose another --out"
@@ -340,15 +388,15 @@ def main() -> None:
             loading = images_per_second(loaders["train"], options.time_loading)
         accelerator.print(f"the loader of one process, alone: {loading:.0f} images/s")
     loaders = dict(zip(loaders, accelerator.prepare(*loaders.values()), strict=True))
-    plain_epochs, merged_epochs = options.epochs
     steps = len(loaders["train"])
     network = create_network(options.arch, options.weights)
     model = network
     if not options.no_merge:
-        merging = merging_settings(
-            options, total_steps=(plain_epochs + merged_epochs) * steps, start=plain_epochs * steps
+        total_steps = (plain_epochs + second_epochs) * steps
+        merging = merging_settings(options, total_steps, start=plain_epochs * steps)
+        model = InMergeWrapper.recommended(
+            network, total_steps=total_steps, seed=options.seed, **merging
         )
-        model = InMergeWrapper(network, seed=options.seed, **merging)
         accelerator.print(model.plan)
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -359,21 +407,33 @@ def main() -> None:
     )
     if isinstance(model, InMergeWrapper):
         model.attach(optimizer)
+        schedule = model.schedule
+        # What the wrapper counts is the same as in the merged phase, which it never reaches.
+        never = Schedule(start=2 * total_steps)
     stall = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=8)
     model, optimizer = accelerator.prepare(model, optimizer)
+    unwrapped = accelerator.unwrap_model(model)
     progress = Progress(run)
     accelerator.register_for_checkpointing(progress, stall)
     if options.resume:
         accelerator.load_state(str(saved[-1]))
     standardise, loss_function = Standardised(accelerator.device), nn.BCEWithLogitsLoss()
     began = time.perf_counter()
-    for epoch in range(progress.epoch, plain_epochs + merged_epochs):
-        if epoch == plain_epochs > 0:
+    for epoch in range(progress.epoch, plain_epochs + len(branches) * second_epochs):
+        branch, since = divmod(max(0, epoch - plain_epochs), second_epochs or 1)
+        name = list(branches)[branch]
+        if isinstance(unwrapped, InMergeWrapper):
+            unwrapped.schedule = never if name == "control" else schedule
+        if epoch >= plain_epochs > 0 and since == 0:
+            if branch == 0 and options.control:
+                keep_state(accelerator, state, end_of_phase_1)
+            elif branch > 0:
+                go_back(accelerator, progress, end_of_phase_1)
             # The second phase starts from the best of the first, as in the paper.
             network.load_state_dict(load_file(best_of_phase_1 / "model.safetensors"))
             progress.best_loss = float("inf")
         model.train()
-        loaders["train"].set_epoch(epoch)
+        loaders["train"].set_epoch(plain_epochs + since if epoch >= plain_epochs else epoch)
         waited, total_loss = Waited(loaders["train"]), torch.zeros((), device=accelerator.device)
         bar = tqdm(
             waited,
@@ -411,7 +471,7 @@ def main() -> None:
         accelerator.print(f"epoch {epoch + 1}: {figures}")
         if options.tracker:
             shown = {key: value for key, value in figures.items() if value is not None}
-            shown |= merged_share(accelerator.unwrap_model(model))
+            shown |= merged_share(unwrapped)
             accelerator.log(shown, step=epoch + 1)
         if val_loss < progress.best_loss:
             progress.best_loss = val_loss
@@ -420,7 +480,9 @@ def main() -> None:
                 # is on: this is the network whose loss was measured.
                 export_timm(
                     network,
-                    best if epoch >= plain_epochs or not merged_epochs else best_of_phase_1,
+                    branches[name]
+                    if epoch >= plain_epochs or not second_epochs
+                    else best_of_phase_1,
                     input_size=(3, options.size, options.size),
                     mean=MEAN,
                     std=STD,
@@ -431,8 +493,11 @@ def main() -> None:
         save(accelerator, state, epoch + 1)
 
     seconds = time.perf_counter() - began
-    network.load_state_dict(load_file(best / "model.safetensors"))
-    values = aurocs(*predict(accelerator, model, loaders["test"], standardise))
+    values: dict[str, AUROCs] = {}
+    for name, folder in branches.items():
+        network.load_state_dict(load_file(folder / "model.safetensors"))
+        values[name] = aurocs(*predict(accelerator, model, loaders["test"], standardise))
+    means = {name: mean_of(of_branch) for name, of_branch in values.items()}
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
@@ -446,18 +511,27 @@ def main() -> None:
         "share_waiting": statistics.median(x["share_waiting"] for x in progress.history),
         "loader_images_per_second": loading,
         "history": progress.history,
-        "test_auroc": values,
-        "test_mean_auroc": mean_of(values),
+        "test_auroc": values[name],
+        "test_mean_auroc": means[name],
         "seconds": seconds,
         "environment": environment(),
     }
-    if not options.no_merge:
-        report = accelerator.unwrap_model(model).report()
+    if isinstance(unwrapped, InMergeWrapper):
+        report = unwrapped.report()
         print(report)
         result["merging"] = report.to_dict()
+    if options.control:
+        result["control_test_auroc"] = values["control"]
+        result["control_test_mean_auroc"] = means["control"]
+        shutil.rmtree(end_of_phase_1)
     write_json(options.out / "results.json", result)
-    print_table(f"{options.arch}{'' if options.no_merge else ' merged'}", values)
-    print(f"Results: {options.out}/results.json; weights: {best}/")
+    rows = {f"{options.arch}, {name}": of_branch for name, of_branch in values.items()}
+    print_tables(len(parts["test"]), options.dataset is None, rows)
+    if None not in means.values() and options.control:
+        print(
+            f"merged minus control, mean AUROC: {means['merged'] - means['control']:+.4f}, 1 pair"
+        )
+    print(f"Results: {options.out}/results.json; weights: {branches[name]}/")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import write_json
 from PIL import Image
+from records import write_json
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2

@@ -21,23 +21,12 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from common import (
-    Images,
-    Normalised,
-    add_merging_arguments,
-    augment,
-    batches,
-    environment,
-    evaluate,
-    load_digits,
-    make_accelerator,
-    merging_settings,
-    metrics,
-    one_line_if_out_of_memory,
-    parse_run,
-    predict,
-    write_json,
-)
+from augmentation import augment
+from evaluation import evaluate, metrics, predict
+from images import Images, Normalised, load_digits
+from merging_options import add_merging_arguments, merging_settings, parse_run
+from records import environment, write_json
+from running import batches, make_accelerator, one_line_if_out_of_memory
 from tqdm import tqdm
 
 from inmerge_wrap import InMergeWrapper, export_timm
@@ -74,12 +63,16 @@ def train(
     images, labels = data.parts["train"]
     loader = batches(accelerator, len(images), options.batch_size, options.seed)
     total_steps = options.epochs * len(loader)
-    settings = merging_settings(options, total_steps)
 
     # The two lines that merging takes: wrap the network ...
-    model = InMergeWrapper(network, seed=options.seed, **settings) if merge else network
-    optimizer = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9, weight_decay=5e-4)
+    model: torch.nn.Module = network
     if merge:
+        settings = merging_settings(options, total_steps)  # none given: the recommended ones
+        model = InMergeWrapper.recommended(
+            network, total_steps=total_steps, seed=options.seed, **settings
+        )
+    optimizer = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9, weight_decay=5e-4)
+    if isinstance(model, InMergeWrapper):
         model.attach(optimizer)  # ... and attach its optimizer.
 
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=total_steps)

@@ -1,7 +1,7 @@
 """Compare exported weights on damaged pictures: table, JSON and three pictures.
 
     python recipes/robustness.py --data dermamnist --data-root data/medmnist \
-        --arch resnet18 --attacks fgsm pgd --output results/robustness_derma \
+        --arch resnet18 --attacks fgsm pgd --output runs/robustness_derma \
         plain=plain.safetensors merged=merged.safetensors
 
 Each model is `label=path`: a safetensors file of plain weights, or a folder that timm can load
@@ -29,7 +29,8 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from common import Images, environment, load_images, write_json
+from images import Images, load_images
+from records import environment, write_json
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -82,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-size", type=int, default=256, help="images per batch; no effect on the figures")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--example", type=int, default=0, help="test image shown on the contact sheet")
-    add("--output", type=Path, default=Path("results/robustness"), help="folder to write into")
+    add("--output", type=Path, default=Path("runs/robustness"), help="folder to write into")
     return parser.parse_args()
 
 

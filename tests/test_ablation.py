@@ -31,11 +31,16 @@ def training(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
+def methods(training: ModuleType) -> ModuleType:
+    return importlib.import_module("methods")
+
+
+@pytest.fixture
 def digits(training: ModuleType) -> Any:
-    return importlib.import_module("common").load_digits()
+    return importlib.import_module("images").load_digits()
 
 
-def test_sam_steps_back_from_where_the_gradient_pointed(training: ModuleType) -> None:
+def test_sam_steps_back_from_where_the_gradient_pointed(methods: ModuleType) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
     images = torch.randn(8, 1, 4, 4)
@@ -43,7 +48,7 @@ def test_sam_steps_back_from_where_the_gradient_pointed(training: ModuleType) ->
     before = {name: value.clone() for name, value in network.state_dict().items()}
     gradients = {name: p.grad.clone() for name, p in network.named_parameters()}
     length = torch.cat([g.flatten() for g in gradients.values()]).norm()
-    with training.climbed(network, 0.5):
+    with methods.climbed(network, 0.5):
         for name, parameter in network.named_parameters():
             assert parameter.grad is None
             expected = before[name] + 0.5 * gradients[name] / length
@@ -59,13 +64,13 @@ def test_sam_steps_back_from_where_the_gradient_pointed(training: ModuleType) ->
     assert network[1].momentum == 0.1
 
 
-def test_an_ensemble_answers_with_its_mean_probability(training: ModuleType) -> None:
+def test_an_ensemble_answers_with_its_mean_probability(methods: ModuleType) -> None:
     members = [nn.Linear(5, 3) for _ in range(3)]
     x = torch.randn(4, 5)
     for task, activation in (("multiclass", lambda z: z.softmax(1)), ("multilabel", torch.sigmoid)):
         expected = sum(activation(member(x)) for member in members) / 3
         torch.testing.assert_close(
-            activation(training.Ensemble(members, task)(x)), expected, rtol=1e-4, atol=1e-5
+            activation(methods.MeanProbability(members, task)(x)), expected, rtol=1e-4, atol=1e-5
         )
 
 
@@ -82,18 +87,18 @@ def test_label_noise_touches_its_share_and_the_subset_is_the_same(
     assert digits.parts["test"] is training.training_part(noisy, digits).parts["test"]
 
 
-def test_clusters_pull_kernels_to_means_and_unit_keeps_norms(training: ModuleType) -> None:
+def test_clusters_pull_kernels_to_means_and_unit_keeps_norms(methods: ModuleType) -> None:
     torch.manual_seed(0)
     centres = torch.randn(2, 36)
     weight = (centres.repeat(16, 1) + 0.1 * torch.randn(32, 36)).view(32, 4, 3, 3)
     spread = weight.flatten(1).var(dim=0).sum()
     generator = torch.Generator().manual_seed(1)
     moved = weight.clone()
-    training.merge_variant_(moved, generator, probability=1.0, merge_weight=0.0, toward="clusters")
+    methods.merge_variant_(moved, generator, probability=1.0, merge_weight=0.0, toward="clusters")
     assert len(moved.flatten(1).unique(dim=0)) <= 4  # of four centres at most, merged entirely
     assert moved.flatten(1).var(dim=0).sum() > 0.8 * spread  # the two clusters stay apart
     kept = weight.clone()
-    training.merge_variant_(kept, generator, probability=1.0, merge_weight=0.5, toward="unit")
+    methods.merge_variant_(kept, generator, probability=1.0, merge_weight=0.5, toward="unit")
     changed = (kept != weight).flatten(1).any(dim=1)
     assert 12 <= int(changed.sum()) <= 20
     torch.testing.assert_close(kept.flatten(1).norm(dim=1), weight.flatten(1).norm(dim=1))
@@ -128,27 +133,32 @@ def test_every_arm_of_the_study_keeps_to_the_budget(training: ModuleType, digits
         result = training.train(run, digits, accelerator)
         assert result["training_passes"] == 6, arm  # which every share divides
         assert result["inference_passes"] == (3 if "ensemble" in arm else 1)
+        assert json.loads(json.dumps(result["run"])) == result["run"], arm
         assert len(result["test"]) == 5
         assert all(np.isfinite(v) for row in result["test"].values() for v in row.values()), arm
-        if "merge" in method and arm != "paper":
+        if "merge" in result["run"]["method"] and arm != "paper":
             assert result["merging"]["merged"] > 0, arm
         outcome[arm] = result["test"]["clean"]["brier"]
     # At the paper's threshold nearly nothing merges, so that run may equal the plain one.
     assert len(set(outcome.values())) >= len(arms) - 1
 
 
-def test_the_budget_is_rounded_to_whole_epochs(training: ModuleType, digits: Any) -> None:
-    run = training.Run(arm="sam", seed=0, epochs=3, method={"sam": 0.05}, **SMALL)
+def test_the_budget_is_rounded_to_whole_epochs(
+    training: ModuleType, methods: ModuleType, digits: Any
+) -> None:
+    run = training.Run(arm="sam", seed=0, epochs=3, method=(methods.SAM(0.05),), **SMALL)
     result = training.train(run, digits, Accelerator(cpu=True))
     assert result["training_passes"] == 2 * 2  # two epochs of two passes for a budget of three
 
 
-def test_swa_averages_at_a_rate_that_moves_the_weights(training: ModuleType, digits: Any) -> None:
+def test_swa_averages_at_a_rate_that_moves_the_weights(
+    training: ModuleType, methods: ModuleType, digits: Any
+) -> None:
     rates: list[float] = []
     hook = register_optimizer_step_pre_hook(
         lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
     )
-    run = training.Run(arm="swa", seed=0, epochs=4, method={"swa": 0.5}, lr=0.05, **SMALL)
+    run = training.Run(arm="swa", seed=0, epochs=4, method=(methods.SWA(0.5),), lr=0.05, **SMALL)
     try:
         training.train(run, digits, Accelerator(cpu=True))
     finally:

@@ -25,7 +25,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def nih(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "recipes")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
-    for name in ("nih", "common"):
+    for name in ("nih", "records"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return importlib.import_module("nih")
 

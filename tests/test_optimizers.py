@@ -647,7 +647,7 @@ def test_making_a_fresh_optimizers_state_is_no_step() -> None:
     model.attach(optimizer)
     train(model, optimizer, 2)
     saved = copy.deepcopy(model.state_dict())
-    state = get_optimizer_state_dict(model, optimizer)
+    state = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
     resumed = wrapped(similarity_threshold=-1.0, merge_probability=1.0)
     fresh = sgd(resumed)
     resumed.attach(fresh)

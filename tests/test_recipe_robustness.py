@@ -88,9 +88,9 @@ def test_digits_two_methods_two_seeds(tmp_path):
 
 
 def test_no_digit_was_trained_on_by_another_recipe(monkeypatch, capsys, tmp_path):
-    """The figures are those of the test part of common.load_digits, computed by hand."""
+    """The figures are those of the test part of images.load_digits, computed by hand."""
     monkeypatch.syspath_prepend(ROOT / "recipes")
-    common = importlib.import_module("common")
+    images = importlib.import_module("images")
     net = save_model(tmp_path / "net.safetensors", 0, num_classes=10, in_chans=1)
     code, _ = run_here(
         monkeypatch, capsys,
@@ -100,7 +100,7 @@ def test_no_digit_was_trained_on_by_another_recipe(monkeypatch, capsys, tmp_path
     )  # fmt: skip
     assert code == 0
     (result,) = json.loads((tmp_path / "robustness.json").read_text())["models"]["net"]
-    parts = common.load_digits(32).parts
+    parts = images.load_digits(32).parts
     pixels, labels = parts["test"]
     assert result["settings"]["n"] == len(pixels) == 497
     model = timm.create_model("test_resnet", num_classes=10, in_chans=1)

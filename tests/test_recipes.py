@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -18,6 +19,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,7 +86,7 @@ def test_quickstart(tmp_path: Path) -> None:
 
 
 def test_medmnist_in_pairs_and_resumed(blood: Path) -> None:
-    command = [sys.executable, recipe("medmnist"), *TINY, "--data-root", ".", "--epochs", "1"]
+    command = [sys.executable, recipe("medmnist_2d"), *TINY, "--data-root", ".", "--epochs", "1"]
     done = run(*command, "--seeds", "2", folder=blood)
     results = sorted((blood / "runs" / "medmnist").glob("*/result.json"))
     assert len(results) == 4
@@ -118,16 +120,44 @@ def test_medmnist_in_pairs_and_resumed(blood: Path) -> None:
 def test_medmnist_without_data_says_what_to_do(
     tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    done = run(sys.executable, recipe("medmnist"), *arguments, folder=tmp_path, check=False)
+    done = run(sys.executable, recipe("medmnist_2d"), *arguments, folder=tmp_path, check=False)
     assert done.returncode != 0
     assert message in done.stderr and "Traceback" not in done.stderr.split(message)[-1]
 
 
-@pytest.mark.parametrize("name", ["quickstart", "medmnist"])
+def test_predicting_leaves_every_module_its_mode(
+    evaluation: ModuleType, images: ModuleType
+) -> None:
+    """Not one ``model.train()``, which would thaw the BatchNorm that somebody froze."""
+    network = timm.create_model("test_resnet", num_classes=10, in_chans=1).train()
+    frozen = [part for part in network.modules() if isinstance(part, torch.nn.BatchNorm2d)][:2]
+    for part in frozen:
+        part.eval()
+    digits = images.load_digits()
+    normalise = images.Normalised(digits, torch.device("cpu"))
+    pixels = digits.parts["val"][0]
+    logits = evaluation.predict(network, pixels, normalise, 64)
+    assert [part for part in network.modules() if not part.training] == frozen
+    with torch.no_grad():
+        torch.testing.assert_close(logits, network.eval()(normalise(pixels)))
+
+
+def test_a_recipe_that_fades_out_does_not_warn_of_itself(tmp_path: Path) -> None:
+    """Eight steps, of which the last would merge a pair or two if merging did not end before."""
+    command = [sys.executable, "-W", "default", recipe("quickstart"), "--arch", "resnet10t"]
+    command += ["--train-images", "128", "--batch-size", "32", "--epochs", "2"]
+    done = run(*command, "--similarity-threshold", "-1", folder=tmp_path)
+    assert "kernels were merged in the very last step" not in done.stderr
+    merged = json.loads((tmp_path / "runs/quickstart/results.json").read_text())["results"]
+    layers = merged["merged"]["merging"].values()
+    assert {layer["steps"] for layer in layers} == {8} and any(x["merged"] for x in layers)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "medmnist_2d"])
 def test_an_export_says_that_statistics_lag(blood: Path, name: str) -> None:
     """Merging to the last step leaves BatchNorm behind; only the wrapper knows of it."""
     command = [sys.executable, "-W", "default", recipe(name), *TINY, "--epochs", "1"]
-    command += ["--decay", "constant", *(["--data-root", "."] * (name == "medmnist"))]
+    command += ["--decay", "constant", *(["--data-root", "."] * (name == "medmnist_2d"))]
     message = "kernels were merged in the very last step"
     for merges, tau in ((True, "-1"), (False, "1")):
         extra = ["--similarity-threshold", tau, "--out", f"merges-{merges}"]
@@ -136,7 +166,7 @@ def test_an_export_says_that_statistics_lag(blood: Path, name: str) -> None:
 
 def test_medmnist_takes_the_files_of_earlier_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "recipes")
-    medmnist = runpy.run_path(recipe("medmnist"))
+    medmnist = runpy.run_path(recipe("medmnist_2d"))
     paths = sorted((ROOT / "results" / "medmnist" / "recommended").glob("*.json"))
     assert len(paths) == 20
     for path in paths:
@@ -257,10 +287,57 @@ def test_chestxray_in_two_phases(tmp_path: Path, release: Path) -> None:
     epoch = result["images"]["train"] // 16
     assert all(layer["steps"] == 2 * epoch for layer in merged.values())
     assert sum(layer["merged"] for layer in merged.values()) > 0
-    assert "want of positives" in done.stdout and "CheXGCN" in done.stdout
+    assert "want of positives" in done.stdout
+    own, apart = done.stdout.split("NOT COMPARABLE with the above: ")
+    assert "test_resnet, merged" in own and "CheXGCN" not in own and "20 test images" in own
+    assert "CheXGCN" in apart and "25,596" in apart
     again = run(*command, "--epochs", "1", "1", folder=tmp_path, check=False)
     assert again.returncode != 0 and "runs/chestxray holds a run already" in again.stderr
     assert json.loads((out / "results.json").read_text()) == result
+
+
+def test_the_second_phase_and_its_control_start_alike(tmp_path: Path, release: Path) -> None:
+    """With a threshold that no pair passes the two are one and the same training."""
+    command = [sys.executable, recipe("chestxray"), *CHEST, str(release), "--epochs", "1", "1"]
+    extra = ["--control", "--similarity-threshold", "1"]
+    done = run(*command, *extra, "--out", "both", folder=tmp_path)
+    result = json.loads((tmp_path / "both" / "results.json").read_text())
+    _, control, merged = (
+        {name: epoch[name] for name in ("train_loss", "val_loss", "lr")}
+        for epoch in result["history"]
+    )
+    assert merged == control and result["test_auroc"] == result["control_test_auroc"]
+    assert "test_resnet, control" in done.stdout and "test_resnet, merged" in done.stdout
+    assert not (tmp_path / "both" / "end-of-phase-1").exists()
+    steps = {layer["steps"] for layer in result["merging"].values()}
+    assert steps == {2 * (result["images"]["train"] // 16)}
+    # Without merging the second phase alone gives the same.
+    run(*command, "--no-merge", "--out", "plain", folder=tmp_path)
+    plain = json.loads((tmp_path / "plain" / "results.json").read_text())
+    assert plain["test_auroc"] == result["control_test_auroc"]
+
+
+def test_a_killed_control_resumes(tmp_path: Path, release: Path) -> None:
+    arguments = [*CHEST, str(release), "--epochs", "1", "2", "--control"]
+    dying = (
+        "from accelerate import Accelerator as A; save = A.save_state; "
+        "A.save_state = lambda self, folder: save(self, folder) and "
+        "os.path.exists('killed/state/epoch-NUMBER') and os._exit(9)"
+    )
+    run(sys.executable, recipe("chestxray"), *arguments, "--out", "whole", folder=tmp_path)
+    extra = ["--out", "killed"]
+    for number in ("0002", "0003"):  # in the control, and at its end
+        command = patched("chestxray", dying.replace("NUMBER", number))
+        killed = run(*command, *arguments, *extra, folder=tmp_path, check=False)
+        assert killed.returncode == 9
+        extra = ["--out", "killed", "--resume"]
+    run(sys.executable, recipe("chestxray"), *arguments, *extra, folder=tmp_path)
+    whole, resumed = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "killed")
+    )
+    for figure in ("test_auroc", "control_test_auroc", "merging"):
+        assert resumed[figure] == whole[figure]
+    assert whole["test_auroc"] != whole["control_test_auroc"]
 
 
 def test_chestxray_resumes_where_it_was_killed(tmp_path: Path, release: Path) -> None:
@@ -366,7 +443,7 @@ RECIPES = {  # arguments, the files they write, the last line they print
         ["runs/quickstart/results.json", "runs/quickstart/merged/model.safetensors"],
         "Results and picture: ",
     ),
-    "medmnist": (
+    "medmnist_2d": (
         [*TINY, "--data-root", ".", "--epochs", "1", "--tracker", "tensorboard"],
         [
             f"runs/medmnist/bloodmnist-28-test_resnet-{arm}-seed0/{name}"
@@ -408,8 +485,8 @@ RECIPES = {  # arguments, the files they write, the last line they print
     [  # what the tests above and those of robustness do not start
         ("quickstart", "python"),
         ("quickstart", "two processes"),
-        ("medmnist", "accelerate"),
-        ("medmnist", "two processes"),
+        ("medmnist_2d", "accelerate"),
+        ("medmnist_2d", "two processes"),
         ("chestxray", "accelerate"),
         ("chestxray", "two processes"),
         ("robustness", "accelerate"),
@@ -434,7 +511,7 @@ def test_every_recipe_under_every_launcher(
             figures = json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN, Infinity
             assert figures["environment"]["processes"] == (2 if launcher == "two processes" else 1)
             figures = figures.get("results", {}).get("merged", figures)
-            if name in ("quickstart", "medmnist"):
+            if name in ("quickstart", "medmnist_2d"):
                 # 96 images in batches of 32 over all processes, however many these are.
                 assert {layer["steps"] for layer in figures.get("merging", {}).values()} <= {3}
         elif path.suffix == ".safetensors":
@@ -443,7 +520,7 @@ def test_every_recipe_under_every_launcher(
     if name == "chestxray":
         assert done.stderr.count("writing cache/train.npy:   0%") == 1, "one process writes"
         check_cached_and_tracked(blood)
-    if name == "medmnist":
+    if name == "medmnist_2d":
         assert tags(blood / "runs" / "medmnist" / "medmnist") >= {
             f"bloodmnist-28-test_resnet-{arm}-seed0/{figure}"
             for arm, figure in [
@@ -515,20 +592,26 @@ def test_chestxray_without_merging_from_a_data_set(tmp_path: Path, release: Path
 # -- what they share -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def common(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "recipes")
-    monkeypatch.delitem(sys.modules, "common", raising=False)
-    return importlib.import_module("common")
+def module(name: str) -> Any:
+    """A fixture: a module that recipes share."""
+
+    @pytest.fixture(name=name)
+    def load(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+        monkeypatch.syspath_prepend(ROOT / "recipes")
+        return importlib.import_module(name)
+
+    return load
+
+
+images, running, tracking = module("images"), module("running"), module("tracking")
+merging_options, evaluation = module("merging_options"), module("evaluation")
 
 
 @pytest.mark.parametrize(
-    "name", ["quickstart", "medmnist", "chestxray", "robustness", "ablation", "ablation_report"]
+    "name", ["quickstart", "medmnist_2d", "chestxray", "robustness", "ablation", "ablation_report"]
 )
 def test_help_explains_every_option(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.syspath_prepend(ROOT / "recipes")
-    for module in ("common", "nih", "training"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
     seen: list[argparse.ArgumentParser] = []
 
     def stop(parser: argparse.ArgumentParser, *_: object) -> None:
@@ -544,7 +627,7 @@ def test_help_explains_every_option(monkeypatch: pytest.MonkeyPatch, name: str) 
     assert "Expected:" in parser.format_help()  # which fails on a stray percent sign
 
 
-RUNS = {"quickstart": [], "medmnist": [], "chestxray": ["--data-root", "nih"]}
+RUNS = {"quickstart": [], "medmnist_2d": [], "chestxray": ["--data-root", "nih"]}
 
 
 @pytest.mark.parametrize(
@@ -555,7 +638,7 @@ RUNS = {"quickstart": [], "medmnist": [], "chestxray": ["--data-root", "nih"]}
              "--merge-weight, --decay: leave out the one or the other")
             for name in RUNS
         ),
-        ("medmnist", ["--no-merge", "--paper"], "--no-merge would ignore --paper: "),
+        ("medmnist_2d", ["--no-merge", "--paper"], "--no-merge would ignore --paper: "),
         ("chestxray", ["--no-merge", "--shallow-layers", "0"], "would ignore --shallow-layers: "),
         ("quickstart", ["--no-merge"], "unrecognized arguments: --no-merge"),
     ],
@@ -569,63 +652,88 @@ def test_settings_of_merging_that_a_run_would_ignore_are_refused(
 
 
 def settings_in_force(
-    common: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str
+    merging_options: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str
 ) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    common.add_merging_arguments(parser)
+    merging_options.add_merging_arguments(parser)
     monkeypatch.setattr(sys, "argv", ["recipe", *arguments])
-    return common.parse_run(parser)
+    return merging_options.parse_run(parser)
 
 
-def test_the_settings_that_are_recorded_are_those_in_force(
-    common: ModuleType, monkeypatch: pytest.MonkeyPatch
+def wrapped(merging_options: ModuleType, options: argparse.Namespace, **course: int) -> Any:
+    """What a recipe wraps with these options."""
+    from inmerge_wrap import InMergeWrapper
+
+    network = timm.create_model("test_resnet")
+    settings = merging_options.merging_settings(options, **course)
+    return InMergeWrapper.recommended(network, total_steps=course["total_steps"], **settings)
+
+
+def decisive(model: Any) -> dict[str, Any]:
+    """The settings of a wrapper, but for the course of its schedule."""
+    from inmerge_wrap import InMergeWrapper
+
+    names = {*inspect.signature(InMergeWrapper).parameters, "schedule"} & {*vars(model)}
+    settings = {name: getattr(model, name) for name in names - {"plan"}}
+    settings["schedule"] = dataclasses.replace(settings["schedule"], start=0, end=99)
+    return settings | {"plan": [site.name for site in model.plan.merged]}
+
+
+def test_a_recipe_merges_as_recommended_or_as_in_the_paper(
+    merging_options: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from inmerge_wrap import InMergeWrapper, Schedule, ZScore
+    from inmerge_wrap import InMergeWrapper, Schedule
 
-    ours = settings_in_force(common, monkeypatch, "--merge-weight", "0.5")
-    assert vars(ours).items() >= {"merge_weight": 0.5, "merge_probability": 0.3}.items()
-    assert ours.similarity_threshold == ZScore(2.0) and ours.decay == "cosine"
-    assert common.merging_settings(ours, 9)["schedule"] == Schedule(end=9, decay="cosine")
-    paper = settings_in_force(common, monkeypatch, "--paper", "--shallow-layers", "10")
+    ours = settings_in_force(merging_options, monkeypatch)
+    model = wrapped(merging_options, ours, total_steps=100)
+    network = timm.create_model("test_resnet")
+    recommended = InMergeWrapper.recommended(network, total_steps=100)
+    assert decisive(model) == decisive(recommended)
+    assert ours.similarity_threshold == recommended.similarity_threshold
+    other = settings_in_force(merging_options, monkeypatch, "--merge-weight", "0.5")
+    assert other.merge_weight == 0.5
+    assert wrapped(merging_options, other, total_steps=100).merge_weight == 0.5
+    linear = settings_in_force(merging_options, monkeypatch, "--decay", "linear")
+    assert wrapped(merging_options, linear, total_steps=100).schedule.decay == "linear"
+    paper = settings_in_force(merging_options, monkeypatch, "--paper", "--shallow-layers", "1")
     assert paper.decay == "constant" and paper.similarity_threshold == 0.3
+    model = wrapped(merging_options, paper, total_steps=9, start=4)
+    assert model.schedule == Schedule(start=4)
     # The paper's settings are the defaults of the library.
-    settings = common.merging_settings(paper, 9, start=4)
-    assert settings.pop("schedule") == Schedule(start=4) and settings.pop("shallow_layers") == 10
-    defaults = inspect.signature(InMergeWrapper).parameters
-    assert settings == {name: defaults[name].default for name in settings} and len(settings) == 3
-    plain = settings_in_force(common, monkeypatch, "--no-merge")
-    assert {getattr(plain, name) for name in common.MERGING} == {None}
+    assert decisive(model) == decisive(InMergeWrapper(network, shallow_layers=1))
+    plain = settings_in_force(merging_options, monkeypatch, "--no-merge")
+    assert {getattr(plain, name) for name in (*merging_options.GIVEN, "decay")} == {None}
 
 
-def test_the_help_states_the_defaults_of_merging(common: ModuleType) -> None:
-    parser = argparse.ArgumentParser()
-    common.add_merging_arguments(parser)
-    text = " ".join(parser.format_help().split())
-    threshold = common.MERGING["similarity_threshold"]
-    defaults = {**common.MERGING, "similarity_threshold": f"z={threshold.z:g}"}
-    for name, value in defaults.items():
-        help_text = text.split(f" --{name.replace('_', '-')} ")[-1]
-        assert help_text.split("(default: ")[1].startswith(f"{value})"), name
+@pytest.mark.parametrize("total_steps,start", [(8, 0), (8, 4), (470, 0), (100, 75)])
+def test_merging_that_fades_is_over_before_the_training(
+    merging_options: ModuleType, monkeypatch: pytest.MonkeyPatch, total_steps: int, start: int
+) -> None:
+    options = settings_in_force(merging_options, monkeypatch)
+    model = wrapped(merging_options, options, total_steps=total_steps, start=start)
+    levels = [model.schedule.level(step) for step in range(total_steps)]
+    assert levels[-1] == 0 and levels[start] == 1 and not any(levels[:start])
+    assert sum(levels) > 0.4 * (total_steps - start)
 
 
 @pytest.mark.parametrize("seed", [0, 5])
 def test_the_seed_of_quickstart_is_that_of_merging(
-    common: ModuleType, monkeypatch: pytest.MonkeyPatch, seed: int
+    images: ModuleType, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     quickstart = runpy.run_path(recipe("quickstart"))
     monkeypatch.setattr(sys, "argv", ["quickstart.py", *TINY, "--epochs", "1", "--seed", str(seed)])
     options = quickstart["parse_run"](quickstart["parser"])
-    data = common.load_digits().first_labels(options.train_images, seed=0)
+    data = images.load_digits().first_labels(options.train_images, seed=0)
     wrapper, _ = quickstart["train"](Accelerator(cpu=True), data, options, merge=True)
     assert wrapper.seed == seed
 
 
-def test_a_batch_is_divided_over_the_processes_or_refused(common: ModuleType) -> None:
-    assert common.per_process(64, 4) == 16
+def test_a_batch_is_divided_over_the_processes_or_refused(running: ModuleType) -> None:
+    assert running.per_process(64, 4) == 16
     for size in (0, -4, 3, 66):
         message = f"--batch-size {size} is the size over all processes: .* multiple of .* 4$"
         with pytest.raises(SystemExit, match=message):
-            common.batches(types.SimpleNamespace(num_processes=4), 96, size, seed=0)
+            running.batches(types.SimpleNamespace(num_processes=4), 96, size, seed=0)
 
 
 def patched(name: str, patch: str, check: str = "") -> list[str]:
@@ -639,7 +747,7 @@ def patched(name: str, patch: str, check: str = "") -> list[str]:
 def test_deterministic_runs_give_equal_bits(blood: Path) -> None:
     check = "assert torch.are_deterministic_algorithms_enabled()"
     check += "; assert os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'"
-    command = [*patched("medmnist", "pass", check), *TINY, "--data-root", ".", "--epochs", "1"]
+    command = [*patched("medmnist_2d", "pass", check), *TINY, "--data-root", ".", "--epochs", "1"]
     files = []
     for out in ("one", "two"):
         run(*command, "--deterministic", "--out", out, folder=blood)
@@ -649,7 +757,7 @@ def test_deterministic_runs_give_equal_bits(blood: Path) -> None:
     assert [merged, plain] == [path.read_bytes() for path in files[1]] and merged != plain
 
 
-@pytest.mark.parametrize("name", ["quickstart", "medmnist", "chestxray", "ablation"])
+@pytest.mark.parametrize("name", ["quickstart", "medmnist_2d", "chestxray", "ablation"])
 def test_out_of_memory_is_one_line(blood: Path, release: Path, name: str) -> None:
     patch = "timm.create_model = lambda *_, **__: torch.empty(10**15)"  # what no machine has
     done = run(*patched(name, patch), *RECIPES[name][0], folder=blood, check=False)
@@ -657,17 +765,17 @@ def test_out_of_memory_is_one_line(blood: Path, release: Path, name: str) -> Non
     assert "out of memory: pass a smaller --batch-size (" in done.stderr.splitlines()[-1]
 
 
-def test_what_counts_as_out_of_memory(common: ModuleType) -> None:
+def test_what_counts_as_out_of_memory(running: ModuleType) -> None:
     message = "CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation"
     with pytest.raises(SystemExit, match=r"--batch-size \(CUDA out .* 2.00 GiB.\)$"):
-        with common.one_line_if_out_of_memory():
+        with running.one_line_if_out_of_memory():
             raise torch.OutOfMemoryError(message)
-    with pytest.raises(RuntimeError, match="shapes"), common.one_line_if_out_of_memory():
+    with pytest.raises(RuntimeError, match="shapes"), running.one_line_if_out_of_memory():
         raise RuntimeError("shapes do not fit")
 
 
 def test_a_tracker_without_its_package_is_refused(
-    common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tracking: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
     hidden = {"wandb", "trackio"}
@@ -677,14 +785,14 @@ def test_a_tracker_without_its_package_is_refused(
     for name in hidden:
         message = f"--tracker {name}: the package {name} is missing: pip install {name}"
         with pytest.raises(SystemExit, match=message):
-            common.tracking(name, tmp_path)
+            tracking.tracking(name, tmp_path)
 
 
 def test_waited_counts_the_loader_alone(
-    common: ModuleType, monkeypatch: pytest.MonkeyPatch
+    running: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(common.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(running.time, "perf_counter", lambda: clock[0])
 
     def slow() -> Iterator[int]:
         for batch in range(3):
@@ -692,7 +800,7 @@ def test_waited_counts_the_loader_alone(
             yield batch
         clock[0] += 1
 
-    waited, seen = common.Waited(slow()), []
+    waited, seen = running.Waited(slow()), []
     for batch in waited:
         clock[0] += 10
         seen.append(batch)
@@ -722,8 +830,8 @@ def test_the_scaling_benchmark_counts_no_message_for_merging(tmp_path: Path) -> 
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
 
-def test_a_subset_of_more_images_than_there_are_is_refused(common: ModuleType) -> None:
-    digits = common.load_digits()
+def test_a_subset_of_more_images_than_there_are_is_refused(images: ModuleType) -> None:
+    digits = images.load_digits()
     assert len(digits.first_labels(1100, seed=0).parts["train"][0]) == 1100
     for count in (1101, -5):
         message = rf"--train-images must lie in \[1, 1100\], got {count}"
@@ -731,11 +839,13 @@ def test_a_subset_of_more_images_than_there_are_is_refused(common: ModuleType) -
             digits.first_labels(count, seed=0)
 
 
-def test_thresholds_on_the_command_line(common: ModuleType) -> None:
+def test_thresholds_on_the_command_line(merging_options: ModuleType) -> None:
     from inmerge_wrap import Quantile, ZScore
 
-    assert common.threshold("0.3") == 0.3 and common.threshold("-1") == -1.0
-    assert common.threshold("z=2") == ZScore(2.0) and common.threshold("top=.5") == Quantile(0.5)
+    assert merging_options.threshold("0.3") == 0.3 and merging_options.threshold("-1") == -1.0
+    assert merging_options.threshold("z=2") == ZScore(2.0) and merging_options.threshold(
+        "top=.5"
+    ) == Quantile(0.5)
     for text in ("", "z", "z=", "half=1", "top=0", "1.5", "nan", "z=inf"):
         with pytest.raises(argparse.ArgumentTypeError, match="is no threshold: give a cosine"):
-            common.threshold(text)
+            merging_options.threshold(text)

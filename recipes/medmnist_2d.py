@@ -1,6 +1,6 @@
 """Plain training against in-model merging on a MedMNIST data set, in pairs of equal seeds.
 
-    accelerate launch recipes/medmnist.py --dataset bloodmnist --data-root DIR --seeds 5
+    accelerate launch recipes/medmnist_2d.py --dataset bloodmnist --data-root DIR --seeds 5
 
 Official splits; the epoch is chosen by the validation part alone (AUROC); the test part is read
 once per run. Each run writes one JSON file and the weights as a timm folder, and is not done again
@@ -24,31 +24,14 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from common import (
-    CORRUPTIONS,
-    MERGING,
-    Images,
-    Normalised,
-    add_merging_arguments,
-    add_run_arguments,
-    augment,
-    batches,
-    difference_text,
-    environment,
-    evaluate,
-    load_images,
-    loss_of,
-    merged_share,
-    merging_settings,
-    metrics,
-    one_line_if_out_of_memory,
-    parse_run,
-    predict,
-    spread,
-    start,
-    write_json,
-)
+from augmentation import augment
+from evaluation import CORRUPTIONS, evaluate, metrics, predict
+from images import Images, Normalised, load_images
+from merging_options import add_merging_arguments, merging_settings, paper_settings, parse_run
+from records import difference_text, environment, spread, write_json
+from running import add_run_arguments, batches, loss_of, one_line_if_out_of_memory, start
 from tqdm import tqdm
+from tracking import merged_share
 
 from inmerge_wrap import InMergeWrapper, export_timm
 from inmerge_wrap.robustness import paired_difference
@@ -115,7 +98,8 @@ def train(
 
     model: torch.nn.Module = network
     if merge:
-        model = InMergeWrapper(network, seed=seed, **merging_settings(options, total_steps))
+        settings = merging_settings(options, total_steps)
+        model = InMergeWrapper.recommended(network, total_steps=total_steps, seed=seed, **settings)
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=options.lr,
@@ -274,10 +258,10 @@ def check_same_settings(
     """Refuses to mix runs of different settings into one mean."""
     free = {"seed", "seeds", "out", "data_root", "no_merge", "tracker"}
     if arm == "plain":
-        free |= {"paper", *MERGING}
+        free |= {"paper", *paper_settings()}
     for key, value in vars(options).items():
         # A run from before an argument was added did what its default says.
-        default = MERGING.get(key, parser.get_default(key))
+        default = paper_settings().get(key, parser.get_default(key))
         before = result["settings"].get(key, str(default))
         if key not in free and before != str(value):
             raise SystemExit(

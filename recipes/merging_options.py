@@ -1,0 +1,158 @@
+"""The settings of merging on a recipe's command line.
+
+What is left out there is what ``InMergeWrapper.recommended`` chooses, and with ``--paper`` what the
+constructor's own defaults are, which are the paper's: no setting is written down a second time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from inmerge_wrap import Fixed, InMergeWrapper, Quantile, Schedule, ZScore
+
+# The arguments of InMergeWrapper that can be given; --decay is a field of its schedule.
+GIVEN = ("merge_weight", "merge_probability", "similarity_threshold", "shallow_layers")
+# Those that say how kernels merge, and not where, when a run repeats itself or what it records.
+_ELSEWHERE = {"module", "schedule", "example_input", "include", "exclude", "also_merge", "plan"}
+_ELSEWHERE |= {"seed", "inspect_every", "check_replicas_every", "compiled", "engine"}
+
+
+def add_merging_arguments(parser: argparse.ArgumentParser, *, optional: bool = True) -> None:
+    """The settings of merging, each with its symbol in the paper (arXiv 2502.20516).
+
+    They are None until ``parse_run`` fills them in, which can tell that way what was given. A
+    recipe that always merges is not ``optional``: it offers no ``--no-merge``.
+    """
+    group = parser.add_argument_group(
+        "in-model merging (symbols of arXiv 2502.20516; by default what InMergeWrapper.recommended "
+        "chooses)"
+    )
+    if optional:
+        group.add_argument("--no-merge", action="store_true", help="train plainly, without merging")
+    group.add_argument(
+        "--paper",
+        action="store_true",
+        help="the paper's settings: alpha .8, p .3, fixed tau .3, merging in every step to the end",
+    )
+    group.add_argument(
+        "--merge-weight", type=float, metavar="ALPHA", help="alpha: share of a kernel that stays"
+    )
+    group.add_argument(
+        "--merge-probability",
+        type=float,
+        metavar="P",
+        help="p: chance of a kernel to be drawn in a step",
+    )
+    group.add_argument(
+        "--similarity-threshold",
+        type=threshold,
+        metavar="TAU",
+        help="tau: cosine above which a pair merges, -1 to 1; or z=2, so many standard deviations "
+        "above chance; or top=0.5, that share of the drawn pairs of each layer",
+    )
+    group.add_argument(
+        "--shallow-layers",
+        type=layers_or_share,
+        metavar="L_S",
+        help="L_s: first convolutions left alone, a count such as 10 or a share of "
+        "the depth such as 0.625",
+    )
+    group.add_argument(
+        "--decay",
+        choices=["constant", "linear", "cosine"],
+        help="how merging fades over the training",
+    )
+
+
+def parse_run(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parses the command line of a recipe that merges, and fills in the settings of merging.
+
+    They are those in force, for the results file: the recommended ones, the paper's, or None
+    without merging. Arguments that ``--paper`` or ``--no-merge`` would ignore are refused.
+    """
+    options = parser.parse_args()
+    merges = not getattr(options, "no_merge", False)
+    given = [name for name in (*GIVEN, "decay") if getattr(options, name) is not None]
+    ignored: list[str] = []
+    if not merges:
+        ignored = given + ["paper"] * options.paper
+    elif options.paper:
+        ignored = [name for name in given if name != "shallow_layers"]
+    if ignored:
+        names = ", ".join("--" + name.replace("_", "-") for name in ignored)
+        switch = "--paper" if merges else "--no-merge"
+        parser.error(f"{switch} would ignore {names}: leave out the one or the other")
+    if merges:
+        in_force = paper_settings() if options.paper else recommended_settings()
+        vars(options).update({k: v for k, v in in_force.items() if k not in given})
+    return options
+
+
+def paper_settings() -> dict[str, Any]:
+    """The defaults of InMergeWrapper, which are the paper's, and the decay of its schedule."""
+    parameters = inspect.signature(InMergeWrapper).parameters.values()
+    settings = {p.name: p.default for p in parameters if p.name not in _ELSEWHERE}
+    return settings | {"decay": Schedule().decay}
+
+
+def recommended_settings() -> dict[str, Any]:
+    """What ``InMergeWrapper.recommended`` chooses, and the decay of its schedule."""
+    chosen = _recommended(total_steps=1)
+    decay = chosen.pop("schedule").decay
+    return paper_settings() | chosen | {"decay": decay}
+
+
+class _Chosen(InMergeWrapper):
+    """Stands in for the wrapper that ``recommended`` makes, to see what it is given."""
+
+    def __init__(self, module: nn.Module, **settings: Any) -> None:
+        vars(self)["chosen"] = settings
+
+
+def _recommended(total_steps: int) -> dict[str, Any]:
+    chosen = vars(_Chosen.recommended(nn.Identity(), total_steps=total_steps))["chosen"]
+    return {"schedule": Schedule(), **chosen}
+
+
+def merging_settings(
+    options: argparse.Namespace, total_steps: int, start: int = 0
+) -> dict[str, Any]:
+    """The arguments of InMergeWrapper that are in force, merging from step ``start`` on.
+
+    Merging that fades out is over a twentieth before the training is. The last steps of a fading
+    schedule still merge a few pairs, and BatchNorm's statistics need some steps to follow them.
+    """
+    names = [name for name in paper_settings() if name != "decay"]
+    fading = max(1, (total_steps - start) - max(1, (total_steps - start) // 20))
+    schedule = Schedule() if options.paper else _recommended(fading)["schedule"]
+    end = None if options.decay == "constant" else start + (schedule.end or fading)
+    schedule = replace(schedule, start=start + schedule.start, end=end, decay=options.decay)
+    return {name: getattr(options, name) for name in names} | {"schedule": schedule}
+
+
+def threshold(text: str) -> float | ZScore | Quantile:
+    """``"0.3"`` -> the paper's fixed cosine, ``"z=2"`` and ``"top=0.5"`` -> what adapts to a layer.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is none of these, or out of range.
+    """
+    kind, given, number = text.rpartition("=")
+    rules: dict[str, Callable[[float], Any]] = {"": Fixed, "z": ZScore, "top": Quantile}
+    try:
+        rule = rules[kind if given else ""](float(number))
+    except (KeyError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no threshold: give a cosine such as 0.3, z=2 or top=0.5 ({error})"
+        ) from error
+    return rule.tau if isinstance(rule, Fixed) else rule
+
+
+def layers_or_share(text: str) -> int | float:
+    """``"10"`` -> 10 layers, ``"0.5"`` -> half of the depth."""
+    return int(text) if text.isdigit() else float(text)

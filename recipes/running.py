@@ -1,0 +1,114 @@
+"""How a training run is started and fed: accelerator, batches, memory, the command line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from tracking import tracking
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``start`` reads, besides ``--out``."""
+    parser.add_argument(
+        "--tracker",
+        choices=["tensorboard", "wandb", "trackio", "jsonl"],
+        help="where each epoch's figures go; jsonl, a file in --out, takes no package "
+        "(default: nowhere)",
+    )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bits each time on the same machine, by slower kernels where there are some",
+    )
+
+
+def make_accelerator(**settings: Any) -> Accelerator:
+    """An Accelerator that also joins the processes of a machine without an accelerator.
+
+    Without ``cpu``, ``torchrun --nproc_per_node 2`` on such a machine would train two networks.
+    """
+    cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    return Accelerator(cpu=cpu, **settings)
+
+
+def start(options: argparse.Namespace, project: str, **settings: Any) -> Accelerator:
+    """The accelerator of a run with the arguments of ``add_run_arguments``, its tracker started."""
+    if options.deterministic:
+        # cuBLAS reads it once, when CUDA starts; without it deterministic kernels are refused.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    accelerator = make_accelerator(**tracking(options.tracker, options.out), **settings)
+    accelerator.init_trackers(project, {key: str(value) for key, value in vars(options).items()})
+    return accelerator
+
+
+@contextmanager
+def one_line_if_out_of_memory() -> Iterator[None]:
+    """Ends a run whose memory is too small with a line that helps, instead of a traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+            raise
+        cause = str(error).splitlines()[0]
+        raise SystemExit(f"out of memory: pass a smaller --batch-size ({cause})") from None
+
+
+def loss_of(task: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """Cross-entropy, or its binary form for each finding of a multi-label task."""
+    return F.binary_cross_entropy_with_logits if task == "multilabel" else F.cross_entropy
+
+
+def per_process(batch_size: int, processes: int) -> int:
+    """What each process takes of a batch.
+
+    Raises:
+        SystemExit: If the batch cannot be divided evenly.
+    """
+    if batch_size < 1 or batch_size % processes:
+        raise SystemExit(
+            f"--batch-size {batch_size} is the size over all processes: "
+            f"give a positive multiple of their number, {processes}"
+        )
+    return batch_size // processes
+
+
+def batches(accelerator: Accelerator, count: int, batch_size: int, seed: int) -> DataLoader:
+    """Shuffled indices of the training images, each batch split over the processes."""
+    generator = torch.Generator().manual_seed(seed)
+    loader = DataLoader(
+        TensorDataset(torch.arange(count)),
+        batch_size=per_process(batch_size, accelerator.num_processes),
+        shuffle=True,
+        drop_last=count > batch_size,  # BatchNorm cannot train on a last batch of one image
+        generator=generator,
+    )
+    return accelerator.prepare(loader)
+
+
+class Waited:
+    """A loader that adds up the seconds that the loop waited for its batches.
+
+    They bound from above the time an accelerator was idle: it works off its queue meanwhile.
+    """
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader, self.seconds = loader, 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        began = time.perf_counter()
+        for batch in self.loader:
+            self.seconds += time.perf_counter() - began
+            yield batch
+            began = time.perf_counter()
+        self.seconds += time.perf_counter() - began
