@@ -30,10 +30,10 @@ except ImportError as error:
     ) from error
 
 from inmerge_wrap import __version__
-from inmerge_wrap.corruptions import DATASET_PRESETS
 from inmerge_wrap.discovery import SKIPPED_KINDS, MergePlan, plan_merging
 from inmerge_wrap.export import export_timm, export_weights
 from inmerge_wrap.robustness import Attack, RobustnessResult, evaluate_robustness
+from inmerge_wrap.robustness.corruptions import DATASET_PRESETS
 from inmerge_wrap.similarity import (
     LayerSimilarity,
     measure_similarity,

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from inmerge_wrap import Fixed, InMergeWrapper, Quantile, Schedule, ZScore, __version__
-from inmerge_wrap.corruptions import corrupt
 from inmerge_wrap.robustness import classification_metrics
+from inmerge_wrap.robustness.corruptions import corrupt
 
 # What the test images are damaged with, at the middle severity.
 CORRUPTIONS = {

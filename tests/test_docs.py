@@ -112,7 +112,7 @@ def documented() -> dict[str, list[str]]:
     return {
         module: re.findall(r"^ {8}- (\w+)$", members, re.MULTILINE)
         for module, members in re.findall(
-            r"^::: (inmerge_wrap\.\w+)\n {4}options:\n {6}members:\n((?: {8}- \w+\n)*)",
+            r"^::: (inmerge_wrap[.\w]+)\n {4}options:\n {6}members:\n((?: {8}- \w+\n)*)",
             text,
             re.MULTILINE,
         )
@@ -121,8 +121,8 @@ def documented() -> dict[str, list[str]]:
 
 def test_every_public_name_is_on_the_api_page() -> None:
     modules = {
-        f"inmerge_wrap.{found.name}": importlib.import_module(f"inmerge_wrap.{found.name}")
-        for found in pkgutil.iter_modules(inmerge_wrap.__path__)
+        found.name: importlib.import_module(found.name)
+        for found in pkgutil.walk_packages(inmerge_wrap.__path__, "inmerge_wrap.")
     }
     assert {name: sorted(members) for name, members in documented().items()} == {
         name: sorted(module.__all__) for name, module in modules.items()

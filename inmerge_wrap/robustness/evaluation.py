@@ -1,4 +1,4 @@
-"""Robustness, measured: corruptions, attacks, calibration, and the uncertainty of every figure.
+"""One model over one set of images, clean, corrupted and attacked.
 
 `evaluate_robustness` runs one model over one set of images, clean and damaged, and gives plain
 rows. It takes any `nn.Module` that maps (B, C, H, W) to logits and leaves no trace: train mode per
@@ -25,30 +25,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from inmerge_wrap.attacks import Attack, PixelClassifier, attack_batch, worst_case
-from inmerge_wrap.corruptions import Corruption, check_images, corrupt, resolve_preset
-from inmerge_wrap.metrics import (
+from inmerge_wrap.robustness.attacks import Attack, PixelClassifier, attack_batch, worst_case
+from inmerge_wrap.robustness.corruptions import Corruption, check_images, corrupt, resolve_preset
+from inmerge_wrap.robustness.metrics import (
     LEVEL,
     bootstrap_weights,
     check_coverages,
     check_logits,
     check_targets,
     classification_metrics,
-    paired_difference,
     percentile_interval,
     resolve_task,
     to_probabilities,
 )
 
-__all__ = [
-    "Attack",
-    "RobustnessResult",
-    "bootstrap_weights",
-    "classification_metrics",
-    "evaluate_robustness",
-    "paired_difference",
-    "percentile_interval",
-]
+__all__ = ["RobustnessResult", "evaluate_robustness"]
+
 _CLEAN = ("clean", 0)
 
 Row = dict[str, Any]
