@@ -34,13 +34,8 @@ from inmerge_wrap.discovery import SKIPPED_KINDS, MergePlan, plan_merging
 from inmerge_wrap.export import export_timm, export_weights
 from inmerge_wrap.robustness import Attack, RobustnessResult, evaluate_robustness
 from inmerge_wrap.robustness.corruptions import DATASET_PRESETS
-from inmerge_wrap.similarity import (
-    LayerSimilarity,
-    measure_similarity,
-    plot_matrices,
-    plot_overview,
-    plot_pairs,
-)
+from inmerge_wrap.similarity import LayerSimilarity, measure_similarity
+from inmerge_wrap.similarity_plots import plot_matrices, plot_overview, plot_pairs
 
 __all__ = ["app", "main"]
 
