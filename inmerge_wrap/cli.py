@@ -30,7 +30,7 @@ except ImportError as error:
     ) from error
 
 from inmerge_wrap import __version__
-from inmerge_wrap.discovery import SKIPPED_KINDS, MergePlan, plan_merging
+from inmerge_wrap.discovery import SKIPPED_KINDS, ConvSite, MergePlan, plan_merging
 from inmerge_wrap.export import export_timm, export_weights
 from inmerge_wrap.robustness import Attack, RobustnessResult, evaluate_robustness
 from inmerge_wrap.robustness.corruptions import DATASET_PRESETS
@@ -198,14 +198,14 @@ def _print_plan(model: str, found: MergePlan) -> None:
             site.name,
             ("x".join(map(str, site.shape)) or "?") + groups,
             f"{1 / math.sqrt(site.fan_in):.3f}" if site.shape else "-",
-            "merged" if site.reason is None else _short_reason(site.reason),
+            "merged" if site.reason is None else _short_reason(site),
             style="bold green" if site.reason is None else "dim",
         )
     console = Console()
     console.print(table)
-    reasons = {site.reason for site in found.skipped}
+    kinds = {site.reason_kind for site in found.skipped}
     for kind, reason in SKIPPED_KINDS.items():
-        if reason in reasons:
+        if kind in kinds:
             kind = kind.replace("_", " ")
             console.print(f"{kind}: {reason.removeprefix(f'{kind}: ')}", highlight=False)
     weights = sum(math.prod(site.shape) for site in found.merged)
@@ -217,10 +217,10 @@ def _print_plan(model: str, found: MergePlan) -> None:
     )
 
 
-def _short_reason(reason: str | None) -> str:
-    """The kind, where the reason is one that many layers of a network share."""
-    kinds = {text: kind for kind, text in SKIPPED_KINDS.items()}
-    return kinds.get(reason or "", reason or "").replace("_", " ")
+def _short_reason(site: ConvSite) -> str:
+    """The kind alone, where many layers of a network share the reason."""
+    shared = site.reason_kind in SKIPPED_KINDS
+    return str(site.reason_kind).replace("_", " ") if shared else str(site.reason)
 
 
 # --- similarity -----------------------------------------------------------------------------------
