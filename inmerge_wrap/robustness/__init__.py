@@ -8,7 +8,11 @@ what came out.
 """
 
 from inmerge_wrap.robustness.attacks import Attack
-from inmerge_wrap.robustness.evaluation import RobustnessResult, evaluate_robustness
+from inmerge_wrap.robustness.evaluation import (
+    RobustnessResult,
+    compare_results,
+    evaluate_robustness,
+)
 from inmerge_wrap.robustness.metrics import (
     bootstrap_weights,
     classification_metrics,
@@ -21,6 +25,7 @@ __all__ = [
     "RobustnessResult",
     "bootstrap_weights",
     "classification_metrics",
+    "compare_results",
     "evaluate_robustness",
     "paired_difference",
     "percentile_interval",

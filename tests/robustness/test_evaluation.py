@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from inmerge_wrap.robustness import (
     Attack,
     RobustnessResult,
+    compare_results,
     evaluate_robustness,
 )
 from inmerge_wrap.robustness.corruptions import PRESETS, corrupt
@@ -20,7 +21,6 @@ from tests.robustness.examples import data
 
 pytest.importorskip("kornia")
 sklearn_metrics = pytest.importorskip("sklearn.metrics")
-torchmetrics = pytest.importorskip("torchmetrics.functional.classification")
 
 FEW = ["gaussian_noise", "bars"]
 
@@ -230,6 +230,63 @@ def test_a_baseline_of_other_data_or_settings_is_refused():
         given = {"loader": [(images, labels)], **settings, **change}
         with pytest.raises(ValueError, match=message):
             evaluate_robustness(model, given.pop("loader"), baseline=base, **given)
+
+
+def test_differences_are_paired_over_the_images():
+    images, labels = data("multiclass")
+    first, second = network(4), network(4)
+    with torch.no_grad():
+        second.head.bias[0] += 3.0
+    a, b = (
+        evaluate_robustness(
+            model, batches(images, labels), preset=FEW, severities=[2, 5], bootstrap=200
+        )
+        for model in (first, second)
+    )
+    found = {(row["corruption"], row["severity"]): row for row in compare_results(b, a)}
+    assert found.keys() == {(row["corruption"], row["severity"]) for row in b.rows}
+    for (corruption, severity), entry in found.items():
+        values = [result.value("balanced_error", corruption, severity) for result in (b, a)]
+        assert entry["difference"] == values[0] - values[1]
+    drawn = [
+        np.mean([r.replicates[name, level] for name in FEW for level in (2, 5)], axis=0)
+        for r in (b, a)
+    ]
+    low, high = np.nanquantile(drawn[0] - drawn[1], [0.025, 0.975])
+    entry = found["all", "mean"]
+    assert (entry["difference_low"], entry["difference_high"]) == pytest.approx((low, high))
+    # Of a model with itself nothing is left, though its own interval is wide.
+    for entry in compare_results(a, a):
+        assert entry["difference"] == entry["difference_low"] == entry["difference_high"] == 0.0
+
+
+def test_differences_need_the_same_pictures_and_know_their_limits(tmp_path):
+    images, labels = data("multiclass")
+    settings = {"preset": FEW, "severities": [3], "bootstrap": 20}
+    result = evaluate_robustness(network(4), batches(images, labels), **settings)
+    other = evaluate_robustness(network(4), batches(images[:50], labels[:50]), **settings)
+    with pytest.raises(ValueError, match="data_sha256"):
+        compare_results(result, other)
+    result.to_json(tmp_path / "stored.json")
+    stored = RobustnessResult.from_json(tmp_path / "stored.json")
+    for entry in compare_results(result, stored):  # no resamples are stored: no interval
+        assert entry["difference"] == 0.0 and "difference_low" not in entry
+
+
+def test_progress_counts_every_image_of_every_condition():
+    pytest.importorskip("art")
+    images, labels = data("multiclass")
+    seen: list[int] = []
+    evaluate_robustness(
+        network(4),
+        batches(images, labels),
+        preset=FEW,
+        severities=[1, 3],
+        attacks=["fgsm"],
+        bootstrap=0,
+        progress=seen.append,
+    )
+    assert sum(seen) == len(images) * (1 + len(FEW) * 2 + 1)
 
 
 def test_json_round_trip_serves_as_a_baseline(tmp_path):
