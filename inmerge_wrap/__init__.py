@@ -1,14 +1,18 @@
 """In-model merging (InMerge, arXiv 2502.20516) for any CNN of timm or torchvision."""
 
-from inmerge_wrap.discovery import ConvSite, MergePlan, plan_merging
-from inmerge_wrap.export import export_timm, export_weights
-from inmerge_wrap.merge_pass import merge_pairs_
-from inmerge_wrap.merging import draw_pairs
-from inmerge_wrap.recalibration import recalibrate
-from inmerge_wrap.report import LayerReport, LayerSnapshot, MergeReport
-from inmerge_wrap.schedule import Schedule
-from inmerge_wrap.thresholds import Fixed, Quantile, Threshold, ZScore
-from inmerge_wrap.wrapper import CollapseWarning, InMergeWrapper, NoEffectWarning
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from inmerge_wrap.discovery import ConvSite, MergePlan, plan_merging
+    from inmerge_wrap.export import export_timm, export_weights
+    from inmerge_wrap.merge_pass import merge_pairs_
+    from inmerge_wrap.merging import draw_pairs
+    from inmerge_wrap.recalibration import recalibrate
+    from inmerge_wrap.report import LayerReport, LayerSnapshot, MergeReport
+    from inmerge_wrap.schedule import Schedule
+    from inmerge_wrap.thresholds import Fixed, Quantile, Threshold, ZScore
+    from inmerge_wrap.wrapper import CollapseWarning, InMergeWrapper, NoEffectWarning
 
 __version__ = "0.1.0"
 
@@ -33,3 +37,29 @@ __all__ = [
     "plan_merging",
     "recalibrate",
 ]
+
+_HOMES = {
+    "discovery": ("ConvSite", "MergePlan", "plan_merging"),
+    "export": ("export_timm", "export_weights"),
+    "merge_pass": ("merge_pairs_",),
+    "merging": ("draw_pairs",),
+    "recalibration": ("recalibrate",),
+    "report": ("LayerReport", "LayerSnapshot", "MergeReport"),
+    "schedule": ("Schedule",),
+    "thresholds": ("Fixed", "Quantile", "Threshold", "ZScore"),
+    "wrapper": ("CollapseWarning", "InMergeWrapper", "NoEffectWarning"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, from its module; late, so that ``inmerge --help`` need not wait for torch."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

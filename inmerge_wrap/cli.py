@@ -7,17 +7,13 @@ import difflib
 import functools
 import json
 import math
-import shlex
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
-from zipfile import BadZipFile
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 try:
     import typer
@@ -29,18 +25,23 @@ except ImportError as error:
         f'the inmerge command needs {error.name}: pip install "inmerge-wrap[cli]"'
     ) from error
 
+# Only what does not import torch: help, completion and answers to mistakes must not wait for it.
 from inmerge_wrap import __version__
-from inmerge_wrap.corruptions import DATASET_PRESETS
-from inmerge_wrap.discovery import SKIPPED_KINDS, MergePlan, plan_merging
-from inmerge_wrap.export import export_timm, export_weights
-from inmerge_wrap.robustness import Attack, RobustnessResult, evaluate_robustness
-from inmerge_wrap.similarity import (
-    LayerSimilarity,
-    measure_similarity,
-    plot_matrices,
-    plot_overview,
-    plot_pairs,
+from inmerge_wrap._constants import DEFAULT_SHALLOW_SHARE, SKIPPED_KINDS
+from inmerge_wrap.architectures import (
+    build,
+    creation_arguments,
+    is_timm_folder,
+    known_models,
+    resolve,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from inmerge_wrap.discovery import ConvSite, MergePlan
+    from inmerge_wrap.robustness import RobustnessResult
+    from inmerge_wrap.similarity import LayerSimilarity
 
 __all__ = ["app", "main"]
 
@@ -49,17 +50,16 @@ app = typer.Typer(
     help="In-model merging (InMerge) for CNNs of timm and torchvision.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
-
-_CONTAINERS = ("state_dict", "model_state_dict", "model")  # where training scripts put weights
-
 
 # --- options that several commands share ----------------------------------------------------------
 
 
 def _complete_model(incomplete: str) -> list[str]:
-    return [name for name in _known_models() if name.startswith(incomplete)]
+    known = known_models("timm") | known_models("torchvision")
+    return sorted(name for name in known if name.startswith(incomplete))
 
 
 Arch = Annotated[
@@ -84,6 +84,10 @@ Include = Annotated[
 Exclude = Annotated[
     list[str] | None, typer.Option(help="Leave out the convolutions that match. Repeatable.")
 ]
+Key = Annotated[
+    str | None,
+    typer.Option(help="Entry of a checkpoint that holds the weights, such as `state_dict_ema`."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Weights = Annotated[
     Path,
@@ -96,17 +100,37 @@ Weights = Annotated[
 
 
 def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Tells the user's mistakes on stderr, with exit code 1; anything else is a bug and raises."""
+    """Reports mistakes of the user on stderr, with exit code 1; anything else is a bug: raises."""
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
         except (ValueError, OSError, ImportError, RuntimeError) as error:
-            Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+            message = _in_options(str(error))
+            Console(stderr=True).print(
+                f"error: {message}", style="red", markup=False, soft_wrap=True
+            )
             raise typer.Exit(1) from error
 
     return guarded
+
+
+def _in_options(message: str) -> str:
+    """An error of the library in the words of the command line: options, not Python arguments."""
+    options = {
+        "shallow_layers": "--shallow-layers",
+        "also_merge": "--also-merge",
+        "include": "--include",
+        "exclude": "--exclude",
+        "example_input": "--input-size",
+    }
+    for argument, option in options.items():
+        # include=[...], also_merge=(...), also_merge=('frozen',), shallow_layers=0, include='x'
+        message = re.sub(rf"\b{argument}=(\[\.\.\.\]|\(\.\.\.\))", option, message)
+        message = re.sub(rf"\b{argument}=\('(\w+)',\)", rf"{option} \1", message)
+        message = re.sub(rf"\b{argument}(=| (?=must|knows|names))", f"{option} ", message)
+    return message
 
 
 def _examples(*lines: str) -> str:
@@ -147,7 +171,7 @@ def plan(
     shallow_layers: Annotated[
         str,
         typer.Option(help="First convolutions left alone: a count, or a share such as 0.5."),
-    ] = "0.625",
+    ] = str(DEFAULT_SHALLOW_SHARE),
     include: Include = None,
     exclude: Exclude = None,
     also_merge: Annotated[
@@ -161,10 +185,16 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Which convolutions would be merged, and why the others would not."""
-    network = _build(model, in_chans=None if input_size is None else input_size[0])
+    _check_image(input_size)
+    share = _count_or_share(shallow_layers)
+    network = build(model, in_chans=None if input_size is None else input_size[0])
+    import torch
+
+    from inmerge_wrap.discovery import plan_merging
+
     found = plan_merging(
         network,
-        shallow_layers=_count_or_share(shallow_layers),
+        shallow_layers=share,
         include=include,
         exclude=exclude or (),
         also_merge=also_merge or (),
@@ -188,29 +218,32 @@ def _plan_content(found: MergePlan) -> dict[str, Any]:
 
 
 def _print_plan(model: str, found: MergePlan) -> None:
-    table = _table(f"Convolutions of {model}")
-    for heading, justify in (("depth", "right"), ("convolution", "left"), ("weight", "right")):
-        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    table.add_column("chance", justify="right", no_wrap=True)
-    table.add_column("")
     sites = sorted(
         found.merged + found.skipped, key=lambda site: (site.depth is None, site.depth or 0)
     )
-    for site in sites:
-        groups = f" /{site.groups}" if site.groups > 1 else ""
-        table.add_row(
-            "-" if site.depth is None else str(site.depth),
-            site.name,
-            ("x".join(map(str, site.shape)) or "?") + groups,
-            f"{1 / math.sqrt(site.fan_in):.3f}" if site.shape else "-",
-            "merged" if site.reason is None else _short_reason(site.reason),
-            style="bold green" if site.reason is None else "dim",
-        )
+    columns = [
+        _Column("depth", ["-" if site.depth is None else str(site.depth) for site in sites], 2),
+        _Column("convolution", [site.name for site in sites], _KEPT, justify="left"),
+        _Column("weight", [_shape(site) for site in sites], 1),
+        _Column(
+            "chance",
+            [f"{1 / math.sqrt(site.fan_in):.3f}" if site.shape else "-" for site in sites],
+            0,
+        ),
+        _Column(
+            "",
+            ["merged" if site.reason is None else _short_reason(site) for site in sites],
+            _KEPT,
+            justify="left",
+            wraps=True,
+        ),
+    ]
+    styles = ["bold green" if site.reason is None else "dim" for site in sites]
+    _print_table(f"Convolutions of {model}", columns, styles)
     console = Console()
-    console.print(table)
-    reasons = {site.reason for site in found.skipped}
+    kinds = {site.reason_kind for site in found.skipped}
     for kind, reason in SKIPPED_KINDS.items():
-        if reason in reasons:
+        if kind in kinds:
             kind = kind.replace("_", " ")
             console.print(f"{kind}: {reason.removeprefix(f'{kind}: ')}", highlight=False)
     weights = sum(math.prod(site.shape) for site in found.merged)
@@ -222,10 +255,15 @@ def _print_plan(model: str, found: MergePlan) -> None:
     )
 
 
-def _short_reason(reason: str | None) -> str:
-    """The kind, where the reason is one that many layers of a network share."""
-    kinds = {text: kind for kind, text in SKIPPED_KINDS.items()}
-    return kinds.get(reason or "", reason or "").replace("_", " ")
+def _shape(site: ConvSite) -> str:
+    groups = f" /{site.groups}" if site.groups > 1 else ""
+    return ("x".join(map(str, site.shape)) or "?") + groups
+
+
+def _short_reason(site: ConvSite) -> str:
+    """The kind alone, where many layers of a network share the reason."""
+    shared = site.reason_kind in SKIPPED_KINDS
+    return str(site.reason_kind).replace("_", " ") if shared else str(site.reason)
 
 
 # --- similarity -----------------------------------------------------------------------------------
@@ -244,6 +282,7 @@ def similarity(
     arch: Arch = None,
     num_classes: NumClasses = None,
     in_chans: InChans = None,
+    key: Key = None,
     include: Include = None,
     exclude: Exclude = None,
     output: Annotated[
@@ -255,7 +294,9 @@ def similarity(
     as_json: AsJson = False,
 ) -> None:
     """How alike the kernels of trained weights are, in numbers and pictures."""
-    network, _ = _load(weights, arch, num_classes, in_chans)
+    network, _ = _load(weights, arch, num_classes, in_chans, key)
+    from inmerge_wrap.similarity import measure_similarity
+
     layers = measure_similarity(network, include=include, exclude=exclude or (), pairs=pairs)
     content = {
         "weights": str(weights),
@@ -266,6 +307,8 @@ def similarity(
     written = [output / "similarity.json"]
     written[0].write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if pictures:
+        from inmerge_wrap.similarity_plots import plot_matrices, plot_overview, plot_pairs
+
         figures = {
             "overview": plot_overview(layers, theme=theme),
             "matrices": plot_matrices(layers, theme=theme),
@@ -282,36 +325,73 @@ def similarity(
 
 
 def _print_similarity(weights: Path, layers: list[LayerSimilarity]) -> None:
-    thresholds = (0.1, 0.3)
-    table = _table(f"Kernels of {weights}")
-    headings = ["chance", *(f"> {tau:g}" for tau in thresholds), "most", "least", "rank"]
-    table.add_column("convolution", no_wrap=True)
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for layer in layers:
-        table.add_row(
-            layer.name,
-            f"{layer.chance:.3f}",
-            *(f"{layer.share_above(tau):.2%}" for tau in thresholds),
-            *(
-                f"{pairs[0].cosine:.2f}" if pairs else "-"
-                for pairs in (layer.most_similar, layer.least_similar)
-            ),
-            f"{layer.effective_rank:.3f}",
-        )
-    console = Console()
-    console.print(table)
-    console.print(
+    def extreme(pairs: Sequence[Any]) -> str:
+        return f"{pairs[0].cosine:.2f}" if pairs else "-"
+
+    columns = [
+        _Column("convolution", [layer.name for layer in layers], _KEPT, justify="left"),
+        _Column("chance", [f"{layer.chance:.3f}" for layer in layers], 0),
+        _Column("> 0.1", [f"{layer.share_above(0.1):.2%}" for layer in layers], 2),
+        _Column("> 0.3", [f"{layer.share_above(0.3):.2%}" for layer in layers], 4),
+        _Column("most", [extreme(layer.most_similar) for layer in layers], 3),
+        _Column("least", [extreme(layer.least_similar) for layer in layers], 1),
+        _Column("rank", [f"{layer.effective_rank:.3f}" for layer in layers], _KEPT),
+    ]
+    _print_table(f"Kernels of {weights}", columns)
+    Console().print(
         "Cosines of all pairs of kernels of a layer: spread by chance, share above a "
         "threshold, highest, lowest; effective rank (1: orthogonal, 1/n: all alike).",
         highlight=False,
     )
 
 
-def _table(title: str) -> Table:
-    return Table(
+# --- tables ---------------------------------------------------------------------------------------
+
+_KEPT = 9  # importance of a column without which a table has no answer
+
+
+@dataclasses.dataclass(frozen=True)
+class _Column:
+    """A column of a table; on a narrow terminal the least important ones are left out."""
+
+    heading: str
+    cells: Sequence[str]
+    importance: int
+    justify: Literal["left", "right"] = "right"
+    wraps: bool = False
+
+    @property
+    def width(self) -> int:
+        """The least width at which the cells can be read."""
+        texts = [self.heading, *self.cells]
+        return max(
+            len(part) for text in texts for part in (text.split(" ") if self.wraps else [text])
+        )
+
+
+def _print_table(title: str, columns: Sequence[_Column], styles: Sequence[str] = ()) -> None:
+    console = Console()
+    shown = list(columns)
+
+    def too_wide() -> bool:
+        # Three spaces between two columns, one on either side.
+        return sum(column.width + 3 for column in shown) - 1 > console.width
+
+    while too_wide() and min(column.importance for column in shown) < _KEPT:
+        shown.remove(min(shown, key=lambda column: column.importance))
+    table = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
     )
+    for column in shown:
+        # What has to be kept and is too wide all the same is folded, never cut off.
+        whole = not column.wraps and not too_wide()
+        table.add_column(column.heading, justify=column.justify, no_wrap=whole, overflow="fold")
+    for place, cells in enumerate(zip(*(column.cells for column in shown), strict=True)):
+        table.add_row(*cells, style=styles[place] if styles else "")
+    console.print(table)
+    hidden = [column.heading for column in columns if column not in shown]
+    if hidden:
+        console.print(f"Too narrow for {', '.join(hidden)}: see --json.", highlight=False)
 
 
 # --- export ---------------------------------------------------------------------------------------
@@ -337,6 +417,7 @@ def export(
     arch: Arch = None,
     num_classes: NumClasses = None,
     in_chans: InChans = None,
+    key: Key = None,
     input_size: Annotated[
         tuple[int, int, int] | None,
         typer.Option(help="Channels, height, width in training; needed for a folder."),
@@ -357,7 +438,11 @@ def export(
 
     Prefixes of wrappers (`module.`, `_orig_mod.`) and the state of merging are taken away.
     """
-    network, arguments = _load(weights, arch, num_classes, in_chans)
+    _check_image(input_size)
+    _check_pixels(mean, std)
+    network, arguments = _load(weights, arch, num_classes, in_chans, key)
+    from inmerge_wrap.export import export_timm, export_weights
+
     if output.suffix == ".safetensors":
         if card is not None or label_names is not None:
             raise ValueError("a card and label names need a folder as the output, not one file")
@@ -391,7 +476,8 @@ def export(
 
 
 def _loading_line(arch: str, arguments: Mapping[str, Any], path: Path) -> str:
-    library, name = _resolve(arch)
+    library, name = resolve(arch)
+    arguments = creation_arguments(library, name, arguments)
     given = "".join(f", {key}={value!r}" for key, value in arguments.items())
     if library == "torchvision":
         return (
@@ -407,23 +493,35 @@ def _loading_line(arch: str, arguments: Mapping[str, Any], path: Path) -> str:
 @app.command(
     epilog=_examples(
         "inmerge evaluate exported/ --data dermamnist.npz",
+        "inmerge evaluate exported/ --data photos/ --preset dermatoscopy",
+        "inmerge evaluate plain=plain/ merged=merged/ --data photos/ --output compared.json",
         "inmerge evaluate weights.safetensors --arch resnet18 --data dermamnist.npz --mean 0.5 "
-        "--std 0.5 --output derma.json",
-        "inmerge evaluate exported/ --data pneumoniamnist.npz --preset quick --severity 3 --json",
+        "--std 0.5 --severity 3 --json",
     )
 )
 @_reports_errors
 def evaluate(
-    weights: Weights,
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]WEIGHTS...",
+            help="Weights, as for `inmerge export`. Several are compared with the first; a name "
+            "before `=` stands for each in the tables.",
+            show_default=False,
+        ),
+    ],
     data: Annotated[
         Path,
         typer.Option(
-            help="An .npz in the MedMNIST layout: test_images, test_labels.", show_default=False
+            help="A folder with one folder of images for each class, FOLDER/CLASS/* or "
+            "FOLDER/test/CLASS/*; or an .npz in the MedMNIST layout.",
+            show_default=False,
         ),
     ],
     arch: Arch = None,
     num_classes: NumClasses = None,
     in_chans: InChans = None,
+    key: Key = None,
     mean: Annotated[
         list[float] | None,
         typer.Option(help="Of pixels in [0, 1], as in training; a timm folder brings its own."),
@@ -431,7 +529,7 @@ def evaluate(
     std: Annotated[list[float] | None, typer.Option(help="As for --mean.")] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="Corruptions: a preset or a MedMNIST name; by the file's name if unset."),
+        typer.Option(help="Corruptions: a preset or a MedMNIST name; by the data's name if unset."),
     ] = None,
     severity: Annotated[
         list[int] | None, typer.Option(help="1 to 5; all if unset. Repeatable.")
@@ -445,7 +543,10 @@ def evaluate(
     size: Annotated[
         int | None, typer.Option(min=1, help="Side to resize to; that of a timm folder if unset.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first images.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="The first images of an .npz, evenly spaced ones of a folder."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of corruptions, attacks and bootstrap.")] = 0,
     bootstrap: Annotated[int, typer.Option(min=0, help="Resamples for the intervals.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="No effect on the figures.")] = 256,
@@ -453,375 +554,331 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="JSON file for all rows.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Accuracy, AUROC, calibration: clean, corrupted, and attacked."""
-    images, labels = _read_npz(data, split, limit)
-    network, _ = _load(weights, arch, num_classes, in_chans)
-    network.to(device)
-    folder = _is_timm_folder(weights)
-    config: Mapping[str, Any] = network.pretrained_cfg if folder else {}  # type: ignore[assignment]
-    images = _fit_images(
-        images,
-        network,
-        size or (config["input_size"][-1] if folder else None),
-    )
+    """Accuracy, AUROC, calibration: clean, corrupted, and attacked. Compares several models."""
+    paths = _named_paths(models)
+    if not data.exists():
+        raise ValueError(f"no such file or folder: {data}")
+    _check_pixels(mean, std)
+    networks = {n: _load(path, arch, num_classes, in_chans, key)[0] for n, path in paths.items()}
+    from inmerge_wrap.robustness import Attack, compare_results, evaluate_robustness
+    from inmerge_wrap.robustness.corruptions import DATASET_PRESETS, resolve_preset
+
+    prepared = {
+        name: _preparation(paths[name], network, mean, std, size)
+        for name, network in networks.items()
+    }
+    loader, labels = _open_data(data, networks, prepared, split, limit, batch_size)
+    chosen = preset or DATASET_PRESETS.get(data.stem.split("_")[0], "quick")
+    severities = sorted(severity) if severity else (1, 2, 3, 4, 5)
+    attacks = [Attack(name, eps=eps / 255) for name in attack or ()]
+    conditions = 1 + len(resolve_preset(chosen)) * len(severities) + len(attacks)
+    results: dict[str, RobustnessResult] = {}
+    with _progress(len(networks) * conditions * len(labels)) as show:
+        for name, network in networks.items():
+            network.to(device)
+            result = evaluate_robustness(
+                network,
+                loader,
+                preset=chosen,
+                task=task or _guess_task(labels, _outputs(network, loader, device)),
+                mean=prepared[name]["mean"],
+                std=prepared[name]["std"],
+                severities=severities,
+                seed=seed,
+                baseline=next(iter(results.values()), None),
+                attacks=attacks,
+                bootstrap=bootstrap,
+                progress=functools.partial(show, name),
+            )
+            result.settings |= {
+                "weights": str(paths[name]),
+                "data": data.name,
+                "split": split,
+                "preset": chosen,
+                "mean": prepared[name]["mean"],
+                "std": prepared[name]["std"],
+            }
+            results[name] = result
+    first, *others = results
+    if not others:
+        text = results[first].to_json()
+    else:
+        differences = {name: compare_results(results[name], results[first]) for name in others}
+        content = {
+            "models": {name: json.loads(result.to_json()) for name, result in results.items()},
+            "minus": first,
+            "differences": differences,
+        }
+        text = json.dumps(content, indent=1, allow_nan=False)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n", encoding="utf-8")
+    if as_json:
+        print(text)
+    elif not others:
+        _print_result(results[first])
+    else:
+        _print_comparison(results, differences)
+
+
+def _named_paths(models: Sequence[str]) -> dict[str, Path]:
+    """Paths by the names that the tables show."""
+    paths: dict[str, Path] = {}
+    for entry in models:
+        name, found, path = entry.partition("=")
+        if not found or not name or Path(entry).exists():
+            name = path = entry
+        if name in paths:
+            raise ValueError(f"two models are called {name!r}: give each its name, NAME=WEIGHTS")
+        paths[name] = Path(path)
+    return paths
+
+
+def _preparation(
+    path: Path,
+    network: nn.Module,
+    mean: list[float] | None,
+    std: list[float] | None,
+    size: int | None,
+) -> dict[str, Any]:
+    """How a model's images are prepared: as its folder says, unless options say otherwise."""
+    config: Mapping[str, Any] = network.pretrained_cfg if is_timm_folder(path) else {}  # type: ignore[assignment]
     mean, std = mean or list(config.get("mean", [])), std or list(config.get("std", []))
     if not mean or not std:
         raise ValueError(
-            f"{weights} does not say how its images were prepared: give --mean and --std of the "
+            f"{path} does not say how its images were prepared: give --mean and --std of the "
             "training"
         )
-    with torch.no_grad():
-        outputs = network.eval()(images[:1].to(device)).shape[-1]
-    chosen = preset or DATASET_PRESETS.get(data.stem.split("_")[0], "quick")
-    result = evaluate_robustness(
-        network,
-        [
-            (images[start : start + batch_size], labels[start : start + batch_size])
-            for start in range(0, len(images), batch_size)
-        ],
-        preset=chosen,
-        task=task or _guess_task(labels, outputs),
-        mean=mean,
-        std=std,
-        severities=sorted(severity) if severity else (1, 2, 3, 4, 5),
-        seed=seed,
-        attacks=[Attack(name, eps=eps / 255) for name in attack or ()],
-        bootstrap=bootstrap,
-    )
-    result.settings |= {
-        "weights": str(weights),
-        "data": data.name,
-        "split": split,
-        "preset": chosen,
+    stored = tuple(config["input_size"][1:]) if config else None
+    return {
+        "channels": _image_channels(network),
+        "size": (size, size) if size is not None else stored,
         "mean": mean,
         "std": std,
+        "crop_pct": config.get("crop_pct", 1.0),
+        "interpolation": config.get("interpolation", "bicubic"),
+        "label_names": config.get("label_names"),
     }
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        result.to_json(output)
-    if as_json:
-        print(result.to_json())
-    else:
-        _print_result(result)
+
+
+def _image_channels(network: nn.Module) -> int:
+    from torch import nn
+
+    return next(m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d))
+
+
+def _open_data(
+    data: Path,
+    networks: Mapping[str, nn.Module],
+    prepared: Mapping[str, Mapping[str, Any]],
+    split: str,
+    limit: int | None,
+    batch_size: int,
+) -> tuple[Any, Tensor]:
+    """Batches of images and labels in a fixed order, and all labels."""
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from inmerge_wrap.robustness.images import ImageFolder, fit_images, read_npz
+
+    (first, wanted), *others = prepared.items()
+    agree = ["channels", "size", "label_names"]
+    agree += ["crop_pct", "interpolation"] if data.is_dir() else []
+    for name, theirs in others:
+        for what in agree:
+            if theirs[what] != wanted[what] and None not in (theirs[what], wanted[what]):
+                raise ValueError(
+                    f"{first} and {name} cannot be compared on the same pictures: {what} is "
+                    f"{wanted[what]} and {theirs[what]}"
+                    + (", which --size makes equal" if what == "size" else "")
+                )
+    size = next((p["size"] for p in prepared.values() if p["size"] is not None), None)
+    if not data.is_dir():
+        images, labels = read_npz(data, split)
+        images = fit_images(images[:limit], wanted["channels"], size)
+        labels = labels[:limit]
+        return DataLoader(TensorDataset(images, labels), batch_size=batch_size), labels
+    if size is None:
+        raise ValueError(f"{data} holds images of any size: give --size, the side in training")
+    folder = ImageFolder(
+        data,
+        config={**wanted, "input_size": (wanted["channels"], *size)},
+        split=split,
+        classes=next((p["label_names"] for p in prepared.values() if p["label_names"]), None),
+        limit=limit,
+    )
+    loader = DataLoader(folder, batch_size=batch_size)
+    for name, network in networks.items():
+        outputs = _outputs(network, loader, "cpu")
+        if max(outputs, 2) != len(folder.classes):
+            raise ValueError(
+                f"{data} has the classes {', '.join(folder.classes)}, and {name} has {outputs} "
+                "outputs: rename or add folders, or export the model with --label-names, which "
+                "say which output is which class"
+            )
+    return loader, folder.labels
+
+
+def _outputs(network: nn.Module, loader: Any, device: str) -> int:
+    import torch
+
+    image, _ = loader.dataset[0]
+    with torch.no_grad():
+        answer = network.eval()(image[None].to(device))
+    if not isinstance(answer, torch.Tensor) or answer.ndim > 2:
+        raise ValueError(
+            f"{type(network).__name__} gives no class scores, but {type(answer).__name__}: choose "
+            "a classifier"
+        )
+    return answer.shape[-1]
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
+    """A bar on stderr, where that is a terminal; gives what moves it on."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not sys.stderr.isatty()
+    ) as bar:
+        whole = bar.add_task("", total=total)
+        yield lambda name, images: bar.update(whole, advance=images, description=name)
 
 
 def _print_result(result: RobustnessResult) -> None:
     settings = result.settings
-    table = _table(
-        f"{settings['weights']} on {settings['data']} ({settings['split']}, {settings['n']} images)"
-    )
-    metrics = [m for m in ("accuracy", "auroc", "balanced_error", "ece") if m in result.rows[0]]
-    table.add_column("corruption", no_wrap=True)
-    for metric in metrics:
-        table.add_column(metric.replace("_", " "), justify="right")
-    for row in result.rows:
-        if row["severity"] not in (0, "mean") and row["kind"] != "attack":
-            continue
-        name = str(row["corruption"])
-        name = {"clean": "none", "all": "mean of all"}.get(name, name)
-        if row["kind"] == "attack":
-            name += f" (eps {row['severity'] * 255:g}/255)"
-        cells = []
-        for metric in metrics:
-            cell = f"{row[metric]:.3f}" if metric in row else "-"
-            # Four intervals do not fit a terminal; the JSON has them all.
-            if f"{metric}_low" in row and metric != "ece":
-                cell += f" ({row[f'{metric}_low']:.3f}-{row[f'{metric}_high']:.3f})"
-            cells.append(cell)
-        table.add_row(name, *cells, style="bold" if row["corruption"] in ("clean", "all") else "")
-    console = Console()
-    console.print(table)
-    severities = ", ".join(map(str, settings["severities"]))
-    console.print(
-        f"Corruptions of preset {settings['preset']}, mean over severities {severities}; "
-        f"normalised with mean {settings['mean']}, std {settings['std']}. In brackets: 95 % "
-        "interval over the choice of images.",
+    rows = _shown_rows(result)
+    metrics = {"accuracy": 1, "auroc": 2, "balanced_error": _KEPT, "ece": 0}
+    columns = [_Column("corruption", [_row_name(row) for row in rows], _KEPT, justify="left")]
+    columns += [
+        _Column(
+            metric.replace("_", " "),
+            [_interval_cell(row, metric) for row in rows],
+            importance,
+            wraps=True,
+        )
+        for metric, importance in metrics.items()
+        if metric in result.rows[0]
+    ]
+    title = f"{settings['weights']} on {settings['data']} ({_part(settings)})"
+    _print_table(title, columns, [_row_style(row) for row in rows])
+    Console().print(
+        f"{_corruptions_said(settings)}; normalised with mean {settings['mean']}, std "
+        f"{settings['std']}. In brackets: 95 % interval over the choice of images.",
         highlight=False,
     )
 
 
-# --- models and checkpoints -----------------------------------------------------------------------
-
-
-@functools.cache
-def _timm_models() -> frozenset[str]:
-    import timm
-
-    return frozenset(timm.list_models())
-
-
-@functools.cache
-def _torchvision_models() -> frozenset[str]:
-    try:
-        import torchvision
-    except ImportError:
-        return frozenset()
-    return frozenset(torchvision.models.list_models(module=torchvision.models))
-
-
-def _known_models() -> list[str]:
-    return sorted(_timm_models() | _torchvision_models())
-
-
-def _is_timm_folder(path: str | Path) -> bool:
-    return (Path(path) / "config.json").is_file() and (Path(path) / "model.safetensors").is_file()
-
-
-def _resolve(name: str) -> tuple[str, str]:
-    """("timm" or "torchvision", the model's name there); where both know it, timm."""
-    library, _, rest = name.rpartition(":")
-    known = {"timm": _timm_models, "torchvision": _torchvision_models}
-    if library and library not in known:
-        raise ValueError(f"{name!r}: a model is NAME, timm:NAME or torchvision:NAME")
-    for candidate in [library] if library else list(known):
-        # timm names a set of weights after a dot, as in resnet34.tv_in1k.
-        if rest in known[candidate]() or (
-            candidate == "timm" and rest.partition(".")[0] in known["timm"]()
-        ):
-            return candidate, rest
-    choices = sorted(known[library]()) if library else _known_models()
-    close = difflib.get_close_matches(rest, choices, n=5, cutoff=0.5)
-    hint = f"close names: {', '.join(close)}" if close else "see timm.list_models()"
-    raise ValueError(f"no model is called {name!r}; {hint}")
-
-
-def _build(name: str, num_classes: int | None = None, in_chans: int | None = None) -> nn.Module:
-    """An untrained model."""
-    import timm
-
-    wanted = {"num_classes": num_classes, "in_chans": in_chans}
-    given: dict[str, Any] = {key: value for key, value in wanted.items() if value is not None}
-    if _is_timm_folder(name):
-        return timm.create_model(f"local-dir:{name}", pretrained=True, **given)
-    library, name = _resolve(name)
-    if library == "timm":
-        return timm.create_model(name, **given)
-    import torchvision
-
-    if given.pop("in_chans", 3) != 3:
-        raise ValueError(f"torchvision's {name} reads 3 channels; take a model of timm for others")
-    with warnings.catch_warnings():
-        # GoogLeNet and Inception announce a slow initialisation, which weights overwrite anyway.
-        warnings.simplefilter("ignore", FutureWarning)
-        return torchvision.models.get_model(name, weights=None, **given)
-
-
-def _load(
-    weights: Path, arch: str | None, num_classes: int | None, in_chans: int | None
-) -> tuple[nn.Module, dict[str, Any]]:
-    """A network with the weights of a checkpoint, whatever wrapped it when it was written.
-
-    Returns:
-        The network, and the arguments that its architecture is created with.
-
-    Raises:
-        ValueError: If they do not fit the network; the message says what would.
-    """
-    if _is_timm_folder(weights):
-        if arch is not None:
-            raise ValueError(f"{weights} brings its own architecture: leave out --arch")
-        config = _read_json(weights / "config.json")
-        arguments = {"num_classes": config["num_classes"], **config.get("model_args", {})}
-        return _build(str(weights), num_classes, in_chans), arguments
-    state = _read_state(weights)
-    if arch is None:
-        raise ValueError(f"{weights} holds weights alone: name the network with --arch")
-    network = _build(arch, num_classes, in_chans)
-    fitted = _without_prefix(state, network, arch)
-    fitting = _fitting_arguments(fitted, network)
-    asked = {"num_classes": num_classes, "in_chans": in_chans}
-    if fitting:
-        if any(asked[key] is not None for key in fitting):
-            options = shlex.join(
-                part
-                for key, value in fitting.items()
-                for part in (f"--{key.replace('_', '-')}", str(value))
-            )
-            raise ValueError(
-                f"{weights} does not fit {arch} with "
-                f"{', '.join(f'{key}={asked[key]}' for key in fitting if asked[key] is not None)}: "
-                f"call it with {options}, or leave it out"
-            )
-        asked |= fitting
-        network = _build(arch, **asked)
-    _check_shapes(fitted, network, weights, arch)
-    network.load_state_dict(fitted)
-    return network, {key: value for key, value in asked.items() if value is not None}
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, by name."""
-    if path.is_dir():
-        return _read_folder(path)
-    if not path.exists():
-        there = [entry.name for entry in path.parent.glob("*")] if path.parent.is_dir() else []
-        close = difflib.get_close_matches(path.name, there, n=3, cutoff=0.5)
-        hint = f"; in {path.parent} there is {', '.join(close)}" if close else ""
-        raise ValueError(f"no such file or folder: {path}{hint}")
-    if path.suffix == ".safetensors":
-        import safetensors
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is no safetensors file ({error})") from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle raises anything at all
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{path} can not be read as a state dict ({reason}): write one with "
-            "torch.save(model.state_dict(), path) or export_weights(model, path)"
-        ) from error
-    for key in _CONTAINERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    state = {
-        str(name): value
-        for name, value in (content.items() if isinstance(content, Mapping) else ())
-        if isinstance(value, Tensor)
-    }
-    if not state:
-        raise ValueError(f"{path} holds no state dict, but {type(content).__name__}")
-    return state
-
-
-def _read_folder(path: Path) -> dict[str, Tensor]:
-    """The weights of a folder that Accelerate wrote, in one file or in shards."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(_read_json(index)["weight_map"].values()))
-        return {
-            name: tensor for shard in shards for name, tensor in _read_state(path / shard).items()
-        }
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file():
-            return _read_state(path / name)
-    found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-    raise ValueError(
-        f"{path} holds no model.safetensors (it holds {found}); name the file of the weights"
+def _print_comparison(
+    results: Mapping[str, RobustnessResult], differences: Mapping[str, list[dict[str, Any]]]
+) -> None:
+    first = next(iter(results))
+    settings = results[first].settings
+    rows = _shown_rows(results[first])
+    columns = [_Column("corruption", [_row_name(row) for row in rows], _KEPT, justify="left")]
+    for name, result in results.items():
+        theirs = [result.row(row["corruption"], row["severity"]) for row in rows]
+        cells = [f"{r['balanced_error']:.3f}" if "balanced_error" in r else "-" for r in theirs]
+        columns.append(_Column(name, cells, 0, wraps=True))
+    for name, found in differences.items():
+        by_row = {(entry["corruption"], entry["severity"]): entry for entry in found}
+        entries = [by_row.get((row["corruption"], row["severity"]), {}) for row in rows]
+        heading = f"{name} - {first}"
+        cells = [_interval_cell(entry, "difference", sign="+") for entry in entries]
+        columns.append(_Column(heading, cells, _KEPT, wraps=True))
+    title = f"Balanced error on {settings['data']} ({_part(settings)})"
+    _print_table(title, columns, [_row_style(row) for row in rows])
+    Console().print(
+        f"{_corruptions_said(settings)}. A difference below 0 is better than {first}; in brackets: "
+        "95 % interval over the choice of images, paired. What another training seed would do is "
+        "not in it.",
+        highlight=False,
     )
 
 
-def _without_prefix(
-    state: Mapping[str, Tensor], network: nn.Module, arch: str
-) -> dict[str, Tensor]:
-    """The network's own entries of a state dict, under their own names.
+def _shown_rows(result: RobustnessResult) -> list[dict[str, Any]]:
+    return [row for row in result.rows if row["severity"] in (0, "mean") or row["kind"] == "attack"]
 
-    Whatever a wrapper or a training framework put before the names (``module.``, ``model.``,
-    ``net.``) is found by comparison with the names that the network has.
-    """
-    plain = {
-        name.replace("_orig_mod.", ""): value
-        for name, value in state.items()
-        if not name.endswith("_extra_state")
-    }
-    own = list(network.state_dict())
-    prefixes = {
-        name.removesuffix(mine)
-        for mine in (own[0], own[-1])
-        for name in plain
-        if name == mine or name.endswith(f".{mine}")
-    } or {""}
-    held = {prefix: sum(f"{prefix}{name}" in plain for name in own) for prefix in sorted(prefixes)}
-    best = max(held, key=lambda prefix: held[prefix])
-    rivals = [prefix for prefix in held if held[prefix] == held[best] > 0]
-    if len(rivals) > 1:
+
+def _row_name(row: Mapping[str, Any]) -> str:
+    name = str(row["corruption"])
+    if row["kind"] == "attack":
+        return f"{name} (eps {row['severity'] * 255:g}/255)"
+    return {"clean": "none", "all": "mean of all"}.get(name, name)
+
+
+def _row_style(row: Mapping[str, Any]) -> str:
+    return "bold" if row["corruption"] in ("clean", "all") else ""
+
+
+def _interval_cell(row: Mapping[str, Any], metric: str, sign: str = "") -> str:
+    """A figure and its interval, which may break into two lines between the two."""
+    if metric not in row:
+        return "-"
+    cell = f"{row[metric]:{sign}.3f}"
+    low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
+    if low is None or metric == "ece":
+        return cell
+    return f"{cell} ({low:.3f}-{high:.3f})" if not sign else f"{cell} ({low:+.3f}…{high:+.3f})"
+
+
+def _part(settings: Mapping[str, Any]) -> str:
+    return f"{settings['split']}, {settings['n']} images"
+
+
+def _corruptions_said(settings: Mapping[str, Any]) -> str:
+    severities = ", ".join(map(str, settings["severities"]))
+    return f"Corruptions of preset {settings['preset']}, mean over severities {severities}"
+
+
+# --- small things ------------------------------------------------------------------------
+
+
+def _load(
+    weights: Path,
+    arch: str | None,
+    num_classes: int | None,
+    in_chans: int | None,
+    key: str | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    # Mistakes first: they can be answered before torch is imported, which takes seconds.
+    if not weights.exists():
+        there = [e.name for e in weights.parent.glob("*")] if weights.parent.is_dir() else []
+        close = difflib.get_close_matches(weights.name, there, n=3, cutoff=0.5)
+        hint = f"; in {weights.parent} there is {', '.join(close)}" if close else ""
+        raise ValueError(f"no such file or folder: {weights}{hint}")
+    if arch is not None:
+        resolve(arch)
+    from inmerge_wrap.checkpoints import load_network
+
+    return load_network(weights, arch, num_classes=num_classes, in_chans=in_chans, key=key)
+
+
+def _check_image(input_size: tuple[int, int, int] | None) -> None:
+    if input_size is not None and min(input_size) < 1:
+        given = " ".join(map(str, input_size))
         raise ValueError(
-            f"the checkpoint holds {arch} {len(rivals)} times, under {', '.join(rivals)}; save the "
-            "state dict of the one that is meant"
+            f"--input-size is {given}: channels, height and width are each at least 1, for "
+            "example --input-size 3 224 224"
         )
-    if held[best] < 0.5 * len(own):
-        first = next(iter(plain), "nothing")
-        raise ValueError(
-            f"these are not the weights of {arch}: {held[best]} of its {len(own)} tensors are "
-            f"there (the file begins with {first!r}, the network with {own[0]!r})"
-        )
-    return {
-        name.removeprefix(best): value for name, value in plain.items() if name.startswith(best)
-    }
 
 
-def _fitting_arguments(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, int]:
-    """Outputs and image channels of the weights, where they are not those of the network."""
-    layers = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    outputs = getattr(network, "num_classes", layers[-1].weight.shape[0])
-    channels = next((m.in_channels for m in layers if isinstance(m, nn.Conv2d)), None)
-    fitting = {}
-    for name, mine in network.state_dict().items():
-        theirs = state.get(name)
-        if theirs is None or theirs.ndim != mine.ndim or theirs.ndim == 0:
-            continue
-        (my_rows, *my_rest), (rows, *rest) = mine.shape, theirs.shape
-        if rest == my_rest and my_rows == outputs != rows:
-            fitting["num_classes"] = rows
-        elif mine.ndim == 4 and rows == my_rows and my_rest[0] == channels != rest[0]:
-            fitting["in_chans"] = rest[0]
-    return fitting
-
-
-def _check_shapes(
-    state: Mapping[str, Tensor], network: nn.Module, weights: Path, arch: str
-) -> None:
-    own = network.state_dict()
-    missing = [name for name in own if name not in state]
-    unexpected = [name for name in state if name not in own]
-    wrong = [
-        f"{name} is {tuple(state[name].shape)} and not {tuple(mine.shape)}"
-        for name, mine in own.items()
-        if name in state and state[name].shape != mine.shape
-    ]
-    problems = [
-        f"{what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-        for what, names in (("missing", missing), ("not in it", unexpected), ("shapes", wrong))
-        if names
-    ]
-    if problems:
-        raise ValueError(f"{weights} does not fit {arch}; {'; '.join(problems)}")
-
-
-# --- data and small things ------------------------------------------------------------------------
-
-
-def _read_npz(path: Path, split: str, limit: int | None) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W) in [0, 1] and labels (N,) or (N, L) of a file in MedMNIST's layout."""
-    import numpy as np
-
-    if not path.is_file():
-        raise ValueError(f"no such file: {path}")
-    try:
-        with open(path, "rb") as file, np.load(file) as content:
-            images, labels = content[f"{split}_images"], content[f"{split}_labels"]
-    except (KeyError, ValueError, OSError, EOFError, TypeError, BadZipFile) as error:
-        raise ValueError(
-            f"{path} is not in the MedMNIST layout: an .npz with {split}_images (N, H, W) or "
-            f"(N, H, W, 3), bytes, and {split}_labels (N, 1) or (N, L); {error}"
-        ) from error
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
-        raise ValueError(
-            f"{split}_images of {path} are {images.dtype} {images.shape} with {labels.shape} "
-            "labels; bytes (N, H, W) or (N, H, W, 3) with one row of labels each are needed"
-        )
-    pixels = torch.from_numpy(images[:limit]).float() / 255
-    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
-    targets = torch.from_numpy(labels[:limit].astype("int64"))
-    return pixels.contiguous(), targets.squeeze(1) if targets.shape[1:] == (1,) else targets
-
-
-def _fit_images(images: Tensor, network: nn.Module, size: int | None) -> Tensor:
-    """Images of the size and with the channels that the network reads."""
-    reads = next(m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d))
-    channels = images.shape[1]
-    if channels == 1 and reads == 3:
-        images = images.expand(-1, 3, -1, -1)
-    elif channels != reads:
-        raise ValueError(f"the images have {channels} channels and the network reads {reads}")
-    if size is not None and size != images.shape[-1]:
-        images = nn.functional.interpolate(
-            images, (size, size), mode="bilinear", antialias=True, align_corners=False
-        ).clamp(0, 1)
-    return images
+def _check_pixels(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    for option, values, wanted in (
+        ("--mean", mean, "[0, 1]"),
+        ("--std", std, "(0, 1]"),
+    ):
+        for value in values or ():
+            if not 0 <= value <= 1 or (value == 0 and option == "--std"):
+                remedy = (
+                    f"of grey levels up to 255 that is {value / 255:.4g}"
+                    if 1 < value <= 255
+                    else "give the values that the training used"
+                )
+                raise ValueError(
+                    f"{option} is {value:g}, of pixels in [0, 1] it lies in {wanted}: {remedy}"
+                )
 
 
 def _guess_task(labels: Tensor, outputs: int) -> str:
@@ -839,7 +896,8 @@ def _count_or_share(text: str) -> int | float:
         return float(text)
     except ValueError:
         raise ValueError(
-            f"--shallow-layers is a count such as 10 or a share such as 0.625, not {text!r}"
+            f"--shallow-layers is a count such as 10 or a share such as {DEFAULT_SHALLOW_SHARE}, "
+            f"not {text!r}"
         ) from None
 
 

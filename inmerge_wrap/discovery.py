@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from inmerge_wrap._constants import DEFAULT_SHALLOW_SHARE, SKIPPED_KINDS
 from inmerge_wrap.stores import store_of
 from inmerge_wrap.tracing import (
     Call,
@@ -34,19 +35,7 @@ from inmerge_wrap.tracing import (
     to_meta,
 )
 
-__all__ = ["SKIPPED_KINDS", "ConvSite", "MergePlan", "plan_merging"]
-
-SKIPPED_KINDS = {
-    "depthwise": "depthwise: every kernel reads another channel",
-    "vector": "works on a pooled 1x1 map: a gate (squeeze-excite, attention) or a dense layer",
-    "dense": "one kernel covers the whole map: a dense layer in convolution clothes",
-    "head": "head: its outputs are the predictions",
-    "patch_embedding": "patch embedding: cuts the image into patches",
-    "auxiliary": "auxiliary: runs in training only and is left out at inference",
-    "unused": "never executed in a forward pass",
-    "frozen": "frozen: requires_grad is False",
-}
-"""Kinds of convolution that are skipped unless named in ``also_merge``, each with its reason."""
+__all__ = ["DEFAULT_SHALLOW_SHARE", "SKIPPED_KINDS", "ConvSite", "MergePlan", "plan_merging"]
 
 Pattern = str | Callable[["ConvSite"], bool]
 
@@ -66,7 +55,11 @@ class ConvSite:
         centred: Whether kernels are compared without their mean, because the forward pass
             standardises them (StdConv2d, ScaledStdConv2d). Their gain is a scale of the output
             channel, like BatchNorm's, and takes no part in the comparison.
-        reason: Why it is skipped; None where it is merged.
+        reason: Why it is skipped, in words; None where it is merged.
+        reason_kind: The same for programs: the ``kind`` where that is the reason; ``"shallow"``,
+            ``"excluded"``, ``"not_included"``; ``"unwritable"`` (a weight that is computed or has
+            no shape yet), ``"shared"`` (with an earlier layer), ``"one_kernel"`` (alone, or
+            in its group).
     """
 
     name: str
@@ -76,6 +69,7 @@ class ConvSite:
     kind: str = "kernels"
     centred: bool = False
     reason: str | None = None
+    reason_kind: str | None = None
 
     @property
     def pair_groups(self) -> int:
@@ -132,7 +126,7 @@ class MergePlan:
 def plan_merging(
     model: nn.Module,
     *,
-    shallow_layers: int | float = 0.625,
+    shallow_layers: int | float = DEFAULT_SHALLOW_SHARE,
     example_input: Any = None,
     include: Pattern | Sequence[Pattern] | None = None,
     exclude: Pattern | Sequence[Pattern] = (),
@@ -225,18 +219,21 @@ def _find_sites(model: nn.Module, example_input: Any) -> tuple[list[ConvSite], s
         conv = convs[name]
         store = store_of(conv)
         reason = store.reason
+        reason_kind = None if reason is None else "unwritable"
         weight = next(iter(store.parameters), None) if reason is None else None
         call = trace.calls.get(name) if trace else None
         centred = type(conv).__name__ in _WEIGHT_STANDARDISED
         stored = conv._parameters.get("weight")
         if call and stored is not None and not call.used_own_weight and not centred:
             reason = reason or f"{type(conv).__name__} computes its weight in its forward pass"
+            reason_kind = "unwritable"
         if weight is not None and id(weight) in first_owner:
             reason = f"shares its weight with {prefix}{first_owner[id(weight)]}"
+            reason_kind = "shared"
         elif weight is not None:
             first_owner[id(weight)] = name
         if reason is None and conv.out_channels == 1:
-            reason = "one kernel: there is nothing to pair it with"
+            reason, reason_kind = "one kernel: there is nothing to pair it with", "one_kernel"
         sites.append(
             ConvSite(
                 name=prefix + name,
@@ -246,6 +243,7 @@ def _find_sites(model: nn.Module, example_input: Any) -> tuple[list[ConvSite], s
                 kind=kinds[name],
                 centred=centred,
                 reason=reason,
+                reason_kind=reason_kind,
             )
         )
     return sites, found_by
@@ -383,26 +381,30 @@ def _decide(
     counted = [site for site in sites if _counts(site, also_merge)]
     shallow = {site.name for site in counted[: _shallow_count(shallow_layers, len(counted))]}
 
-    def reason(site: ConvSite) -> str | None:
+    def reason(site: ConvSite) -> tuple[str | None, str | None]:
+        """In words, and its kind."""
         if included is not None and site.name not in included:
-            return "not included"
+            return "not included", "not_included"
         if site.name in excluded:
-            return "excluded"
+            return "excluded", "excluded"
         if site.reason is not None:
             if included is not None:
                 raise ValueError(
                     f"include names {site.name!r}, which can not be merged: {site.reason}"
                 )
-            return site.reason
+            return site.reason, site.reason_kind
         if site.shape[0] == site.pair_groups > 1:
-            return "one kernel in each group: there is nothing to pair it with"
+            return "one kernel in each group: there is nothing to pair it with", "one_kernel"
         if included is not None:
-            return None
+            return None, None
         if site.kind != "kernels" and site.kind not in also_merge:
-            return SKIPPED_KINDS[site.kind]
-        return "shallow" if site.name in shallow else None
+            return SKIPPED_KINDS[site.kind], site.kind
+        return ("shallow", "shallow") if site.name in shallow else (None, None)
 
-    decided = [replace(site, reason=reason(site)) for site in sites]
+    decided = []
+    for site in sites:
+        words, kind = reason(site)
+        decided.append(replace(site, reason=words, reason_kind=kind))
     return MergePlan(
         merged=tuple(site for site in decided if site.reason is None),
         skipped=tuple(site for site in decided if site.reason is not None),
@@ -448,12 +450,12 @@ def _matching(sites: Sequence[ConvSite], patterns: Sequence[Pattern], argument: 
 def _why_empty(plan: MergePlan, model: nn.Module, shallow_layers: int | float) -> str:
     reasons = Counter(site.reason for site in plan.skipped)
     listed = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    shallow = reasons["shallow"]
-    frozen = reasons[SKIPPED_KINDS["frozen"]]
+    kinds = Counter(site.reason_kind for site in plan.skipped)
+    shallow, frozen = kinds["shallow"], kinds["frozen"]
     if isinstance(shallow_layers, int) and shallow and shallow_layers >= shallow:
         remedy = (
             f"shallow_layers={shallow_layers} leaves none of the {shallow} counted layers: pass a "
-            "smaller count, or a share such as 0.625"
+            f"smaller count, or a share such as {DEFAULT_SHALLOW_SHARE}"
         )
     elif frozen:
         remedy = "unfreeze deep layers before wrapping, or pass also_merge=('frozen',)"

@@ -19,41 +19,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from inmerge_wrap.modelcard import ModelCard
+from inmerge_wrap.unwrapping import named_wrappers, unwrap
 
-__all__ = ["export_timm", "export_weights", "plain_state_dict", "unwrap"]
+__all__ = ["export_timm", "export_weights", "plain_state_dict"]
 
 _INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
-_WRAPPERS = {
-    "AveragedModel",
-    "DataParallel",
-    "DistributedDataParallel",
-    "InMergeWrapper",
-    "ModelEmaV2",
-    "ModelEmaV3",
-    "OptimizedModule",
-}
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside InMergeWrapper, DDP, torch.compile and weight averages, in any order."""
-    return _chain(model)[-1]
-
-
-def _chain(model: nn.Module) -> list[nn.Module]:
-    """The model and what it wraps, from the outermost to the network."""
-    chain = [model]
-    while {kind.__name__ for kind in type(chain[-1]).__mro__} & _WRAPPERS:
-        children = dict(chain[-1].named_children())
-        chain.append(children["_orig_mod"] if "_orig_mod" in children else children["module"])
-    return chain
 
 
 def _warn_if_statistics_lag(model: nn.Module) -> None:
-    chain = _chain(model)
-    lagging = any(
-        vars(type(outer)).get("statistics_lag") and outer.statistics_lag for outer in chain
-    )
-    if lagging and any(isinstance(module, _BatchNorm) for module in chain[-1].modules()):
+    lagging = any(cast(Any, wrapper).statistics_lag for _, wrapper in named_wrappers(model))
+    if lagging and any(isinstance(module, _BatchNorm) for module in model.modules()):
         warnings.warn(
             "kernels were merged in the very last step, after BatchNorm measured its running "
             "statistics: call model.recalibrate(loader) before the export, or let merging end "
@@ -75,11 +50,10 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
             wrapper is a part of a larger module.
     """
     network = unwrap(model)
-    inner = [n for n, m in network.named_modules() if type(m).__name__ == "InMergeWrapper"]
-    if inner:
+    for name, _ in named_wrappers(network):
         raise ValueError(
-            f"{type(network).__name__} holds an InMergeWrapper at {inner[0]!r}, whose names would "
-            f"stand in the file: export that part alone, model.{inner[0]}"
+            f"{type(network).__name__} holds an InMergeWrapper at {name!r}, whose names would be "
+            f"in the file: export that part alone, model.{name}"
         )
     if any(_computes_weights(module) for module in network.modules()):
         network = _with_stored_weights(network)

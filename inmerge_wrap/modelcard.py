@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from inmerge_wrap.unwrapping import find_wrapper
+
 if TYPE_CHECKING:
     from inmerge_wrap.robustness import RobustnessResult
 
@@ -344,9 +346,7 @@ def merging_settings(model: nn.Module) -> dict[str, Any]:
     Args:
         model: A wrapper, alone or inside DDP or torch.compile, or any other network.
     """
-    wrapper: Any = next(
-        (part for part in model.modules() if type(part).__name__ == "InMergeWrapper"), None
-    )
+    wrapper: Any = find_wrapper(model)
     if wrapper is None:
         return {}
     report = wrapper.report()

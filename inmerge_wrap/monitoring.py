@@ -6,13 +6,14 @@ accelerator.log(tracker_values(model), step=step)
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from inmerge_wrap.report import MergeReport, pairs_between
 from inmerge_wrap.similarity import effective_rank, read_kernels
-from inmerge_wrap.wrapper import InMergeWrapper
+from inmerge_wrap.unwrapping import find_wrapper
 
 __all__ = ["tracker_values"]
 
@@ -45,7 +46,7 @@ def tracker_values(
         TypeError: If there is no InMergeWrapper in the model.
         ValueError: If ``since`` is the report of another model.
     """
-    wrapper = next((part for part in model.modules() if isinstance(part, InMergeWrapper)), None)
+    wrapper: Any = find_wrapper(model)
     if wrapper is None:
         raise TypeError(f"no InMergeWrapper in this {type(model).__name__}: nothing merges here")
     report = wrapper.report()
@@ -70,7 +71,7 @@ def tracker_values(
     return values
 
 
-def _ranks(wrapper: InMergeWrapper) -> list[float]:
+def _ranks(wrapper: Any) -> list[float]:
     ranks = []
     for site in wrapper.plan.merged:
         conv = wrapper.module.get_submodule(site.name)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from inmerge_wrap.unwrapping import named_wrappers
+
 __all__ = ["recalibrate"]
 
 
@@ -42,10 +44,8 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
         if isinstance(module, _BatchNorm) and module.track_running_stats
     ]
     batches = _measure(model, norms, loader, max_batches) if norms else 0
-    for module in model.modules():
-        tell = getattr(type(module), "statistics_measured", None)
-        if tell is not None:  # a wrapper, whose export would warn otherwise
-            tell(module)
+    for _, wrapper in named_wrappers(model):
+        wrapper.statistics_measured()  # type: ignore[operator]  # or its export would warn
     return batches
 
 

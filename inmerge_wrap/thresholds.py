@@ -17,7 +17,7 @@ from torch import Tensor
 
 from inmerge_wrap.merging import check_range
 
-__all__ = ["Fixed", "Quantile", "Threshold", "ZScore", "as_threshold"]
+__all__ = ["Fixed", "Quantile", "Threshold", "ZScore"]
 
 
 class Threshold(Protocol):

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from inmerge_wrap import neighbours
+from inmerge_wrap._constants import DEFAULT_SHALLOW_SHARE
 from inmerge_wrap.attachment import (
     Attachments,
     companions,
@@ -42,7 +43,6 @@ from inmerge_wrap.watch import CollapseWarning, NoEffectWarning, Watch
 __all__ = ["CollapseWarning", "InMergeWrapper", "NoEffectWarning"]
 
 _SETTINGS = frozenset(setting.name for setting in fields(MergeSettings))
-_SHALLOW = 0.625
 
 
 class InMergeWrapper(nn.Module):
@@ -137,7 +137,7 @@ class InMergeWrapper(nn.Module):
         transient: bool = False,
         replica_draws: bool = False,
         engine: Literal["auto", "torch", "native"] = "auto",
-        shallow_layers: int | float = _SHALLOW,
+        shallow_layers: int | float = DEFAULT_SHALLOW_SHARE,
         example_input: Any = None,
         include: Pattern | Sequence[Pattern] | None = None,
         exclude: Pattern | Sequence[Pattern] = (),
@@ -174,7 +174,7 @@ class InMergeWrapper(nn.Module):
                 exclude=exclude,
                 also_merge=also_merge,
             )
-        elif (shallow_layers, include, example_input) != (_SHALLOW, None, None) or (
+        elif (shallow_layers, include, example_input) != (DEFAULT_SHALLOW_SHARE, None, None) or (
             exclude or also_merge
         ):
             raise ValueError("a plan decides what is merged: give either a plan or its arguments")

@@ -30,7 +30,7 @@ import numpy as np
 from records import difference_text, spread
 from scipy.stats import false_discovery_control
 
-from inmerge_wrap.metrics import paired_difference
+from inmerge_wrap.robustness.metrics import paired_difference
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -9,8 +9,8 @@ import torch
 from images import Images, Normalised
 from torch import Tensor, nn
 
-from inmerge_wrap.corruptions import corrupt
 from inmerge_wrap.robustness import classification_metrics
+from inmerge_wrap.robustness.corruptions import corrupt
 
 # What the test images are damaged with, at the middle severity.
 CORRUPTIONS = {

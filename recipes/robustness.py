@@ -37,12 +37,18 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
-from inmerge_wrap.corruptions import CORRUPTIONS, DATASET_PRESETS, PRESETS, corrupt, resolve_preset
 from inmerge_wrap.robustness import (
     Attack,
     RobustnessResult,
     evaluate_robustness,
     paired_difference,
+)
+from inmerge_wrap.robustness.corruptions import (
+    CORRUPTIONS,
+    DATASET_PRESETS,
+    PRESETS,
+    corrupt,
+    resolve_preset,
 )
 
 matplotlib.use("Agg")

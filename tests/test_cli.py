@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +16,12 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
 from inmerge_wrap import InMergeWrapper, __version__, export_timm, plan_merging
-from inmerge_wrap.cli import app
+from inmerge_wrap.cli import _in_options, app
 from inmerge_wrap.robustness import RobustnessResult, evaluate_robustness
 from inmerge_wrap.similarity import measure_similarity
 
@@ -105,6 +109,66 @@ def test_usage_errors_have_their_own_exit_code() -> None:
     run("nothing", code=2)
 
 
+SLOW = {"torch", "timm", "torchvision", "numpy", "kornia", "matplotlib", "PIL"}
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("--help", 0),
+        ("plan -h", 0),
+        ("evaluate --help", 0),
+        ("--version", 0),
+        ("nothing", 2),
+        ("plan resnet10t --no-such", 2),
+        ("export only_one", 2),
+        ("plan resnt34", 1),
+        ("plan resnet10t --shallow-layers many", 1),
+        ("plan resnet10t --input-size 3 -1 4", 1),
+        ("export no_such_file out --arch resnet10t", 1),
+        ("export README.md out --arch resnt34", 1),
+        ("evaluate README.md --data no_such_folder", 1),
+        ("evaluate README.md --data README.md --mean 127 --std 50", 1),
+    ],
+)
+def test_help_and_mistakes_do_not_wait_for_slow_imports(line: str, code: int) -> None:
+    """They took 3 to 6 seconds; how long they take now depends on what is imported alone."""
+    script = (
+        "import sys\n"
+        "from inmerge_wrap.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        "    print('imported:', *sys.modules)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script, *line.split()],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        timeout=120,
+    )
+    assert found.returncode == code, found.stderr
+    imported = found.stdout.splitlines()[-1]
+    assert imported.startswith("imported: ")
+    assert SLOW & {name.split(".")[0] for name in imported.split()} == set()
+
+
+def test_completion_does_not_wait_for_slow_imports() -> None:
+    script = (
+        "import sys\n"
+        "from inmerge_wrap.cli import _complete_model\n"
+        "print(*_complete_model('resnet10'), *_complete_model('fcn_'))\n"
+        "print(*sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
+    )
+    offered, imported = done.stdout.splitlines()
+    assert {"resnet10t", "fcn_resnet50"} <= set(offered.split())
+    assert SLOW & {name.split(".")[0] for name in imported.split()} == set()
+
+
 # -- plan ----------------------------------------------------------------------------------------
 
 
@@ -151,6 +215,43 @@ def test_plan_knows_torchvision() -> None:
     assert "3 channels" in complaint("plan", "torchvision:resnet18", "--input-size", 1, 28, 28)
 
 
+def test_a_network_without_kernels_is_answered_in_options_not_in_python() -> None:
+    told = complaint("plan", "vit_tiny_patch16_224")
+    assert "name layers with --include or their kind with --also-merge" in told
+    assert not re.search(r"\w+=|[\[(]\.\.\.", told)
+    frozen = "nothing to merge; pass also_merge=('frozen',) or shallow_layers=0 to merge it all"
+    expected = "nothing to merge; pass --also-merge frozen or --shallow-layers 0 to merge it all"
+    assert _in_options(frozen) == expected
+
+
+def test_a_segmentation_network_is_planned() -> None:
+    pytest.importorskip("torchvision")
+    content = run_json("plan", "torchvision:fcn_resnet50")
+    assert len(content["merged"]) > 10
+    assert {site["reason_kind"] for site in content["skipped"]} >= {"shallow", "head"}
+
+
+@pytest.mark.parametrize("width", [40, 50])
+def test_narrow_tables_keep_the_answer(
+    width: int, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = run("plan", "mobilenetv3_small_050").stdout.splitlines()
+    assert max(map(len, lines)) <= width
+    plan = run_json("plan", "mobilenetv3_small_050")
+    for site in plan["merged"]:
+        row = next(line for line in lines if site["name"] in line.split())
+        assert row.rstrip().endswith("merged")
+    assert sum(line.rstrip().endswith("depthwise") for line in lines) == 11
+    assert any("Too narrow for" in line and "chance" in line for line in lines)
+    options = ("--arch", ARCH, "--output", tmp_path, "--no-pictures")
+    lines = run("similarity", weights, *options).stdout.splitlines()
+    assert max(len(line) for line in lines if line.startswith(" layer")) <= width
+    for layer in run_json("similarity", weights, *options)["layers"]:
+        row = next(line.split() for line in lines if line.split()[:1] == [layer["name"]])
+        assert row[-1] == f"{layer['effective_rank']:.3f}"
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -159,8 +260,10 @@ def test_plan_knows_torchvision() -> None:
         ([ARCH, "--shallow-layers", "many"], "a count such as 10 or a share such as 0.625"),
         ([ARCH, "--shallow-layers", "99"], "nothing to merge"),
         ([ARCH, "--include", "layer9*"], "matches none"),
-        ([ARCH, "--also-merge", "everything"], "also_merge knows"),
+        ([ARCH, "--also-merge", "everything"], "--also-merge knows"),
         (["vit_tiny_patch16_224"], "choose a convolutional network"),
+        ([ARCH, "--input-size", "3", "-1", "4"], "--input-size is 3 -1 4: channels, height"),
+        ([ARCH, "--exclude", "layer9*"], "--exclude 'layer9*' matches none"),
     ],
 )
 def test_plan_answers_mistakes(arguments: list[str], told: str) -> None:
@@ -358,6 +461,18 @@ def test_export_from_torchvision_tells_how_to_load(tmp_path: Path) -> None:
     ("output", "options", "told"),
     [
         ("folder", [], "give --input-size, --mean and --std"),
+        (
+            "folder",
+            ["--input-size", 3, 28, 28, "--mean", 127, "--std", 50],
+            "--mean is 127, of pixels in [0, 1] it lies in [0, 1]: of grey levels up to 255 that "
+            "is 0.498",
+        ),
+        (
+            "folder",
+            ["--input-size", 3, 28, 28, "--mean", 0.5, "--std", 0],
+            "--std is 0, of pixels in [0, 1] it lies in (0, 1]",
+        ),
+        ("folder", ["--input-size", 3, 0, 28], "--input-size is 3 0 28: channels, height"),
         ("file.safetensors", ["--label-names", "a,b"], "need a folder"),
         (
             "folder",
@@ -523,3 +638,134 @@ def test_evaluate_refuses_other_layouts_and_labels_beyond_the_outputs(
     assert "bytes" in complaint(*common, tmp_path / "float.npz")
     np.savez(tmp_path / "nine.npz", **arrays | {"test_labels": arrays["test_labels"] + 2})
     assert "check num_classes" in complaint(*common, tmp_path / "nine.npz", "--preset", "quick")
+
+
+# -- several models, folders of images, progress -------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pictures of 24 files in the folders of 7 classes, whose names are not in order."""
+    root = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for index in range(24):
+        place = root / "test" / "gfedcba"[index % 7]
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"{index:02}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def exported(net: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    other = timm.create_model(ARCH, num_classes=7)
+    with torch.no_grad():
+        for parameter, start in zip(other.parameters(), net.parameters(), strict=True):
+            parameter.copy_(start * 0.5)
+        other.get_classifier().bias.normal_(generator=torch.Generator().manual_seed(0))
+    for name, model in (("plain", net), ("merged", other)):
+        export_timm(
+            model,
+            root / name,
+            input_size=(3, 32, 32),
+            mean=[0.3] * 3,
+            std=[0.2] * 3,
+            label_names=list("gfedcba"),
+        )
+    return {name: root / name for name in ("plain", "merged")}
+
+
+QUICKLY = ("--severity", 3, "--bootstrap", 50, "--preset", "quick")
+
+
+def test_evaluate_reads_folders_in_the_order_of_the_models_classes(
+    net: nn.Module, exported: dict[str, Path], folder: Path
+) -> None:
+    content = run_json("evaluate", exported["plain"], "--data", folder, *QUICKLY)
+    right = []
+    for path in sorted((folder / "test").glob("*/*.png")):
+        pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None] / 255
+        with torch.no_grad():
+            answer = net((pixels - 0.3) / 0.2).argmax().item()
+        right.append("gfedcba"[int(answer)] == path.parent.name)
+    assert content["settings"]["n"] == 24
+    assert content["rows"][0]["accuracy"] == pytest.approx(np.mean(right))
+
+
+def test_evaluate_compares_models_in_pairs(
+    exported: dict[str, Path], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [f"{name}={path}" for name, path in exported.items()]
+    options = ("--data", folder, *QUICKLY, "--output", tmp_path / "compared.json")
+    content = run_json("evaluate", *models, *options)
+    assert json.loads((tmp_path / "compared.json").read_text()) == content
+    for name, path in exported.items():
+        alone = run_json("evaluate", path, "--data", folder, *QUICKLY)["rows"]
+        assert [row["balanced_error"] for row in content["models"][name]["rows"]] == [
+            row["balanced_error"] for row in alone
+        ]
+    plain, merged = (content["models"][name]["rows"] for name in ("plain", "merged"))
+    assert content["minus"] == "plain"
+    (differences,) = content["differences"].values()
+    assert [entry["difference"] for entry in differences] == pytest.approx(
+        [a["balanced_error"] - b["balanced_error"] for a, b in zip(merged, plain, strict=True)]
+    )
+    for width in (40, 50, 80):
+        monkeypatch.setenv("COLUMNS", str(width))
+        text = run("evaluate", *models, *options).stdout
+        assert max(map(len, text.splitlines())) <= width
+        last = differences[-1]
+        assert f"{last['difference']:+.3f}" in text and f"{last['difference_low']:+.3f}" in text
+
+
+def test_evaluate_tells_what_cannot_be_compared(
+    net: nn.Module, exported: dict[str, Path], folder: Path, weights: Path, tmp_path: Path
+) -> None:
+    larger = tmp_path / "larger"
+    export_timm(net, larger, input_size=(3, 48, 48), mean=[0.3] * 3, std=[0.2] * 3)
+    plain, data = f"plain={exported['plain']}", ("--data", folder)
+    told = complaint("evaluate", plain, f"larger={larger}", *data)
+    assert "size is (32, 32) and (48, 48), which --size makes equal" in told
+    assert "two models are called 'plain'" in complaint("evaluate", plain, plain, *data)
+    told = complaint("evaluate", weights, "--arch", ARCH, *PREPARED, *data)
+    assert "give --size, the side in training" in told
+    (tmp_path / "two" / "yes").mkdir(parents=True)
+    for name in ("no", "yes"):
+        (tmp_path / "two" / name).mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "two" / name / "0.png")
+    options = ("--arch", ARCH, *PREPARED, "--size", 32, "--data", tmp_path / "two")
+    assert "has the classes no, yes, and" in complaint("evaluate", weights, *options)
+
+
+def test_a_network_that_is_no_classifier_is_not_evaluated(tmp_path: Path, data: Path) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    net = torchvision.models.get_model("lraspp_mobilenet_v3_large", weights_backbone=None)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    arch = ("--arch", "torchvision:lraspp_mobilenet_v3_large")
+    told = complaint("evaluate", tmp_path / "net.pth", *arch, "--data", data, *PREPARED)
+    assert "choose a classifier" in told
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_on_a_terminal_alone(
+    terminal: bool, exported: dict[str, Path], folder: Path
+) -> None:
+    ours, theirs = pty.openpty() if terminal else os.pipe()
+    command = [sys.executable, "-m", "inmerge_wrap.cli", "evaluate", f"net={exported['plain']}"]
+    command += ["--data", str(folder), *map(str, QUICKLY), "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=300)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # a terminal whose other side is closed
+            break
+        if not part:
+            break
+        shown += part
+    os.close(ours)
+    assert done.returncode == 0, shown
+    json.loads(done.stdout)
+    assert (b"net" in shown) is terminal and (shown != b"") is terminal

@@ -49,6 +49,10 @@ def reasons(plan: MergePlan) -> dict[str, str | None]:
     return {site.name: site.reason for site in plan.skipped}
 
 
+def reason_kinds(plan: MergePlan) -> dict[str, str | None]:
+    return {site.name: site.reason_kind for site in plan.skipped}
+
+
 def merged(plan: MergePlan) -> list[str]:
     return [site.name for site in plan.merged]
 
@@ -334,6 +338,7 @@ def test_lazy_layers() -> None:
     assert plan.found_by == "trace"
     assert merged(plan) == ["c", "a"]
     assert "lazy" in (reasons(plan)["b"] or "")
+    assert reason_kinds(plan)["b"] == "unwritable"
     assert calls == []
     assert isinstance(network.head.weight, nn.parameter.UninitializedParameter)
     assert isinstance(network.b.weight, nn.parameter.UninitializedParameter)
@@ -383,6 +388,7 @@ def test_a_shared_module_and_a_tied_weight_are_merged_once() -> None:
     plan = plan_merging(Tied(), shallow_layers=0)
     assert merged(plan) == ["c", "b", "d"]  # d runs before a
     assert reasons(plan) == {"a": "shares its weight with d"}
+    assert reason_kinds(plan) == {"a": "shared"}
 
 
 def test_compiled_networks() -> None:
@@ -442,6 +448,7 @@ def test_a_weight_computed_in_the_forward_pass_is_skipped() -> None:
     plan = plan_merging(network, shallow_layers=0)
     assert merged(plan) == ["c", "a"]
     assert reasons(plan) == {"b": "FakeQuantised computes its weight in its forward pass"}
+    assert reason_kinds(plan) == {"b": "unwritable"}
 
 
 def test_weight_standardised_models_are_planned_with_centred_comparison() -> None:
@@ -539,6 +546,7 @@ def test_other_kinds_of_real_models(
     assert special == {name: kind for name, kind in expected.items()}
     for name, kind in expected.items():
         assert reasons(plan)[name] == SKIPPED_KINDS[kind]
+        assert reason_kinds(plan)[name] == kind
     if expected:
         also = plan_merging(network, also_merge=set(expected.values()), shallow_layers=0)
         assert expected.keys() <= set(merged(also))
@@ -550,11 +558,13 @@ def test_single_kernels_have_nothing_to_pair_with() -> None:
     assert single and {site.reason for site in single} == {
         "one kernel: there is nothing to pair it with"
     }
+    assert {site.reason_kind for site in single} == {"one_kernel"}
     network = Net()
     network.b = nn.Conv2d(8, 4, 3, padding=1, groups=4)
     network.a = nn.Conv2d(4, 16, 3, padding=1)
     plan = plan_merging(network, shallow_layers=0)
     assert "one kernel in each group" in (reasons(plan)["b"] or "")
+    assert reason_kinds(plan)["b"] == "one_kernel"
 
 
 def test_downsampling_patches_are_kernels_but_patches_of_the_image_are_not() -> None:
@@ -785,6 +795,8 @@ def test_include_merges_exactly_that(include: Any, expected: list[str]) -> None:
     plan = plan_merging(timm_model("resnet18"), include=include)
     assert merged(plan) == expected
     assert {site.reason for site in plan.skipped} == {"not included"}
+    assert {site.reason_kind for site in plan.skipped} == {"not_included"}
+    assert {site.reason_kind for site in plan.merged} == {None}
 
 
 def test_exclude_leaves_out_and_shifts_no_depth() -> None:
@@ -792,6 +804,7 @@ def test_exclude_leaves_out_and_shifts_no_depth() -> None:
     plan = plan_merging(network)
     fewer = plan_merging(network, exclude=["*.downsample.0", lambda site: site.depth == 20])
     assert reasons(fewer)["layer4.0.downsample.0"] == "excluded"
+    assert set(reason_kinds(fewer).values()) == {"shallow", "excluded"}
     left_out = {"layer3.0.downsample.0", "layer4.0.downsample.0", in_order(plan)[-1]}
     assert merged(fewer) == [name for name in merged(plan) if name not in left_out]
     both = plan_merging(network, include="layer4.*", exclude="layer4.0.*")

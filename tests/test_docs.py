@@ -112,24 +112,48 @@ def documented() -> dict[str, list[str]]:
     return {
         module: re.findall(r"^ {8}- (\w+)$", members, re.MULTILINE)
         for module, members in re.findall(
-            r"^::: (inmerge_wrap\.\w+)\n {4}options:\n {6}members:\n((?: {8}- \w+\n)*)",
+            r"^::: (inmerge_wrap[.\w]+)\n {4}options:\n {6}members:\n((?: {8}- \w+\n)*)",
             text,
             re.MULTILINE,
         )
     }
 
 
-def test_every_public_name_is_on_the_api_page() -> None:
+# Modules that are no part of the public face: what they hold may change between versions.
+INSIDE = {
+    "_constants",
+    "architectures",
+    "cli",
+    "kernels",
+    "native",
+    "optimizers",
+    "replicas",
+    "robustness.attacks",
+    "robustness.evaluation",
+    "robustness.metrics",
+    "tracing",
+}
+PARTLY_INSIDE = {"merging", "report"}  # their ``__all__`` also serves other modules
+
+
+def test_the_api_page_shows_the_public_face_and_no_more() -> None:
+    shown = {name.partition(".")[2]: members for name, members in documented().items()}
     modules = {
-        f"inmerge_wrap.{found.name}": importlib.import_module(f"inmerge_wrap.{found.name}")
-        for found in pkgutil.iter_modules(inmerge_wrap.__path__)
+        found.name.partition(".")[2]: importlib.import_module(found.name)
+        for found in pkgutil.walk_packages(inmerge_wrap.__path__, "inmerge_wrap.")
     }
-    assert {name: sorted(members) for name, members in documented().items()} == {
-        name: sorted(module.__all__) for name, module in modules.items()
-    }
+    assert modules.keys() - shown.keys() == INSIDE
+    for name, members in shown.items():
+        public = modules[name].__all__
+        assert (
+            set(members) < set(public)
+            if name in PARTLY_INSIDE
+            else sorted(members) == sorted(public)
+        )
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    everywhere = {member for members in shown.values() for member in members}
     for name in inmerge_wrap.__all__:
-        assert f"`{name}`" in text
+        assert f"`{name}`" in text and name in everywhere
 
 
 def test_every_public_name_says_what_it_is() -> None:
@@ -137,7 +161,7 @@ def test_every_public_name_says_what_it_is() -> None:
         module = importlib.import_module(module_name)
         for name in names:
             value = getattr(module, name)
-            if callable(value) and name != "app":
+            if callable(value):
                 assert (value.__doc__ or "").strip(), f"{module_name}.{name} has no docstring"
 
 

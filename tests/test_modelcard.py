@@ -25,7 +25,8 @@ from inmerge_wrap.modelcard import (
     results_of,
 )
 from inmerge_wrap.robustness import evaluate_robustness
-from inmerge_wrap.similarity import measure_similarity, plot_pairs
+from inmerge_wrap.similarity import measure_similarity
+from inmerge_wrap.similarity_plots import plot_pairs
 
 ARCH = "resnet10t"
 DATA = {"input_size": (3, 32, 32), "mean": [0.5] * 3, "std": [0.25] * 3}

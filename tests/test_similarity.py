@@ -1,13 +1,10 @@
-"""Similarity: the numbers against plain loops, the pictures against what they must show."""
+"""Similarity: the numbers against plain loops."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -16,14 +13,10 @@ from torch import Tensor, nn
 
 from inmerge_wrap import InMergeWrapper
 from inmerge_wrap.similarity import (
-    LayerSimilarity,
     cosine_matrix,
     effective_rank,
     extreme_pairs,
     measure_similarity,
-    plot_matrices,
-    plot_overview,
-    plot_pairs,
     read_kernels,
     similarity_histogram,
 )
@@ -249,95 +242,3 @@ def test_plain_numbers_survive_json() -> None:
     assert sum(content[1]["histogram"]["counts"]) == content[1]["pairs"] == 28
     assert content[1]["most_similar"][0]["kernels"] == [1, 5]
     assert content[1]["share_above"]["0.9"] == pytest.approx(1 / 28)
-
-
-# -- pictures ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def layers() -> list[LayerSimilarity]:
-    torch.manual_seed(0)
-    net = timm.create_model("resnet10t", num_classes=2)
-    return measure_similarity(net, exclude="layer4.*")
-
-
-def brightness(path: Path) -> float:
-    from matplotlib.image import imread
-
-    return float(imread(path)[..., :3][:4, :4].mean())
-
-
-@pytest.mark.parametrize("plot", [plot_overview, plot_matrices, plot_pairs])
-def test_pictures_have_their_own_ground(
-    plot: object, layers: list[LayerSimilarity], tmp_path: Path
-) -> None:
-    for theme, bright in (("light", True), ("dark", False)):
-        path = tmp_path / f"{theme}.png"
-        plot(layers, theme=theme).savefig(path)  # type: ignore[operator]
-        assert (brightness(path) > 0.9) is bright
-    with pytest.raises(ValueError, match="theme"):
-        plot(layers, theme="sepia")  # type: ignore[operator]
-    with pytest.raises(ValueError, match="empty"):
-        plot([])  # type: ignore[operator]
-
-
-def test_drawing_leaves_no_global_trace(layers: list[LayerSimilarity]) -> None:
-    import matplotlib as mpl
-
-    before = dict(mpl.rcParams)
-    plot_pairs(layers)
-    assert dict(mpl.rcParams) == before
-    code = (
-        "import sys, inmerge_wrap.similarity as s; "
-        "assert 'matplotlib' not in sys.modules; "
-        "import torch; from torch import nn; "
-        "s.plot_pairs(s.measure_similarity(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))));"
-        "assert 'matplotlib.pyplot' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-
-
-def test_figure_1_names_kernels_and_cosines(layers: list[LayerSimilarity]) -> None:
-    figure = plot_pairs(layers, count=2)
-    similar, apart = figure.subfigs
-    titles = [axes.get_title(loc="left") for half in (similar, apart) for axes in half.axes]
-    told = [title for title in titles if title]
-    best = sorted((layer.most_similar[0].cosine for layer in layers), reverse=True)[:2]
-    worst = sorted(layer.least_similar[0].cosine for layer in layers)[:2]
-    assert [title.split("cos = ")[1] for title in told] == [f"{c:.2f}" for c in best + worst]
-
-
-def test_a_single_layer_gives_several_pairs(layers: list[LayerSimilarity]) -> None:
-    figure = plot_pairs(layers[-1:], count=3)
-    told = [axes.get_title(loc="left") for axes in figure.subfigs[0].axes]
-    cosines = [float(title.split("cos = ")[1]) for title in told if title]
-    assert cosines == sorted(cosines, reverse=True) and len(cosines) == 3
-
-
-def test_pairs_are_drawn_on_one_scale_after_division_by_their_length() -> None:
-    pair = measure_similarity(TwoConvs())[1]
-    axes = [a for a in plot_pairs([pair], count=1).subfigs[0].axes if a.images]
-    left, right = (torch.as_tensor(a.images[0].get_array().filled(math.nan)) for a in axes)
-    assert left.shape == right.shape == (7, 7)  # 4 of 6 channels of 3 x 3, and a line between
-    # Kernel 5 is twice kernel 1: the pictures of the pair are equal.
-    assert torch.allclose(left, right, rtol=1e-4, atol=1e-5, equal_nan=True)
-    assert left.nan_to_num().abs().max() <= 1
-
-
-def test_a_matrix_shows_each_kernel_once_with_its_neighbours_beside_it() -> None:
-    layer = measure_similarity(TwoConvs())[1]
-    shown = torch.as_tensor(plot_matrices([layer], most=2).axes[0].images[0].get_array().data)
-    assert torch.allclose(shown, torch.ones(2, 2))  # kernels 1 and 5
-    everything = plot_matrices([layer]).axes[0].images[0].get_array()
-    assert everything.shape == (8, 8)
-    assert sorted(everything.sum(axis=0).round(3).tolist()) == sorted(
-        layer.cosines.sum(0).numpy().round(3).tolist()
-    )
-
-
-def test_nothing_to_draw_is_an_error() -> None:
-    net = TwoConvs()
-    with torch.no_grad():
-        net.second.weight.zero_()
-    with pytest.raises(ValueError, match="no layer has a pair"):
-        plot_pairs(measure_similarity(net, include="second"))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inmerge_wrap.metrics import check_logits
+from inmerge_wrap.robustness.metrics import check_logits
 
 __all__ = ["Attack"]
 

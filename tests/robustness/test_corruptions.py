@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from inmerge_wrap.corruptions import (
+from inmerge_wrap.robustness.corruptions import (
     CORRUPTIONS,
     DATASET_PRESETS,
     PRESETS,

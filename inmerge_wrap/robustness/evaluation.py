@@ -1,4 +1,4 @@
-"""Robustness, measured: corruptions, attacks, calibration, and the uncertainty of every figure.
+"""One model over one set of images, clean, corrupted and attacked.
 
 `evaluate_robustness` runs one model over one set of images, clean and damaged, and gives plain
 rows. It takes any `nn.Module` that maps (B, C, H, W) to logits and leaves no trace: train mode per
@@ -25,30 +25,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from inmerge_wrap.attacks import Attack, PixelClassifier, attack_batch, worst_case
-from inmerge_wrap.corruptions import Corruption, check_images, corrupt, resolve_preset
-from inmerge_wrap.metrics import (
+from inmerge_wrap.robustness.attacks import Attack, PixelClassifier, attack_batch, worst_case
+from inmerge_wrap.robustness.corruptions import Corruption, check_images, corrupt, resolve_preset
+from inmerge_wrap.robustness.metrics import (
     LEVEL,
     bootstrap_weights,
     check_coverages,
     check_logits,
     check_targets,
     classification_metrics,
-    paired_difference,
     percentile_interval,
     resolve_task,
     to_probabilities,
 )
 
-__all__ = [
-    "Attack",
-    "RobustnessResult",
-    "bootstrap_weights",
-    "classification_metrics",
-    "evaluate_robustness",
-    "paired_difference",
-    "percentile_interval",
-]
+__all__ = ["RobustnessResult", "compare_results", "evaluate_robustness"]
+
 _CLEAN = ("clean", 0)
 
 Row = dict[str, Any]
@@ -174,6 +166,7 @@ def evaluate_robustness(
     coverages: Sequence[float] = (0.5, 0.8, 0.9),
     bootstrap: int = 1000,
     device: torch.device | str | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> RobustnessResult:
     """Measure how a model fares on damaged pictures.
 
@@ -221,6 +214,8 @@ def evaluate_robustness(
         coverages: Shares of the images for the selective accuracy.
         bootstrap: Number of resamples; 0 for no intervals.
         device: Where the model is; taken from its parameters if None.
+        progress: Called with the number of images after each condition of a batch: each image
+            passes once clean, once for every corruption and severity, once for every attack.
 
     Returns:
         Rows, settings and times.
@@ -263,6 +258,7 @@ def evaluate_robustness(
             threshold=threshold,
             seed=seed,
             device=where,
+            progress=progress or (lambda images: None),
         )
     settings = {
         "task": task,
@@ -293,6 +289,61 @@ def evaluate_robustness(
         if "balanced_error" in score.replicates
     }
     return RobustnessResult(rows, settings, run.seconds, replicates)
+
+
+def compare_results(result: RobustnessResult, baseline: RobustnessResult) -> list[Row]:
+    """Balanced error of one model minus that of another on the same images; below 0 is better.
+
+    Both models are scored on the same resamples of the images, so that what an image's difficulty
+    does to both cancels in the interval: it is narrower than the two intervals would suggest.
+
+    Args:
+        result: Of the model in question.
+        baseline: Of the one to compare with, on the same data with the same settings.
+
+    Returns:
+        One dict for each condition, in the order of `result.rows`: `corruption`, `severity`,
+        `kind`, `difference`, and its 95 % percentile interval `difference_low`, `difference_high`
+        where both results were computed with a bootstrap in this process. Conditions where a
+        balanced error is undefined are absent.
+
+    Raises:
+        ValueError: If the two were measured on other data, with other settings, or under other
+            corruptions.
+    """
+    _check_baseline(baseline, result.settings)
+    differences = []
+    for row in result.rows:
+        condition = row["corruption"], row["severity"]
+        theirs = baseline.value("balanced_error", *condition)
+        if "balanced_error" not in row or theirs is None:
+            continue
+        entry: Row = {name: row[name] for name in ("corruption", "severity", "kind")}
+        entry["difference"] = row["balanced_error"] - theirs
+        mine_drawn, their_drawn = (_drawn(of, *condition) for of in (result, baseline))
+        if mine_drawn is not None and their_drawn is not None:
+            interval = percentile_interval(mine_drawn - their_drawn)
+            if interval is not None:
+                entry["difference_low"], entry["difference_high"] = interval
+        differences.append(entry)
+    return differences
+
+
+def _drawn(
+    result: RobustnessResult, corruption: str, severity: int | float | str
+) -> np.ndarray | None:
+    """Bootstrap values of the balanced error of any row, those that are means as well."""
+    if corruption == "all":
+        parts = [_drawn(result, name, "mean") for name in result.settings["corruptions"]]
+    elif severity == "mean":
+        levels = result.settings["severities"]
+        parts = [result.replicates.get((corruption, level)) for level in levels]
+    else:
+        key = str(severity) if isinstance(severity, float) else severity
+        return result.replicates.get((corruption, key))
+    known = [part for part in parts if part is not None]
+    # An interval is of the same mean as the value, or of nothing.
+    return np.mean(known, axis=0) if known and len(known) == len(parts) else None
 
 
 @dataclass
@@ -362,6 +413,7 @@ def _run(
     threshold: float | Sequence[float],
     seed: int,
     device: torch.device,
+    progress: Callable[[int], None],
 ) -> _Run:
     """Pass every batch through the model, clean, damaged and attacked."""
     logits: dict[Condition, list[Tensor]] = {}
@@ -399,12 +451,14 @@ def _run(
         truth = check_targets(labels, clean.shape, task)
         targets.append(truth.cpu())
         logits.setdefault(_CLEAN, []).append(clean.float().cpu())
+        progress(len(images))
         indices = range(seen, seen + len(images))
         for entry in corruptions:
             for level in levels:
                 with clock("corruption"):
                     damaged = corrupt(images, entry, level, seed=seed, indices=indices)
                 logits.setdefault((entry.name, level), []).append(infer(damaged).float().cpu())
+                progress(len(images))
         for attack in attacks:
             with clock("attacks"):
                 moved = attack_batch(
@@ -417,6 +471,7 @@ def _run(
                 )
             worst = worst_case(clean, infer(moved), truth.to(device), task, threshold)
             logits.setdefault((attack.name, str(attack.eps)), []).append(worst.float().cpu())
+            progress(len(images))
         seen += len(images)
     if not targets:
         raise ValueError("the loader is empty; give it at least one batch (images, labels)")

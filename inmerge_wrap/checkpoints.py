@@ -1,0 +1,270 @@
+"""Networks from the checkpoints of training scripts, whatever wrapped them when they were saved.
+
+Pickles are opened with ``weights_only=True``: they cannot run code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+import shlex
+import types
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from inmerge_wrap.architectures import build, is_timm_folder
+
+__all__ = ["load_network", "read_state"]
+
+_WEIGHTS = ("state_dict", "model_state_dict", "model")  # where training scripts put weights
+_AVERAGES = ("state_dict_ema", "model_ema")  # where timm and torchvision put their average
+# Settings that scripts save beside the weights. They hold values and run nothing.
+_SETTINGS: list[Any] = [argparse.Namespace, types.SimpleNamespace, type(pathlib.Path())]
+_TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def load_network(
+    weights: str | Path,
+    arch: str | None = None,
+    *,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    key: str | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A network with the weights of a checkpoint, whatever wrapped it when it was written.
+
+    Prefixes of wrappers and training frameworks, the number of outputs and the image channels are
+    found by comparison with the network.
+
+    Args:
+        weights: A .safetensors file, a state dict (.pt, .pth) or a training script's checkpoint,
+            a checkpoint folder of Accelerate, or a timm folder.
+        arch: The architecture, see :func:`inmerge_wrap.architectures.resolve`; a timm folder
+            brings its own.
+        num_classes: Outputs; those of the weights if None.
+        in_chans: Image channels; those of the weights if None.
+        key: See :func:`read_state`.
+
+    Returns:
+        The network, and the arguments that its architecture is created with.
+
+    Raises:
+        ValueError: If the file cannot be read or does not fit the network; the message says what
+            would.
+    """
+    weights = Path(weights)
+    if is_timm_folder(weights):
+        if arch is not None:
+            raise ValueError(f"{weights} brings its own architecture: leave out --arch")
+        config = json.loads((weights / "config.json").read_text(encoding="utf-8"))
+        arguments = {"num_classes": config["num_classes"], **config.get("model_args", {})}
+        return build(str(weights), num_classes, in_chans), arguments
+    state = read_state(weights, key=key)
+    if arch is None:
+        raise ValueError(f"{weights} holds weights alone: name the network with --arch")
+    network = build(arch, num_classes, in_chans)
+    fitted = _without_prefix(state, network, arch)
+    fitting = _fitting_arguments(fitted, network)
+    asked = {"num_classes": num_classes, "in_chans": in_chans}
+    if fitting:
+        if any(asked[name] is not None for name in fitting):
+            options = shlex.join(
+                part
+                for name, value in fitting.items()
+                for part in (f"--{name.replace('_', '-')}", str(value))
+            )
+            raise ValueError(
+                f"{weights} does not fit {arch} with "
+                f"{', '.join(f'{n}={asked[n]}' for n in fitting if asked[n] is not None)}: "
+                f"call it with {options}, or leave it out"
+            )
+        asked |= fitting
+        network = build(arch, **asked)
+    _check_shapes(fitted, network, weights, arch)
+    network.load_state_dict(fitted)
+    return network, {name: value for name, value in asked.items() if value is not None}
+
+
+def read_state(path: str | Path, *, key: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, by name.
+
+    Args:
+        path: A file, or a folder that Accelerate wrote.
+        key: The entry of a training script's checkpoint that holds the weights, for example
+            ``"state_dict_ema"``; found by itself if None. Where there is an average beside the
+            weights, the weights are taken, with a warning.
+
+    Raises:
+        ValueError: If there is no such file or entry, or it cannot be read without running code.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.exists():
+        raise ValueError(f"no such file or folder: {path}")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is no safetensors file ({error})") from error
+    content = _unpickled(path)
+    if key is not None:
+        if not isinstance(content, Mapping) or key not in content:
+            keys = ", ".join(map(str, content)) if isinstance(content, Mapping) else "none"
+            raise ValueError(f"{path} has no entry {key!r}; it has {keys}")
+        content = content[key]
+    else:
+        content = _weights_of(content, path)
+    state = {
+        str(name): value
+        for name, value in (content.items() if isinstance(content, Mapping) else ())
+        if isinstance(value, Tensor)
+    }
+    if not state:
+        raise ValueError(f"{path} holds no state dict, but {type(content).__name__}")
+    return state
+
+
+def _weights_of(content: Any, path: Path) -> Any:
+    """The weights inside a training script's checkpoint, or what was given if they are bare."""
+    if isinstance(content, Mapping):
+        averages = [name for name in _AVERAGES if isinstance(content.get(name), Mapping)]
+        weights = [name for name in _WEIGHTS if isinstance(content.get(name), Mapping)]
+        if averages and weights:
+            warnings.warn(
+                f"{path} holds the weights ({weights[0]}) and their moving average "
+                f"({averages[0]}): the weights are taken; for the average, pass --key "
+                f"{averages[0]}",
+                stacklevel=3,
+            )
+    for name in _WEIGHTS:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    return content
+
+
+def _unpickled(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals(_SETTINGS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle raises anything at all
+        raise ValueError(
+            f"{path} cannot be read as a state dict ({_why_unreadable(path, error)}): write one "
+            "with torch.save(model.state_dict(), path) or export_weights(model, path)"
+        ) from error
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    try:
+        with torch.serialization.safe_globals(_SETTINGS):
+            foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # not a file of torch.save, or an old one
+        foreign = []
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        return f"it holds objects that could run code: {', '.join(foreign[:3])}{more}"
+    lines = _TERMINAL_CODES.sub("", str(error)).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _read_folder(path: Path) -> dict[str, Tensor]:
+    """The weights of a folder that Accelerate wrote, in one file or in shards."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return {
+            name: tensor for shard in shards for name, tensor in read_state(path / shard).items()
+        }
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return read_state(path / name)
+    found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+    raise ValueError(
+        f"{path} holds no model.safetensors (it holds {found}); name the file of the weights"
+    )
+
+
+def _without_prefix(
+    state: Mapping[str, Tensor], network: nn.Module, arch: str
+) -> dict[str, Tensor]:
+    """The network's own entries of a state dict, under their own names.
+
+    Whatever a wrapper or a training framework put before the names (``module.``, ``model.``,
+    ``net.``) is found by comparison with the names that the network has.
+    """
+    plain = {
+        name.replace("_orig_mod.", ""): value
+        for name, value in state.items()
+        if not name.endswith("_extra_state")
+    }
+    own = list(network.state_dict())
+    prefixes = {
+        name.removesuffix(mine)
+        for mine in (own[0], own[-1])
+        for name in plain
+        if name == mine or name.endswith(f".{mine}")
+    } or {""}
+    held = {prefix: sum(f"{prefix}{name}" in plain for name in own) for prefix in sorted(prefixes)}
+    best = max(held, key=lambda prefix: held[prefix])
+    rivals = [prefix for prefix in held if held[prefix] == held[best] > 0]
+    if len(rivals) > 1:
+        raise ValueError(
+            f"the checkpoint holds {arch} {len(rivals)} times, under {', '.join(rivals)}; save the "
+            "state dict of the one that is meant"
+        )
+    if held[best] < 0.5 * len(own):
+        first = next(iter(plain), "nothing")
+        raise ValueError(
+            f"these are not the weights of {arch}: {held[best]} of its {len(own)} tensors are "
+            f"there (the file begins with {first!r}, the network with {own[0]!r})"
+        )
+    return {
+        name.removeprefix(best): value for name, value in plain.items() if name.startswith(best)
+    }
+
+
+def _fitting_arguments(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, int]:
+    """Outputs and image channels of the weights, where they are not those of the network."""
+    layers = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    outputs = getattr(network, "num_classes", layers[-1].weight.shape[0])
+    channels = next((m.in_channels for m in layers if isinstance(m, nn.Conv2d)), None)
+    fitting = {}
+    for name, mine in network.state_dict().items():
+        theirs = state.get(name)
+        if theirs is None or theirs.ndim != mine.ndim or theirs.ndim == 0:
+            continue
+        (my_rows, *my_rest), (rows, *rest) = mine.shape, theirs.shape
+        if rest == my_rest and my_rows == outputs != rows:
+            fitting["num_classes"] = rows
+        elif mine.ndim == 4 and rows == my_rows and my_rest[0] == channels != rest[0]:
+            fitting["in_chans"] = rest[0]
+    return fitting
+
+
+def _check_shapes(
+    state: Mapping[str, Tensor], network: nn.Module, weights: Path, arch: str
+) -> None:
+    own = network.state_dict()
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    wrong = [
+        f"{name} is {tuple(state[name].shape)} and not {tuple(mine.shape)}"
+        for name, mine in own.items()
+        if name in state and state[name].shape != mine.shape
+    ]
+    problems = [
+        f"{what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        for what, names in (("missing", missing), ("not in it", unexpected), ("shapes", wrong))
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{weights} does not fit {arch}; {'; '.join(problems)}")

@@ -1,0 +1,32 @@
+"""Robustness, measured: corruptions, attacks, calibration, and the uncertainty of every figure.
+
+    result = evaluate_robustness(model, loader, preset="dermatoscopy", mean=0.5, std=0.5)
+    result.value("balanced_error", "motion_blur", severity=3)
+
+`evaluation` runs a model over images, `corruptions` and `attacks` damage them, `metrics` scores
+what came out.
+"""
+
+from inmerge_wrap.robustness.attacks import Attack
+from inmerge_wrap.robustness.evaluation import (
+    RobustnessResult,
+    compare_results,
+    evaluate_robustness,
+)
+from inmerge_wrap.robustness.metrics import (
+    bootstrap_weights,
+    classification_metrics,
+    paired_difference,
+    percentile_interval,
+)
+
+__all__ = [
+    "Attack",
+    "RobustnessResult",
+    "bootstrap_weights",
+    "classification_metrics",
+    "compare_results",
+    "evaluate_robustness",
+    "paired_difference",
+    "percentile_interval",
+]

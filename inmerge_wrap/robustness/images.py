@@ -1,0 +1,177 @@
+"""Labelled images for an evaluation: MedMNIST's files, and folders with one folder per class.
+
+Pixels are in [0, 1] and not normalised, in a fixed order: what `evaluate_robustness` reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+__all__ = ["ImageFolder", "fit_images", "read_npz"]
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+
+
+def read_npz(path: str | Path, split: str = "test") -> tuple[Tensor, Tensor]:
+    """Images and labels of a file in MedMNIST's layout.
+
+    Args:
+        path: An .npz with `SPLIT_images`, bytes of shape (N, H, W) or (N, H, W, 3), and
+            `SPLIT_labels` (N, 1) or (N, L).
+        split: "train", "val" or "test".
+
+    Returns:
+        Images (N, C, H, W) in [0, 1], labels (N,) or (N, L).
+
+    Raises:
+        ValueError: If the file is not so.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"no such file: {path}")
+    try:
+        with open(path, "rb") as file, np.load(file) as content:
+            images, labels = content[f"{split}_images"], content[f"{split}_labels"]
+    except (KeyError, ValueError, OSError, EOFError, TypeError, BadZipFile) as error:
+        raise ValueError(
+            f"{path} is not in the MedMNIST layout: an .npz with {split}_images (N, H, W) or "
+            f"(N, H, W, 3), bytes, and {split}_labels (N, 1) or (N, L); {error}"
+        ) from error
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
+        raise ValueError(
+            f"{split}_images of {path} are {images.dtype} {images.shape} with {labels.shape} "
+            "labels; bytes (N, H, W) or (N, H, W, 3) with one row of labels each are needed"
+        )
+    pixels = torch.from_numpy(images).float() / 255
+    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+    targets = torch.from_numpy(labels.astype("int64"))
+    return pixels.contiguous(), targets.squeeze(1) if targets.shape[1:] == (1,) else targets
+
+
+def fit_images(images: Tensor, channels: int, size: tuple[int, int] | None = None) -> Tensor:
+    """Images with the channels and of the size that a network reads.
+
+    Args:
+        images: (N, C, H, W) in [0, 1]; grey ones are repeated for a network of three channels.
+        channels: That the network reads.
+        size: Height and width to resize to, in pixels; None to leave them.
+
+    Raises:
+        ValueError: If the channels do not fit.
+    """
+    found = images.shape[1]
+    if found == 1 and channels == 3:
+        images = images.expand(-1, 3, -1, -1)
+    elif found != channels:
+        raise ValueError(f"the images have {found} channels and the network reads {channels}")
+    if size is not None and tuple(images.shape[-2:]) != size:
+        images = nn.functional.interpolate(
+            images, size, mode="bilinear", antialias=True, align_corners=False
+        ).clamp(0, 1)
+    return images
+
+
+class ImageFolder(Dataset[tuple[Tensor, int]]):
+    """The images of FOLDER/CLASS/*, or of FOLDER/SPLIT/CLASS/* where there is such a split.
+
+    Images are resized and cropped as timm does at inference, read one by one as they are needed.
+
+    Args:
+        folder: Holds one folder for each class.
+        split: Folder to look into where there is one of that name.
+        config: Size, interpolation and crop as timm stores them; `input_size` is needed.
+        classes: Names in the order of the outputs; those of the folders, sorted, if None.
+        limit: Only so many images, evenly spaced over all classes.
+
+    Attributes:
+        classes: Names in the order of the labels.
+        paths: Of the images, class by class.
+        labels: (N,), the place of each image's class in `classes`.
+
+    Raises:
+        ValueError: If there are no images, or a folder is not among `classes`.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        config: Mapping[str, Any],
+        split: str = "test",
+        classes: Sequence[str] | None = None,
+        limit: int | None = None,
+    ) -> None:
+        from timm.data import create_transform, resolve_data_config
+
+        root = Path(folder)
+        root = root / split if (root / split).is_dir() else root
+        found = {entry.name: _images_in(entry) for entry in sorted(root.iterdir()) if _shown(entry)}
+        found = {name: paths for name, paths in found.items() if paths}
+        if not found:
+            raise ValueError(
+                f"{root} holds no images in folders of classes: {split}/CLASS/*.png or CLASS/*.png "
+                f"are needed, one of {', '.join(sorted(_SUFFIXES))}"
+            )
+        self.classes = list(found) if classes is None else list(classes)
+        foreign = [name for name in found if name not in self.classes]
+        if foreign:
+            raise ValueError(
+                f"{root} has folders that are no class of the model: {', '.join(foreign[:5])}; its "
+                f"classes are {', '.join(self.classes)}"
+            )
+        named = [(path, self.classes.index(name)) for name in found for path in found[name]]
+        if limit is not None and limit < len(named):
+            # Not the first ones, which are of one class.
+            places = np.linspace(0, len(named) - 1, limit).round().astype(int)
+            named = [named[place] for place in places]
+        self.paths = [path for path, _ in named]
+        self.labels = torch.tensor([label for _, label in named])
+        prepared = resolve_data_config({}, pretrained_cfg=dict(config))
+        self._channels = prepared["input_size"][0]
+        prepared |= {"mean": (0.0,) * self._channels, "std": (1.0,) * self._channels}
+        self._prepare = create_transform(**prepared, is_training=False)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Pixels (C, H, W) in [0, 1] and the label.
+
+        Raises:
+            ValueError: If the file is no image; the message names it.
+        """
+        pixels = self._prepare(_open(self.paths[index], self._channels))
+        return pixels, int(self.labels[index])
+
+
+def _shown(entry: Path) -> bool:
+    return entry.is_dir() and not entry.name.startswith(".")
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
+    )
+
+
+def _open(path: Path, channels: int) -> Any:
+    """The image as PIL opens it, upright, with eight bits in each of 1 or 3 channels."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16 bits, which PIL would cut off at 255
+                upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
+            return upright.convert("L" if channels == 1 else "RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error

@@ -1,0 +1,310 @@
+"""Pictures of kernels: cosines over the depth, cosine matrices, and the paper's Figure 1.
+
+Each function takes what :func:`inmerge_wrap.similarity.measure_similarity` gave and returns a
+matplotlib figure that nothing has shown or stored yet.
+
+    plot_pairs(measure_similarity(model)).savefig("pairs.png")
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from inmerge_wrap.similarity import KernelPair, LayerSimilarity, similarity_histogram
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_matrices", "plot_overview", "plot_pairs"]
+
+Theme = Literal["light", "dark"]
+
+# Okabe and Ito's colours, told apart by every kind of colour vision, and readable on both grounds.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MOSAIC = 16  # channels of a kernel that a picture shows
+
+
+def plot_overview(
+    layers: Sequence[LayerSimilarity],
+    *,
+    thresholds: Sequence[float] = (0.1, 0.3, 0.5),
+    theme: Theme = "light",
+) -> Figure:
+    """Cosines, share of similar pairs and effective rank of all layers, over the depth.
+
+    Args:
+        layers: What :func:`measure_similarity` gave.
+        thresholds: Cosines above which the share of pairs is drawn.
+        theme: ``"light"`` for paper, ``"dark"`` for a dark notebook.
+
+    Returns:
+        A figure with three panels.
+    """
+    _check_layers(layers)
+    with _themed(theme) as figure_of:
+        figure = figure_of(7.0, 6.0)
+        axes = figure.subplots(3, 1, sharex=True, height_ratios=(2.2, 1, 1))
+        places = range(1, len(layers) + 1)
+        _draw_histograms(axes[0], layers)
+        for threshold, colour, marker in zip(thresholds, _COLOURS, "osD^vP", strict=False):
+            shares = [100 * layer.share_above(threshold) for layer in layers]
+            label = f"cosine > {threshold:g}"
+            axes[1].plot(places, shares, marker, ls="-", c=colour, ms=3.5, lw=1, label=label)
+        axes[1].set_ylabel("pairs [%]")
+        axes[1].set_yscale("symlog", linthresh=0.1)
+        axes[1].set_ylim(bottom=0)
+        # Above the panel: inside of it, any corner may hold data.
+        axes[1].legend(
+            ncols=len(thresholds), loc="lower right", bbox_to_anchor=(1, 1), frameon=False
+        )
+        ranks = [layer.effective_rank for layer in layers]
+        axes[2].plot(places, ranks, "o-", c=_COLOURS[0], ms=3.5, lw=1)
+        axes[2].set_ylim(0, 1.05)
+        axes[2].set_ylabel("effective rank")
+        axes[2].set_xlabel("convolution, in depth order")
+        step = math.ceil(len(layers) / 24)
+        shown = range(0, len(layers), step)
+        axes[2].set_xticks([i + 1 for i in shown], [layers[i].name for i in shown], rotation=90)
+    return figure
+
+
+def plot_matrices(
+    layers: Sequence[LayerSimilarity],
+    *,
+    most: int = 48,
+    columns: int = 6,
+    theme: Theme = "light",
+) -> Figure:
+    """One cosine matrix per layer.
+
+    A deep layer has too many kernels for a small picture, and most pairs are alike in being
+    unlike: each panel shows those kernels that have the closest partners, neighbours side by side.
+
+    Args:
+        layers: What :func:`measure_similarity` gave.
+        most: Kernels per panel.
+        columns: Panels per row.
+        theme: ``"light"`` for paper, ``"dark"`` for a dark notebook.
+
+    Returns:
+        A figure with one panel per layer and one scale for all.
+    """
+    _check_layers(layers)
+    columns = min(columns, len(layers))
+    rows = math.ceil(len(layers) / columns)
+    with _themed(theme) as figure_of:
+        figure = figure_of(max(3.2, 1.25 * columns), 0.9 + 1.4 * rows)
+        panels = figure.subplots(rows, columns, squeeze=False).flatten()
+        for panel, layer in zip(panels, layers, strict=False):
+            chosen = _closest_kernels(layer.cosines, most)
+            image = panel.imshow(
+                layer.cosines[chosen][:, chosen].numpy(),
+                cmap="RdBu_r",
+                vmin=-1,
+                vmax=1,
+                rasterized=True,
+            )
+            panel.set_title(_shortened(layer.name, 20), fontsize=7, pad=2)
+            panel.set_xlabel(f"{len(chosen)} of {layer.shape[0]}", fontsize=6, labelpad=1)
+            panel.set_xticks([])
+            panel.set_yticks([])
+            panel.spines[:].set_visible(False)
+        for panel in panels[len(layers) :]:
+            panel.set_axis_off()
+        bar = figure.colorbar(image, ax=panels.tolist(), location="bottom", shrink=0.5, aspect=40)
+        bar.set_label("cosine of two kernels")
+    return figure
+
+
+def plot_pairs(
+    layers: Sequence[LayerSimilarity],
+    *,
+    count: int = 4,
+    theme: Theme = "light",
+) -> Figure:
+    """The most and the least similar pairs of kernels as pictures, as in the paper's Figure 1.
+
+    Pairs are taken from all layers given, at most one of each kind per layer while there are
+    layers enough. A kernel is drawn as a mosaic of its input channels, the 16 that weigh most in
+    the pair; a 1x1 kernel as a square of its heaviest weights, at most 256; a kernel of three
+    channels as a colour picture. Both kernels of a pair share one scale, each after division by
+    its own length: the cosine does not see the length either.
+
+    Args:
+        layers: What :func:`measure_similarity` gave.
+        count: Pairs of each kind.
+        theme: ``"light"`` for paper, ``"dark"`` for a dark notebook.
+
+    Returns:
+        A figure with two rows of pairs.
+
+    Raises:
+        ValueError: If no layer has a pair.
+    """
+    _check_layers(layers)
+    similar = _choose_pairs([(layer, layer.most_similar) for layer in layers], count, highest=True)
+    apart = _choose_pairs([(layer, layer.least_similar) for layer in layers], count, highest=False)
+    if not similar:
+        raise ValueError("no layer has a pair of comparable kernels to draw")
+    with _themed(theme) as figure_of:
+        figure = figure_of(max(3.4, 1.75 * len(similar)), 3.1)
+        halves = figure.subfigures(2, 1)
+        for half, title, chosen in zip(
+            halves, ("most similar", "least similar"), (similar, apart), strict=True
+        ):
+            half.suptitle(title, fontsize=9, x=0.01, ha="left")
+            panels = half.subplots(1, 3 * len(chosen) - 1, width_ratios=_with_gaps(len(chosen)))
+            for gap in panels[2::3]:
+                gap.set_axis_off()
+            for place, (layer, pair) in enumerate(chosen):
+                left, right = panels[3 * place], panels[3 * place + 1]
+                for panel, picture in zip((left, right), _pictures(pair.kernels), strict=True):
+                    panel.imshow(
+                        picture.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest"
+                    )
+                    panel.set_xticks([])
+                    panel.set_yticks([])
+                    panel.spines[:].set_visible(True)  # or two mosaics run into one
+                    panel.spines[:].set_linewidth(0.5)
+                left.set_xlabel(f"#{pair.first}", fontsize=7, labelpad=2)
+                right.set_xlabel(f"#{pair.second}", fontsize=7, labelpad=2)
+                left.set_title(
+                    f"{_shortened(layer.name, 22)}\ncos = {pair.cosine:.2f}",
+                    fontsize=7,
+                    loc="left",
+                    pad=3,
+                )
+    return figure
+
+
+def _check_layers(layers: Sequence[LayerSimilarity]) -> None:
+    if not layers:
+        raise ValueError("layers is empty: pass what measure_similarity(model) returned")
+
+
+@contextmanager
+def _themed(theme: Theme) -> Iterator[Any]:
+    """Gives a function that makes figures, which keep their colours on any background.
+
+    The figures are made without pyplot: nothing global changes, and no window opens.
+    """
+    if theme not in ("light", "dark"):
+        raise ValueError(f"theme must be 'light' or 'dark', got {theme!r}")
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('pictures need matplotlib: pip install "inmerge-wrap[cli]"') from error
+    ground, ink = ("#ffffff", "#1a1a1a") if theme == "light" else ("#16181d", "#e8e8e8")
+    settings: dict[Any, Any] = {
+        "font.size": 8,
+        "text.color": ink,
+        "axes.labelcolor": ink,
+        "axes.edgecolor": ink,
+        "axes.facecolor": ground,
+        "figure.facecolor": ground,
+        "savefig.facecolor": ground,
+        "xtick.color": ink,
+        "ytick.color": ink,
+        "xtick.labelsize": 6.5,
+        "ytick.labelsize": 7,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.dpi": 150,
+        "savefig.dpi": 200,
+    }
+    with mpl.rc_context(settings):
+        yield lambda width, height: Figure(figsize=(width, height), layout="constrained")
+
+
+def _draw_histograms(axes: Axes, layers: Sequence[LayerSimilarity]) -> None:
+    """One column per layer: how its pairs spread over the cosines, and what chance would give."""
+    from matplotlib.colors import LogNorm
+
+    density = torch.stack([similarity_histogram(layer.cosines)[0] for layer in layers], dim=1)
+    share = 100 * density / density.sum(dim=0).clamp_min(1)
+    image = axes.imshow(
+        share.masked_fill(share == 0, math.nan).numpy(),
+        origin="lower",
+        aspect="auto",
+        extent=(0.5, len(layers) + 0.5, -1, 1),
+        norm=LogNorm(1e-3, 100),
+        cmap="viridis",
+        interpolation="nearest",
+        rasterized=True,
+    )
+    chance = [2 * layer.chance for layer in layers]
+    places = range(1, len(layers) + 1)
+    style: dict[str, Any] = {"c": _COLOURS[1], "lw": 1, "drawstyle": "steps-mid"}
+    axes.plot(places, chance, **style, label="two standard deviations of random kernels")
+    axes.plot(places, [-value for value in chance], **style)
+    axes.set_ylim(-1, 1)
+    axes.set_ylabel("cosine of two kernels")
+    axes.legend(loc="lower right", frameon=False)
+    axes.figure.colorbar(image, ax=axes, label="pairs of the layer [%]", pad=0.01)
+
+
+def _closest_kernels(cosines: Tensor, most: int) -> list[int]:
+    """Kernels with the closest partners, each followed by the one most like it of those left."""
+    likeness = cosines.nan_to_num(-1.0).fill_diagonal_(-1.0)
+    chosen = likeness.amax(dim=1).topk(min(most, len(likeness))).indices
+    likeness = likeness[chosen][:, chosen]
+    path, left = [0], set(range(1, len(chosen)))
+    while left:
+        nearest = max(left, key=lambda i: likeness[path[-1], i].item())
+        path.append(nearest)
+        left.remove(nearest)
+    return chosen[path].tolist()
+
+
+def _choose_pairs(
+    offers: Sequence[tuple[LayerSimilarity, tuple[KernelPair, ...]]], count: int, *, highest: bool
+) -> list[tuple[LayerSimilarity, KernelPair]]:
+    """The most extreme pairs; a layer's second pair only where the layers' first do not suffice."""
+    ranked = [
+        (rank, pair.cosine, layer, pair)
+        for layer, pairs in offers
+        for rank, pair in enumerate(pairs)
+    ]
+    ranked.sort(key=lambda entry: (entry[0], -entry[1] if highest else entry[1]))
+    taken = sorted(ranked[:count], key=lambda entry: entry[1], reverse=highest)
+    return [(layer, pair) for _, _, layer, pair in taken]
+
+
+def _pictures(kernels: Tensor) -> list[Tensor]:
+    """Pictures of two kernels (2, C, kH, kW): (rows, columns), or (kH, kW, 3) for colours."""
+    flat = kernels.flatten(1)
+    unit = (flat / flat.norm(dim=1, keepdim=True)).view_as(kernels)
+    scaled = unit / unit.abs().amax()
+    channels, height, width = scaled.shape[1:]
+    if channels == 3 and height * width > 1:
+        return list((scaled.permute(0, 2, 3, 1) + 1) / 2)
+    if height * width == 1:  # a kernel of weights alone: all of them, as square as possible
+        height = width = max(1, math.isqrt(min(channels, 256)))
+        weight = scaled.flatten(1)
+        heaviest = weight.square().sum(0).topk(height * width).indices.sort().values
+        return list(weight[:, heaviest].reshape(-1, height, width))
+    side = max(1, math.isqrt(min(channels, _MOSAIC)))
+    heaviest = scaled.square().sum((0, 2, 3)).topk(side * side).indices.sort().values
+    tiles = scaled[:, heaviest].reshape(-1, side, side, height, width)
+    # A line of NaN between the tiles is drawn as the background.
+    framed = nn.functional.pad(tiles, (0, 1, 0, 1), value=math.nan)
+    mosaic = framed.permute(0, 1, 3, 2, 4).reshape(-1, side * (height + 1), side * (width + 1))
+    return list(mosaic[:, :-1, :-1])
+
+
+def _with_gaps(pairs: int) -> list[float]:
+    return ([1.0, 1.0, 0.25] * pairs)[:-1]
+
+
+def _shortened(name: str, length: int) -> str:
+    return name if len(name) <= length else "…" + name[1 - length :]

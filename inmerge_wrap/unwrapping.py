@@ -1,0 +1,48 @@
+"""The network inside what wraps it, and whether anything in a model merges.
+
+Wrappers are known by the names of their classes: so nothing here imports them, and whoever takes
+any ``nn.Module`` (export, model cards, similarity) does without the wrapper's code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+__all__ = ["find_wrapper", "named_wrappers", "unwrap"]
+
+_MERGING = "InMergeWrapper"
+_WRAPPERS = {
+    _MERGING,
+    "AveragedModel",
+    "DataParallel",
+    "DistributedDataParallel",
+    "ModelEmaV2",
+    "ModelEmaV3",
+    "OptimizedModule",
+}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside InMergeWrapper, DDP, torch.compile and weight averages, in any order."""
+    while _class_names(model) & _WRAPPERS:
+        children = dict(model.named_children())
+        model = children["_orig_mod"] if "_orig_mod" in children else children["module"]
+    return model
+
+
+def named_wrappers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every InMergeWrapper in a model with its name there, "" for the model itself."""
+    for name, module in model.named_modules():
+        if _MERGING in _class_names(module):
+            yield name, module
+
+
+def find_wrapper(model: nn.Module) -> nn.Module | None:
+    """The outermost InMergeWrapper of a model, alone or inside DDP or torch.compile; or None."""
+    return next((wrapper for _, wrapper in named_wrappers(model)), None)
+
+
+def _class_names(module: nn.Module) -> set[str]:
+    return {kind.__name__ for kind in type(module).__mro__}

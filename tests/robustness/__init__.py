@@ -1,0 +1,1 @@
+"""Tests of inmerge_wrap.robustness, file by file."""

@@ -1,0 +1,120 @@
+"""Folders of images, against what was written into them and what timm makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from inmerge_wrap.robustness.images import ImageFolder, fit_images
+
+CONFIG = {"input_size": (3, 16, 16), "crop_pct": 1.0, "interpolation": "bicubic"}
+
+
+def picture(seed: int, shape: tuple[int, ...] = (16, 16, 3)) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def save(folder: Path, name: str, array: np.ndarray, **options: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(folder / name, **options)
+    return folder / name
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for index in range(3):
+        save(tmp_path / "cat", f"{index}.png", picture(index))
+    for index in range(2):
+        save(tmp_path / "ant" / "more", f"{index}.png", picture(10 + index))
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    (tmp_path / ".hidden").mkdir()
+    return tmp_path
+
+
+def test_images_come_class_by_class_with_their_pixels(folder: Path) -> None:
+    data = ImageFolder(folder, config=CONFIG)
+    assert data.classes == ["ant", "cat"]
+    assert data.labels.tolist() == [0, 0, 1, 1, 1]
+    for index, seed in enumerate([10, 11, 0, 1, 2]):
+        pixels, label = data[index]
+        expected = torch.from_numpy(picture(seed)).permute(2, 0, 1) / 255
+        assert torch.equal(pixels, expected) and label == data.labels[index]
+
+
+def test_a_split_is_taken_where_there_is_one(folder: Path) -> None:
+    for name in ("ant", "cat"):
+        save(folder / "val" / name, "only.png", picture(20))
+    assert len(ImageFolder(folder, config=CONFIG, split="val")) == 2
+    assert len(ImageFolder(folder / "val", config=CONFIG)) == 2
+
+
+def test_labels_follow_the_order_of_the_model(folder: Path) -> None:
+    data = ImageFolder(folder, config=CONFIG, classes=["dog", "cat", "ant"])
+    assert data.labels.tolist() == [2, 2, 1, 1, 1]
+    with pytest.raises(ValueError, match=r"no class of the model: ant.*classes are dog, cat"):
+        ImageFolder(folder, config=CONFIG, classes=["dog", "cat"])
+
+
+def test_images_are_resized_and_cropped_as_timm_does(tmp_path: Path) -> None:
+    path = save(tmp_path / "a", "wide.png", picture(0, (40, 60, 3)))
+    config = {"input_size": (3, 16, 24), "crop_pct": 0.8, "interpolation": "bilinear"}
+    pixels, _ = ImageFolder(tmp_path, config=config)[0]
+    stock = timm.data.create_transform((3, 16, 24), interpolation="bilinear", crop_pct=0.8)
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1)
+        for values in (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
+    )
+    torch.testing.assert_close((pixels - mean) / std, stock(Image.open(path)))
+
+
+def test_every_depth_of_bits_and_colour_is_read(tmp_path: Path) -> None:
+    grey = picture(0, (16, 16))
+    save(tmp_path / "a", "1_grey.png", grey)
+    save(tmp_path / "a", "2_deep.png", grey.astype(np.uint16) * 257)
+    save(tmp_path / "a", "3_alpha.png", np.dstack([picture(1), np.full((16, 16), 7, np.uint8)]))
+    for channels in (1, 3):
+        data = ImageFolder(tmp_path, config={**CONFIG, "input_size": (channels, 16, 16)})
+        expected = (torch.from_numpy(grey) / 255).expand(channels, -1, -1)
+        assert torch.equal(data[0][0], expected) and torch.equal(data[1][0], expected)
+        assert data[2][0].shape == (channels, 16, 16)
+
+
+def test_a_photograph_lying_on_its_side_is_put_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to the right
+    save(tmp_path / "a", "side.png", picture(0), exif=exif)
+    upright = np.rot90(picture(0), k=-1).copy()
+    expected = torch.from_numpy(upright).permute(2, 0, 1) / 255
+    assert torch.equal(ImageFolder(tmp_path, config=CONFIG)[0][0], expected)
+
+
+def test_a_limit_takes_images_of_all_classes(folder: Path) -> None:
+    assert ImageFolder(folder, config=CONFIG, limit=2).labels.tolist() == [0, 1]
+    assert len(ImageFolder(folder, config=CONFIG, limit=99)) == 5
+
+
+def test_a_broken_image_is_named(folder: Path) -> None:
+    (folder / "cat" / "broken.png").write_bytes(b"\x89PNG but no more")
+    data = ImageFolder(folder, config=CONFIG)
+    with pytest.raises(ValueError, match=r"broken\.png cannot be read as an image"):
+        data[len(data) - 1]
+
+
+def test_a_folder_without_images_says_what_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "class").mkdir()
+    with pytest.raises(ValueError, match=r"test/CLASS/\*\.png or CLASS/\*\.png"):
+        ImageFolder(tmp_path, config=CONFIG)
+
+
+def test_grey_images_are_repeated_for_a_network_of_colours() -> None:
+    grey = torch.rand(2, 1, 8, 8)
+    assert torch.equal(fit_images(grey, 3), grey.repeat(1, 3, 1, 1))
+    assert fit_images(grey, 1, (4, 6)).shape == (2, 1, 4, 6)
+    with pytest.raises(ValueError, match="1 channels and the network reads 4"):
+        fit_images(grey, 4)
