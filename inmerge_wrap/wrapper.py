@@ -225,8 +225,6 @@ class InMergeWrapper(nn.Module):
             # A counter would make torch.compile specialise on its value and compile every step.
             if not torch.compiler.is_compiling() or not self._attachments.live:
                 self._watch_forward()
-        elif self._interlude is not None:
-            self.end_interlude()
         return self.module(*args, **kwargs)
 
     def train(self, mode: bool = True) -> InMergeWrapper:
@@ -576,6 +574,7 @@ class InMergeWrapper(nn.Module):
         self._pending.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        self.end_interlude()
-        # A copy is driven by no optimizer, and must not drag the original's along.
-        return {**super().__getstate__(), "_attachments": Attachments(), "_pending": {}}
+        # A copy is driven by no optimizer, and must not drag the original's along. Kernels that
+        # are merged for a gradient are whole before they are copied: see Interlude.
+        alone = {"_attachments": Attachments(), "_pending": {}, "_interlude": None}
+        return vars(self) | alone

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import json
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,6 +196,7 @@ def pickled_network(model: InMergeWrapper) -> dict[str, Tensor]:
     torch.save(model.module, file)
     file.seek(0)
     network = torch.load(file, weights_only=False)
+    assert not network._forward_pre_hooks
     return {f"module.{name}": p.detach() for name, p in network.named_parameters()}
 
 
@@ -255,9 +260,11 @@ def test_no_trace_is_left_in_the_network() -> None:
 def test_weights_loaded_in_the_middle_of_a_step_stay() -> None:
     for part in (lambda model: model, lambda model: model.module, lambda model: model.convs[3]):
         model, optimizer, _ = in_the_middle()
-        other = {name: torch.full_like(w, 0.5) for name, w in part(model).state_dict().items()}
-        if part(model) is model:
-            other["_extra_state"] = model.state_dict()["_extra_state"]
+        state = part(wrapped()).state_dict()
+        other = {
+            name: value if name == "_extra_state" else torch.full_like(value, 0.5)
+            for name, value in state.items()
+        }
         part(model).load_state_dict(other)
         optimizer.zero_grad()
         optimizer.step()
@@ -494,6 +501,46 @@ def test_compiled_code_sees_the_merged_kernels_and_is_not_compiled_again(what: s
         torch.testing.assert_close(ours, theirs)
     assert model.report().merged == eager.report().merged > 0
     assert counts[-1] == counts[1]
+
+
+# -- several processes ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("transient")
+    root = Path(__file__).parents[1]
+    script = root / "tests" / "scripts" / "transient_parallel.py"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "--nproc_per_node", "2", script, folder],
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_replicas_are_equal_after_each_step_and_micro_batches_alike(two_ranks: Any) -> None:
+    first, second = (rank["shared"] for rank in two_ranks)
+    assert first == second and first["drawn"] > 0
+    merged = first["merged"]
+    assert all(merged[n] == merged[n + 1] for n in range(0, len(merged), 2))
+    assert not set(merged) & set(first["whole"])
+
+
+def test_replicas_that_draw_for_themselves_are_equal_after_each_step_too(two_ranks: Any) -> None:
+    first, second = (rank["own"] for rank in two_ranks)
+    assert first["whole"] == second["whole"]
+    assert not set(first["merged"]) & set(second["merged"])
+    assert two_ranks[0]["mean"]["merged"] != two_ranks[1]["mean"]["merged"]
+    assert all(rank["mean"]["worst"] < 1e-6 for rank in two_ranks)
+
+
+def test_shards_are_refused_with_the_reason(two_ranks: Any) -> None:
+    assert all("transient=True does not work with FSDP2" in rank["sharded"] for rank in two_ranks)
 
 
 # -- what it means for the rest ------------------------------------------------------------------
