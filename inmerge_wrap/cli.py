@@ -543,7 +543,7 @@ def evaluate(
             result.settings |= {
                 "weights": str(paths[name]),
                 "data": data.name,
-                "split": split,
+                "split": getattr(loader.dataset, "part", split),
                 "preset": chosen,
                 "mean": prepared[name]["mean"],
                 "std": prepared[name]["std"],
