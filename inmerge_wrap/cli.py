@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 try:
     import typer
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 except ImportError as error:
     raise SystemExit(
         f'the inmerge command needs {error.name}: pip install "inmerge-wrap[cli]"'
@@ -28,6 +26,7 @@ except ImportError as error:
 # Only what does not import torch: help, completion and answers to mistakes must not wait for it.
 from inmerge_wrap import __version__
 from inmerge_wrap._constants import DEFAULT_SHALLOW_SHARE, SKIPPED_KINDS
+from inmerge_wrap._tables import KEPT, Column, print_table
 from inmerge_wrap.architectures import (
     build,
     creation_arguments,
@@ -222,24 +221,24 @@ def _print_plan(model: str, found: MergePlan) -> None:
         found.merged + found.skipped, key=lambda site: (site.depth is None, site.depth or 0)
     )
     columns = [
-        _Column("depth", ["-" if site.depth is None else str(site.depth) for site in sites], 2),
-        _Column("convolution", [site.name for site in sites], _KEPT, justify="left"),
-        _Column("weight", [_shape(site) for site in sites], 1),
-        _Column(
+        Column("depth", ["-" if site.depth is None else str(site.depth) for site in sites], 2),
+        Column("convolution", [site.name for site in sites], KEPT, justify="left"),
+        Column("weight", [_shape(site) for site in sites], 1),
+        Column(
             "chance",
             [f"{1 / math.sqrt(site.fan_in):.3f}" if site.shape else "-" for site in sites],
             0,
         ),
-        _Column(
+        Column(
             "",
             ["merged" if site.reason is None else _short_reason(site) for site in sites],
-            _KEPT,
+            KEPT,
             justify="left",
             wraps=True,
         ),
     ]
     styles = ["bold green" if site.reason is None else "dim" for site in sites]
-    _print_table(f"Convolutions of {model}", columns, styles)
+    print_table(f"Convolutions of {model}", columns, styles)
     console = Console()
     kinds = {site.reason_kind for site in found.skipped}
     for kind, reason in SKIPPED_KINDS.items():
@@ -329,69 +328,20 @@ def _print_similarity(weights: Path, layers: list[LayerSimilarity]) -> None:
         return f"{pairs[0].cosine:.2f}" if pairs else "-"
 
     columns = [
-        _Column("convolution", [layer.name for layer in layers], _KEPT, justify="left"),
-        _Column("chance", [f"{layer.chance:.3f}" for layer in layers], 0),
-        _Column("> 0.1", [f"{layer.share_above(0.1):.2%}" for layer in layers], 2),
-        _Column("> 0.3", [f"{layer.share_above(0.3):.2%}" for layer in layers], 4),
-        _Column("most", [extreme(layer.most_similar) for layer in layers], 3),
-        _Column("least", [extreme(layer.least_similar) for layer in layers], 1),
-        _Column("rank", [f"{layer.effective_rank:.3f}" for layer in layers], _KEPT),
+        Column("convolution", [layer.name for layer in layers], KEPT, justify="left"),
+        Column("chance", [f"{layer.chance:.3f}" for layer in layers], 0),
+        Column("> 0.1", [f"{layer.share_above(0.1):.2%}" for layer in layers], 2),
+        Column("> 0.3", [f"{layer.share_above(0.3):.2%}" for layer in layers], 4),
+        Column("most", [extreme(layer.most_similar) for layer in layers], 3),
+        Column("least", [extreme(layer.least_similar) for layer in layers], 1),
+        Column("rank", [f"{layer.effective_rank:.3f}" for layer in layers], KEPT),
     ]
-    _print_table(f"Kernels of {weights}", columns)
+    print_table(f"Kernels of {weights}", columns)
     Console().print(
         "Cosines of all pairs of kernels of a layer: spread by chance, share above a "
         "threshold, highest, lowest; effective rank (1: orthogonal, 1/n: all alike).",
         highlight=False,
     )
-
-
-# --- tables ---------------------------------------------------------------------------------------
-
-_KEPT = 9  # importance of a column without which a table has no answer
-
-
-@dataclasses.dataclass(frozen=True)
-class _Column:
-    """A column of a table; on a narrow terminal the least important ones are left out."""
-
-    heading: str
-    cells: Sequence[str]
-    importance: int
-    justify: Literal["left", "right"] = "right"
-    wraps: bool = False
-
-    @property
-    def width(self) -> int:
-        """The least width at which the cells can be read."""
-        texts = [self.heading, *self.cells]
-        return max(
-            len(part) for text in texts for part in (text.split(" ") if self.wraps else [text])
-        )
-
-
-def _print_table(title: str, columns: Sequence[_Column], styles: Sequence[str] = ()) -> None:
-    console = Console()
-    shown = list(columns)
-
-    def too_wide() -> bool:
-        # Three spaces between two columns, one on either side.
-        return sum(column.width + 3 for column in shown) - 1 > console.width
-
-    while too_wide() and min(column.importance for column in shown) < _KEPT:
-        shown.remove(min(shown, key=lambda column: column.importance))
-    table = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
-    )
-    for column in shown:
-        # What has to be kept and is too wide all the same is folded, never cut off.
-        whole = not column.wraps and not too_wide()
-        table.add_column(column.heading, justify=column.justify, no_wrap=whole, overflow="fold")
-    for place, cells in enumerate(zip(*(column.cells for column in shown), strict=True)):
-        table.add_row(*cells, style=styles[place] if styles else "")
-    console.print(table)
-    hidden = [column.heading for column in columns if column not in shown]
-    if hidden:
-        console.print(f"Too narrow for {', '.join(hidden)}: see --json.", highlight=False)
 
 
 # --- export ---------------------------------------------------------------------------------------
@@ -593,7 +543,7 @@ def evaluate(
             result.settings |= {
                 "weights": str(paths[name]),
                 "data": data.name,
-                "split": split,
+                "split": getattr(loader.dataset, "part", split),
                 "preset": chosen,
                 "mean": prepared[name]["mean"],
                 "std": prepared[name]["std"],
@@ -749,10 +699,10 @@ def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
 def _print_result(result: RobustnessResult) -> None:
     settings = result.settings
     rows = _shown_rows(result)
-    metrics = {"accuracy": 1, "auroc": 2, "balanced_error": _KEPT, "ece": 0}
-    columns = [_Column("corruption", [_row_name(row) for row in rows], _KEPT, justify="left")]
+    metrics = {"accuracy": 1, "auroc": 2, "balanced_error": KEPT, "ece": 0}
+    columns = [Column("corruption", [_row_name(row) for row in rows], KEPT, justify="left")]
     columns += [
-        _Column(
+        Column(
             metric.replace("_", " "),
             [_interval_cell(row, metric) for row in rows],
             importance,
@@ -762,7 +712,7 @@ def _print_result(result: RobustnessResult) -> None:
         if metric in result.rows[0]
     ]
     title = f"{settings['weights']} on {settings['data']} ({_part(settings)})"
-    _print_table(title, columns, [_row_style(row) for row in rows])
+    print_table(title, columns, [_row_style(row) for row in rows])
     Console().print(
         f"{_corruptions_said(settings)}; normalised with mean {settings['mean']}, std "
         f"{settings['std']}. In brackets: 95 % interval over the choice of images.",
@@ -776,19 +726,19 @@ def _print_comparison(
     first = next(iter(results))
     settings = results[first].settings
     rows = _shown_rows(results[first])
-    columns = [_Column("corruption", [_row_name(row) for row in rows], _KEPT, justify="left")]
+    columns = [Column("corruption", [_row_name(row) for row in rows], KEPT, justify="left")]
     for name, result in results.items():
         theirs = [result.row(row["corruption"], row["severity"]) for row in rows]
         cells = [f"{r['balanced_error']:.3f}" if "balanced_error" in r else "-" for r in theirs]
-        columns.append(_Column(name, cells, 0, wraps=True))
+        columns.append(Column(name, cells, 0, wraps=True))
     for name, found in differences.items():
         by_row = {(entry["corruption"], entry["severity"]): entry for entry in found}
         entries = [by_row.get((row["corruption"], row["severity"]), {}) for row in rows]
         heading = f"{name} - {first}"
         cells = [_interval_cell(entry, "difference", sign="+") for entry in entries]
-        columns.append(_Column(heading, cells, _KEPT, wraps=True))
+        columns.append(Column(heading, cells, KEPT, wraps=True))
     title = f"Balanced error on {settings['data']} ({_part(settings)})"
-    _print_table(title, columns, [_row_style(row) for row in rows])
+    print_table(title, columns, [_row_style(row) for row in rows])
     Console().print(
         f"{_corruptions_said(settings)}. A difference below 0 is better than {first}; in brackets: "
         "95 % interval over the choice of images, paired. What another training seed would do is "
@@ -922,7 +872,7 @@ def _plain_warnings() -> Iterator[None]:
     shown = warnings.showwarning
 
     def show(message: Any, *_: Any) -> None:
-        print(f"warning: {message}", file=sys.stderr)
+        print(f"warning: {_in_options(str(message))}", file=sys.stderr)
 
     warnings.showwarning = show  # type: ignore[assignment]
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -751,6 +750,7 @@ def test_a_network_that_is_no_classifier_is_not_evaluated(tmp_path: Path, data: 
 def test_progress_is_shown_on_a_terminal_alone(
     terminal: bool, exported: dict[str, Path], folder: Path
 ) -> None:
+    pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty() if terminal else os.pipe()
     command = [sys.executable, "-m", "inmerge_wrap.cli", "evaluate", f"net={exported['plain']}"]
     command += ["--data", str(folder), *map(str, QUICKLY), "--json"]

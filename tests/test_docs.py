@@ -122,6 +122,7 @@ def documented() -> dict[str, list[str]]:
 # Modules that are no part of the public face: what they hold may change between versions.
 INSIDE = {
     "_constants",
+    "_tables",
     "architectures",
     "cli",
     "kernels",

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 __all__ = ["ImageFolder", "fit_images", "read_npz"]
 
+_SPLITS = ("train", "val", "test")
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 
 
@@ -79,13 +80,14 @@ def fit_images(images: Tensor, channels: int, size: tuple[int, int] | None = Non
 
 
 class ImageFolder(Dataset[tuple[Tensor, int]]):
-    """The images of FOLDER/CLASS/*, or of FOLDER/SPLIT/CLASS/* where there is such a split.
+    """The images of FOLDER/SPLIT/CLASS/*, or of FOLDER/CLASS/* where it is not split.
 
     Images are resized and cropped as timm does at inference, read one by one as they are needed.
 
     Args:
         folder: Holds one folder for each class.
-        split: Folder to look into where there is one of that name.
+        split: "train", "val" or "test", where the folder holds any of these; a folder that is not
+            split is taken whole as its test part.
         config: Size, interpolation and crop as timm stores them; `input_size` is needed.
         classes: Names in the order of the outputs; those of the folders, sorted, if None.
         limit: Only so many images, evenly spaced over all classes.
@@ -94,9 +96,11 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         classes: Names in the order of the labels.
         paths: Of the images, class by class.
         labels: (N,), the place of each image's class in `classes`.
+        part: The split, or "all" where the folder is not split.
 
     Raises:
-        ValueError: If there are no images, or a folder is not among `classes`.
+        ValueError: If there is no such split, there are no images, or a folder is not among
+            `classes`.
     """
 
     def __init__(
@@ -111,7 +115,12 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         from timm.data import create_transform, resolve_data_config
 
         root = Path(folder)
-        root = root / split if (root / split).is_dir() else root
+        splits = [name for name in _SPLITS if (root / name).is_dir()]
+        if split not in splits and (splits or split != "test"):
+            there = f"it has {', '.join(splits)}" if splits else "it is not split"
+            raise ValueError(f"{root} holds no folder {split}: {there}")
+        self.part = split if splits else "all"
+        root = root / split if splits else root
         found = {entry.name: _images_in(entry) for entry in sorted(root.iterdir()) if _shown(entry)}
         found = {name: paths for name, paths in found.items() if paths}
         if not found:

@@ -50,8 +50,14 @@ def test_images_come_class_by_class_with_their_pixels(folder: Path) -> None:
 def test_a_split_is_taken_where_there_is_one(folder: Path) -> None:
     for name in ("ant", "cat"):
         save(folder / "val" / name, "only.png", picture(20))
-    assert len(ImageFolder(folder, config=CONFIG, split="val")) == 2
-    assert len(ImageFolder(folder / "val", config=CONFIG)) == 2
+    part = ImageFolder(folder, config=CONFIG, split="val")
+    assert len(part) == 2 and part.part == "val"
+    whole = ImageFolder(folder / "val", config=CONFIG)
+    assert len(whole) == 2 and whole.part == "all"
+    with pytest.raises(ValueError, match="holds no folder test: it has val"):
+        ImageFolder(folder, config=CONFIG)
+    with pytest.raises(ValueError, match="holds no folder train: it is not split"):
+        ImageFolder(folder / "val", config=CONFIG, split="train")
 
 
 def test_labels_follow_the_order_of_the_model(folder: Path) -> None:
