@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from inmerge_wrap.recalibration import recalibrate
     from inmerge_wrap.report import LayerReport, LayerSnapshot, MergeReport
     from inmerge_wrap.schedule import Schedule
+    from inmerge_wrap.settings import MergeSettings
     from inmerge_wrap.thresholds import Fixed, Quantile, Threshold, ZScore
     from inmerge_wrap.wrapper import CollapseWarning, InMergeWrapper, NoEffectWarning
 
@@ -25,6 +26,7 @@ __all__ = [
     "LayerSnapshot",
     "MergePlan",
     "MergeReport",
+    "MergeSettings",
     "NoEffectWarning",
     "Quantile",
     "Schedule",
@@ -46,6 +48,7 @@ _HOMES = {
     "recalibration": ("recalibrate",),
     "report": ("LayerReport", "LayerSnapshot", "MergeReport"),
     "schedule": ("Schedule",),
+    "settings": ("MergeSettings",),
     "thresholds": ("Fixed", "Quantile", "Threshold", "ZScore"),
     "wrapper": ("CollapseWarning", "InMergeWrapper", "NoEffectWarning"),
 }

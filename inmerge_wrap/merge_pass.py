@@ -31,7 +31,7 @@ from inmerge_wrap.settings import MergeSettings
 from inmerge_wrap.stores import Plain, Store
 from inmerge_wrap.thresholds import Fixed, Threshold
 
-__all__ = ["Kept", "draw_step", "merge_layers", "merge_pairs_"]
+__all__ = ["merge_pairs_"]
 
 _DIRECTION_STREAM = 2**40  # sets the draws of a direction apart from those of the pairs
 

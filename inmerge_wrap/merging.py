@@ -18,18 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = [
-    "add_gaussian",
-    "blend_kernels",
-    "centre",
-    "draw_layers",
-    "draw_pairs",
-    "multiply_gaussian",
-    "nearest_kernels",
-    "norm_scale",
-    "pair_cosines",
-    "signed_weight",
-]
+__all__ = ["draw_pairs"]
 
 
 def draw_pairs(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["LayerReport", "LayerSnapshot", "MergeReport", "pairs_between", "share_of"]
+__all__ = ["LayerReport", "LayerSnapshot", "MergeReport"]
 
 
 def share_of(merged: int, drawn: int) -> float:
