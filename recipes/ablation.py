@@ -27,12 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
-from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
 from images import Images, load_images
 from methods import EMA, SAM, SWA, Dropout, Ensemble, Fade, Merge, Method, Soup, Variant
-from records import write_json
 from running import make_accelerator, one_line_if_out_of_memory
+from sweeping import sweep
 from training import Run, train
 
 from inmerge_wrap import Quantile, ZScore
@@ -86,7 +84,7 @@ ARMS: dict[str, tuple[Method, ...]] = {
 ARCHITECTURES = ("vgg_small", "resnet18", "densenet121", "efficientnet_b0", "convnext_atto")
 
 
-def sweep(name: str, common: Mapping[str, Any], seeds: int, arms: list[str]) -> Iterator[Run]:
+def experiment(name: str, common: Mapping[str, Any], seeds: int, arms: list[str]) -> Iterator[Run]:
     """The runs of one experiment, seed by seed, so that a stopped sweep is paired so far."""
     for seed in range(seeds):
         if name == "study":
@@ -110,26 +108,7 @@ def sweep(name: str, common: Mapping[str, Any], seeds: int, arms: list[str]) -> 
                     yield Run(arm=f"{arch}: {arm}", seed=seed, method=ARMS[arm], **here)
 
 
-# -- many runs -------------------------------------------------------------------------------------
-
-
-def claim(path: Path) -> FileLock | None:
-    """The lock, held, of a run that nobody has done and nobody is at; None of any other.
-
-    The system frees it when the process ends; the file that is left is no lock.
-    """
-    folder = path.parent / ".locks"
-    folder.mkdir(exist_ok=True)
-    lock = FileLock(folder / f"{path.stem}.lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        return None
-    # Only now: another process may have finished the run a moment ago.
-    if path.exists():
-        lock.release()
-        return None
-    return lock
+# -- the command ----------------------------------------------------------------------------------
 
 
 def with_border(data: Images, width: int) -> Images:
@@ -215,27 +194,8 @@ def main() -> None:
         "label_noise": options.label_noise,
         "weights": options.weights,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    runs = list(sweep(options.sweep, common, options.seeds, options.arms))
-    for number, run in enumerate(runs, start=1):
-        path = options.out / run.file_name
-        lock = claim(path) if accelerator.is_main_process else None
-        mine = [lock is not None]
-        if not broadcast_object_list(mine)[0]:  # the processes of one launch do one run together
-            continue
-        try:
-            result = train(run, data, accelerator)
-            if accelerator.is_main_process:
-                write_json(path, result)
-        finally:
-            if lock is not None:
-                lock.release()
-        clean = result["test"]["clean"]
-        accelerator.print(
-            f"[{number}/{len(runs)}] {run.arm}, seed {run.seed}: accuracy {clean['accuracy']:.3f}, "
-            f"balanced error {clean['balanced_error']:.3f} ({result['seconds']:.0f} s)",
-            flush=True,
-        )
+    runs = list(experiment(options.sweep, common, options.seeds, options.arms))
+    sweep(runs, options.out, accelerator, lambda run: train(run, data, accelerator))
 
 
 if __name__ == "__main__":

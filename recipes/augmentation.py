@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torchvision.transforms import v2
 
 
 def augment(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
@@ -20,3 +23,34 @@ def augment(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor
     return images.permute(0, 2, 3, 1)[picture, rows.unsqueeze(2), columns.unsqueeze(1)].permute(
         0, 3, 1, 2
     )
+
+
+def flips(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirrors half of the images, left to right."""
+    mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+    return torch.where(mirrored.to(images.device), images.flip(3), images)
+
+
+def of_torchvision(transform: v2.Transform) -> Callable[[Tensor, torch.Generator], Tensor]:
+    """Flips, and then a transform that torchvision draws for each image.
+
+    Its draws come from the global generator, which is seeded for the batch and then restored: how
+    often a method draws from it changes no image.
+    """
+
+    def transformed(images: Tensor, generator: torch.Generator) -> Tensor:
+        flipped = flips(images, generator)
+        seed = int(torch.randint(2**31, (), generator=generator))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return torch.stack([transform(image) for image in flipped])
+
+    return transformed
+
+
+AUGMENTATIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "shifts": lambda images, generator: augment(images, generator, flip=True),
+    "flips": flips,
+    "trivial": of_torchvision(v2.TrivialAugmentWide()),
+    "augmix": of_torchvision(v2.AugMix()),
+}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,27 @@ class Images:
             raise SystemExit(f"--train-images must lie in [1, {len(images)}], got {count}")
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
         return self.trained_on(images[chosen], labels[chosen])
+
+    def resized(self, size: int) -> Images:
+        """The same with images of another side, enlarged or shrunk bilinearly."""
+        return self._changed(
+            lambda pixels: (
+                F.interpolate(pixels.float(), size=(size, size), mode="bilinear", antialias=True)
+                .round()
+                .byte()
+            )
+        )
+
+    def in_colour(self) -> Images:
+        """The same with three channels: grey is repeated."""
+        return self._changed(lambda pixels: pixels.expand(-1, 3, -1, -1))
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Images:
+        parts = {
+            name: (torch.cat([change(some) for some in pixels.split(1000)]), labels)
+            for name, (pixels, labels) in self.parts.items()
+        }
+        return replace(self, parts=parts)
 
     def trained_on(self, images: Tensor, labels: Tensor) -> Images:
         """The same with other training images."""
@@ -126,8 +147,14 @@ def _download(package: Any, info: Mapping[str, Any], path: Path, size: int) -> N
 class Normalised:
     """uint8 pixels -> what the network is trained on: optionally augmented, then standardised."""
 
-    def __init__(self, data: Images, device: torch.device) -> None:
-        mean, std = data.statistics()
+    def __init__(
+        self,
+        data: Images,
+        device: torch.device,
+        statistics: tuple[Sequence[float], Sequence[float]] | None = None,
+    ) -> None:
+        """``statistics`` are mean and standard deviation; those of the training images if None."""
+        mean, std = statistics or data.statistics()
         self._mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
         self._std = torch.tensor(std, device=device).view(1, -1, 1, 1)
 

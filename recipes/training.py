@@ -1,9 +1,10 @@
 """One run of an experiment: the methods of methods.py in one and the same loop, at equal budget.
 
 The budget is ``Run.epochs`` passes forward and backward over the training images. SAM needs two
-passes for one step, so it gets half the epochs; a soup or an ensemble divides them among its
-networks. Shares are rounded to whole epochs: of 15, SAM gets 8, which are 16 passes. The passes
-that were made, and what a method costs at inference, are in its result.
+passes for one step, so it gets half the epochs, unless the run says ``equal="epochs"``; a soup or
+an ensemble divides them among its networks. Shares are rounded to whole epochs: of 15, SAM gets 8,
+which are 16 passes. The passes that were made, and what a method costs at inference, are in its
+result.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
+import pretrained
 import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from augmentation import augment
+from augmentation import AUGMENTATIONS, augment
 from evaluation import CORRUPTIONS, evaluate
 from images import Images, Normalised
-from methods import SAM, Ensemble, Method, Soup, Training
+from methods import SAM, Ensemble, Method, Mixup, Soup, Training
 from records import environment
 from running import batches, loss_of
 from safetensors.torch import load_file
@@ -34,7 +36,13 @@ from torchvision.models import vgg
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that decides the outcome of one run, and so names its file."""
+    """Everything that decides the outcome of one run, and so names its file.
+
+    ``weights`` is a file of safetensors to start from, or the name of the package of pretrained.py;
+    ``augmentation`` a name of AUGMENTATIONS, or ``"mixup"`` for flips and the method of that name.
+    ``equal`` says what the methods are given alike: passes over the images, or epochs, of which
+    SAM's cost twice as much.
+    """
 
     arm: str
     seed: int
@@ -48,6 +56,9 @@ class Run:
     weight_decay: float = 5e-4
     label_noise: float = 0.0
     weights: str = ""
+    augmentation: str = "shifts"
+    equal: Literal["passes", "epochs"] = "passes"
+    channels_last: bool = False
     method: tuple[Method, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,6 +107,10 @@ def build(run: Run, classes: int, channels: int) -> nn.Module:
         return nn.Sequential(
             features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, classes)
         )
+    if run.weights == pretrained.PACKAGE:
+        if run.arch != pretrained.ARCH or channels != 3:
+            raise SystemExit(f"{run.weights} fits {pretrained.ARCH} on images of 3 channels only")
+        return pretrained.pretrained_network(classes, **options)
     network = timm.create_model(run.arch, num_classes=classes, in_chans=channels, **options)
     if run.weights:
         own, trained = network.state_dict(), load_file(run.weights)
@@ -110,6 +125,26 @@ def build(run: Run, classes: int, channels: int) -> nn.Module:
 # -- the loop --------------------------------------------------------------------------------------
 
 
+def all_methods(run: Run) -> tuple[Method, ...]:
+    """Those of the run, and mixup where it is the augmentation."""
+    return (*run.method, Mixup()) if run.augmentation == "mixup" else run.method
+
+
+def augmentation_of(run: Run, data: Images) -> Callable[[Tensor, torch.Generator], Tensor]:
+    """What the training images go through. Digits are not mirrored."""
+    if data.name == "digits" and run.augmentation == "shifts":
+        return partial(augment, flip=False)
+    return AUGMENTATIONS["flips" if run.augmentation == "mixup" else run.augmentation]
+
+
+def normaliser(run: Run, data: Images, accelerator: Accelerator) -> Normalised:
+    """As the network expects it: by the training images, or as its weights were trained."""
+    statistics = None
+    if run.weights == pretrained.PACKAGE:
+        statistics = (pretrained.MEAN, pretrained.STD)
+    return Normalised(data, accelerator.device, statistics)
+
+
 def fit(
     run: Run,
     network: nn.Module,
@@ -121,21 +156,24 @@ def fit(
     lr: float,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Trains one network; returns the one to test, and what it cost and what was merged."""
-    normalise, loss_function = Normalised(data, accelerator.device), loss_of(data.task)
+    normalise, loss_function = normaliser(run, data, accelerator), loss_of(data.task)
     images, labels = data.parts["train"]
+    methods = all_methods(run)
     loader = batches(accelerator, len(images), run.batch_size, seed)
     steps = len(loader)
-    model = network.to(accelerator.device)
-    for method in run.method:
+    layout = torch.channels_last if run.channels_last else torch.contiguous_format
+    model = network.to(accelerator.device, memory_format=layout)
+    for method in methods:
         model = method.wrap(model, epochs * steps, seed)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=0.9, weight_decay=run.weight_decay, fused=True
     )
     training = Training(network, model, optimizer, epochs, steps, lr, seed)
-    followers = [method.follow(training) for method in run.method]
-    cycle = steps * min([method.falling_epochs(epochs) for method in run.method], default=epochs)
+    followers = [method.follow(training) for method in methods]
+    cycle = steps * min([method.falling_epochs(epochs) for method in methods], default=epochs)
     schedule = OneCycleLR(optimizer, lr, total_steps=max(1, cycle))
     model, optimizer = accelerator.prepare(model, optimizer)
+    changed = augmentation_of(run, data)
     augmentation, draws = (torch.Generator().manual_seed(seed) for _ in range(2))
     passes = 0
 
@@ -149,12 +187,13 @@ def fit(
         for follower in followers:
             follower.before_epoch(epoch)
         for step, (index,) in enumerate(loader, start=epoch * steps):
-            inputs = normalise(augment(images[index], augmentation, flip=data.name != "digits"))
+            inputs = normalise(changed(images[index], augmentation))
+            inputs = inputs.contiguous(memory_format=layout)
             targets = labels[index]
-            for method in run.method:
+            for method in methods:
                 inputs, targets = method.batch(inputs, targets, len(data.classes), draws)
             gradient: Callable[[], None] = partial(backward, inputs, targets)
-            for method in run.method:
+            for method in methods:
                 gradient = partial(method.gradient, network, gradient)
             gradient()
             optimizer.step()
@@ -176,7 +215,7 @@ def fit(
 def train_run(run: Run, data: Images, accelerator: Accelerator) -> tuple[nn.Module, dict[str, Any]]:
     """The network that a run's methods train on ``data``, and what that cost."""
     classes, channels = len(data.classes), data.input_size[0]
-    normalise = Normalised(data, accelerator.device)
+    normalise = normaliser(run, data, accelerator)
 
     def one(
         network: nn.Module, *, epochs: int, seed_offset: int = 0, lr_factor: float = 1.0
@@ -187,8 +226,8 @@ def train_run(run: Run, data: Images, accelerator: Accelerator) -> tuple[nn.Modu
     def images() -> Iterable[Tensor]:
         return normalise.batches(data.parts["train"][0])
 
-    passes = 2 if any(isinstance(method, SAM) for method in run.method) else 1
-    epochs = run.epochs / passes
+    twice = run.equal == "passes" and any(isinstance(method, SAM) for method in run.method)
+    epochs = run.epochs / 2 if twice else float(run.epochs)
     several = next((m for m in run.method if isinstance(m, Ensemble | Soup)), None)
     if several is None:
         return one(build(run, classes, channels), epochs=max(1, round(epochs)))
@@ -197,22 +236,33 @@ def train_run(run: Run, data: Images, accelerator: Accelerator) -> tuple[nn.Modu
 
 # -- one run ---------------------------------------------------------------------------------------
 
+Measure = Callable[[nn.Module, Images, Normalised], dict[str, Any]]
 
-def train(run: Run, data: Images, accelerator: Accelerator) -> dict[str, Any]:
+
+def under_corruption(network: nn.Module, data: Images, normalise: Normalised) -> dict[str, Any]:
+    """What the first study measured: the test part, clean and under four corruptions."""
+    return {"test": evaluate(network, data, normalise, corruptions=CORRUPTIONS)}
+
+
+def train(
+    run: Run, data: Images, accelerator: Accelerator, measure: Measure = under_corruption
+) -> dict[str, Any]:
     """Trains by the run's methods and measures; the last epoch counts, nothing is selected."""
     set_seed(run.seed)
     data = training_part(run, data).to(accelerator.device)
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     final, seen = train_run(run, data, accelerator)
-    seconds = time.perf_counter() - began
+    trained = time.perf_counter()
+    measured = measure(final, data, normaliser(run, data, accelerator))
     members = [method.members for method in run.method if isinstance(method, Ensemble)]
-    normalise = Normalised(data, accelerator.device)
     return {
         "run": run.to_dict(),
-        "seconds": seconds,
+        "seconds": trained - began,
+        "seconds_of_measuring": time.perf_counter() - trained,
+        "cpu_seconds": time.process_time() - cpu_began,  # of both, on a machine however busy
         "training_passes": seen.pop("passes"),
         "inference_passes": max(members, default=1),
         **seen,
-        "test": evaluate(final, data, normalise, corruptions=CORRUPTIONS),
+        **measured,
         "environment": environment(),
     }

@@ -232,7 +232,7 @@ def test_a_run_that_was_finished_meanwhile_is_not_claimed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(ROOT / "recipes")
-    claim = importlib.import_module("ablation").claim
+    claim = importlib.import_module("sweeping").claim
     path = tmp_path / "run.json"
     first = claim(path)
     assert first is not None and claim(path) is None

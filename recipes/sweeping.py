@@ -1,0 +1,64 @@
+"""Many runs: each is one JSON file, done once by whoever comes first, and never twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+from records import write_json
+from training import Run
+
+
+def claim(path: Path) -> FileLock | None:
+    """The lock, held, of a run that nobody has done and nobody is at; None of any other.
+
+    The system frees it when the process ends; the file that is left is no lock.
+    """
+    folder = path.parent / ".locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f"{path.stem}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return None
+    # Only now: another process may have finished the run a moment ago.
+    if path.exists():
+        lock.release()
+        return None
+    return lock
+
+
+def sweep(
+    runs: Sequence[Run],
+    folder: Path,
+    accelerator: Accelerator,
+    carry_out: Callable[[Run], dict[str, Any]],
+) -> None:
+    """Carries out the runs that are not in the folder yet, in their order, and prints a line each.
+
+    The processes of one launch do one run together; other launches that share the folder do other
+    runs meanwhile.
+    """
+    for number, run in enumerate(runs, start=1):
+        path = folder / run.file_name
+        lock = claim(path) if accelerator.is_main_process else None
+        mine = [lock is not None]
+        if not broadcast_object_list(mine)[0]:
+            continue
+        try:
+            result = carry_out(run)
+            if accelerator.is_main_process:
+                write_json(path, result)
+        finally:
+            if lock is not None:
+                lock.release()
+        clean = result["test"]["clean"]
+        accelerator.print(
+            f"[{number}/{len(runs)}] {run.arm}, seed {run.seed}: accuracy {clean['accuracy']:.3f}, "
+            f"balanced error {clean['balanced_error']:.3f} ({result['seconds']:.0f} s)",
+            flush=True,
+        )
