@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from evaluation import predict
 from images import Images, Normalised
-from inmerge_wrap.corruptions import corrupt
+from inmerge_wrap.robustness.corruptions import corrupt
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
