@@ -90,9 +90,12 @@ class Store:
         return tuple(tensor.index_select(0, index) for tensor in self.written)
 
     def copy_back_(self, index: Tensor, kept: tuple[Tensor, ...]) -> None:
-        """Puts back, bit for bit, what :meth:`copy_out` gave."""
+        """Puts back, bit for bit, what :meth:`copy_out` gave.
+
+        A weight that was moved or converted since takes the kernels as it was itself.
+        """
         for tensor, rows in zip(self.written, kept, strict=True):
-            tensor.index_copy_(0, index, rows)
+            tensor.index_copy_(0, index.to(tensor.device), rows.to(tensor))
 
 
 @dataclass(frozen=True)

@@ -485,17 +485,19 @@ class InMergeWrapper(nn.Module):
         refuse_capture("the forward pass of transient merging")
         layers = self._layers()
         kept: list[Kept] = []
-        for optimizer in optimizers:
-            held, trained = self._attachments.held_by(optimizer, layers)
-            if not trained:
-                continue
-            step = self._tally.next_step([layer.number for layer in held])
-            outcome = self._merge(trained, step, keep=kept)
-            if outcome is not None:
-                self._pending[id(optimizer)] = trained, outcome
-                self._note_merged(trained, outcome)
-        if kept:
-            self._interlude = Interlude(self.module, kept)
+        try:
+            for optimizer in optimizers:
+                held, trained = self._attachments.held_by(optimizer, layers)
+                if not trained:
+                    continue
+                step = self._tally.next_step([layer.number for layer in held])
+                outcome = self._merge(trained, step, keep=kept)
+                if outcome is not None:
+                    self._pending[id(optimizer)] = trained, outcome
+                    self._note_merged(trained, outcome)
+        finally:  # after an error too, what was merged so far must find its way back
+            if kept:
+                self._interlude = Interlude(self.module, kept)
 
     def end_interlude(self) -> None:
         """Puts kernels that are merged for a gradient back now, bit for bit.

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from evaluation import predict
 from images import Images, Normalised
-from inmerge_wrap.robustness.corruptions import corrupt
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from inmerge_wrap.robustness import classification_metrics
+from inmerge_wrap.robustness.corruptions import corrupt
 
 FAMILIES = {  # each corruption also fits grey images
     "noise": ("gaussian_noise", "impulse_noise"),

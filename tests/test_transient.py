@@ -314,6 +314,40 @@ def test_a_scaler_that_skips_a_step_keeps_the_whole_weights() -> None:
         assert states_equal(weights_of(model.eval()), whole)
 
 
+@pytest.mark.parametrize("engine", ["torch", pytest.param("native", marks=NEEDS_COMPILER)])
+def test_an_error_in_the_middle_of_merging_loses_nothing(engine: Any) -> None:
+    class Failing(ZScore):
+        def alike(self, cosines: Tensor, fan_in: int) -> Tensor:
+            if fan_in > 100:  # of the last layer
+                raise FloatingPointError("no answer")
+            return super().alike(cosines, fan_in)
+
+    model = wrapped(similarity_threshold=Failing(-100.0), engine=engine)
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    whole = weights_of(model)
+    with pytest.raises(FloatingPointError):
+        loss_of(model.train())
+    model.eval()
+    assert states_equal(weights_of(model), whole)
+
+
+def test_a_network_that_is_converted_in_the_middle_of_a_step_is_whole() -> None:
+    model, _, whole = in_the_middle()
+    model.double()
+    model.eval()
+    assert states_equal(weights_of(model), {name: w.double() for name, w in whole.items()})
+
+
+def test_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer, _ = in_the_middle()
+    optimizer.step()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="CUDA graph would repeat the pairs"):
+        loss_of(model)
+
+
 def test_micro_batches_are_merged_alike_and_counted_once() -> None:
     model, optimizer, _ = in_the_middle()
     merged = weights_of(model)
