@@ -71,17 +71,22 @@ p { margin: .5rem 0 .9rem; max-width: 44rem; }
 .scroll { overflow-x: auto; margin: .9rem 0; }
 table { border-collapse: collapse; font-size: .9375rem; font-variant-numeric: tabular-nums; }
 th { font-weight: 600; text-align: left; vertical-align: bottom; }
+td, th[scope=row] { vertical-align: top; }
 td, th { padding: .42rem .8rem .42rem 0; border-bottom: 1px solid var(--line); }
 td.r, th.r { text-align: right; white-space: nowrap; }
 td:last-child, th:last-child { padding-right: 0; }
-td .n { font-size: .8125rem; display: block; white-space: nowrap; }
+td .n, th .n { font-size: .8125rem; display: block; font-weight: 400; }
+td .n { white-space: nowrap; }
 th[scope=row] { font-weight: 500; min-width: 7rem; }
 .heat th, .heat td { border: 0; padding: .2rem .35rem; text-align: center; }
-.heat td { min-width: 3rem; height: 2.6rem; border-radius: .25rem; }
+.heat td { min-width: 3rem; height: 2.6rem; border-radius: .25rem; vertical-align: middle; }
+.heat td.none { color: var(--soft); }
 .heat { border-spacing: 2px; border-collapse: separate; }
-.heat th[scope=row] { text-align: right; padding-right: .6rem; font-weight: 500; min-width: 0; }
-.heat th.col { font-weight: 500; font-size: .8125rem; max-width: 6.5rem; overflow-wrap: anywhere; }
-.heat .axis { font-size: .8125rem; color: var(--soft); font-weight: 400; text-align: center; }
+.heat th[scope=row] { text-align: right; padding-right: .6rem; font-weight: 500; min-width: 0;
+  vertical-align: middle; max-width: 9rem; }
+.heat th.col { font-weight: 500; font-size: .875rem; }
+.heat th.col span { writing-mode: vertical-rl; transform: rotate(180deg); max-height: 9rem;
+  text-align: left; line-height: 1.2; margin: 0 auto; }
 figure { margin: 1rem 0; }
 figcaption { font-size: .875rem; max-width: 44rem; }
 svg { display: block; max-width: 100%; height: auto; }
@@ -106,10 +111,12 @@ details { margin: .9rem 0; } summary { cursor: pointer; color: var(--blue); }
   vertical-align: -.03rem; }
 .key.blue { background: var(--blue); } .key.orange { background: var(--orange); }
 .legend span { margin-right: 1.1rem; font-size: .875rem; white-space: nowrap; }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 2rem;
+h3 { font-size: 1rem; margin: 1.5rem 0 .4rem; }
+.two { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 0 2.5rem;
   align-items: start; }
+@media (max-width: 46rem) { .two { grid-template-columns: minmax(0, 1fr); } }
 @media (max-width: 30rem) { main { padding-top: 1.5rem; } h1 { font-size: 1.6rem; }
-  .two { grid-template-columns: 1fr; } .cards { grid-template-columns: 1fr 1fr; }
+  .cards { grid-template-columns: 1fr 1fr; }
   .card { padding: .75rem .8rem; } .card .figure { font-size: 1.6rem; } }
 @media print { :root { color-scheme: light;
   --paper: #ffffff; --ink: #000000; --soft: #444c55; --line: #c8ced4; --panel: #f5f7f9;
@@ -198,6 +205,12 @@ def _ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [float(round(value, 6)) for value in np.arange(first, high + step / 1e6, step)]
 
 
+def _whole(last: int) -> list[int]:
+    """Whole numbers from 1 to the last, at most seven, evenly spaced."""
+    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, last) if last / step <= 6)
+    return sorted({1, *range(step, last + 1, step)})
+
+
 def draw_reliability(bins: Sequence[dict[str, Any]]) -> str:
     """Stated probability against how often that was right; a dot's area is its number of images."""
     x, y = _scale(0, 1, 52, 372), _scale(0, 1, 330, 10)
@@ -217,8 +230,9 @@ def draw_reliability(bins: Sequence[dict[str, Any]]) -> str:
         parts.append(
             f'<line class="blue" x1="{at}" x2="{at}" y1="{y(entry["low"])}" '
             f'y2="{y(entry["high"])}" stroke-width="1.5" opacity=".6"/>'
-            f'<circle class="blue" cx="{at}" cy="{y(entry["value"])}" r="{size:.1f}"><title>{entry["n"]} images: stated '
-            f"{entry['stated']:.2f}, right {entry['value']:.2f}</title></circle>"
+            f'<circle class="blue" cx="{at}" cy="{y(entry["value"])}" r="{size:.1f}">'
+            f"<title>{entry['n']} images: stated {entry['stated']:.2f}, right {entry['value']:.2f}"
+            "</title></circle>"
         )
     parts.append('<text x="212" y="374" text-anchor="middle">probability the network states</text>')
     parts.append(
@@ -237,9 +251,9 @@ def draw_families(families: Sequence[dict[str, Any]]) -> str:
         for suffix in ("", "_low", "_high")
     ]
     low, high = max(0.0, min(ends) - 0.03), min(1.0, max(ends) + 0.03)
-    x, height = _scale(low, high, 150, 560), 34 * len(shown)
+    x, height = _scale(low, high, 128, 410), 34 * len(shown)
     parts = []
-    for value in _ticks(low, high):
+    for value in _ticks(low, high, 4):
         parts.append(f'<line class="grid" x1="{x(value)}" x2="{x(value)}" y1="4" y2="{height}"/>')
         parts.append(
             f'<text class="faint" x="{x(value)}" y="{height + 18}" text-anchor="middle">{value:g}'
@@ -251,7 +265,7 @@ def draw_families(families: Sequence[dict[str, Any]]) -> str:
         parts.append(f'<line class="ideal" x1="{at}" x2="{at}" y1="4" y2="{height}"/>')
     for place, entry in enumerate(shown):
         middle, name = 34 * place + 20, FAMILIES[entry["family"]][0]
-        parts.append(f'<text x="138" y="{middle + 4}" text-anchor="end">{escape(name)}</text>')
+        parts.append(f'<text x="116" y="{middle + 4}" text-anchor="end">{escape(name)}</text>')
         if "balanced_accuracy_low" in entry:
             ends = [x(entry[f"balanced_accuracy_{end}"]) for end in ("low", "high")]
             parts.append(
@@ -261,11 +275,11 @@ def draw_families(families: Sequence[dict[str, Any]]) -> str:
         at = x(entry["balanced_accuracy"])
         parts.append(f'<circle class="blue" cx="{at}" cy="{middle}" r="5.5"/>')
         parts.append(
-            f'<text x="626" y="{middle + 4}" text-anchor="end">'
+            f'<text x="460" y="{middle + 4}" text-anchor="end">'
             f"{number(entry['balanced_accuracy'])}</text>"
         )
-    parts.append(f'<text x="355" y="{height + 40}" text-anchor="middle">balanced accuracy</text>')
-    return _svg(640, height + 50, "Balanced accuracy by family of damage", parts)
+    parts.append(f'<text x="269" y="{height + 40}" text-anchor="middle">balanced accuracy</text>')
+    return _svg(464, height + 50, "Balanced accuracy by family of damage", parts)
 
 
 def draw_course(runs: Sequence[dict[str, Any]]) -> str:
@@ -273,14 +287,14 @@ def draw_course(runs: Sequence[dict[str, Any]]) -> str:
     values = [entry["val_auroc"] for run in runs for entry in run["history"]]
     low, high = max(0.0, min(values) - 0.02), min(1.0, max(values) + 0.02)
     epochs = max(len(run["history"]) for run in runs)
-    x, y = _scale(1, max(2, epochs), 56, 624), _scale(low, high, 226, 10)
+    x, y = _scale(1, max(2, epochs), 52, 452), _scale(low, high, 226, 10)
     parts = []
     for value in _ticks(low, high):
-        parts.append(f'<line class="grid" x1="56" x2="624" y1="{y(value)}" y2="{y(value)}"/>')
+        parts.append(f'<line class="grid" x1="52" x2="452" y1="{y(value)}" y2="{y(value)}"/>')
         parts.append(
-            f'<text class="faint" x="48" y="{y(value) + 4}" text-anchor="end">{value:g}</text>'
+            f'<text class="faint" x="44" y="{y(value) + 4}" text-anchor="end">{value:g}</text>'
         )
-    for value in sorted({1, epochs, *(int(tick) for tick in _ticks(1, epochs, 8) if tick >= 1)}):
+    for value in _whole(epochs):
         parts.append(
             f'<text class="faint" x="{x(value)}" y="246" text-anchor="middle">{value}</text>'
         )
@@ -295,13 +309,15 @@ def draw_course(runs: Sequence[dict[str, Any]]) -> str:
             f'<circle class="{colour}" cx="{x(best["epoch"])}" cy="{y(best["val_auroc"])}" r="5" '
             'stroke-width="2" style="fill: var(--paper)"/>'
         )
-    parts.append('<text x="340" y="268" text-anchor="middle">epoch</text>')
-    return _svg(640, 276, "AUROC on validation over the epochs", parts)
+    parts.append('<text x="252" y="268" text-anchor="middle">epoch</text>')
+    return _svg(464, 276, "AUROC on validation over the epochs", parts)
 
 
 def heat_table(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
-    """The confusion matrix: counts, shaded by their share of the true class."""
-    heads = "".join(f'<th class="col" scope=col>{escape(name)}</th>' for name in classes)
+    """The confusion matrix: counts, shaded by their share of the row's class."""
+    heads = "".join(
+        f'<th class="col" scope=col><span>{escape(name)}</span></th>' for name in classes
+    )
     rows = []
     for name, row in zip(classes, counts, strict=True):
         total, cells = sum(row), []
@@ -309,14 +325,12 @@ def heat_table(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
             share = count / total if total else 0.0
             ink = "; color: var(--heat-ink)" if share > 0.55 else ""
             shade = f"background: rgba(var(--blue-rgb), {0.04 + 0.96 * share:.2f}){ink}"
-            title = f"{percent(share)} of {name}"
-            cells.append(f'<td style="{shade}" title="{escape(title)}">{count:,}</td>')
+            title = escape(f"{percent(share)} of {name}")
+            none = "" if count else ' class="none"'
+            cells.append(f'<td{none} style="{shade}" title="{title}">{count:,}</td>')
         rows.append(f"<tr><th scope=row>{escape(name)}</th>{''.join(cells)}</tr>")
-    return (
-        f'<div class="scroll"><table class="heat"><thead><tr><td></td><td class="axis" '
-        f'colspan="{len(classes)}">the network said</td></tr><tr><th class="axis">in truth</th>'
-        f"{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    inner = f"<thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f'<div class="scroll"><table class="heat">{inner}</table></div>'
 
 
 # -- images ----------------------------------------------------------------------------------------
@@ -456,15 +470,18 @@ def _confusions(content: dict[str, Any]) -> str:
     matrix = ""
     if content["test"]["confusion"] is not None:
         matrix = (
-            "<div><h3>What is taken for what</h3>"
+            '<div><h3>What is taken for what</h3><p class="soft">A row holds the images of one class, '
+            "the columns what the network said of them: right answers stand on the diagonal. The "
+            "stronger the colour, the larger the share of the row.</p>"
             + heat_table(content["test"]["confusion"], content["classes"])
-            + '<p class="soft">Right answers stand on the diagonal; a stronger colour is a larger '
-            "share of its row.</p></div>"
+            + "</div>"
         )
     what = "of each finding" if matrix == "" else "of the class it names"
+    # A matrix of many classes needs the whole width.
+    side_by_side = "two" if matrix and len(content["classes"]) <= 4 else "one"
     return (
-        f'<h2>Mistakes and certainty</h2><div class="two">{matrix}<div><h3>Can its probabilities '
-        f"be trusted?</h3><figure>{draw_reliability(content['test']['reliability'])}</figure>"
+        f'<h2>Mistakes and certainty</h2><div class="{side_by_side}">{matrix}<div>'
+        f"<h3>Can its probabilities be trusted?</h3><figure>{draw_reliability(content['test']['reliability'])}</figure>"
         f'<p class="soft">The probability {what}, in 15 bins, and how often that was right. On the '
         "dashed line they agree; below it the network is too sure of itself. Larger dots hold more "
         "images; lines are 95% intervals.</p></div></div>"
@@ -524,9 +541,10 @@ def _mistakes(content: dict[str, Any], pictures: Sequence[Tensor]) -> str:
             verb = "missed" if mistake["present"] else "wrongly named"
             lines = f"<b>{said}</b> {verb} ({percent(mistake['stated'])})"
         name = escape(mistake["image"])
+        broken = name.replace("/", "/<wbr>").replace("_", "_<wbr>")
         found.append(
             f'<figure><img src="{_inline(pixels)}" alt="{name}"><figcaption>{lines}'
-            f'<br><span class="soft">{name}</span></figcaption></figure>'
+            f'<br><span class="soft">{broken}</span></figcaption></figure>'
         )
     if not found:
         return "<h2>Worst mistakes</h2><p>There were none on these test images.</p>"
