@@ -470,9 +470,9 @@ def _confusions(content: dict[str, Any]) -> str:
     matrix = ""
     if content["test"]["confusion"] is not None:
         matrix = (
-            '<div><h3>What is taken for what</h3><p class="soft">A row holds the images of one class, '
-            "the columns what the network said of them: right answers stand on the diagonal. The "
-            "stronger the colour, the larger the share of the row.</p>"
+            '<div><h3>What is taken for what</h3><p class="soft">A row holds the images of one '
+            "class, the columns what the network said of them: right answers stand on the "
+            "diagonal. The stronger the colour, the larger the share of the row.</p>"
             + heat_table(content["test"]["confusion"], content["classes"])
             + "</div>"
         )
@@ -481,7 +481,8 @@ def _confusions(content: dict[str, Any]) -> str:
     side_by_side = "two" if matrix and len(content["classes"]) <= 4 else "one"
     return (
         f'<h2>Mistakes and certainty</h2><div class="{side_by_side}">{matrix}<div>'
-        f"<h3>Can its probabilities be trusted?</h3><figure>{draw_reliability(content['test']['reliability'])}</figure>"
+        "<h3>Can its probabilities be trusted?</h3>"
+        f"<figure>{draw_reliability(content['test']['reliability'])}</figure>"
         f'<p class="soft">The probability {what}, in 15 bins, and how often that was right. On the '
         "dashed line they agree; below it the network is too sure of itself. Larger dots hold more "
         "images; lines are 95% intervals.</p></div></div>"

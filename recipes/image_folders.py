@@ -289,11 +289,10 @@ def examine_all(
     if memory is not None and memory.exists():
         known = json.loads(memory.read_text())
     stamps = {str(image.path): _stamp(image.path) for image in collection.images}
-    fresh = [
-        image
-        for image in collection.images
-        if known.get(str(image.path), {}).get("stamp") != stamps[str(image.path)]
-    ]
+    unchanged = {
+        path for path, stamp in stamps.items() if path in known and known[path]["stamp"] == stamp
+    }
+    fresh = [image for image in collection.images if str(image.path) not in unchanged]
     loader = DataLoader(_Examined(fresh), batch_size=None, num_workers=workers)
     bar = tqdm(loader, desc="checking images", unit="image", disable=not fresh)
     for image, facts in zip(fresh, bar, strict=True):
