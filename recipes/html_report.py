@@ -73,11 +73,13 @@ table { border-collapse: collapse; font-size: .9375rem; font-variant-numeric: ta
 th { font-weight: 600; text-align: left; vertical-align: bottom; }
 td, th[scope=row] { vertical-align: top; }
 td, th { padding: .42rem .8rem .42rem 0; border-bottom: 1px solid var(--line); }
-td.r, th.r { text-align: right; white-space: nowrap; }
+td.r, th.r { text-align: right; }
+td.r { white-space: nowrap; }
+th.r { max-width: 9rem; }
 td:last-child, th:last-child { padding-right: 0; }
 td .n, th .n { font-size: .8125rem; display: block; font-weight: 400; }
 td .n { white-space: nowrap; }
-th[scope=row] { font-weight: 500; min-width: 7rem; }
+th[scope=row] { font-weight: 500; min-width: 8rem; }
 .heat th, .heat td { border: 0; padding: .2rem .35rem; text-align: center; }
 .heat td { min-width: 3rem; height: 2.6rem; border-radius: .25rem; vertical-align: middle; }
 .heat td.none { color: var(--soft); }
@@ -391,7 +393,8 @@ def _summary(content: dict[str, Any]) -> str:
         f"Of {plural(n, 'test image')} that it never saw, the network put <b>{right:,}</b> "
         f"({percent(right / n)}) into the right one of {len(classes)} classes. Naming the "
         f"commonest class, {escape(classes[common])}, every time would be right for "
-        f"{percent(counts[common] / n)}."
+        f"{percent(counts[common] / n)}"
+        + ("." if right > counts[common] else ": <b>the network does no better than that</b>.")
     )
 
 
@@ -435,11 +438,11 @@ def _cards(content: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
-def _notes(content: dict[str, Any]) -> str:
-    if not content["notes"]:
+def _warnings(content: dict[str, Any]) -> str:
+    if not content["warnings"]:
         return ""
-    items = "".join(f"<li>{escape(note)}</li>" for note in content["notes"])
-    return f'<div class="notes"><b>To know about the images</b><ul>{items}</ul></div>'
+    items = "".join(f"<li>{escape(warning)}</li>" for warning in content["warnings"])
+    return f'<div class="notes"><b>Mind this when you read on</b><ul>{items}</ul></div>'
 
 
 def _classes(content: dict[str, Any]) -> str:
@@ -567,12 +570,12 @@ def _comparison(content: dict[str, Any]) -> str:
         )
         if method in methods
     )
-    rows = []
+    rows, exported = [], '<span class="n">this is the one exported</span>'
     for run in runs:
         clean, damaged = run["clean"], run["corrupted"]
         rows.append(
             [
-                escape(run["name"]) + (" (exported)" if run["name"] == content["chosen"] else ""),
+                escape(run["name"]) + (exported if run["name"] == content["chosen"] else ""),
                 str(run["best_epoch"]),
                 number(run["history"][run["best_epoch"] - 1]["val_auroc"]),
                 number(None if "balanced_error" not in clean else 1 - clean["balanced_error"]),
@@ -645,6 +648,7 @@ def _data(content: dict[str, Any]) -> str:
         text += f" Of more than 8 bits, {black:g} is shown black and {white:g} white."
     if content["groups"]:
         text += f" The images come from {plural(content['groups'], 'group')}, such as patients."
+    text += " " + escape(" ".join(content["notes"]))
     head = ["Class" if content["task"] == "multiclass" else "Finding"]
     return f"<h2>Images</h2>{table([*head, 'Training', 'Validation', 'Test'], rows)}<p>{text}</p>"
 
@@ -704,7 +708,7 @@ def render(content: dict[str, Any], pictures: Sequence[Tensor]) -> str:
 <p class="lead">{_summary(content)}</p>
 </header>
 {_cards(content)}
-{_notes(content)}
+{_warnings(content)}
 {_classes(content)}
 {_confusions(content)}
 {_robustness(content)}

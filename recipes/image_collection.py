@@ -51,13 +51,15 @@ class ImageCollection:
         classes: Names of the classes or labels, in the order of the outputs.
         task: ``"multiclass"`` (two classes included) or ``"multilabel"``.
         images: In a fixed order.
-        notes: What a reader should know, in sentences.
+        notes: What was done, in sentences.
+        warnings: What makes figures worse or less sure than they look, in sentences.
     """
 
     classes: tuple[str, ...]
     task: str
     images: tuple[ImageFile, ...]
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def part(self, name: str) -> tuple[ImageFile, ...]:
         """The images of one part."""
@@ -79,6 +81,10 @@ class ImageCollection:
     def noted(self, *notes: str) -> ImageCollection:
         """The same with more notes."""
         return replace(self, notes=(*self.notes, *notes))
+
+    def warned(self, *warnings: str) -> ImageCollection:
+        """The same with more warnings."""
+        return replace(self, warnings=(*self.warnings, *warnings))
 
 
 def shown(image: ImageFile) -> list[int]:
@@ -227,13 +233,13 @@ def deal(contents: np.ndarray, shares: Sequence[float], seed: int) -> list[int]:
 
 
 def check(collection: ImageCollection, *, allow_overlap: bool = False) -> ImageCollection:
-    """Looks for what makes figures wrong; adds a note on everything suspicious.
+    """Looks for what makes figures wrong; adds a warning of everything suspicious.
 
     Raises:
         DataError: If a part or a class of the training part is empty; if groups or equal images
             stand in several parts, unless that is allowed. All that is wrong is named at once.
     """
-    errors, notes = [], []
+    errors, warnings = [], []
     if len(collection.classes) < 2:
         errors.append(f"there is one class, {collection.classes[0]!r}: at least two are needed")
     for part in PARTS:
@@ -247,10 +253,10 @@ def check(collection: ImageCollection, *, allow_overlap: bool = False) -> ImageC
         if missing and part == "train":
             errors.append(f"no training image of {named(missing)}: nothing can be learnt of it")
         elif missing:
-            notes.append(f"No image of {named(missing)} in {part}: figures there leave it out.")
+            warnings.append(f"No image of {named(missing)} in {part}: figures there leave it out.")
         few = [f"{name} ({count})" for name, count in by_class if 0 < count < 10]
         if few and part == "test":
-            notes.append(f"Fewer than 10 test images of {named(few)}: their figures say little.")
+            warnings.append(f"Fewer than 10 test images of {named(few)}: their figures say little.")
     overlaps = [*_groups_across(collection), *_equal_across(collection)]
     if overlaps and not allow_overlap:
         errors += overlaps
@@ -259,11 +265,10 @@ def check(collection: ImageCollection, *, allow_overlap: bool = False) -> ImageC
             "all the same"
         )
     elif overlaps:
-        notes += [f"{text[0].upper()}{text[1:]}. Figures are too good." for text in overlaps]
+        warnings += [f"{text[0].upper()}{text[1:]}. Figures are too good." for text in overlaps]
     if errors:
         raise DataError("\n".join(errors))
-    notes += _suspicious(collection)
-    return collection.noted(*notes)
+    return collection.warned(*warnings, *_suspicious(collection))
 
 
 def _groups_across(collection: ImageCollection) -> list[str]:

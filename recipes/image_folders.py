@@ -6,7 +6,7 @@
 
 `open_images` does all of it in order: `find_images`, `examine_all`, `without_broken`, `split`,
 `check`. What is wrong is a `DataError` that names the files; what is only suspicious becomes a
-note. `ImageSet` is the data set of one part, for a DataLoader:
+warning. `ImageSet` is the data set of one part, for a DataLoader:
 
 - an item is ``(pixels, label)``: uint8 (C, S, S) and a class index, or float32 (labels,) of 0, 1
   and NaN for unknown; in a fixed order;
@@ -128,7 +128,7 @@ def _from_folders(directory: Path) -> ImageCollection:
     )
     if ignored:
         what = counted(len(ignored), "file")
-        collection = collection.noted(f"{what} ignored, not images in a class: {named(ignored)}")
+        collection = collection.noted(f"{what} ignored, not images in a class: {named(ignored)}.")
     return collection
 
 
@@ -209,7 +209,7 @@ def _from_table(
     alone = sum(image.group is None for image in images) if group_column else 0
     if alone:
         collection = collection.noted(
-            f"{counted(alone, 'image')} without a {group_column}, each taken as a group of its own"
+            f"{counted(alone, 'image')} without a {group_column}, each taken as a group of its own."
         )
     return collection
 
@@ -352,8 +352,8 @@ def without_broken(
     gone = [name for name, count in zip(left.classes, counts, strict=True) if not count]
     if gone:
         raise DataError(f"{title}, and so no image is left of {named(gone)}:\n{shown}{more}")
-    note = f"{title} and were left out: {named([image.name for image, _ in broken])}"
-    return left.noted(note), [entry for _, entry in kept]
+    note = f"{title} and were left out: {named([image.name for image, _ in broken])}."
+    return left.warned(note), [entry for _, entry in kept]
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -488,25 +488,25 @@ def open_images(
     shares = shares or {"train": 0.7, "val": 0.15, "test": 0.15}
     collection = split(collection, shares=shares, seed=seed)
     collection = check(collection, allow_overlap=allow_overlap)
-    return collection.noted(*_notes_on(facts)), preparation
+    return collection.warned(*_suspicious(facts)), preparation
 
 
-def _notes_on(facts: Sequence[Facts]) -> list[str]:
-    notes = []
+def _suspicious(facts: Sequence[Facts]) -> list[str]:
+    warnings = []
     unwindowed = sum(entry.kind == "unwindowed" for entry in facts)
     if unwindowed:
-        notes.append(
+        warnings.append(
             f"{counted(unwindowed, 'DICOM file')} without a window: all of the values that the "
             "bits can hold are shown, unless --pixel-range gives others."
         )
     shapes = [(entry.width, entry.height) for entry in facts]
     long = sum(max(shape) > 1.5 * min(shape) for shape in shapes)
     if long:
-        notes.append(
+        warnings.append(
             f"{counted(long, 'image')} with one side more than half as long again as the other: "
             "--crop-mode squash changes their proportions, center cuts off their ends."
         )
-    return notes
+    return warnings
 
 
 def prepare(

@@ -424,6 +424,7 @@ def export(
         if deep
         else ""
     )
+    said = " ".join([*collection.notes, *collection.warnings])
     name = title_of(options)
     merging = training["merging"]
     card = ModelCard(
@@ -431,7 +432,7 @@ def export(
         license=options.license,
         description=f"A {training['arch']} that tells apart {', '.join(collection.classes)}"
         + (", trained with in-model merging." if merging else "."),
-        training_data=f"{name}: {counts} images. {' '.join(collection.notes)}{ranges}",
+        training_data=f"{name}: {counts} images. {said}{ranges}",
         training=f"{options.epochs} epochs of AdamW from weights {options.weights!r}, learning "
         f"rate {options.lr:g} with warm-up and cosine decay, TrivialAugment, average of the "
         f"weights with decay {options.ema:g}; epoch {training['best_epoch']} was best on "
@@ -507,6 +508,7 @@ def report(
         "images": {part: len(collection.part(part)) for part in PARTS},
         "groups": len({image.group for image in collection.images if image.group is not None}),
         "notes": list(collection.notes),
+        "warnings": list(collection.warnings),
         "preparation": preparation.to_dict(),
         "chosen": chosen.name,
         "method": chosen.method,
@@ -559,6 +561,8 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from None
     for note in collection.notes:
         accelerator.print(f"note: {note}")
+    for warning in collection.warnings:
+        accelerator.print(f"warning: {warning}")
 
     runs = planned_runs(options)
     if accelerator.is_main_process:

@@ -454,7 +454,7 @@ def test_broken_files_are_named_counted_and_skipped_by_choice(tmp_path: Path) ->
         assert name in message
     collection, _ = opened(tmp_path, skip_broken=True)
     assert len(collection.images) == 24
-    assert any("3 of 27 images cannot be read and were left out" in n for n in collection.notes)
+    assert any("3 of 27 images cannot be read and were left out" in n for n in collection.warnings)
 
 
 def test_a_class_of_broken_files_alone_is_an_error_all_the_same(tmp_path: Path) -> None:
@@ -485,7 +485,7 @@ def test_hidden_files_and_others_are_left_alone_and_named(tmp_path: Path) -> Non
     save(tmp_path / "loose.png", ramp())
     collection, _ = opened(tmp_path)
     assert len(collection.images) == 24
-    assert "2 files ignored, not images in a class: loose.png, a/notes.txt" in collection.notes
+    assert "2 files ignored, not images in a class: loose.png, a/notes.txt." in collection.notes
 
 
 @pytest.mark.parametrize(
@@ -514,8 +514,8 @@ def test_one_class_and_classes_missing_in_a_part(tmp_path: Path) -> None:
     start = fill(tmp_path / "two" / "val", {"a": 2, "b": 2}, start)
     start = fill(tmp_path / "two" / "test", {"a": 2}, start)
     collection, _ = opened(tmp_path / "two")
-    assert any("No image of b in test" in note for note in collection.notes)
-    assert any("Fewer than 10 test images of a (2)" in note for note in collection.notes)
+    assert any("No image of b in test" in text for text in collection.warnings)
+    assert any("Fewer than 10 test images of a (2)" in text for text in collection.warnings)
     fill(tmp_path / "two" / "test", {"c": 2}, start)
     with pytest.raises(DataError, match="no training image of c"):
         opened(tmp_path / "two")
@@ -534,7 +534,7 @@ def test_equal_images_in_two_parts_are_an_error_in_any_format(tmp_path: Path) ->
     with pytest.raises(DataError, match=found):
         opened(tmp_path)
     collection, _ = opened(tmp_path, allow_overlap=True)
-    assert any("Figures are too good" in note for note in collection.notes)
+    assert any("Figures are too good" in text for text in collection.warnings)
 
 
 def test_equal_images_stay_in_one_part_when_we_split_and_labels_are_compared(
@@ -548,8 +548,8 @@ def test_equal_images_stay_in_one_part_when_we_split_and_labels_are_compared(
     for image in collection.images:
         parts.setdefault(image.digest, set()).add(str(image.part))
     assert all(len(found) == 1 for found in parts.values())
-    assert any("4 images with equal pixels and different labels" in n for n in collection.notes)
-    assert any("8 images there more than once" in note for note in collection.notes)
+    assert any("4 images with equal pixels and different labels" in w for w in collection.warnings)
+    assert any("8 images there more than once" in w for w in collection.warnings)
 
 
 def test_groups_in_two_parts_are_an_error(tmp_path: Path) -> None:
@@ -562,7 +562,7 @@ def test_groups_in_two_parts_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"1 group in several parts: p7 \(train, test\)"):
         opened(tmp_path, groups=pattern)
     collection, _ = opened(tmp_path, groups=pattern, allow_overlap=True)
-    assert any("1 group in several parts: p7" in note for note in collection.notes)
+    assert any("1 group in several parts: p7" in text for text in collection.warnings)
 
 
 def test_shares_that_are_no_shares(tmp_path: Path) -> None:
@@ -635,7 +635,7 @@ def test_channels_and_sizes_of_mixed_files(tmp_path: Path) -> None:
     assert preparation.channels == 3 and preparation.pixel_range == (0, 4095)
     images = image_folders.ImageSet(collection.images, preparation)
     assert {tuple(pixels.shape) for pixels, _ in images} == {(3, 8, 8)}
-    assert any("one side more than half as long again" in note for note in collection.notes)
+    assert any("one side more than half as long again" in w for w in collection.warnings)
     assert opened(tmp_path, channels=1)[1].channels == 1
 
 

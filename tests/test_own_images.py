@@ -565,7 +565,8 @@ def test_a_page_of_a_perfect_network_with_many_classes(tmp_path: Path) -> None:
     content = {
         "title": "Many", "date": "2026-01-01", "task": "multiclass", "classes": names,
         "counts": dict.fromkeys(("train", "val", "test"), [3] * 13 + [0]),
-        "images": dict.fromkeys(("train", "val", "test"), 39), "groups": 0, "notes": [],
+        "images": dict.fromkeys(("train", "val", "test"), 39), "groups": 0,
+        "notes": [], "warnings": [],
         "preparation": {"size": 8, "channels": 1, "crop_mode": "center", "pixel_range": None},
         "chosen": run["name"], "method": "merged", "arch": "resnet18", "parameters": 11,
         "test": {
