@@ -286,7 +286,9 @@ def draw_families(families: Sequence[dict[str, Any]]) -> str:
 
 def draw_course(runs: Sequence[dict[str, Any]]) -> str:
     """AUROC on validation over the epochs of every run; a ring marks the epoch that was kept."""
-    values = [entry["val_auroc"] for run in runs for entry in run["history"]]
+    values = [e["val_auroc"] for run in runs for e in run["history"] if e["val_auroc"] is not None]
+    if not values:
+        return ""
     low, high = max(0.0, min(values) - 0.02), min(1.0, max(values) + 0.02)
     epochs = max(len(run["history"]) for run in runs)
     x, y = _scale(1, max(2, epochs), 52, 452), _scale(low, high, 226, 10)
@@ -302,15 +304,19 @@ def draw_course(runs: Sequence[dict[str, Any]]) -> str:
         )
     for run in runs:
         colour = "orange" if run["method"] == "merged" else "blue"
-        points = " ".join(
-            f"{x(entry['epoch'])},{y(entry['val_auroc'])}" for entry in run["history"]
-        )
-        best = run["history"][run["best_epoch"] - 1]
+        places = [
+            (x(entry["epoch"]), y(entry["val_auroc"]))
+            for entry in run["history"]
+            if entry["val_auroc"] is not None
+        ]
+        points = " ".join(f"{across},{down}" for across, down in places)
         parts.append(f'<polyline class="line {colour}" style="fill:none" points="{points}"/>')
-        parts.append(
-            f'<circle class="{colour}" cx="{x(best["epoch"])}" cy="{y(best["val_auroc"])}" r="5" '
-            'stroke-width="2" style="fill: var(--paper)"/>'
-        )
+        best = run["history"][run["best_epoch"] - 1]
+        if best["val_auroc"] is not None:
+            parts.append(
+                f'<circle class="{colour}" cx="{x(best["epoch"])}" cy="{y(best["val_auroc"])}" '
+                'r="5" stroke-width="2" style="fill: var(--paper)"/>'
+            )
     parts.append('<text x="252" y="268" text-anchor="middle">epoch</text>')
     return _svg(464, 276, "AUROC on validation over the epochs", parts)
 

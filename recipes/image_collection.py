@@ -17,6 +17,7 @@ import numpy as np
 from image_files import DataError
 
 PARTS = ("train", "val", "test")
+SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
 
 
 # -- what there is ---------------------------------------------------------------------------------
@@ -110,8 +111,8 @@ def counted(count: int, what: str) -> str:
 def split(
     collection: ImageCollection,
     *,
-    shares: Mapping[str, float],
-    seed: int,
+    shares: Mapping[str, float] | None = None,
+    seed: int = 0,
 ) -> ImageCollection:
     """Gives every image a part: stratified by label, whole groups, equal images together.
 
@@ -119,12 +120,14 @@ def split(
 
     Args:
         collection: The images, read.
-        shares: Of train, val and test; together 1.
+        shares: Of train, val and test, together 1; `SHARES` if None.
         seed: Of the order in which groups of equal standing are dealt out.
 
     Raises:
-        DataError: If the shares are no shares, or some images have a part and others none.
+        DataError: If the shares are no shares, or are given and of no use; or if some images have a
+            part and others none.
     """
+    given_shares, shares = shares, shares or SHARES
     if set(shares) != set(PARTS) or not np.isclose(sum(shares.values()), 1):
         raise DataError(f"--split must be three shares that add up to 1, got {dict(shares)}")
     if not all(0 < share < 1 for share in shares.values()):
@@ -135,6 +138,8 @@ def split(
         raise DataError(f"{counted(len(missing), 'image')} without a part: {named(missing)}")
     wanted = [part for part in PARTS if part == "train" or part not in given]
     if wanted == ["train"]:
+        if given_shares is not None:
+            raise DataError("--split would do nothing: the data have all three parts already")
         return collection
     chosen = [n for n, image in enumerate(collection.images) if image.part in (None, "train")]
     units = _units([collection.images[n] for n in chosen])

@@ -469,7 +469,7 @@ def open_images(
         labels: Its columns.
         path_column: Its column of paths.
         groups: A column, or a pattern of the name.
-        shares: Of train, val and test where they are split; .7, .15 and .15 if None.
+        shares: Of train, val and test where they are split; see `split`.
         seed: Of the split.
         skip_broken: Leave out files that cannot be read.
         allow_overlap: Train although images or groups stand in several parts.
@@ -485,7 +485,6 @@ def open_images(
     facts = examine_all(collection, workers=workers, memory=memory)
     collection, facts = without_broken(collection, facts, skip=skip_broken)
     preparation = prepare(facts, size, channels, crop_mode, pixel_range)
-    shares = shares or {"train": 0.7, "val": 0.15, "test": 0.15}
     collection = split(collection, shares=shares, seed=seed)
     collection = check(collection, allow_overlap=allow_overlap)
     return collection.warned(*_suspicious(facts)), preparation
@@ -521,6 +520,8 @@ def prepare(
     Raises:
         DataError: If it cannot be guessed, or a setting is out of range.
     """
+    if pixel_range is not None and all(entry.kind == "bytes" for entry in facts):
+        raise DataError("--pixel-range would do nothing: all images are of 8 bits")
     colour = any(entry.colour for entry in facts)
     return Preparation(
         size=size,

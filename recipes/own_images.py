@@ -12,7 +12,7 @@ plainly and with in-model merging in pairs of seeds (`--only merged` trains that
     OUT/results.json      every figure of the report; predictions.csv: every test image
     OUT/split.csv         which image stood in which part
 
-The same command continues after a kill, from the last whole epoch, to the same bits.
+The same command continues after a kill from the last whole epoch, on a CPU to the same bits.
 
 Hardware and time: any CPU or GPU; 1,000 images of 224 px take a resnet18 about two minutes an epoch
 on one CPU core. Expected: depends on your images; the report says how sure each figure is.
@@ -47,13 +47,14 @@ from html_report import contact_sheet, write_report
 from image_collection import PARTS, ImageCollection
 from image_files import DataError, Preparation
 from image_folders import ImageSet, keep_pixels, open_images, write_split
-from resumable import Normalise, Run, train
+from pretrained import start_network
+from resumable import Normalise, Run, standing, train
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from inmerge_wrap import export_timm
+from inmerge_wrap import InMergeWrapper, export_timm
 from inmerge_wrap.corruptions import PRESETS, resolve_preset
 from inmerge_wrap.modelcard import ModelCard, results_of
 from inmerge_wrap.robustness import (
@@ -74,12 +75,11 @@ add("--csv", type=Path, help="table with the columns path, label, and if wanted 
 add(
     "--labels",
     nargs="+",
-    default=["label"],
     metavar="COLUMN",
     help="its column of class names (default: label); or several columns of 0, 1 and nothing for "
     "unknown, which make a multi-label task",
 )
-add("--path-column", default="path", help="its column of paths, relative to --data-dir")
+add("--path-column", help="its column of paths, relative to --data-dir (default: path)")
 add(
     "--groups",
     help="whose image it is, so that a patient's images stay in one part: a column of the table, "
@@ -89,7 +89,6 @@ add(
     "--split",
     type=float,
     nargs=3,
-    default=[0.7, 0.15, 0.15],
     metavar=("TRAIN", "VAL", "TEST"),
     help="shares of the parts, where the data have none (default: .7 .15 .15)",
 )
@@ -178,6 +177,30 @@ FREE = {"out", "workers", "no_cache", "preset", "severities", "bootstrap", "titl
 FREE |= {"seeds", "only", "data_dir", "csv", "skip_broken", "allow_overlap"}
 
 
+def parse_arguments() -> argparse.Namespace:
+    """The command line; what is out of range is refused before hours of training, not after."""
+    options = parser.parse_args()
+    for name, least in (("epochs", 1), ("seeds", 1), ("batch_size", 1), ("workers", 0)):
+        value = getattr(options, name)
+        if value < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if options.bootstrap < 0 or not options.lr > 0 or options.weight_decay < 0:
+        parser.error("--bootstrap and --weight-decay must not be negative, and --lr positive")
+    if not 0 <= options.ema < 1:
+        parser.error(f"--ema must lie in [0, 1), got {options.ema:g}")
+    if options.csv is None and (options.labels or options.path_column):
+        parser.error("--labels and --path-column name columns of a table: give --csv FILE")
+    if options.arch is not None and not timm.is_model(options.arch):
+        parser.error(f"--arch {options.arch} is no model of timm")
+    try:
+        if options.preset is not None:
+            resolve_preset(options.preset)
+        ModelCard(title=title_of(options), license=options.license, training_data="own images")
+    except ValueError as error:
+        parser.error(f"{error} (presets: {', '.join(PRESETS)})" if options.preset else str(error))
+    return options
+
+
 def planned_runs(options: argparse.Namespace) -> list[Run]:
     """Pairs of runs, seed by seed, or the half of them that is asked for."""
     methods = [options.only] if options.only else ["plain", "merged"]
@@ -211,10 +234,10 @@ def read_data(
         crop_mode=options.crop_mode,
         pixel_range=tuple(options.pixel_range) if options.pixel_range else None,
         table=options.csv,
-        labels=options.labels,
-        path_column=options.path_column,
+        labels=options.labels or ["label"],
+        path_column=options.path_column or "path",
         groups=options.groups,
-        shares=dict(zip(PARTS, options.split, strict=True)),
+        shares=dict(zip(PARTS, options.split, strict=True)) if options.split else None,
         seed=options.split_seed,
         skip_broken=options.skip_broken,
         allow_overlap=options.allow_overlap,
@@ -262,6 +285,26 @@ def begin_or_continue(
                 f"{run.folder} was begun with {'; '.join(differing)}. "
                 "Give another --out, or remove the folder"
             )
+
+
+def check_network(
+    runs: list[Run],
+    collection: ImageCollection,
+    preparation: Preparation,
+    options: argparse.Namespace,
+) -> None:
+    """Gets the weights and, for merging, the plan once, so that no run fails for them later."""
+    network, _, _ = start_network(
+        options.arch,
+        options.weights,
+        num_classes=len(collection.classes),
+        channels=preparation.channels,
+    )
+    if any(run.method == "merged" for run in runs):
+        try:
+            InMergeWrapper.recommended(network, total_steps=1)
+        except ValueError as error:
+            raise SystemExit(f"--arch {options.arch}: {error}") from error
 
 
 # -- evaluation ------------------------------------------------------------------------------------
@@ -398,8 +441,7 @@ def choose(evaluations: dict[Run, dict[str, Any]]) -> Run:
     """The run whose best epoch was best on validation; the test part has no say."""
 
     def best(run: Run) -> tuple[float, float]:
-        history = evaluations[run]["training"]["history"]
-        return max((entry["val_auroc"], -entry["val_loss"]) for entry in history)
+        return max(map(standing, evaluations[run]["training"]["history"]))
 
     return max(evaluations, key=best)
 
@@ -543,16 +585,7 @@ def report(
 
 
 def main() -> None:
-    options = parser.parse_args()
-    if options.epochs < 1 or options.seeds < 1:
-        parser.error("--epochs and --seeds must be at least 1")
-    if not 0 <= options.ema < 1:
-        parser.error(f"--ema must lie in [0, 1), got {options.ema:g}")
-    if options.preset is not None:
-        try:
-            resolve_preset(options.preset)
-        except ValueError as error:
-            parser.error(f"--preset: {error} (presets: {', '.join(PRESETS)})")
+    options = parse_arguments()
     accelerator = make_accelerator(mixed_precision=precision(options.mixed_precision))
     try:
         with accelerator.main_process_first():
@@ -565,6 +598,7 @@ def main() -> None:
         accelerator.print(f"warning: {warning}")
 
     runs = planned_runs(options)
+    check_network(runs, collection, preparation, options)
     if accelerator.is_main_process:
         begin_or_continue(runs, collection, options, accelerator.num_processes)
     accelerator.wait_for_everyone()

@@ -1,8 +1,8 @@
 """Training that a kill does not stop: every epoch begins from seeds and ends in a checkpoint.
 
-A run that was killed goes on from its last whole epoch and comes to the same bits as one that was
-not: the order of the images, the augmentation and dropout are drawn from seeds of the run and the
-epoch, merging from its own.
+A run that was killed goes on from its last whole epoch and comes, on a CPU, to the same bits as one
+that was not: the order of the images, the augmentation and dropout are drawn from seeds of the run
+and the epoch, merging from its own.
 """
 
 from __future__ import annotations
@@ -164,11 +164,11 @@ def predict(
     return torch.cat(outputs), torch.cat(truths)
 
 
-def score(logits: Tensor, labels: Tensor, task: str, loss: float) -> tuple[float, float]:
-    """By which the best epoch is chosen: AUROC, where that ties or is undefined the loss."""
+def validation_auroc(logits: Tensor, labels: Tensor, task: str) -> float | None:
+    """By which the best epoch is chosen; None where the validation part cannot define it."""
     values, _ = classification_metrics(probabilities_of(logits, task), labels, task=task)
     area = float(values["auroc"])
-    return (area if area == area else 0.0), -loss
+    return None if area != area else area
 
 
 def train(
@@ -264,7 +264,7 @@ def train(
             )
         logits, truth = predict(final, val_loader, normalise, accelerator)
         val_loss = float(loss_of(task, labels, balanced=False, device=logits.device)(logits, truth))
-        area, _ = score(logits, truth, task, val_loss)
+        area = validation_auroc(logits, truth, task)
         history.append(
             {
                 "epoch": epoch + 1,
@@ -275,7 +275,7 @@ def train(
                 **merged_share(accelerator.unwrap_model(model)),
             }
         )
-        bar.set_postfix(val_auroc=f"{area:.3f}", loss=f"{mean_loss:.3f}")
+        bar.set_postfix(loss=f"{mean_loss:.3f}", val_auroc=area and f"{area:.3f}")
         if best_epoch(history) == epoch + 1:
             export_weights(final, best_file)
         if accelerator.is_main_process:
@@ -310,9 +310,14 @@ def train(
     accelerator.free_memory()
 
 
+def standing(entry: dict[str, Any]) -> tuple[float, float]:
+    """How good an epoch was on validation: its AUROC; where that ties or is undefined, its loss."""
+    return entry["val_auroc"] or 0.0, -entry["val_loss"]
+
+
 def best_epoch(history: list[dict[str, Any]]) -> int:
     """By validation; the first of equals."""
-    return max(history, key=lambda entry: (entry["val_auroc"], -entry["val_loss"]))["epoch"]
+    return max(history, key=standing)["epoch"]
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:

@@ -572,6 +572,16 @@ def test_shares_that_are_no_shares(tmp_path: Path) -> None:
             opened(tmp_path, shares=dict(zip(("train", "val", "test"), shares, strict=True)))
 
 
+def test_arguments_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
+    start = 0
+    for part in ("train", "val", "test"):
+        start = fill(tmp_path / part, {"a": 3, "b": 3}, start)
+    with pytest.raises(DataError, match="--split would do nothing"):
+        opened(tmp_path, shares={"train": 0.5, "val": 0.25, "test": 0.25})
+    with pytest.raises(DataError, match="--pixel-range would do nothing"):
+        opened(tmp_path, pixel_range=(0, 100))
+
+
 # -- dealing out -----------------------------------------------------------------------------------
 
 

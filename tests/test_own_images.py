@@ -357,9 +357,13 @@ def test_what_is_wrong_with_the_images_is_one_message(
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (["--epochs", "0"], "--epochs and --seeds must be at least 1"),
+        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--lr", "0"], "--lr positive"),
+        (["--arch", "resnet19"], "--arch resnet19 is no model of timm"),
+        (["--labels", "a", "b"], "give --csv FILE"),
+        (["--license", "mine, all mine"], "is no identifier of the hub"),
         (["--ema", "1"], "--ema must lie in [0, 1), got 1"),
-        (["--preset", "moonlight"], "--preset: "),
+        (["--preset", "moonlight"], "'moonlight'"),
     ],
 )
 def test_settings_out_of_range_are_refused_at_once(
