@@ -285,9 +285,12 @@ def draw_families(families: Sequence[dict[str, Any]]) -> str:
 
 
 def draw_course(runs: Sequence[dict[str, Any]]) -> str:
-    """AUROC on validation over the epochs of every run; a ring marks the epoch that was kept."""
+    """AUROC on validation over the epochs of every run; a ring marks the epoch that was kept.
+
+    Nothing to draw, an empty text, where it is undefined or there is one epoch alone.
+    """
     values = [e["val_auroc"] for run in runs for e in run["history"] if e["val_auroc"] is not None]
-    if not values:
+    if not values or max(len(run["history"]) for run in runs) < 2:
         return ""
     low, high = max(0.0, min(values) - 0.02), min(1.0, max(values) + 0.02)
     epochs = max(len(run["history"]) for run in runs)
@@ -407,6 +410,8 @@ def _summary(content: dict[str, Any]) -> str:
 def _cards(content: dict[str, Any]) -> str:
     clean, damaged = _row(content, "clean"), _row(content, "all")
     labels = "findings" if content["task"] == "multilabel" else "classes"
+    kinds = [entry["family"] for entry in content["test"]["families"]]
+    damage = ", ".join(FAMILIES[kind][0].lower() for kind in kinds if kind not in ("clean", "all"))
 
     def card(what: str, row: dict[str, Any], metric: str, means: str, *, flip: bool = False) -> str:
         value = row.get(metric)
@@ -436,7 +441,7 @@ def _cards(content: dict[str, Any]) -> str:
                 ),
                 card(
                     "On damaged images", damaged, "balanced_error",
-                    "balanced accuracy, mean over noise, blur, compression, light and artefacts",
+                    f"balanced accuracy, mean over {damage}",
                     flip=True,
                 ),
             ]
@@ -456,7 +461,7 @@ def _classes(content: dict[str, Any]) -> str:
     rows = [
         [
             escape(entry["class"])
-            + (f'<span class="n">above {entry["threshold"]:.2f}</span>' if several else ""),
+            + (f'<span class="n">above {entry["threshold"]:.3g}</span>' if several else ""),
             f"{entry['n']:,}",
             *(cell(entry[name]) for name in ("sensitivity", "specificity", "precision", "auroc")),
         ]
@@ -568,7 +573,7 @@ def _mistakes(content: dict[str, Any], pictures: Sequence[Tensor]) -> str:
 def _comparison(content: dict[str, Any]) -> str:
     runs, differences = content["runs"], content["differences"]
     methods = {run["method"] for run in runs}
-    legend = '<p class="legend">' + "".join(
+    legend = "".join(
         f'<span><i class="key {colour}"></i>{text}</span>'
         for method, colour, text in (
             ("plain", "blue", "plain training"),
@@ -576,6 +581,13 @@ def _comparison(content: dict[str, Any]) -> str:
         )
         if method in methods
     )
+    drawing = draw_course(runs)
+    if drawing:
+        drawing = (
+            f"<figure>{drawing}<figcaption>AUROC on validation images after each epoch; a ring "
+            "marks the epoch whose weights were kept.</figcaption></figure>"
+            f'<p class="legend">{legend}</p>'
+        )
     rows, exported = [], '<span class="n">this is the one exported</span>'
     for run in runs:
         clean, damaged = run["clean"], run["corrupted"]
@@ -590,9 +602,7 @@ def _comparison(content: dict[str, Any]) -> str:
             ]
         )
     text = (
-        f"<h2>Training</h2><figure>{draw_course(runs)}<figcaption>AUROC on validation images after "
-        f"each epoch; a ring marks the epoch whose weights were kept.</figcaption></figure>{legend}"
-        "</p>"
+        f"<h2>Training</h2>{drawing}"
         + table(
             [
                 "Run", "Epoch kept", "Validation AUROC", "Test balanced accuracy", "Test AUROC",
