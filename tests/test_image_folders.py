@@ -339,6 +339,7 @@ def test_class_folders_are_split_by_class_and_seed(tmp_path: Path) -> None:
     again, _ = opened(tmp_path)
     other, _ = opened(tmp_path, seed=1)
     assert first == again and first.images != other.images
+    assert any("no groups were named" in text for text in first.warnings)
     halves, _ = opened(tmp_path, shares={"train": 0.5, "val": 0.25, "test": 0.25})
     assert halves.counts(halves.part("train")) == [20, 10]
 
@@ -355,6 +356,7 @@ def test_groups_by_a_pattern_stay_together(tmp_path: Path) -> None:
     for image in collection.images:
         parts.setdefault(str(image.group), set()).add(str(image.part))
     assert len(parts) == 20 and all(len(found) == 1 for found in parts.values())
+    assert not any("no groups were named" in text for text in collection.warnings)
     assert all(min(collection.counts(collection.part(p))) for p in ("train", "val", "test"))
     with pytest.raises(DataError, match=r"not found in 50 names: a/patient0_0.png"):
         opened(tmp_path, groups=r"case(\d+)")

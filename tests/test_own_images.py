@@ -501,7 +501,7 @@ def test_weights_of_a_file_keep_everything_but_the_head(tmp_path: Path) -> None:
 
 def test_weights_that_cannot_be_had_say_what_can(monkeypatch: pytest.MonkeyPatch) -> None:
     pretrained = load("pretrained")
-    with pytest.raises(SystemExit, match=r"vgg_none cannot be had .*\n--weights FILE"):
+    with pytest.raises(SystemExit, match=r"vgg_none cannot be loaded .*\n--weights FILE"):
         pretrained.start_network("vgg_none", "imagenet", num_classes=2, channels=3)
     with pytest.raises(SystemExit, match="is no file, and not of --arch resnet18"):
         pretrained.start_network("resnet18", "resnet34.a1_in1k", num_classes=2, channels=3)
