@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from image_collection import counted
 from PIL import Image
 from torch import Tensor
 
@@ -33,7 +34,7 @@ METRICS = {
     "ece": "Calibration error",
 }
 
-# Okabe and Ito's blue and vermilion, told apart by every kind of colour vision; lighter on dark.
+# Okabe and Ito's blue and vermilion, which all kinds of colour vision distinguish; lighter on dark.
 STYLE = """
 :root { color-scheme: light dark;
   --paper: #ffffff; --ink: #1b1f24; --soft: #59636e; --line: #dfe3e8; --panel: #f5f7f9;
@@ -160,10 +161,6 @@ def cell(entry: dict[str, Any], name: str = "value") -> str:
     value = entry.get(name)
     text = interval(entry, "" if name == "value" else name)
     return number(value) + (f'<span class="n">{text}</span>' if text else "")
-
-
-def plural(count: int, what: str) -> str:
-    return f"{count:,} {what}" + ("" if count == 1 else "s")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
@@ -391,7 +388,7 @@ def _summary(content: dict[str, Any]) -> str:
     classes = content["classes"]
     if content["task"] == "multilabel":
         return (
-            f"On {plural(n, 'test image')} that it never saw, the network was asked for "
+            f"On {counted(n, 'test image')} that it never saw, the network was asked for "
             f"{len(classes)} findings: {escape(', '.join(classes))}. The figures below are means "
             "over the findings."
         )
@@ -399,7 +396,7 @@ def _summary(content: dict[str, Any]) -> str:
     counts = content["counts"]["test"]
     common = max(range(len(counts)), key=counts.__getitem__)
     return (
-        f"Of {plural(n, 'test image')} that it never saw, the network put <b>{right:,}</b> "
+        f"Of {counted(n, 'test image')} that it never saw, the network put <b>{right:,}</b> "
         f"({percent(right / n)}) into the right one of {len(classes)} classes. Naming the "
         f"commonest class, {escape(classes[common])}, every time would be right for "
         f"{percent(counts[common] / n)}"
@@ -663,7 +660,7 @@ def _data(content: dict[str, Any]) -> str:
         black, white = made["pixel_range"]
         text += f" Of more than 8 bits, {black:g} is shown black and {white:g} white."
     if content["groups"]:
-        text += f" The images come from {plural(content['groups'], 'group')}, such as patients."
+        text += f" The images come from {counted(content['groups'], 'group')}, such as patients."
     text += " " + escape(" ".join(content["notes"]))
     head = ["Class" if content["task"] == "multiclass" else "Finding"]
     return f"<h2>Images</h2>{table([*head, 'Training', 'Validation', 'Test'], rows)}<p>{text}</p>"

@@ -28,6 +28,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import timm
@@ -402,39 +403,39 @@ def compare(evaluations: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
         return []
     differences = []
     for metric, condition in (
-        ("balanced_error", "clean"),
+        ("balanced_accuracy", "clean"),
         ("auroc", "clean"),
         ("ece", "clean"),
-        ("balanced_error", "all"),
+        ("balanced_accuracy", "all"),
     ):
-        sign = -1.0 if metric == "balanced_error" else 1.0
-        name = "balanced_accuracy" if metric == "balanced_error" else metric
-        values = {
-            method: [row_of(found, condition).get(metric) for found in several]
-            for method, several in by_method.items()
-        }
-        if any(value is None for several in values.values() for value in several):
-            continue
         plain, merged = (
-            [sign * v + (1 if sign < 0 else 0) for v in values[method]]
+            [figure(row_of(found, condition), metric) for found in by_method[method]]
             for method in ("plain", "merged")
         )
+        if None in plain + merged:
+            continue
         differences.append(
             {
-                "metric": name,
+                "metric": metric,
                 "on": condition,
-                "plain": sum(plain) / len(plain),
-                "merged": sum(merged) / len(merged),
+                "plain": mean(plain),
+                "merged": mean(merged),
                 **paired_difference(merged, plain),
             }
         )
     return differences
 
 
+def figure(row: dict[str, Any], metric: str) -> float | None:
+    """A figure of a row, None where it is undefined; rows hold the balanced error."""
+    if metric != "balanced_accuracy":
+        return row.get(metric)
+    return 1 - row["balanced_error"] if "balanced_error" in row else None
+
+
 def row_of(found: dict[str, Any], corruption: str) -> dict[str, Any]:
     """The row of a condition, of several severities their mean."""
-    rows = [row for row in found["rows"] if row["corruption"] == corruption]
-    return rows[-1]
+    return [row for row in found["rows"] if row["corruption"] == corruption][-1]
 
 
 def choose(evaluations: dict[Run, dict[str, Any]]) -> Run:
