@@ -24,6 +24,7 @@ from inmerge_wrap.unwrapping import named_wrappers, unwrap
 __all__ = ["export_timm", "export_weights", "plain_state_dict"]
 
 _INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
+_CROP_MODES = ("center", "squash", "border")
 
 
 def _warn_if_statistics_lag(model: nn.Module) -> None:
@@ -110,6 +111,7 @@ def export_timm(
     mean: Sequence[float],
     std: Sequence[float],
     crop_pct: float = 1.0,
+    crop_mode: str = "center",
     interpolation: str = "bicubic",
     label_names: Sequence[str] | None = None,
     model_args: Mapping[str, Any] | None = None,
@@ -129,6 +131,9 @@ def export_timm(
         mean: Per channel, subtracted from pixels in [0, 1].
         std: Per channel, in the same units.
         crop_pct: Share of the resized image that the centre crop keeps.
+        crop_mode: How images that are not square are fitted, as timm names it: ``"center"`` cuts
+            off the ends of the longer side, ``"squash"`` changes the proportions, ``"border"``
+            pads.
         interpolation: Of the resizing, as timm names it: ``"bicubic"``, ``"bilinear"``, ...
         label_names: Names of the classes, in the order of the outputs.
         model_args: Arguments of ``timm.create_model`` that changed the architecture, if timm did
@@ -162,6 +167,8 @@ def export_timm(
         )
     if not 0.0 < crop_pct <= 1.0:
         raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct}")
+    if crop_mode not in _CROP_MODES:
+        raise ValueError(f"crop_mode must be one of {', '.join(_CROP_MODES)}, got {crop_mode!r}")
     if interpolation not in _INTERPOLATIONS:
         raise ValueError(
             f"interpolation must be one of {', '.join(_INTERPOLATIONS)}, got {interpolation!r}"
@@ -174,6 +181,7 @@ def export_timm(
         "mean": tuple(mean),
         "std": tuple(std),
         "crop_pct": crop_pct,
+        "crop_mode": crop_mode,
         "interpolation": interpolation,
     }
     _warn_if_statistics_lag(model)

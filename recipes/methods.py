@@ -262,7 +262,7 @@ class EMA(Method):
 class _Ema(Follower):
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.network = network
-        self.ema = ModelEmaV3(network, decay=decay, use_warmup=True)
+        self.ema = ModelEmaV3(network, decay=decay)
 
     def after_step(self, step: int) -> None:
         self.ema.update(self.network)

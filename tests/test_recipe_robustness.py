@@ -177,3 +177,32 @@ def test_help_explains_every_argument(monkeypatch, capsys):
     code, shown = run_here(monkeypatch, capsys, "--help")
     assert code == 0
     assert "label=path" in shown and "--threshold" in shown and "Expected:" in shown
+
+
+def test_a_folder_of_images_and_a_split_of_own_images(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+
+    rows = ["path,label,group,part"]
+    for n in range(24):
+        part, label = ("train", "test")[n % 2], "ab"[n // 12]
+        path = tmp_path / "data" / part / label / f"{n:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = np.random.default_rng(n).integers(0, 255, (20, 26), dtype=np.uint8)
+        Image.fromarray(values).save(path)
+        rows.append(f"{path},{label},,{part}")
+    (tmp_path / "split.csv").write_text("\n".join(rows))
+    weights = save_model(tmp_path / "m.safetensors", 0, num_classes=2, in_chans=1)
+    common = [
+        f"m={weights}", *TEST_RESNET, "--size", "24", "--mean", "0.5", "--std", "0.5", *TINY,
+    ]  # fmt: skip
+    digests = []
+    for data in (tmp_path / "data", tmp_path / "split.csv"):
+        out = tmp_path / f"out-{data.name}"
+        code, _ = run_here(monkeypatch, capsys, *common, "--data", data, "--output", out)
+        assert code == 0
+        settings = json.loads((out / "robustness.json").read_text())["models"]["m"][0]["settings"]
+        assert settings["n"] == 12
+        digests.append(settings["data_sha256"])
+    assert digests[0] == digests[1]
+    code, _ = run_here(monkeypatch, capsys, *common, "--data", tmp_path / "data" / "train" / "a")
+    assert "holds no images in class folders" in str(code)

@@ -1,0 +1,330 @@
+"""What a data set of image files is, how it is split without leaks, and what is wrong with it.
+
+Nothing here reads a file: see image_folders.py for that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from image_files import DataError
+
+PARTS = ("train", "val", "test")
+SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
+
+
+# -- what there is ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image and what is known of it.
+
+    Attributes:
+        path: Where it is.
+        name: The same for people: relative to the data directory, with forward slashes.
+        label: Class index; of a multi-label task 0.0, 1.0 or NaN (unknown) for each label.
+        group: Whose image it is; images of one group never stand in two parts.
+        part: ``train``, ``val``, ``test``, or None until it is split.
+        digest: Of its content, once it was read: equal images have equal ones.
+    """
+
+    path: Path
+    name: str
+    label: int | tuple[float, ...]
+    group: str | None = None
+    part: str | None = None
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class ImageCollection:
+    """All images of a data set.
+
+    Attributes:
+        classes: Names of the classes or labels, in the order of the outputs.
+        task: ``"multiclass"`` (two classes included) or ``"multilabel"``.
+        images: In a fixed order.
+        notes: What was done, in sentences.
+        warnings: What makes figures worse or less sure than they look, in sentences.
+    """
+
+    classes: tuple[str, ...]
+    task: str
+    images: tuple[ImageFile, ...]
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def part(self, name: str) -> tuple[ImageFile, ...]:
+        """The images of one part."""
+        return tuple(image for image in self.images if image.part == name)
+
+    def counts(self, images: Iterable[ImageFile]) -> list[int]:
+        """How many of the images show each class."""
+        found: Counter[int] = Counter()
+        for image in images:
+            found.update(shown(image))
+        return [found[index] for index in range(len(self.classes))]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all contents, labels and parts."""
+        rows = [(image.digest, image.label, image.part) for image in self.images]
+        return hashlib.sha256(json.dumps([self.classes, rows]).encode()).hexdigest()[:12]
+
+    def noted(self, *notes: str) -> ImageCollection:
+        """The same with more notes."""
+        return replace(self, notes=(*self.notes, *notes))
+
+    def warned(self, *warnings: str) -> ImageCollection:
+        """The same with more warnings."""
+        return replace(self, warnings=(*self.warnings, *warnings))
+
+
+def shown(image: ImageFile) -> list[int]:
+    """The classes that an image shows."""
+    if isinstance(image.label, int):
+        return [image.label]
+    return [index for index, value in enumerate(image.label) if value == 1]
+
+
+def named(names: Sequence[str], limit: int = 5) -> str:
+    """``a, b, c, d, e and 7 more``."""
+    shown = ", ".join(names[:limit])
+    return shown + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
+
+
+def counted(count: int, what: str) -> str:
+    """``1 file``, ``12 files``."""
+    return f"{count:,} {what}" + ("" if count == 1 else "s")
+
+
+# -- splitting -------------------------------------------------------------------------------------
+
+
+def split(
+    collection: ImageCollection,
+    *,
+    shares: Mapping[str, float] | None = None,
+    seed: int = 0,
+) -> ImageCollection:
+    """Gives every image a part: stratified by label, whole groups, equal images together.
+
+    Parts that the data have stay as they are; missing ones are taken from train, by their shares.
+
+    Args:
+        collection: The images, read.
+        shares: Of train, val and test, together 1; `SHARES` if None.
+        seed: Of the order in which groups of equal standing are dealt out.
+
+    Raises:
+        DataError: If the shares are no shares, or are given and of no use; or if some images have a
+            part and others none.
+    """
+    given_shares, shares = shares, shares or SHARES
+    if set(shares) != set(PARTS) or not np.isclose(sum(shares.values()), 1):
+        raise DataError(f"--split must be three shares that add up to 1, got {dict(shares)}")
+    if not all(0 < share < 1 for share in shares.values()):
+        raise DataError(f"--split needs a positive share for each part, got {dict(shares)}")
+    given = {image.part for image in collection.images}
+    if None in given and len(given) > 1:
+        missing = [image.name for image in collection.images if image.part is None]
+        raise DataError(f"{counted(len(missing), 'image')} without a part: {named(missing)}")
+    wanted = [part for part in PARTS if part == "train" or part not in given]
+    if wanted == ["train"]:
+        if given_shares is not None:
+            raise DataError("--split would do nothing: the data have all three parts already")
+        return collection
+    chosen = [n for n, image in enumerate(collection.images) if image.part in (None, "train")]
+    units = _units([collection.images[n] for n in chosen])
+    labels = len(collection.classes) + 1  # the last column counts images that show nothing
+    contents = np.zeros((len(units), labels))
+    for row, unit in enumerate(units):
+        for n in unit:
+            contents[row, shown(collection.images[chosen[n]]) or [labels - 1]] += 1
+    total = sum(shares[part] for part in wanted)
+    assigned = deal(contents, [shares[part] / total for part in wanted], seed)
+    parts = {
+        chosen[n]: wanted[place] for unit, place in zip(units, assigned, strict=True) for n in unit
+    }
+    images = tuple(
+        replace(image, part=parts[n]) if n in parts else image
+        for n, image in enumerate(collection.images)
+    )
+    grouped = any(image.group is not None for image in collection.images)
+    new = named([part for part in wanted if part != "train"])
+    note = (
+        f"{'All parts were' if None in given else new + ' was'} split from the data with seed "
+        f"{seed}, in equal proportions of the classes, "
+        + ("each group in one part." if grouped else "image by image.")
+    )
+    made = replace(collection, images=images).noted(note)
+    if grouped:
+        return made
+    return made.warned(
+        "Images were split one by one, for no groups were named. If there are several of one "
+        "patient, figures are too good: name the patients with --groups."
+    )
+
+
+def _units(images: Sequence[ImageFile]) -> list[list[int]]:
+    """Indices of what must stay together: of one group, of equal content, and chains of both."""
+    parent = list(range(len(images)))
+
+    def root(n: int) -> int:
+        while parent[n] != n:
+            parent[n] = parent[parent[n]]
+            n = parent[n]
+        return n
+
+    first: dict[tuple[str, str], int] = {}
+    for n, image in enumerate(images):
+        keys = [("content", image.digest)] + (
+            [("group", image.group)] if image.group is not None else []
+        )
+        for key in keys:
+            parent[root(n)] = root(first.setdefault(key, n))
+    units: dict[int, list[int]] = {}
+    for n in range(len(images)):
+        units.setdefault(root(n), []).append(n)
+    return list(units.values())
+
+
+def deal(contents: np.ndarray, shares: Sequence[float], seed: int) -> list[int]:
+    """Deals units out to parts, each part with its share of every label.
+
+    Iterative stratification (K. Sechidis et al., "On the stratification of multi-label data",
+    2011): the rarest label first, each unit to the part that still lacks most of this label. Before
+    that, a label that has a unit for every part gives each of them one.
+
+    Args:
+        contents: (units, labels), how many images of each label a unit holds.
+        shares: Of each part; together 1.
+        seed: Of the order of the units.
+
+    Returns:
+        The part of each unit.
+    """
+    order = list(range(len(contents)))
+    random.Random(seed).shuffle(order)
+    order.sort(key=lambda unit: -contents[unit].sum())  # stable: large units are hard to place late
+    lacking = np.outer(shares, contents.sum(0))
+    has = np.zeros_like(lacking, dtype=bool)
+    assigned = [-1] * len(contents)
+
+    def give(unit: int, part: int) -> None:
+        assigned[unit] = part
+        lacking[part] -= contents[unit]
+        has[part] |= contents[unit] > 0
+
+    rarest_first = np.argsort((contents > 0).sum(0), kind="stable")
+    for label in rarest_first:
+        holders = [unit for unit in order if contents[unit, label] > 0]
+        if len(holders) >= len(shares):
+            # Small units here: a large one would fill a small part.
+            free = [unit for unit in reversed(holders) if assigned[unit] < 0]
+            for part in range(len(shares)):
+                if not has[part, label] and free:
+                    give(free.pop(0), part)
+    for label in rarest_first:
+        for unit in order:
+            if assigned[unit] < 0 and contents[unit, label] > 0:
+                needs = list(zip(lacking[:, label], lacking.sum(1), strict=True))
+                give(unit, max(range(len(shares)), key=lambda part: needs[part]))
+    return assigned
+
+
+# -- checking --------------------------------------------------------------------------------------
+
+
+def check(collection: ImageCollection, *, allow_overlap: bool = False) -> ImageCollection:
+    """Looks for what makes figures wrong; adds a warning of everything suspicious.
+
+    Raises:
+        DataError: If a part or a class of the training part is empty; if groups or equal images
+            stand in several parts, unless that is allowed. All that is wrong is named at once.
+    """
+    errors, warnings = [], []
+    if len(collection.classes) < 2:
+        errors.append(f"there is one class, {collection.classes[0]!r}: at least two are needed")
+    for part in PARTS:
+        images = collection.part(part)
+        if not images:
+            errors.append(f"the part {part} is empty: give it images, or let --split make it")
+            continue
+        counts = collection.counts(images)
+        by_class = list(zip(collection.classes, counts, strict=True))
+        missing = [name for name, count in by_class if not count]
+        if missing and part == "train":
+            errors.append(f"no training image of {named(missing)}: nothing can be learnt of it")
+        elif missing:
+            warnings.append(f"No image of {named(missing)} in {part}: figures there leave it out.")
+        few = [f"{name} ({count})" for name, count in by_class if 0 < count < 10]
+        if few and part == "test":
+            warnings.append(f"Fewer than 10 test images of {named(few)}: their figures say little.")
+    overlaps = [*_groups_across(collection), *_equal_across(collection)]
+    if overlaps and not allow_overlap:
+        errors += overlaps
+        errors.append(
+            "figures would be too good: remove the overlap, or pass --allow-overlap to train "
+            "all the same"
+        )
+    elif overlaps:
+        warnings += [f"{text[0].upper()}{text[1:]}. Figures are too good." for text in overlaps]
+    if errors:
+        raise DataError("\n".join(errors))
+    return collection.warned(*warnings, *_suspicious(collection))
+
+
+def _groups_across(collection: ImageCollection) -> list[str]:
+    parts: dict[str, set[str]] = {}
+    for image in collection.images:
+        if image.group is not None and image.part is not None:
+            parts.setdefault(image.group, set()).add(image.part)
+    across = sorted(group for group, found in parts.items() if len(found) > 1)
+    shown = [f"{group} ({', '.join(p for p in PARTS if p in parts[group])})" for group in across]
+    return [f"{counted(len(across), 'group')} in several parts: {named(shown)}"] if across else []
+
+
+def _equal_across(collection: ImageCollection) -> list[str]:
+    across = [
+        " = ".join(f"{image.name} ({image.part})" for image in same)
+        for same in _equal(collection)
+        if len({image.part for image in same}) > 1
+    ]
+    what = "image" if len(across) == 1 else "images"
+    return [f"{len(across):,} {what} with equal pixels in several parts: {named(across)}"] * bool(
+        across
+    )
+
+
+def _equal(collection: ImageCollection) -> list[list[ImageFile]]:
+    by_digest: dict[str, list[ImageFile]] = {}
+    for image in collection.images:
+        by_digest.setdefault(image.digest, []).append(image)
+    return [same for same in by_digest.values() if len(same) > 1]
+
+
+def _suspicious(collection: ImageCollection) -> list[str]:
+    notes = []
+    same = _equal(collection)
+    contradicting = [
+        " = ".join(image.name for image in images)
+        for images in same
+        if len({str(image.label) for image in images}) > 1
+    ]
+    if contradicting:
+        what = counted(len(contradicting), "image")
+        notes.append(f"{what} with equal pixels and different labels: {named(contradicting)}.")
+    if same:
+        count = sum(len(images) - 1 for images in same)
+        pairs = [f"{images[0].name} = {images[1].name}" for images in same]
+        notes.append(f"{counted(count, 'image')} there more than once: {named(pairs, 3)}.")
+    return notes

