@@ -71,7 +71,7 @@ def test_every_launch_compiles_to_machine_code(
     shared |= {"changed": "*i1", "cosines": "*fp32"}
     for stored in (tl.float32, tl.float16, tl.uint16):
         assert machine_code(triton_kernels.compare, shared, stored=stored)
-        mixing = {**shared, "merge_weight": "fp32"}
+        mixing = {**shared, "later": "*i1", "merge_weight": "fp32"}
         assert machine_code(triton_kernels.blend, mixing, stored=stored)
         for to_buffer in (False, True):
             assert machine_code(triton_kernels.copy, shared, stored=stored, to_buffer=to_buffer)

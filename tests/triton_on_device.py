@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+import runpy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +20,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import JITFunction
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
+from inmerge_wrap.discovery import ConvSite, MergePlan
 from inmerge_wrap.engines import triton as engine
 from inmerge_wrap.engines import triton_kernels
 from inmerge_wrap.merging import (
@@ -387,7 +390,7 @@ class Launches(TorchDispatchMode):
     """Counts launches of Triton, messages to the device, and what PyTorch does besides."""
 
     # Without a launch: memory that is not written, other views of it, and numbers of the host.
-    FREE = ("empty", "view", "slice", "detach", "lift_fresh", "alias", "split", "unbind", "select")
+    FREE = ("empty", "empty_like", "view", "slice", "detach", "lift_fresh", "split", "unbind")
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
@@ -485,3 +488,57 @@ def test_saving_and_restoring_are_one_launch_each(launches: Launches) -> None:
             engine.restore_(layers, pairs, targets, kept)
         assert launches.kernels == ["copy", "copy"] and launches.messages == 2
         assert launches.operations == []
+
+
+if DEVICE.type == "cpu":
+
+    @pytest.mark.parametrize("everyone", [True, False])
+    def test_the_calculated_budget_is_what_the_interpreter_counts(
+        launches: Launches, monkeypatch: pytest.MonkeyPatch, everyone: bool
+    ) -> None:
+        """Launches, and the bytes of kernels, which are all float32 but the cosines."""
+        script = Path(__file__).parent.parent / "benchmarks" / "gpu_budget.py"
+        budget = runpy.run_path(str(script))
+        shapes = [(12, 250, 3, 3), (24, 4, 3, 3), (6, 3, 1, 1)]
+        sites = [ConvSite(str(n), n, shape, centred=n == 1) for n, shape in enumerate(shapes)]
+        plan = MergePlan(merged=tuple(sites), skipped=())
+        draws = budget["draw"](plan, 0.6)
+        pairs = [len(targets) for targets, _ in draws]
+        targets, sources = (torch.cat(part) for part in zip(*draws, strict=True))
+        layers = [torch.randn(shape) for shape in shapes]
+        moved = {"bytes": 0}
+
+        def count(pointers: Any, mask: Any) -> None:
+            if pointers.get_element_ty() == tl.float32:
+                moved["bytes"] += 4 * int(mask.data.sum())
+
+        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+        def counted_load(self: Any, pointers: Any, mask: Any, *others: Any) -> Any:
+            count(pointers, mask)
+            return load(self, pointers, mask, *others)
+
+        def counted_store(self: Any, pointers: Any, value: Any, mask: Any, *others: Any) -> Any:
+            count(pointers, mask)
+            return store(self, pointers, value, mask, *others)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
+        share, threshold = (1.0, -1.1) if everyone else (0.0, 1.1)
+        drawn = engine._send(torch.stack([targets, sources]), DEVICE)
+        cosines = engine.compare(layers, pairs, *drawn, [site.centred for site in sites])
+        changed = engine.decide(cosines, pairs, [threshold] * 3)
+        moved["bytes"] -= 4 * 2 * len(cosines)  # written by the one and read by the other
+        engine.blend_(layers, pairs, *drawn, changed, 0.8)
+        expected = budget["fused_pass"](plan, draws, share, torch.float32)
+        assert (len(launches.kernels) + launches.messages, moved["bytes"]) == (
+            expected.launches,
+            expected.moved,
+        )
+        kept = engine.save(layers, pairs, drawn[0], changed)
+        engine.restore_(layers, pairs, drawn[0], kept, changed)
+        expected += budget["fused_transience"](plan, draws, share, torch.float32)
+        assert (len(launches.kernels) + launches.messages, moved["bytes"]) == (
+            expected.launches,
+            expected.moved,
+        )

@@ -223,11 +223,12 @@ def blend_(
 ) -> None:
     """Blends kernels of all layers in place; all are read before any is written (eq. 3).
 
-    Launches: a table and two kernels. The first blends into a buffer that has room for all drawn
-    kernels, the second copies from there; pairs that do not change cost neither any traffic. An
-    order in which each kernel is read by all that blend with it before it is written, as in
-    ``native.cpp``, would need no buffer. But it needs the sources on the host, which the most
-    similar partners are not, and one program that follows it, where a GPU has thousands.
+    Launches: a table and two kernels. The first blends in place what no other pair of these reads,
+    and the rest into a buffer, from which the second copies. The buffer has room for all drawn
+    kernels, for how many need it is known on the device alone. An order in which each kernel is
+    read by all that blend with it before it is written, as in ``native.cpp``, would need none. But
+    it needs the sources on the host, which the most similar partners are not, and one program that
+    follows it, where a GPU has thousands.
 
     Args:
         weights: As of :func:`compare`, as are ``pairs``, ``targets`` and ``sources``.
@@ -238,11 +239,11 @@ def blend_(
         merge_weight: alpha, the share of a kernel that stays.
     """
     targets, sources, changed = (part.contiguous() for part in (targets, sources, changed))
-    buffer = _buffer(weights, pairs)
+    buffer, later = _buffer(weights, pairs), torch.empty_like(changed)
     table = _table(weights, pairs, buffer=buffer)
     kernels = _kernels()
-    _launch(kernels.blend, table, targets, sources, changed, merge_weight)
-    _launch(kernels.copy, table, targets, changed, False)
+    _launch(kernels.blend, table, targets, sources, changed, later, merge_weight)
+    _launch(kernels.copy, table, targets, later, False)
     _written(weights, pairs)
 
 
@@ -334,6 +335,7 @@ def _table(
                         weight.data_ptr(),
                         _fan_in(weight),
                         first_pair[n],
+                        pairs[n],
                         program,
                         places[n],
                         centred is not None and centred[n],

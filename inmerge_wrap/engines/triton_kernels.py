@@ -19,16 +19,15 @@ __all__ = ["COLUMNS", "blend", "compare", "copy", "decide"]
 _ADDRESS = tl.constexpr(0)  # of the first entry of its weight
 _FAN_IN = tl.constexpr(1)
 _FIRST_PAIR = tl.constexpr(2)  # in the arrays of all pairs
-_FIRST_PROGRAM = tl.constexpr(3)  # that works on it
-_BUFFER = tl.constexpr(4)  # address of the buffer's row for its first pair
-_CENTRED = tl.constexpr(5)  # whether to compare its kernels without their mean
-COLUMNS = tl.constexpr(6)
+_PAIRS = tl.constexpr(3)  # how many
+_FIRST_PROGRAM = tl.constexpr(4)  # that works on it
+_BUFFER = tl.constexpr(5)  # address of the buffer's row for its first pair
+_CENTRED = tl.constexpr(6)  # whether to compare its kernels without their mean
+COLUMNS = tl.constexpr(7)
 
 # No argument is worth a variant: a compilation in mid-training costs more than it could gain.
-_ONE_VARIANT = {
-    "do_not_specialize": ["layers"],
-    "do_not_specialize_on_alignment": ["table", "targets", "sources", "changed", "cosines"],
-}
+_POINTERS = ["table", "targets", "sources", "cosines", "changed", "later", "thresholds", "skip"]
+_ONE_VARIANT = {"do_not_specialize": ["layers"], "do_not_specialize_on_alignment": _POINTERS}
 
 
 @triton.jit
@@ -127,17 +126,17 @@ def compare(
     tl.store(cosines + pair, tl.where(norms < float("inf"), cosine, float("nan")))
 
 
-@triton.jit(do_not_specialize_on_alignment=["thresholds", "cosines", "changed", "skip"])
+@triton.jit(**_ONE_VARIANT)
 def decide(
     table: tl.tensor,
     thresholds: tl.tensor,
     cosines: tl.tensor,
-    skip: tl.tensor | None,
+    skip: tl.tensor,
     changed: tl.tensor,
-    merged: tl.tensor | None,
-    undefined: tl.tensor | None,
-    cosine_sum: tl.tensor | None,
-    cosine_max: tl.tensor | None,
+    merged: tl.tensor,
+    undefined: tl.tensor,
+    cosine_sum: tl.tensor,
+    cosine_max: tl.tensor,
     inclusive: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
@@ -183,18 +182,35 @@ def blend(
     targets: tl.tensor,
     sources: tl.tensor,
     changed: tl.tensor,
+    later: tl.tensor,
     merge_weight: tl.tensor,
     stored: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """Blends the kernels of the changed pairs into the buffer; the weights stay as they are."""
+    """Blends the kernels of the changed pairs: in place those that no other changed pair reads.
+
+    The others go to the buffer and are marked in ``later``, to be written after this launch.
+    """
     program = tl.program_id(0)
     layer = _layer_of(table, layers, program)
-    pair = tl.load(layer + _FIRST_PAIR) + program - tl.load(layer + _FIRST_PROGRAM)
-    if tl.load(changed + pair):
-        kernel = _row(layer, tl.load(targets + pair), stored)
+    first_pair = tl.load(layer + _FIRST_PAIR)
+    pair = first_pair + program - tl.load(layer + _FIRST_PROGRAM)
+    target = tl.load(targets + pair)
+    wanted = tl.load(changed + pair)
+    readers = tl.zeros([block], tl.int32)
+    number = tl.where(wanted, tl.load(layer + _PAIRS), 0)
+    for start in range(0, number, block):
+        others = start + tl.arange(0, block)
+        # Pairs that stay as they are read nothing.
+        reading = tl.load(changed + first_pair + others, mask=others < number, other=0)
+        read = tl.load(sources + first_pair + others, mask=others < number, other=-1)
+        readers += tl.where(reading, (read == target).to(tl.int32), 0)
+    is_read = tl.sum(readers, axis=0) > 0
+    tl.store(later + pair, is_read)
+    if wanted:
+        kernel = _row(layer, target, stored)
         partner = _row(layer, tl.load(sources + pair), stored)
-        blended = _buffer_row(layer, pair, stored)
+        blended = tl.where(is_read, _buffer_row(layer, pair, stored), kernel)
         fan_in = tl.load(layer + _FAN_IN)
         for start in range(0, fan_in, block):
             entries = start + tl.arange(0, block)
@@ -213,7 +229,7 @@ def copy(
     table: tl.tensor,
     layers: tl.tensor,
     targets: tl.tensor,
-    changed: tl.tensor | None,
+    changed: tl.tensor,
     to_buffer: tl.constexpr,
     stored: tl.constexpr,
     block: tl.constexpr,
