@@ -159,14 +159,13 @@ def fused_pass(
         dtype: Of the weights.
         quantile: Whether each layer has a threshold that follows from its cosines.
     """
-    # Bytes of a row of each pair; of those, where a mean comes first; where one is read by others.
+    # Bytes of a row of each pair; of those, where a mean comes first; of targets that are sources.
     drawn, averaged, late = 0.0, 0.0, 0.0
     for site, (targets, sources) in zip(plan.merged, draws, strict=True):
         row = site.fan_in * dtype.itemsize
         drawn += len(targets) * row
         averaged += len(targets) * row * site.centred
-        readers = (targets.unsqueeze(1) == sources).sum(dim=1)  # of each target
-        late += share * float((1 - (1 - share) ** readers).sum()) * row
+        late += share * int(torch.isin(targets, sources).sum()) * row
     cost = Cost(1, 0)  # the draws are sent
     cost += Cost(2, 2 * drawn + 2 * averaged)  # compare: a table and a kernel; means come first
     cost += Cost(2, 0)  # decide

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,16 +185,16 @@ def test_blends_of_numbers_that_are_none_equal_plain_ones() -> None:
         assert weight.isnan().any() and weight.isinf().any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtypes", [*((dtype,) * 3 for dtype in DTYPES), DTYPES], ids=str)
 def test_grouped_layers_in_channels_last_merge_as_the_plain_function_merges(
-    dtype: torch.dtype,
+    dtypes: Sequence[torch.dtype],
 ) -> None:
     counts, group_sizes = [24, 16, 12], [6, 16, 4]
     drawn, pairs = draw_layers(counts, group_sizes, 0.7, [1, 2, 3])
     _, targets, sources = drawn.to(DEVICE)
     torch.manual_seed(0)
     shapes = [(24, 2, 3, 3), (16, 3, 1, 1), (12, 5, 5, 3)]
-    plain = [torch.randn(shape).to(DEVICE, dtype) for shape in shapes]
+    plain = [torch.randn(s).to(DEVICE, dtype) for s, dtype in zip(shapes, dtypes, strict=True)]
     plain = [layer.to(memory_format=torch.channels_last) for layer in plain]
     fused = [layer.clone() for layer in plain]
     cosines = engine.compare(fused, pairs, targets, sources, [False] * 3)
@@ -251,6 +251,13 @@ def test_saved_kernels_come_back_to_the_bit(share: float | None) -> None:
         assert torch.equal(bits(layer[ours[back]]), bits(old[ours[back]]))
         assert torch.equal(bits(layer[ours[~back]]), bits(new[ours[~back]]))
         assert not torch.equal(bits(new), bits(old))
+
+
+def test_rows_of_every_layer_begin_where_a_gpu_can_read_them() -> None:
+    """Single numbers of two bytes each are followed by layers of four."""
+    layers = [torch.ones(2, 1, 1, 1, device=DEVICE, dtype=dtype) for dtype in reversed(DTYPES)]
+    targets = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    assert engine.save(layers, [1, 1, 1], targets).shape == (48,)
 
 
 def test_a_buffer_of_other_layers_is_refused() -> None:
@@ -490,11 +497,24 @@ def test_saving_and_restoring_are_one_launch_each(launches: Launches) -> None:
         assert launches.operations == []
 
 
-if DEVICE.type == "cpu":
+if DEVICE.type == "cuda":
 
-    @pytest.mark.parametrize("everyone", [True, False])
+    def test_nothing_waits_for_the_device() -> None:
+        layers = [torch.randn(6, 2, 3, 3, device=DEVICE) for _ in range(3)]
+        drawn, pairs = draw_layers([6] * 3, [6] * 3, 0.6, [0, 1, 2])
+        for quantile in (False, True):
+            one_pass(layers, pairs, drawn, quantile)  # compiles
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                one_pass(layers, pairs, drawn, quantile)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+else:
+
+    @pytest.mark.parametrize(("share", "threshold"), [(0.0, 1.1), (1.0, -1.1)])
     def test_the_calculated_budget_is_what_the_interpreter_counts(
-        launches: Launches, monkeypatch: pytest.MonkeyPatch, everyone: bool
+        launches: Launches, monkeypatch: pytest.MonkeyPatch, share: float, threshold: float
     ) -> None:
         """Launches, and the bytes of kernels, which are all float32 but the cosines."""
         script = Path(__file__).parent.parent / "benchmarks" / "gpu_budget.py"
@@ -524,7 +544,6 @@ if DEVICE.type == "cpu":
 
         monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
         monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
-        share, threshold = (1.0, -1.1) if everyone else (0.0, 1.1)
         drawn = engine._send(torch.stack([targets, sources]), DEVICE)
         cosines = engine.compare(layers, pairs, *drawn, [site.centred for site in sites])
         changed = engine.decide(cosines, pairs, [threshold] * 3)

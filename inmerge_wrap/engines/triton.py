@@ -223,8 +223,8 @@ def blend_(
 ) -> None:
     """Blends kernels of all layers in place; all are read before any is written (eq. 3).
 
-    Launches: a table and two kernels. The first blends in place what no other pair of these reads,
-    and the rest into a buffer, from which the second copies. The buffer has room for all drawn
+    Launches: a table and two kernels. The first blends in place what is no pair's source, and the
+    rest into a buffer, from which the second copies. The buffer has room for all drawn
     kernels, for how many need it is known on the device alone. An order in which each kernel is
     read by all that blend with it before it is written, as in ``native.cpp``, would need none. But
     it needs the sources on the host, which the most similar partners are not, and one program that

@@ -187,7 +187,7 @@ def blend(
     stored: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """Blends the kernels of the changed pairs: in place those that no other changed pair reads.
+    """Blends the kernels of the changed pairs: in place those that are no pair's source.
 
     The others go to the buffer and are marked in ``later``, to be written after this launch.
     """
@@ -201,10 +201,8 @@ def blend(
     number = tl.where(wanted, tl.load(layer + _PAIRS), 0)
     for start in range(0, number, block):
         others = start + tl.arange(0, block)
-        # Pairs that stay as they are read nothing.
-        reading = tl.load(changed + first_pair + others, mask=others < number, other=0)
         read = tl.load(sources + first_pair + others, mask=others < number, other=-1)
-        readers += tl.where(reading, (read == target).to(tl.int32), 0)
+        readers += (read == target).to(tl.int32)
     is_read = tl.sum(readers, axis=0) > 0
     tl.store(later + pair, is_read)
     if wanted:
