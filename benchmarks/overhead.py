@@ -192,10 +192,13 @@ def markdown(row: dict[str, Any]) -> str:
 
 def write(path: Path, options: argparse.Namespace, speed: float, rows: list[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "copy": speed}
+    if options.device == "cuda":
+        machine |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     content = {
         "command": shlex.join(["python", *sys.argv]),
         "settings": {key: str(value) for key, value in vars(options).items()},
-        "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "copy": speed},
+        "machine": machine,
         "torch": torch.__version__,
         "rows": rows,
     }

@@ -28,6 +28,7 @@ __all__ = [
     "Store",
     "Unreachable",
     "WeightNormed",
+    "is_dense",
     "is_sharded",
     "store_of",
     "tensor_store",
@@ -215,6 +216,14 @@ class Unreachable(Store):
 def is_sharded(tensor: Tensor) -> bool:
     """Whether FSDP2 holds a tensor in shards."""
     return hasattr(tensor, "full_tensor")
+
+
+def is_dense(weight: Tensor) -> bool:
+    """Whether a weight is a matrix of kernels in memory, whatever the order of their entries."""
+    if weight.is_contiguous():
+        return True
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return weight.ndim in formats and weight.is_contiguous(memory_format=formats[weight.ndim])
 
 
 def tensor_store(tensor: Tensor) -> Store:

