@@ -59,12 +59,12 @@ class Regime:
     lr: float = 0.05
     weights: str = ""
     channels_last: bool = False
-    validation_images: int = 700
+    validation_images: int = 500
     test_images: int = 1000
 
 
 FINE_TUNED = {"arch": ARCH, "size": 64, "lr": 0.02, "weights": PACKAGE, "channels_last": True}
-FINE_TUNED |= {"validation_images": 300, "test_images": 400}
+FINE_TUNED |= {"validation_images": 250, "test_images": 400}
 CHOOSING = {  # the regimes that settings are chosen on ...
     "blood": Regime("bloodmnist", 300, 100),
     "derma": Regime("dermamnist", 500, 60),
