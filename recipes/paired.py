@@ -29,6 +29,7 @@ MEASURES = {  # what a reader reads -> metric of a run
 BETTER_BELOW = ("calibration error", "calibration error, scaled", "log loss")
 WHERE = ("clean", "corrupted", *FAMILIES)
 POOLED = "pooled"
+SCALED = "plain, temperature scaled"  # made of the plain runs, and compared like an arm
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> result
 
@@ -85,9 +86,30 @@ def read(folder: Path) -> dict[Setting, Runs]:
         if run["seed"] in seeds:
             raise SystemExit(f"{path}: a second run of {run['arm']!r}, seed {run['seed']}")
         seeds[run["seed"]] = result
+        if run["arm"] == "plain":
+            settings[setting][SCALED][run["seed"]] = temperature_scaled(result)
     if not settings:
         raise SystemExit(f"{folder} holds no runs: make some with recipes/study.py --out {folder}")
     return settings
+
+
+def temperature_scaled(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The same run as if its logits had been divided by the temperature fitted on validation.
+
+    Its decisions are those of the run; the AUROC, which may change a little, is left out.
+    """
+    kept = ("accuracy", "balanced_error", "scaled_ece", "scaled_nll")
+
+    def scaled(row: Mapping[str, float]) -> dict[str, float]:
+        return {name: row[name] for name in kept} | {
+            name: row[f"scaled_{name}"] for name in ("ece", "nll")
+        }
+
+    parts = {
+        part: {name: scaled(row) for name, row in result[part].items()}
+        for part in ("validation", "test")
+    }
+    return {**result, **parts}
 
 
 def values(result: Mapping[str, Any], part: str) -> dict[tuple[str, str], float]:

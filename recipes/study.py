@@ -27,7 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -306,7 +306,8 @@ def main() -> None:
     def prepared(dataset: str, weights: str) -> tuple[Images, dict[str, Exam]]:
         regime = regimes[dataset, weights]
         data = load(regime, options.data_root, options.chest_root)
-        return data, exams_of(regime, data)
+        exams = exams_of(regime, data)
+        return replace(data, parts={"train": data.parts["train"]}), exams
 
     def carry_out(run: Run) -> dict[str, Any]:
         data, exams = prepared(run.dataset, run.weights)
