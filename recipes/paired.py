@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import floor, sqrt
@@ -17,6 +17,7 @@ from typing import Any
 
 from measures import FAMILIES, by_family
 from scipy import stats
+from study import CONFIRMING
 
 MEASURES = {  # what a reader reads -> metric of a run
     "balanced accuracy": "balanced_error",
@@ -172,15 +173,13 @@ def pool(parts: Sequence[Difference]) -> Difference:
 def compare(settings: Mapping[Setting, Runs], baseline: str, part: str) -> dict[Key, Difference]:
     """Every arm minus the baseline, by setting and, where there are several sets, pooled.
 
-    Settings of one augmentation are pooled, and fine-tuned networks apart from others. The p-values
-    of a setting, measure and kind of images are adjusted for the number of arms.
+    What is pooled, ``pools`` says. The p-values of a setting, measure and kind of images are
+    adjusted for the number of arms.
     """
     found: dict[Key, Difference] = {}
-    groups: dict[str, list[str]] = defaultdict(list)
     for setting, runs in settings.items():
         if baseline not in runs:
             continue
-        groups[pooled_name(setting)].append(str(setting))
         scores = {
             arm: {seed: values(result, part) for seed, result in done.items()}
             for arm, done in runs.items()
@@ -194,20 +193,26 @@ def compare(settings: Mapping[Setting, Runs], baseline: str, part: str) -> dict[
                     [scores[name][seed][key] for seed in seeds] for name in (arm, baseline)
                 )
                 found[(str(setting), arm, *key)] = difference(mine, other)
-    for name, members in groups.items():
-        if len(members) > 1:
-            arms = {key[1:] for key in found if key[0] in members}
-            for key in arms:
-                parts = [found.get((member, *key)) for member in members]
-                if all(parts):
-                    found[(name, *key)] = pool([part for part in parts if part])
+    for name, members in pools(s for s in settings if baseline in settings[s]).items():
+        for key in {key[1:] for key in found if key[0] in members}:
+            parts = [found.get((member, *key)) for member in members]
+            if all(parts):
+                found[(name, *key)] = pool([part for part in parts if part])
     return adjust(found)
 
 
-def pooled_name(setting: Setting) -> str:
-    """What the pool of a setting is called."""
-    parts = ["from ImageNet" if setting.pretrained else "", setting.augmentation]
-    return ", ".join([POOLED, *(part for part in parts if part and part != "flips")])
+def pools(settings: Iterable[Setting]) -> dict[str, list[str]]:
+    """What is pooled, each under its name: settings that differ in their data set alone.
+
+    The data sets of the confirmation are a pool of their own, since nothing was chosen on them.
+    """
+    groups: dict[str, list[str]] = defaultdict(list)
+    for setting in settings:
+        confirming = setting.dataset in {regime.dataset for regime in CONFIRMING.values()}
+        parts = [POOLED, "confirmation" if confirming else ""]
+        parts += ["from ImageNet" if setting.pretrained else "", setting.augmentation]
+        groups[", ".join(part for part in parts if part and part != "flips")].append(str(setting))
+    return {name: members for name, members in groups.items() if len(members) > 1}
 
 
 def adjust(found: Mapping[Key, Difference]) -> dict[Key, Difference]:

@@ -38,6 +38,7 @@ from paired import (
     Setting,
     compare,
     pairs_needed,
+    pools,
     read,
     values,
 )
@@ -404,8 +405,7 @@ def write_report(options: argparse.Namespace) -> None:
     dial = {key: one for key, one in differences.items() if is_of_dial(key[1])}
     others = {key: one for key, one in differences.items() if key not in dial}
     for name in dict.fromkeys(key[0] for key in others):
-        pooled = name.startswith(POOLED)
-        members = members_of(name, differences) if pooled else []
+        members = pools(settings).get(name, [])
         title = f"{name}: paired differences from plain, {options.part} part, 95% intervals"
         place = options.pictures / f"forest-{slug(name)}.png"
         draw_forest(others, [name, *members], "plain", title, place)
@@ -414,15 +414,8 @@ def write_report(options: argparse.Namespace) -> None:
         draw_trade_off(others, name, title, options.pictures / f"trade-off-{slug(name)}.png")
     if dial:
         names = list(dict.fromkeys(key[0] for key in dial))
-        names.sort(key=lambda name: POOLED not in name)
+        names.sort(key=lambda name: not name.startswith(POOLED))
         draw_dial(dial, names, options.pictures / "dial.png")
-
-
-def members_of(pooled: str, found: Mapping[Key, Difference]) -> list[str]:
-    """The settings that a pool is of."""
-    suffix = pooled.removeprefix(POOLED)
-    names = dict.fromkeys(key[0] for key in found if not key[0].startswith(POOLED))
-    return [name for name in names if name.partition(",")[2] == suffix.removeprefix(",")]
 
 
 def is_of_dial(arm: str) -> bool:

@@ -363,6 +363,22 @@ def test_differences_are_those_of_scipy_and_pool_over_sets(
         assert found["Blood", arm, "AUROC", "clean"].p_adjusted == pytest.approx(p, abs=1e-6)
 
 
+def test_what_was_chosen_on_is_not_pooled_with_what_confirms(paired: ModuleType) -> None:
+    settings = [
+        paired.Setting(dataset, pretrained, augmentation)
+        for dataset in ("bloodmnist", "dermamnist", "breastmnist", "chest")
+        for pretrained in (False, True)
+        for augmentation in ("flips", "augmix")
+        if not (pretrained and augmentation == "augmix")
+    ]
+    found = paired.pools(settings)
+    assert found["pooled"] == ["Blood", "Derma"]
+    assert found["pooled, confirmation"] == ["Breast", "Chest"]
+    assert found["pooled, from ImageNet"] == ["Blood, from ImageNet", "Derma, from ImageNet"]
+    assert found["pooled, augmix"] == ["Blood, augmix", "Derma, augmix"]
+    assert paired.pools(settings[:1]) == {}
+
+
 @pytest.mark.parametrize("sd,effect", [(0.013, 0.01), (0.03, 0.01), (0.002, 0.01), (0.5, 0.5)])
 def test_the_pairs_that_are_needed_find_the_effect(
     paired: ModuleType, sd: float, effect: float
