@@ -84,6 +84,16 @@ ARMS: dict[str, tuple[Method, ...]] = {
 ARCHITECTURES = ("vgg_small", "resnet18", "densenet121", "efficientnet_b0", "convnext_atto")
 
 
+def transient(methods: tuple[Method, ...]) -> tuple[Method, ...]:
+    """The same with every merge taken back before the step."""
+    return tuple(
+        replace(method, settings={**method.settings, "transient": True})
+        if isinstance(method, Merge)
+        else method
+        for method in methods
+    )
+
+
 def experiment(name: str, common: Mapping[str, Any], seeds: int, arms: list[str]) -> Iterator[Run]:
     """The runs of one experiment, seed by seed, so that a stopped sweep is paired so far."""
     for seed in range(seeds):
@@ -153,6 +163,11 @@ def main() -> None:
     parser.add_argument(
         "--weights", default="", help="safetensors file to fine-tune from, but for its head"
     )
+    parser.add_argument(
+        "--transient",
+        action="store_true",
+        help="merge for the gradient alone, in every arm that merges; give it an --out of its own",
+    )
     parser.add_argument("--seeds", type=int, default=5, help="paired runs of each arm")
     parser.add_argument(
         "--arms",
@@ -195,6 +210,8 @@ def main() -> None:
         "weights": options.weights,
     }
     runs = list(experiment(options.sweep, common, options.seeds, options.arms))
+    if options.transient:
+        runs = [replace(run, method=transient(run.method)) for run in runs]
     sweep(runs, options.out, accelerator, lambda run: train(run, data, accelerator))
 
 

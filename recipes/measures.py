@@ -110,7 +110,11 @@ def score(
 def examine(
     network: nn.Module, exams: Mapping[str, Exam], normalise: Normalised, task: str
 ) -> dict[str, Any]:
-    """METRICS of each exam and condition, and the temperature fitted on ``validation``, clean."""
+    """METRICS of each exam and condition, and the temperature fitted on ``validation``, clean.
+
+    The network is left in another memory format.
+    """
+    network = network.to(memory_format=torch.channels_last)  # by a seventh faster on a CPU
     logits = {
         part: {
             name: predict(network, pixels, normalise, 250) for name, pixels in exam.pixels.items()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import floor, sqrt
@@ -17,6 +17,7 @@ from typing import Any
 
 from measures import FAMILIES, by_family
 from scipy import stats
+from study import CONFIRMING
 
 MEASURES = {  # what a reader reads -> metric of a run
     "balanced accuracy": "balanced_error",
@@ -29,6 +30,7 @@ MEASURES = {  # what a reader reads -> metric of a run
 BETTER_BELOW = ("calibration error", "calibration error, scaled", "log loss")
 WHERE = ("clean", "corrupted", *FAMILIES)
 POOLED = "pooled"
+SCALED = "plain, temperature scaled"  # made of the plain runs, and compared like an arm
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> result
 
@@ -85,9 +87,30 @@ def read(folder: Path) -> dict[Setting, Runs]:
         if run["seed"] in seeds:
             raise SystemExit(f"{path}: a second run of {run['arm']!r}, seed {run['seed']}")
         seeds[run["seed"]] = result
+        if run["arm"] == "plain":
+            settings[setting][SCALED][run["seed"]] = temperature_scaled(result)
     if not settings:
         raise SystemExit(f"{folder} holds no runs: make some with recipes/study.py --out {folder}")
     return settings
+
+
+def temperature_scaled(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The same run as if its logits had been divided by the temperature fitted on validation.
+
+    Its decisions are those of the run; the AUROC, which may change a little, is left out.
+    """
+    kept = ("accuracy", "balanced_error", "scaled_ece", "scaled_nll")
+
+    def scaled(row: Mapping[str, float]) -> dict[str, float]:
+        return {name: row[name] for name in kept} | {
+            name: row[f"scaled_{name}"] for name in ("ece", "nll")
+        }
+
+    parts = {
+        part: {name: scaled(row) for name, row in result[part].items()}
+        for part in ("validation", "test")
+    }
+    return {**result, **parts}
 
 
 def values(result: Mapping[str, Any], part: str) -> dict[tuple[str, str], float]:
@@ -150,15 +173,13 @@ def pool(parts: Sequence[Difference]) -> Difference:
 def compare(settings: Mapping[Setting, Runs], baseline: str, part: str) -> dict[Key, Difference]:
     """Every arm minus the baseline, by setting and, where there are several sets, pooled.
 
-    Settings of one augmentation are pooled, and fine-tuned networks apart from others. The p-values
-    of a setting, measure and kind of images are adjusted for the number of arms.
+    What is pooled, ``pools`` says. The p-values of a setting, measure and kind of images are
+    adjusted for the number of arms.
     """
     found: dict[Key, Difference] = {}
-    groups: dict[str, list[str]] = defaultdict(list)
     for setting, runs in settings.items():
         if baseline not in runs:
             continue
-        groups[pooled_name(setting)].append(str(setting))
         scores = {
             arm: {seed: values(result, part) for seed, result in done.items()}
             for arm, done in runs.items()
@@ -172,20 +193,26 @@ def compare(settings: Mapping[Setting, Runs], baseline: str, part: str) -> dict[
                     [scores[name][seed][key] for seed in seeds] for name in (arm, baseline)
                 )
                 found[(str(setting), arm, *key)] = difference(mine, other)
-    for name, members in groups.items():
-        if len(members) > 1:
-            arms = {key[1:] for key in found if key[0] in members}
-            for key in arms:
-                parts = [found.get((member, *key)) for member in members]
-                if all(parts):
-                    found[(name, *key)] = pool([part for part in parts if part])
+    for name, members in pools(s for s in settings if baseline in settings[s]).items():
+        for key in {key[1:] for key in found if key[0] in members}:
+            parts = [found.get((member, *key)) for member in members]
+            if all(parts):
+                found[(name, *key)] = pool([part for part in parts if part])
     return adjust(found)
 
 
-def pooled_name(setting: Setting) -> str:
-    """What the pool of a setting is called."""
-    parts = ["from ImageNet" if setting.pretrained else "", setting.augmentation]
-    return ", ".join([POOLED, *(part for part in parts if part and part != "flips")])
+def pools(settings: Iterable[Setting]) -> dict[str, list[str]]:
+    """What is pooled, each under its name: settings that differ in their data set alone.
+
+    The data sets of the confirmation are a pool of their own, since nothing was chosen on them.
+    """
+    groups: dict[str, list[str]] = defaultdict(list)
+    for setting in settings:
+        confirming = setting.dataset in {regime.dataset for regime in CONFIRMING.values()}
+        parts = [POOLED, "confirmation" if confirming else ""]
+        parts += ["from ImageNet" if setting.pretrained else "", setting.augmentation]
+        groups[", ".join(part for part in parts if part and part != "flips")].append(str(setting))
+    return {name: members for name, members in groups.items() if len(members) > 1}
 
 
 def adjust(found: Mapping[Key, Difference]) -> dict[Key, Difference]:

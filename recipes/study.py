@@ -27,7 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -59,12 +59,12 @@ class Regime:
     lr: float = 0.05
     weights: str = ""
     channels_last: bool = False
-    validation_images: int = 700
+    validation_images: int = 500
     test_images: int = 1000
 
 
 FINE_TUNED = {"arch": ARCH, "size": 64, "lr": 0.02, "weights": PACKAGE, "channels_last": True}
-FINE_TUNED |= {"validation_images": 300, "test_images": 400}
+FINE_TUNED |= {"validation_images": 250, "test_images": 400}
 CHOOSING = {  # the regimes that settings are chosen on ...
     "blood": Regime("bloodmnist", 300, 100),
     "derma": Regime("dermamnist", 500, 60),
@@ -306,7 +306,8 @@ def main() -> None:
     def prepared(dataset: str, weights: str) -> tuple[Images, dict[str, Exam]]:
         regime = regimes[dataset, weights]
         data = load(regime, options.data_root, options.chest_root)
-        return data, exams_of(regime, data)
+        exams = exams_of(regime, data)
+        return replace(data, parts={"train": data.parts["train"]}), exams
 
     def carry_out(run: Run) -> dict[str, Any]:
         data, exams = prepared(run.dataset, run.weights)

@@ -31,12 +31,14 @@ from measures import FAMILIES
 from paired import (
     BETTER_BELOW,
     POOLED,
+    SCALED,
     Difference,
     Key,
     Runs,
     Setting,
     compare,
     pairs_needed,
+    pools,
     read,
     values,
 )
@@ -85,8 +87,14 @@ def group_of(arm: str) -> str:
 
 def in_order(arms: Sequence[str]) -> list[str]:
     """Arms as study.py lists them, combinations after the first of theirs."""
-    places = {arm: place for place, arm in enumerate(ARMS)}
+    places = {arm: place for place, arm in enumerate((*ARMS, SCALED))}
     return sorted(arms, key=lambda arm: (places.get(arm.split(" + ")[0], len(places)), arm))
+
+
+def decisive_arms(found: Mapping[Key, Difference], name: str) -> list[str]:
+    """Those that may decide otherwise than plain: a temperature does not."""
+    arms = dict.fromkeys(key[1] for key in found if key[0] == name)
+    return [arm for arm in in_order(list(arms)) if arm != SCALED]
 
 
 def slug(name: str) -> str:
@@ -109,7 +117,7 @@ def power_rows(found: Mapping[Key, Difference]) -> list[dict[str, Any]]:
             sds = {
                 arm: one.sd
                 for (place, arm, *what), one in found.items()
-                if place == setting and what == [measure, where] and one.sd is not None
+                if place == setting and what == [measure, where] and one.sd
             }
             if not sds:
                 continue
@@ -198,8 +206,9 @@ def table(
                 cells.append(f"{mean(own):.3f}{spread}")
             lines.append(f"| {' | '.join(cells)} |")
         for arm in in_order(list(dict.fromkeys(key[1] for key in found if key[0] == name))):
-            here = [found[(name, arm, *claim)] for claim in claims]
-            cells = [arm, str(here[0].n), *map(text_of, here)]
+            here = [found.get((name, arm, *claim)) for claim in claims]
+            pairs = max(one.n for one in here if one)
+            cells = [arm, str(pairs), *(text_of(one) if one else "" for one in here)]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     lines.append(
@@ -275,7 +284,7 @@ def draw_forest(
 
 def draw_families(found: Mapping[Key, Difference], name: str, title: str, path: Path) -> None:
     """Arms by rows, families of corruption by columns: differences in balanced accuracy."""
-    arms = in_order(list(dict.fromkeys(key[1] for key in found if key[0] == name)))
+    arms = decisive_arms(found, name)
     columns = ("clean", *FAMILIES)
     cells = [[found[name, arm, "balanced accuracy", where] for where in columns] for arm in arms]
     grid = np.array([[one.mean for one in row] for row in cells])
@@ -301,7 +310,7 @@ def draw_families(found: Mapping[Key, Difference], name: str, title: str, path: 
 
 def draw_trade_off(found: Mapping[Key, Difference], name: str, title: str, path: Path) -> None:
     """Clean against corrupted balanced accuracy, each arm with its name."""
-    arms = in_order(list(dict.fromkeys(key[1] for key in found if key[0] == name)))
+    arms = decisive_arms(found, name)
     figure, axis = plt.subplots(figsize=(9.5, 6), layout="constrained")
     axis.axhline(0, color="0.8", linewidth=0.8)
     axis.axvline(0, color="0.8", linewidth=0.8)
@@ -396,8 +405,7 @@ def write_report(options: argparse.Namespace) -> None:
     dial = {key: one for key, one in differences.items() if is_of_dial(key[1])}
     others = {key: one for key, one in differences.items() if key not in dial}
     for name in dict.fromkeys(key[0] for key in others):
-        pooled = name.startswith(POOLED)
-        members = members_of(name, differences) if pooled else []
+        members = pools(settings).get(name, [])
         title = f"{name}: paired differences from plain, {options.part} part, 95% intervals"
         place = options.pictures / f"forest-{slug(name)}.png"
         draw_forest(others, [name, *members], "plain", title, place)
@@ -406,15 +414,8 @@ def write_report(options: argparse.Namespace) -> None:
         draw_trade_off(others, name, title, options.pictures / f"trade-off-{slug(name)}.png")
     if dial:
         names = list(dict.fromkeys(key[0] for key in dial))
-        names.sort(key=lambda name: POOLED not in name)
+        names.sort(key=lambda name: not name.startswith(POOLED))
         draw_dial(dial, names, options.pictures / "dial.png")
-
-
-def members_of(pooled: str, found: Mapping[Key, Difference]) -> list[str]:
-    """The settings that a pool is of."""
-    suffix = pooled.removeprefix(POOLED)
-    names = dict.fromkeys(key[0] for key in found if not key[0].startswith(POOLED))
-    return [name for name in names if name.partition(",")[2] == suffix.removeprefix(",")]
 
 
 def is_of_dial(arm: str) -> bool:

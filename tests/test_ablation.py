@@ -143,6 +143,16 @@ def test_every_arm_of_the_study_keeps_to_the_budget(training: ModuleType, digits
     assert len(set(outcome.values())) >= len(arms) - 1
 
 
+def test_transient_changes_what_merges_and_nothing_else(methods: ModuleType) -> None:
+    ablation = importlib.import_module("ablation")
+    for arm, parts in ablation.ARMS.items():
+        changed = ablation.transient(parts)
+        written = [{part.name: part.to_dict() for part in group} for group in (parts, changed)]
+        if "merge" in written[0]:
+            assert written[1]["merge"].pop("transient") is True, arm
+        assert written[0] == written[1], arm
+
+
 def test_the_budget_is_rounded_to_whole_epochs(
     training: ModuleType, methods: ModuleType, digits: Any
 ) -> None:

@@ -607,11 +607,34 @@ images, running, tracking = module("images"), module("running"), module("trackin
 merging_options, evaluation = module("merging_options"), module("evaluation")
 
 
-@pytest.mark.parametrize(
-    "name", ["quickstart", "medmnist_2d", "chestxray", "robustness", "ablation", "ablation_report"]
-)
+SCRIPTS = ["quickstart", "medmnist_2d", "chestxray", "robustness", "ablation", "study"]
+SCRIPTS += ["ablation_report", "study_report"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_help_explains_every_option(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.syspath_prepend(ROOT / "recipes")
+    parser = parser_of(monkeypatch, recipe(name))
+    assert len(parser._actions) > (4 if name.endswith("report") else 9)
+    assert [action.dest for action in parser._actions if not action.help] == []
+    assert "Expected:" in parser.format_help()  # which fails on a stray percent sign
+
+
+@pytest.mark.parametrize(
+    "script", [*(f"recipes/{name}.py" for name in SCRIPTS), "benchmarks/scaling.py"]
+)
+def test_what_is_committed_is_never_written_by_default(
+    monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    parser = parser_of(monkeypatch, str(ROOT / script))
+    folders = [parser.get_default(name) for name in ("out", "output")]
+    assert all(folder is None or folder.parts[0] == "runs" for folder in folders)
+    assert any(folders) or script.endswith("report.py")  # which needs to be told where its runs are
+
+
+def parser_of(monkeypatch: pytest.MonkeyPatch, script: str) -> argparse.ArgumentParser:
+    """The parser of a script, which is stopped where it would parse."""
     seen: list[argparse.ArgumentParser] = []
 
     def stop(parser: argparse.ArgumentParser, *_: object) -> None:
@@ -620,11 +643,9 @@ def test_help_explains_every_option(monkeypatch: pytest.MonkeyPatch, name: str) 
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     with pytest.raises(SystemExit):
-        runpy.run_path(recipe(name), run_name="__main__")
+        runpy.run_path(script, run_name="__main__")
     (parser,) = seen
-    assert len(parser._actions) > (4 if name == "ablation_report" else 9)
-    assert [action.dest for action in parser._actions if not action.help] == []
-    assert "Expected:" in parser.format_help()  # which fails on a stray percent sign
+    return parser
 
 
 RUNS = {"quickstart": [], "medmnist_2d": [], "chestxray": ["--data-root", "nih"]}

@@ -314,6 +314,7 @@ def write_runs(study: ModuleType, measures: ModuleType, folder: Path, arms: list
         def row(more: float, error: float = error) -> dict[str, float]:
             error += more
             row = dict.fromkeys(measures.METRICS, error / 3)
+            row["scaled_ece"] = row["ece"] - 0.1
             return row | {"accuracy": 1 - error, "balanced_error": error, "auroc": 1 - error / 2}
 
         names = [name for family in measures.FAMILIES.values() for name in family]
@@ -354,9 +355,28 @@ def test_differences_are_those_of_scipy_and_pool_over_sets(
         assert pooled.p == pytest.approx(welch.pvalue, abs=1e-6)
         interval = np.array(welch.confidence_interval(0.95)) / 2
         assert [pooled.low, pooled.high] == pytest.approx(interval, abs=1e-6)
+    scaled = found["Blood", paired.SCALED, "calibration error", "clean"]
+    assert scaled.mean == pytest.approx(-0.1)
+    assert found["Blood", paired.SCALED, "balanced accuracy", "noise"].mean == 0
     adjusted = stats.false_discovery_control([tests["Blood", arm].pvalue for arm in arms[1:]])
     for arm, p in zip(arms[1:], adjusted, strict=True):
         assert found["Blood", arm, "AUROC", "clean"].p_adjusted == pytest.approx(p, abs=1e-6)
+
+
+def test_what_was_chosen_on_is_not_pooled_with_what_confirms(paired: ModuleType) -> None:
+    settings = [
+        paired.Setting(dataset, pretrained, augmentation)
+        for dataset in ("bloodmnist", "dermamnist", "breastmnist", "chest")
+        for pretrained in (False, True)
+        for augmentation in ("flips", "augmix")
+        if not (pretrained and augmentation == "augmix")
+    ]
+    found = paired.pools(settings)
+    assert found["pooled"] == ["Blood", "Derma"]
+    assert found["pooled, confirmation"] == ["Breast", "Chest"]
+    assert found["pooled, from ImageNet"] == ["Blood, from ImageNet", "Derma, from ImageNet"]
+    assert found["pooled, augmix"] == ["Blood, augmix", "Derma, augmix"]
+    assert paired.pools(settings[:1]) == {}
 
 
 @pytest.mark.parametrize("sd,effect", [(0.013, 0.01), (0.03, 0.01), (0.002, 0.01), (0.5, 0.5)])
