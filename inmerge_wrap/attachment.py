@@ -150,10 +150,9 @@ class Attachments:
         replaced = next((layer for layer in lost if not layer.parameters), None)
         if replaced is not None:
             raise RuntimeError(
-                f"{names} no longer holds a weight of its own: after attach() a "
-                f"{type(replaced.module).__name__} took the place of the convolution. Change the "
-                "network first (BlurPool and other surgery, quantisation, adapters), then wrap it "
-                "and make the optimizer"
+                f"{names}: after attach() a {type(replaced.module).__name__} took the place of the "
+                "convolution. Change the network first (BlurPool and other surgery, quantisation, "
+                "adapters), then wrap it and make the optimizer"
             )
         if any(isinstance(layer.store, Sharded) for layer in lost):
             remedy = (

@@ -23,6 +23,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
+from torch.optim.swa_utils import SWALR, AveragedModel, update_bn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import (
     ResNetConfig,
@@ -490,6 +491,77 @@ def test_lightnings_stray_step_after_averaging_does_not_merge(transient: bool) -
     moved = [(p - averages[0][name]).abs().max() for name, p in weights_of(module).items()]
     # The step itself, of a stale gradient, is Lightning's; a merge would move a kernel by .1.
     assert max(moved) < 5e-3
+
+
+@quiet
+@pytest.mark.parametrize("transient", [False, True])
+def test_lightnings_weight_average_follows_the_whole_weights(transient: bool) -> None:
+    """EMAWeightAveraging puts the average in the model's place in the end."""
+    expected: dict[str, Tensor] = {}
+
+    class Watching(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = wrapped(similarity_threshold=-1.0, transient=transient)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            for name, weight in weights_of(self.model).items():
+                expected.setdefault(name, weight)  # the first update copies
+                expected[name] = 0.9 * expected[name] + 0.1 * weight
+
+    module = Watching()
+    trainer = lightning.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[
+            lightning.pytorch.callbacks.EMAWeightAveraging(decay=0.9, update_starting_at_step=0)
+        ],
+    )
+    trainer.fit(module, DataLoader(TensorDataset(*batch(0, size=16)), batch_size=4))
+    assert module.model.step == 8 and module.model.report().merged > 0
+    for name, weight in weights_of(module.model).items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("transient", [False, True])
+def test_torchs_averaging_measures_batch_norm_on_whole_weights(transient: bool) -> None:
+    model = wrapped(similarity_threshold=-1.0, transient=transient)
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    average = AveragedModel(model)
+    schedule = SWALR(optimizer, swa_lr=0.01)
+    seen = []
+    for number in range(4):
+        train(model, optimizer, 1, start=number)
+        average.update_parameters(model)
+        schedule.step()
+        seen.append(weights_of(model))
+    assert model.step == 4 and average.module.step == 0
+    update_bn(DataLoader(batch(0, size=16)[0], batch_size=4), average)
+    for name, weight in weights_of(average.module).items():
+        mean = torch.stack([step[name] for step in seen]).mean(dim=0)
+        torch.testing.assert_close(weight, mean, rtol=1e-4, atol=1e-6)
+    twin = tiny_net()
+    twin.load_state_dict(average.module.module.state_dict())
+    images = batch(0, size=16)[0]
+    norms = [twin.stem(part).mean((0, 2, 3)) for part in images.split(4)]
+    expected = torch.stack(norms).mean(dim=0).detach()
+    torch.testing.assert_close(average.module.norm.running_mean, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("transient", [False, True])
+def test_torch_export_gives_what_the_wrapper_computes(transient: bool) -> None:
+    model = wrapped(transient=transient)
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    train(model, optimizer, 2)
+    images, _ = batch(0)
+    program = torch.export.export(model.eval().module, (images,))
+    assert torch.equal(program.module()(images), model(images))
 
 
 def test_a_wrapped_sequential_is_indexed_as_it_was() -> None:
