@@ -6,24 +6,32 @@ import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import CodeType, FrameType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from inmerge_wrap.discovery import ConvSite
 from inmerge_wrap.layers import MergedLayer
-from inmerge_wrap.stores import Store, tensor_store
+from inmerge_wrap.stores import Sharded, Store, tensor_store
+
+if TYPE_CHECKING:
+    from inmerge_wrap.wrapper import InMergeWrapper
 
 __all__ = [
     "Attachments",
+    "carry_counter",
     "companions",
     "is_nested_step",
+    "is_no_training_step",
     "is_schedule_free",
-    "is_state_initialisation",
+    "notice_every_step",
     "refuse_capture",
     "reshard",
     "stepping_optimizer",
@@ -31,6 +39,8 @@ __all__ = [
 
 # By name: they write the weights from copies of their own.
 _STEPS_COPIES = {"DeepSpeedOptimizerWrapper", "MegatronLMOptimizerWrapper", "DummyOptim"}
+
+_COUNTERS = "inmerge"  # key in an optimizer's state dict: one entry for each wrapper attached to it
 
 
 @dataclass
@@ -75,6 +85,17 @@ class Attachments:
             if (optimizer := known.optimizer()) is not None and _is_registered(known.handle)
         ]
 
+    def miss(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer was never attached, although no other was detached on purpose."""
+        detached = any(
+            known.optimizer() is not None and not _is_registered(known.handle)
+            for known in self._known
+        )
+        return not detached and all(known.optimizer() is not optimizer for known in self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
     def held_by(
         self, optimizer: Optimizer, layers: Sequence[MergedLayer]
     ) -> tuple[list[MergedLayer], list[MergedLayer]]:
@@ -115,7 +136,7 @@ class Attachments:
             return
         held = _held_parameters(optimizer)
         lost = [
-            layer.site.name
+            layer
             for layer in layers
             if layer.number in attachment.layers
             and (
@@ -123,13 +144,117 @@ class Attachments:
                 or any(p.requires_grad and id(p) not in held for p in layer.parameters)
             )
         ]
-        if lost:
+        if not lost:
+            return
+        names = ", ".join(layer.site.name for layer in lost)
+        replaced = next((layer for layer in lost if not layer.parameters), None)
+        if replaced is not None:
             raise RuntimeError(
-                f"the attached optimizer no longer holds the weights of {', '.join(lost)}: they "
-                "were replaced after attach(). With FSDP2 (fully_shard) make the optimizer after "
-                "sharding; with Accelerate prepare model and optimizer in one call. DeepSpeed, "
-                "Megatron-LM and FSDP1 step copies of the weights: train with DDP or FSDP2 instead"
+                f"{names}: after attach() a {type(replaced.module).__name__} took the place of the "
+                "convolution. Change the network first (BlurPool and other surgery, quantisation, "
+                "adapters), then wrap it and make the optimizer"
             )
+        if any(isinstance(layer.store, Sharded) for layer in lost):
+            remedy = (
+                "With FSDP2 (fully_shard) make the optimizer after sharding; with Accelerate "
+                "prepare model and optimizer in one call"
+            )
+        else:
+            remedy = (
+                "Where the network was changed, wrap it and make the optimizer afterwards; where "
+                "the optimizer was, attach it again. DeepSpeed, Megatron-LM and FSDP1 step copies "
+                "of the weights: train with DDP or FSDP2 instead"
+            )
+        raise RuntimeError(
+            f"the attached optimizer no longer holds the weights of {names}: they were replaced "
+            f"after attach(). {remedy}"
+        )
+
+
+@dataclass(frozen=True)
+class _Counter:
+    """The two hooks by which an optimizer's state dict carries what a wrapper counted.
+
+    Plain numbers, for libraries cast and move the tensors of such a state. Hooks outlast an
+    attachment that was ended, and then do nothing.
+    """
+
+    wrapper: weakref.ref[InMergeWrapper]
+    handle: RemovableHandle
+
+    def save(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
+        wrapper = self.wrapper()
+        if wrapper is not None and _is_registered(self.handle):
+            state_dict.setdefault(_COUNTERS, []).append(wrapper.get_extra_state().tolist())
+
+    def load(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
+        wrapper = self.wrapper()
+        if wrapper is None or not _is_registered(self.handle) or not state_dict.get(_COUNTERS):
+            return
+        # A copy made for the hooks. Those of the next wrapper find the next entry.
+        first, *state_dict[_COUNTERS] = state_dict[_COUNTERS]
+        if first != wrapper.get_extra_state().tolist():  # else the statistics stay as they are
+            wrapper.set_extra_state(torch.tensor(first, dtype=torch.float64, device="cpu"))
+
+
+def carry_counter(
+    wrapper: InMergeWrapper, handle: RemovableHandle, optimizers: Sequence[Any]
+) -> None:
+    """Makes the state dict of an optimizer carry the step counter and statistics of a wrapper.
+
+    What resumes an optimizer then resumes merging, even where the network's weights are saved
+    without the wrapper (timm, Hugging Face's Trainer). A state dict without them loads as well,
+    and one with them into any optimizer.
+
+    Args:
+        wrapper: No strong reference is kept.
+        handle: Of the attachment.
+        optimizers: The one that steps and those around it; what is none is left out.
+    """
+    counter = _Counter(weakref.ref(wrapper), handle)
+    inner = [getattr(optimizer, "_base_optimizer", None) for optimizer in optimizers]  # Lookahead
+    for optimizer in {id(found): found for found in (*optimizers, *inner)}.values():
+        # Some subclasses never call Optimizer.__init__; their state is that of another one.
+        if isinstance(optimizer, Optimizer) and "_optimizer_state_dict_post_hooks" in vars(
+            optimizer
+        ):
+            optimizer.register_state_dict_post_hook(counter.save)
+            optimizer.register_load_state_dict_pre_hook(counter.load)
+
+
+_noticing: weakref.WeakSet[InMergeWrapper] = weakref.WeakSet()
+
+
+def notice_every_step(wrapper: InMergeWrapper) -> None:
+    """Calls ``wrapper.notice_step(optimizer)`` after each step of any optimizer in this process.
+
+    So a loop is noticed that forgot to attach its optimizer, or that replaced it. No strong
+    reference is kept.
+    """
+    _register_once()
+    _noticing.add(wrapper)
+
+
+@cache
+def _register_once() -> None:
+    register_optimizer_step_post_hook(_after_any_step)
+
+
+def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
+    if not torch.compiler.is_compiling():
+        for wrapper in tuple(_noticing):
+            wrapper.notice_step(optimizer)
+
+
+def trains_any(optimizer: Optimizer, network: nn.Module, sites: Sequence[ConvSite]) -> bool:
+    """Whether an optimizer trains a weight of some convolutions, whatever became of them."""
+    held, names = _held_parameters(optimizer), {site.name for site in sites}
+    return any(
+        id(parameter) in held and parameter.requires_grad
+        for name, module in network.named_modules()
+        if name in names
+        for parameter in module.parameters()
+    )
 
 
 def stepping_optimizer(optimizer: Any) -> Optimizer:
@@ -304,16 +429,25 @@ def is_nested_step(optimizer: Optimizer) -> bool:
     return depth > 1
 
 
-def is_state_initialisation() -> bool:
-    """Whether this hook runs in a step that only makes a fresh optimizer's state.
+def is_no_training_step() -> bool:
+    """Whether this hook runs in a step that a library makes for another purpose than training.
 
-    ``torch.distributed.checkpoint.state_dict.set_optimizer_state_dict`` (and with it Accelerate's
-    FSDP2 resume) takes such a step, with gradients of zero and a learning rate of 0, before it
-    loads. A learning rate of 0 alone is no sign, for warm-ups begin with it: the caller is.
+    Two are known, and by their callers alone: a learning rate of 0 is no sign, for warm-ups begin
+    with it, nor is a gradient that was used before.
+
+    - ``torch.distributed.checkpoint.state_dict.get_optimizer_state_dict`` and its ``set_`` twin
+      (and with them Accelerate's FSDP2 resume) make a fresh optimizer's state by a step with
+      gradients of zero and a learning rate of 0, before they load.
+    - Lightning's StochasticWeightAveraging steps once at the end of the epoch in which it measures
+      BatchNorm and skips all backward passes.
     """
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name == "_init_optim_state":
+        name = frame.f_code.co_name
+        if name == "_init_optim_state" or (
+            name == "_optimizer_step"
+            and getattr(frame.f_locals.get("self"), "_skip_backward", False) is True
+        ):
             return True
         frame = frame.f_back
     return False

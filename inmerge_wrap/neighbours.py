@@ -76,7 +76,7 @@ def accept_network_state(
     if key not in state_dict and any(name.startswith(prefix) for name in state_dict):
         warnings.warn(
             f"the state dict has no {key!r}: the weights are loaded, and merging counts its steps "
-            f"from {wrapper.step}",
+            f"from {wrapper.step}, unless the state of an attached optimizer brings the counter",
             stacklevel=2,
         )
         state_dict[key] = None

@@ -18,6 +18,7 @@ _PATIENCE = 100  # passes after which a run without effect is reported
 _NEGLIGIBLE = 1e-3  # share of merged pairs below which a run is called a plain run
 _COLLAPSED = 0.5  # of its first effective rank, below which a layer is called collapsing
 _NOTABLE = 0.1  # share of merged pairs above which a falling rank is put down to merging
+_MISSED_STEPS = 10  # of an optimizer that is not attached, after which it is reported
 _IDLE_FORWARDS = {False: 10, True: 1000}  # merged before or attached -> forwards without a step
 
 
@@ -36,12 +37,14 @@ class Watch:
         history: Snapshots of the layers, in the order in which they were taken.
         steps: Steps that merging was part of in this process, whatever a checkpoint says.
         idle_forwards: Training forward passes since the last of these steps.
+        missed_steps: Steps since then of optimizers that are not attached.
     """
 
     def __init__(self) -> None:
         self.history: list[LayerSnapshot] = []
         self.steps = 0
         self.idle_forwards = 0
+        self.missed_steps = 0
         self._snapshots: dict[str, tuple[LayerSnapshot, LayerSnapshot]] = {}  # first, last
         self._warned: set[str] = set()
 
@@ -71,6 +74,17 @@ class Watch:
         self.warn_once(
             "idle", f"{self.idle_forwards} training forward passes without merging: {remedy}"
         )
+
+    def after_missed_step(self, optimizer: str) -> None:
+        """Counts a step of an optimizer of this class that is not attached; warns after some."""
+        self.missed_steps += 1
+        if self.missed_steps >= _MISSED_STEPS:
+            self.warn_once(
+                "idle",
+                f"{self.missed_steps} steps of {optimizer} without merging: it trains the weights "
+                "to merge and is not attached. Call model.attach(optimizer), again for each "
+                "optimizer that replaces an attached one",
+            )
 
     def after_pass(
         self,

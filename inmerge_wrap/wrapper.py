@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence, Sized
 from dataclasses import fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -16,13 +16,16 @@ from inmerge_wrap import neighbours
 from inmerge_wrap._constants import DEFAULT_SHALLOW_SHARE
 from inmerge_wrap.attachment import (
     Attachments,
+    carry_counter,
     companions,
     is_nested_step,
+    is_no_training_step,
     is_schedule_free,
-    is_state_initialisation,
+    notice_every_step,
     refuse_capture,
     reshard,
     stepping_optimizer,
+    trains_any,
 )
 from inmerge_wrap.discovery import MergePlan, Pattern, plan_merging
 from inmerge_wrap.engines import require
@@ -190,6 +193,7 @@ class InMergeWrapper(nn.Module):
         self._pending: dict[int, tuple[list[MergedLayer], Outcome]] = {}  # of which optimizer
         self.register_state_dict_post_hook(neighbours.put_counter_last)
         self.register_load_state_dict_pre_hook(neighbours.accept_network_state)
+        notice_every_step(self)
 
     @classmethod
     def recommended(cls, module: nn.Module, *, total_steps: int, **settings: Any) -> InMergeWrapper:
@@ -262,6 +266,15 @@ class InMergeWrapper(nn.Module):
             )
         super().__setattr__(name, value)
 
+    def __len__(self) -> int:
+        return len(cast(Sized, self.module))
+
+    def __getitem__(self, index: Any) -> Any:
+        return cast(Any, self.module)[index]
+
+    def __bool__(self) -> bool:
+        return True  # whether or not the network has a length
+
     @property
     def accepts_loss_kwargs(self) -> bool:
         """Whether the network takes any keyword: Hugging Face's Trainer would ask the wrapper's."""
@@ -292,7 +305,7 @@ class InMergeWrapper(nn.Module):
                 Megatron-LM, FSDP1, XLA, other schedule-free optimizers), or a setting does not
                 work with it.
         """
-        optimizer = stepping_optimizer(optimizer)
+        given, optimizer = optimizer, stepping_optimizer(optimizer)
         handle = self._attachments.handle_of(optimizer)
         if handle is not None:
             return handle
@@ -301,8 +314,7 @@ class InMergeWrapper(nn.Module):
         if not held:
             raise ValueError(
                 f"the optimizer holds none of the {len(layers)} weights to merge "
-                f"({layers[0].site.name}, ...): build it from the parameters of this model, "
-                "after unfreezing them or with the frozen ones"
+                f"({layers[0].site.name}, ...): {self._remedy_for_no_weights(layers)}"
             )
         if not trained:
             self._warn_of_frozen_weights()
@@ -314,6 +326,7 @@ class InMergeWrapper(nn.Module):
         optimizer.register_step_pre_hook(BeforeStep(self))
         handle = optimizer.register_step_post_hook(self._after_step)
         self._attachments.add(optimizer, handle, trained)
+        carry_counter(self, handle, [given, optimizer])
         now = self.step
         for layer in held:  # a training that goes on with another optimizer keeps its schedule
             self._tally.steps[layer.number] = now
@@ -389,7 +402,7 @@ class InMergeWrapper(nn.Module):
     @torch.compiler.disable
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if is_nested_step(optimizer) or is_state_initialisation():
+        if is_nested_step(optimizer) or is_no_training_step():
             return
         refuse_capture("optimizer.step()")
         reshard(self)
@@ -413,7 +426,7 @@ class InMergeWrapper(nn.Module):
         step = self._tally.begin([layer.number for layer in held])
         for layer in held:
             self._last_merged.pop(layer.number, None)
-        self._watch.idle_forwards = 0
+        self._watch.idle_forwards = self._watch.missed_steps = 0
         if not trained:
             return
         if self.settings.transient:
@@ -548,6 +561,26 @@ class InMergeWrapper(nn.Module):
     @torch.compiler.disable
     def _watch_forward(self) -> None:
         self._watch.before_forward(attached=bool(self._attachments.live))
+
+    def notice_step(self, optimizer: Optimizer) -> None:
+        """Warns after some steps of an optimizer that trains merged weights and is not attached."""
+        by_hand = self._watch.steps and not len(self._attachments)
+        if (
+            not by_hand
+            and self._attachments.miss(optimizer)
+            and self.settings.at(self.step) is not None
+            and trains_any(optimizer, self.module, self.plan.merged)
+        ):
+            self._watch.after_missed_step(type(optimizer).__name__)
+
+    @staticmethod
+    def _remedy_for_no_weights(layers: Sequence[MergedLayer]) -> str:
+        if any(p.requires_grad for layer in layers for p in layer.parameters):
+            return "build it from the parameters of this model"
+        return (
+            "they are frozen, and it was built from the others. Attach the optimizer that trains "
+            "them once they are unfrozen, or build this one from all parameters of the model"
+        )
 
     def _warn_of_frozen_weights(self) -> None:
         self._watch.warn_once(

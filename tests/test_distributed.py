@@ -161,6 +161,9 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
         "replicated_and_sharded",
         "schedule_free",
         "resumed",
+        "resumed_with_its_optimizer",
+        "resumed_from_an_asynchronous_save",
+        "resumed_by_accelerate",
     ],
 )
 def test_fsdp2_equals_one_process(sharded: tuple[Path, list[dict[str, Any]]], case: str) -> None:
@@ -170,6 +173,15 @@ def test_fsdp2_equals_one_process(sharded: tuple[Path, list[dict[str, Any]]], ca
         assert outcome["worst"] == 0.0
         assert outcome["reports"] is True and outcome["merged"] > 10
         assert outcome["sharded"] is True
+
+
+def test_fsdp2_loading_optimizer_state_is_no_step(
+    sharded: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    """torch makes a fresh optimizer's state by a step, which must neither merge nor count."""
+    for rank in sharded[1]:
+        for case in ("with_its_optimizer", "from_an_asynchronous_save", "by_accelerate"):
+            assert rank[f"resumed_{case}"]["found"] == 2
 
 
 def test_fsdp2_keeps_shards_and_uneven_ones(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import pickle
 import weakref
 from collections.abc import Callable, Iterable
@@ -25,6 +26,7 @@ from tests import reference
 from tests.scripts.common import (
     EXAMPLE,
     MERGED,
+    SETTINGS,
     closure_of,
     digest,
     equal,
@@ -569,12 +571,65 @@ def test_freezing_all_is_told_once() -> None:
         optimizer.step()
 
 
-def test_frozen_from_the_start_is_an_error_that_says_so() -> None:
-    model = wrapped()
-    model.mid.requires_grad_(False)
-    model.last.requires_grad_(False)
-    with pytest.raises(ValueError, match="after unfreezing"):
-        model.attach(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+def freeze(model: InMergeWrapper, frozen: bool = True) -> None:
+    """All but the head, as a linear probe does."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(frozen is False or "head" in name)
+
+
+def test_linear_probe_then_fine_tuning_by_one_optimizer() -> None:
+    """fastai's freeze, fit, unfreeze, fit: the optimizer holds everything from the start."""
+    model = wrapped(similarity_threshold=-1.0, merge_probability=1.0)
+    freeze(model)
+    optimizer = sgd(model)
+    with pytest.warns(NoEffectWarning, match="all weights to merge are frozen"):
+        model.attach(optimizer)
+    frozen = weights_of(model.mid)
+    train(model, optimizer, 3)  # a second warning would be an error here
+    assert equal(weights_of(model.mid), frozen) and not model.report().merged
+    freeze(model, frozen=False)
+    train(model, optimizer, 2)
+    assert model.step == 5
+    assert [layer.passes for layer in model.report()] == [2, 2] and model.report().merged
+
+
+def test_a_network_frozen_before_it_was_wrapped_is_planned_on_demand() -> None:
+    """A plan takes frozen layers for such as stay so, unless it is told otherwise."""
+    network = tiny_net()
+    for part in (network.stem, network.mid, network.last):
+        part.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"frozen.*also_merge=\('frozen',\)"):
+        InMergeWrapper(network, **SETTINGS)
+    model = InMergeWrapper(network, **SETTINGS, also_merge=("frozen",))
+    optimizer = sgd(model)
+    with pytest.warns(NoEffectWarning, match="all weights to merge are frozen"):
+        model.attach(optimizer)
+    train(model, optimizer, 2)
+    network.requires_grad_(True)
+    train(model, optimizer, 2)
+    assert [layer.passes for layer in model.report()] == [2, 2]
+
+
+def test_linear_probe_then_fine_tuning_by_two_optimizers() -> None:
+    """LP-FT: the first optimizer holds the head alone, and has nothing to merge."""
+    model = wrapped(similarity_threshold=-1.0, merge_probability=1.0)
+    freeze(model)
+    probe = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    message = r"holds none of the 2 weights to merge \(mid, \.\.\.\): they are frozen, and it was"
+    with pytest.raises(ValueError, match=message):
+        model.attach(probe)
+    train(model, probe, 3)
+    freeze(model, frozen=False)
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    train(model, optimizer, 2)
+    assert model.step == 2 and model.report().merged
+
+
+def test_an_optimizer_of_another_network_is_an_error_that_says_so() -> None:
+    message = r"holds none of the 2 weights to merge .*: build it from the parameters of this model"
+    with pytest.raises(ValueError, match=message):
+        wrapped().attach(sgd(tiny_net()))
 
 
 def test_weights_replaced_behind_the_optimizer_are_an_error_that_names_them() -> None:
@@ -586,6 +641,234 @@ def test_weights_replaced_behind_the_optimizer_are_an_error_that_names_them() ->
     model.mid.weight = nn.Parameter(model.mid.weight.detach().clone())
     with pytest.raises(RuntimeError, match=r"no longer holds the weights of mid: they were repl"):
         optimizer.step()
+
+
+class Blurred(nn.Module):
+    """As composer's BlurPool: a convolution inside of what took its place."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(nn.functional.avg_pool2d(x, 3, 1, 1))
+
+
+def test_a_convolution_replaced_after_attaching_is_an_error_with_its_remedy() -> None:
+    model = wrapped()
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    train(model, optimizer, 1)
+    model.module.mid = Blurred(model.module.mid)
+    with pytest.raises(
+        RuntimeError, match=r"^mid: after attach.* a Blurred took.*then wrap"
+    ) as raised:
+        train(model, optimizer, 1)
+    assert "FSDP2" not in str(raised.value)
+
+
+# -- optimizers that nobody attached -------------------------------------------------------------
+
+
+def test_a_replaced_optimizer_is_reported_soon() -> None:
+    """fastai's reset_opt makes another one in mid-training."""
+    model = wrapped()
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    train(model, optimizer, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optimizer, 9)
+    with pytest.warns(NoEffectWarning, match="10 steps of AdamW without merging.*is not attached"):
+        train(model, optimizer, 1)
+    train(model, optimizer, 20)  # a second warning would be an error here
+    assert model.step == 2
+
+
+def test_a_forgotten_attach_is_reported_where_the_network_is_called_without_the_wrapper() -> None:
+    model = wrapped()
+    optimizer = sgd(model)
+    with pytest.warns(NoEffectWarning, match="10 steps of SGD without merging"):
+        train(model.module, optimizer, 10)
+
+
+def test_optimizers_that_need_not_be_attached_are_not_reported() -> None:
+    model = wrapped(schedule=Schedule(end=12))
+    whole, head = sgd(model), torch.optim.SGD(model.head.parameters(), lr=0.1)
+    beside = torch.optim.SGD(model.last.parameters(), lr=0.1)
+    handle = model.attach(whole)
+    for number in range(12):
+        for optimizer in (whole, head, beside, sgd(tiny_net())):
+            train(model.module, optimizer, 1, start=number)
+    train(model.module, beside, 12)  # the schedule has ended merging
+    model = wrapped()
+    handle = model.attach(sgd(model))
+    optimizer = sgd(model)
+    handle = model.attach(optimizer)
+    handle.remove()  # on purpose
+    train(model.module, optimizer, 12)
+    train(model.module, sgd(model), 12)
+    model = wrapped()
+    optimizer = sgd(model)
+    for number in range(24):
+        train(model, optimizer, 1, start=number)
+        model.merge_()
+
+
+def test_no_wrapper_is_kept_alive() -> None:
+    model = wrapped()
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+# -- the counter in the optimizer's state --------------------------------------------------------
+
+
+def resumed_from(
+    weights: dict[str, Tensor], state: dict[str, Any], make: Callable[[nn.Module], Any] = sgd
+) -> tuple[InMergeWrapper, Any]:
+    """A fresh run that gets the bare network's weights and the optimizer's state."""
+    model = wrapped()
+    optimizer = make(model)
+    model.attach(optimizer)
+    model.module.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    return model, optimizer
+
+
+def on_disk(thing: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(thing, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def lookahead(model: nn.Module) -> Any:
+    return timm.optim.create_optimizer_v2(model, opt="lookahead_adamw", lr=1e-2)
+
+
+STATEFUL = {
+    "sgd": sgd,
+    "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2),
+    "lookahead": lookahead,
+    "muon": lambda model: timm.optim.create_optimizer_v2(model, opt="muon", lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_an_optimizers_state_resumes_merging(name: str) -> None:
+    straight = wrapped()
+    optimizer = STATEFUL[name](straight)
+    straight.attach(optimizer)
+    train(straight, optimizer, 3)
+    saved = on_disk((straight.module.state_dict(), optimizer.state_dict()))
+    train(straight, optimizer, 3, start=3)
+    resumed, optimizer = resumed_from(*saved, STATEFUL[name])
+    assert resumed.step == 3
+    train(resumed, optimizer, 3, start=3)
+    assert digest(resumed.state_dict()) == digest(straight.state_dict())  # the statistics, too
+
+
+def test_a_plain_optimizer_loads_the_state_and_a_plain_state_loads() -> None:
+    model = wrapped()
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    train(model, optimizer, 2)
+    state = on_disk(optimizer.state_dict())
+    network = tiny_net()
+    plain = sgd(network)
+    plain.load_state_dict(state)
+    train(network, plain, 1)
+    assert plain.state_dict().keys() == {"state", "param_groups"}
+    assert "inmerge" in state  # nobody took it out of the caller's dict
+    model, _ = resumed_from(network.state_dict(), plain.state_dict())
+    assert model.step == 0
+
+
+def test_of_the_counters_of_model_and_optimizer_the_last_loaded_counts() -> None:
+    first, second = wrapped(), wrapped()
+    optimizers = [sgd(first), sgd(second)]
+    for model, optimizer, steps in zip((first, second), optimizers, (2, 5), strict=True):
+        model.attach(optimizer)
+        train(model, optimizer, steps)
+    weights, state = copy.deepcopy((first.state_dict(), optimizers[1].state_dict()))
+    for order, expected in ((("weights", "state"), 5), (("state", "weights"), 2)):
+        model = wrapped()
+        optimizer = sgd(model)
+        model.attach(optimizer)
+        for what in order:
+            if what == "weights":
+                model.load_state_dict(weights)
+            else:
+                optimizer.load_state_dict(state)
+        assert model.step == expected
+
+
+def test_the_same_counter_changes_nothing() -> None:
+    """Accelerate loads what it just read when it prepares an optimizer."""
+    model = wrapped(similarity_threshold=-1.0, merge_probability=1.0, inspect_every=1)
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    train(model, optimizer, 2)
+    report, entries = model.report(), len(model.history)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert model.statistics_lag and model.report() == report and len(model.history) == entries
+
+
+def test_two_wrappers_of_one_optimizer_find_their_own_counters() -> None:
+    def pair() -> tuple[list[InMergeWrapper], torch.optim.SGD]:
+        models = [wrapped(), wrapped()]
+        optimizer = torch.optim.SGD([p for m in models for p in m.parameters()], lr=0.1)
+        return models, optimizer
+
+    models, optimizer = pair()
+    models[0].attach(optimizer)
+    loss_of(models[0], 0).backward()
+    optimizer.step()
+    models[1].attach(optimizer)  # begins later
+    models[1]._tally.steps = [7, 7]
+    state = on_disk(optimizer.state_dict())
+    others, optimizer = pair()
+    for model in others:
+        model.attach(optimizer)
+    optimizer.load_state_dict(state)
+    assert [model.step for model in others] == [1, 7]
+
+
+def test_an_ended_attachment_leaves_nothing_in_the_state() -> None:
+    model = wrapped()
+    optimizer = sgd(model)
+    model.attach(optimizer).remove()
+    assert "inmerge" not in optimizer.state_dict()
+    model.attach(optimizer)
+    assert len(optimizer.state_dict()["inmerge"]) == 1
+    assert "inmerge" not in copy.deepcopy(optimizer).state_dict()  # as it merges nothing, either
+    del model
+    gc.collect()
+
+
+def test_a_sam_carries_the_counter_itself() -> None:
+    model = wrapped()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.05)
+    model.attach(optimizer)
+    sam_step(model, optimizer, 0, "two calls")
+    model, _ = resumed_from(
+        model.module.state_dict(),
+        optimizer.state_dict(),
+        lambda model: SAM(model.parameters(), torch.optim.SGD, lr=0.05),
+    )
+    assert model.step == 1
+
+
+def test_a_damaged_counter_in_an_optimizers_state_is_an_error() -> None:
+    model = wrapped()
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    state = optimizer.state_dict()
+    state["inmerge"] = [state["inmerge"][0][:-1]]
+    with pytest.raises(ValueError, match="the checkpoint is truncated"):
+        optimizer.load_state_dict(state)
 
 
 def test_an_optimizer_that_runs_no_hooks_is_refused() -> None:

@@ -18,11 +18,12 @@ from accelerate.utils import DataLoaderConfiguration
 from safetensors.torch import load_file
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
+from torch.optim.swa_utils import SWALR, AveragedModel, update_bn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import (
     ResNetConfig,
@@ -31,7 +32,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from inmerge_wrap import InMergeWrapper, export_weights
+from inmerge_wrap import InMergeWrapper, NoEffectWarning, export_weights
 from tests.scripts.common import (
     EXAMPLE,
     SETTINGS,
@@ -375,6 +376,205 @@ def test_timm_tasks_take_the_wrapper() -> None:
     assert average.step == 0
     for name, value in expected.items():
         torch.testing.assert_close(average.get_parameter(name).detach(), value)
+
+
+def timm_task(ema: bool = True) -> tuple[InMergeWrapper, Any, Any, CheckpointSaver]:
+    """What timm's train.py makes of a wrapped model."""
+    model = wrapped()
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-2)
+    model.attach(optimizer)
+    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+    if ema:
+        task.setup_ema(decay=0.9)
+    return model, optimizer, task, CheckpointSaver(model, optimizer, task=task)
+
+
+def run_task(task: Any, optimizer: Any, steps: int, start: int = 0) -> None:
+    for number in range(start, start + steps):
+        optimizer.zero_grad()
+        task(*batch(number))["loss"].backward()
+        optimizer.step()
+        task.update_ema()
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_timm_tasks_resume_bit_for_bit_and_a_plain_run_loads_their_checkpoints(ema: bool) -> None:
+    straight, optimizer, task, _ = timm_task(ema)
+    run_task(task, optimizer, 6)
+    _, optimizer, task, saver = timm_task(ema)
+    run_task(task, optimizer, 3)
+    saver.save_checkpoint(0, metric=1.0)
+    resumed, optimizer, task, _ = timm_task(ema)
+    resume_task_checkpoint(task, "last.pth.tar", optimizer)
+    if ema:
+        load_task_ema_checkpoint(task, "last.pth.tar")
+    assert resumed.step == 3
+    run_task(task, optimizer, 3, start=3)
+    assert digest(resumed.state_dict()) == digest(straight.state_dict())
+    network = tiny_net()
+    plain = ClassificationTask(network, nn.CrossEntropyLoss(), verbose=False)
+    plain_optimizer = create_optimizer_v2(network, opt="adamw", lr=1e-2)
+    resume_task_checkpoint(plain, "last.pth.tar", plain_optimizer)
+    run_task(plain, plain_optimizer, 1, start=3)
+
+
+def kept_network(
+    resume: str | None = None, attach: bool = True, **options: Any
+) -> tuple[InMergeWrapper, Any]:
+    """The Trainer has the network itself, and the wrapper merges beside it."""
+    torch.manual_seed(0)
+    network = ResNetForImageClassification(hf_config())
+    example = torch.zeros(1, 3, 32, 32)
+    merging = InMergeWrapper(network, **{**SETTINGS, "example_input": example})
+    trainer = Trainer(
+        model=network,
+        args=arguments(**options),
+        train_dataset=surroundings()["dataset"],
+    )
+    if attach:
+        merging.attach(trainer.create_optimizer())
+    trainer.train(resume_from_checkpoint=resume)
+    return merging, trainer
+
+
+@quiet
+def test_a_trainer_that_keeps_the_network_resumes_bit_for_bit() -> None:
+    straight, _ = kept_network(save_strategy="steps", save_steps=4, num_train_epochs=2)
+    assert straight.step == 6 and straight.report().merged > 0
+    resumed, _ = kept_network("trainer/checkpoint-4", num_train_epochs=2)
+    assert resumed.step == 6
+    assert digest(resumed.state_dict()) == digest(straight.state_dict())
+
+
+@quiet
+def test_a_trainer_that_keeps_the_network_and_a_forgotten_attach() -> None:
+    with pytest.warns(NoEffectWarning, match="10 steps of AdamW without merging"):
+        kept_network(attach=False, num_train_epochs=4)
+
+
+@quiet
+@pytest.mark.parametrize("transient", [False, True])
+def test_lightnings_stray_step_after_averaging_does_not_merge(transient: bool) -> None:
+    """StochasticWeightAveraging steps once more after it measured BatchNorm."""
+    averages = []
+
+    class Averaging(lightning.pytorch.callbacks.StochasticWeightAveraging):
+        def transfer_weights(self, source: Any, target: Any) -> None:  # type: ignore[override]
+            super().transfer_weights(source, target)
+            averages.append(weights_of(target))
+
+    class Sure(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = wrapped(
+                similarity_threshold=-1.0, merge_probability=1.0, transient=transient
+            )
+
+        def configure_optimizers(self) -> Any:
+            optimizer = sgd(self.model, lr=1e-3)
+            self.model.attach(optimizer)
+            return optimizer
+
+    module = Sure()
+    loader = DataLoader(TensorDataset(*batch(0, size=16)), batch_size=4)
+    trainer = lightning.Trainer(
+        max_epochs=4,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[Averaging(swa_lrs=1e-3, swa_epoch_start=2)],
+    )
+    trainer.fit(module, loader)
+    assert module.model.step == 16 and len(averages) == 1
+    moved = [(p - averages[0][name]).abs().max() for name, p in weights_of(module).items()]
+    # The step itself, of a stale gradient, is Lightning's; a merge would move a kernel by .1.
+    assert max(moved) < 5e-3
+
+
+@quiet
+@pytest.mark.parametrize("transient", [False, True])
+def test_lightnings_weight_average_follows_the_whole_weights(transient: bool) -> None:
+    """EMAWeightAveraging puts the average in the model's place in the end."""
+    expected: dict[str, Tensor] = {}
+
+    class Watching(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = wrapped(similarity_threshold=-1.0, transient=transient)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            for name, weight in weights_of(self.model).items():
+                expected.setdefault(name, weight)  # the first update copies
+                expected[name] = 0.9 * expected[name] + 0.1 * weight
+
+    module = Watching()
+    trainer = lightning.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[
+            lightning.pytorch.callbacks.EMAWeightAveraging(decay=0.9, update_starting_at_step=0)
+        ],
+    )
+    trainer.fit(module, DataLoader(TensorDataset(*batch(0, size=16)), batch_size=4))
+    assert module.model.step == 8 and module.model.report().merged > 0
+    for name, weight in weights_of(module.model).items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("transient", [False, True])
+def test_torchs_averaging_measures_batch_norm_on_whole_weights(transient: bool) -> None:
+    model = wrapped(similarity_threshold=-1.0, transient=transient)
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    average = AveragedModel(model)
+    schedule = SWALR(optimizer, swa_lr=0.01)
+    seen = []
+    for number in range(4):
+        train(model, optimizer, 1, start=number)
+        average.update_parameters(model)
+        schedule.step()
+        seen.append(weights_of(model))
+    assert model.step == 4 and average.module.step == 0
+    update_bn(DataLoader(batch(0, size=16)[0], batch_size=4), average)
+    for name, weight in weights_of(average.module).items():
+        mean = torch.stack([step[name] for step in seen]).mean(dim=0)
+        torch.testing.assert_close(weight, mean, rtol=1e-4, atol=1e-6)
+    twin = tiny_net()
+    twin.load_state_dict(average.module.module.state_dict())
+    images = batch(0, size=16)[0]
+    norms = [twin.stem(part).mean((0, 2, 3)) for part in images.split(4)]
+    expected = torch.stack(norms).mean(dim=0).detach()
+    torch.testing.assert_close(average.module.norm.running_mean, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("transient", [False, True])
+def test_torch_export_gives_what_the_wrapper_computes(transient: bool) -> None:
+    model = wrapped(transient=transient)
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    train(model, optimizer, 2)
+    images, _ = batch(0)
+    program = torch.export.export(model.eval().module, (images,))
+    assert torch.equal(program.module()(images), model(images))
+
+
+def test_a_wrapped_sequential_is_indexed_as_it_was() -> None:
+    network = nn.Sequential(*list(tiny_net().children())[:4])
+    model = InMergeWrapper(network, include=["2", "3"])
+    assert len(model) == len(network) == 4
+    assert model[0] is network[0] and list(model) == list(network)
+    assert all(map(torch.equal, model[:2].parameters(), network[:2].parameters()))
+    model = wrapped()
+    assert model  # a network without a length is no empty one
+    for access in (lambda: model[0], lambda: len(model)):
+        with pytest.raises(TypeError, match="TinyNet"):
+            access()
 
 
 def test_a_loop_without_an_optimizer_object_merges_by_hand() -> None:

@@ -1,0 +1,1 @@
+"""One script for each client whose package is no development dependency; see README.md."""

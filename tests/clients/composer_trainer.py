@@ -1,0 +1,79 @@
+"""composer: Trainer with EMA, checkpoints and resume; BlurPool after attach is an error.
+
+python -m tests.clients.composer_trainer
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Trainer
+from composer.algorithms import EMA, BlurPool
+from composer.models import ComposerClassifier
+
+from inmerge_wrap import InMergeWrapper
+from tests.clients.check import check, loader, merged, run, wrapped
+from tests.scripts.common import digest, sgd
+
+
+def trainer(transient: bool, epochs: int, seed: int = 0, **options: Any) -> tuple[Any, Trainer]:
+    model = wrapped(transient, seed)  # InMerge
+    optimizer = sgd(model)
+    model.attach(optimizer)  # InMerge
+    return model, Trainer(
+        model=ComposerClassifier(module=model, num_classes=3),
+        optimizers=optimizer,
+        train_dataloader=loader(),
+        max_duration=f"{epochs}ep",
+        device="cpu",
+        progress_bar=False,
+        **options,
+    )
+
+
+def resumes(folder: Path, transient: bool) -> None:
+    straight, training = trainer(transient, 4)
+    training.fit()
+    merged(straight, 16)
+    _, training = trainer(transient, 2, save_folder=str(folder), save_interval="2ep")
+    training.fit()
+    (file,) = folder.glob("ep2*.pt")
+    second, training = trainer(transient, 4, seed=1, load_path=str(file))
+    training.fit()
+    check("resumed to the bit", digest(second.state_dict()) == digest(straight.state_dict()))
+
+
+def averages(folder: Path, transient: bool) -> None:
+    model, training = trainer(transient, 2, algorithms=[EMA(half_life="4ba")])
+    training.fit()
+    merged(model, 8)
+
+
+def surgery_comes_first(folder: Path, transient: bool) -> None:
+    import timm
+
+    network = timm.create_model("resnet10t", num_classes=3)
+    model = InMergeWrapper(network, shallow_layers=0, transient=transient)
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    images = torch.utils.data.TensorDataset(torch.randn(8, 3, 32, 32), torch.arange(8) % 3)
+    try:
+        Trainer(
+            model=ComposerClassifier(module=model, num_classes=3),
+            optimizers=optimizer,
+            train_dataloader=torch.utils.data.DataLoader(images, batch_size=4),
+            max_duration="1ep",
+            device="cpu",
+            progress_bar=False,
+            algorithms=[BlurPool(min_channels=1)],
+        ).fit()
+    except RuntimeError as error:
+        check(f"an error: {error}", "BlurConv2d" in str(error) and "then wrap" in str(error))
+    else:
+        check("BlurPool after attach is an error", False)
+
+
+if __name__ == "__main__":
+    run(("mosaicml",), resumes, averages, surgery_comes_first)
