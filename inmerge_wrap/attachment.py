@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from operator import is_
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from inmerge_wrap.discovery import ConvSite
-from inmerge_wrap.layers import MergedLayer
+from inmerge_wrap.layers import Layers, MergedLayer, modules_of
 from inmerge_wrap.stores import Sharded, Store, tensor_store
 
 if TYPE_CHECKING:
@@ -51,6 +52,18 @@ class _Attachment:
     optimizer: weakref.ref[Optimizer]
     handle: RemovableHandle
     layers: set[int]  # numbers of all that the optimizer ever merged
+    last: _Held | None = None
+
+
+@dataclass
+class _Held:
+    """What an optimizer held of some layers, and what that was decided by."""
+
+    layers: Layers
+    parameters: list[list[nn.Parameter]]  # of the optimizer, and of each attached later
+    free: list[bool]  # whether each layer that it holds is not frozen
+    held: Layers
+    trained: Layers
 
 
 class Attachments:
@@ -96,29 +109,39 @@ class Attachments:
     def __len__(self) -> int:
         return len(self._known)
 
-    def held_by(
-        self, optimizer: Optimizer, layers: Sequence[MergedLayer]
-    ) -> tuple[list[MergedLayer], list[MergedLayer]]:
+    def held_by(self, optimizer: Optimizer, layers: Layers) -> tuple[Layers, Layers]:
         """Layers in the optimizer's groups and in none of an optimizer attached later.
 
         Returns:
-            All of them, and those that are not frozen.
+            All of them, and those that are not frozen; the same objects as long as that is so.
         """
         live = self.live
         later = live[live.index(optimizer) + 1 :] if optimizer in live else []
-        mine = _held_parameters(optimizer).difference(*map(_held_parameters, later))
-        held = [
-            layer
-            for layer in layers
-            if layer.parameters and all(id(p) in mine for p in layer.parameters)
-        ]
-        return held, [layer for layer in held if all(p.requires_grad for p in layer.parameters)]
+        parameters = [_parameters_of(each) for each in (optimizer, *later)]
+        known = next((known for known in self._known if known.optimizer() is optimizer), None)
+        last = known.last if known else None
+        if last is None or last.layers is not layers or not _are_same(last.parameters, parameters):
+            mine, *others = (set(map(id, each)) for each in parameters)
+            mine = mine.difference(*others)
+            held = [
+                place
+                for place, layer in enumerate(layers)
+                if layer.parameters and all(id(p) in mine for p in layer.parameters)
+            ]
+            last = _Held(layers, parameters, [], layers.at(held), Layers([]))
+        free = [all(p.requires_grad for p in layer.parameters) for layer in last.held]
+        if free != last.free:
+            last.free = free
+            last.trained = last.held.at([place for place, one in enumerate(free) if one])
+        if known:
+            known.last = last
+        return last.held, last.trained
 
     def check(
         self,
         optimizer: Optimizer,
-        merging: Sequence[MergedLayer],
-        layers: Sequence[MergedLayer],
+        merging: Layers,
+        layers: Layers,
     ) -> None:
         """Makes sure that an attached optimizer still holds the weights that it merged before.
 
@@ -131,10 +154,10 @@ class Attachments:
             RuntimeError: If it lost some: whatever it steps, it is not these.
         """
         attachment = next(known for known in self._known if known.optimizer() is optimizer)
-        attachment.layers.update(layer.number for layer in merging)
+        attachment.layers.update(merging.numbers)
         if len(attachment.layers) == len(merging):
             return
-        held = _held_parameters(optimizer)
+        held = set(map(id, _parameters_of(optimizer)))
         lost = [
             layer
             for layer in layers
@@ -248,11 +271,10 @@ def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
 
 def trains_any(optimizer: Optimizer, network: nn.Module, sites: Sequence[ConvSite]) -> bool:
     """Whether an optimizer trains a weight of some convolutions, whatever became of them."""
-    held, names = _held_parameters(optimizer), {site.name for site in sites}
+    held = set(map(id, _parameters_of(optimizer)))
     return any(
         id(parameter) in held and parameter.requires_grad
-        for name, module in network.named_modules()
-        if name in names
+        for module in modules_of(network, sites)
         for parameter in module.parameters()
     )
 
@@ -300,9 +322,16 @@ def stepping_optimizer(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def _held_parameters(optimizer: Optimizer) -> set[int]:
-    """Identities of the parameters in the optimizer's groups."""
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+def _parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The parameters in the optimizer's groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _are_same(some: list[list[nn.Parameter]], others: list[list[nn.Parameter]]) -> bool:
+    """Whether lists hold the very same objects (``==`` would compare their entries)."""
+    return list(map(len, some)) == list(map(len, others)) and all(
+        all(map(is_, one, other)) for one, other in zip(some, others, strict=True)
+    )
 
 
 def _first_moments(optimizer: Optimizer, weight: nn.Parameter) -> list[Tensor]:

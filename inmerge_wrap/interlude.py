@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from inmerge_wrap.merge_pass import Kept
-from inmerge_wrap.stores import store_of
 
 __all__ = ["BeforeStep", "Interlude"]
 
@@ -28,7 +27,7 @@ class Interlude:
 
     Args:
         network: The wrapped network.
-        kept: The kernels as they were, layer by layer.
+        kept: The kernels as they were.
     """
 
     def __init__(self, network: nn.Module, kept: Sequence[Kept]) -> None:
@@ -57,8 +56,7 @@ class Interlude:
     def _put_back(self) -> None:
         kept, self._kept = self._kept, []
         for part in kept:
-            # Looked up now, for a tensor may have been exchanged since (SAM does so).
-            store_of(part.layer.module).copy_back_(part.index, part.rows)
+            part.put_back_()
 
     def _open_doors(self) -> None:
         """Watches every way in which the weights may be read or replaced meanwhile.
@@ -66,7 +64,7 @@ class Interlude:
         A hook must not remove itself while PyTorch goes through the hooks, so these put the
         kernels back and are removed with the end.
         """
-        convs = [part.layer.module for part in self._kept]
+        convs = [module for part in self._kept for module in part.modules]
         self._hooks.append(self._network.register_forward_pre_hook(self._before_forward))
         for conv in convs:
             self._hooks.append(conv.register_state_dict_pre_hook(self._before_look))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar, cast
 from zlib import crc32
 
-from torch import nn
+from torch import Tensor, nn
 
 from inmerge_wrap.discovery import ConvSite
-from inmerge_wrap.stores import Store, store_of
+from inmerge_wrap.stores import Plain, Store, store_of
 
-__all__ = ["MergedLayer", "check_sites", "find_layers", "stream_of"]
+__all__ = ["Layers", "MergedLayer", "check_sites", "find_layers", "modules_of", "stream_of"]
+
+_Fact = TypeVar("_Fact")
 
 
 @dataclass(frozen=True)
@@ -37,20 +40,109 @@ class MergedLayer:
         return self.store.parameters
 
 
-def find_layers(network: nn.Module, sites: Sequence[ConvSite]) -> list[MergedLayer]:
+class Layers(Sequence[MergedLayer]):
+    """Some merged layers as one step found them, with what follows from them.
+
+    A sequence that never changes. While the next steps find the same, they get the same object,
+    so that what was worked out for it once (tables of pointers, which engine takes what) holds.
+
+    Args:
+        layers: In the order of the plan.
+    """
+
+    def __init__(self, layers: Sequence[MergedLayer]) -> None:
+        self._layers = tuple(layers)
+        # Read now, for a storage that is resized takes the tensors along that were found in it.
+        self._addresses = [_address(layer.store) for layer in layers]
+        self._facts: dict[Any, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._layers[place]
+
+    def __iter__(self) -> Iterator[MergedLayer]:
+        return iter(self._layers)
+
+    @cached_property
+    def numbers(self) -> list[int]:
+        """The place of each layer in the plan."""
+        return [layer.number for layer in self]
+
+    @cached_property
+    def stores(self) -> list[Store]:
+        """Where the kernels of each layer are."""
+        return [layer.store for layer in self]
+
+    def are_still(self, modules: Sequence[nn.Module]) -> bool:
+        """Whether these are their modules, and the memory of each weight is the same now."""
+        return all(map(_is_still, self, modules, self._addresses))
+
+    def at(self, places: Sequence[int]) -> Layers:
+        """Some of the layers; this very object for all of them."""
+        return self if len(places) == len(self) else Layers([self[place] for place in places])
+
+    def fact(self, key: Any, find: Callable[[Layers], _Fact]) -> _Fact:
+        """What ``find`` says of these layers; found at the first question and kept by its key."""
+        if key not in self._facts:
+            self._facts[key] = find(self)
+        return cast(_Fact, self._facts[key])
+
+
+def find_layers(
+    network: nn.Module, sites: Sequence[ConvSite], last: Layers | None = None
+) -> Layers:
     """The layers of a plan as they are now: weights may be moved, sharded or frozen at any time.
+
+    Args:
+        network: The network.
+        sites: The merged layers of its plan.
+        last: What was found before; returned itself where nothing has changed since.
 
     Raises:
         RuntimeError: If a weight has another shape than in the plan, or is on an XLA device.
     """
+    modules = modules_of(network, sites)
+    if last is not None and last.are_still(modules):
+        return last
     layers = []
-    for number, site in enumerate(sites):
-        module = _submodule(network, site.name)
+    for number, (site, module) in enumerate(zip(sites, modules, strict=True)):
         store = store_of(module)
         if store.parameters:
             _check(site, store)
         layers.append(MergedLayer(number, site, module, store))
-    return layers
+    return Layers(layers)
+
+
+def modules_of(network: nn.Module, sites: Sequence[ConvSite]) -> list[nn.Module]:
+    """What is at the places of some convolutions now."""
+    return [_submodule(network, site.name) for site in sites]
+
+
+def _address(store: Store) -> int:
+    """Where an ordinary weight lies in memory; 0 for all others."""
+    ordinary = type(store) is Plain and type(store.weight) is Tensor
+    return store.weight.data_ptr() if ordinary else 0
+
+
+def _is_still(layer: MergedLayer, module: nn.Module, address: int) -> bool:
+    """Whether a layer was found with this module and the very memory that its weight has now.
+
+    Only ordinary weights are looked at so closely; of all others it is never sure.
+    """
+    parameter = module._parameters.get("weight")
+    if not address or module is not layer.module or parameter is not layer.store.parameters[0]:
+        return False
+    found = layer.store.weight
+    # What was found keeps its memory alive, so no other tensor can have taken its address.
+    return (
+        parameter.data_ptr() == address
+        and parameter.dtype is found.dtype
+        and parameter.shape == found.shape
+        and parameter.stride() == found.stride()
+        and parameter.device == found.device
+    )
 
 
 def check_sites(network: nn.Module, sites: Sequence[ConvSite]) -> None:

@@ -10,15 +10,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from inmerge_wrap.changes import Blend, Change, Noise
 from inmerge_wrap.discovery import ConvSite
-from inmerge_wrap.engines import Engine, group, native, torch_blocks, wanted
-from inmerge_wrap.layers import MergedLayer, stream_of
+from inmerge_wrap.engines import (
+    Engine,
+    divided,
+    group,
+    merge_at_once_,
+    native,
+    torch_blocks,
+    wanted,
+)
+from inmerge_wrap.layers import Layers, MergedLayer, stream_of
 from inmerge_wrap.merging import (
     centre,
     draw_layers,
@@ -28,7 +36,7 @@ from inmerge_wrap.merging import (
 )
 from inmerge_wrap.pairs import Outcome, Pairs, mix
 from inmerge_wrap.settings import MergeSettings
-from inmerge_wrap.stores import Plain, Store
+from inmerge_wrap.stores import Plain, Store, store_of
 from inmerge_wrap.thresholds import Fixed, Threshold
 
 __all__ = ["merge_pairs_"]
@@ -36,22 +44,44 @@ __all__ = ["merge_pairs_"]
 _DIRECTION_STREAM = 2**40  # sets the draws of a direction apart from those of the pairs
 
 
+class Kept(Protocol):
+    """Kernels of some layers as they were before a pass."""
+
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        """The convolutions."""
+        ...
+
+    def put_back_(self) -> None:
+        """Puts the kernels back, bit for bit, where the convolutions have their weights now."""
+        ...
+
+
 @dataclass(frozen=True)
-class Kept:
+class KeptKernels:
     """Kernels of one layer as they were before a pass.
 
     Attributes:
-        layer: The layer.
+        module: The convolution.
         index: Which kernels, int64, shape (kernels,).
         rows: What the layer's store gave for them.
     """
 
-    layer: MergedLayer
+    module: nn.Module
     index: Tensor
     rows: tuple[Tensor, ...]
 
+    @property
+    def modules(self) -> tuple[nn.Module]:
+        """See :class:`Kept`."""
+        return (self.module,)
 
-def draw_step(layers: Sequence[MergedLayer], settings: MergeSettings, step: int) -> Pairs:
+    def put_back_(self) -> None:
+        """See :class:`Kept`."""
+        store_of(self.module).copy_back_(self.index, self.rows)
+
+
+def draw_step(layers: Layers, settings: MergeSettings, step: int) -> Pairs:
     """Draws the pairs of some layers, from the seed, the step and the layer alone.
 
     Args:
@@ -62,21 +92,25 @@ def draw_step(layers: Sequence[MergedLayer], settings: MergeSettings, step: int)
     Returns:
         The pairs, on the CPU. The sources are those of ``partner="random"``.
     """
-    counts = [layer.site.shape[0] for layer in layers]
-    sizes = [layer.site.shape[0] // layer.site.pair_groups for layer in layers]
-    seeds = [mix(settings.seed, step, stream_of(layer.site)) for layer in layers]
-    on_native = wanted(settings.engine, layers[0].store.weight.device).NAME == native.NAME
-    draw = native.draw_layers if on_native else draw_layers
-    table, lengths = draw(counts, sizes, settings.merge_probability, seeds)
-    numbers = [layer.number for layer in layers]
-    if numbers != list(range(len(numbers))):
-        number = torch.tensor(numbers, dtype=torch.int64, device="cpu")
-        table = torch.stack([number[table[0]], table[1], table[2]])
-    return Pairs(table, tuple(lengths))
+    if wanted(settings.engine, layers[0].store.weight.device).NAME == native.NAME:
+        pairs = native.draw(layers, settings.merge_probability, settings.seed, step)
+    else:
+        counts = [layer.site.shape[0] for layer in layers]
+        sizes = [layer.site.shape[0] // layer.site.pair_groups for layer in layers]
+        seeds = [mix(settings.seed, step, stream_of(layer.site)) for layer in layers]
+        table, lengths = draw_layers(counts, sizes, settings.merge_probability, seeds)
+        pairs = Pairs(table, tuple(lengths))
+    if layers.numbers == list(range(len(layers))):
+        return pairs
+    number = torch.tensor(layers.numbers, dtype=torch.int64, device="cpu")
+    return Pairs(
+        torch.stack([number[pairs.layer], pairs.targets, pairs.sources]),
+        pairs.lengths,
+    )
 
 
 def merge_layers(
-    layers: Sequence[MergedLayer],
+    layers: Layers,
     pairs: Pairs,
     settings: MergeSettings,
     *,
@@ -104,7 +138,7 @@ def merge_layers(
 
 
 def _merge_groups(
-    layers: Sequence[MergedLayer],
+    layers: Layers,
     pairs: Pairs,
     settings: MergeSettings,
     step: int,
@@ -116,24 +150,15 @@ def _merge_groups(
     cosines: list[Tensor] = [torch.empty(0)] * len(layers)
     merged = list(cosines)
     on_device: dict[torch.device, Pairs] = {}
-    for engine, places in group([layer.store for layer in layers], settings.engine):
-        device = layers[places[0]].store.weight.device
+    for engine, places, batch in divided(layers, settings.engine):
+        device = batch[0].store.weight.device
         if device not in on_device:
             on_device[device] = pairs.to(device)
         theirs = on_device[device].of(places)
-        found = _merge_batch(
-            engine,
-            [layers[place] for place in places],
-            theirs,
-            settings,
-            step,
-            companions,
-            skip,
-            keep,
-        )
-        if len(places) == len(layers):  # nothing to put back into order
-            return Outcome(theirs.layer, *found, pairs.lengths)
-        for parts, whole in zip((cosines, merged), found, strict=True):
+        found = _merge_batch(engine, batch, theirs, settings, step, companions, skip, keep)
+        if batch is layers:  # nothing to put back into order
+            return found
+        for parts, whole in ((cosines, found.cosines), (merged, found.merged)):
             for place, part in zip(places, whole.split(theirs.lengths), strict=True):
                 parts[place] = part
     device = cosines[0].device
@@ -147,15 +172,26 @@ def _merge_groups(
 
 def _merge_batch(
     engine: Engine,
-    layers: Sequence[MergedLayer],
+    layers: Layers,
     pairs: Pairs,
     settings: MergeSettings,
     step: int,
     companions: Mapping[int, Sequence[Store]],
     skip: Tensor | None,
     keep: list[Kept] | None,
-) -> tuple[Tensor, Tensor]:
-    """The pass over layers that one engine takes together; the cosines and what merged."""
+) -> Outcome:
+    """The pass over layers that one engine takes together: in one call, or step by step."""
+    blend = Blend(settings.merge_weight)
+    blends = settings.direction == "partner" and not settings.keep_norm and engine.makes(blend)
+    changes: list[Change] = [blend] * len(layers)
+    if blends and settings.partner == "random":
+        outcome = merge_at_once_(
+            engine, layers, pairs, settings.similarity_threshold, blend, skip=skip, keep=keep
+        )
+        if outcome is not None:
+            merged = outcome.merged
+            _change_companions_(layers, pairs, merged, changes, companions, settings.engine)
+            return outcome
     sites = [layer.site for layer in layers]
     with ExitStack() as stack:
         stores = [stack.enter_context(layer.store.opened()) for layer in layers]
@@ -168,20 +204,18 @@ def _merge_batch(
             merged &= skip.to(merged.device) == 0
         if keep is not None:
             keep += map(_copy, layers, stores, pairs.split(), merged.split(pairs.lengths))
-        blends = settings.direction == "partner" and not settings.keep_norm
-        blend = Blend(settings.merge_weight)
-        if blends and engine.makes(blend):
+        outcome = Outcome(pairs.layer, cosines, merged, pairs.lengths)
+        if blends:
             engine.change_(stores, pairs, merged, blend)
-            changes: list[Change] = [blend] * len(layers)
             _change_companions_(layers, pairs, merged, changes, companions, settings.engine)
-            return cosines, merged
+            return outcome
         parts = zip(layers, stores, pairs.split(), merged.split(pairs.lengths), strict=True)
         for layer, store, part, mask in parts:
             part, changed = _known(part, mask)
             change = _change_of(layer, store, part, settings, step)
             torch_blocks.change_([store], part, changed, change)
             _change_companions_([layer], part, changed, [change], companions, settings.engine)
-    return cosines, merged
+    return outcome
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -228,9 +262,9 @@ def _known(pairs: Pairs, changed: Tensor) -> tuple[Pairs, Tensor | None]:
     return pairs.at(changed.nonzero().flatten()), None
 
 
-def _copy(layer: MergedLayer, store: Store, pairs: Pairs, changed: Tensor) -> Kept:
+def _copy(layer: MergedLayer, store: Store, pairs: Pairs, changed: Tensor) -> KeptKernels:
     targets = _known(pairs, changed)[0].targets
-    return Kept(layer, targets, store.copy_out(targets))
+    return KeptKernels(layer.module, targets, store.copy_out(targets))
 
 
 def _change_of(
@@ -327,4 +361,4 @@ def merge_pairs_(
     layer = MergedLayer(0, site, nn.Module(), Plain(weight.detach()))
     table = torch.stack([torch.zeros_like(targets), targets, sources])
     with torch.no_grad():
-        return merge_layers([layer], Pairs(table, (len(targets),)), settings).merged
+        return merge_layers(Layers([layer]), Pairs(table, (len(targets),)), settings).merged

@@ -80,12 +80,15 @@ class Outcome:
         cosines: Of each drawn pair, shape (pairs,); NaN where it is undefined.
         merged: Whether the target changed, boolean, shape (pairs,).
         lengths: How many pairs each layer drew, in the order of the layers of the step.
+        sums: Of each layer, where the engine has added them up: pairs that merged, pairs without
+            a cosine, sum of the cosines, largest cosine (-2 for none); float64, shape (4, layers).
     """
 
     layer: Tensor
     cosines: Tensor
     merged: Tensor
     lengths: tuple[int, ...]
+    sums: Tensor | None = None
 
 
 def mix(*numbers: int) -> int:

@@ -99,9 +99,15 @@ def pairs_between(earlier: LayerReport | None, later: LayerReport) -> tuple[int,
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What merging did to each layer; print it to see a table."""
+    """What merging did to each layer; print it to see a table.
+
+    Attributes:
+        layers: Of each merged convolution.
+        engine: Which engine computes how many of them, and why not all; empty for not known.
+    """
 
     layers: tuple[LayerReport, ...]
+    engine: str = ""
 
     def __iter__(self) -> Iterator[LayerReport]:
         return iter(self.layers)
@@ -153,4 +159,6 @@ class MergeReport:
         lines.append(
             f"{self.merged:,} of {self.drawn:,} drawn pairs were merged ({self.share:.2%})."
         )
+        if self.engine:
+            lines.append(f"Engine: {self.engine}.")
         return "\n".join(lines)

@@ -84,6 +84,8 @@ class MergeSettings:
         level = self.schedule.level(step)
         if level == 0.0:
             return None
+        if level == 1.0:
+            return self
         probability, weight = self.schedule.apply(step, self.merge_probability, self.merge_weight)
         fades = self.schedule.anneals == "strength"
         radius = self.radius * level if fades else self.radius

@@ -69,6 +69,9 @@ class Tally:
         layer_of_pair, cosines, merged = outcome.layer, outcome.cosines, outcome.merged
         if self._merged.device != cosines.device:
             self._move_to(cosines.device)
+        if outcome.sums is not None:
+            self._add_sums(layers, outcome.sums)
+            return
         undefined = cosines.isnan()
         self._merged.index_add_(0, layer_of_pair, merged.long())
         self._undefined.index_add_(0, layer_of_pair, undefined.long())
@@ -76,6 +79,14 @@ class Tally:
         self._cosine_sum.index_add_(0, layer_of_pair, known)
         candidates = torch.where(undefined, self._NO_COSINE, cosines).float()
         self._cosine_max.scatter_reduce_(0, layer_of_pair, candidates, "amax")
+
+    def _add_sums(self, layers: Sequence[int], sums: Tensor) -> None:
+        place = torch.tensor(layers, device=sums.device)
+        merged, undefined = sums[:2].long()
+        self._merged.index_add_(0, place, merged)
+        self._undefined.index_add_(0, place, undefined)
+        self._cosine_sum.index_add_(0, place, sums[2])
+        self._cosine_max.scatter_reduce_(0, place, sums[3].float(), "amax")
 
     def _move_to(self, device: torch.device) -> None:
         wide = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64

@@ -37,9 +37,13 @@ class Fixed:
     def __post_init__(self) -> None:
         check_range("similarity_threshold", self.tau, -1.0, 1.0)
 
+    def bound(self, fan_in: int) -> float:
+        """The cosine above which a pair merges."""
+        return self.tau
+
     def alike(self, cosines: Tensor, fan_in: int) -> Tensor:
         """See :class:`Threshold`."""
-        return cosines > self.tau
+        return cosines > self.bound(fan_in)
 
     def __str__(self) -> str:
         return f"{self.tau:g}"
@@ -59,9 +63,13 @@ class ZScore:
         if not math.isfinite(self.z):
             raise ValueError(f"z must be a finite number of standard deviations, got {self.z}")
 
+    def bound(self, fan_in: int) -> float:
+        """The cosine above which a pair merges, in a layer of this fan-in."""
+        return self.z / math.sqrt(fan_in)
+
     def alike(self, cosines: Tensor, fan_in: int) -> Tensor:
         """See :class:`Threshold`."""
-        return cosines > self.z / math.sqrt(fan_in)
+        return cosines > self.bound(fan_in)
 
 
 @dataclass(frozen=True)

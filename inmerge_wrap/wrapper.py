@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence, Sized
 from dataclasses import fields, replace
 from typing import Any, Literal, cast
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -28,9 +29,9 @@ from inmerge_wrap.attachment import (
     trains_any,
 )
 from inmerge_wrap.discovery import MergePlan, Pattern, plan_merging
-from inmerge_wrap.engines import require
+from inmerge_wrap.engines import describe, require
 from inmerge_wrap.interlude import BeforeStep, Interlude
-from inmerge_wrap.layers import MergedLayer, check_sites, find_layers
+from inmerge_wrap.layers import Layers, MergedLayer, check_sites, find_layers
 from inmerge_wrap.merge_pass import Kept, draw_step, merge_layers
 from inmerge_wrap.pairs import Outcome, mix
 from inmerge_wrap.recalibration import recalibrate
@@ -188,9 +189,10 @@ class InMergeWrapper(nn.Module):
         self._tally = Tally(len(plan.merged))
         self._watch = Watch()
         self._attachments = Attachments()
-        self._last_merged: dict[int, Tensor] = {}  # layer -> which pairs of its last step merged
+        self._found: Layers | None = None  # the layers of the last step, and what follows from them
+        self._last_merged: dict[int, Outcome] = {}  # layer -> what became of its last step's pairs
         self._interlude: Interlude | None = None
-        self._pending: dict[int, tuple[list[MergedLayer], Outcome]] = {}  # of which optimizer
+        self._pending: dict[int, tuple[Layers, Outcome]] = {}  # of which optimizer
         self.register_state_dict_post_hook(neighbours.put_counter_last)
         self.register_load_state_dict_pre_hook(neighbours.accept_network_state)
         notice_every_step(self)
@@ -381,11 +383,20 @@ class InMergeWrapper(nn.Module):
     @property
     def statistics_lag(self) -> bool:
         """Whether BatchNorm measured other kernels in the last step; waits for the device."""
-        return any(bool(merged.any()) for merged in self._last_merged.values())
+        return any(
+            bool(outcome.merged[outcome.layer == layer].any())
+            for layer, outcome in self._last_merged.items()
+        )
 
     def report(self) -> MergeReport:
         """What merging did so far, layer by layer; waits for the device."""
-        return self._tally.report([site.name for site in self.plan.merged])
+        report = self._tally.report([site.name for site in self.plan.merged])
+        return replace(report, engine=self.engine_in_use)
+
+    @property
+    def engine_in_use(self) -> str:
+        """Which engine computes how many of the merged layers now, and why not all of them."""
+        return describe(self._layers(), self.settings.engine)
 
     @property
     def history(self) -> list[LayerSnapshot]:
@@ -418,14 +429,14 @@ class InMergeWrapper(nn.Module):
 
     def _step(
         self,
-        held: Sequence[MergedLayer],
-        trained: Sequence[MergedLayer],
+        held: Layers,
+        trained: Layers,
         optimizer: Optimizer | None = None,
     ) -> None:
         """Counts a step of some layers, and merges those that train."""
-        step = self._tally.begin([layer.number for layer in held])
-        for layer in held:
-            self._last_merged.pop(layer.number, None)
+        step = self._tally.begin(held.numbers)
+        for number in held.numbers:
+            self._last_merged.pop(number, None)
         self._watch.idle_forwards = self._watch.missed_steps = 0
         if not trained:
             return
@@ -443,7 +454,7 @@ class InMergeWrapper(nn.Module):
             skip = getattr(optimizer, "found_inf", None)
             outcome = self._merge(trained, step, optimizer, skip)
         if outcome is not None:
-            self._tally.add([layer.number for layer in trained], outcome)
+            self._tally.add(trained.numbers, outcome)
             self._note_merged(trained, outcome)
             self._watch.after_pass(trained, self._tally, self.settings, self.report)
         every = self.settings.check_replicas_every
@@ -455,7 +466,7 @@ class InMergeWrapper(nn.Module):
 
     def _merge(
         self,
-        layers: Sequence[MergedLayer],
+        layers: Layers,
         step: int,
         optimizer: Optimizer | None = None,
         skip: Tensor | None = None,
@@ -473,9 +484,8 @@ class InMergeWrapper(nn.Module):
             layers, pairs, settings, step=step, companions=found, skip=skip, keep=keep
         )
 
-    def _note_merged(self, layers: Sequence[MergedLayer], outcome: Outcome) -> None:
-        masks = outcome.merged.split(outcome.lengths)
-        self._last_merged.update(zip([layer.number for layer in layers], masks, strict=True))
+    def _note_merged(self, layers: Layers, outcome: Outcome) -> None:
+        self._last_merged.update(dict.fromkeys(layers.numbers, outcome))
 
     def _settings_at(self, step: int) -> MergeSettings | None:
         settings = self.settings.at(step)
@@ -503,7 +513,7 @@ class InMergeWrapper(nn.Module):
                 held, trained = self._attachments.held_by(optimizer, layers)
                 if not trained:
                     continue
-                step = self._tally.next_step([layer.number for layer in held])
+                step = self._tally.next_step(held.numbers)
                 outcome = self._merge(trained, step, keep=kept)
                 if outcome is not None:
                     self._pending[id(optimizer)] = trained, outcome
@@ -526,8 +536,10 @@ class InMergeWrapper(nn.Module):
 
     # -- checks -------------------------------------------------------------------------------
 
-    def _layers(self) -> list[MergedLayer]:
-        return find_layers(self.module, self.plan.merged)
+    def _layers(self) -> Layers:
+        found = find_layers(self.module, self.plan.merged, self._found)
+        self._found = found
+        return found
 
     def _require_engine(self) -> None:
         first = self.module.get_submodule(self.plan.merged[0].name)
@@ -553,9 +565,14 @@ class InMergeWrapper(nn.Module):
 
     def _check_replicas(self) -> None:
         first = [layer for layer in self._layers() if layer.parameters]
+        engine = self.engine_in_use
         check_replicas(
             {f"{layer.site.name}.weight": layer.parameters[0] for layer in first},
-            {"the seed": self.seed, "the step counter of merging": self.step},
+            {
+                "the seed": self.seed,
+                "the step counter of merging": self.step,
+                f"the engine ({engine})": crc32(engine.encode()),
+            },
         )
 
     @torch.compiler.disable
@@ -611,5 +628,5 @@ class InMergeWrapper(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A copy is driven by no optimizer, and must not drag the original's along. Kernels that
         # are merged for a gradient are whole before they are copied: see Interlude.
-        alone = {"_attachments": Attachments(), "_pending": {}, "_interlude": None}
+        alone = {"_attachments": Attachments(), "_pending": {}, "_interlude": None, "_found": None}
         return vars(self) | alone

@@ -10,15 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from inmerge_wrap import merging
+from inmerge_wrap import InMergeWrapper, Quantile, ZScore, merging
 from inmerge_wrap.changes import Blend
-from inmerge_wrap.engines import native
+from inmerge_wrap.discovery import ConvSite
+from inmerge_wrap.engines import building, native, torch_blocks
+from inmerge_wrap.layers import Layers, MergedLayer, find_layers
+from inmerge_wrap.merge_pass import Kept, merge_layers
 from inmerge_wrap.merging import centre, pair_cosines
-from inmerge_wrap.pairs import Pairs
+from inmerge_wrap.pairs import Outcome, Pairs
+from inmerge_wrap.settings import MergeSettings
 from inmerge_wrap.stores import tensor_store
+from inmerge_wrap.tally import Tally
+from inmerge_wrap.thresholds import Fixed, Threshold
 from tests import NEEDS_COMPILER, reference
 
 # Longer than one part of a kernel, not a multiple of the lanes, a single entry; all dense.
@@ -199,6 +205,343 @@ def test_what_is_taken() -> None:
     assert not takes(torch.eye(3).to_sparse())
 
 
+# -- a whole pass in one call --------------------------------------------------------------------
+
+
+class InSteps:
+    """A threshold that native code does not know, so that the pass is made step by step."""
+
+    def __init__(self, rule: Threshold) -> None:
+        self.rule = rule
+
+    def alike(self, cosines: Tensor, fan_in: int) -> Tensor:
+        return self.rule.alike(cosines, fan_in)
+
+
+def layers_of(weights: list[Tensor], centred: bool) -> Layers:
+    found = []
+    for number, weight in enumerate(weights):
+        conv = nn.Conv2d(1, 1, 1, bias=False)
+        conv.weight = nn.Parameter(weight)
+        site = ConvSite(f"{number}", number + 1, tuple(weight.shape), centred=centred)
+        found.append(MergedLayer(number, site, conv, tensor_store(conv.weight)))
+    return Layers(found)
+
+
+def drawn(probability: float, seed: int) -> Pairs:
+    counts = [shape[0] for shape in SHAPES]
+    table, lengths = merging.draw_layers(counts, counts, probability, [seed, 1, 2, 3])
+    return Pairs(table, tuple(lengths))
+
+
+@torch.no_grad()
+def one_pass(
+    threshold: Any, probability: float, dtype: torch.dtype, **options: Any
+) -> tuple[list[Tensor], Outcome, list[Kept]]:
+    weights = random_layers(dtype, options.get("channels_last", False))
+    weights[0][3] = 0.0
+    weights[0][4, 5] = float("nan")
+    weights[1][2, 1] = float("inf")
+    kept: list[Kept] = []
+    settings = MergeSettings(similarity_threshold=threshold, merge_weight=0.8, engine="native")
+    outcome = merge_layers(
+        layers_of(weights, options.get("centred", False)),
+        drawn(probability, options.get("seed", 0)),
+        settings,
+        skip=options.get("skip"),
+        keep=kept if "keep" in options else None,
+    )
+    return weights, outcome, kept
+
+
+RULES = [
+    Fixed(-1.0),
+    Fixed(0.0),
+    Fixed(1.0),
+    ZScore(0.5),
+    Quantile(0.5),
+    Quantile(0.07),
+    Quantile(1),
+]
+same = pytest.mark.parametrize("rule", RULES, ids=repr)
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+
+
+@NEEDS_COMPILER
+@same
+@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_one_call_does_what_the_steps_do_one_by_one(
+    rule: Threshold, probability: float, dtype: torch.dtype
+) -> None:
+    for options in ({"seed": 5}, {"seed": 6, "centred": True, "channels_last": True}):
+        weights, outcome, _ = one_pass(rule, probability, dtype, **options)
+        expected, steps, _ = one_pass(InSteps(rule), probability, dtype, **options)
+        assert outcome.sums is not None and steps.sums is None
+        assert all(map(equal, weights, expected))
+        assert equal(outcome.cosines, steps.cosines) and torch.equal(outcome.merged, steps.merged)
+        tallies = [Tally(len(SHAPES)) for _ in range(2)]
+        for tally, found in zip(tallies, (outcome, steps), strict=True):
+            tally.add(range(len(SHAPES)), found)
+        states = [tally.to_state(0) for tally in tallies]
+        torch.testing.assert_close(*states, rtol=1e-12, atol=1e-12)
+
+
+@NEEDS_COMPILER
+def test_a_cosine_at_the_threshold_passes_in_no_engine() -> None:
+    """0.6 is no float32: where the comparison is made in decides."""
+    weight = torch.zeros(2, 2, 1, 1)
+    weight[0, 0], weight[1, 0], weight[1, 1] = 1.0, 0.6, 0.8
+    pairs = Pairs(torch.tensor([[0], [0], [1]]), (1,))
+    for rule in (Fixed(0.6), InSteps(Fixed(0.6)), ZScore(0.6 * 2**0.5), Fixed(0.5999999)):
+        settings = MergeSettings(similarity_threshold=rule, engine="native")  # type: ignore
+        with torch.no_grad():
+            outcome = merge_layers(layers_of([weight.clone()], False), pairs, settings)
+        assert outcome.merged.item() == (rule == Fixed(0.5999999))
+
+
+@NEEDS_COMPILER
+def test_a_skipped_step_compares_and_merges_nothing() -> None:
+    before = one_pass(Fixed(1.0), 1.0, torch.float32)[0]
+    for skip in (torch.tensor(1.0), torch.tensor([1.0])):
+        weights, outcome, _ = one_pass(Fixed(-1.0), 1.0, torch.float32, skip=skip)
+        assert all(map(equal, weights, before))
+        assert not outcome.merged.any() and outcome.cosines.isfinite().any()
+    assert one_pass(Fixed(-1.0), 1.0, torch.float32, skip=torch.tensor(0.0))[1].merged.any()
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("exchanged", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+@same
+def test_kept_kernels_are_put_back_bit_for_bit(
+    rule: Threshold, channels_last: bool, exchanged: bool
+) -> None:
+    options = {"channels_last": channels_last, "seed": 3}
+    before = one_pass(Fixed(1.0), 1.0, torch.float32, **options)[0]
+    weights, outcome, (kept,) = one_pass(rule, 1.0, torch.float32, keep=True, **options)
+    changed = [not equal(one, other) for one, other in zip(weights, before, strict=True)]
+    assert any(changed) == bool(outcome.merged.any())
+    if exchanged:
+        for module, weight in zip(kept.modules, weights, strict=True):
+            module.weight = nn.Parameter(weight.clone(memory_format=torch.preserve_format))
+    with torch.no_grad():
+        kept.put_back_()
+    now = [module.weight.detach() for module in kept.modules]
+    assert all(map(equal, now, before))
+    if exchanged:  # and nowhere else
+        was = zip(weights, before, strict=True)
+        assert [not equal(one, other) for one, other in was] == changed
+
+
+@NEEDS_COMPILER
+def test_blends_of_both_engines_are_equal_to_the_last_bit() -> None:
+    """So that replicas of which one has no compiler part where a cosine is at the threshold."""
+    lengths, targets, sources = everyone_with_another()
+    for merge_weight in (0.0, 0.3, 0.8, 1.3):
+        results = []
+        for engine in (native, torch_blocks):
+            stores = [tensor_store(weight) for weight in random_layers(torch.float32)]
+            pairs = paired(lengths, targets, sources)
+            engine.change_(stores, pairs, None, Blend(merge_weight))
+            results.append([store.weight for store in stores])
+        assert all(map(torch.equal, *results))
+
+
+# -- what was found is found again only if nothing has changed -----------------------------------
+
+
+def swapped_data(conv: nn.Conv2d) -> None:
+    conv.weight.data = conv.weight.data.clone()
+
+
+def another_parameter(conv: nn.Conv2d) -> None:
+    conv.weight = nn.Parameter(conv.weight.detach().clone())
+
+
+def other_order(conv: nn.Conv2d) -> None:
+    conv.weight.data = conv.weight.data.to(memory_format=torch.channels_last)
+
+
+def other_view(conv: nn.Conv2d) -> None:
+    """The same memory, seen in another order."""
+    conv.weight.data = conv.weight.data.as_strided((8, 8, 3, 3), (72, 1, 24, 8))
+
+
+def freed(conv: nn.Conv2d) -> None:
+    """As FSDP does with what it has gathered: the same storage, at another place."""
+    storage, size = conv.weight.untyped_storage(), conv.weight.untyped_storage().nbytes()
+    before = conv.weight.data_ptr()
+    storage.resize_(0)
+    conv.taken = torch.empty(size // 4)
+    storage.resize_(size)
+    assert conv.weight.data_ptr() != before
+    with torch.no_grad():
+        conv.weight.normal_()
+
+
+CHANGES = [swapped_data, another_parameter, other_order, other_view, freed, nn.Module.double]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("engine", ["torch", pytest.param("native", marks=NEEDS_COMPILER)])
+def test_weights_that_were_exchanged_between_steps_are_merged(engine: Any, change: Any) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)))
+    model = InMergeWrapper(
+        network, shallow_layers=0, similarity_threshold=-1.0, merge_probability=1.0, engine=engine
+    )
+    model.merge_()
+    first = model._layers()
+    assert model._layers() is first
+    change(network[1])
+    assert find_layers(network, model.plan.merged, first) is not first
+    conv = network[1]
+    expected = conv.weight.detach().clone()
+    targets, sources = model.next_pairs()["1"]
+    assert sources is not None
+    reference.merge_on(
+        expected,
+        list(zip(targets.tolist(), sources.tolist(), strict=True)),
+        merge_weight=0.8,
+        similarity_threshold=-1.0,
+    )
+    model.merge_()
+    torch.testing.assert_close(conv.weight.detach(), expected)
+
+
+def test_a_module_that_was_replaced_is_noticed() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.Conv2d(8, 8, 3)))
+    model = InMergeWrapper(network, shallow_layers=0, engine="torch")
+    first = model._layers()
+    network[1] = nn.Sequential(nn.Conv2d(8, 8, 3))
+    found = model._layers()
+    assert found is not first and found[1].module is network[1][0]
+    network[1] = nn.Sequential(nn.Conv2d(8, 9, 3))
+    with pytest.raises(RuntimeError, match=r"1\.0 has the shape"):
+        model.merge_()
+
+
+# -- the compiler --------------------------------------------------------------------------------
+
+
+TRAIN = """
+import sys, time, timm, torch
+from inmerge_wrap import InMergeWrapper
+torch.set_num_threads(1)
+model = InMergeWrapper(timm.create_model("test_resnet"), similarity_threshold=-1.0)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+model.attach(optimizer)
+model(torch.zeros(2, 3, 32, 32)).sum().backward()
+began = time.perf_counter()
+optimizer.step()
+print(time.perf_counter() - began)
+print(model.report())
+"""
+
+
+def train(folder: Path, **variables: str) -> tuple[float, str]:
+    """Seconds of the first step and the last line of the report, in a process of its own."""
+    caches = {"XDG_CACHE_HOME": str(folder / "cache"), "TMPDIR": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN],
+        env={**os.environ, **caches, **variables},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.strip().splitlines()
+    return float(lines[0]), lines[-1]
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/c++", "false", "true", "c++ '"])
+def test_training_goes_on_without_a_compiler_and_says_so(compiler: str, tmp_path: Path) -> None:
+    _, engine = train(tmp_path, CXX=compiler)
+    assert engine.startswith("Engine: torch (6 layers: no native code, ")
+
+
+def test_a_compiler_that_hangs_is_waited_for_no_longer_than_two_seconds(tmp_path: Path) -> None:
+    compiler = script(tmp_path / "slow", f"echo $$ > {tmp_path / 'pid'}; sleep 600")
+    seconds, engine = train(tmp_path, CXX=compiler)
+    assert "the compiler took more than 2 s" in engine
+    assert seconds < 10  # of a machine that has other work as well
+    group = int((tmp_path / "pid").read_text())
+    with pytest.raises(ProcessLookupError):  # nothing is left of it
+        os.killpg(group, 0)
+    assert list((tmp_path / "cache" / "inmerge_wrap").iterdir()) == []
+
+
+@NEEDS_COMPILER
+def test_it_is_compiled_once_and_by_several_processes_at_a_time(tmp_path: Path) -> None:
+    compiler = script(tmp_path / "counted", f'echo x >> {tmp_path / "count"}; exec c++ "$@"')
+    environment = {
+        **os.environ,
+        "CXX": compiler,
+        "XDG_CACHE_HOME": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+    }
+    code = "from inmerge_wrap.engines import native; native.library()"
+    command = [sys.executable, "-c", code]
+    together = [subprocess.Popen(command, env=environment) for _ in range(3)]
+    assert [process.wait(240) for process in together] == [0, 0, 0]
+    compiled = (tmp_path / "count").read_text()
+    subprocess.run(command, env=environment, check=True, timeout=240)
+    assert (tmp_path / "count").read_text() == compiled
+    assert len(list((tmp_path / "inmerge_wrap").iterdir())) == 1
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("cache", ["a file", "a broken library", "others may write"])
+def test_native_code_needs_no_cache(cache: str, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    folder = home / "inmerge_wrap"
+    if cache == "a file":
+        home.write_text("")
+    else:
+        folder.mkdir(parents=True)
+    if cache == "others may write":
+        folder.chmod(0o777)
+    if cache == "a broken library":
+        train(tmp_path, XDG_CACHE_HOME=str(home))
+        for library in folder.iterdir():
+            library.write_bytes(b"half of a libr")
+    code = "from inmerge_wrap.engines import native; print(native.problem(insist=True))"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(home), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.stdout == "None\n", done.stderr
+    if cache == "others may write":
+        assert list(folder.iterdir()) == []
+    assert not list(tmp_path.glob("inmerge-*"))
+
+
+@NEEDS_COMPILER
+def test_a_folder_that_may_not_execute_is_left_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    load = building.ctypes.CDLL
+
+    def refuses(path: str) -> Any:
+        if path.startswith(str(tmp_path)):
+            raise OSError("failed to map segment from shared object")
+        return load(path)
+
+    monkeypatch.setattr(building.ctypes, "CDLL", refuses)
+    build = building.Build()
+    assert build.wait(240) is None and build.library is not None
+
+
 @pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("compiler", ["/nowhere/c++", "false", "true", "c++ '"])
 def test_a_compiler_that_fails_is_told_before_the_training(
@@ -209,9 +552,10 @@ def test_a_compiler_that_fails_is_told_before_the_training(
     code += "network = timm.create_model('test_resnet')\n"
     code += f"model = InMergeWrapper(network, engine={'auto' if later else 'native'!r})\n"
     code += "model.engine = 'native'"
+    folders = {"TMPDIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "CXX": compiler, "TMPDIR": str(tmp_path)},
+        env={**os.environ, **folders, "CXX": compiler},
         capture_output=True,
         text=True,
         timeout=240,
@@ -219,7 +563,23 @@ def test_a_compiler_that_fails_is_told_before_the_training(
     assert done.returncode == 1
     assert "engine='native' does not work here: native code needs a C++ compiler" in done.stderr
     assert f"line {3 + later}" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert not list(tmp_path.rglob("inmerge-*"))
+
+
+# -- which engine computes what ------------------------------------------------------------------
+
+
+@NEEDS_COMPILER
+def test_the_report_says_which_engine_computes_what() -> None:
+    network = nn.Sequential(*(nn.Conv2d(8, 8, 3) for _ in range(4)))
+    nn.utils.parametrizations.weight_norm(network[3])
+    model = InMergeWrapper(network, shallow_layers=0, engine="native")
+    network[2].half()
+    expected = "native (2 layers), torch (2 layers: float16, weightnormed weights)"
+    assert model.engine_in_use == model.report().engine == expected
+    assert str(model.report()).endswith(f"Engine: {expected}.")
+    model.engine = "torch"
+    assert model.engine_in_use == "torch (4 layers)"
 
 
 @NEEDS_COMPILER

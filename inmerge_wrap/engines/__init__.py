@@ -2,8 +2,9 @@
 
 An engine is a module with a ``NAME``, ``takes(store)``, ``makes(change)``, ``batches(stores)``,
 ``cosines(stores, pairs, centred)`` and ``change_(stores, pairs, changed, change)``; see
-:mod:`inmerge_wrap.engines.torch_blocks`, which is the specification. Each layer is given to the
-engine that is wanted if it takes the layer's store, and to plain PyTorch otherwise.
+:mod:`inmerge_wrap.engines.torch_blocks`, which is the specification. It may offer a ``merge_``
+that does the steps of a pass in one, with the same result. Each layer is given to the engine that
+is wanted if it takes the layer's store, and to plain PyTorch otherwise.
 """
 
 from __future__ import annotations
@@ -14,12 +15,23 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from inmerge_wrap.changes import Change
+from inmerge_wrap.changes import Blend, Change
 from inmerge_wrap.engines import native, torch_blocks
-from inmerge_wrap.pairs import Pairs
-from inmerge_wrap.stores import Store
+from inmerge_wrap.layers import Layers
+from inmerge_wrap.pairs import Outcome, Pairs
+from inmerge_wrap.stores import Plain, Store
+from inmerge_wrap.thresholds import Threshold
 
-__all__ = ["ENGINES", "Engine", "group", "require", "wanted"]
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "describe",
+    "divided",
+    "group",
+    "merge_at_once_",
+    "require",
+    "wanted",
+]
 
 ENGINES = ("auto", "torch", "native")
 """What a user may ask for; ``auto`` is the fastest that works on the device at hand."""
@@ -70,15 +82,17 @@ def require(name: str, device: torch.device) -> None:
     Raises:
         RuntimeError: If it does not.
     """
+    if device.type == "cpu" and name == "auto":
+        native.prepare()  # so that it is there when the first step asks
     if name in ("auto", "torch") or device.type == "meta":  # a network on meta moves later
         return
     if device.type != "cpu":
         raise RuntimeError(
             f"engine={name!r} works on a CPU and the network is on {device}: leave engine='auto'"
         )
-    problem = native.problem()
+    problem = native.problem(insist=True)
     if problem is not None:
-        raise RuntimeError(f"engine={name!r} does not work here: {problem}")
+        raise RuntimeError(f"engine={name!r} does not work here: {native.REMEDY} ({problem})")
 
 
 def group(stores: Sequence[Store], name: str) -> list[tuple[Engine, list[int]]]:
@@ -102,3 +116,61 @@ def group(stores: Sequence[Store], name: str) -> list[tuple[Engine, list[int]]]:
         for batch in engine.batches([stores[place] for place in places]):
             groups.append((engine, [places[place] for place in batch]))
     return sorted(groups, key=lambda item: item[1][0])
+
+
+def divided(layers: Layers, name: str) -> list[tuple[Engine, list[int], Layers]]:
+    """What :func:`group` says of some layers, and the layers of each group; found once for each."""
+
+    def find(layers: Layers) -> list[tuple[Engine, list[int], Layers]]:
+        groups = group(layers.stores, name)
+        return [(engine, places, layers.at(places)) for engine, places in groups]
+
+    return layers.fact(("engines", name), find)
+
+
+def merge_at_once_(
+    engine: Any,
+    layers: Layers,
+    pairs: Pairs,
+    threshold: Threshold,
+    blend: Blend,
+    *,
+    skip: Tensor | None,
+    keep: list[Any] | None,
+) -> Outcome | None:
+    """One call of an engine for a whole pass; None, and nothing done, where it has none."""
+    if not hasattr(engine, "merge_"):
+        return None
+    found: Outcome | None = engine.merge_(
+        layers, pairs, threshold, blend.merge_weight, skip=skip, keep=keep
+    )
+    return found
+
+
+def describe(layers: Layers, name: str) -> str:
+    """Which engine takes how many of some layers, and why, where it is not the best one."""
+    parts: dict[str, int] = {}
+    reasons: dict[str, dict[str, None]] = {}
+    for engine, places, batch in divided(layers, name):
+        parts[engine.NAME] = parts.get(engine.NAME, 0) + len(places)
+        why = reasons.setdefault(engine.NAME, {})
+        for store in batch.stores:
+            device = store.weight.device
+            if wanted(name, device) is not engine:
+                why[_kind_of(store)] = None
+            elif name == "auto" and engine is _torch and device.type == "cpu":
+                why[f"no native code, {str(native.problem()).splitlines()[0]}"] = None
+    return ", ".join(
+        f"{engine} ({count} {'layer' if count == 1 else 'layers'}"
+        + (f": {', '.join(reasons[engine])})" if reasons[engine] else ")")
+        for engine, count in parts.items()
+    )
+
+
+def _kind_of(store: Store) -> str:
+    """What sets a store apart that an engine does not take."""
+    if type(store) is not Plain:
+        return f"{type(store).__name__.lower()} weights"
+    if store.weight.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        return str(store.weight.dtype).removeprefix("torch.")
+    return "kernels that are not together in memory"

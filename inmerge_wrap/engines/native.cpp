@@ -1,22 +1,25 @@
-// Draws, compares and blends the kernels of many layers in one call each; see native.py.
+// Draws the pairs of many layers, and compares and blends their kernels; see native.py.
 //
 // A layer's weight is a matrix of C_out rows, one flattened kernel each. The plain functions of
-// merging.py are the specification.
+// merging.py and merge_pass.py are the specification.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 namespace {
 
-struct Layer {  // five int64, as native.py writes them
+struct Layer {  // five words, as native.py writes them
   void *rows;
-  int64_t fan_in;
-  int64_t begin, end;  // its pairs in the arrays of all pairs
-  int64_t centred;     // compare the kernels without their mean
+  int64_t kernels, fan_in;
+  int64_t centred;  // compare the kernels without their mean
+  double bound;     // a pair merges where its cosine is above it
 };
 
 struct Pairs {
@@ -95,12 +98,13 @@ Wide cosine(const Number *kernel, const Number *partner, int64_t fan_in, bool ce
 
 // A pair is compared by one thread, so that the result does not depend on how many there are.
 template <typename Number, typename Wide>
-void compare(const Layer *layers, int64_t count, Pairs pairs, Wide *cosines, int threads) {
+void compare(const Layer *layers, int64_t count, const int64_t *ends, Pairs pairs, Wide *cosines,
+             int threads) {
 #pragma omp parallel num_threads(threads)
   for (int64_t l = 0; l < count; ++l) {
     const Layer layer = layers[l];
 #pragma omp for schedule(dynamic, 8) nowait
-    for (int64_t p = layer.begin; p < layer.end; ++p) {
+    for (int64_t p = l ? ends[l - 1] : 0; p < ends[l]; ++p) {
       cosines[p] = cosine<Number, Wide>(row<Number>(layer, pairs.targets[p]),
                                         row<Number>(layer, pairs.sources[p]), layer.fan_in,
                                         layer.centred);
@@ -109,91 +113,243 @@ void compare(const Layer *layers, int64_t count, Pairs pairs, Wide *cosines, int
 }
 
 struct Move {
-  int64_t target, source;
+  int32_t target, source, pair;
   bool opens_cycle;   // its kernel is still needed after it is written: set it aside
   bool closes_cycle;  // its partner is the kernel that was set aside
 };
 
-// An order in which each kernel is read by all that blend with it before it is written itself, so
-// that nothing is copied but one kernel of each cycle of partners.
-std::vector<Move> in_order(const Layer &layer, Pairs pairs, const bool *changed) {
-  int64_t kernels = 0;
-  for (int64_t p = layer.begin; p < layer.end; ++p) {
-    kernels = std::max({kernels, pairs.targets[p] + 1, pairs.sources[p] + 1});
+struct Part {  // moves that no move of another part has to wait for
+  int64_t layer, begin, end, entries;
+};
+
+// The moves of one layer in an order in which each kernel is read by all that are drawn with it
+// before it is written itself, so that nothing is copied but one kernel of each cycle of partners.
+// Kernels that no chain of pairs connects are independent; parts of them have some 2^18 entries.
+class Order {
+ public:
+  std::vector<Move> moves;
+  std::vector<Part> parts;
+
+  void make(const Layer &layer, int64_t number, int64_t begin, int64_t end, Pairs pairs,
+            const bool *changed) {
+    const int32_t kernels = static_cast<int32_t>(layer.kernels);
+    pair_.assign(kernels, -1);
+    readers_.assign(kernels, 0);
+    set_.resize(kernels);
+    std::iota(set_.begin(), set_.end(), 0);
+    for (int64_t p = begin; p < end; ++p) {
+      if (changed && !changed[p]) continue;
+      const int32_t target = pairs.targets[p], source = pairs.sources[p];
+      pair_[target] = p;
+      ++readers_[source];
+      const int32_t one = root(target), other = root(source);
+      set_[std::max(one, other)] = std::min(one, other);
+    }
+    moves.clear();
+    const auto push = [&](int32_t target, bool opens, bool closes) {
+      moves.push_back({target, static_cast<int32_t>(pairs.sources[pair_[target]]), pair_[target],
+                       opens, closes});
+      pair_[target] = -1;
+    };
+    for (int32_t k = 0; k < kernels; ++k) {  // from each kernel that nobody reads, down its chain
+      int32_t target = k;
+      while (pair_[target] >= 0 && readers_[target] == 0) {
+        push(target, false, false);
+        target = moves.back().source;
+        --readers_[target];  // the last of its readers goes on from here
+      }
+    }
+    for (int32_t first = 0; first < kernels; ++first) {  // what is left are cycles
+      for (int32_t target = first; pair_[target] >= 0;) {
+        push(target, target == first, false);
+        target = moves.back().source;
+        moves.back().closes_cycle = target == first;
+      }
+    }
+    sort_by_set();
+    split(number, layer.fan_in);
   }
-  std::vector<int64_t> partner(kernels, -1), readers(kernels, 0), ready;
-  for (int64_t p = layer.begin; p < layer.end; ++p) {
-    if (changed[p]) {
-      partner[pairs.targets[p]] = pairs.sources[p];
-      ++readers[pairs.sources[p]];
+
+ private:
+  std::vector<Move> found_;
+  std::vector<int32_t> pair_, readers_, set_;
+
+  // Brings the moves of each set together and leaves their order as it is: a counting sort.
+  void sort_by_set() {
+    std::vector<int32_t> &begins = readers_;  // of no use any more
+    std::fill(begins.begin(), begins.end(), 0);
+    for (const Move &move : moves) ++begins[root(move.target)];
+    int32_t end = 0;
+    for (int32_t &begin : begins) begin = std::exchange(end, end + begin);
+    found_.swap(moves);
+    moves.resize(found_.size());
+    for (const Move &move : found_) moves[begins[root(move.target)]++] = move;
+  }
+
+  int32_t root(int32_t kernel) {
+    while (set_[kernel] != kernel) kernel = set_[kernel] = set_[set_[kernel]];
+    return kernel;
+  }
+
+  void split(int64_t number, int64_t fan_in) {
+    parts.clear();
+    const int64_t total = moves.size();
+    for (int64_t begin = 0; begin < total;) {
+      int64_t end = begin;
+      do {
+        const int32_t set = root(moves[end].target);
+        while (end < total && root(moves[end].target) == set) ++end;
+      } while (end < total && (end - begin) * fan_in < (1 << 18));
+      parts.push_back({number, begin, end, (end - begin) * fan_in});
+      begin = end;
     }
   }
-  for (int64_t k = 0; k < kernels; ++k) {
-    if (partner[k] >= 0 && readers[k] == 0) ready.push_back(k);
+};
+
+template <typename Number, typename Wide>
+void blend(Number *kernel, const Number *partner, int64_t length, Wide alpha) {
+#pragma omp simd
+  for (int64_t e = 0; e < length; ++e) {
+    const Wide mine = kernel[e], theirs = partner[e];
+    kernel[e] = static_cast<Number>(alpha < Wide(0.5) ? theirs + alpha * (mine - theirs)
+                                                      : mine - (mine - theirs) * (1 - alpha));
   }
-  std::vector<Move> order;
-  while (!ready.empty()) {
-    const int64_t target = ready.back(), source = partner[target];
-    ready.pop_back();
-    order.push_back({target, source, false, false});
-    partner[target] = -1;
-    if (--readers[source] == 0 && partner[source] >= 0) ready.push_back(source);
-  }
-  for (int64_t first = 0; first < kernels; ++first) {  // what is left are cycles
-    for (int64_t target = first; partner[target] >= 0;) {
-      const int64_t source = partner[target];
-      order.push_back({target, source, target == first, source == first});
-      partner[target] = -1;
-      target = source;
-    }
-  }
-  return order;
 }
 
-constexpr int64_t kSpan = 2048;  // entries of a kernel that one thread blends at a time
+// As torch.nanquantile, which interpolates between its neighbours.
+template <typename Wide>
+Wide quantile(const Wide *begin, const Wide *end, Wide share, std::vector<Wide> &known) {
+  known.clear();
+  std::copy_if(begin, end, std::back_inserter(known), [](Wide x) { return !std::isnan(x); });
+  if (known.empty()) return std::numeric_limits<Wide>::quiet_NaN();
+  const Wide rank = share * static_cast<Wide>(known.size() - 1);
+  const int64_t below = static_cast<int64_t>(rank), above = std::ceil(rank);
+  std::nth_element(known.begin(), known.begin() + below, known.end());
+  const Wide low = known[below], weight = rank - below;
+  if (above == below) return low;
+  const Wide high = *std::min_element(known.begin() + above, known.end());
+  return weight < Wide(0.5) ? low + weight * (high - low) : high - (high - low) * (1 - weight);
+}
 
-// alpha * kernel + (1 - alpha) * partner where changed, for all layers; says which were written.
+constexpr int64_t kAlone = 1 << 15;  // so few entries are done before a second thread wakes up
+
+enum Decision { kGiven, kBound, kQuantile };
+
+// The whole pass over some layers: each pair is compared, and blended at once if it is alike, while
+// its rows are still in the cache. `merged` is given or found, as `decision` says.
 template <typename Number, typename Wide>
-void blend(const Layer *layers, int64_t count, Pairs pairs, const bool *changed, Wide alpha,
-           bool *written, int threads) {
-  std::vector<std::vector<Move>> orders;
-  struct Part {
-    int64_t layer, begin, end;
-  };
-  std::vector<Part> parts;  // no entry of a kernel depends on another, so any split will do
-  for (int64_t l = 0; l < count; ++l) {
-    orders.push_back(in_order(layers[l], pairs, changed));
-    written[l] = !orders[l].empty();
-    if (!written[l]) continue;
-    for (int64_t begin = 0; begin < layers[l].fan_in; begin += kSpan) {
-      parts.push_back({l, begin, std::min(begin + kSpan, layers[l].fan_in)});
+void merge(const Layer *layers, int64_t count, const int64_t *ends, Pairs pairs, Wide *cosines,
+           bool *merged, Decision decision, Wide share, Wide alpha, bool skip, Number *kept,
+           int threads) {
+  if (decision == kQuantile) compare<Number, Wide>(layers, count, ends, pairs, cosines, threads);
+  static thread_local std::vector<Order> orders;  // their memory serves again in the next step
+  static thread_local std::vector<Part> parts;
+  if (orders.size() < static_cast<size_t>(count)) orders.resize(count);
+  std::vector<int64_t> kept_at(count, 0);
+  int64_t widest = 0;
+  for (int64_t l = 0, end = 0; l < count; ++l) {
+    kept_at[l] = end;
+    end += (ends[l] - (l ? ends[l - 1] : 0)) * layers[l].fan_in;
+    widest = std::max(widest, layers[l].fan_in);
+    if (l + 1 == count && end < kAlone) threads = 1;
+  }
+  Order *const order_of = orders.data();
+  std::vector<Part> &all = parts;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<Wide> known;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t l = 0; l < count; ++l) {
+      const int64_t begin = l ? ends[l - 1] : 0;
+      if (decision == kQuantile) {
+        const Wide bound = quantile(cosines + begin, cosines + ends[l], share, known);
+        for (int64_t p = begin; p < ends[l]; ++p) merged[p] = !skip && cosines[p] >= bound;
+      }
+      order_of[l].make(layers[l], l, begin, ends[l], pairs,
+                       decision == kBound ? nullptr : merged);
+    }
+#pragma omp single
+    {
+      all.clear();
+      for (int64_t l = 0; l < count; ++l) {
+        all.insert(all.end(), order_of[l].parts.begin(), order_of[l].parts.end());
+      }
+      // The largest first, so that the threads end together.
+      std::stable_sort(all.begin(), all.end(), [](const Part &one, const Part &other) {
+        return one.entries > other.entries;
+      });
+    }
+    std::vector<Number> aside(widest);
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t n = 0; n < static_cast<int64_t>(all.size()); ++n) {
+      const Part part = all[n];
+      const Layer &layer = layers[part.layer];
+      const int64_t length = layer.fan_in, begin = part.layer ? ends[part.layer - 1] : 0;
+      bool is_aside = false;
+      for (int64_t m = part.begin; m < part.end; ++m) {
+        const Move &move = order_of[part.layer].moves[m];
+        Number *kernel = row<Number>(layer, move.target);
+        const Number *partner = row<Number>(layer, move.source);
+        if (move.opens_cycle) is_aside = false;
+        if (move.closes_cycle && is_aside) partner = aside.data();
+        if (decision == kBound) {
+          const Wide found = cosine<Number, Wide>(kernel, partner, length, layer.centred);
+          cosines[move.pair] = found;
+          merged[move.pair] = !skip && found > static_cast<Wide>(layer.bound);
+        }
+        if (!merged[move.pair]) continue;
+        if (move.opens_cycle) {
+          std::copy_n(kernel, length, aside.data());
+          is_aside = true;
+        }
+        if (kept) {
+          std::copy_n(kernel, length, kept + kept_at[part.layer] + (move.pair - begin) * length);
+        }
+        blend<Number, Wide>(kernel, partner, length, alpha);
+      }
     }
   }
-  const int64_t total = parts.size();
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t n = 0; n < total; ++n) {
-    const Part part = parts[n];
-    const int64_t length = part.end - part.begin;
-    Number aside[kSpan];
-    for (const Move &step : orders[part.layer]) {
-      Number *kernel = row<Number>(layers[part.layer], step.target) + part.begin;
-      const Number *partner = row<Number>(layers[part.layer], step.source) + part.begin;
-      if (step.closes_cycle) {
-        partner = step.opens_cycle ? kernel : aside;
-      } else if (step.opens_cycle) {
-        std::memcpy(aside, kernel, length * sizeof(Number));
-      }
-#pragma omp simd
-      for (int64_t e = 0; e < length; ++e) {
-        const Wide mine = kernel[e], theirs = partner[e];
-        kernel[e] = static_cast<Number>(alpha < Wide(0.5) ? theirs + alpha * (mine - theirs)
-                                                          : mine - (mine - theirs) * (1 - alpha));
+}
+
+// What became of the pairs of each layer, in four rows of `sums`: how many merged, how many have no
+// cosine, the sum of the cosines and the largest.
+template <typename Wide>
+void add_up(int64_t count, const int64_t *ends, const Wide *cosines, const bool *merged,
+            double *sums) {
+  for (int64_t l = 0, p = 0; l < count; ++l) {
+    double changed = 0, undefined = 0, total = 0, largest = -2;  // below every cosine
+    for (; p < ends[l]; ++p) {
+      changed += merged[p];
+      if (std::isnan(cosines[p])) {
+        ++undefined;
+      } else {
+        total += cosines[p];
+        largest = std::max<double>(largest, cosines[p]);
       }
     }
+    sums[l] = changed;
+    sums[count + l] = undefined;
+    sums[2 * count + l] = total;
+    sums[3 * count + l] = largest;
   }
 }
 
 }  // namespace
+
+// The seed of each layer: what pairs.mix makes of (seed, step, stream).
+extern "C" void mix_seeds(const int64_t *streams, int64_t count, uint64_t seed, uint64_t step,
+                          int64_t *seeds) {
+  for (int64_t l = 0; l < count; ++l) {
+    uint64_t state = 0;
+    for (const uint64_t number : {seed, step, static_cast<uint64_t>(streams[l])}) {
+      state += number + 0x9E3779B97F4A7C15;
+      state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9;
+      state = (state ^ (state >> 27)) * 0x94D049BB133111EB;
+      state ^= state >> 31;
+    }
+    seeds[l] = state >> 32;
+  }
+}
 
 // Draws what PyTorch's CPU generator of the same seeds does. Fills the rows of `pairs` (layer,
 // target, source; each of `room` places) from the left.
@@ -218,17 +374,37 @@ extern "C" void draw_layers(const int64_t *kernels, const int64_t *group_sizes,
   }
 }
 
+// Puts the kernels back that `merge` has kept of some layers.
+extern "C" void put_back(const Layer *layers, int64_t count, const int64_t *ends,
+                         const int64_t *targets, const bool *merged, const char *kept,
+                         int64_t entry_size, int threads) {
+#pragma omp parallel num_threads(threads)
+  for (int64_t l = 0; l < count; ++l) {
+    const int64_t begin = l ? ends[l - 1] : 0, size = layers[l].fan_in * entry_size;
+#pragma omp for schedule(dynamic, 8) nowait
+    for (int64_t p = begin; p < ends[l]; ++p) {
+      if (!merged[p]) continue;
+      std::memcpy(static_cast<char *>(layers[l].rows) + targets[p] * size, kept + (p - begin) * size,
+                  size);
+    }
+    kept += (ends[l] - begin) * size;
+  }
+}
+
 #define INMERGE_FUNCTIONS(name, Number, Wide)                                                      \
-  extern "C" void compare_##name(const Layer *layers, const int64_t *targets,                      \
-                                 const int64_t *sources, Wide *cosines, int64_t count,             \
+  extern "C" void compare_##name(const Layer *layers, int64_t count, const int64_t *ends,          \
+                                 const int64_t *targets, const int64_t *sources, Wide *cosines,    \
                                  int threads) {                                                    \
-    compare<Number, Wide>(layers, count, {targets, sources}, cosines, threads);                    \
+    compare<Number, Wide>(layers, count, ends, {targets, sources}, cosines, threads);              \
   }                                                                                                \
-  extern "C" void blend_##name(const Layer *layers, const int64_t *targets,                        \
-                               const int64_t *sources, const bool *changed, int64_t count,         \
-                               double alpha, bool *written, int threads) {                         \
-    blend<Number, Wide>(layers, count, {targets, sources}, changed, static_cast<Wide>(alpha),      \
-                        written, threads);                                                         \
+  extern "C" void merge_##name(const Layer *layers, int64_t count, const int64_t *ends,            \
+                               const int64_t *targets, const int64_t *sources, Wide *cosines,      \
+                               bool *merged, int decision, double share, double alpha, bool skip,  \
+                               Number *kept, double *sums, int threads) {                            \
+    merge<Number, Wide>(layers, count, ends, {targets, sources}, cosines, merged,                  \
+                        static_cast<Decision>(decision), static_cast<Wide>(share),                 \
+                        static_cast<Wide>(alpha), skip, kept, threads);                            \
+    if (sums) add_up(count, ends, cosines, merged, sums);                                       \
   }
 
 INMERGE_FUNCTIONS(float32, float, float)

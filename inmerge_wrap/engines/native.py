@@ -1,48 +1,100 @@
-"""The native engine: C++ that draws, compares and blends all layers in one call each, on a CPU.
+"""The native engine: C++ that draws, compares and blends all layers in one call, on a CPU.
 
 PyTorch copies the drawn kernels out of a weight before it multiplies them, and each of its calls
-takes longer than the arithmetic of a small layer. ``native.cpp`` reads the weights where they are.
-It is compiled when it is first needed, for the processor at hand, and kept for this process only:
-a file in a home directory might be loaded on another kind of processor.
+takes longer than the arithmetic of a small layer. ``native.cpp`` reads the weights where they are,
+and blends a pair while its kernels are still in the cache. :mod:`.building` compiles it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import platform
-import shlex
-import subprocess
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from operator import mul
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inmerge_wrap import merging
 from inmerge_wrap.changes import Blend, Change
-from inmerge_wrap.pairs import Pairs
-from inmerge_wrap.stores import Store, is_dense
+from inmerge_wrap.engines.building import Build
+from inmerge_wrap.layers import Layers, stream_of
+from inmerge_wrap.pairs import Outcome, Pairs
+from inmerge_wrap.stores import Store, is_dense, store_of
+from inmerge_wrap.thresholds import Fixed, Quantile, Threshold, ZScore
 
-__all__ = ["NAME", "batches", "change_", "cosines", "draw_layers", "makes", "problem", "takes"]
+__all__ = [
+    "NAME",
+    "KeptRows",
+    "batches",
+    "change_",
+    "cosines",
+    "draw",
+    "draw_layers",
+    "library",
+    "makes",
+    "merge_",
+    "prepare",
+    "problem",
+    "takes",
+]
 
 NAME = "native"
+
+PATIENCE = 2.0
+"""Seconds that a training waits for the compiler where nobody asked for this engine."""
+
+LIMIT = 120.0
+"""Seconds after which a compiler is given up, where somebody did."""
+
+REMEDY = (
+    "native code needs a C++ compiler (c++, or that of the environment variable CXX) with the "
+    "options of g++ and clang++, and a folder (~/.cache, or TMPDIR) from which libraries may be "
+    "loaded; install it, or leave engine='auto', which computes the same without"
+)
 
 _DTYPES = {
     torch.float32: ("float32", torch.float32),
     torch.float64: ("float64", torch.float64),
     torch.bfloat16: ("bfloat16", torch.float32),
 }
+_GIVEN, _BOUND, _QUANTILE = range(3)  # enum Decision
+_WHOLE, _EXACT, _PLACE = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+_COUNT = ctypes.c_int
+
+_build: Build | None = None
+_decision: list[str | None] = []  # what was said to those who do not insist: it stays
 
 
-def problem() -> str | None:
-    """Why native code cannot be used in this process; None where it can."""
-    made = _library()
-    return made if isinstance(made, str) else None
+def prepare() -> None:
+    """Begins to compile, unless that is done."""
+    global _build
+    if _build is None or (_build.pid != os.getpid() and _build.library is None):
+        _build = Build()
+        _decision.clear()
+
+
+def problem(*, insist: bool = False) -> str | None:
+    """Why native code cannot be used in this process; None where it can.
+
+    Args:
+        insist: Wait for the compiler for minutes. Otherwise for two seconds, once; a run that
+            began without native code then goes on without, so that its arithmetic stays one.
+    """
+    prepare()
+    assert _build is not None
+    if insist:
+        found = _build.wait(LIMIT)
+        if found is None:
+            _decision[:] = [None]
+        return found
+    if not _decision:
+        _decision.append(_build.wait(PATIENCE))
+    return _decision[0]
 
 
 def library() -> ctypes.CDLL:
@@ -51,43 +103,30 @@ def library() -> ctypes.CDLL:
     Raises:
         RuntimeError: If there is none, see :func:`problem`.
     """
-    made = _library()
-    if isinstance(made, str):
-        raise RuntimeError(made)
-    return made
+    if _build is None or _build.library is None:
+        why = problem(insist=True)
+        if why is not None:
+            raise RuntimeError(f"{REMEDY} ({why})")
+    assert _build is not None and _build.library is not None
+    return _declared(_build.library)
 
 
 @cache
-def _library() -> ctypes.CDLL | str:
-    """Compiles ``native.cpp`` and loads it; or says why that failed.
-
-    The compiler is that of the environment variable ``CXX``, else ``c++``; it must take the
-    options of GCC.
-    """
-    source = Path(__file__).with_name("native.cpp")
-    # Apple's compiler has no OpenMP; without it one thread does the work.
-    parallel = [] if sys.platform == "darwin" else ["-fopenmp"]
-    here = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    options = ["-std=c++17", "-O3", here, "-fPIC", "-shared", *parallel]
-    try:
-        with TemporaryDirectory(prefix="inmerge-", ignore_cleanup_errors=True) as folder:
-            target = Path(folder, "native.so")
-            compiler = shlex.split(os.environ.get("CXX") or "c++")
-            subprocess.run(
-                [*compiler, *options, str(source), "-o", str(target)],
-                check=True,
-                capture_output=True,
-                text=True,
-                errors="replace",
-            )
-            return ctypes.CDLL(str(target))
-    except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        return (
-            "native code needs a C++ compiler (c++, or that of the environment variable CXX) with "
-            "the options of g++ and clang++, and a folder for temporary files (TMPDIR) from which "
-            "libraries may be loaded; install it, or leave engine='auto', which computes the same "
-            f"without ({getattr(error, 'stderr', None) or error})"
-        )
+def _declared(made: ctypes.CDLL) -> ctypes.CDLL:
+    """Says once what each function takes, so that each call may be given plain numbers."""
+    made.mix_seeds.argtypes = [_PLACE, _WHOLE, ctypes.c_uint64, ctypes.c_uint64, _PLACE]
+    made.draw_layers.argtypes = [*[_PLACE] * 3, _WHOLE, ctypes.c_float, _PLACE, _WHOLE, _PLACE]
+    made.put_back.argtypes = [_PLACE, _WHOLE, *[_PLACE] * 4, _WHOLE, _COUNT]
+    layers = [_PLACE, _WHOLE, *[_PLACE] * 4]  # and the pairs of each, and their cosines
+    for name, _ in _DTYPES.values():
+        getattr(made, f"compare_{name}").argtypes = [*layers, _COUNT]
+        merge = [_PLACE, _COUNT, _EXACT, _EXACT, ctypes.c_bool, _PLACE, _PLACE, _COUNT]
+        getattr(made, f"merge_{name}").argtypes = [*layers, *merge]
+        for function in (f"compare_{name}", f"merge_{name}"):
+            getattr(made, function).restype = None
+    for function in ("mix_seeds", "draw_layers", "put_back"):
+        getattr(made, function).restype = None
+    return made
 
 
 def takes(store: Store) -> bool:
@@ -127,6 +166,29 @@ def batches(stores: Sequence[Store]) -> list[list[int]]:
     return [sorted(places) for places in found.values()] + alone
 
 
+# -- the pairs -----------------------------------------------------------------------------------
+
+
+def draw(layers: Layers, probability: float, seed: int, step: int) -> Pairs:
+    """The pairs that some layers draw in a step, see :func:`inmerge_wrap.merge_pass.draw_step`."""
+    counts, sizes, streams, seeds = layers.fact("draws", _draw_columns)
+    library().mix_seeds(streams, len(streams), seed, step, seeds)
+    table, lengths = draw_layers(counts, sizes, probability, seeds)
+    return Pairs(table, tuple(lengths))
+
+
+def _draw_columns(layers: Layers) -> tuple[Any, ...]:
+    """Kernels, group sizes and streams of the layers, and a place for their seeds."""
+    sites = [layer.site for layer in layers]
+    array = _WHOLE * len(sites)
+    return (
+        array(*(site.shape[0] for site in sites)),
+        array(*(site.shape[0] // site.pair_groups for site in sites)),
+        array(*map(stream_of, sites)),
+        array(),
+    )
+
+
 def draw_layers(
     num_kernels: Sequence[int],
     group_sizes: Sequence[int],
@@ -148,19 +210,18 @@ def _draws_like_torch() -> bool:
 
 
 def _draw(columns: Sequence[Sequence[int]], probability: float) -> tuple[Tensor, list[int]]:
-    array = ctypes.c_int64 * len(columns[0])
+    array = _WHOLE * len(columns[0])
+    arrays = [each if isinstance(each, array) else array(*each) for each in columns]
     lengths = array()
-    pairs = torch.empty(3, sum(columns[0]), dtype=torch.int64, device="cpu")
+    pairs = torch.empty(3, sum(arrays[0]), dtype=torch.int64, device="cpu")
     library().draw_layers(
-        *(array(*column) for column in columns),
-        ctypes.c_int64(len(lengths)),
-        ctypes.c_float(probability),
-        _address(pairs),
-        ctypes.c_int64(pairs.shape[1]),
-        lengths,
+        *arrays, len(lengths), probability, pairs.data_ptr(), pairs.shape[1], lengths
     )
     numbers = list(lengths)
     return pairs[:, : sum(numbers)], numbers
+
+
+# -- the steps of a pass by themselves -----------------------------------------------------------
 
 
 def cosines(stores: Sequence[Store], pairs: Pairs, centred: Sequence[bool]) -> Tensor:
@@ -175,11 +236,10 @@ def cosines(stores: Sequence[Store], pairs: Pairs, centred: Sequence[bool]) -> T
         Shape (pairs,), float32 or wider.
     """
     name, wide = _DTYPES[stores[0].weight.dtype]
-    targets, sources = pairs.targets.contiguous(), pairs.sources.contiguous()
-    found = torch.empty(len(targets), dtype=wide, device="cpu")
-    layers = _table(stores, pairs.lengths, centred)
-    arguments = map(_address, (layers, targets, sources, found))
-    getattr(library(), f"compare_{name}")(*arguments, ctypes.c_int64(len(stores)), _threads())
+    found = torch.empty(len(pairs), dtype=wide, device="cpu")
+    compare = getattr(library(), f"compare_{name}")
+    layers, table = _table(stores, centred), _Columns(pairs)
+    compare(layers.data_ptr(), len(stores), *table.places, found.data_ptr(), _threads())
     return found
 
 
@@ -196,34 +256,200 @@ def change_(stores: Sequence[Store], pairs: Pairs, changed: Tensor | None, chang
     name, _ = _DTYPES[stores[0].weight.dtype]
     if changed is None:
         changed = torch.ones(len(pairs), dtype=torch.bool, device="cpu")
-    targets, sources = pairs.targets.contiguous(), pairs.sources.contiguous()
     changed = changed.contiguous()
-    layers, alpha = _table(stores, pairs.lengths), ctypes.c_double(change.merge_weight)
-    arguments = map(_address, (layers, targets, sources, changed))
-    written = (ctypes.c_bool * len(stores))()
-    number = ctypes.c_int64(len(stores))
-    getattr(library(), f"blend_{name}")(*arguments, number, alpha, written, _threads())
-    # As PyTorch does where it writes, so that a backward pass over the old weights is refused.
-    torch.autograd.graph.increment_version(
-        [store.weight for store, was in zip(stores, written, strict=True) if was]
+    layers, table = _table(stores), _Columns(pairs)
+    getattr(library(), f"merge_{name}")(
+        layers.data_ptr(),
+        len(stores),
+        *table.places,
+        None,
+        changed.data_ptr(),
+        _GIVEN,
+        0.0,
+        change.merge_weight,
+        False,
+        None,
+        None,
+        _threads(),
     )
+    parts = zip(stores, changed.split(pairs.lengths), strict=True)
+    _note_writes([store.weight for store, mask in parts if mask.any()])
 
 
-def _table(
-    stores: Sequence[Store], lengths: Sequence[int], centred: Sequence[bool] | None = None
-) -> Tensor:
-    """An array of ``struct Layer``, see ``native.cpp``."""
-    ends = list(accumulate(lengths, initial=0))
-    rows = [store.weight.data_ptr() for store in stores]
-    fan_ins = [store.weight.numel() // len(store.weight) for store in stores]
-    means = centred or [False] * len(stores)
-    columns = zip(rows, fan_ins, ends[:-1], ends[1:], means, strict=True)
-    return torch.tensor(list(columns), dtype=torch.int64, device="cpu")
+def _table(stores: Sequence[Store], centred: Sequence[bool] | None = None) -> Tensor:
+    """An array of ``struct Layer``, see ``native.cpp``, without bounds."""
+    weights = [store.weight for store in stores]
+    rows = [
+        (weight.data_ptr(), len(weight), weight.numel() // len(weight), mean, 0)
+        for weight, mean in zip(weights, centred or [False] * len(weights), strict=True)
+    ]
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
-def _address(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+class _Columns:
+    """Where the pairs are: the end of each layer, all targets, all sources."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        table = pairs.table if pairs.table.stride(1) == 1 else pairs.table.contiguous()
+        self._table = table  # alive as long as its address is in use
+        first, row = table.data_ptr(), table.stride(0) * table.element_size()
+        ends = (_WHOLE * len(pairs.lengths))(*accumulate(pairs.lengths))
+        self.places = ends, first + row, first + 2 * row
 
 
-def _threads() -> ctypes.c_int:
-    return ctypes.c_int(torch.get_num_threads())
+def _note_writes(weights: Sequence[Tensor]) -> None:
+    """As PyTorch does where it writes, so that a backward pass over old weights is refused."""
+    torch.autograd.graph.increment_version(weights)
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+# -- a whole pass in one call --------------------------------------------------------------------
+
+
+def merge_(
+    layers: Layers,
+    pairs: Pairs,
+    threshold: Threshold,
+    merge_weight: float,
+    *,
+    skip: Tensor | None = None,
+    keep: list[Any] | None = None,
+) -> Outcome | None:
+    """Compares, decides and blends; equal to :func:`cosines`, the threshold and :func:`change_`.
+
+    Args:
+        layers: Those of one batch, see :func:`batches`.
+        pairs: What they draw, on the CPU.
+        threshold: Which pairs merge.
+        merge_weight: See :class:`inmerge_wrap.changes.Blend`.
+        skip: A scalar, non-zero for no merge at all.
+        keep: Takes the kernels that change, before they do.
+
+    Returns:
+        What became of each pair; None, and nothing done, where the threshold is not one of ours.
+    """
+    if type(threshold) not in (Fixed, ZScore, Quantile):
+        return None
+    table = layers.fact(NAME, _Table)
+    decision, share = table.aim(threshold)
+    name, wide = _DTYPES[table.dtype]
+    columns = _Columns(pairs)
+    found = torch.empty(len(pairs), dtype=wide, device="cpu")
+    merged = torch.empty(len(pairs), dtype=torch.bool, device="cpu")
+    sums = torch.empty(4, len(layers), dtype=torch.float64, device="cpu")
+    rows = None if keep is None else table.room_for(pairs.lengths)
+    getattr(library(), f"merge_{name}")(
+        table.address,
+        len(layers),
+        *columns.places,
+        found.data_ptr(),
+        merged.data_ptr(),
+        decision,
+        share,
+        merge_weight,
+        skip is not None and bool(skip),
+        None if rows is None else rows.data_ptr(),
+        sums.data_ptr(),
+        _threads(),
+    )
+    written = sums[0].tolist()
+    _note_writes([weight for weight, count in zip(table.weights, written, strict=True) if count])
+    if rows is not None and keep is not None:
+        keep.append(KeptRows(layers, pairs, merged, rows))
+    return Outcome(pairs.layer, found, merged, pairs.lengths, sums)
+
+
+class _Table:
+    """What ``merge`` is told of some layers; it serves as long as their weights do."""
+
+    def __init__(self, layers: Layers) -> None:
+        stores, sites = layers.stores, [layer.site for layer in layers]
+        self._columns = _table(stores, [site.centred for site in sites])
+        self.address = self._columns.data_ptr()
+        self.weights = [store.weight for store in stores]
+        self.dtype = stores[0].weight.dtype
+        self._fan_ins = [site.fan_in for site in sites]
+        self._threshold: Threshold | None = None
+        self.spare: Tensor | None = None  # for kernels to keep, so that no step asks for memory
+
+    def aim(self, threshold: Threshold) -> tuple[int, float]:
+        """Writes the bound of each layer; how ``merge`` decides, and at which quantile."""
+        if isinstance(threshold, Quantile):
+            return _QUANTILE, 1.0 - threshold.share
+        if threshold != self._threshold:
+            assert isinstance(threshold, Fixed | ZScore)
+            bounds = [threshold.bound(fan_in) for fan_in in self._fan_ins]
+            exact = torch.tensor(bounds, dtype=torch.float64, device="cpu")
+            self._columns.view(torch.float64)[:, 4] = exact
+            self._threshold = threshold
+        return _BOUND, 0.0
+
+    def room_for(self, lengths: Sequence[int]) -> Tensor:
+        """Memory for so many kernels of each layer."""
+        entries = sum(map(mul, lengths, self._fan_ins))
+        room, self.spare = self.spare, None
+        if room is None or len(room) < entries:
+            room = torch.empty(entries, dtype=self.dtype, device="cpu")
+        return room
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """Kernels of several layers as they were before a pass.
+
+    Attributes:
+        layers: The layers.
+        pairs: What they drew.
+        merged: Which of the pairs changed their target, boolean, shape (pairs,).
+        rows: A kernel for each pair, one after the other; only those that merged are written.
+    """
+
+    layers: Layers
+    pairs: Pairs
+    merged: Tensor
+    rows: Tensor
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The convolutions."""
+        return [layer.module for layer in self.layers]
+
+    def put_back_(self) -> None:
+        """Puts the kernels back, bit for bit, where the convolutions have their weights now."""
+        table = self.layers.fact(NAME, _Table)
+        if not self.layers.are_still(self.modules):
+            self._put_back_elsewhere_()
+            return
+        columns = _Columns(self.pairs)
+        ends, targets, _ = columns.places
+        library().put_back(
+            table.address,
+            len(self.layers),
+            ends,
+            targets,
+            self.merged.data_ptr(),
+            self.rows.data_ptr(),
+            self.rows.element_size(),
+            _threads(),
+        )
+        _note_writes(table.weights)
+        table.spare = self.rows
+
+    def _put_back_elsewhere_(self) -> None:
+        """The same where tensors were exchanged meanwhile, as SAM does."""
+        lengths = [len(part) for part in self.pairs.split()]
+        sizes = [
+            length * layer.site.fan_in for length, layer in zip(lengths, self.layers, strict=True)
+        ]
+        rows = self.rows[: sum(sizes)].split(sizes)
+        masks = self.merged.split(self.pairs.lengths)
+        for layer, part, mask, kept in zip(
+            self.layers, self.pairs.split(), masks, rows, strict=True
+        ):
+            # Entries lie as in the weight that was merged, channels last perhaps.
+            weight = layer.store.weight
+            kernels = kept.as_strided((len(part), *weight.shape[1:]), weight.stride())
+            store_of(layer.module).copy_back_(part.targets[mask], (kernels[mask],))
