@@ -49,6 +49,13 @@ def old_weight_norm() -> nn.Conv2d:
         return nn.utils.weight_norm(conv())
 
 
+def old_spectral_norm() -> nn.Conv2d:
+    """After a forward pass in training, for its first estimate is random and may be negative."""
+    made = nn.utils.spectral_norm(conv(), n_power_iterations=20)
+    made(torch.ones(1, 6, 3, 3))
+    return made
+
+
 def scaled_weight_norm() -> nn.Conv2d:
     """With magnitudes that differ from the directions' norms, as after some training."""
     made = parametrizations.weight_norm(conv())
@@ -65,7 +72,7 @@ FORMS: dict[str, Callable[[], nn.Conv2d]] = {
     "weight_norm, scaled": scaled_weight_norm,
     "weight_norm, old": old_weight_norm,
     "spectral_norm": lambda: parametrizations.spectral_norm(conv()),
-    "spectral_norm, old": lambda: nn.utils.spectral_norm(conv()),
+    "spectral_norm, old": old_spectral_norm,
     "pruned entries": lambda: pruned(structured=False),
     "pruned channels": lambda: pruned(structured=True),
 }
@@ -234,7 +241,7 @@ def without_parameter() -> nn.Conv2d:
         (doubled, "parametrization Doubled"),
         (normed_twice, "parametrization _WeightNorm"),
         (lambda: parametrizations.orthogonal(conv()), "parametrization _Orthogonal"),
-        (lambda: parametrizations.weight_norm(conv(), dim=1), "weight_norm over dim 1"),
+        (lambda: parametrizations.weight_norm(conv(), dim=1), "weight_norm that is not over each"),
         (lambda: nn.LazyConv2d(12, 3), "lazy"),
         (without_parameter, "not a parameter"),
     ],
