@@ -12,5 +12,6 @@ SKIPPED_KINDS = {
     "auxiliary": "auxiliary: runs in training only and is left out at inference",
     "unused": "never executed in a forward pass",
     "frozen": "frozen: requires_grad is False",
+    "adapter": "adapter: a factor of a low-rank update (LoRA), whose rows are no kernels",
 }
 """Kinds of convolution that are skipped unless named in ``also_merge``, each with its reason."""

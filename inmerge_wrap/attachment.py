@@ -379,7 +379,7 @@ def companions(
                     else f"{type(optimizer).__name__} keeps no momentum_buffer and no exp_avg of "
                     f"the shape of {layer.site.name}.weight"
                 )
-        found[layer.number] = [tensor_store(tensor) for tensor in tensors]
+        found[layer.number] = [tensor_store(tensor, layer.store.layout) for tensor in tensors]
     return found, problem
 
 

@@ -3,7 +3,9 @@
 The order is the order of execution in one forward pass, recorded on a copy of the network whose
 tensors live on the meta device: they have shapes and no memory, so the network itself is neither
 run nor doubled. The decision follows the paper: the first ``L_s`` convolutions are left alone.
-Whatever is a ``Conv2d`` by class but not a bank of comparable kernels is skipped with a reason.
+A convolution has any number of dimensions and may be transposed; its *kernels* are the weights of
+one output channel each. Whatever is a convolution by class but not a bank of comparable kernels is
+skipped with a reason.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
 from inmerge_wrap._constants import DEFAULT_SHALLOW_SHARE, SKIPPED_KINDS
@@ -28,6 +31,7 @@ from inmerge_wrap.tracing import (
     bystanders_kept,
     call_arguments,
     first_possible_trace,
+    is_quantised,
     meta_copy,
     named_convs,
     run_trace,
@@ -39,17 +43,22 @@ __all__ = ["DEFAULT_SHALLOW_SHARE", "SKIPPED_KINDS", "ConvSite", "MergePlan", "p
 
 Pattern = str | Callable[["ConvSite"], bool]
 
+# Modules inside of a layer that peft adapts to a task: the two factors of a low-rank update.
+_ADAPTERS = {"lora_A", "lora_B"}
 _WEIGHT_STANDARDISED = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"}
 
 
 @dataclass(frozen=True)
 class ConvSite:
-    """One Conv2d of a network and what merging does with it.
+    """One convolution of a network and what merging does with it.
 
     Attributes:
         name: Its name in ``model.named_modules()``.
-        depth: Its place in the order of execution among all Conv2d, from 1; None if never run.
-        shape: Of its weight, (C_out, C_in / groups, kH, kW); empty while a lazy layer has none.
+        depth: Its place in the order of execution among all convolutions, from 1; None if it
+            never ran.
+        shape: Of its kernels, (C_out, C_in / groups, *kernel size): a kernel for each output
+            channel. It is the shape of the weight, but for transposed convolutions, which store
+            (C_in, C_out / groups, *kernel size). Empty where there is no weight to write.
         groups: The convolution's groups.
         kind: ``"kernels"``, or a key of :data:`SKIPPED_KINDS`.
         centred: Whether kernels are compared without their mean, because the forward pass
@@ -132,7 +141,7 @@ def plan_merging(
     exclude: Pattern | Sequence[Pattern] = (),
     also_merge: Collection[str] = (),
 ) -> MergePlan:
-    """Finds every Conv2d of ``model`` in depth order and decides which are merged.
+    """Finds every convolution of ``model`` in depth order and decides which are merged.
 
     Depth is the order of execution in a forward pass. Convolutions of a kind in
     :data:`SKIPPED_KINDS` are no bank of comparable kernels: they are neither merged nor counted
@@ -146,6 +155,8 @@ def plan_merging(
             side). The default is the authors' 10 of VGG-19's 16.
         example_input: What to call the network with where its configuration does not tell: a
             tensor, a tuple of positional or a dict of keyword arguments, as for a training step.
+            A list is taken as positional arguments, or as the one argument of a network that
+            takes lists of images.
         include: Merge exactly the convolutions that match: names with ``*`` wildcards, or a
             function of :class:`ConvSite`. Neither depth nor kind counts then.
         exclude: Of those that would be merged, leave out what matches.
@@ -196,14 +207,14 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _find_sites(model: nn.Module, example_input: Any) -> tuple[list[ConvSite], str]:
-    """Every Conv2d with its depth and kind, in depth order, and how the order was found."""
+    """Every convolution with its depth and kind, in depth order, and how that was found."""
     network, prefix = model, ""
     while isinstance(getattr(network, "_orig_mod", None), nn.Module):  # made by torch.compile
         network, prefix = network._orig_mod, prefix + "_orig_mod."  # type: ignore[assignment]
     convs = dict(named_convs(network))
     if not convs:
         raise ValueError(
-            f"{type(network).__name__} has no Conv2d: in-model merging acts on the kernels of "
+            f"{type(network).__name__} has no convolution: in-model merging acts on the kernels of "
             "convolutional networks; choose a CNN (for example resnet34) as the model"
         )
     with bystanders_kept(network):
@@ -219,13 +230,15 @@ def _find_sites(model: nn.Module, example_input: Any) -> tuple[list[ConvSite], s
         conv = convs[name]
         store = store_of(conv)
         reason = store.reason
+        if is_quantised(conv):
+            reason = "quantised: integers, which no optimizer trains"
         reason_kind = None if reason is None else "unwritable"
         weight = next(iter(store.parameters), None) if reason is None else None
         call = trace.calls.get(name) if trace else None
         centred = type(conv).__name__ in _WEIGHT_STANDARDISED
         stored = conv._parameters.get("weight")
         if call and stored is not None and not call.used_own_weight and not centred:
-            reason = reason or f"{type(conv).__name__} computes its weight in its forward pass"
+            reason = reason or f"{_class_name(conv)} computes its weight in its forward pass"
             reason_kind = "unwritable"
         if weight is not None and id(weight) in first_owner:
             reason = f"shares its weight with {prefix}{first_owner[id(weight)]}"
@@ -238,7 +251,7 @@ def _find_sites(model: nn.Module, example_input: Any) -> tuple[list[ConvSite], s
             ConvSite(
                 name=prefix + name,
                 depth=place if call or trace is None else None,
-                shape=() if weight is None else tuple(weight.shape),
+                shape=() if weight is None else tuple(store.shape),
                 groups=conv.groups,
                 kind=kinds[name],
                 centred=centred,
@@ -249,6 +262,12 @@ def _find_sites(model: nn.Module, example_input: Any) -> tuple[list[ConvSite], s
     return sites, found_by
 
 
+def _class_name(conv: _ConvNd) -> str:
+    """Name of a class that is not PyTorch's own, though it may be called the same."""
+    kind = type(conv)
+    return f"{kind.__module__}.{kind.__name__}" if hasattr(nn, kind.__name__) else kind.__name__
+
+
 # ---------------------------------------------------------------------------------------------
 # The decision: which convolutions are banks of comparable kernels, and which of them are deep
 # ---------------------------------------------------------------------------------------------
@@ -256,30 +275,35 @@ def _find_sites(model: nn.Module, example_input: Any) -> tuple[list[ConvSite], s
 
 def _kinds(
     network: nn.Module,
-    convs: Mapping[str, nn.Conv2d],
+    convs: Mapping[str, _ConvNd],
     trace: Trace | None,
     example_input: Any,
 ) -> dict[str, str]:
     """The kind of every convolution: ``"kernels"`` or a key of SKIPPED_KINDS."""
+    training = _training_trace(network, convs, trace, example_input)
+    in_training = training.calls.keys() if training else ()
     heads = _heads(network, convs, trace)
+    if trace and training:  # what deep supervision returns in training, and evaluation drops
+        heads |= trace.unread & training.predictions.keys()
     calls = _calls_on_large_maps(network, convs, trace, example_input)
-    in_training = _run_in_training(network, convs, trace, example_input)
-    channels = _image_channels(trace)
+    channels = _image_channels(convs, trace)
 
-    def kind(name: str, conv: nn.Conv2d) -> str:
-        call = calls.get(name)
+    def kind(name: str, conv: _ConvNd) -> str:
+        call, size = calls.get(name), conv.kernel_size
+        if not _ADAPTERS.isdisjoint(name.split(".")):
+            return "adapter"
         if trace is not None and call is None:
             return "auxiliary" if name in in_training else "unused"
         if conv.groups == conv.in_channels > 1:
             return "depthwise"
         if name in heads:
             return "head"
-        if call and conv.kernel_size == (1, 1) and call.is_vector():
+        if call and max(size) == 1 and call.is_vector(len(size)):
             return "vector"
-        if call and conv.kernel_size != (1, 1) and call.is_dense(conv.kernel_size):
+        if call and max(size) > 1 and call.is_dense(size):
             return "dense"
-        side = max(conv.kernel_size)
-        if conv.in_channels == channels and side > 1 and conv.kernel_size == conv.stride:
+        reads_image = conv.in_channels == channels and not conv.transposed
+        if reads_image and max(size) > 1 and size == conv.stride:
             return "patch_embedding"
         parameters = store_of(conv).parameters
         if parameters and not all(p.requires_grad for p in parameters):
@@ -289,13 +313,15 @@ def _kinds(
     return {name: kind(name, conv) for name, conv in convs.items()}
 
 
-def _image_channels(trace: Trace | None) -> int:
+def _image_channels(convs: Mapping[str, _ConvNd], trace: Trace | None) -> int:
     """Channels of the image: what the first convolution of the forward pass reads."""
-    first = next(iter(trace.calls.values()), None) if trace else None
-    return first.inputs[0][-3] if first and first.inputs else 3
+    name, first = next(iter(trace.calls.items()), ("", None)) if trace else ("", None)
+    if first is None or not first.inputs:
+        return 3
+    return first.inputs[0][-1 - len(convs[name].kernel_size)]
 
 
-def _heads(network: nn.Module, convs: Mapping[str, nn.Conv2d], trace: Trace | None) -> set[str]:
+def _heads(network: nn.Module, convs: Mapping[str, _ConvNd], trace: Trace | None) -> set[str]:
     """Convolutions whose outputs are the predictions.
 
     These are the ones that timm's configuration names as classifier, and the ones whose output
@@ -319,7 +345,7 @@ def _heads(network: nn.Module, convs: Mapping[str, nn.Conv2d], trace: Trace | No
 
 def _calls_on_large_maps(
     network: nn.Module,
-    convs: Mapping[str, nn.Conv2d],
+    convs: Mapping[str, _ConvNd],
     trace: Trace | None,
     example_input: Any,
 ) -> Mapping[str, Call]:
@@ -330,42 +356,46 @@ def _calls_on_large_maps(
     """
     if trace is None or example_input is None:
         return trace.calls if trace else {}
-    if not any(
-        call.is_vector() or call.is_dense(convs[name].kernel_size)
+    sizes = {name: convs[name].kernel_size for name in trace.calls}
+    small = {
+        len(sizes[name])
         for name, call in trace.calls.items()
-    ):
+        if call.is_vector(len(sizes[name])) or call.is_dense(sizes[name])
+    }
+    if not small:
         return trace.calls
 
     def enlarged(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.ndim != 4:
+        if not isinstance(value, Tensor) or value.ndim - 2 not in small:
             return value
-        sides = [2 * max(side, 112) for side in value.shape[-2:]]
+        sides = [2 * max(side, 112) for side in value.shape[2:]]
         return value.new_empty((*value.shape[:2], *sides), device="meta")
 
-    (arguments,) = call_arguments(network, convs, example_input)
-    try:
-        large = run_trace(meta_copy(network), to_meta(tree_map(enlarged, arguments)))
-    except Exception:  # no copy, or one size alone: at that size the maps are what they are
-        return trace.calls
-    return {name: large.calls.get(name, call) for name, call in trace.calls.items()}
+    for arguments in call_arguments(network, convs, example_input):
+        try:
+            large = run_trace(meta_copy(network), to_meta(tree_map(enlarged, arguments)))
+        except Exception:  # no copy, or one size alone: at that size the maps are what they are
+            continue
+        return {name: large.calls.get(name, call) for name, call in trace.calls.items()}
+    return trace.calls
 
 
-def _run_in_training(
+def _training_trace(
     network: nn.Module,
-    convs: Mapping[str, nn.Conv2d],
+    convs: Mapping[str, _ConvNd],
     trace: Trace | None,
     example_input: Any,
-) -> set[str]:
-    """Which convolutions run in train mode, asked only where some do not run in eval mode."""
-    if trace is None or len(trace.calls) == len(convs):
-        return set()
+) -> Trace | None:
+    """A trace in train mode, made only where some outputs may matter in training alone."""
+    if trace is None or (len(trace.calls) == len(convs) and not trace.unread):
+        return None
     for given in (example_input, None):  # the example may be too small for an auxiliary head
         for arguments in call_arguments(network, convs, given):
             try:
-                return set(run_trace(meta_copy(network), to_meta(arguments), training=True).calls)
+                return run_trace(meta_copy(network), to_meta(arguments), training=True)
             except Exception:  # the copy fails, or another size suits the network
                 continue
-    return set()
+    return None
 
 
 def _decide(
@@ -413,6 +443,8 @@ def _decide(
 
 def _counts(site: ConvSite, also_merge: Collection[str]) -> bool:
     """Whether a convolution is a step of depth, merged or not."""
+    if site.shape[:2] == (1, 1):  # a filter along the channels (ECA) or the like, no features
+        return False
     return site.kind in {"kernels", "patch_embedding", "frozen", *also_merge}
 
 
@@ -457,13 +489,27 @@ def _why_empty(plan: MergePlan, model: nn.Module, shallow_layers: int | float) -
             f"shallow_layers={shallow_layers} leaves none of the {shallow} counted layers: pass a "
             f"smaller count, or a share such as {DEFAULT_SHALLOW_SHARE}"
         )
+    elif kinds["adapter"]:
+        remedy = (
+            "the network trains through adapters alone; merge while its own convolutions train, "
+            "before the adapters are added or after they are merged into it"
+        )
     elif frozen:
         remedy = "unfreeze deep layers before wrapping, or pass also_merge=('frozen',)"
     elif shallow:
         remedy = "the network is too shallow for a deep part: pass shallow_layers=0 to merge it all"
-    else:
+    elif kinds["unwritable"]:
         remedy = (
-            "choose a convolutional network, or name layers with include=[...] or their kind with "
-            f"also_merge=(...), one of {', '.join(SKIPPED_KINDS)}"
+            "merge in a training before the weights are replaced (wrap and train the network "
+            "first, then prepare_qat or parametrise it); lazy layers need one forward pass"
         )
+    elif set(kinds) <= {"patch_embedding", "depthwise", "one_kernel"}:
+        remedy = (
+            "choose a convolutional network (for example resnet34); in a transformer there is no "
+            "bank of kernels but the patch embedding, which include=[...] merges all the same"
+            if kinds["patch_embedding"]
+            else "choose a network with other convolutions, or name layers with include=[...]"
+        )
+    else:
+        remedy = "choose a convolutional network, or name layers to merge with include=[...]"
     return f"nothing to merge in {type(model).__name__}: {listed}. Remedy: {remedy}"

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 from zlib import crc32
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from inmerge_wrap.discovery import ConvSite
 from inmerge_wrap.stores import Plain, Store, store_of
@@ -101,7 +102,7 @@ def find_layers(
         last: What was found before; returned itself where nothing has changed since.
 
     Raises:
-        RuntimeError: If a weight has another shape than in the plan, or is on an XLA device.
+        RuntimeError: If kernels have another shape than in the plan, or are on an XLA device.
     """
     modules = modules_of(network, sites)
     if last is not None and last.are_still(modules):
@@ -156,11 +157,11 @@ def check_sites(network: nn.Module, sites: Sequence[ConvSite]) -> None:
     modules = dict(network.named_modules())
     for site in sites:
         conv = modules.get(site.name)
-        parameters = store_of(conv).parameters if isinstance(conv, nn.Conv2d) else ()
-        if not parameters or tuple(parameters[0].shape) != site.shape:
+        store = store_of(conv) if isinstance(conv, _ConvNd) else None
+        if store is None or not store.parameters or store.shape != site.shape:
             raise ValueError(
-                f"the plan is not of this network: it has no convolution {site.name!r} with a "
-                f"weight of shape {site.shape}; make one with plan_merging(network)"
+                f"the plan is not of this network: it has no convolution {site.name!r} with "
+                f"kernels of shape {site.shape}; make one with plan_merging(network)"
             )
 
 
@@ -181,9 +182,9 @@ def _submodule(network: nn.Module, name: str) -> nn.Module:
 
 
 def _check(site: ConvSite, store: Store) -> None:
-    if store.weight.shape != site.shape:
+    if store.shape != site.shape:
         raise RuntimeError(
-            f"the weight of {site.name} has the shape {tuple(store.weight.shape)} instead of "
+            f"the kernels of {site.name} have the shape {tuple(store.shape)} instead of "
             f"{site.shape}. A layer that was replaced needs a new wrapper; FSDP1 and DeepSpeed "
             "ZeRO-3 flatten the weights, so that no kernel can be found in them: use FSDP2 "
             "(fully_shard, or fsdp_version: 2 in Accelerate) or DDP"

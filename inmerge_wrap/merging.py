@@ -244,17 +244,6 @@ def multiply_gaussian(kernels: Tensor, noise: Tensor, radius: float) -> Tensor:
     return kernels * (1.0 + radius * noise)
 
 
-def gather_kernels(weight: Tensor, index: Tensor) -> Tensor:
-    """Copies ``weight[index]`` as rows, shape (len(index), fan_in), float32 or wider."""
-    rows = weight.index_select(0, index).flatten(1)
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
-
-
-def scatter_kernels_(weight: Tensor, index: Tensor, rows: Tensor) -> None:
-    """Writes ``rows``, shape (len(index), fan_in), to ``weight[index]`` in the weight's dtype."""
-    weight.index_copy_(0, index, rows.to(weight.dtype).unflatten(1, weight.shape[1:]))
-
-
 def check_range(name: str, value: float, low: float, high: float) -> None:
     """Raises a ValueError that names the setting, its value and its range."""
     if not isinstance(value, int | float) or not low <= value <= high:

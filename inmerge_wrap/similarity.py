@@ -135,7 +135,7 @@ class KernelPair:
         first: Index of the first kernel.
         second: Index of the second one.
         cosine: Of the two.
-        kernels: Their weights, shape (2, C_in / groups, kH, kW).
+        kernels: Their weights, shape (2, C_in / groups, *kernel size).
     """
 
     first: int
@@ -151,7 +151,7 @@ class LayerSimilarity:
     Attributes:
         name: The convolution.
         depth: Its place in the order of execution, from 1; None if it never runs.
-        shape: Of its weight, (C_out, C_in / groups, kH, kW).
+        shape: Of its kernels, (C_out, C_in / groups, *kernel size).
         groups: Groups inside which kernels are compared.
         cosines: The cosine matrix, (C_out, C_out), on the CPU; see :func:`cosine_matrix`.
         effective_rank: See :func:`effective_rank`.
@@ -286,9 +286,8 @@ def read_kernels(conv: nn.Module, *, centred: bool = False) -> Tensor:
         conv: A convolution. Under FSDP2 all ranks must call this together.
         centred: Take the mean of each kernel away, for layers that standardise their weight.
     """
-    assert isinstance(conv, nn.Conv2d)
     with store_of(conv).opened() as stored:
-        kernels = stored.read(torch.arange(len(stored.weight), device=stored.weight.device))
+        kernels = stored.read(torch.arange(stored.shape[0], device=stored.weight.device))
     return centre(kernels) if centred else kernels
 
 

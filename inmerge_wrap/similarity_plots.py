@@ -136,8 +136,9 @@ def plot_pairs(
     Pairs are taken from all layers given, at most one of each kind per layer while there are
     layers enough. A kernel is drawn as a mosaic of its input channels, the 16 that weigh most in
     the pair; a 1x1 kernel as a square of its heaviest weights, at most 256; a kernel of three
-    channels as a colour picture. Both kernels of a pair share one scale, each after division by
-    its own length: the cosine does not see the length either.
+    channels as a colour picture. Of a kernel over volumes or videos the central slice is drawn, of
+    one along a single dimension a strip. Both kernels of a pair share one scale, each after
+    division by its own length: the cosine does not see the length either.
 
     Args:
         layers: What :func:`measure_similarity` gave.
@@ -281,9 +282,9 @@ def _choose_pairs(
 
 
 def _pictures(kernels: Tensor) -> list[Tensor]:
-    """Pictures of two kernels (2, C, kH, kW): (rows, columns), or (kH, kW, 3) for colours."""
+    """Pictures of two kernels (2, C, *size): (rows, columns), or (kH, kW, 3) for colours."""
     flat = kernels.flatten(1)
-    unit = (flat / flat.norm(dim=1, keepdim=True)).view_as(kernels)
+    unit = _flat_maps((flat / flat.norm(dim=1, keepdim=True)).view_as(kernels))
     scaled = unit / unit.abs().amax()
     channels, height, width = scaled.shape[1:]
     if channels == 3 and height * width > 1:
@@ -300,6 +301,17 @@ def _pictures(kernels: Tensor) -> list[Tensor]:
     framed = nn.functional.pad(tiles, (0, 1, 0, 1), value=math.nan)
     mosaic = framed.permute(0, 1, 3, 2, 4).reshape(-1, side * (height + 1), side * (width + 1))
     return list(mosaic[:, :-1, :-1])
+
+
+def _flat_maps(kernels: Tensor) -> Tensor:
+    """Kernels (2, C, *size) as (2, C, height, width): a strip, a map, or the central slice."""
+    channels, *size = kernels.shape[1:]
+    if len(size) == 2:
+        return kernels
+    if math.prod(size) == max(size):  # along one dimension at most
+        return kernels.reshape(2, channels, 1, -1)
+    thinnest = size.index(1) if 1 in size else 0  # (kD, 1, kW) is a map already
+    return kernels.select(2 + thinnest, size[thinnest] // 2)
 
 
 def _with_gaps(pairs: int) -> list[float]:

@@ -5,7 +5,9 @@ spectral normalisation and pruning compute it from other tensors before each for
 write to ``weight`` is then lost without an error. A *store* names the tensors behind the weight,
 so that what is compared and blended is what the forward pass uses, and what is written stays
 written. Shards of FSDP2 are a store that is gathered when it is opened and scattered when it is
-closed. A store holds no arithmetic of merging: that is the business of the engines.
+closed. A *layout* says where in these tensors a kernel is: along their first dimension, or, of a
+transposed convolution, along their second. A store holds no arithmetic of merging: that is the
+business of the engines.
 """
 
 from __future__ import annotations
@@ -19,13 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from inmerge_wrap.merging import gather_kernels, scatter_kernels_
-
 __all__ = [
+    "Layout",
     "Plain",
     "Pruned",
     "Sharded",
     "Store",
+    "Transposed",
     "Unreachable",
     "WeightNormed",
     "is_dense",
@@ -39,16 +41,86 @@ _NOTHING = torch.empty(0)
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where the kernels of a convolution are in a tensor: kernel ``i`` is ``tensor[i]``."""
+
+    def shape(self, tensor: Tensor) -> tuple[int, ...]:
+        """Shape of the bank of kernels, (C_out, C_in / groups, *kernel size)."""
+        return tensor.shape
+
+    def select(self, tensor: Tensor, index: Tensor) -> Tensor:
+        """A copy of some kernels, shape (len(index), C_in / groups, *kernel size)."""
+        return tensor.index_select(0, index)
+
+    def put_(self, tensor: Tensor, index: Tensor, kernels: Tensor) -> None:
+        """Writes kernels of the shape and dtype that :meth:`select` gives."""
+        tensor.index_copy_(0, index, kernels)
+
+    def rows(self, tensor: Tensor, index: Tensor) -> Tensor:
+        """A copy of some kernels, shape (len(index), fan_in), float32 or wider."""
+        rows = self.select(tensor, index).flatten(1)
+        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+    def put_rows_(self, tensor: Tensor, index: Tensor, rows: Tensor) -> None:
+        """Writes rows, shape (len(index), fan_in), in the dtype of the tensor."""
+        self.put_(tensor, index, rows.to(tensor.dtype).unflatten(1, self.shape(tensor)[1:]))
+
+
+@dataclass(frozen=True)
+class Transposed(Layout):
+    """The layout of a transposed convolution, whose weight is (C_in, C_out / groups, *kernel size).
+
+    Kernel ``o`` of group ``g`` is ``tensor[g * C_in / groups : (g + 1) * C_in / groups, o]``: what
+    output channel ``g * C_out / groups + o`` makes of its input channels.
+
+    Attributes:
+        groups: Of the convolution.
+    """
+
+    groups: int = 1
+
+    def shape(self, tensor: Tensor) -> tuple[int, ...]:
+        if tensor.ndim < 2:  # flattened by FSDP1 or DeepSpeed: no bank of kernels at all
+            return tensor.shape
+        inputs, outputs, *size = tensor.shape
+        return outputs * self.groups, inputs // self.groups, *size
+
+    def select(self, tensor: Tensor, index: Tensor) -> Tensor:
+        return self._by_group(tensor)[self._places(tensor, index)]
+
+    def put_(self, tensor: Tensor, index: Tensor, kernels: Tensor) -> None:
+        self._by_group(tensor)[self._places(tensor, index)] = kernels
+
+    def _by_group(self, tensor: Tensor) -> Tensor:
+        """A view of shape (groups, C_out / groups, C_in / groups, *kernel size)."""
+        return tensor.unflatten(0, (self.groups, -1)).transpose(1, 2)
+
+    def _places(self, tensor: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        in_group = tensor.shape[1]
+        return index // in_group, index % in_group
+
+
+_ROWS = Layout()
+
+
+@dataclass(frozen=True)
 class Store:
     """The tensors that hold the kernels of one convolution.
 
     Attributes:
-        weight: The stored kernels, shape (C_out, C_in / groups, kH, kW), detached.
+        weight: The stored kernels, detached, in the shape that the convolution gives them.
         parameters: What an optimizer must train for merging to act.
+        layout: Where the kernels are in the weight, and in all tensors of its shape.
     """
 
     weight: Tensor = _NOTHING
     parameters: tuple[nn.Parameter, ...] = ()
+    layout: Layout = _ROWS
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the bank of kernels, (C_out, C_in / groups, *kernel size)."""
+        return self.layout.shape(self.weight)
 
     @property
     def reason(self) -> str | None:
@@ -57,7 +129,7 @@ class Store:
 
     @property
     def rows_in_memory(self) -> Tensor | None:
-        """The weight, if its rows are the kernels as the forward pass uses them, else None."""
+        """The weight, if ``weight[i]`` is kernel ``i`` as the forward pass uses it, else None."""
         return None
 
     @contextmanager
@@ -88,20 +160,20 @@ class Store:
 
     def copy_out(self, index: Tensor) -> tuple[Tensor, ...]:
         """A copy of all that :meth:`write_` would change for these kernels."""
-        return tuple(tensor.index_select(0, index) for tensor in self.written)
+        return tuple(self.layout.select(tensor, index) for tensor in self.written)
 
     def copy_back_(self, index: Tensor, kept: tuple[Tensor, ...]) -> None:
         """Puts back, bit for bit, what :meth:`copy_out` gave.
 
         A weight that was moved or converted since takes the kernels as it was itself.
         """
-        for tensor, rows in zip(self.written, kept, strict=True):
-            tensor.index_copy_(0, index.to(tensor.device), rows.to(tensor))
+        for tensor, kernels in zip(self.written, kept, strict=True):
+            self.layout.put_(tensor, index.to(tensor.device), kernels.to(tensor))
 
 
 @dataclass(frozen=True)
 class Plain(Store):
-    """Kernels that are the rows of one tensor: an ordinary weight, or an optimizer's moment.
+    """Kernels that are parts of one tensor: an ordinary weight, or an optimizer's moment.
 
     Spectral normalisation divides all kernels by one number, which no cosine and no blend can see,
     so the stored kernels stand for those in use.
@@ -109,13 +181,13 @@ class Plain(Store):
 
     @property
     def rows_in_memory(self) -> Tensor | None:
-        return self.weight
+        return self.weight if type(self.layout) is Layout else None
 
     def read(self, index: Tensor) -> Tensor:
-        return gather_kernels(self.weight, index)
+        return self.layout.rows(self.weight, index)
 
     def write_(self, index: Tensor, rows: Tensor, changed: Tensor | None) -> None:
-        scatter_kernels_(self.weight, index, rows)
+        self.layout.put_rows_(self.weight, index, rows)
 
 
 @dataclass(frozen=True)
@@ -123,7 +195,8 @@ class WeightNormed(Store):
     """Weight normalisation: a direction, the ``weight`` here, and the norm of each kernel.
 
     Attributes:
-        magnitude: Norm of each kernel, shape (C_out, 1, 1, 1).
+        magnitude: Norm of each kernel, shape (C_out, 1, ...); (1, C_out, 1, ...) of a transposed
+            convolution.
     """
 
     magnitude: Tensor = _NOTHING
@@ -133,19 +206,19 @@ class WeightNormed(Store):
         return self.weight, self.magnitude
 
     def read(self, index: Tensor) -> Tensor:
-        rows = gather_kernels(self.weight, index)
+        rows = self.layout.rows(self.weight, index)
         norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        return rows * (gather_kernels(self.magnitude, index) / norms)
+        return rows * (self.layout.rows(self.magnitude, index) / norms)
 
     def write_(self, index: Tensor, rows: Tensor, changed: Tensor | None) -> None:
         if changed is None:
             changed = torch.ones_like(index, dtype=torch.bool)
         changed = changed.unsqueeze(1)
         norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        kept = gather_kernels(self.magnitude, index)
-        scatter_kernels_(self.magnitude, index, torch.where(changed, norms, kept))
-        stored = gather_kernels(self.weight, index)
-        scatter_kernels_(self.weight, index, torch.where(changed, rows, stored))
+        kept = self.layout.rows(self.magnitude, index)
+        self.layout.put_rows_(self.magnitude, index, torch.where(changed, norms, kept))
+        stored = self.layout.rows(self.weight, index)
+        self.layout.put_rows_(self.weight, index, torch.where(changed, rows, stored))
 
 
 @dataclass(frozen=True)
@@ -159,14 +232,14 @@ class Pruned(Store):
     mask: Tensor = _NOTHING
 
     def read(self, index: Tensor) -> Tensor:
-        return gather_kernels(self.weight, index) * gather_kernels(self.mask, index)
+        return self.layout.rows(self.weight, index) * self.layout.rows(self.mask, index)
 
     def write_(self, index: Tensor, rows: Tensor, changed: Tensor | None) -> None:
-        writable = gather_kernels(self.mask, index) != 0
+        writable = self.layout.rows(self.mask, index) != 0
         if changed is not None:
             writable = writable & changed.unsqueeze(1)
-        stored = gather_kernels(self.weight, index)
-        scatter_kernels_(self.weight, index, torch.where(writable, rows, stored))
+        stored = self.layout.rows(self.weight, index)
+        self.layout.put_rows_(self.weight, index, torch.where(writable, rows, stored))
 
 
 @dataclass(frozen=True)
@@ -183,7 +256,7 @@ class Sharded(Store):
 
         sharded = cast(DTensor, self.weight)
         whole = sharded.full_tensor()
-        yield Plain(whole, self.parameters)
+        yield Plain(whole, self.parameters, self.layout)
         mine = distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None)
         sharded.copy_(mine)
 
@@ -218,68 +291,75 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def is_dense(weight: Tensor) -> bool:
-    """Whether a weight is a matrix of kernels in memory, whatever the order of their entries."""
-    if weight.is_contiguous():
-        return True
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return weight.ndim in formats and weight.is_contiguous(memory_format=formats[weight.ndim])
+        """Puts back, bit for bit, what :meth:`copy_out` gave.
 
-
-def tensor_store(tensor: Tensor) -> Store:
-    """The store of kernels that are the rows of a tensor, which FSDP2 may have sharded."""
+        A weight that was moved or converted since takes the kernels as it was itself.
+        """
+        for tensor, kernels in zip(self.written, kept, strict=True):
+            self.layout.put_(tensor, index.to(tensor.device), kernels.to(tensor))
     kind = Sharded if is_sharded(tensor) else Plain
-    return kind(tensor.detach(), (tensor,) if isinstance(tensor, nn.Parameter) else ())
+    return kind(tensor.detach(), (tensor,) if isinstance(tensor, nn.Parameter) else (), layout)
 
 
 def store_of(conv: nn.Module) -> Store:
     """The store of a convolution's kernels; an :class:`Unreachable` one where there is none."""
     own = conv._parameters
+    layout = Transposed(cast(int, conv.groups)) if getattr(conv, "transposed", False) else _ROWS
     plain = own.get("weight")
     if plain is not None:  # first, for it is nearly always so and asked for in every step
         if isinstance(plain, nn.parameter.UninitializedParameter):
             reason = "lazy: its weight has no shape before the first forward pass"
-            return Unreachable(plain, (plain,), reason)
-        return tensor_store(plain)
+            return Unreachable(plain, (plain,), why=reason)
+        return tensor_store(plain, layout)
     if parametrize.is_parametrized(conv, "weight"):
-        return _parametrized(cast(nn.ModuleDict, conv.parametrizations)["weight"])
+        return _parametrized(cast(nn.ModuleDict, conv.parametrizations)["weight"], layout)
     direction, magnitude = own.get("weight_v"), own.get("weight_g")
     if direction is not None and magnitude is not None:
-        if magnitude.shape == (len(direction), *[1] * (direction.ndim - 1)):
-            return _weight_normed(direction, magnitude)
-        return Unreachable(why="weight_norm that is not over each kernel")
+        return _weight_normed(direction, magnitude, layout)
     original, mask = own.get("weight_orig"), conv._buffers.get("weight_mask")
     if original is not None and mask is not None:
-        return _unless_sharded(Pruned(original.detach(), (original,), mask))
+        return _unless_sharded(Pruned(original.detach(), (original,), layout, mask))
     if original is not None and conv._buffers.get("weight_u") is not None:
-        return tensor_store(original)  # spectral_norm
+        return tensor_store(original, layout)  # spectral_norm
     return Unreachable(why="a weight that is not a parameter of the convolution")
 
 
-def _weight_normed(direction: nn.Parameter, magnitude: nn.Parameter) -> Store:
+def _weight_normed(direction: nn.Parameter, magnitude: nn.Parameter, layout: Layout) -> Store:
+    if not _is_over_each_kernel(direction, magnitude, layout):
+        why = "weight_norm that is not over each kernel"
+        hint = "; of a transposed convolution without groups, dim=1 is"
+        return Unreachable(why=why + hint if isinstance(layout, Transposed) else why)
     parameters = (direction, magnitude)
-    return _unless_sharded(WeightNormed(direction.detach(), parameters, magnitude.detach()))
+    return _unless_sharded(WeightNormed(direction.detach(), parameters, layout, magnitude.detach()))
+
+
+def _is_over_each_kernel(direction: Tensor, magnitude: Tensor, layout: Layout) -> bool:
+    """Whether weight normalisation has one magnitude for each kernel."""
+    if isinstance(layout, Transposed) and layout.groups > 1:
+        return False  # a magnitude along dimension 1 is one of a kernel in each group
+    along = 1 if isinstance(layout, Transposed) else 0
+    shape = [1] * direction.ndim
+    shape[along] = direction.shape[along]
+    return list(magnitude.shape) == shape
 
 
 def _unless_sharded(store: Store) -> Store:
     if not is_sharded(store.weight):
         return store
     reason = "a computed weight that FSDP2 has sharded"
-    return Unreachable(store.weight, store.parameters, reason)
+    return Unreachable(store.weight, store.parameters, store.layout, reason)
 
 
-def _parametrized(chain: nn.Module) -> Store:
+def _parametrized(chain: nn.Module, layout: Layout) -> Store:
     """The store behind ``torch.nn.utils.parametrizations``."""
     first, *others = cast(nn.ModuleList, chain)
     stored = chain._parameters
     if not others and isinstance(first, parametrizations._WeightNorm):
         magnitude, direction = stored["original0"], stored["original1"]
         assert magnitude is not None and direction is not None
-        if first.dim == 0:
-            return _weight_normed(direction, magnitude)
-        return Unreachable(why=f"weight_norm over dim {first.dim}, not over each kernel")
+        return _weight_normed(direction, magnitude, layout)
     if not others and isinstance(first, parametrizations._SpectralNorm):
         original = stored["original"]
         assert original is not None
-        return tensor_store(original)
+        return tensor_store(original, layout)
     return Unreachable(why=f"a weight computed by the parametrization {type(first).__name__}")

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -30,6 +31,7 @@ __all__ = [
     "bystanders_kept",
     "call_arguments",
     "first_possible_trace",
+    "is_quantised",
     "meta_copy",
     "named_convs",
     "run_trace",
@@ -43,7 +45,13 @@ _HOOK_DICTS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_FALLBACK_SIZES = (224, 299, 384, 512, 256, 192, 160, 128, 96, 64)
+# Sizes of example inputs by their number of dimensions, the likeliest first: sound and signals,
+# images, videos and volumes.
+_FALLBACK_SIZES: dict[int, list[tuple[int, ...]]] = {
+    1: [(length,) for length in (1024, 4096, 16384, 512, 256, 128)],
+    2: [(side, side) for side in (224, 299, 384, 512, 256, 192, 160, 128, 96, 64)],
+    3: [(16, 112, 112), *((side,) * 3 for side in (64, 96, 32, 128)), (16, 224, 224)],
+}
 
 
 @dataclass
@@ -54,12 +62,15 @@ class Call:
     outputs: list[torch.Size] = field(default_factory=list)
     used_own_weight: bool = False
 
-    def is_vector(self) -> bool:
-        return all(shape[-2:].numel() == 1 for shape in self.inputs + self.outputs)
+    def is_vector(self, dims: int) -> bool:
+        """Whether all maps, of so many dimensions, have a single place."""
+        return all(shape[-dims:].numel() == 1 for shape in self.inputs + self.outputs)
 
     def is_dense(self, kernel_size: tuple[int, ...]) -> bool:
-        covered = all(tuple(shape[-2:]) == kernel_size for shape in self.inputs)
-        return covered and all(shape[-2:].numel() == 1 for shape in self.outputs)
+        """Whether the kernel covers the whole map."""
+        dims = len(kernel_size)
+        covered = all(tuple(shape[-dims:]) == kernel_size for shape in self.inputs)
+        return covered and all(shape[-dims:].numel() == 1 for shape in self.outputs)
 
 
 @dataclass
@@ -72,11 +83,13 @@ class Trace:
     """Convolutions whose output no other layer reads -> whether it ends as one vector per image."""
     activated: set[str] = field(default_factory=set)
     """Convolutions of the former whose output passes an activation of hidden layers."""
+    unread: set[str] = field(default_factory=set)
+    """Convolutions whose output was neither read nor returned, as far as could be seen."""
 
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
-_OTHER_LAYER = "a layer that is no Conv2d"
+_OTHER_LAYER = "a layer that is no convolution"
 
 
 class _Watch(TorchFunctionMode):
@@ -119,7 +132,7 @@ class _Watch(TorchFunctionMode):
             self._read |= sources
         elif name in _HIDDEN_ACTIVATIONS:
             self._trace.activated |= sources
-        if func is torch.conv2d:
+        if func in _CONVOLUTIONS:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             owners = self._owners.get(id(weight))
             if owners:
@@ -158,6 +171,7 @@ class _Watch(TorchFunctionMode):
             self._trace.predictions.setdefault(name, False)
         for name in self._read:
             self._trace.predictions.pop(name, None)
+        self._trace.unread = self._trace.calls.keys() - self._read - self._trace.predictions.keys()
 
     def _sources(self, tensors: Sequence[Any]) -> frozenset[str]:
         known = [
@@ -166,9 +180,13 @@ class _Watch(TorchFunctionMode):
         return known[0] if len(known) == 1 else frozenset().union(*known)
 
 
+_CONVOLUTIONS = {
+    *(torch.conv1d, torch.conv2d, torch.conv3d),
+    *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+}
 _LAYERS = {
     *("linear", "bilinear", "embedding", "lstm", "gru", "rnn_tanh", "rnn_relu"),
-    *(f"conv{transposed}{d}d" for transposed in ("", "_transpose") for d in (1, 2, 3)),
+    *(convolution.__name__ for convolution in _CONVOLUTIONS),
     *("batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm"),
 }
 _HIDDEN_ACTIVATIONS = {
@@ -254,9 +272,23 @@ class _ForwardFailed(Exception):
         self.calls = calls
 
 
-def named_convs(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
-    """The Conv2d of a network in the order of registration, shared ones once."""
-    return (item for item in model.named_modules() if isinstance(item[1], nn.Conv2d))
+def named_convs(model: nn.Module) -> Iterator[tuple[str, _ConvNd]]:
+    """The convolutions of a network in the order of registration, shared ones once.
+
+    Of any number of dimensions, transposed or not; quantised ones too, which are no ``_ConvNd``.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _ConvNd) or is_quantised(module):
+            yield name, cast(_ConvNd, module)
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a module is a convolution of integers, as ``torch.ao.quantization`` makes it."""
+    # By name, because torch.ao need not be there and takes long to import.
+    return any(
+        kind.__name__ == "_ConvNd" and kind.__module__ == "torch.ao.nn.quantized.modules.conv"
+        for kind in type(module).__mro__
+    )
 
 
 def _is_lazy(module: nn.Module) -> bool:
@@ -370,7 +402,7 @@ def bystanders_kept(network: nn.Module) -> Iterator[None]:
 
 
 def first_possible_trace(
-    network: nn.Module, convs: Mapping[str, nn.Conv2d], example_input: Any
+    network: nn.Module, convs: Mapping[str, _ConvNd], example_input: Any
 ) -> tuple[Trace | None, str, str | None]:
     """Traces on meta tensors, else by a real forward pass, else not at all.
 
@@ -429,26 +461,21 @@ def _cause(failures: Sequence[_ForwardFailed]) -> str:
 
 
 def call_arguments(
-    network: nn.Module, convs: Mapping[str, nn.Conv2d], example_input: Any
+    network: nn.Module, convs: Mapping[str, _ConvNd], example_input: Any
 ) -> list[_Arguments]:
     """What to try to call the network with, the likeliest first."""
     if isinstance(example_input, Mapping):
         return [((), dict(example_input))]
-    if isinstance(example_input, tuple | list):
-        return [(tuple(example_input), {})]
+    if isinstance(example_input, tuple):
+        return [(example_input, {})]
+    if isinstance(example_input, list):  # of arguments, or the one argument of a detection network
+        return [(tuple(example_input), {}), ((example_input,), {})]
     if example_input is not None:
         return [((example_input,), {})]
     configured = timm_config(network).get("input_size") or ()
-    first = next(iter(convs.values()))
-    channels = [first.weight.shape[1] * first.groups] if _has_shape(first) else []
-    channels += [*configured[:1], 3, 1]
-    # Of vision transformers in torchvision, in timm, and in timm where img_size was given.
-    patches = getattr(network, "patch_embed", None)
-    holders = ((network, "image_size"), (network, "img_size"), (patches, "img_size"))
-    stated = [_pair(getattr(holder, name, None)) for holder, name in holders]
-    sizes = [tuple(configured[1:])] if configured else []
-    sizes += [size for size in stated if size] + [(side, side) for side in _FALLBACK_SIZES]
-    shapes = [(channels[0], *size) for size in sizes] + [(count, *sizes[0]) for count in channels]
+    shapes: list[tuple[int, ...]] = []
+    for dims in dict.fromkeys(len(conv.kernel_size) for conv in convs.values()):
+        shapes += _likely_shapes(network, convs, dims, configured if dims == 2 else ())
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     # Batches of two, because BatchNorm can not train on one value per channel.
     return [
@@ -457,10 +484,35 @@ def call_arguments(
     ]
 
 
-def _pair(size: Any) -> tuple[int, ...] | None:
-    """(height, width) of what a network states as its image size, None if that is no size."""
-    size = (size, size) if isinstance(size, int) else size
-    is_size = isinstance(size, tuple) and len(size) == 2 and all(isinstance(n, int) for n in size)
+def _likely_shapes(
+    network: nn.Module, convs: Mapping[str, _ConvNd], dims: int, configured: Sequence[int]
+) -> list[tuple[int, ...]]:
+    """(channels, *size) of what a network may take, for convolutions of so many dimensions."""
+    first = next(conv for conv in convs.values() if len(conv.kernel_size) == dims)
+    channels = [_channels_read(first)] if _has_shape(first) else []
+    channels += [*configured[:1], 3, 1]
+    # Of vision transformers in torchvision, in timm, and in timm where img_size was given.
+    patches = getattr(network, "patch_embed", None)
+    holders = ((network, "image_size"), (network, "img_size"), (patches, "img_size"))
+    stated = [_size(getattr(holder, name, None), dims) for holder, name in holders]
+    sizes = [tuple(configured[1:])] if configured else []
+    sizes += [size for size in stated if size] + _FALLBACK_SIZES[dims]
+    return [(channels[0], *size) for size in sizes] + [(count, *sizes[0]) for count in channels]
+
+
+def _channels_read(conv: _ConvNd) -> int:
+    if is_quantised(conv):
+        return conv.in_channels
+    # By the weight, which users exchange for one of another number of channels.
+    return conv.weight.shape[0] if conv.transposed else conv.weight.shape[1] * conv.groups
+
+
+def _size(size: Any, dims: int) -> tuple[int, ...] | None:
+    """What a network states as the size of its images, None if that is no size."""
+    size = (size,) * dims if isinstance(size, int) else size
+    is_size = (
+        isinstance(size, tuple) and len(size) == dims and all(isinstance(n, int) for n in size)
+    )
     return size if is_size else None
 
 
@@ -470,7 +522,7 @@ def timm_config(network: nn.Module) -> Mapping[str, Any]:
     return config if isinstance(config, Mapping) else {}
 
 
-def _has_shape(conv: nn.Conv2d) -> bool:
+def _has_shape(conv: _ConvNd) -> bool:
     return not isinstance(conv._parameters.get("weight"), nn.parameter.UninitializedParameter)
 
 

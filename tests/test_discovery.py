@@ -360,6 +360,71 @@ def test_a_lazy_network_is_never_really_run() -> None:
     assert isinstance(network.head.weight, nn.parameter.UninitializedParameter)
 
 
+@pytest.mark.parametrize(
+    ("name", "merges"), [("r3d_18", 8), ("mc3_18", 8), ("r2plus1d_18", 14), ("s3d", 29)]
+)
+def test_video_networks_need_no_example(name: str, merges: int) -> None:
+    plan = plan_merging(torchvision_model(name))  # s3d wants larger clips than the others
+    assert plan.found_by == "trace"
+    assert len(merged(plan)) == merges
+    assert all(len(site.shape) == 5 for site in plan.merged)
+
+
+@pytest.mark.parametrize("side", [32, 96])
+def test_a_network_of_one_volume_size_states_it_or_is_tried_with_the_usual_ones(side: int) -> None:
+    class Volumes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.Conv3d(4, 8, 3, padding=1))
+            self.classes = nn.Linear(8 * side**3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.classes(self.convs(x).flatten(1))
+
+    with torch.device("meta"):
+        network = Volumes()
+    assert plan_merging(network, shallow_layers=0).found_by == "trace"
+    network.classes = nn.Linear(8 * 24**3, 2, device="meta")
+    with pytest.warns(UserWarning, match="no forward pass was possible.*example_input"):
+        plan_merging(network)
+    network.img_size = (24, 24, 24)
+    assert plan_merging(network, shallow_layers=0).found_by == "trace"
+
+
+def test_a_network_of_several_ranks_is_planned_as_one() -> None:
+    class Clip(nn.Module):
+        """Frames one by one, then a convolution along the time."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.time = nn.Conv1d(8, 12, 3)
+            self.frame = nn.Conv2d(3, 8, 3)
+            self.volume = nn.Conv3d(1, 1, 3, padding=1)
+            self.classes = nn.Linear(12, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen = self.frame(self.volume(x.unsqueeze(1)).squeeze(1)).relu().mean((2, 3))
+            return self.classes(self.time(seen.T.unsqueeze(0)).relu().mean(2))
+
+    plan = plan_merging(Clip(), shallow_layers=1, example_input=torch.zeros(5, 3, 9, 9))
+    assert in_order(plan) == ["volume", "frame", "time"]
+    assert reasons(plan) == {
+        "volume": "one kernel: there is nothing to pair it with",
+        "frame": "shallow",
+    }
+
+
+def test_a_list_is_the_arguments_or_the_one_argument_of_a_network_that_takes_lists() -> None:
+    class Detector(Net):
+        def forward(self, images: Any) -> Any:
+            assert isinstance(images, list)
+            return super().forward(torch.stack(images))
+
+    plan = plan_merging(Detector(), shallow_layers=1, example_input=[torch.zeros(3, 16, 16)] * 2)
+    assert plan.found_by == "trace"
+    assert in_order(plan) == ["c", "b", "a"]
+
+
 # -- forms of networks --------------------------------------------------------------------------
 
 
@@ -451,6 +516,78 @@ def test_a_weight_computed_in_the_forward_pass_is_skipped() -> None:
     assert reason_kinds(plan) == {"b": "unwritable"}
 
 
+class StandardisedConv3d(nn.Conv3d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3, 4), True), self.bias)
+
+
+def test_standardised_weights_of_other_ranks_are_skipped_with_the_reason() -> None:
+    network = nn.Sequential(nn.Conv3d(1, 4, 3), StandardisedConv3d(4, 6, 3), nn.Conv3d(6, 6, 3))
+    plan = plan_merging(network, shallow_layers=0)
+    assert merged(plan) == ["0", "2"]
+    assert reasons(plan) == {"1": "StandardisedConv3d computes its weight in its forward pass"}
+
+
+def test_quantisation_aware_training_gets_a_remedy_that_helps() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.ReLU())
+    network.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")  # type: ignore
+    with quiet_fallback():  # torch.ao.quantization is deprecated
+        prepared = torch.ao.quantization.prepare_qat(network.train())
+    message = (
+        "2 torch.*qat.modules.conv.Conv2d computes its weight.*wrap and train the network first"
+    )
+    with pytest.raises(ValueError, match=message), quiet_fallback():
+        plan_merging(prepared)
+
+
+def test_quantised_convolutions_are_in_the_plan_with_the_reason() -> None:
+    class Mixed(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.integers = torch.ao.nn.quantized.Conv2d(3, 8, 3, padding=1)
+            self.enter = torch.ao.nn.quantized.Quantize(0.1, 0, torch.quint8)
+            self.leave = torch.ao.nn.quantized.DeQuantize()
+
+        def features(self, x: Tensor) -> Tensor:
+            x = self.leave(self.integers(self.enter(x)))
+            return self.norm(self.a(self.b(x).relu())).relu()
+
+    with quiet_fallback():
+        plan = plan_merging(Mixed(), shallow_layers=0)
+    assert reasons(plan)["integers"] == "quantised: integers, which no optimizer trains"
+    assert {"a", "b"} <= set(merged(plan))
+
+
+class Adapted(nn.Module):
+    """A convolution as peft leaves it: frozen, and a low-rank update beside it."""
+
+    def __init__(self, base: nn.Conv2d) -> None:
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        first = nn.Conv2d(base.in_channels, 4, base.kernel_size, padding=base.padding, bias=False)
+        self.lora_A = nn.ModuleDict({"default": first})
+        self.lora_B = nn.ModuleDict({"default": nn.Conv2d(4, base.out_channels, 1, bias=False)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+def test_factors_of_low_rank_updates_are_no_kernels() -> None:
+    network = Net()
+    network.b, network.a = Adapted(network.b), Adapted(network.a)
+    network.lora_Atrous = nn.Conv2d(16, 16, 1)  # a name that only begins like it
+    plan = plan_merging(network, shallow_layers=0)
+    factors = [f"{name}.lora_{factor}.default" for name in "ba" for factor in "AB"]
+    assert sorted(of_kind(plan, "adapter")) == sorted(factors)
+    assert {reasons(plan)[name] for name in factors} == {SKIPPED_KINDS["adapter"]}
+    assert of_kind(plan, "frozen") == ["b.base_layer", "a.base_layer"]
+    assert kinds(plan)["lora_Atrous"] == "unused"
+    assert merged(plan) == ["c"]
+    network.c.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"4 adapter.*trains through adapters alone"):
+        plan_merging(network)
+
+
 def test_weight_standardised_models_are_planned_with_centred_comparison() -> None:
     plan = plan_merging(timm_model("resnetv2_50x1_bit"))
     assert plan.merged and all(site.centred for site in plan.merged)
@@ -460,7 +597,7 @@ def test_weight_standardised_models_are_planned_with_centred_comparison() -> Non
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: nn.Linear(3, 3), "Linear has no Conv2d"),
+        (lambda: nn.Linear(3, 3), "Linear has no convolution"),
         (lambda: torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 3))), "TorchScript"),
         (lambda: nn.DataParallel(Net()), "before DataParallel"),
     ],
@@ -601,6 +738,44 @@ def test_a_layer_that_never_runs_is_unused() -> None:
     assert next(site for site in plan.skipped if site.name == "spare").depth is None
 
 
+def test_outputs_of_deep_supervision_are_heads_though_evaluation_drops_them() -> None:
+    class Supervised(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.middle = nn.Conv2d(12, 5, 1)
+            self.last = nn.Conv2d(16, 5, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.b(self.c(x).relu()).relu()
+            outputs = [self.middle(x), self.last(self.a(x).relu())]
+            return outputs if self.training else outputs[-1]
+
+    assert of_kind(plan_merging(Supervised()), "head") == ["middle", "last"]
+
+
+def test_what_the_trace_cannot_follow_is_no_head() -> None:
+    class Swish(torch.autograd.Function):
+        """As the memory-efficient ones of some libraries: torch does not see it in a trace."""
+
+        @staticmethod
+        def forward(context: Any, x: Tensor) -> Tensor:
+            return x * x.sigmoid()
+
+    class Hidden(Net):
+        def features(self, x: Tensor) -> Tensor:
+            return self.norm(self.a(Swish.apply(self.b(Swish.apply(self.c(x))))))
+
+    assert of_kind(plan_merging(Hidden()), "head") == []
+
+
+def test_a_gate_along_the_channels_is_no_step_of_depth() -> None:
+    network, plain = timm_model("eca_resnet33ts"), timm_model("resnet33ts")
+    plan = plan_merging(network)
+    gates = [site for site in plan.skipped if site.shape[:2] == (1, 1)]
+    assert len(gates) == 10 and {site.reason_kind for site in gates} == {"one_kernel"}
+    assert merged(plan) == merged(plan_merging(plain))
+
+
 def test_an_auxiliary_head_of_a_users_network_is_found_with_its_example() -> None:
     class Deep(TwoInputs):
         def __init__(self) -> None:
@@ -686,7 +861,7 @@ class UNet(nn.Module):
 def test_the_last_layer_of_a_users_segmentation_network_is_its_head() -> None:
     plan = plan_merging(UNet(), shallow_layers=0)
     assert of_kind(plan, "head") == ["classes"]
-    assert merged(plan) == ["down", "deep", "deeper", "join"]
+    assert merged(plan) == ["down", "deep", "deeper", "up", "join"]
 
 
 @pytest.mark.parametrize(
@@ -861,8 +1036,10 @@ def test_the_authors_share_of_vgg19() -> None:
 
 
 def test_a_network_with_nothing_to_merge_is_refused_with_the_reason() -> None:
-    with pytest.raises(ValueError, match=r"1 patch embedding.*choose a convolutional network"):
-        plan_merging(timm_model("vit_tiny_patch16_224"))
+    vit = timm_model("vit_tiny_patch16_224")
+    with pytest.raises(ValueError, match=r"1 patch embedding.*choose a convolutional.*include"):
+        plan_merging(vit)
+    assert len(plan_merging(vit, include="*").merged) == 1  # the remedy holds
     with pytest.raises(ValueError, match=r"1 shallow.*too shallow.*shallow_layers=0"):
         plan_merging(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
 

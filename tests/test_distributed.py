@@ -159,6 +159,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
         "by_hand_after_evaluation",
         "inside_a_sharded_parent",
         "replicated_and_sharded",
+        "other_ranks",
         "schedule_free",
         "resumed",
         "resumed_with_its_optimizer",

@@ -6,10 +6,13 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
+from matplotlib.image import AxesImage
+from torch import nn
 
 from inmerge_wrap.similarity import LayerSimilarity, measure_similarity
 from inmerge_wrap.similarity_plots import plot_matrices, plot_overview, plot_pairs
@@ -104,3 +107,35 @@ def test_nothing_to_draw_is_an_error() -> None:
         net.second.weight.zero_()
     with pytest.raises(ValueError, match="no layer has a pair"):
         plot_pairs(measure_similarity(net, include="second"))
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [
+        ((5,), lambda kernels: kernels[:, :, None, :]),
+        ((5, 3, 4), lambda kernels: kernels[:, :, 2]),
+        ((5, 1, 1), lambda kernels: kernels.reshape(2, 1, 1, 5)),
+        ((1, 3, 4), lambda kernels: kernels[:, :, 0]),
+        ((3, 1, 4), lambda kernels: kernels[:, :, :, 0]),
+        ((3, 4), lambda kernels: kernels),
+    ],
+)
+def test_a_signal_is_a_strip_and_of_a_volume_the_central_slice_is_drawn(
+    size: tuple[int, ...], shown: Any
+) -> None:
+    kernels = torch.randn(2, 1, *size, generator=torch.Generator().manual_seed(0))
+    network = nn.Sequential(layer_of(1, 2, size), nn.ReLU(), layer_of(2, 2, size))
+    with torch.no_grad():
+        network[0].weight.copy_(kernels)
+    (measured,) = measure_similarity(network, include="0")
+    figure = plot_pairs([measured], count=1)
+    pictures = [image.get_array() for image in figure.findobj(AxesImage)]
+    (pair,) = measured.most_similar
+    unit = kernels / kernels.flatten(1).norm(dim=1).reshape(2, 1, *[1] * len(size))
+    expected = shown(unit[[pair.first, pair.second]])[:, 0]
+    for picture, kernel in zip(pictures[:2], expected / expected.abs().max(), strict=True):
+        torch.testing.assert_close(torch.tensor(picture.data), kernel)
+
+
+def layer_of(inputs: int, outputs: int, size: tuple[int, ...]) -> nn.Module:
+    return getattr(nn, f"Conv{len(size)}d")(inputs, outputs, size)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from inmerge_wrap import MergePlan, plan_merging
-from inmerge_wrap.layers import find_layers
+from inmerge_wrap.discovery import ConvSite
+from inmerge_wrap.engines import native
+from inmerge_wrap.layers import MergedLayer, find_layers
 from inmerge_wrap.merge_pass import merge_layers
 from inmerge_wrap.pairs import Outcome, Pairs
 from inmerge_wrap.settings import MergeSettings
@@ -49,6 +54,13 @@ def old_weight_norm() -> nn.Conv2d:
         return nn.utils.weight_norm(conv())
 
 
+def old_spectral_norm() -> nn.Conv2d:
+    """After a forward pass in training, for its first estimate is random and may be negative."""
+    made = nn.utils.spectral_norm(conv(), n_power_iterations=20)
+    made(torch.ones(1, 6, 3, 3))
+    return made
+
+
 def scaled_weight_norm() -> nn.Conv2d:
     """With magnitudes that differ from the directions' norms, as after some training."""
     made = parametrizations.weight_norm(conv())
@@ -65,7 +77,7 @@ FORMS: dict[str, Callable[[], nn.Conv2d]] = {
     "weight_norm, scaled": scaled_weight_norm,
     "weight_norm, old": old_weight_norm,
     "spectral_norm": lambda: parametrizations.spectral_norm(conv()),
-    "spectral_norm, old": lambda: nn.utils.spectral_norm(conv()),
+    "spectral_norm, old": old_spectral_norm,
     "pruned entries": lambda: pruned(structured=False),
     "pruned channels": lambda: pruned(structured=True),
 }
@@ -102,6 +114,167 @@ def halfway(kernels: Tensor) -> float:
     cosines = sorted({round(reference.cosine(kernels[i], kernels[j]), 6) for i, j in PAIRS})
     assert cosines[2] - cosines[1] > 1e-3
     return (cosines[1] + cosines[2]) / 2
+
+
+# -- other ranks, groups, and transposed convolutions ---------------------------------------------
+
+IN_GROUPS = [(0, 1), (1, 0), (2, 5), (7, 9), (11, 6)]  # of two groups of six kernels
+
+
+def made(kind: str, dims: int, **settings: Any) -> Any:
+    """Twelve kernels that read eight channels, of different norms and all kinds of likeness."""
+    with torch.random.fork_rng():
+        torch.manual_seed(dims)
+        layer = getattr(nn, f"{kind}{dims}d")(8, 12, (3, 2, 4)[:dims], **settings)
+        kernels_first = layer.weight.detach().transpose(0, 1 if layer.transposed else 0)
+        kernels_first += torch.randn_like(kernels_first[:1])
+        kernels_first *= torch.linspace(0.5, 2.0, len(kernels_first)).reshape(-1, *[1] * (1 + dims))
+    return layer
+
+
+def pruned_at_random(layer: Any) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return prune.random_unstructured(layer, "weight", amount=0.4)
+
+
+def spectral(layer: Any) -> Any:
+    return parametrizations.spectral_norm(layer, n_power_iterations=20)
+
+
+def old_weight_norm_over_columns(layer: Any) -> Any:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        return nn.utils.weight_norm(layer, dim=1)
+
+
+ANY_RANK: dict[str, Callable[[], Any]] = {
+    **{
+        f"{kind}{dims}d, groups={groups}": lambda kind=kind, dims=dims, groups=groups: made(
+            kind, dims, groups=groups
+        )
+        for kind in ("Conv", "ConvTranspose")
+        for dims in (1, 2, 3)
+        for groups in (1, 2)
+    },
+    "channels_last_3d": lambda: made("Conv", 3).to(memory_format=torch.channels_last_3d),
+    "transposed, channels_last": lambda: made("ConvTranspose", 2, groups=2).to(
+        memory_format=torch.channels_last
+    ),
+    "transposed, channels_last_3d": lambda: made("ConvTranspose", 3).to(
+        memory_format=torch.channels_last_3d
+    ),
+    "weight_norm 1d": lambda: parametrizations.weight_norm(made("Conv", 1, groups=2)),
+    "weight_norm 3d": lambda: parametrizations.weight_norm(made("Conv", 3)),
+    "weight_norm transposed": lambda: parametrizations.weight_norm(made("ConvTranspose", 3), dim=1),
+    "weight_norm transposed, old": lambda: old_weight_norm_over_columns(made("ConvTranspose", 1)),
+    "spectral_norm 3d": lambda: spectral(made("Conv", 3, groups=2)),
+    "spectral_norm transposed": lambda: spectral(made("ConvTranspose", 2, groups=2)),
+    "pruned 1d": lambda: pruned_at_random(made("Conv", 1, groups=2)),
+    "pruned transposed": lambda: pruned_at_random(made("ConvTranspose", 3, groups=2)),
+}
+
+
+def responses(layer: Any) -> Tensor:
+    """The kernels that a forward pass uses, with zeros for the channels of other groups."""
+    size = [1] * len(layer.kernel_size) if layer.transposed else layer.kernel_size
+    shape = layer.in_channels, *size
+    basis = torch.eye(math.prod(shape)).reshape(-1, *shape)
+    with torch.no_grad():
+        found = layer(basis) - layer(torch.zeros(1, *shape))
+    if layer.transposed:
+        return found.transpose(0, 1).clone()
+    return found.flatten(1).T.reshape(layer.out_channels, *shape).clone()
+
+
+@torch.no_grad()
+def merge_in_groups(layer: Any, threshold: float = -1.0) -> Outcome:
+    first = getattr(nn, f"Conv{len(layer.kernel_size)}d")(3, layer.in_channels, 1)
+    network = nn.Sequential(first, layer)
+    plan = plan_merging(network, include="1")
+    pairs = Pairs(torch.tensor([(0, *pair) for pair in IN_GROUPS]).T, (len(IN_GROUPS),))
+    settings = MergeSettings(merge_weight=ALPHA, similarity_threshold=threshold)  # type: ignore
+    return merge_layers(find_layers(network, plan.merged), pairs, settings)
+
+
+@pytest.mark.parametrize("form", ANY_RANK)
+def test_any_rank_is_merged_as_the_paper_says(form: str) -> None:
+    layer = ANY_RANK[form]().eval()
+    before = responses(layer)
+    stored = [parameter.detach().clone() for parameter in store_of(layer).parameters]
+    formats = [parameter.stride() for parameter in store_of(layer).parameters]
+    assert not merge_in_groups(layer, threshold=1.0).merged.any()
+    for parameter, old in zip(store_of(layer).parameters, stored, strict=True):
+        assert torch.equal(parameter, old)
+    cosines = sorted(reference.cosine(before[i], before[j]) for i, j in IN_GROUPS)
+    threshold = (cosines[0] + cosines[-1]) / 2
+    expected, alike = reference.merge(before, IN_GROUPS, ALPHA, threshold)
+    assert merge_in_groups(layer, threshold).merged.tolist() == alike
+    assert 0 < sum(alike) < len(alike)
+    after = responses(layer)
+    if "pruned" in form:
+        expected *= before != 0
+    if "spectral" in form:  # one number divides all kernels, and it follows the new weights
+        after, expected = after / after.norm(), expected / expected.norm()
+    torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-6)
+    assert [parameter.stride() for parameter in store_of(layer).parameters] == formats
+
+
+@pytest.mark.parametrize("form", ANY_RANK)
+def test_what_is_copied_out_comes_back_bit_for_bit(form: str) -> None:
+    layer = ANY_RANK[form]()
+    stored = [parameter.detach().clone() for parameter in store_of(layer).parameters]
+    targets = torch.tensor([target for target, _ in IN_GROUPS])
+    kept = store_of(layer).copy_out(targets)
+    merge_in_groups(layer)
+    now = store_of(layer).parameters
+    assert not all(map(torch.equal, now, stored))
+    store_of(layer).copy_back_(targets, kept)
+    assert all(map(torch.equal, now, stored))
+
+
+def test_half_precision_of_a_transposed_layer_is_rounded_once() -> None:
+    layer = made("ConvTranspose", 1, groups=2).bfloat16()
+    before = responses(copy.deepcopy(layer).float())
+    with torch.no_grad():
+        pairs = Pairs(torch.tensor([(0, *pair) for pair in IN_GROUPS]).T, (len(IN_GROUPS),))
+        site = ConvSite("layer", 1, (12, 4, 3), groups=2)
+        merge_layers(
+            [MergedLayer(0, site, layer, store_of(layer))],
+            pairs,
+            MergeSettings(merge_weight=ALPHA, similarity_threshold=-1.0),  # type: ignore[arg-type]
+        )
+    expected, _ = reference.merge(before, IN_GROUPS, ALPHA, -1.0)
+    assert layer.weight.dtype == torch.bfloat16
+    assert torch.equal(responses(copy.deepcopy(layer).float()), expected.bfloat16().float())
+
+
+def test_native_code_takes_what_is_a_matrix_of_kernels_in_memory() -> None:
+    taken = {name for name, make in ANY_RANK.items() if native.takes(store_of(make()))}
+    matrices = {f"Conv{dims}d, groups={groups}" for dims in (1, 2, 3) for groups in (1, 2)}
+    assert taken == matrices | {"channels_last_3d", "spectral_norm 3d"}
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: parametrizations.weight_norm(made("ConvTranspose", 2)), "dim=1 is"),
+        (lambda: parametrizations.weight_norm(made("ConvTranspose", 2, groups=2), dim=1), "groups"),
+        (lambda: parametrizations.weight_norm(made("Conv", 1), dim=2), "not over each kernel"),
+        (lambda: nn.LazyConvTranspose3d(12, 3), "lazy"),
+        (lambda: nn.LazyConv1d(12, 3), "lazy"),
+    ],
+)
+def test_other_norms_and_lazy_layers_of_any_rank_say_why(
+    make: Callable[[], Any], reason: str
+) -> None:
+    layer = make()
+    assert reason in (store_of(layer).reason or "")
+    first = getattr(nn, f"Conv{len(layer.kernel_size)}d")(3, 8, 3)
+    with pytest.raises(ValueError, match=f"1 .*{reason}"):
+        plan_merging(nn.Sequential(first, layer), shallow_layers=0, exclude="0")
+
+
+# -- of images ------------------------------------------------------------------------------------
 
 
 def up_to_scale(weight: Tensor) -> Tensor:
@@ -234,7 +407,7 @@ def without_parameter() -> nn.Conv2d:
         (doubled, "parametrization Doubled"),
         (normed_twice, "parametrization _WeightNorm"),
         (lambda: parametrizations.orthogonal(conv()), "parametrization _Orthogonal"),
-        (lambda: parametrizations.weight_norm(conv(), dim=1), "weight_norm over dim 1"),
+        (lambda: parametrizations.weight_norm(conv(), dim=1), "weight_norm that is not over each"),
         (lambda: nn.LazyConv2d(12, 3), "lazy"),
         (without_parameter, "not a parameter"),
     ],

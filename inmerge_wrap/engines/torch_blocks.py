@@ -97,7 +97,8 @@ def blocks(
     """
     weight = store.weight
     cache = _CPU_BLOCK_BYTES if weight.device.type == "cpu" else _GPU_BLOCK_BYTES
-    row_bytes = max(1, weight[0].numel() * max(4, weight.element_size()))
+    fan_in = weight.numel() // max(1, store.shape[0])
+    row_bytes = max(1, fan_in * max(4, weight.element_size()))
     length = max(1, cache // (2 * row_bytes))
     for start in range(0, max(1, len(pairs)), length):
         here = slice(start, start + length)

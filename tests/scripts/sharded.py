@@ -211,6 +211,36 @@ def replicated_and_sharded(folder: Path) -> dict[str, Any]:
     return compare(model, alone())
 
 
+def other_ranks(folder: Path) -> dict[str, Any]:
+    """Volumes and signals; a transposed weight is split over its input channels."""
+
+    def made() -> InMergeWrapper:
+        torch.manual_seed(0)
+        network = nn.Sequential(
+            *(nn.Conv3d(2, 7, 3, padding=1), nn.ReLU(), nn.ConvTranspose3d(7, 6, 3, padding=1)),
+            *(nn.ReLU(), nn.Flatten(2), nn.ConvTranspose1d(6, 8, 3, groups=2), nn.ReLU()),
+            nn.Conv1d(8, 5, 3),
+        )
+        return InMergeWrapper(
+            network, shallow_layers=0, include="*", similarity_threshold=0.0, merge_momentum=True
+        )
+
+    def train_on_volumes(model: nn.Module, optimizer: Any) -> None:
+        for number in range(STEPS):
+            optimizer.zero_grad()
+            generator = torch.Generator().manual_seed(number)
+            model(torch.randn(2, 2, 3, 4, 5, generator=generator)).square().mean().backward()
+            optimizer.step()
+
+    model, expected = made(), made()
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    for each in (model, expected):
+        optimizer = sgd(each)
+        each.attach(optimizer)
+        train_on_volumes(each, optimizer)
+    return compare(model, expected)
+
+
 def schedule_free(folder: Path) -> dict[str, Any]:
     def make(model: nn.Module) -> Any:
         return schedulefree.SGDScheduleFree(model.parameters(), lr=0.05, foreach=False)
@@ -351,6 +381,7 @@ CASES: tuple[Case, ...] = (
     exported_to_timm,
     inside_a_sharded_parent,
     replicated_and_sharded,
+    other_ranks,
     schedule_free,
     resumed,
     resumed_with_its_optimizer,
