@@ -291,12 +291,21 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-        """Puts back, bit for bit, what :meth:`copy_out` gave.
+def is_dense(weight: Tensor) -> bool:
+    """Whether a weight is a matrix of kernels in memory, whatever the order of their entries."""
+    if weight.is_contiguous():
+        return True
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return weight.ndim in formats and weight.is_contiguous(memory_format=formats[weight.ndim])
 
-        A weight that was moved or converted since takes the kernels as it was itself.
-        """
-        for tensor, kernels in zip(self.written, kept, strict=True):
-            self.layout.put_(tensor, index.to(tensor.device), kernels.to(tensor))
+
+def tensor_store(tensor: Tensor, layout: Layout = _ROWS) -> Store:
+    """The store of kernels that are parts of a tensor, which FSDP2 may have sharded.
+
+    Args:
+        tensor: A weight, or what an optimizer keeps in the shape of one.
+        layout: Of the weight.
+    """
     kind = Sharded if is_sharded(tensor) else Plain
     return kind(tensor.detach(), (tensor,) if isinstance(tensor, nn.Parameter) else (), layout)
 
