@@ -34,6 +34,7 @@ from inmerge_wrap.tracing import (
     timm_config,
     to_meta,
 )
+from inmerge_wrap.unwrapping import check_network
 
 __all__ = ["DEFAULT_SHALLOW_SHARE", "SKIPPED_KINDS", "ConvSite", "MergePlan", "plan_merging"]
 
@@ -155,6 +156,7 @@ def plan_merging(
         The plan, with at least one merged convolution.
 
     Raises:
+        TypeError: If the model is no network.
         ValueError: If nothing is left to merge, a name or wildcard matches no convolution, an
             included convolution can not be merged, or an argument is out of range. The message
             says why and what to pass instead.
@@ -184,6 +186,7 @@ def _check_arguments(shallow_layers: int | float, also_merge: Collection[str]) -
 
 
 def _check_model(model: nn.Module) -> None:
+    check_network(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("a TorchScript module hides its layers; wrap the network it was made from")
     parallel = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"}

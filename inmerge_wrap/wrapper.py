@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence, Sized
 from dataclasses import fields, replace
+from numbers import Real
 from typing import Any, Literal, cast
 
 import torch
@@ -37,10 +38,11 @@ from inmerge_wrap.recalibration import recalibrate
 from inmerge_wrap.replicas import check_replicas
 from inmerge_wrap.report import LayerSnapshot, MergeReport
 from inmerge_wrap.schedule import Schedule
-from inmerge_wrap.settings import MergeSettings
+from inmerge_wrap.settings import MergeSettings, explains_symbols
 from inmerge_wrap.stores import Sharded, store_of
 from inmerge_wrap.tally import Tally
 from inmerge_wrap.thresholds import Threshold, ZScore
+from inmerge_wrap.unwrapping import check_network, refuse_wrapped
 from inmerge_wrap.watch import CollapseWarning, NoEffectWarning, Watch
 
 __all__ = ["CollapseWarning", "InMergeWrapper", "NoEffectWarning"]
@@ -103,7 +105,9 @@ class InMergeWrapper(nn.Module):
             comparison waits for the device.
 
     Raises:
-        ValueError: If an argument is out of range, or there is nothing to merge.
+        TypeError: If an argument is of another type.
+        ValueError: If an argument is out of range, the network is wrapped already, or there is
+            nothing to merge.
         RuntimeError: If an engine is asked for by name and does not work here.
     """
 
@@ -124,6 +128,7 @@ class InMergeWrapper(nn.Module):
     inspect_every: int
     check_replicas_every: int
 
+    @explains_symbols
     def __init__(
         self,
         module: nn.Module,
@@ -151,6 +156,8 @@ class InMergeWrapper(nn.Module):
         check_replicas_every: int = 0,
     ) -> None:
         super().__init__()
+        check_network(module)
+        refuse_wrapped(module)
         self.settings = MergeSettings(
             merge_weight=merge_weight,
             similarity_threshold=similarity_threshold,  # type: ignore[arg-type]
@@ -211,8 +218,8 @@ class InMergeWrapper(nn.Module):
         Raises:
             ValueError: If ``total_steps`` is not positive, and where the constructor does.
         """
-        if total_steps < 1:
-            raise ValueError(f"total_steps must be a count of steps >= 1, got {total_steps}")
+        if not isinstance(total_steps, Real) or total_steps < 1:
+            raise ValueError(f"total_steps must be a count of steps >= 1, got {total_steps!r}")
         chosen: dict[str, Any] = {
             "similarity_threshold": ZScore(2.0),
             "schedule": Schedule(end=total_steps, decay="cosine"),
@@ -385,7 +392,12 @@ class InMergeWrapper(nn.Module):
 
     def report(self) -> MergeReport:
         """What merging did so far, layer by layer; waits for the device."""
-        return self._tally.report([site.name for site in self.plan.merged])
+        end = self.settings.schedule.end
+        return replace(
+            self._tally.report([site.name for site in self.plan.merged]),
+            ended=end if end is not None and self.step > end else None,
+            idle=self._watch.why_never(self.step, attached=bool(self._attachments.live)),
+        )
 
     @property
     def history(self) -> list[LayerSnapshot]:
@@ -446,6 +458,7 @@ class InMergeWrapper(nn.Module):
             self._tally.add([layer.number for layer in trained], outcome)
             self._note_merged(trained, outcome)
             self._watch.after_pass(trained, self._tally, self.settings, self.report)
+        self._watch.after_step(step, self.settings.schedule)
         every = self.settings.check_replicas_every
         # Counted here and not by the schedule or a checkpoint, so that all replicas get here even
         # if their step counters are what differs.

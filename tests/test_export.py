@@ -18,7 +18,7 @@ import torchvision
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from inmerge_wrap import InMergeWrapper, export_timm, export_weights
+from inmerge_wrap import InMergeWrapper, NoEffectWarning, export_timm, export_weights
 from inmerge_wrap.export import plain_state_dict
 
 STRANGER = """
@@ -297,3 +297,29 @@ def test_lagging_statistics_are_told_unless_recalibrated(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         export_weights(model, tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("export", ["weights", "folder"])
+def test_a_forgotten_attach_is_told_before_the_weights_are_used(
+    tmp_path: Path, export: str
+) -> None:
+    net = timm.create_model("test_resnet", num_classes=3)
+    model = InMergeWrapper(net, similarity_threshold=1.0)  # BatchNorm fits, whatever is drawn
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(3):
+        model(torch.randn(2, 3, 32, 32)).sum().backward()
+        optimizer.step()
+
+    def write() -> None:
+        if export == "weights":
+            export_weights(torch.compile(model), tmp_path / "w.safetensors")
+        else:
+            export_timm(model, tmp_path / "net", **PREPARED)
+
+    with pytest.warns(NoEffectWarning, match="never merged: no optimizer is attached") as caught:
+        write()
+    assert Path(caught[0].filename) == Path(__file__)
+    model.attach(optimizer)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    write()  # a warning would be an error here
