@@ -166,7 +166,8 @@ def plan_merging(
     sites, found_by = _find_sites(model, example_input)
     plan = _decide(sites, shallow_layers, also_merge, _patterns(include), _patterns(exclude))
     if not plan.merged:
-        raise ValueError(_why_empty(plan, model, shallow_layers))
+        why = _why_empty(plan, shallow_layers)
+        raise ValueError(f"nothing to merge in {type(model).__name__}: {why}")
     return replace(plan, found_by=found_by)
 
 
@@ -450,7 +451,7 @@ def _matching(sites: Sequence[ConvSite], patterns: Sequence[Pattern], argument: 
     return names
 
 
-def _why_empty(plan: MergePlan, model: nn.Module, shallow_layers: int | float) -> str:
+def _why_empty(plan: MergePlan, shallow_layers: int | float) -> str:
     reasons = Counter(site.reason for site in plan.skipped)
     listed = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     kinds = Counter(site.reason_kind for site in plan.skipped)
@@ -469,4 +470,4 @@ def _why_empty(plan: MergePlan, model: nn.Module, shallow_layers: int | float) -
             "choose a convolutional network, or name layers with include=[...] or their kind with "
             f"also_merge=(...), one of {', '.join(SKIPPED_KINDS)}"
         )
-    return f"nothing to merge in {type(model).__name__}: {listed}. Remedy: {remedy}"
+    return f"{listed}. Remedy: {remedy}"

@@ -58,12 +58,11 @@ def check_network(network: object) -> None:
 def refuse_wrapped(network: nn.Module) -> None:
     """Raises a ValueError if anything in a network is wrapped: it would merge twice a step."""
     for name, _ in named_wrappers(network):
-        place = f"{name}.module" if name else "module"
+        place = f"{name}.module".removeprefix(".")
         raise ValueError(
-            "this network is wrapped already"
-            + (f", at {name!r}" if name else "")
-            + ", and two wrappers would merge twice in each step. Change the settings of the one "
-            f"there is (model.merge_weight = ...), or wrap the bare network, model.{place}"
+            "this network is wrapped already, and two wrappers would merge twice in each step: "
+            "change the settings of the one there is (model.merge_weight = ...), or wrap the bare "
+            f"network, model.{place}"
         )
 
 

@@ -323,3 +323,27 @@ def test_a_forgotten_attach_is_told_before_the_weights_are_used(
     model(torch.randn(2, 3, 32, 32)).sum().backward()
     optimizer.step()
     write()  # a warning would be an error here
+
+
+def test_the_wrappers_state_dict_meets_stock_timm_as_the_page_says(tmp_path: Path) -> None:
+    network = timm.create_model("test_resnet", num_classes=3)
+    model = InMergeWrapper(network)
+    model.merge_()
+    torch.save(model.state_dict(), tmp_path / "last.pt")
+    stock = {"model_name": "test_resnet", "num_classes": 3}
+    page = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
+    with pytest.raises(RuntimeError) as told:
+        timm.create_model(**stock, checkpoint_path=str(tmp_path / "last.pt"))
+    assert str(told.value).splitlines()[1:] == [
+        '\tUnexpected key(s) in state_dict: "_extra_state". '
+    ]
+    assert '`Unexpected key(s) in state_dict: "_extra_state"`' in page.read_text()
+    # What the page advises: the network's own state dict, or to pass over the counter.
+    torch.save(model.module.state_dict(), tmp_path / "network.pt")
+    saved = timm.create_model(**stock, checkpoint_path=str(tmp_path / "network.pt"))
+    rescued = timm.create_model(**stock)
+    skipped = timm.models.load_checkpoint(rescued, str(tmp_path / "last.pt"), strict=False)
+    assert skipped == ([], ["_extra_state"])
+    for loaded in (saved, rescued):
+        for name, value in network.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value), name

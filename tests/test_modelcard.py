@@ -178,9 +178,7 @@ def claims(text: str) -> list[str]:
     """Every place of a card that says or implies that merging took part in the training."""
     found = ["tag"] if "in-model-merging" in metadata_load_text(text)["tags"] else []
     body = text.split("---", 2)[2]
-    return found + re.findall(
-        r"trained with in-model|merging happened|2502\.20516|wang2025", body
-    )
+    return found + re.findall(r"trained with in-model|merging happened|2502\.20516|wang2025", body)
 
 
 def metadata_load_text(text: str) -> dict[str, Any]:
