@@ -204,11 +204,12 @@ class InMergeWrapper(nn.Module):
 
     @classmethod
     def recommended(cls, module: nn.Module, *, total_steps: int, **settings: Any) -> InMergeWrapper:
-        """A setting that merges and was level with plain training in docs/evidence.md.
+        """A setting that merges and was level with plain training on clean images.
 
         Pairs merge that are more alike than chance, in layers of any width (:class:`ZScore` of 2),
         and p fades out over the training, so that BatchNorm's statistics fit the weights at its
-        end. The constructor's own defaults are the paper's.
+        end. The figures, those under corruption too, are in docs/evidence.md. The constructor's own
+        defaults are the paper's.
 
         Args:
             module: See the constructor.
