@@ -42,7 +42,7 @@ from inmerge_wrap.settings import MergeSettings, explains_symbols
 from inmerge_wrap.stores import Sharded, store_of
 from inmerge_wrap.tally import Tally
 from inmerge_wrap.thresholds import Threshold, ZScore
-from inmerge_wrap.unwrapping import check_network, refuse_wrapped
+from inmerge_wrap.unwrapping import check_network, refuse_wrapped, unwrap
 from inmerge_wrap.watch import CollapseWarning, NoEffectWarning, Watch
 
 __all__ = ["CollapseWarning", "InMergeWrapper", "NoEffectWarning"]
@@ -308,7 +308,8 @@ class InMergeWrapper(nn.Module):
 
         Raises:
             TypeError: If it is not a torch optimizer.
-            ValueError: If it holds none of the merged weights.
+            ValueError: If it holds none of the merged weights, or merges for another wrapper of
+                this network.
             RuntimeError: If its steps do not write the network's own weights (DeepSpeed,
                 Megatron-LM, FSDP1, XLA, other schedule-free optimizers), or a setting does not
                 work with it.
@@ -548,6 +549,14 @@ class InMergeWrapper(nn.Module):
         require(self.settings.engine, store_of(first).weight.device)
 
     def _check_optimizer(self, optimizer: Optimizer, held: Sequence[MergedLayer]) -> None:
+        for hook in optimizer._optimizer_step_post_hooks.values():
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, InMergeWrapper) and unwrap(other) is unwrap(self):
+                raise ValueError(
+                    "the optimizer merges for another InMergeWrapper of this network already, and "
+                    "both would merge in each step: make a new optimizer, or end the other one "
+                    "with handle.remove(), where handle is what its attach() returned"
+                )
         if self.settings.transient and any(isinstance(layer.store, Sharded) for layer in held):
             raise RuntimeError(
                 "transient=True does not work with FSDP2: a forward pass gathers the weights "

@@ -201,6 +201,23 @@ def test_foreign_objects_and_foreign_optimizers_are_refused() -> None:
         model.attach(head_only)
 
 
+def test_two_wrappers_of_one_network_do_not_share_an_optimizer() -> None:
+    network = small_net()
+    first = InMergeWrapper(network, shallow_layers=2)
+    optimizer = sgd(network)
+    handle = first.attach(optimizer)
+    second = InMergeWrapper(network, shallow_layers=2)  # the cell of a notebook, run again
+    with pytest.raises(ValueError, match=r"another InMergeWrapper of this .* handle\.remove\(\)"):
+        second.attach(optimizer)
+    handle.remove()
+    second.attach(optimizer)
+    train(second, optimizer, 1)
+    assert (first.step, second.step) == (0, 1)
+    other = wrapped()  # two networks may share an optimizer
+    optimizer.add_param_group({"params": other.parameters()})
+    other.attach(optimizer)
+
+
 # -- it leaves no trace --------------------------------------------------------------------------
 
 
