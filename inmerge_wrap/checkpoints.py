@@ -6,6 +6,7 @@ Pickles are opened with ``weights_only=True``: they cannot run code.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import pathlib
 import re
@@ -22,8 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from inmerge_wrap.architectures import build, is_timm_folder
+from inmerge_wrap.report import MergeReport
+from inmerge_wrap.tally import Tally
 
-__all__ = ["load_network", "read_state"]
+__all__ = ["load_network", "read_merging", "read_state"]
 
 _WEIGHTS = ("state_dict", "model_state_dict", "model")  # where training scripts put weights
 _AVERAGES = ("state_dict_ema", "model_ema")  # where timm and torchvision put their average
@@ -132,6 +135,27 @@ def read_state(path: str | Path, *, key: str | None = None) -> dict[str, Tensor]
     if not state:
         raise ValueError(f"{path} holds no state dict, but {type(content).__name__}")
     return state
+
+
+def read_merging(path: str | Path, *, key: str | None = None) -> MergeReport | None:
+    """What merging did in the training that wrote a checkpoint; None where it does not say.
+
+    The names of the layers are not in a checkpoint: they are numbered in the order of the plan.
+
+    Args:
+        path: See :func:`read_state`.
+        key: See :func:`read_state`.
+
+    Raises:
+        ValueError: As :func:`read_state`.
+    """
+    reports = []
+    for name, value in read_state(path, key=key).items():
+        if name.endswith("_extra_state") and value.ndim == 1:
+            with contextlib.suppress(ValueError):  # the state of another library's module
+                tally = Tally.from_state(value)
+                reports.append(tally.report([str(n) for n in range(len(tally.steps))]))
+    return reports[0] if len(reports) == 1 else None
 
 
 def _weights_of(content: Any, path: Path) -> Any:

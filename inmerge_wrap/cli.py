@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from inmerge_wrap.discovery import ConvSite, MergePlan
+    from inmerge_wrap.modelcard import ModelCard
     from inmerge_wrap.robustness import RobustnessResult
     from inmerge_wrap.similarity import LayerSimilarity
 
@@ -417,12 +418,24 @@ def export(
             mean=_per_channel(mean, input_size[0]),
             std=_per_channel(std, input_size[0]),
             label_names=None if label_names is None else label_names.split(","),
-            card=None if card is None else _read_json(card),
+            card=None if card is None else _card(card, weights, key),
         )
     if as_json:
         _print_json({"output": str(output), "load": load})
     else:
         Console().print(f"written: {output}\nload it with: {load}", soft_wrap=True, highlight=False)
+
+
+def _card(path: Path, weights: Path, key: str | None) -> ModelCard:
+    """The card in a JSON file, with what the checkpoint says of merging."""
+    from inmerge_wrap.checkpoints import read_merging
+    from inmerge_wrap.modelcard import ModelCard
+
+    card = ModelCard.from_dict(_read_json(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what reading it warns of was said before
+        report = read_merging(weights, key=key)
+    return card if report is None else card.with_report(report)
 
 
 def _loading_line(arch: str, arguments: Mapping[str, Any], path: Path) -> str:

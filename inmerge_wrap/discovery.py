@@ -38,6 +38,7 @@ from inmerge_wrap.tracing import (
     timm_config,
     to_meta,
 )
+from inmerge_wrap.unwrapping import check_network
 
 __all__ = ["DEFAULT_SHALLOW_SHARE", "SKIPPED_KINDS", "ConvSite", "MergePlan", "plan_merging"]
 
@@ -166,6 +167,7 @@ def plan_merging(
         The plan, with at least one merged convolution.
 
     Raises:
+        TypeError: If the model is no network.
         ValueError: If nothing is left to merge, a name or wildcard matches no convolution, an
             included convolution can not be merged, or an argument is out of range. The message
             says why and what to pass instead.
@@ -175,7 +177,8 @@ def plan_merging(
     sites, found_by = _find_sites(model, example_input)
     plan = _decide(sites, shallow_layers, also_merge, _patterns(include), _patterns(exclude))
     if not plan.merged:
-        raise ValueError(_why_empty(plan, model, shallow_layers))
+        why = _why_empty(plan, shallow_layers)
+        raise ValueError(f"nothing to merge in {type(model).__name__}: {why}")
     return replace(plan, found_by=found_by)
 
 
@@ -195,6 +198,7 @@ def _check_arguments(shallow_layers: int | float, also_merge: Collection[str]) -
 
 
 def _check_model(model: nn.Module) -> None:
+    check_network(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("a TorchScript module hides its layers; wrap the network it was made from")
     parallel = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"}
@@ -479,7 +483,7 @@ def _matching(sites: Sequence[ConvSite], patterns: Sequence[Pattern], argument: 
     return names
 
 
-def _why_empty(plan: MergePlan, model: nn.Module, shallow_layers: int | float) -> str:
+def _why_empty(plan: MergePlan, shallow_layers: int | float) -> str:
     reasons = Counter(site.reason for site in plan.skipped)
     listed = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     kinds = Counter(site.reason_kind for site in plan.skipped)
@@ -512,4 +516,4 @@ def _why_empty(plan: MergePlan, model: nn.Module, shallow_layers: int | float) -
         )
     else:
         remedy = "choose a convolutional network, or name layers to merge with include=[...]"
-    return f"nothing to merge in {type(model).__name__}: {listed}. Remedy: {remedy}"
+    return f"{listed}. Remedy: {remedy}"

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from inmerge_wrap.modelcard import ModelCard
 from inmerge_wrap.unwrapping import named_wrappers, unwrap
+from inmerge_wrap.watch import NoEffectWarning
 
 __all__ = ["export_timm", "export_weights", "plain_state_dict"]
 
@@ -27,8 +28,16 @@ _INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"
 _CROP_MODES = ("center", "squash", "border")
 
 
-def _warn_if_statistics_lag(model: nn.Module) -> None:
-    lagging = any(cast(Any, wrapper).statistics_lag for _, wrapper in named_wrappers(model))
+def _warn_of_merging(model: nn.Module) -> None:
+    """Warns where nothing was ever merged, or BatchNorm measured other kernels."""
+    wrappers = [cast(Any, wrapper) for _, wrapper in named_wrappers(model)]
+    for wrapper in wrappers:
+        idle = wrapper.report().idle
+        if idle is not None:
+            warnings.warn(
+                f"the weights to export were never merged: {idle}", NoEffectWarning, stacklevel=3
+            )
+    lagging = any(wrapper.statistics_lag for wrapper in wrappers)
     if lagging and any(isinstance(module, _BatchNorm) for module in model.modules()):
         warnings.warn(
             "kernels were merged in the very last step, after BatchNorm measured its running "
@@ -95,7 +104,7 @@ def export_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"the file must end in .safetensors, or timm can not read it: {path}")
-    _warn_if_statistics_lag(model)
+    _warn_of_merging(model)
     state = plain_state_dict(model)
     if _is_writer():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,7 +193,7 @@ def export_timm(
         "crop_mode": crop_mode,
         "interpolation": interpolation,
     }
-    _warn_if_statistics_lag(model)
+    _warn_of_merging(model)
     state = plain_state_dict(network)
     if _is_writer():
         directory.mkdir(parents=True, exist_ok=True)

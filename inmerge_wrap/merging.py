@@ -245,6 +245,8 @@ def multiply_gaussian(kernels: Tensor, noise: Tensor, radius: float) -> Tensor:
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raises a ValueError that names the setting, its value and its range."""
-    if not isinstance(value, int | float) or not low <= value <= high:
+    """Raises a TypeError or ValueError that names the setting, its value and its range."""
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}")
+    if not low <= value <= high:
         raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {value!r}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from inmerge_wrap.report import MergeReport
 from inmerge_wrap.unwrapping import find_wrapper
 
 if TYPE_CHECKING:
@@ -139,8 +140,10 @@ class ModelCard:
         results: What was measured.
         tags: For the hub's search, besides those every card gets.
         robustness_picture: A picture file, or a matplotlib figure, shown under the results.
-        merging: The settings of in-model merging, by name; taken from the InMergeWrapper that is
+        merging: The settings of in-model merging, by name; those of the InMergeWrapper that is
             exported if None.
+        merged: Whether merging took part in the training; what the wrapper's report says if None.
+            Where neither says so, nor ``merging`` is given, the card claims nothing of it.
         citation: BibTeX of your own work.
     """
 
@@ -159,6 +162,7 @@ class ModelCard:
     tags: Sequence[str] = ()
     robustness_picture: Any = None
     merging: Mapping[str, Any] | None = None
+    merged: bool | None = None
     citation: str = ""
 
     def __post_init__(self) -> None:
@@ -194,13 +198,30 @@ class ModelCard:
             known = ", ".join(entry.name for entry in dataclasses.fields(cls))
             raise ValueError(f"the card does not fit ({error}); its fields are {known}") from error
 
+    def with_report(
+        self, report: MergeReport, settings: Mapping[str, Any] | None = None
+    ) -> ModelCard:
+        """The card with what a report says of merging; as it is where the report knows nothing.
+
+        Args:
+            report: Of the training, from a wrapper or a checkpoint.
+            settings: The table of the card, if it has none of its own; the counts of the report
+                if None.
+        """
+        if not report.step and report.idle is None:  # a copy, as an average of weights is
+            return self
+        return dataclasses.replace(
+            self,
+            merging=self.merging or settings or _outcome(report),
+            merged=report.had_effect if self.merged is None else self.merged,
+        )
+
     def render(
         self,
         *,
         architecture: str,
         data_config: Mapping[str, Any],
         label_names: Sequence[str] | None = None,
-        merging: Mapping[str, Any] | None = None,
         picture: str | None = None,
     ) -> str:
         """The card as markdown with the hub's metadata on top.
@@ -209,15 +230,17 @@ class ModelCard:
             architecture: timm's name of it.
             data_config: ``input_size``, ``mean`` and ``std`` of the images.
             label_names: Names of the classes.
-            merging: Settings of merging, where the card itself holds none.
             picture: Name of the picture file beside the card.
         """
+        description = f"A {architecture} for image classification"
+        description += ", trained with in-model merging." if self._claims_merging else "."
+        citations = [self.citation.strip()] if self.citation else []
+        citations += [_BIBTEX] if self._claims_merging else []
         return f"---\n{self._metadata()}\n---\n\n" + "\n".join(
             [
                 f"# {_one_line(self.title)}",
                 "",
-                self.description
-                or f"A {architecture} for image classification, trained with in-model merging.",
+                self.description or description,
                 "",
                 "## Use",
                 "",
@@ -227,6 +250,7 @@ class ModelCard:
                     size=" x ".join(map(str, data_config["input_size"])),
                     mean=_numbers(data_config["mean"]),
                     std=_numbers(data_config["std"]),
+                    trace=_NO_TRACE if self._claims_merging else "",
                 ),
                 *_classes(label_names),
                 "## Intended use",
@@ -246,18 +270,12 @@ class ModelCard:
                 *([self.training, ""] if self.training else []),
                 "**Data.** " + self.training_data,
                 "",
-                *_merging_table(self.merging or merging),
+                *_merging_table(self.merging, had_effect=self._claims_merging),
                 "## Licence",
                 "",
                 self._licence_text(),
                 "",
-                "## Citation",
-                "",
-                "```bibtex",
-                *([self.citation.strip(), ""] if self.citation else []),
-                _BIBTEX,
-                "```",
-                "",
+                *_citation_section(citations),
             ]
         )
 
@@ -278,16 +296,23 @@ class ModelCard:
         Raises:
             ValueError: If the robustness picture is no picture file.
         """
+        wrapper: Any = find_wrapper(model)
+        card = self
+        if wrapper is not None:
+            card = self.with_report(wrapper.report(), merging_settings(model))
         picture = self._write_picture(directory)
-        text = self.render(
+        text = card.render(
             architecture=architecture,
             data_config=data_config,
             label_names=label_names,
-            merging=merging_settings(model),
             picture=picture,
         )
         (directory / "README.md").write_text(text, encoding="utf-8")
         return ["README.md", *([picture] if picture else [])]
+
+    @property
+    def _claims_merging(self) -> bool:
+        return bool(self.merging) if self.merged is None else self.merged
 
     def _metadata(self) -> str:
         from huggingface_hub import EvalResult, ModelCardData
@@ -305,7 +330,8 @@ class ModelCard:
             )
             for entry in self.results
         ]
-        tags = ["image-classification", "timm", "medical", "in-model-merging", *self.tags]
+        own = ["in-model-merging"] if self._claims_merging else []
+        tags = ["image-classification", "timm", "medical", *own, *self.tags]
         data = ModelCardData(
             license=self.license,
             license_name=self.license_name,
@@ -351,21 +377,30 @@ def merging_settings(model: nn.Module) -> dict[str, Any]:
         return {}
     report = wrapper.report()
     plan = wrapper.plan
-    share = f" ({report.merged / report.drawn:.2%})" if report.drawn else ""
     return {
         "merge_weight (alpha)": wrapper.merge_weight,
         "similarity_threshold (tau)": wrapper.similarity_threshold,
         "merge_probability (p)": wrapper.merge_probability,
         "schedule": wrapper.schedule,
         "partner": wrapper.partner,
+        "direction": wrapper.direction,
+        "radius": wrapper.radius,
+        "transient": wrapper.transient,
         "keep_norm": wrapper.keep_norm,
         "merge_momentum": wrapper.merge_momentum,
         "merged layers": f"{len(plan.merged)} of {len(plan.merged) + len(plan.skipped)}: "
         + ", ".join(site.name for site in plan.merged),
         "seed": wrapper.seed,
-        "optimizer steps": wrapper.step,
+        **_outcome(report),
+    }
+
+
+def _outcome(report: MergeReport) -> dict[str, Any]:
+    share = f" ({report.share:.2%})" if report.drawn else ""
+    return {
+        "optimizer steps": report.step,
         "merged pairs": f"{report.merged:,} of {report.drawn:,} drawn{share}"
-        + ("" if report.merged else "; as a plain training run"),
+        + ("" if report.had_effect else "; a plain training run"),
     }
 
 
@@ -441,9 +476,9 @@ with torch.no_grad():
 ```
 
 Images are {size} (channels, height, width), pixels in [0, 1], normalised with mean {mean} and
-standard deviation {std}; the transform above does this. Only timm is needed: merging happened in
-training and leaves nothing behind.
+standard deviation {std}; the transform above does this. Only timm is needed{trace}.
 """
+_NO_TRACE = ": merging happened in training\nand leaves nothing behind"
 
 _BIBTEX = """\
 @article{wang2025inmodel,
@@ -480,18 +515,28 @@ def _result_table(results: Sequence[CardResult]) -> list[str]:
     return lines
 
 
-def _merging_table(settings: Mapping[str, Any] | None) -> list[str]:
+def _merging_table(settings: Mapping[str, Any] | None, *, had_effect: bool) -> list[str]:
     if not settings:
         return []
+    said = (
+        "While the network trained, similar kernels inside a layer were merged:"
+        if had_effect
+        else "It was set up and had no effect: this is a plain training run."
+    )
     return [
-        f"**In-model merging** ([paper]({PAPER})). After an optimizer step, similar kernels inside "
-        "a layer were blended:",
+        f"**In-model merging** ([paper]({PAPER})). {said}",
         "",
         "| Setting | Value |",
         "|---|---|",
         *(f"| {_cell(str(name))} | {_cell(str(value))} |" for name, value in settings.items()),
         "",
     ]
+
+
+def _citation_section(entries: Sequence[str]) -> list[str]:
+    if not entries:
+        return []
+    return ["## Citation", "", "```bibtex", "\n\n".join(entries), "```", ""]
 
 
 def _corruption_note(result: RobustnessResult) -> str:

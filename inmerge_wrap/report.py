@@ -9,6 +9,9 @@ from typing import Any
 __all__ = ["LayerReport", "LayerSnapshot", "MergeReport"]
 
 
+_NEGLIGIBLE = 1e-3  # share of merged pairs below which a run is called a plain run
+
+
 def share_of(merged: int, drawn: int) -> float:
     """Merged pairs over drawn pairs, 0 where none was drawn."""
     return merged / drawn if drawn else 0.0
@@ -102,11 +105,15 @@ class MergeReport:
     """What merging did to each layer; print it to see a table.
 
     Attributes:
-        layers: Of each merged convolution.
+        layers: In the order of the plan.
+        ended: The step at which the schedule ended merging, if training went on after it.
+        idle: Why training ran without a single step seen; None if it did not.
         engine: Which engine computes how many of them, and why not all; empty for not known.
     """
 
     layers: tuple[LayerReport, ...]
+    ended: int | None = None
+    idle: str | None = None
     engine: str = ""
 
     def __iter__(self) -> Iterator[LayerReport]:
@@ -120,6 +127,16 @@ class MergeReport:
             if layer.name == name:
                 return layer
         raise KeyError(name)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps seen; of several optimizers, by the one that made most."""
+        return max((layer.steps for layer in self.layers), default=0)
+
+    @property
+    def had_effect(self) -> bool:
+        """Whether it was more than a plain training run: a thousandth of the pairs merged."""
+        return self.drawn > 0 and self.share >= _NEGLIGIBLE
 
     @property
     def drawn(self) -> int:
@@ -161,4 +178,11 @@ class MergeReport:
         )
         if self.engine:
             lines.append(f"Engine: {self.engine}.")
+        if self.ended is not None:
+            lines.append(
+                f"Merging ended at step {self.ended:,}, as its schedule says; training has run to "
+                f"step {self.step:,}."
+            )
+        if self.idle is not None:
+            lines.append(f"Never merged: {self.idle}.")
         return "\n".join(lines)

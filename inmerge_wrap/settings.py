@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from functools import wraps
+from typing import Literal, ParamSpec
 
 from inmerge_wrap.engines import ENGINES
 from inmerge_wrap.merging import check_range
 from inmerge_wrap.schedule import Schedule
 from inmerge_wrap.thresholds import Fixed, Threshold, as_threshold
 
-__all__ = ["MergeSettings"]
+__all__ = ["MergeSettings", "explains_symbols"]
 
 PARTNERS = ("random", "most_similar")
 DIRECTIONS = ("partner", "signed", "gaussian", "multiplicative")
 _CHOICES = {"partner": PARTNERS, "direction": DIRECTIONS, "engine": ENGINES}
+# The symbols of the paper and of the documentation, and the arguments that they stand for.
+_SYMBOLS = {
+    "alpha": ("merge_weight", "in [0, 2]"),
+    "tau": ("similarity_threshold", "in [-1, 1], or a rule such as ZScore(2.0)"),
+    "p": ("merge_probability", "in [0, 1]"),
+    "L_s": ("shallow_layers", "a count of layers, or a share of the depth in [0, 1)"),
+}
+_P = ParamSpec("_P")
+
+
+def explains_symbols(function: Callable[_P, None]) -> Callable[_P, None]:
+    """A function that raises a TypeError with an argument's name where its symbol is given."""
+
+    @wraps(function)
+    def explained(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        for symbol in _SYMBOLS.keys() & kwargs.keys():
+            name, values = _SYMBOLS[symbol]
+            raise TypeError(
+                f"{symbol}={kwargs[symbol]!r}: the argument for the paper's {symbol} is {name} "
+                f"({values}), so write {name}={kwargs[symbol]!r}"
+            )
+        function(*args, **kwargs)
+
+    return explained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +49,7 @@ class MergeSettings:
 
     Raises:
         ValueError: If a setting is out of range, or two contradict each other.
-        TypeError: If a threshold or schedule is of another type.
+        TypeError: If a number, threshold or schedule is of another type.
     """
 
     merge_weight: float = 0.8

@@ -127,8 +127,15 @@ class Tally:
             return torch.cat([header, table.flatten()])
 
     @classmethod
-    def from_state(cls, state: object, *, layers: int, seed: int) -> Tally:
-        """The tally that :meth:`to_state` wrote, for a plan of so many layers.
+    def from_state(
+        cls, state: object, *, layers: int | None = None, seed: int | None = None
+    ) -> Tally:
+        """The tally that :meth:`to_state` wrote.
+
+        Args:
+            state: What it wrote.
+            layers: How many a plan has that is to continue; as many as were written if None.
+            seed: Of the wrapper that is to continue; any if None.
 
         Raises:
             ValueError: If the state was not written by an InMergeWrapper.
@@ -152,7 +159,7 @@ class Tally:
         table = state[3:].detach().cpu().reshape(written_layers, _COLUMNS)
         if not bool(table.isfinite().all()):
             raise ValueError("_extra_state of the checkpoint holds numbers that are not finite")
-        if written_seed != seed:
+        if seed is not None and written_seed != seed:
             warnings.warn(
                 f"the checkpoint was trained with seed={written_seed}, this wrapper draws with "
                 f"seed={seed}: the run will not continue as it began",
@@ -161,8 +168,8 @@ class Tally:
         steps, passes, drawn = (
             [math.floor(value) for value in column] for column in table[:, :3].T.tolist()
         )
-        tally = cls(layers)
-        if written_layers != layers:
+        tally = cls(written_layers if layers is None else layers)
+        if layers is not None and written_layers != layers:
             warnings.warn(
                 f"the checkpoint merged {written_layers} layers and this plan {layers}: the step "
                 "counter continues, the statistics start again",

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-__all__ = ["find_wrapper", "named_wrappers", "unwrap"]
+__all__ = ["check_network", "find_wrapper", "named_wrappers", "refuse_wrapped", "unwrap"]
 
 _MERGING = "InMergeWrapper"
 _WRAPPERS = {
@@ -42,6 +42,28 @@ def named_wrappers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def find_wrapper(model: nn.Module) -> nn.Module | None:
     """The outermost InMergeWrapper of a model, alone or inside DDP or torch.compile; or None."""
     return next((wrapper for _, wrapper in named_wrappers(model)), None)
+
+
+def check_network(network: object) -> None:
+    """Raises a TypeError unless it is a network."""
+    if isinstance(network, nn.Module):
+        return
+    if isinstance(network, str):
+        remedy = f"build the network first, for example timm.create_model({network!r})"
+    else:
+        remedy = "pass the network itself, not its class, its weights or its output"
+    raise TypeError(f"a torch.nn.Module is needed, got {network!r:.80}: {remedy}")
+
+
+def refuse_wrapped(network: nn.Module) -> None:
+    """Raises a ValueError if anything in a network is wrapped: it would merge twice a step."""
+    for name, _ in named_wrappers(network):
+        place = f"{name}.module".removeprefix(".")
+        raise ValueError(
+            "this network is wrapped already, and two wrappers would merge twice in each step: "
+            "change the settings of the one there is (model.merge_weight = ...), or wrap the bare "
+            f"network, model.{place}"
+        )
 
 
 def _class_names(module: nn.Module) -> set[str]:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 
 from inmerge_wrap.layers import MergedLayer
 from inmerge_wrap.report import LayerSnapshot, MergeReport
+from inmerge_wrap.schedule import Schedule
 from inmerge_wrap.settings import MergeSettings
 from inmerge_wrap.similarity import effective_rank, read_kernels
 from inmerge_wrap.tally import Tally
+from inmerge_wrap.thresholds import Fixed, Threshold
 
 __all__ = ["CollapseWarning", "NoEffectWarning", "Watch"]
 
 _PATIENCE = 100  # passes after which a run without effect is reported
-_NEGLIGIBLE = 1e-3  # share of merged pairs below which a run is called a plain run
 _COLLAPSED = 0.5  # of its first effective rank, below which a layer is called collapsing
 _NOTABLE = 0.1  # share of merged pairs above which a falling rank is put down to merging
 _MISSED_STEPS = 10  # of an optimizer that is not attached, after which it is reported
+_OUTLASTED = (10, 100)  # lengths of the schedule, and steps, after its end that are reported
 _IDLE_FORWARDS = {False: 10, True: 1000}  # merged before or attached -> forwards without a step
 
 
@@ -64,15 +65,12 @@ class Watch:
         self.idle_forwards += 1
         if self.idle_forwards < _IDLE_FORWARDS[attached or self.steps > 0]:
             return
-        if attached:
-            remedy = "the attached optimizer never finished a step. Attach the optimizer whose "
-            remedy += "step() your loop calls"
-        elif self.steps:
-            remedy = "merge_() is no longer called, and no optimizer is attached"
+        if self.steps and not attached:
+            reason = "merge_() is no longer called, and no optimizer is attached"
         else:
-            remedy = "no optimizer is attached. Call model.attach(optimizer)"
+            reason = _why_idle(attached=attached)
         self.warn_once(
-            "idle", f"{self.idle_forwards} training forward passes without merging: {remedy}"
+            "idle", f"{self.idle_forwards} training forward passes without merging: {reason}"
         )
 
     def after_missed_step(self, optimizer: str) -> None:
@@ -84,6 +82,39 @@ class Watch:
                 f"{self.missed_steps} steps of {optimizer} without merging: it trains the weights "
                 "to merge and is not attached. Call model.attach(optimizer), again for each "
                 "optimizer that replaces an attached one",
+            )
+
+    def why_never(self, step: int, *, attached: bool) -> str | None:
+        """Why training began and no step was ever seen; None if one was, or nothing trained.
+
+        Args:
+            step: Steps seen, those before a checkpoint among them.
+            attached: Whether an optimizer is.
+        """
+        began = self.idle_forwards or self.missed_steps
+        return _why_idle(attached=attached) if began and not step else None
+
+    def after_step(self, step: int, schedule: Schedule) -> None:
+        """Warns where training goes on long after the schedule has ended.
+
+        Long is ten times the schedule's length and at least 100 steps: whoever gives epochs for
+        steps has a schedule that is over within the first epoch.
+
+        Args:
+            step: The number of the step that was made.
+            schedule: Of the wrapper.
+        """
+        if schedule.end is None:
+            return
+        times, least = _OUTLASTED
+        since = step + 1 - schedule.end
+        if since >= max(times * (schedule.end - schedule.start), least):
+            self.warn_once(
+                "schedule",
+                f"merging ended at step {schedule.end:,}, as its schedule says, and training has "
+                f"gone on for {since:,} steps without it: total_steps and the end of a Schedule "
+                "count optimizer steps, not epochs (epochs * len(loader), over the steps of "
+                "gradient accumulation)",
             )
 
     def after_pass(
@@ -136,7 +167,7 @@ class Watch:
 
     def _judge(self, report: MergeReport, settings: MergeSettings) -> None:
         """Warns where hardly any pair merged."""
-        if report.drawn and report.share >= _NEGLIGIBLE:
+        if report.had_effect:
             return
         if not report.drawn:
             found = f"no pair was drawn in {_PATIENCE} steps"
@@ -151,9 +182,8 @@ class Watch:
             remedy = (
                 "all kernels are zero or hold NaN or Inf"
                 if best is None
-                else f"the largest cosine was {best.max_cosine:.4f}, in {best.name}: a "
-                f"similarity_threshold of {_just_below(best.max_cosine or 0.0):g} would have "
-                "merged it"
+                else f"the largest cosine was {best.max_cosine:.4f}, in {best.name}. "
+                + _advice(settings.similarity_threshold)
             )
         self.warn_once(
             "effect",
@@ -161,5 +191,24 @@ class Watch:
         )
 
 
-def _just_below(cosine: float) -> float:
-    return max(-1.0, math.ceil(cosine * 1000) / 1000 - 0.001)
+def _why_idle(*, attached: bool) -> str:
+    if attached:
+        return (
+            "the attached optimizer never finished a step. Attach the optimizer whose step() your "
+            "loop calls"
+        )
+    return "no optimizer is attached. Call model.attach(optimizer)"
+
+
+def _advice(threshold: Threshold) -> str:
+    """A threshold that merges, instead of one that hardly any pair passes."""
+    if isinstance(threshold, Fixed):
+        return (
+            "A fixed cosine is out of reach in wide layers: use similarity_threshold=ZScore(2.0), "
+            "which asks for more than chance in a layer of any width, or "
+            "InMergeWrapper.recommended(network, total_steps=...), which sets it"
+        )
+    return (
+        "Use a rule that more pairs pass: a smaller z, or similarity_threshold=Quantile(0.1), the "
+        "most alike tenth in each layer, which always merges"
+    )

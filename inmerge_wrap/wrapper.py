@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence, Sized
 from dataclasses import fields, replace
+from numbers import Real
 from typing import Any, Literal, cast
 from zlib import crc32
 
@@ -38,10 +39,11 @@ from inmerge_wrap.recalibration import recalibrate
 from inmerge_wrap.replicas import check_replicas
 from inmerge_wrap.report import LayerSnapshot, MergeReport
 from inmerge_wrap.schedule import Schedule
-from inmerge_wrap.settings import MergeSettings
+from inmerge_wrap.settings import MergeSettings, explains_symbols
 from inmerge_wrap.stores import Sharded, store_of
 from inmerge_wrap.tally import Tally
 from inmerge_wrap.thresholds import Threshold, ZScore
+from inmerge_wrap.unwrapping import check_network, refuse_wrapped, unwrap
 from inmerge_wrap.watch import CollapseWarning, NoEffectWarning, Watch
 
 __all__ = ["CollapseWarning", "InMergeWrapper", "NoEffectWarning"]
@@ -104,7 +106,9 @@ class InMergeWrapper(nn.Module):
             comparison waits for the device.
 
     Raises:
-        ValueError: If an argument is out of range, or there is nothing to merge.
+        TypeError: If an argument is of another type.
+        ValueError: If an argument is out of range, the network is wrapped already, or there is
+            nothing to merge.
         RuntimeError: If an engine is asked for by name and does not work here.
     """
 
@@ -125,6 +129,7 @@ class InMergeWrapper(nn.Module):
     inspect_every: int
     check_replicas_every: int
 
+    @explains_symbols
     def __init__(
         self,
         module: nn.Module,
@@ -152,6 +157,8 @@ class InMergeWrapper(nn.Module):
         check_replicas_every: int = 0,
     ) -> None:
         super().__init__()
+        check_network(module)
+        refuse_wrapped(module)
         self.settings = MergeSettings(
             merge_weight=merge_weight,
             similarity_threshold=similarity_threshold,  # type: ignore[arg-type]
@@ -199,11 +206,12 @@ class InMergeWrapper(nn.Module):
 
     @classmethod
     def recommended(cls, module: nn.Module, *, total_steps: int, **settings: Any) -> InMergeWrapper:
-        """A setting that merges and was level with plain training in docs/evidence.md.
+        """A setting that merges and was level with plain training on clean images.
 
         Pairs merge that are more alike than chance, in layers of any width (:class:`ZScore` of 2),
         and p fades out over the training, so that BatchNorm's statistics fit the weights at its
-        end. The constructor's own defaults are the paper's.
+        end. The figures, those under corruption too, are in docs/evidence.md. The constructor's own
+        defaults are the paper's.
 
         Args:
             module: See the constructor.
@@ -213,8 +221,8 @@ class InMergeWrapper(nn.Module):
         Raises:
             ValueError: If ``total_steps`` is not positive, and where the constructor does.
         """
-        if total_steps < 1:
-            raise ValueError(f"total_steps must be a count of steps >= 1, got {total_steps}")
+        if not isinstance(total_steps, Real) or total_steps < 1:
+            raise ValueError(f"total_steps must be a count of steps >= 1, got {total_steps!r}")
         chosen: dict[str, Any] = {
             "similarity_threshold": ZScore(2.0),
             "schedule": Schedule(end=total_steps, decay="cosine"),
@@ -302,7 +310,8 @@ class InMergeWrapper(nn.Module):
 
         Raises:
             TypeError: If it is not a torch optimizer.
-            ValueError: If it holds none of the merged weights.
+            ValueError: If it holds none of the merged weights, or merges for another wrapper of
+                this network.
             RuntimeError: If its steps do not write the network's own weights (DeepSpeed,
                 Megatron-LM, FSDP1, XLA, other schedule-free optimizers), or a setting does not
                 work with it.
@@ -390,8 +399,13 @@ class InMergeWrapper(nn.Module):
 
     def report(self) -> MergeReport:
         """What merging did so far, layer by layer; waits for the device."""
-        report = self._tally.report([site.name for site in self.plan.merged])
-        return replace(report, engine=self.engine_in_use)
+        end = self.settings.schedule.end
+        return replace(
+            self._tally.report([site.name for site in self.plan.merged]),
+            ended=end if end is not None and self.step > end else None,
+            idle=self._watch.why_never(self.step, attached=bool(self._attachments.live)),
+            engine=self.engine_in_use,
+        )
 
     @property
     def engine_in_use(self) -> str:
@@ -457,6 +471,7 @@ class InMergeWrapper(nn.Module):
             self._tally.add(trained.numbers, outcome)
             self._note_merged(trained, outcome)
             self._watch.after_pass(trained, self._tally, self.settings, self.report)
+        self._watch.after_step(step, self.settings.schedule)
         every = self.settings.check_replicas_every
         # Counted here and not by the schedule or a checkpoint, so that all replicas get here even
         # if their step counters are what differs.
@@ -546,6 +561,14 @@ class InMergeWrapper(nn.Module):
         require(self.settings.engine, store_of(first).weight.device)
 
     def _check_optimizer(self, optimizer: Optimizer, held: Sequence[MergedLayer]) -> None:
+        for hook in optimizer._optimizer_step_post_hooks.values():
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, InMergeWrapper) and unwrap(other) is unwrap(self):
+                raise ValueError(
+                    "the optimizer merges for another InMergeWrapper of this network already, and "
+                    "both would merge in each step: make a new optimizer, or end the other one "
+                    "with handle.remove(), where handle is what its attach() returned"
+                )
         if self.settings.transient and any(isinstance(layer.store, Sharded) for layer in held):
             raise RuntimeError(
                 "transient=True does not work with FSDP2: a forward pass gathers the weights "

@@ -769,3 +769,34 @@ def test_progress_is_shown_on_a_terminal_alone(
     assert done.returncode == 0, shown
     json.loads(done.stdout)
     assert (b"net" in shown) is terminal and (shown != b"") is terminal
+
+
+@pytest.mark.parametrize(
+    "threshold,told",
+    [(-1.0, "trained with in-model merging"), (1.0, "had no effect"), (None, None)],
+    ids=["merged", "never fired", "plain"],
+)
+def test_the_card_says_what_the_checkpoint_knows_of_merging(
+    tmp_path: Path, threshold: float | None, told: str | None
+) -> None:
+    net = timm.create_model("test_resnet", num_classes=3)
+    model = net if threshold is None else InMergeWrapper(net, similarity_threshold=threshold)
+    if isinstance(model, InMergeWrapper):
+        model.merge_()
+    torch.save({"state_dict": model.state_dict(), "epoch": 3}, tmp_path / "net.pt")
+    (tmp_path / "card.json").write_text(
+        json.dumps({"title": "Skin", "license": "mit", "training_data": "Ten images."})
+    )
+    run(
+        "export", tmp_path / "net.pt", tmp_path / "net", "--arch", "test_resnet",
+        "--input-size", 3, 32, 32, "--mean", 0.5, "--std", 0.5, "--card", tmp_path / "card.json",
+    )  # fmt: skip
+    card = (tmp_path / "net" / "README.md").read_text()
+    assert ("- in-model-merging" in card) == (threshold == -1.0)
+    assert (told or "Ten images.") in card
+    if isinstance(model, InMergeWrapper):
+        report = model.report()
+        assert f"| merged pairs | {report.merged:,} of {report.drawn:,} drawn" in card
+        assert "| optimizer steps | 1 |" in card
+    else:
+        assert "erging" not in card

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
@@ -168,6 +169,71 @@ def test_every_public_name_says_what_it_is() -> None:
             value = getattr(module, name)
             if callable(value):
                 assert (value.__doc__ or "").strip(), f"{module_name}.{name} has no docstring"
+
+
+# -- messages ------------------------------------------------------------------------------------
+
+# Whose warnings and errors people meet while they wrap, train, resume and export.
+SPEAKING = [
+    "attachment", "discovery", "engines/__init__", "export", "layers", "merge_pass", "neighbours",
+    "recalibration", "replicas", "schedule", "settings", "stores", "tally", "thresholds",
+    "unwrapping", "watch", "wrapper",
+]  # fmt: skip
+OF_TORCH = 'Unexpected key(s) in state_dict: "_extra_state"'  # test_export.py raises it
+
+
+def messages(source: str, *, returned: bool = False) -> list[str]:
+    """What a module raises, warns of or returns, with "..." for what is filled in later."""
+
+    def text(node: ast.AST) -> str:
+        if isinstance(node, ast.Constant):
+            return str(node.value)
+        if isinstance(node, ast.FormattedValue):
+            return "..."
+        return "".join(text(child) for child in ast.iter_child_nodes(node))
+
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if returned and isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
+            found += [text(part) for part in node.value.elts]
+        call = node.exc if isinstance(node, ast.Raise) else node
+        if not isinstance(call, ast.Call):
+            continue
+        said = call.args
+        if isinstance(node, ast.Call):
+            name = ast.unparse(call.func).rpartition(".")[2]
+            said = {"warn": call.args[:1], "warn_once": call.args[1:2]}.get(name, [])
+        found += [text(part) for part in said if isinstance(part, ast.JoinedStr | ast.Constant)]
+    return found
+
+
+def test_messages_are_found_however_they_are_written() -> None:
+    source = """
+def f():
+    raise ValueError(f"one is {x!r}" " and two")
+    warnings.warn("three", UserWarning, stacklevel=2)
+    self.watch.warn_once("key", f"four {'five' if x else y}")
+    raise KeyError(name) from error
+    print("six")
+"""
+    assert messages(source) == ["one is ... and two", "three", "four ..."]
+
+
+def test_every_message_has_its_entry_and_every_entry_its_message() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    firsts = re.findall(r"^\| (`.*?`) \|", page, re.MULTILINE)
+    entries = [phrase for first in firsts for phrase in first.strip("`").split("`, `")]
+    assert len(entries) == len(set(entries)) > 50
+    said = [
+        message
+        for module in SPEAKING
+        for message in messages((ROOT / "inmerge_wrap" / f"{module}.py").read_text("utf-8"))
+    ]
+    assert len(said) > 60
+    assert [m for m in said if not any(entry in m for entry in entries)] == []
+    # Those of discovery are written where the forward pass is tried.
+    said += messages((ROOT / "inmerge_wrap" / "tracing.py").read_text("utf-8"), returned=True)
+    assert [e for e in entries if not any(e in m for m in said)] == [OF_TORCH]
 
 
 # -- links ---------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torchvision
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from inmerge_wrap import InMergeWrapper, export_timm, export_weights
+from inmerge_wrap import InMergeWrapper, NoEffectWarning, export_timm, export_weights
 from inmerge_wrap.export import plain_state_dict
 
 STRANGER = """
@@ -297,3 +297,54 @@ def test_lagging_statistics_are_told_unless_recalibrated(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         export_weights(model, tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("export", ["weights", "folder", "weights of the bare network"])
+def test_a_forgotten_attach_is_told_before_the_weights_are_used(
+    tmp_path: Path, export: str
+) -> None:
+    net = timm.create_model("test_resnet", num_classes=3)
+    model = InMergeWrapper(net, similarity_threshold=1.0)  # BatchNorm fits, whatever is drawn
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    trained = net if "bare" in export else model
+    for _ in range(3):
+        trained(torch.randn(2, 3, 32, 32)).sum().backward()
+        optimizer.step()
+
+    def write() -> None:
+        if "weights" in export:
+            export_weights(torch.compile(model), tmp_path / "w.safetensors")
+        else:
+            export_timm(model, tmp_path / "net", **PREPARED)
+
+    with pytest.warns(NoEffectWarning, match="never merged: no optimizer is attached") as caught:
+        write()
+    assert Path(caught[0].filename) == Path(__file__)
+    model.attach(optimizer)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    write()  # a warning would be an error here
+
+
+def test_the_wrappers_state_dict_meets_stock_timm_as_the_page_says(tmp_path: Path) -> None:
+    network = timm.create_model("test_resnet", num_classes=3)
+    model = InMergeWrapper(network)
+    model.merge_()
+    torch.save(model.state_dict(), tmp_path / "last.pt")
+    stock = {"model_name": "test_resnet", "num_classes": 3}
+    page = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
+    with pytest.raises(RuntimeError) as told:
+        timm.create_model(**stock, checkpoint_path=str(tmp_path / "last.pt"))
+    assert str(told.value).splitlines()[1:] == [
+        '\tUnexpected key(s) in state_dict: "_extra_state". '
+    ]
+    assert '`Unexpected key(s) in state_dict: "_extra_state"`' in page.read_text()
+    # What the page advises: the network's own state dict, or to pass over the counter.
+    torch.save(model.module.state_dict(), tmp_path / "network.pt")
+    saved = timm.create_model(**stock, checkpoint_path=str(tmp_path / "network.pt"))
+    rescued = timm.create_model(**stock)
+    skipped = timm.models.load_checkpoint(rescued, str(tmp_path / "last.pt"), strict=False)
+    assert skipped == ([], ["_extra_state"])
+    for loaded in (saved, rescued):
+        for name, value in network.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value), name

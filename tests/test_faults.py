@@ -106,7 +106,10 @@ def test_a_write_that_fails_leaves_the_previous_file_and_no_draft(
         (lambda state: state[:2], "_extra_state of the checkpoint is not that of"),
         (lambda state: state.float(), r"_extra_state was converted to torch\.float32"),
         (lambda state: state.bfloat16(), r"_extra_state was converted to torch\.bfloat16"),
-        (lambda state: torch.cat([state[:-1], state[-1:] * torch.inf]), "not the merging statis"),
+        (
+            lambda state: torch.cat([state[:-1], state[-1:] * torch.inf]),
+            "holds numbers that are not finite",
+        ),
         (lambda state: {"step": 3}, "_extra_state of the checkpoint is not that of"),
         (lambda state: b"something else", "_extra_state of the checkpoint is not that of"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from huggingface_hub import HfApi, metadata_load
 from huggingface_hub import ModelCard as HubCard
 from torch import nn
 
-from inmerge_wrap import InMergeWrapper, export_timm
+from inmerge_wrap import InMergeWrapper, NoEffectWarning, export_timm
 from inmerge_wrap.modelcard import (
     CardResult,
     ModelCard,
@@ -41,12 +42,7 @@ def small_card(**fields: Any) -> ModelCard:
 def model() -> InMergeWrapper:
     torch.manual_seed(0)
     net = timm.create_model(ARCH, num_classes=3)
-    model = InMergeWrapper(net, similarity_threshold=-1.0, merge_probability=0.7, seed=5)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    model.attach(optimizer)
-    for _ in range(2):
-        model(torch.randn(2, 3, 32, 32)).sum().backward()
-        optimizer.step()
+    model = steps_of(InMergeWrapper(net, similarity_threshold=-1.0, merge_probability=0.7, seed=5))
     model.recalibrate([torch.randn(8, 3, 32, 32)])
     return model.eval()
 
@@ -169,9 +165,76 @@ def test_merging_settings_are_those_of_the_wrapper(model: InMergeWrapper, tmp_pa
     assert "| tau | 0.25 |" in write(model, tmp_path / "c", given)
 
 
-def test_a_run_that_never_merged_says_so() -> None:
-    idle = InMergeWrapper(timm.create_model(ARCH, num_classes=3))
-    assert merging_settings(idle)["merged pairs"].endswith("as a plain training run")
+def steps_of(model: InMergeWrapper, count: int = 2) -> InMergeWrapper:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model.attach(optimizer)
+    for _ in range(count):
+        model(torch.randn(2, 3, 32, 32)).sum().backward()
+        optimizer.step()
+    return model.eval()
+
+
+def claims(text: str) -> list[str]:
+    """Every place of a card that says or implies that merging took part in the training."""
+    found = ["tag"] if "in-model-merging" in metadata_load_text(text)["tags"] else []
+    body = text.split("---", 2)[2]
+    return found + re.findall(r"trained with in-model|merging happened|2502\.20516|wang2025", body)
+
+
+def metadata_load_text(text: str) -> dict[str, Any]:
+    return yaml.safe_load(text.split("---")[1])
+
+
+def test_the_card_of_a_network_that_merged_says_so(model: nn.Module, tmp_path: Path) -> None:
+    text = write(model, tmp_path, small_card())
+    assert {"tag", "trained with in-model", "merging happened", "2502.20516", "wang2025"} <= set(
+        claims(text)
+    )
+
+
+def test_the_card_of_a_network_that_never_merged_claims_nothing(tmp_path: Path) -> None:
+    net = timm.create_model(ARCH, num_classes=3)
+    text = write(net, tmp_path / "bare", small_card())
+    assert claims(text) == [] and "erging" not in text and "## Citation" not in text
+    own = write(net, tmp_path / "own", small_card(citation="@misc{ours}"))
+    assert "## Citation" in own and "@misc{ours}" in own and claims(own) == []
+
+
+@pytest.mark.parametrize("case", ["never fired", "never attached"])
+def test_the_card_of_merging_without_effect_says_that(tmp_path: Path, case: str) -> None:
+    model = InMergeWrapper(timm.create_model(ARCH, num_classes=3), similarity_threshold=1.0)
+    if case == "never fired":
+        steps_of(model)
+        text = write(model, tmp_path, small_card())
+    else:
+        model(torch.randn(2, 3, 32, 32))
+        with pytest.warns(NoEffectWarning, match="never merged"):
+            text = write(model.eval(), tmp_path, small_card())
+    assert set(claims(text)) <= {"2502.20516"}  # the name of the method may be explained
+    assert "set up and had no effect: this is a plain training run" in text
+    assert "a plain training run" in merging_settings(model)["merged pairs"]
+    (tmp_path / "sure").mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoEffectWarning)
+        told = write(model, tmp_path / "sure", small_card(merging={"tau": 0.25}))
+    assert "tag" not in claims(told), "the report knows better than the card"
+
+
+def test_the_card_of_an_average_leaves_open_what_its_copy_cannot_know(tmp_path: Path) -> None:
+    average = torch.optim.swa_utils.AveragedModel(
+        InMergeWrapper(timm.create_model(ARCH, num_classes=3))
+    )
+    text = write(average, tmp_path, small_card())
+    assert claims(text) == [] and "no effect" not in text
+
+
+def test_the_card_tells_what_kind_of_merging_it_was() -> None:
+    net = timm.create_model("test_resnet", num_classes=3)
+    model = InMergeWrapper(net, transient=True, direction="gaussian", radius=0.2)
+    settings = merging_settings(model)
+    assert (settings["transient"], settings["direction"], settings["radius"]) == (
+        True, "gaussian", 0.2,
+    )  # fmt: skip
 
 
 def test_robustness_results_and_picture(model: nn.Module, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
-import warnings
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from inmerge_wrap import InMergeWrapper, NoEffectWarning, plan_merging
+from inmerge_wrap import (
+    InMergeWrapper,
+    NoEffectWarning,
+    Quantile,
+    Schedule,
+    ZScore,
+    plan_merging,
+)
 from inmerge_wrap.layers import find_layers
 from inmerge_wrap.merge_pass import draw_step
 from tests import NEEDS_COMPILER, reference
@@ -192,6 +199,23 @@ def test_foreign_objects_and_foreign_optimizers_are_refused() -> None:
     head_only = torch.optim.SGD(model.module.head.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="holds none"):
         model.attach(head_only)
+
+
+def test_two_wrappers_of_one_network_do_not_share_an_optimizer() -> None:
+    network = small_net()
+    first = InMergeWrapper(network, shallow_layers=2)
+    optimizer = sgd(network)
+    handle = first.attach(optimizer)
+    second = InMergeWrapper(network, shallow_layers=2)  # the cell of a notebook, run again
+    with pytest.raises(ValueError, match=r"another InMergeWrapper of this .* handle\.remove\(\)"):
+        second.attach(optimizer)
+    handle.remove()
+    second.attach(optimizer)
+    train(second, optimizer, 1)
+    assert (first.step, second.step) == (0, 1)
+    other = wrapped()  # two networks may share an optimizer
+    optimizer.add_param_group({"params": other.parameters()})
+    other.attach(optimizer)
 
 
 # -- it leaves no trace --------------------------------------------------------------------------
@@ -444,8 +468,9 @@ def test_inference_and_attached_training_do_not_warn() -> None:
     train(model, optimizer, 30)
 
 
-def test_a_threshold_that_never_fires_is_told_with_one_that_would() -> None:
-    model = wrapped(similarity_threshold=0.999)
+@pytest.mark.parametrize("threshold", [0.999, ZScore(1000.0)], ids=["fixed", "rule"])
+def test_a_threshold_that_never_fires_is_told_with_what_works(threshold: Any) -> None:
+    model = wrapped(similarity_threshold=threshold)
     optimizer = sgd(model, lr=0.0)
     model.attach(optimizer)
     with pytest.warns(NoEffectWarning) as caught:
@@ -454,14 +479,65 @@ def test_a_threshold_that_never_fires_is_told_with_one_that_would() -> None:
     message = str(caught[0].message)
     best = max(model.report(), key=lambda layer: layer.max_cosine or -1.0)
     assert best.name in message and f"{best.max_cosine:.4f}" in message
-    suggested = float(message.split("a similarity_threshold of ")[1].split()[0])
-    again = wrapped(similarity_threshold=suggested)
-    optimizer = sgd(again, lr=0.0)
-    again.attach(optimizer)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NoEffectWarning)  # one pair in many is still next to none
-        train(again, optimizer, 100)
-    assert again.report().merged > 0
+    ((z_score, quantile),) = re.findall(
+        r"use similarity_threshold=(ZScore\(.*?\))|or similarity_threshold=(Quantile\(.*?\))",
+        message,
+    )
+    advised = eval(z_score or quantile, {"ZScore": ZScore, "Quantile": Quantile})
+    again = [wrapped(similarity_threshold=advised)]
+    if "InMergeWrapper.recommended" in message:
+        again += [InMergeWrapper.recommended(small_net(), total_steps=200, shallow_layers=2)]
+    assert len(again) == (2 if threshold == 0.999 else 1)
+    for model in again:
+        optimizer = sgd(model, lr=0.0)
+        model.attach(optimizer)
+        train(model, optimizer, 100)  # a warning would be an error here
+        assert model.report().share > 0.005
+
+
+@pytest.mark.parametrize(
+    "schedule,last_silent",
+    [(Schedule(end=3), 102), (Schedule(start=5, end=25), 224), (Schedule(end=3, every=2), 102)],
+)
+def test_training_long_past_the_schedule_is_told(schedule: Schedule, last_silent: int) -> None:
+    model = wrapped(schedule=schedule)
+    for _ in range(last_silent):
+        model.merge_()
+    with pytest.warns(NoEffectWarning, match=rf"ended at step {schedule.end}, .* not epochs"):
+        model.merge_()
+    for _ in range(200):
+        model.merge_()  # once
+    for settings in ({}, {"schedule": Schedule(start=3)}):
+        endless = wrapped(merge_weight=1.0, inspect_every=0, **settings)
+        for _ in range(200):
+            endless.merge_()
+
+
+def test_the_report_says_when_merging_ended() -> None:
+    model = wrapped(schedule=Schedule(end=3, decay="cosine"))
+    for step in range(5):
+        ended = "Merging ended at step 3, as its schedule says; training has run to step"
+        assert (ended in str(model.report())) == (model.report().ended == 3) == (step > 3)
+        model.merge_()
+    assert str(model.report()).splitlines()[-1].endswith("training has run to step 5.")
+
+
+def test_the_report_says_why_nothing_ever_merged() -> None:
+    model = wrapped()
+    assert model.report().idle is None  # it has not trained yet
+    model(torch.randn(4, 3, 12, 12)).sum().backward()
+    last = str(model.report()).splitlines()[-1]
+    assert last == "Never merged: no optimizer is attached. Call model.attach(optimizer)."
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    assert "never finished a step" in str(model.report().idle)
+    train(model, optimizer, 1)
+    model(torch.randn(4, 3, 12, 12))
+    assert model.report().idle is None
+    resumed = wrapped()
+    resumed.load_state_dict(model.state_dict())
+    resumed(torch.randn(4, 3, 12, 12))
+    assert resumed.report().idle is None and "Never" not in str(resumed.report())
 
 
 def test_a_probability_of_zero_is_told() -> None:
@@ -504,6 +580,65 @@ def test_the_report_counts_what_happened() -> None:
 def test_bad_arguments_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         wrapped(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"merge_weight": "a"}, r"merge_weight must be a number in \[0, 2\], got 'a'"),
+        ({"merge_probability": None}, r"merge_probability must be a number in \[0, 1\], got None"),
+        ({"similarity_threshold": "a"}, r"must be a number in \[-1, 1\] or a rule .* got 'a'"),
+        (
+            {"alpha": 0.9},
+            r"alpha=0.9: .* is merge_weight \(in \[0, 2\]\), so write merge_weight=0.9",
+        ),
+        ({"tau": 0.1}, r"tau=0.1: .* is similarity_threshold \(in \[-1, 1\].*write similarity_th"),
+        ({"p": 1.0}, r"p=1.0: .* is merge_probability \(in \[0, 1\]\)"),
+        ({"L_s": 3}, r"L_s=3: .* is shallow_layers \(a count"),
+        ({"colour": 3}, "unexpected keyword argument 'colour'"),
+    ],
+)
+def test_arguments_of_another_type_or_name_are_named(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        InMergeWrapper(small_net(), **settings)
+    with pytest.raises(TypeError, match=message):
+        InMergeWrapper.recommended(small_net(), total_steps=10, **settings)
+
+
+@pytest.mark.parametrize("steps", ["ten", 0, None])
+def test_a_course_of_no_steps_is_named(steps: Any) -> None:
+    with pytest.raises(
+        ValueError, match=f"total_steps must be a count of steps >= 1, got {steps!r}"
+    ):
+        InMergeWrapper.recommended(small_net(), total_steps=steps)
+
+
+def test_what_is_no_network_is_refused_with_the_way_to_one() -> None:
+    told = r"got 'resnet18': build the network first, for example timm\.create_model\('resnet18'\)"
+    with pytest.raises(TypeError, match=told):
+        InMergeWrapper("resnet18")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=told):
+        plan_merging("resnet18")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"got <class .*: pass the network itself, not its class"):
+        InMergeWrapper(SmallNet)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "outer,place",
+    [
+        (lambda model: model, "module"),
+        (torch.compile, "_orig_mod.module"),
+        (nn.Sequential, "0.module"),
+    ],
+    ids=["alone", "compiled", "inside"],
+)
+def test_wrapping_twice_is_refused(outer: Callable[[nn.Module], nn.Module], place: str) -> None:
+    once = outer(wrapped())
+    with pytest.raises(ValueError, match=rf"wrapped already.* the bare network, model\.{place}$"):
+        InMergeWrapper(once, shallow_layers=2)
+    InMergeWrapper(once.get_submodule(place), shallow_layers=2)  # the remedy
 
 
 @pytest.mark.parametrize("engine", ["torch", pytest.param("native", marks=NEEDS_COMPILER)])
