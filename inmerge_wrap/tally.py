@@ -16,6 +16,7 @@ __all__ = ["Tally"]
 
 _FORMAT = 1
 _COLUMNS = 7
+_PASSES_AT_ONCE = 32
 
 
 class Tally:
@@ -40,6 +41,7 @@ class Tally:
         self._undefined = torch.zeros(layers, dtype=torch.int64)
         self._cosine_sum = torch.zeros(layers, dtype=torch.float64)
         self._cosine_max = torch.full((layers,), self._NO_COSINE, dtype=torch.float32)
+        self._waiting: list[Outcome] = []
 
     @property
     def step(self) -> int:
@@ -66,12 +68,26 @@ class Tally:
         for layer, length in zip(layers, outcome.lengths, strict=True):
             self.passes[layer] += 1
             self.drawn[layer] += length
-        layer_of_pair, cosines, merged = outcome.layer, outcome.cosines, outcome.merged
-        if self._merged.device != cosines.device:
-            self._move_to(cosines.device)
         if outcome.sums is not None:
             self._add_sums(layers, outcome.sums)
             return
+        self._waiting.append(outcome)
+        # A device adds up many passes in the launches that one would take.
+        if outcome.cosines.device.type == "cpu" or len(self._waiting) == _PASSES_AT_ONCE:
+            self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        """Adds up the pairs of the passes that are not counted yet."""
+        if not self._waiting:
+            return
+        waiting, self._waiting = self._waiting, []
+        device = waiting[-1].cosines.device  # a network may have moved meanwhile
+        layer_of_pair, cosines, merged = (
+            torch.cat([getattr(outcome, name).to(device) for outcome in waiting])
+            for name in ("layer", "cosines", "merged")
+        )
+        if self._merged.device != device:
+            self._move_to(device)
         undefined = cosines.isnan()
         self._merged.index_add_(0, layer_of_pair, merged.long())
         self._undefined.index_add_(0, layer_of_pair, undefined.long())
@@ -81,6 +97,8 @@ class Tally:
         self._cosine_max.scatter_reduce_(0, layer_of_pair, candidates, "amax")
 
     def _add_sums(self, layers: Sequence[int], sums: Tensor) -> None:
+        if self._merged.device != sums.device:
+            self._move_to(sums.device)
         place = torch.tensor(layers, device=sums.device)
         merged, undefined = sums[:2].long()
         self._merged.index_add_(0, place, merged)
@@ -97,6 +115,7 @@ class Tally:
 
     def report(self, names: Sequence[str]) -> MergeReport:
         """Reads the counts back from the device."""
+        self._add_waiting()
         layers = []
         for index, name in enumerate(names):
             undefined = int(self._undefined[index])
@@ -117,6 +136,7 @@ class Tally:
 
     def to_state(self, seed: int) -> Tensor:
         """Everything, as one float64 tensor on the CPU (exact up to 2**53 pairs)."""
+        self._add_waiting()
         columns = [self.steps, self.passes, self.drawn, self._merged, self._undefined]
         columns += [self._cosine_sum, self._cosine_max]
         with torch.device("cpu"):

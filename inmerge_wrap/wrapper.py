@@ -90,9 +90,9 @@ class InMergeWrapper(nn.Module):
             the gradient is taken at the merged network, the step is made from the whole one.
         replica_draws: With ``transient``, each process draws pairs of its own, so that the mean
             gradient is one over several perturbations.
-        engine: What computes a pass: ``"native"`` code, compiled here in a second or two, or plain
-            ``"torch"``; ``"auto"`` takes native code where it can. Results are equal up to
-            rounding.
+        engine: What computes a pass: ``"native"`` code on a CPU, compiled here in a second or two,
+            ``"triton"`` on a GPU, or plain ``"torch"``; ``"auto"`` takes the first two where it
+            can. Results are equal up to rounding.
         shallow_layers: L_s, first convolutions left alone; see :func:`plan_merging`.
         example_input: See :func:`plan_merging`, as for ``include``, ``exclude``, ``also_merge``.
         plan: A ready plan, instead of the arguments of :func:`plan_merging`.
@@ -145,7 +145,7 @@ class InMergeWrapper(nn.Module):
         merge_momentum: bool = False,
         transient: bool = False,
         replica_draws: bool = False,
-        engine: Literal["auto", "torch", "native"] = "auto",
+        engine: Literal["auto", "torch", "native", "triton"] = "auto",
         shallow_layers: int | float = DEFAULT_SHALLOW_SHARE,
         example_input: Any = None,
         include: Pattern | Sequence[Pattern] | None = None,

@@ -13,7 +13,10 @@ import pytest
 import torch
 
 NEEDS_TRITON = pytest.mark.skipif(sys.platform != "linux", reason="Triton is made for Linux only")
-ON_DEVICE = Path(__file__).with_name("triton_on_device.py")
+ON_DEVICE = [
+    Path(__file__).with_name(name)
+    for name in ("triton_on_device.py", "triton_engine_on_device.py")
+]
 
 
 def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -39,8 +42,8 @@ def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess
     ],
 )
 def test_launches_equal_the_plain_functions(interpret: str) -> None:
-    """Every test of that file, none skipped."""
-    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", str(ON_DEVICE)]
+    """Every test of those files, none skipped."""
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", *map(str, ON_DEVICE)]
     done = run_python(*arguments, TRITON_INTERPRET=interpret)
     assert done.returncode == 0, done.stdout + done.stderr
     tests = re.search(r"^(\d+) passed in", done.stdout, re.MULTILINE)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from inmerge_wrap.changes import Blend, Change
-from inmerge_wrap.engines import native, torch_blocks
+from inmerge_wrap.engines import native, torch_blocks, triton
 from inmerge_wrap.layers import Layers
 from inmerge_wrap.pairs import Outcome, Pairs
 from inmerge_wrap.stores import Plain, Store
@@ -33,7 +33,7 @@ __all__ = [
     "wanted",
 ]
 
-ENGINES = ("auto", "torch", "native")
+ENGINES = ("auto", "torch", "native", "triton")
 """What a user may ask for; ``auto`` is the fastest that works on the device at hand."""
 
 
@@ -67,12 +67,15 @@ class Engine(Protocol):
 
 _torch: Any = torch_blocks
 _native: Any = native
+_triton: Any = triton
 
 
 def wanted(name: str, device: torch.device) -> Engine:
     """The engine that a setting means on a device."""
-    if name != "torch" and device.type == "cpu" and native.problem() is None:
+    if name in ("auto", "native") and device.type == "cpu" and native.problem() is None:
         return _native
+    if name == "triton" or (name == "auto" and device.type == "cuda"):
+        return _torch if triton.problem(device) else _triton
     return _torch
 
 
@@ -86,13 +89,15 @@ def require(name: str, device: torch.device) -> None:
         native.prepare()  # so that it is there when the first step asks
     if name in ("auto", "torch") or device.type == "meta":  # a network on meta moves later
         return
-    if device.type != "cpu":
-        raise RuntimeError(
-            f"engine={name!r} works on a CPU and the network is on {device}: leave engine='auto'"
-        )
-    problem = native.problem(insist=True)
+    if name == "triton":
+        problem = triton.problem(device)
+    elif device.type != "cpu":
+        problem = f"native code works on a CPU and the network is on {device}"
+    else:
+        problem = native.problem(insist=True)
+        problem = problem and f"{native.REMEDY} ({problem})"
     if problem is not None:
-        raise RuntimeError(f"engine={name!r} does not work here: {native.REMEDY} ({problem})")
+        raise RuntimeError(f"engine={name!r} does not work here: {problem}; or leave engine='auto'")
 
 
 def group(stores: Sequence[Store], name: str) -> list[tuple[Engine, list[int]]]:

@@ -1,0 +1,171 @@
+"""The Triton engine: a pass over all layers in a few launches, on a GPU.
+
+See :mod:`inmerge_wrap.engines.triton_launches` for what is launched. It has never run on a GPU of
+ours: the tests run it in Triton's interpreter, on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inmerge_wrap.changes import Blend, Change
+from inmerge_wrap.engines import triton_launches
+from inmerge_wrap.engines.native import makes as makes
+from inmerge_wrap.layers import Layers
+from inmerge_wrap.pairs import Outcome, Pairs
+from inmerge_wrap.stores import Plain, Store, store_of
+from inmerge_wrap.thresholds import Fixed, Quantile, Threshold, ZScore
+
+__all__ = ["NAME", "KeptBuffer", "batches", "change_", "cosines", "makes", "merge_", "problem"]
+
+NAME = "triton"
+
+
+def problem(device: torch.device) -> str | None:
+    """Why Triton cannot be used on a device; None where it can."""
+    return triton_launches.unavailable_reason(device)
+
+
+def takes(store: Store) -> bool:
+    """Whether the kernels of a store can be read and written where they are."""
+    weight = store.rows_in_memory
+    return weight is not None and triton_launches.takes(weight)
+
+
+def batches(stores: Sequence[Store]) -> list[list[int]]:
+    """All layers of one device together, but for those that share memory."""
+    found: dict[torch.device, list[int]] = {}
+    alone, ends = [], dict.fromkeys((store.weight.device for store in stores), 0)
+    for place in sorted(range(len(stores)), key=lambda n: stores[n].weight.data_ptr()):
+        weight = stores[place].weight
+        if weight.data_ptr() < ends[weight.device]:
+            alone.append([place])
+            continue
+        ends[weight.device] = weight.data_ptr() + weight.nbytes
+        found.setdefault(weight.device, []).append(place)
+    return [sorted(places) for places in found.values()] + alone
+
+
+def cosines(stores: Sequence[Store], pairs: Pairs, centred: Sequence[bool]) -> Tensor:
+    """Cosine of each pair, float32; see :func:`inmerge_wrap.engines.torch_blocks.cosines`."""
+    weights = [store.weight for store in stores]
+    return triton_launches.compare(weights, pairs.lengths, pairs.targets, pairs.sources, centred)
+
+
+def change_(stores: Sequence[Store], pairs: Pairs, changed: Tensor | None, change: Change) -> None:
+    """Blends kernels in place; all are read before they are written (eq. 3)."""
+    assert isinstance(change, Blend) and not isinstance(change.merge_weight, Tensor)
+    if changed is None:
+        changed = torch.ones_like(pairs.targets, dtype=torch.bool)
+    triton_launches.blend_(
+        [store.weight for store in stores],
+        pairs.lengths,
+        pairs.targets,
+        pairs.sources,
+        changed,
+        change.merge_weight,
+    )
+
+
+def merge_(
+    layers: Layers,
+    pairs: Pairs,
+    threshold: Threshold,
+    merge_weight: float,
+    *,
+    skip: Tensor | None = None,
+    keep: list[Any] | None = None,
+) -> Outcome | None:
+    """Compares, decides and blends; equal to :func:`cosines`, the threshold and :func:`change_`.
+
+    Launches, whatever the number of layers: one to compare, one to decide, two to blend, one to
+    keep; a quantile takes some twenty more operations.
+
+    Args:
+        layers: Those of one batch, see :func:`batches`.
+        pairs: On their device.
+        threshold: Which pairs merge.
+        merge_weight: See :class:`inmerge_wrap.changes.Blend`.
+        skip: A scalar on the device, non-zero for no merge at all.
+        keep: Takes the kernels that change, before they do.
+
+    Returns:
+        What became of each pair; None, and nothing done, where the threshold is not one of ours.
+    """
+    if type(threshold) not in (Fixed, ZScore, Quantile):
+        return None
+    sites = [layer.site for layer in layers]
+    found = cosines(layers.stores, pairs, [site.centred for site in sites])
+    bounds: Sequence[float] | Tensor
+    if isinstance(threshold, Quantile):
+        bounds = triton_launches.layer_quantiles(found, pairs.lengths, threshold.share)
+    else:
+        assert isinstance(threshold, Fixed | ZScore)
+        bounds = [threshold.bound(site.fan_in) for site in sites]
+    merged = triton_launches.decide(
+        found, pairs.lengths, bounds, inclusive=isinstance(threshold, Quantile), skip=skip
+    )
+    if keep is not None:
+        weights = [store.weight for store in layers.stores]
+        rows = triton_launches.save(weights, pairs.lengths, pairs.targets, merged)
+        keep.append(KeptBuffer(layers, pairs, merged, rows))
+    change_(layers.stores, pairs, merged, Blend(merge_weight))
+    return Outcome(pairs.layer, found, merged, pairs.lengths)
+
+
+@dataclass(frozen=True)
+class KeptBuffer:
+    """Kernels of some layers as they were before a pass, in one buffer.
+
+    Attributes:
+        layers: The layers.
+        pairs: Whose targets are kept.
+        merged: Which of them.
+        rows: What :func:`triton_launches.save` gave.
+    """
+
+    layers: Layers
+    pairs: Pairs
+    merged: Tensor
+    rows: Tensor
+
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        """The convolutions."""
+        return [layer.module for layer in self.layers]
+
+    def put_back_(self) -> None:
+        """Puts the kernels back, bit for bit, where the convolutions have their weights now."""
+        stores = [store_of(module) for module in self.modules]
+        if all(map(_is_alike, stores, self.layers.stores)):
+            self._restore_([store.weight for store in stores])
+            return
+        # Moved or converted since: unpacked into weights as they were, and from these.
+        unpacked = [torch.empty_like(store.weight) for store in self.layers.stores]
+        self._restore_(unpacked)
+        masks = self.merged.split(self.pairs.lengths)
+        for store, weight, part, mask in zip(
+            stores, unpacked, self.pairs.split(), masks, strict=True
+        ):
+            index = part.targets[mask]
+            store.copy_back_(index, Plain(weight).copy_out(index))
+
+    def _restore_(self, weights: Sequence[Tensor]) -> None:
+        targets, lengths = self.pairs.targets, self.pairs.lengths
+        triton_launches.restore_(weights, lengths, targets, self.rows, self.merged)
+
+
+def _is_alike(now: Store, before: Store) -> bool:
+    """Whether a weight has the device, dtype and order of entries that it had."""
+    ours, theirs = now.weight, before.weight
+    return takes(now) and (ours.device, ours.dtype, ours.shape, ours.stride()) == (
+        theirs.device,
+        theirs.dtype,
+        theirs.shape,
+        theirs.stride(),
+    )
