@@ -130,7 +130,8 @@ def examine(
         }
         for part, conditions in logits.items()
     }
-    return {"temperature": temperature, **rows}
+    images = {part: len(exam.labels) for part, exam in exams.items()}
+    return {"measured_images": images, "temperature": temperature, **rows}
 
 
 def by_family(rows: Mapping[str, Mapping[str, float]], metric: str) -> dict[str, float]:

@@ -73,9 +73,11 @@ def read(folder: Path) -> dict[Setting, Runs]:
     """The runs of a folder.
 
     Raises:
-        SystemExit: If there is none, or two of the same arm and seed in a setting.
+        SystemExit: If there is none, two of the same arm and seed in a setting, or two of a setting
+            that were measured on different images.
     """
     settings: dict[Setting, Runs] = defaultdict(lambda: defaultdict(dict))
+    measured: dict[Setting, Any] = {}
     paths = sorted(folder.glob("*.json"))
     for path in paths:
         result = json.loads(path.read_text())
@@ -87,6 +89,9 @@ def read(folder: Path) -> dict[Setting, Runs]:
         if run["seed"] in seeds:
             raise SystemExit(f"{path}: a second run of {run['arm']!r}, seed {run['seed']}")
         seeds[run["seed"]] = result
+        images = result.get("measured_images")  # the first runs did not record it
+        if images and measured.setdefault(setting, images) != images:
+            raise SystemExit(f"{path} was measured on {images} images, not {measured[setting]}")
         if run["arm"] == "plain":
             settings[setting][SCALED][run["seed"]] = temperature_scaled(result)
     if not settings:

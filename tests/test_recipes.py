@@ -691,11 +691,12 @@ def wrapped(merging_options: ModuleType, options: argparse.Namespace, **course: 
 
 
 def decisive(model: Any) -> dict[str, Any]:
-    """The settings of a wrapper, but for the course of its schedule."""
+    """What a wrapper was told, by its public attributes, and the layers that it merges."""
     from inmerge_wrap import InMergeWrapper
 
-    names = {*inspect.signature(InMergeWrapper).parameters, "schedule"} & {*vars(model)}
-    settings = {name: getattr(model, name) for name in names - {"plan"}}
+    of_the_plan = {"module", "plan", "shallow_layers", "example_input", "include", "exclude"}
+    names = {*inspect.signature(InMergeWrapper).parameters} - of_the_plan - {"also_merge"}
+    settings = {name: getattr(model, name) for name in names}
     settings["schedule"] = dataclasses.replace(settings["schedule"], start=0, end=99)
     return settings | {"plan": [site.name for site in model.plan.merged]}
 

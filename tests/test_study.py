@@ -320,6 +320,7 @@ def write_runs(study: ModuleType, measures: ModuleType, folder: Path, arms: list
         names = [name for family in measures.FAMILIES.values() for name in family]
         rows = {"clean": row(0.0), **{f"{name}/3": row(0.2) for name in names}}
         result = {"run": run.to_dict(), "validation": rows, "test": rows}
+        result["measured_images"] = {"validation": 500, "test": 1000}
         (folder / run.file_name).write_text(json.dumps(result))
     return drawn
 
@@ -442,7 +443,18 @@ def test_the_report_writes_tables_and_pictures(
 
 
 def test_the_report_refuses_what_it_cannot_compare(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: ModuleType, measures: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SystemExit, match="holds no runs"):
         report(monkeypatch, "report", "--runs", str(tmp_path))
+    folder = tmp_path / "runs"
+    write_runs(study, measures, folder, ["plain", "SWA"])
+    last = max(folder.glob("*.json"))
+    content = last.read_text()
+    last.write_text(content.replace('"test": 1000}', '"test": 400}'))
+    with pytest.raises(SystemExit, match=r"was measured on .*400\}"):
+        report(monkeypatch, "report", "--runs", str(folder))
+    (folder / "again.json").write_text(content)
+    last.write_text(content)
+    with pytest.raises(SystemExit, match="a second run of 'plain', seed 3"):
+        report(monkeypatch, "report", "--runs", str(folder))
