@@ -684,8 +684,11 @@ def test_a_replaced_optimizer_is_reported_soon() -> None:
     assert model.step == 2
 
 
-def test_a_forgotten_attach_is_reported_where_the_network_is_called_without_the_wrapper() -> None:
-    model = wrapped()
+@pytest.mark.parametrize("schedule", [Schedule(), Schedule(start=50), Schedule(start=1, every=2)])
+def test_a_forgotten_attach_is_reported_where_the_network_is_called_without_the_wrapper(
+    schedule: Schedule,
+) -> None:
+    model = wrapped(schedule=schedule)
     optimizer = sgd(model)
     with pytest.warns(NoEffectWarning, match="10 steps of SGD without merging"):
         train(model.module, optimizer, 10)
