@@ -153,10 +153,11 @@ class Attachments:
         # FSDP1 takes the weight out of a convolution, which stays what it is.
         others = [layer for layer in lost if not isinstance(layer.module, _ConvNd)]
         if others:
+            kind = type(others[0].module).__name__
             raise RuntimeError(
-                f"{names}: after attach() a {type(others[0].module).__name__} took the place of the "
-                "convolution. Change the network first (BlurPool and other surgery, quantisation, "
-                "adapters), then wrap it and make the optimizer"
+                f"{names}: after attach() a {kind} took the place of the convolution. Change the "
+                "network first (BlurPool and other surgery, quantisation, adapters), then wrap it "
+                "and make the optimizer"
             )
         if any(isinstance(layer.store, Sharded) for layer in lost):
             remedy = (
