@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from operator import is_
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
@@ -34,8 +35,10 @@ __all__ = [
     "is_schedule_free",
     "notice_every_step",
     "refuse_capture",
+    "remedy_for_none_held",
     "reshard",
     "stepping_optimizer",
+    "trains_any",
 ]
 
 # By name: they write the weights from copies of their own.
@@ -170,12 +173,14 @@ class Attachments:
         if not lost:
             return
         names = ", ".join(layer.site.name for layer in lost)
-        replaced = next((layer for layer in lost if not layer.parameters), None)
-        if replaced is not None:
+        # FSDP1 takes the weight out of a convolution, which stays what it is.
+        others = [layer for layer in lost if not isinstance(layer.module, _ConvNd)]
+        if others:
+            kind = type(others[0].module).__name__
             raise RuntimeError(
-                f"{names}: after attach() a {type(replaced.module).__name__} took the place of the "
-                "convolution. Change the network first (BlurPool and other surgery, quantisation, "
-                "adapters), then wrap it and make the optimizer"
+                f"{names}: after attach() a {kind} took the place of the convolution. Change the "
+                "network first (BlurPool and other surgery, quantisation, adapters), then wrap it "
+                "and make the optimizer"
             )
         if any(isinstance(layer.store, Sharded) for layer in lost):
             remedy = (
@@ -245,17 +250,19 @@ def carry_counter(
             optimizer.register_load_state_dict_pre_hook(counter.load)
 
 
-_noticing: weakref.WeakSet[InMergeWrapper] = weakref.WeakSet()
+_listeners: set[weakref.WeakMethod[Callable[[Optimizer], None]]] = set()
 
 
-def notice_every_step(wrapper: InMergeWrapper) -> None:
-    """Calls ``wrapper.notice_step(optimizer)`` after each step of any optimizer in this process.
+def notice_every_step(listener: Callable[[Optimizer], None]) -> None:
+    """Calls ``listener(optimizer)`` after each step of any optimizer in this process.
 
-    So a loop is noticed that forgot to attach its optimizer, or that replaced it. No strong
-    reference is kept.
+    So a loop is noticed that forgot to attach its optimizer, or that replaced it.
+
+    Args:
+        listener: A bound method; no strong reference to its object is kept.
     """
     _register_once()
-    _noticing.add(wrapper)
+    _listeners.add(weakref.WeakMethod(listener, _listeners.discard))
 
 
 @cache
@@ -264,9 +271,12 @@ def _register_once() -> None:
 
 
 def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
-    if not torch.compiler.is_compiling():
-        for wrapper in tuple(_noticing):
-            wrapper.notice_step(optimizer)
+    if torch.compiler.is_compiling():
+        return
+    for reference in tuple(_listeners):
+        listener = reference()
+        if listener is not None:
+            listener(optimizer)
 
 
 def trains_any(optimizer: Optimizer, network: nn.Module, sites: Sequence[ConvSite]) -> bool:
@@ -276,6 +286,16 @@ def trains_any(optimizer: Optimizer, network: nn.Module, sites: Sequence[ConvSit
         id(parameter) in held and parameter.requires_grad
         for module in modules_of(network, sites)
         for parameter in module.parameters()
+    )
+
+
+def remedy_for_none_held(layers: Sequence[MergedLayer]) -> str:
+    """What to do about an optimizer that holds no weight of some layers."""
+    if any(p.requires_grad for layer in layers for p in layer.parameters):
+        return "build it from the parameters of this model"
+    return (
+        "they are frozen, and it was built from the others. Attach the optimizer that trains them "
+        "once they are unfrozen, or build this one from all parameters of the model"
     )
 
 

@@ -25,6 +25,7 @@ from inmerge_wrap.attachment import (
     is_schedule_free,
     notice_every_step,
     refuse_capture,
+    remedy_for_none_held,
     reshard,
     stepping_optimizer,
     trains_any,
@@ -202,7 +203,7 @@ class InMergeWrapper(nn.Module):
         self._pending: dict[int, tuple[Layers, Outcome]] = {}  # of which optimizer
         self.register_state_dict_post_hook(neighbours.put_counter_last)
         self.register_load_state_dict_pre_hook(neighbours.accept_network_state)
-        notice_every_step(self)
+        notice_every_step(self._after_any_step)
 
     @classmethod
     def recommended(cls, module: nn.Module, *, total_steps: int, **settings: Any) -> InMergeWrapper:
@@ -299,7 +300,8 @@ class InMergeWrapper(nn.Module):
         added, frozen or unfrozen later. Where two attached optimizers train one layer, the last
         attached one merges it. An optimizer restored by pickle or deepcopy has lost its hooks:
         attach it. Schedule-free optimizers of the ``schedulefree`` package keep two sequences of
-        weights, and both are merged alike.
+        weights, and both are merged alike. The optimizer's state dict carries the step counter
+        from now on, beside that of the model: attach before you load one.
 
         Args:
             optimizer: A torch optimizer, or one prepared by Accelerate or Lightning. For a
@@ -325,7 +327,7 @@ class InMergeWrapper(nn.Module):
         if not held:
             raise ValueError(
                 f"the optimizer holds none of the {len(layers)} weights to merge "
-                f"({layers[0].site.name}, ...): {self._remedy_for_no_weights(layers)}"
+                f"({layers[0].site.name}, ...): {remedy_for_none_held(layers)}"
             )
         if not trained:
             self._warn_of_frozen_weights()
@@ -602,25 +604,17 @@ class InMergeWrapper(nn.Module):
     def _watch_forward(self) -> None:
         self._watch.before_forward(attached=bool(self._attachments.live))
 
-    def notice_step(self, optimizer: Optimizer) -> None:
-        """Warns after some steps of an optimizer that trains merged weights and is not attached."""
+    def _after_any_step(self, optimizer: Optimizer) -> None:
+        """Counts steps that an optimizer makes with the merged weights and is not attached."""
         by_hand = self._watch.steps and not len(self._attachments)
+        end = self.settings.schedule.end
         if (
             not by_hand
+            and (end is None or self.step < end)
             and self._attachments.miss(optimizer)
-            and self.settings.at(self.step) is not None
             and trains_any(optimizer, self.module, self.plan.merged)
         ):
             self._watch.after_missed_step(type(optimizer).__name__)
-
-    @staticmethod
-    def _remedy_for_no_weights(layers: Sequence[MergedLayer]) -> str:
-        if any(p.requires_grad for layer in layers for p in layer.parameters):
-            return "build it from the parameters of this model"
-        return (
-            "they are frozen, and it was built from the others. Attach the optimizer that trains "
-            "them once they are unfrozen, or build this one from all parameters of the model"
-        )
 
     def _warn_of_frozen_weights(self) -> None:
         self._watch.warn_once(

@@ -173,6 +173,13 @@ def test_a_run_saved_in_mid_epoch_continues_bit_for_bit(tmp_path: Path, safe: bo
     assert done.stdout.strip() == straight, done.stderr[-4000:]
 
 
+def test_transient_merging_continues_bit_for_bit(tmp_path: Path) -> None:
+    run = Run(seed=0, transient=True)
+    straight = run.train(tmp_path)
+    assert run.model.step == WHOLE and run.model.report().merged > 10
+    assert Run(seed=1, transient=True).resume(tmp_path) == straight
+
+
 @pytest.mark.parametrize("of_the_optimizer", [True, False])
 def test_without_the_counter_it_would_not(tmp_path: Path, of_the_optimizer: bool) -> None:
     """The control: a counter, the model's or the optimizer's, makes the draws continue."""

@@ -684,8 +684,11 @@ def test_a_replaced_optimizer_is_reported_soon() -> None:
     assert model.step == 2
 
 
-def test_a_forgotten_attach_is_reported_where_the_network_is_called_without_the_wrapper() -> None:
-    model = wrapped()
+@pytest.mark.parametrize("schedule", [Schedule(), Schedule(start=50), Schedule(start=1, every=2)])
+def test_a_forgotten_attach_is_reported_where_the_network_is_called_without_the_wrapper(
+    schedule: Schedule,
+) -> None:
+    model = wrapped(schedule=schedule)
     optimizer = sgd(model)
     with pytest.warns(NoEffectWarning, match="10 steps of SGD without merging"):
         train(model.module, optimizer, 10)
@@ -726,10 +729,13 @@ def test_no_wrapper_is_kept_alive() -> None:
 
 
 def resumed_from(
-    weights: dict[str, Tensor], state: dict[str, Any], make: Callable[[nn.Module], Any] = sgd
+    weights: dict[str, Tensor],
+    state: dict[str, Any],
+    make: Callable[[nn.Module], Any] = sgd,
+    **settings: Any,
 ) -> tuple[InMergeWrapper, Any]:
     """A fresh run that gets the bare network's weights and the optimizer's state."""
-    model = wrapped()
+    model = wrapped(**settings)
     optimizer = make(model)
     model.attach(optimizer)
     model.module.load_state_dict(weights)
@@ -756,15 +762,16 @@ STATEFUL = {
 }
 
 
+@pytest.mark.parametrize("transient", [False, True])
 @pytest.mark.parametrize("name", STATEFUL)
-def test_an_optimizers_state_resumes_merging(name: str) -> None:
-    straight = wrapped()
+def test_an_optimizers_state_resumes_merging(name: str, transient: bool) -> None:
+    straight = wrapped(transient=transient)
     optimizer = STATEFUL[name](straight)
     straight.attach(optimizer)
     train(straight, optimizer, 3)
     saved = on_disk((straight.module.state_dict(), optimizer.state_dict()))
     train(straight, optimizer, 3, start=3)
-    resumed, optimizer = resumed_from(*saved, STATEFUL[name])
+    resumed, optimizer = resumed_from(*saved, STATEFUL[name], transient=transient)
     assert resumed.step == 3
     train(resumed, optimizer, 3, start=3)
     assert digest(resumed.state_dict()) == digest(straight.state_dict())  # the statistics, too

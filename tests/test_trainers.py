@@ -34,7 +34,6 @@ from transformers import (
 
 from inmerge_wrap import InMergeWrapper, NoEffectWarning, export_weights
 from tests.scripts.common import (
-    EXAMPLE,
     SETTINGS,
     TinyNet,
     batch,
@@ -210,9 +209,9 @@ def test_every_block_is_run() -> None:
 class Module(lightning.LightningModule):
     """Batches in a fixed order and no dropout: Lightning restores no random state."""
 
-    def __init__(self) -> None:
+    def __init__(self, transient: bool = False) -> None:
         super().__init__()
-        self.model = wrapped()
+        self.model = wrapped(transient=transient)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return F.cross_entropy(self.model(batch[0]), batch[1])
@@ -223,7 +222,9 @@ class Module(lightning.LightningModule):
         return optimizer
 
 
-def fit(epochs: int, checkpoint: str | None = None, **options: Any) -> tuple[Module, Any]:
+def fit(
+    epochs: int, checkpoint: str | None = None, transient: bool = False, **options: Any
+) -> tuple[Module, Any]:
     trainer = lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -233,19 +234,20 @@ def fit(epochs: int, checkpoint: str | None = None, **options: Any) -> tuple[Mod
         enable_checkpointing=False,
         **options,
     )
-    module = Module()
+    module = Module(transient)
     loader = DataLoader(TensorDataset(*batch(0, size=16)), batch_size=4)
     trainer.fit(module, loader, ckpt_path=checkpoint)
     return module, trainer
 
 
 @quiet
-def test_lightning_resumes_bit_for_bit() -> None:
-    straight, _ = fit(4)
+@pytest.mark.parametrize("transient", [False, True])
+def test_lightning_resumes_bit_for_bit(transient: bool) -> None:
+    straight, _ = fit(4, transient=transient)
     assert straight.model.step == 16 and straight.model.report().merged > 0
-    _, trainer = fit(2)
+    _, trainer = fit(2, transient=transient)
     trainer.save_checkpoint("half.ckpt")
-    second, _ = fit(4, checkpoint="half.ckpt")
+    second, _ = fit(4, checkpoint="half.ckpt", transient=transient)
     assert digest(second.model.state_dict()) == digest(straight.model.state_dict())
 
 
@@ -269,11 +271,13 @@ class Classifier(nn.Module):
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
-def hf_train(resume: str | None = None, **options: Any) -> tuple[InMergeWrapper, Trainer]:
+def hf_train(
+    resume: str | None = None, transient: bool = False, **options: Any
+) -> tuple[InMergeWrapper, Trainer]:
     images, labels = batch(0, size=16)
     dataset = [{"pixel_values": i, "labels": n} for i, n in zip(images, labels, strict=True)]
     settings = {"remove_unused_columns": False, "label_names": ["labels"], **options}
-    model = InMergeWrapper(Classifier(), **{**SETTINGS, "example_input": EXAMPLE})
+    model = InMergeWrapper(Classifier(), **SETTINGS, transient=transient)
     trainer = Trainer(
         model=model, args=arguments(**settings), train_dataset=dataset, eval_dataset=dataset
     )
@@ -290,10 +294,13 @@ def test_trainer_takes_the_wrapper_of_any_network_and_evaluates_it() -> None:
     assert equal(before, weights_of(model))
 
 
-def test_trainer_resumes_bit_for_bit() -> None:
-    straight, _ = hf_train(save_strategy="steps", save_steps=3, num_train_epochs=2)
+@pytest.mark.parametrize("transient", [False, True])
+def test_trainer_resumes_bit_for_bit(transient: bool) -> None:
+    straight, _ = hf_train(
+        transient=transient, save_strategy="steps", save_steps=3, num_train_epochs=2
+    )
     assert straight.step == 8
-    resumed, _ = hf_train("trainer/checkpoint-3", num_train_epochs=2)
+    resumed, _ = hf_train("trainer/checkpoint-3", transient, num_train_epochs=2)
     assert resumed.step == 8
     assert digest(resumed.state_dict()) == digest(straight.state_dict())
 
@@ -343,14 +350,15 @@ def test_timm_saves_plain_weights_that_a_stock_model_loads() -> None:
     assert equal(resumed.module.state_dict(), model.module.state_dict()) and resumed.step == 0
 
 
-def test_timm_resumes_bit_for_bit_with_the_counter() -> None:
+def test_timm_resumes_bit_for_bit() -> None:
+    """The weights of its checkpoints are the network's, the counter is in the optimizer's state."""
     straight, optimizer, _ = timm_run()
     train(straight, optimizer, 6)
-    first, optimizer, saver = timm_run(unwrap_fn=lambda model: model)
+    first, optimizer, saver = timm_run()
     train(first, optimizer, 3)
     saver.save_checkpoint(0, metric=1.0)
     second, optimizer, _ = timm_run()
-    timm.models.resume_checkpoint(second, "last.pth.tar", optimizer)
+    timm.models.resume_checkpoint(second.module, "last.pth.tar", optimizer)
     assert second.step == 3
     train(second, optimizer, 3, start=3)
     assert digest(second.state_dict()) == digest(straight.state_dict())
@@ -378,9 +386,11 @@ def test_timm_tasks_take_the_wrapper() -> None:
         torch.testing.assert_close(average.get_parameter(name).detach(), value)
 
 
-def timm_task(ema: bool = True) -> tuple[InMergeWrapper, Any, Any, CheckpointSaver]:
+def timm_task(
+    ema: bool, transient: bool = False
+) -> tuple[InMergeWrapper, Any, Any, CheckpointSaver]:
     """What timm's train.py makes of a wrapped model."""
-    model = wrapped()
+    model = wrapped(transient=transient)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-2)
     model.attach(optimizer)
     task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
@@ -397,14 +407,17 @@ def run_task(task: Any, optimizer: Any, steps: int, start: int = 0) -> None:
         task.update_ema()
 
 
+@pytest.mark.parametrize("transient", [False, True])
 @pytest.mark.parametrize("ema", [False, True])
-def test_timm_tasks_resume_bit_for_bit_and_a_plain_run_loads_their_checkpoints(ema: bool) -> None:
-    straight, optimizer, task, _ = timm_task(ema)
+def test_timm_tasks_resume_bit_for_bit_and_a_plain_run_loads_their_checkpoints(
+    ema: bool, transient: bool
+) -> None:
+    straight, optimizer, task, _ = timm_task(ema, transient)
     run_task(task, optimizer, 6)
-    _, optimizer, task, saver = timm_task(ema)
+    _, optimizer, task, saver = timm_task(ema, transient)
     run_task(task, optimizer, 3)
     saver.save_checkpoint(0, metric=1.0)
-    resumed, optimizer, task, _ = timm_task(ema)
+    resumed, optimizer, task, _ = timm_task(ema, transient)
     resume_task_checkpoint(task, "last.pth.tar", optimizer)
     if ema:
         load_task_ema_checkpoint(task, "last.pth.tar")
@@ -419,13 +432,13 @@ def test_timm_tasks_resume_bit_for_bit_and_a_plain_run_loads_their_checkpoints(e
 
 
 def kept_network(
-    resume: str | None = None, attach: bool = True, **options: Any
+    resume: str | None = None, attach: bool = True, transient: bool = False, **options: Any
 ) -> tuple[InMergeWrapper, Any]:
     """The Trainer has the network itself, and the wrapper merges beside it."""
     torch.manual_seed(0)
     network = ResNetForImageClassification(hf_config())
     example = torch.zeros(1, 3, 32, 32)
-    merging = InMergeWrapper(network, **{**SETTINGS, "example_input": example})
+    merging = InMergeWrapper(network, **{**SETTINGS, "example_input": example}, transient=transient)
     trainer = Trainer(
         model=network,
         args=arguments(**options),
@@ -450,6 +463,8 @@ def test_a_trainer_that_keeps_the_network_resumes_bit_for_bit() -> None:
 def test_a_trainer_that_keeps_the_network_and_a_forgotten_attach() -> None:
     with pytest.warns(NoEffectWarning, match="10 steps of AdamW without merging"):
         kept_network(attach=False, num_train_epochs=4)
+    with pytest.warns(NoEffectWarning, match="followed no training forward pass of this model"):
+        kept_network(transient=True)
 
 
 @quiet

@@ -8,13 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from composer import Trainer
 from composer.algorithms import EMA, BlurPool
+from composer.functional import apply_blurpool
 from composer.models import ComposerClassifier
 
 from inmerge_wrap import InMergeWrapper
-from tests.clients.check import check, loader, merged, run, wrapped
+from tests.clients.check import SURE, check, loader, merged, run, wrapped
 from tests.scripts.common import digest, sgd
 
 
@@ -52,8 +54,6 @@ def averages(folder: Path, transient: bool) -> None:
 
 
 def surgery_comes_first(folder: Path, transient: bool) -> None:
-    import timm
-
     network = timm.create_model("resnet10t", num_classes=3)
     model = InMergeWrapper(network, shallow_layers=0, transient=transient)
     optimizer = sgd(model)
@@ -75,5 +75,20 @@ def surgery_comes_first(folder: Path, transient: bool) -> None:
         check("BlurPool after attach is an error", False)
 
 
+def functional_surgery_before_wrapping(folder: Path, transient: bool) -> None:
+    network = timm.create_model("resnet10t", num_classes=3)
+    apply_blurpool(network, min_channels=1)
+    model = InMergeWrapper(network, shallow_layers=0, transient=transient, **SURE)
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 32, 32)).logsumexp(1).mean().backward()
+        optimizer.step()
+    blurred = [site.name for site in model.plan.merged if site.name.endswith(".conv")]
+    check(f"blurred layers are merged: {', '.join(blurred)}", blurred)
+    merged(model, 3)
+
+
 if __name__ == "__main__":
-    run(("mosaicml",), resumes, averages, surgery_comes_first)
+    run(("mosaicml",), resumes, averages, surgery_comes_first, functional_surgery_before_wrapping)

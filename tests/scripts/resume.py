@@ -26,7 +26,7 @@ HALF, WHOLE = 5, 12
 class Run:
     """Shuffled data, dropout, momentum, a scheduler: everything that a checkpoint must hold."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, transient: bool = False) -> None:
         set_seed(0)  # orders the batches; what else is random shall come from the checkpoint
         torch.rand(1 + seed)
         self.accelerator = Accelerator(
@@ -34,7 +34,11 @@ class Run:
         )
         net = nn.Sequential(nn.Dropout(0.2), tiny_net(seed))
         self.model = InMergeWrapper(
-            net, shallow_layers=1, similarity_threshold=0.0, example_input=EXAMPLE
+            net,
+            shallow_layers=1,
+            similarity_threshold=0.0,
+            example_input=EXAMPLE,
+            transient=transient,
         )
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.model.attach(optimizer)
