@@ -71,7 +71,8 @@ _native: Any = native
 
 def wanted(name: str, device: torch.device) -> Engine:
     """The engine that a setting means on a device."""
-    if name != "torch" and device.type == "cpu" and native.problem() is None:
+    insist = name == "native"
+    if name != "torch" and device.type == "cpu" and native.problem(insist=insist) is None:
         return _native
     return _torch
 
