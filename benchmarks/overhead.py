@@ -1,12 +1,13 @@
-"""What one merge pass costs beside the optimizer step and the whole training step.
+"""What merging costs: a whole training step with it over one without, and a pass by itself.
 
-    python benchmarks/overhead.py --size 64 --batch-size 32 --out results/overhead/cpu-64px.json
+    python benchmarks/overhead.py --models resnet34 --size 64 --batch-size 32
 
-All parts of a model are timed in one process, in turn, several times; the table shows medians and
-their ratio, with the quartiles of the ratio. The floor is the bytes that a pass must move (each
-drawn kernel and its partner read, each merged kernel written) over the measured speed of a copy.
-The literal loop is one pass written as the paper states it, a kernel at a time. The rows of the
-table, in Markdown, are those of docs/performance.md.
+Steps with and without alternate in one process, in pairs of which the second is timed, so that it
+follows one of its own kind: what a pass does to the caches of the next forward pass counts too. The
+table shows medians of the ratio with its quartiles. The floor is the bytes that a pass must move
+(each drawn kernel and its partner read, each merged kernel written) over the measured speed of a
+copy. The literal loop is one pass written as the paper states it, a kernel at a time. The rows of
+the table, in Markdown, are those of docs/performance.md.
 """
 
 from __future__ import annotations
@@ -29,25 +30,42 @@ import torch
 from inmerge_wrap import InMergeWrapper, Quantile
 from inmerge_wrap.merging import draw_pairs
 
-MODELS = ["resnet18", "resnet34", "resnet50", "vgg19", "densenet121", "convnext_tiny"]
-MODELS += ["efficientnet_b0"]
-THRESHOLDS: dict[str, float | Quantile] = {"0.3": 0.3, "-1": -1.0, "top half": Quantile(0.5)}
+MODELS = ["resnet34", "resnet50", "densenet121", "efficientnet_b0"]
+WAYS: dict[str, dict[str, Any]] = {
+    "0.3": {"similarity_threshold": 0.3},
+    "-1": {"similarity_threshold": -1.0},
+    "top half": {"similarity_threshold": Quantile(0.5)},
+    "-1, transient": {"similarity_threshold": -1.0, "transient": True},
+    "-1, transient, p = 1": {
+        "similarity_threshold": -1.0,
+        "transient": True,
+        "merge_probability": 1.0,
+    },
+}
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
 parser.add_argument("--models", nargs="+", default=MODELS, help=f"of timm (default: {MODELS})")
 parser.add_argument(
-    "--thresholds",
+    "--ways",
     nargs="+",
-    default=list(THRESHOLDS),
-    choices=THRESHOLDS,
-    help="which pairs merge (default: each of them)",
+    default=list(WAYS),
+    choices=WAYS,
+    help="threshold, and whether kernels are put back (default: each of them)",
 )
 parser.add_argument("--size", type=int, default=64, help="side of the images, in pixels")
 parser.add_argument("--batch-size", type=int, default=32, help="images a step")
 parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
-parser.add_argument("--compiled", action="store_true", help="merge with compiled=True")
+parser.add_argument(
+    "--engine",
+    default="auto",
+    choices=["auto", "torch", "native"],
+    help="of the pass (default: auto)",
+)
+parser.add_argument(
+    "--shallow-layers", type=int, help="as of InMergeWrapper (default: its own, a share)"
+)
 parser.add_argument(
     "--literal", action="store_true", help="time the literal loop as well, for fixed thresholds"
 )
@@ -60,7 +78,7 @@ parser.add_argument(
     default="cuda" if torch.cuda.is_available() else "cpu",
     help="cpu or cuda (default: cuda where there is one)",
 )
-parser.add_argument("--out", type=Path, help="write the figures here as JSON")
+parser.add_argument("--out", type=Path, default=Path("runs/overhead.json"), help="JSON file")
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
@@ -98,89 +116,102 @@ def literal_loop(model: InMergeWrapper, tau: float) -> None:
                     weight[target] = alpha * kernel + (1 - alpha) * partner
 
 
-def measure(name: str, tau: str, options: argparse.Namespace, speed: float) -> dict[str, Any]:
+def measure(name: str, way: str, options: argparse.Namespace, speed: float) -> dict[str, Any]:
     device = options.device
     network = timm.create_model(name, num_classes=10).to(device)
-    model = InMergeWrapper(
-        network,
-        similarity_threshold=THRESHOLDS[tau],
-        compiled=options.compiled,
-        inspect_every=0,
-    )
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=1e-6, momentum=0.9, weight_decay=1e-4, fused=True
-    )
+    chosen = dict(WAYS[way])
+    if options.shallow_layers is not None:
+        chosen["shallow_layers"] = options.shallow_layers
+    model = InMergeWrapper(network, engine=options.engine, inspect_every=0, **chosen)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
     images = torch.randn(options.batch_size, 3, options.size, options.size, device=device)
     labels = torch.randint(10, (options.batch_size,), device=device)
     weights = {key: value.clone() for key, value in network.state_dict().items()}
 
-    def train() -> None:
+    def train(module: torch.nn.Module) -> None:
         optimizer.zero_grad()
         with torch.autocast(device, torch.bfloat16, enabled=options.bf16):
-            loss = torch.nn.functional.cross_entropy(network(images), labels)
+            loss = torch.nn.functional.cross_entropy(module(images), labels)
         loss.backward()
         optimizer.step()
 
-    parts: dict[str, Callable[[], object]] = {
-        "training step": train,
-        "with merging": train,
-        "optimizer step": optimizer.step,
-        "merge pass": model.merge_,
+    def steps(with_merging: bool) -> float:
+        """Seconds of the second of two steps."""
+        handle = model.attach(optimizer) if with_merging else None
+        module = model if with_merging else network
+        train(module)
+        taken = seconds(lambda: train(module), device)
+        if handle is not None:
+            handle.remove()
+        return taken
+
+    parts: dict[str, Callable[[], object]] = {"optimizer step": optimizer.step}
+    if not model.transient:
+        parts["merge pass"] = model.merge_
+    if options.literal and way in ("0.3", "-1"):
+        parts["literal loop"] = lambda: literal_loop(model, float(way))
+    times: dict[str, list[float]] = {
+        "training step": [],
+        "with merging": [],
+        **{p: [] for p in parts},
     }
-    if options.literal and tau != "top half":
-        parts["literal loop"] = lambda: literal_loop(model, float(tau))
-    times: dict[str, list[float]] = {part: [] for part in parts}
-    for repeat in range(options.repeats + 3):
+    for repeat in range(options.repeats + 2):
         network.load_state_dict(weights)  # merging always would make all kernels alike
+        order = (False, True) if repeat % 2 else (True, False)
+        taken = {"with merging" if each else "training step": steps(each) for each in order}
         for part, work in parts.items():
-            handle = model.attach(optimizer) if part == "with merging" else None
-            taken = seconds(work, device)
-            if handle is not None:
-                handle.remove()
-            if repeat >= 3:
-                times[part].append(taken)
+            train(network)  # it drives the caches' contents out, as in training
+            taken[part] = seconds(work, device)
+        if repeat >= 2:
+            for part, value in taken.items():
+                times[part].append(value)
     report = model.report()
     width = {site.name: site.fan_in * 4 for site in model.plan.merged}
-    passes = 2 * (options.repeats + 3)
+    passes = report.layers[-1].passes
     moved = sum((2 * layer.drawn + layer.merged) * width[layer.name] for layer in report) / passes
     floor = moved / speed
+    pairs = [("with merging", "training step")]
+    if "merge pass" in parts:
+        pairs += [("merge pass", "training step"), ("merge pass", "optimizer step")]
+    if "literal loop" in parts:
+        pairs.append(("literal loop", "merge pass"))
     ratios = {
         f"{part} over {whole}": [m / t for m, t in zip(times[part], times[whole], strict=True)]
-        for part, whole in (
-            ("with merging", "training step"),
-            ("merge pass", "training step"),
-            ("merge pass", "optimizer step"),
-            *((("literal loop", "merge pass"),) if "literal loop" in parts else ()),
-        )
+        for part, whole in pairs
     }
-    return {
+    row = {
         "model": name,
         "batch_size": options.batch_size,
         "size": options.size,
-        "similarity_threshold": tau,
+        "way": way,
+        "engine": report.engine,
+        "layers": len(report),
         "merged_share": report.merged / report.drawn,
         "median_ms": {part: 1e3 * statistics.median(taken) for part, taken in times.items()},
         "floor_ms": 1e3 * floor,
         "quartiles": {key: statistics.quantiles(ratio, n=4) for key, ratio in ratios.items()},
-        "merge_over_floor": statistics.median(times["merge pass"]) / floor,
     }
+    if "merge pass" in parts:
+        row["merge_over_floor"] = statistics.median(times["merge pass"]) / floor
+    return row
 
 
 def cells(row: dict[str, Any]) -> dict[str, str]:
     """One line of the table: what is shown of a measurement, by column."""
     time_of, ratio = row["median_ms"], row["quartiles"]
-    low, middle, high = ratio["merge pass over training step"]
+    low, middle, high = ratio["with merging over training step"]
+    share = ratio.get("merge pass over training step")
     literal = ratio.get("literal loop over merge pass")
     return {
         "network": row["model"],
         "images": f"{row['batch_size']} x {row['size']} px",
-        "threshold": row["similarity_threshold"],
+        "threshold": row["way"],
         "pairs merged": f"{row['merged_share']:.0%}",
-        "training step": f"{time_of['training step']:.0f} ms",
-        "merge pass": f"{time_of['merge pass']:.1f} ms",
-        "of the training step (quartiles)": f"{middle:.1%} ({low:.1%} to {high:.1%})",
-        "of the optimizer step": f"{ratio['merge pass over optimizer step'][1]:.2f}",
-        "of the floor": f"{row['merge_over_floor']:.1f}",
+        "step without": f"{time_of['training step']:.0f} ms",
+        "step with / without (quartiles)": f"{middle:.3f} ({low:.3f} to {high:.3f})",
+        "merge pass": "" if share is None else f"{time_of['merge pass']:.1f} ms",
+        "of the step": "" if share is None else f"{share[1]:.1%}",
+        "of the floor": "" if share is None else f"{row['merge_over_floor']:.1f}",
         "literal loop": "" if literal is None else f"{literal[1]:.0f} x",
     }
 
@@ -193,6 +224,7 @@ def markdown(row: dict[str, Any]) -> str:
 def write(path: Path, options: argparse.Namespace, speed: float, rows: list[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "copy": speed}
+    machine["load"] = os.getloadavg()
     if options.device == "cuda":
         machine |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     content = {
@@ -211,8 +243,8 @@ def main() -> None:
     speed = copy_speed(options.device)
     rows: list[dict[str, Any]] = []
     for name in options.models:
-        for tau in options.thresholds:
-            rows.append(measure(name, tau, options, speed))
+        for way in options.ways:
+            rows.append(measure(name, way, options, speed))
             if len(rows) == 1:
                 print(
                     f"| {' | '.join(cells(rows[0]))} |",
@@ -220,9 +252,11 @@ def main() -> None:
                     sep="\n",
                 )
             print(markdown(rows[-1]), flush=True)
-            if options.out:  # after each row: a network that fails costs no more than its own
-                write(options.out, options, speed, rows)
-    print(f"{options.device}, {options.threads} threads, copies {speed / 1e9:.1f} GB/s")
+            # After each row: a network that fails costs no more than its own.
+            write(options.out, options, speed, rows)
+    print(
+        f"{options.device}, {options.threads} threads, copies {speed / 1e9:.1f} GB/s, {options.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -33,10 +33,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 SERIES: dict[str, dict[str, Any]] = {
-    "no pair merges": {"similarity_threshold": 0.3},
-    "all drawn pairs merge": {"similarity_threshold": -1.0},
-    "no pair merges, compiled": {"similarity_threshold": 0.3, "compiled": True},
-    "all drawn pairs merge, compiled": {"similarity_threshold": -1.0, "compiled": True},
+    f"{pairs}, {engine}": {"similarity_threshold": threshold, "engine": engine}
+    for engine in ("native", "torch")
+    for pairs, threshold in (("no pair merges", 0.3), ("all drawn merge", -1.0))
 }
 
 parser = argparse.ArgumentParser(
@@ -118,8 +117,9 @@ def over_processes(counts: list[int], repeats: int, folder: Path) -> dict[int, A
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    panels = (("kernels", "kernels of one layer (C x C x 3 x 3)"), ("layers", "layers of 256"))
+    plt.rcParams["font.size"] = 13  # for half of a page's width
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.8), layout="constrained")
+    panels = (("kernels", "kernels C of one layer"), ("layers", "layers of 256 kernels"))
     for axis, (key, label) in zip(axes, panels, strict=False):
         for name, points in result[key].items():
             axis.plot(
@@ -127,17 +127,19 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 points.values(),
                 marker="o",
                 color="#0072B2" if name.startswith("no") else "#D55E00",
-                linestyle="--" if name.endswith("compiled") else "-",
+                linestyle="--" if name.endswith("torch") else "-",
                 label=name,
             )
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel="one merge pass, ms")
         axis.set_xticks([int(x) for x in points], list(points), minor=False)
         low, high = axis.get_ylim()
-        ticks = [x for x in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= x <= high]
+        ticks = [x for x in (0.05, 0.1, 0.5, 1, 5, 10, 50, 100) if low <= x <= high]
         axis.set_yticks(ticks, [f"{x:g}" for x in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False, fontsize=8)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False
+    )
     counts = list(result["processes"])
     heights = [result["processes"][count]["ms"] for count in counts]
     axes[2].bar(counts, heights, color="#009E73", width=0.6)
@@ -147,7 +149,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     ]
     axes[2].set_xticks(range(len(counts)), labels)
     axes[2].set(
-        xlabel=f"DDP processes on {os.cpu_count()} cores\nmessages a step without / with merging",
+        xlabel=f"processes on {os.cpu_count()} cores, and\nmessages a step, without / with",
         ylabel="one merge pass, ms",
     )
     for axis in axes:

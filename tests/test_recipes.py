@@ -829,14 +829,21 @@ def test_waited_counts_the_loader_alone(
     assert seen == [0, 1, 2] and waited.seconds == 7
 
 
-def test_the_overhead_benchmark_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_the_overhead_benchmark_runs(engine: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "overhead.py"), "--models", "test_resnet"]
-    command += ["--size", "32", "--batch-size", "4", "--repeats", "4", "--out", "overhead.json"]
+    command += ["--size", "32", "--batch-size", "4", "--repeats", "4", "--engine", engine]
     done = run(*command, folder=tmp_path)
-    rows = json.loads((tmp_path / "overhead.json").read_text())["rows"]
-    assert [row["merged_share"] for row in rows][1] == 1.0
-    assert all(row["floor_ms"] > 0 and row["merge_over_floor"] > 1 for row in rows)
-    assert done.stdout.count("| test_resnet | 4 x 32 px |") == len(rows) == 3
+    found = json.loads((tmp_path / "runs" / "overhead.json").read_text())
+    rows = {row["way"]: row for row in found["rows"]}
+    assert next(iter(found)) == "command" and "--engine" in found["command"]
+    assert rows["-1"]["merged_share"] == rows["-1, transient, p = 1"]["merged_share"] == 1.0
+    assert all(row["floor_ms"] > 0 for row in rows.values())
+    assert all(row["quartiles"]["with merging over training step"] for row in rows.values())
+    assert rows["-1"]["merge_over_floor"] > 1
+    assert done.stdout.count("| test_resnet | 4 x 32 px |") == len(rows) == 5
+    if engine == "torch":
+        assert rows["0.3"]["engine"].startswith("torch (")
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="compiled passes need a C++ compiler")
@@ -847,8 +854,8 @@ def test_the_scaling_benchmark_counts_no_message_for_merging(tmp_path: Path) -> 
     result = json.loads((tmp_path / "scaling.json").read_text())
     messages = result["processes"]["2"]["collectives"]
     assert messages["with"] == messages["without"] > 0
-    assert set(result["kernels"]["all drawn pairs merge"]) == {"8", "16"}
-    assert result["layers"]["no pair merges, compiled"]["2"] > 0
+    assert set(result["kernels"]["all drawn merge, native"]) == {"8", "16"}
+    assert result["layers"]["no pair merges, torch"]["2"] > 0
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
 

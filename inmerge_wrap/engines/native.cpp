@@ -378,7 +378,7 @@ extern "C" void draw_layers(const int64_t *kernels, const int64_t *group_sizes,
 extern "C" void put_back(const Layer *layers, int64_t count, const int64_t *ends,
                          const int64_t *targets, const bool *merged, const char *kept,
                          int64_t entry_size, int threads) {
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) firstprivate(kept)
   for (int64_t l = 0; l < count; ++l) {
     const int64_t begin = l ? ends[l - 1] : 0, size = layers[l].fan_in * entry_size;
 #pragma omp for schedule(dynamic, 8) nowait

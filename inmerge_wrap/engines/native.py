@@ -440,16 +440,12 @@ class KeptRows:
 
     def _put_back_elsewhere_(self) -> None:
         """The same where tensors were exchanged meanwhile, as SAM does."""
-        lengths = [len(part) for part in self.pairs.split()]
-        sizes = [
-            length * layer.site.fan_in for length, layer in zip(lengths, self.layers, strict=True)
-        ]
-        rows = self.rows[: sum(sizes)].split(sizes)
+        begin = 0
         masks = self.merged.split(self.pairs.lengths)
-        for layer, part, mask, kept in zip(
-            self.layers, self.pairs.split(), masks, rows, strict=True
-        ):
+        for layer, part, mask in zip(self.layers, self.pairs.split(), masks, strict=True):
             # Entries lie as in the weight that was merged, channels last perhaps.
             weight = layer.store.weight
-            kernels = kept.as_strided((len(part), *weight.shape[1:]), weight.stride())
+            shape = len(part), *weight.shape[1:]
+            kernels = self.rows.as_strided(shape, weight.stride(), begin)
+            begin += len(part) * layer.site.fan_in
             store_of(layer.module).copy_back_(part.targets[mask], (kernels[mask],))
