@@ -162,9 +162,12 @@ class Store:
         return tuple(self.layout.select(tensor, index) for tensor in self.written)
 
     def copy_back_(self, index: Tensor, kept: tuple[Tensor, ...]) -> None:
-        """Puts back, bit for bit, what :meth:`copy_out` gave."""
+        """Puts back, bit for bit, what :meth:`copy_out` gave.
+
+        A weight that was moved or converted since takes the kernels as it was itself.
+        """
         for tensor, kernels in zip(self.written, kept, strict=True):
-            self.layout.put_(tensor, index, kernels)
+            self.layout.put_(tensor, index.to(tensor.device), kernels.to(tensor))
 
 
 @dataclass(frozen=True)
