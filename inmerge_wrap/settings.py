@@ -12,7 +12,7 @@ from inmerge_wrap.merging import check_range
 from inmerge_wrap.schedule import Schedule
 from inmerge_wrap.thresholds import Fixed, Threshold, as_threshold
 
-__all__ = ["MergeSettings", "explains_symbols"]
+__all__ = ["MergeSettings"]
 
 PARTNERS = ("random", "most_similar")
 DIRECTIONS = ("partner", "signed", "gaussian", "multiplicative")

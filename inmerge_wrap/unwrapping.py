@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-__all__ = ["check_network", "find_wrapper", "named_wrappers", "refuse_wrapped", "unwrap"]
+__all__ = ["find_wrapper", "named_wrappers", "unwrap"]
 
 _MERGING = "InMergeWrapper"
 _WRAPPERS = {

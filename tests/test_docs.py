@@ -131,6 +131,8 @@ INSIDE = {
     "engines",
     "engines.native",
     "engines.torch_blocks",
+    "engines.triton_kernels",
+    "engines.triton_launches",
     "interlude",
     "layers",
     "neighbours",
