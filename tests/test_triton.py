@@ -14,8 +14,7 @@ import torch
 
 NEEDS_TRITON = pytest.mark.skipif(sys.platform != "linux", reason="Triton is made for Linux only")
 ON_DEVICE = [
-    Path(__file__).with_name(name)
-    for name in ("triton_on_device.py", "triton_engine_on_device.py")
+    Path(__file__).with_name(name) for name in ("triton_on_device.py", "triton_engine_on_device.py")
 ]
 
 

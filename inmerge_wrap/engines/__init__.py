@@ -72,8 +72,8 @@ _triton: Any = triton
 
 def wanted(name: str, device: torch.device) -> Engine:
     """The engine that a setting means on a device."""
-    insist = name == "native"
-    if name in ("auto", "native") and device.type == "cpu" and native.problem(insist=insist) is None:
+    on_cpu = name in ("auto", "native") and device.type == "cpu"
+    if on_cpu and native.problem(insist=name == "native") is None:
         return _native
     if name == "triton" or (name == "auto" and device.type == "cuda"):
         return _torch if triton.problem(device) else _triton
