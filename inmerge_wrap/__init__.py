@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from inmerge_wrap.recalibration import recalibrate
     from inmerge_wrap.report import LayerReport, LayerSnapshot, MergeReport
     from inmerge_wrap.schedule import Schedule
-    from inmerge_wrap.settings import MergeSettings
+    from inmerge_wrap.settings import MergeSettings, recommended_settings
     from inmerge_wrap.thresholds import Fixed, Quantile, Threshold, ZScore
     from inmerge_wrap.wrapper import CollapseWarning, InMergeWrapper, NoEffectWarning
 
@@ -38,6 +38,7 @@ __all__ = [
     "merge_pairs_",
     "plan_merging",
     "recalibrate",
+    "recommended_settings",
 ]
 
 _HOMES = {
@@ -48,7 +49,7 @@ _HOMES = {
     "recalibration": ("recalibrate",),
     "report": ("LayerReport", "LayerSnapshot", "MergeReport"),
     "schedule": ("Schedule",),
-    "settings": ("MergeSettings",),
+    "settings": ("MergeSettings", "recommended_settings"),
     "thresholds": ("Fixed", "Quantile", "Threshold", "ZScore"),
     "wrapper": ("CollapseWarning", "InMergeWrapper", "NoEffectWarning"),
 }

@@ -21,7 +21,9 @@ from torch.utils.hooks import RemovableHandle
 
 from inmerge_wrap.discovery import ConvSite
 from inmerge_wrap.layers import Layers, MergedLayer, modules_of
+from inmerge_wrap.settings import MergeSettings
 from inmerge_wrap.stores import Sharded, Store, tensor_store
+from inmerge_wrap.unwrapping import unwrap
 
 if TYPE_CHECKING:
     from inmerge_wrap.wrapper import InMergeWrapper
@@ -29,12 +31,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Attachments",
     "carry_counter",
+    "check_settings",
     "companions",
     "is_nested_step",
     "is_no_training_step",
     "is_schedule_free",
     "notice_every_step",
     "refuse_capture",
+    "refuse_second",
     "remedy_for_none_held",
     "reshard",
     "stepping_optimizer",
@@ -297,6 +301,41 @@ def remedy_for_none_held(layers: Sequence[MergedLayer]) -> str:
         "they are frozen, and it was built from the others. Attach the optimizer that trains them "
         "once they are unfrozen, or build this one from all parameters of the model"
     )
+
+
+def refuse_second(optimizer: Optimizer, wrapper: nn.Module) -> None:
+    """Raises a ValueError if the optimizer merges for another wrapper of the same network."""
+    for hook in optimizer._optimizer_step_post_hooks.values():
+        other = getattr(hook, "__self__", None)
+        if isinstance(other, type(wrapper)) and unwrap(other) is unwrap(wrapper):
+            raise ValueError(
+                "the optimizer merges for another InMergeWrapper of this network already, and "
+                "both would merge in each step: make a new optimizer, or end the other one "
+                "with handle.remove(), where handle is what its attach() returned"
+            )
+
+
+def check_settings(
+    settings: MergeSettings, optimizer: Optimizer, held: Sequence[MergedLayer]
+) -> None:
+    """Makes sure that settings work with an optimizer and the layers that it holds.
+
+    Raises:
+        RuntimeError: If they do not.
+    """
+    if settings.transient and any(isinstance(layer.store, Sharded) for layer in held):
+        raise RuntimeError(
+            "transient=True does not work with FSDP2: a forward pass gathers the weights "
+            "before the wrapper is called, so that nothing merged in the shards would be seen; "
+            "train with DDP, a CNN fits it"
+        )
+    noise = settings.direction in ("gaussian", "multiplicative")
+    if noise and is_schedule_free(optimizer) and not settings.transient:
+        raise RuntimeError(
+            f"direction={settings.direction!r} is no map of kernels that the averages "
+            f"of {type(optimizer).__name__} could follow: use direction='partner', or "
+            "transient=True"
+        )
 
 
 def stepping_optimizer(optimizer: Any) -> Optimizer:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import wraps
-from typing import Literal, ParamSpec
+from numbers import Real
+from typing import Any, Literal, ParamSpec
 
 from inmerge_wrap.engines import ENGINES
 from inmerge_wrap.merging import check_range
 from inmerge_wrap.schedule import Schedule
-from inmerge_wrap.thresholds import Fixed, Threshold, as_threshold
+from inmerge_wrap.thresholds import Fixed, Threshold, ZScore, as_threshold
 
-__all__ = ["MergeSettings"]
+__all__ = ["MergeSettings", "recommended_settings"]
 
 PARTNERS = ("random", "most_similar")
 DIRECTIONS = ("partner", "signed", "gaussian", "multiplicative")
@@ -116,3 +117,25 @@ class MergeSettings:
         fades = self.schedule.anneals == "strength"
         radius = self.radius * level if fades else self.radius
         return replace(self, merge_probability=probability, merge_weight=weight, radius=radius)
+
+
+def recommended_settings(total_steps: int) -> dict[str, Any]:
+    """The settings of ``InMergeWrapper.recommended``, for a recipe that shows or changes them.
+
+    Pairs merge that are more alike than chance, in layers of any width (:class:`ZScore` of 2).
+    The probability fades out and reaches zero a twentieth before the end, so that BatchNorm's
+    statistics fit the last weights.
+
+    Args:
+        total_steps: Optimizer steps of the whole training.
+
+    Raises:
+        ValueError: If ``total_steps`` is not positive.
+    """
+    if not isinstance(total_steps, Real) or total_steps < 1:
+        raise ValueError(f"total_steps must be a count of steps >= 1, got {total_steps!r}")
+    end = max(1, int(total_steps) - max(1, int(total_steps) // 20))
+    return {
+        "similarity_threshold": ZScore(2.0),
+        "schedule": Schedule(end=end, decay="cosine"),
+    }

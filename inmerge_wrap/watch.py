@@ -140,11 +140,13 @@ class Watch:
             and (layer.site.name not in self._snapshots or (passes[layer.number] - 1) % every == 0)
         ]
         if due:
-            self._inspect(due, report())
+            self._inspect(due, report(), merges_for_good=not settings.transient)
         if max(passes[layer.number] for layer in layers) == _PATIENCE:
             self._judge(report(), settings)
 
-    def _inspect(self, layers: Sequence[MergedLayer], report: MergeReport) -> None:
+    def _inspect(
+        self, layers: Sequence[MergedLayer], report: MergeReport, *, merges_for_good: bool
+    ) -> None:
         """Records the state of some layers, and warns of those whose kernels grow alike."""
         for layer in layers:
             site = layer.site
@@ -154,8 +156,14 @@ class Watch:
             now = LayerSnapshot.since(last, report[site.name], rank)
             self._snapshots[site.name] = (first or now, now)
             self.history.append(now)
-            # Training alone may lower the rank as well; that is not for merging to warn of.
-            if first and now.share > _NOTABLE and rank < _COLLAPSED * first.effective_rank:
+            # Training alone may lower the rank as well; that is not for merging to warn of. Nor can
+            # merging for a gradient alone make copies.
+            if (
+                first
+                and merges_for_good
+                and now.share > _NOTABLE
+                and rank < _COLLAPSED * first.effective_rank
+            ):
                 self.warn_once(
                     now.name,
                     f"the kernels of {now.name} are becoming copies of each other: their effective "

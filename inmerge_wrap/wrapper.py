@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence, Sized
-from dataclasses import fields, replace
-from numbers import Real
-from typing import Any, Literal, cast
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 from zlib import crc32
 
 import torch
@@ -14,17 +13,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from inmerge_wrap import neighbours
 from inmerge_wrap._constants import DEFAULT_SHALLOW_SHARE
 from inmerge_wrap.attachment import (
     Attachments,
     carry_counter,
+    check_settings,
     companions,
     is_nested_step,
     is_no_training_step,
-    is_schedule_free,
     notice_every_step,
     refuse_capture,
+    refuse_second,
     remedy_for_none_held,
     reshard,
     stepping_optimizer,
@@ -33,26 +32,25 @@ from inmerge_wrap.attachment import (
 from inmerge_wrap.discovery import MergePlan, Pattern, plan_merging
 from inmerge_wrap.engines import describe, require
 from inmerge_wrap.interlude import BeforeStep, Interlude
-from inmerge_wrap.layers import Layers, MergedLayer, check_sites, find_layers
+from inmerge_wrap.layers import Layers, check_sites, find_layers
 from inmerge_wrap.merge_pass import Kept, draw_step, merge_layers
 from inmerge_wrap.pairs import Outcome, mix
+from inmerge_wrap.proxy import NetworkProxy
 from inmerge_wrap.recalibration import recalibrate
 from inmerge_wrap.replicas import check_replicas
 from inmerge_wrap.report import LayerSnapshot, MergeReport
 from inmerge_wrap.schedule import Schedule
-from inmerge_wrap.settings import MergeSettings, explains_symbols
-from inmerge_wrap.stores import Sharded, store_of
+from inmerge_wrap.settings import MergeSettings, explains_symbols, recommended_settings
+from inmerge_wrap.stores import store_of
 from inmerge_wrap.tally import Tally
-from inmerge_wrap.thresholds import Threshold, ZScore
-from inmerge_wrap.unwrapping import check_network, refuse_wrapped, unwrap
+from inmerge_wrap.thresholds import Threshold
+from inmerge_wrap.unwrapping import check_network, refuse_wrapped
 from inmerge_wrap.watch import CollapseWarning, NoEffectWarning, Watch
 
 __all__ = ["CollapseWarning", "InMergeWrapper", "NoEffectWarning"]
 
-_SETTINGS = frozenset(setting.name for setting in fields(MergeSettings))
 
-
-class InMergeWrapper(nn.Module):
+class InMergeWrapper(NetworkProxy):
     """Merges similar kernels inside a CNN with each optimizer step (arXiv 2502.20516).
 
     The wrapped network computes what it computed before; :meth:`attach` makes an optimizer merge
@@ -113,23 +111,6 @@ class InMergeWrapper(nn.Module):
         RuntimeError: If an engine is asked for by name and does not work here.
     """
 
-    # Of the settings, for type checkers: they are held by a frozen object and answered by name.
-    merge_weight: float
-    similarity_threshold: Threshold
-    merge_probability: float
-    schedule: Schedule
-    partner: str
-    direction: str
-    radius: float
-    keep_norm: bool
-    merge_momentum: bool
-    transient: bool
-    replica_draws: bool
-    engine: str
-    seed: int
-    inspect_every: int
-    check_replicas_every: int
-
     @explains_symbols
     def __init__(
         self,
@@ -157,10 +138,9 @@ class InMergeWrapper(nn.Module):
         inspect_every: int = 100,
         check_replicas_every: int = 0,
     ) -> None:
-        super().__init__()
         check_network(module)
         refuse_wrapped(module)
-        self.settings = MergeSettings(
+        settings = MergeSettings(
             merge_weight=merge_weight,
             similarity_threshold=similarity_threshold,  # type: ignore[arg-type]
             merge_probability=merge_probability,
@@ -191,9 +171,9 @@ class InMergeWrapper(nn.Module):
         ):
             raise ValueError("a plan decides what is merged: give either a plan or its arguments")
         check_sites(module, plan.merged)
-        self.module = module
+        super().__init__(module, settings)
         self.plan = plan
-        self._require_engine()
+        self._check_engine(engine)
         self._tally = Tally(len(plan.merged))
         self._watch = Watch()
         self._attachments = Attachments()
@@ -201,18 +181,14 @@ class InMergeWrapper(nn.Module):
         self._last_merged: dict[int, Outcome] = {}  # layer -> what became of its last step's pairs
         self._interlude: Interlude | None = None
         self._pending: dict[int, tuple[Layers, Outcome]] = {}  # of which optimizer
-        self.register_state_dict_post_hook(neighbours.put_counter_last)
-        self.register_load_state_dict_pre_hook(neighbours.accept_network_state)
         notice_every_step(self._after_any_step)
 
     @classmethod
     def recommended(cls, module: nn.Module, *, total_steps: int, **settings: Any) -> InMergeWrapper:
         """A setting that merges and was level with plain training on clean images.
 
-        Pairs merge that are more alike than chance, in layers of any width (:class:`ZScore` of 2),
-        and p fades out over the training, so that BatchNorm's statistics fit the weights at its
-        end. The figures, those under corruption too, are in docs/evidence.md. The constructor's own
-        defaults are the paper's.
+        See :func:`recommended_settings`. The figures, those under corruption too, are in
+        docs/evidence.md. The constructor's own defaults are the paper's.
 
         Args:
             module: See the constructor.
@@ -222,13 +198,7 @@ class InMergeWrapper(nn.Module):
         Raises:
             ValueError: If ``total_steps`` is not positive, and where the constructor does.
         """
-        if not isinstance(total_steps, Real) or total_steps < 1:
-            raise ValueError(f"total_steps must be a count of steps >= 1, got {total_steps!r}")
-        chosen: dict[str, Any] = {
-            "similarity_threshold": ZScore(2.0),
-            "schedule": Schedule(end=total_steps, decay="cosine"),
-        }
-        return cls(module, **{**chosen, **settings})
+        return cls(module, **{**recommended_settings(total_steps), **settings})
 
     # -- the network ------------------------------------------------------------------------
 
@@ -248,48 +218,25 @@ class InMergeWrapper(nn.Module):
             self.end_interlude()
         return super().train(mode)
 
-    def __getattr__(self, name: str) -> Any:
-        if name in _SETTINGS:
-            return getattr(vars(self)["settings"], name)
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            value = getattr(super().__getattr__("module"), name)
-        return neighbours.renamed_for_timm(name, value)
-
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _SETTINGS:
-            self.end_interlude()
-            self.settings = replace(self.settings, **{name: value})
-            if name == "engine":
-                self._require_engine()
-            return
-        network = vars(self).get("_modules", {}).get("module")
-        part = isinstance(value, nn.Module | nn.Parameter) and name != "module"
-        if part and hasattr(network, name):
-            raise AttributeError(
-                f"the network has a {name} of its own, which its forward pass would go on using: "
-                f"set it there, model.module.{name} = ..., and before wrapping if it is to merge"
-            )
         if name == "plan" and "plan" in vars(self):
             raise AttributeError(
                 "the plan stays, for the statistics are those of its layers: wrap the network again"
             )
         super().__setattr__(name, value)
 
-    def __len__(self) -> int:
-        return len(cast(Sized, self.module))
+    def change_settings(self, settings: MergeSettings) -> None:
+        """Takes other settings from now on, as does ``model.merge_weight = ...`` for one of them.
 
-    def __getitem__(self, index: Any) -> Any:
-        return cast(Any, self.module)[index]
-
-    def __bool__(self) -> bool:
-        return True  # whether or not the network has a length
-
-    @property
-    def accepts_loss_kwargs(self) -> bool:
-        """Whether the network takes any keyword: Hugging Face's Trainer would ask the wrapper's."""
-        return neighbours.takes_any_keyword(self.module)
+        Raises:
+            RuntimeError: If they do not work with this network or an attached optimizer.
+        """
+        self.end_interlude()
+        self._check_engine(settings.engine)
+        layers = self._layers()
+        for optimizer in self._attachments.live:
+            check_settings(settings, optimizer, self._attachments.held_by(optimizer, layers)[0])
+        super().change_settings(settings)
 
     # -- merging ----------------------------------------------------------------------------
 
@@ -331,8 +278,11 @@ class InMergeWrapper(nn.Module):
             )
         if not trained:
             self._warn_of_frozen_weights()
-        self._check_optimizer(optimizer, held)
-        self._require_engine()  # the network may have moved to another device since it was wrapped
+        refuse_second(optimizer, self)
+        check_settings(self.settings, optimizer, held)
+        self._check_engine(
+            self.engine
+        )  # the network may have moved to another device since it was wrapped
         if not getattr(type(optimizer).step, "hooked", False):
             # timm's Lookahead skips Optimizer.__init__, without which step() runs no hooks.
             optimizer._patch_step_function()
@@ -558,35 +508,9 @@ class InMergeWrapper(nn.Module):
         self._found = found
         return found
 
-    def _require_engine(self) -> None:
+    def _check_engine(self, engine: str) -> None:
         first = self.module.get_submodule(self.plan.merged[0].name)
-        require(self.settings.engine, store_of(first).weight.device)
-
-    def _check_optimizer(self, optimizer: Optimizer, held: Sequence[MergedLayer]) -> None:
-        for hook in optimizer._optimizer_step_post_hooks.values():
-            other = getattr(hook, "__self__", None)
-            if isinstance(other, InMergeWrapper) and unwrap(other) is unwrap(self):
-                raise ValueError(
-                    "the optimizer merges for another InMergeWrapper of this network already, and "
-                    "both would merge in each step: make a new optimizer, or end the other one "
-                    "with handle.remove(), where handle is what its attach() returned"
-                )
-        if self.settings.transient and any(isinstance(layer.store, Sharded) for layer in held):
-            raise RuntimeError(
-                "transient=True does not work with FSDP2: a forward pass gathers the weights "
-                "before the wrapper is called, so that nothing merged in the shards would be seen; "
-                "train with DDP, a CNN fits it"
-            )
-        if (
-            is_schedule_free(optimizer)
-            and not self.settings.transient
-            and (self.settings.direction in ("gaussian", "multiplicative"))
-        ):
-            raise RuntimeError(
-                f"direction={self.settings.direction!r} is no map of kernels that the averages "
-                f"of {type(optimizer).__name__} could follow: use direction='partner', or "
-                "transient=True"
-            )
+        require(engine, store_of(first).weight.device)
 
     def _check_replicas(self) -> None:
         first = [layer for layer in self._layers() if layer.parameters]

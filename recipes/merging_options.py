@@ -12,9 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-
-from inmerge_wrap import Fixed, InMergeWrapper, Quantile, Schedule, ZScore
+from inmerge_wrap import Fixed, InMergeWrapper, Quantile, Schedule, ZScore, recommended_settings
 
 # The arguments of InMergeWrapper that can be given; --decay is a field of its schedule.
 GIVEN = ("merge_weight", "merge_probability", "similarity_threshold", "shallow_layers")
@@ -89,7 +87,7 @@ def parse_run(parser: argparse.ArgumentParser) -> argparse.Namespace:
         switch = "--paper" if merges else "--no-merge"
         parser.error(f"{switch} would ignore {names}: leave out the one or the other")
     if merges:
-        in_force = paper_settings() if options.paper else recommended_settings()
+        in_force = paper_settings() if options.paper else recommended_options()
         vars(options).update({k: v for k, v in in_force.items() if k not in given})
     return options
 
@@ -101,23 +99,11 @@ def paper_settings() -> dict[str, Any]:
     return settings | {"decay": Schedule().decay}
 
 
-def recommended_settings() -> dict[str, Any]:
+def recommended_options() -> dict[str, Any]:
     """What ``InMergeWrapper.recommended`` chooses, and the decay of its schedule."""
-    chosen = _recommended(total_steps=1)
+    chosen = recommended_settings(total_steps=1)
     decay = chosen.pop("schedule").decay
     return paper_settings() | chosen | {"decay": decay}
-
-
-class _Chosen(InMergeWrapper):
-    """Stands in for the wrapper that ``recommended`` makes, to see what it is given."""
-
-    def __init__(self, module: nn.Module, **settings: Any) -> None:
-        vars(self)["chosen"] = settings
-
-
-def _recommended(total_steps: int) -> dict[str, Any]:
-    chosen = vars(_Chosen.recommended(nn.Identity(), total_steps=total_steps))["chosen"]
-    return {"schedule": Schedule(), **chosen}
 
 
 def merging_settings(
@@ -125,14 +111,14 @@ def merging_settings(
 ) -> dict[str, Any]:
     """The arguments of InMergeWrapper that are in force, merging from step ``start`` on.
 
-    Merging that fades out is over a twentieth before the training is. The last steps of a fading
-    schedule still merge a few pairs, and BatchNorm's statistics need some steps to follow them.
+    Merging that fades out ends a twentieth before the training does.
     """
     names = [name for name in paper_settings() if name != "decay"]
-    fading = max(1, (total_steps - start) - max(1, (total_steps - start) // 20))
-    schedule = Schedule() if options.paper else _recommended(fading)["schedule"]
-    end = None if options.decay == "constant" else start + (schedule.end or fading)
-    schedule = replace(schedule, start=start + schedule.start, end=end, decay=options.decay)
+    fading = recommended_settings(total_steps - start)["schedule"]
+    end = None if options.decay == "constant" else start + fading.end
+    schedule = replace(
+        Schedule() if options.paper else fading, start=start, end=end, decay=options.decay
+    )
     return {name: getattr(options, name) for name in names} | {"schedule": schedule}
 
 

@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,20 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from schedulefree import AdamWScheduleFree
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from inmerge_wrap import InMergeWrapper, NoEffectWarning, Schedule, ZScore, export_weights
+from inmerge_wrap import (
+    CollapseWarning,
+    InMergeWrapper,
+    NoEffectWarning,
+    Schedule,
+    ZScore,
+    export_weights,
+)
 from tests import NEEDS_COMPILER, reference
 from tests.test_wrapper import SmallNet, small_net, states_equal
 
@@ -779,3 +788,37 @@ def test_only_the_kernels_that_change_are_copied(probability: float) -> None:
     copied = sum(rows.nbytes for part in interlude._kept for rows in part.rows)
     merged = sum(p.nbytes for layer in model._layers() for p in layer.parameters)
     assert copied == pytest.approx(probability * merged, rel=0.1 if probability < 1 else 1e-9)
+
+
+@pytest.mark.parametrize("transient", [True, False])
+def test_kernels_that_grow_alike_in_training_are_not_put_down_to_transient_merging(
+    transient: bool,
+) -> None:
+    model = wrapped(transient=transient, merge_weight=1.0, inspect_every=1)
+    optimizer = sgd(model, lr=0.0)
+    model.attach(optimizer)
+    loss_of(model.train()).backward()
+    optimizer.step()
+    with torch.no_grad():  # as a training without merging might end
+        weight = model.module.convs[3].weight
+        weight.copy_(weight[:1] + 1e-3 * weight)
+    loss_of(model).backward()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+    named = [str(w.message) for w in caught if w.category is CollapseWarning]
+    assert len(named) == (0 if transient else 1)
+
+
+def test_a_setting_that_the_optimizer_cannot_work_with_is_refused_and_not_taken() -> None:
+    model = wrapped(transient=False)
+    optimizer = AdamWScheduleFree(model.parameters(), lr=0.01)
+    model.attach(optimizer)
+    with pytest.raises(RuntimeError, match="direction='gaussian' is no map of kernels"):
+        model.direction = "gaussian"
+    assert model.direction == "partner"
+    model.transient = True
+    model.direction = "gaussian"
+    with pytest.raises(RuntimeError, match="direction='gaussian' is no map of kernels"):
+        model.transient = False
+    assert model.transient

@@ -1,0 +1,94 @@
+"""A wrapper that answers in the name of its network, and for its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from dataclasses import fields, replace
+from typing import Any, cast
+
+from torch import nn
+
+from inmerge_wrap import neighbours
+from inmerge_wrap.schedule import Schedule
+from inmerge_wrap.settings import MergeSettings
+from inmerge_wrap.thresholds import Threshold
+
+__all__ = ["NetworkProxy"]
+
+_SETTINGS = frozenset(setting.name for setting in fields(MergeSettings))
+
+
+class NetworkProxy(nn.Module):
+    """What :class:`inmerge_wrap.InMergeWrapper` passes on: attributes, length, items, state dicts.
+
+    Unknown attributes are those of the network, in the names of the wrapper's own parameters where
+    a library asks for such. The settings are attributes too, and checked when they are set.
+
+    Args:
+        module: The network.
+        settings: Frozen; setting one of them makes another object.
+    """
+
+    # Of the settings, for type checkers: they are held by a frozen object and answered by name.
+    merge_weight: float
+    similarity_threshold: Threshold
+    merge_probability: float
+    schedule: Schedule
+    partner: str
+    direction: str
+    radius: float
+    keep_norm: bool
+    merge_momentum: bool
+    transient: bool
+    replica_draws: bool
+    engine: str
+    seed: int
+    inspect_every: int
+    check_replicas_every: int
+
+    def __init__(self, module: nn.Module, settings: MergeSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.module = module
+        self.register_state_dict_post_hook(neighbours.put_counter_last)
+        self.register_load_state_dict_pre_hook(neighbours.accept_network_state)
+
+    def change_settings(self, settings: MergeSettings) -> None:
+        """Takes other settings from now on; for a subclass to refuse those that do not work."""
+        self.settings = settings
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _SETTINGS:
+            return getattr(vars(self)["settings"], name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            value = getattr(super().__getattr__("module"), name)
+        return neighbours.renamed_for_timm(name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _SETTINGS:
+            self.change_settings(replace(self.settings, **{name: value}))
+            return
+        network = vars(self).get("_modules", {}).get("module")
+        part = isinstance(value, nn.Module | nn.Parameter) and name != "module"
+        if part and hasattr(network, name):
+            raise AttributeError(
+                f"the network has a {name} of its own, which its forward pass would go on using: "
+                f"set it there, model.module.{name} = ..., and before wrapping if it is to merge"
+            )
+        super().__setattr__(name, value)
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self.module))
+
+    def __getitem__(self, index: Any) -> Any:
+        return cast(Any, self.module)[index]
+
+    def __bool__(self) -> bool:
+        return True  # whether or not the network has a length
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the network takes any keyword: Hugging Face's Trainer would ask the wrapper's."""
+        return neighbours.takes_any_keyword(self.module)
