@@ -208,7 +208,7 @@ def test_bad_draw_arguments_are_named(arguments: tuple[float, ...], message: str
 @pytest.mark.parametrize(
     "name,value",
     [
-        *itertools.product(["merge_weight"], [-0.01, 1.01, math.nan]),
+        *itertools.product(["merge_weight"], [-0.01, 2.01, math.nan]),
         *itertools.product(["similarity_threshold"], [-1.01, 1.01, math.nan]),
     ],
 )

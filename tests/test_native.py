@@ -424,7 +424,7 @@ def test_a_module_that_was_replaced_is_noticed() -> None:
     found = model._layers()
     assert found is not first and found[1].module is network[1][0]
     network[1] = nn.Sequential(nn.Conv2d(8, 9, 3))
-    with pytest.raises(RuntimeError, match=r"1\.0 has the shape"):
+    with pytest.raises(RuntimeError, match=r"1\.0 have the shape"):
         model.merge_()
 
 

@@ -450,9 +450,9 @@ def test_the_recommended_setting_merges_in_a_wide_layer_and_ends_with_the_traini
     assert paper.report().merged == 0  # at tau = 0.3 nothing passes at these fan-ins
     # By chance 2.3% of independent pairs lie more than two standard deviations above no likeness.
     assert 0.005 < model.report().merged / model.report().drawn < 0.08
-    assert merged[19] == merged[-1] > 0
+    assert merged[18] == merged[-1] > 0
     assert not model.statistics_lag
     other = InMergeWrapper.recommended(wide, **settings, merge_probability=0.5, keep_norm=True)
-    assert (other.merge_probability, other.keep_norm, other.schedule.end) == (0.5, True, 20)
+    assert (other.merge_probability, other.keep_norm, other.schedule.end) == (0.5, True, 19)
     with pytest.raises(ValueError, match="total_steps must be a count of steps >= 1, got 0"):
         InMergeWrapper.recommended(wide, total_steps=0)

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from inmerge_wrap import MergePlan, plan_merging
 from inmerge_wrap.discovery import ConvSite
 from inmerge_wrap.engines import native
-from inmerge_wrap.layers import MergedLayer, find_layers
+from inmerge_wrap.layers import Layers, MergedLayer, find_layers
 from inmerge_wrap.merge_pass import merge_layers
 from inmerge_wrap.pairs import Outcome, Pairs
 from inmerge_wrap.settings import MergeSettings
@@ -239,7 +239,7 @@ def test_half_precision_of_a_transposed_layer_is_rounded_once() -> None:
         pairs = Pairs(torch.tensor([(0, *pair) for pair in IN_GROUPS]).T, (len(IN_GROUPS),))
         site = ConvSite("layer", 1, (12, 4, 3), groups=2)
         merge_layers(
-            [MergedLayer(0, site, layer, store_of(layer))],
+            Layers([MergedLayer(0, site, layer, store_of(layer))]),
             pairs,
             MergeSettings(merge_weight=ALPHA, similarity_threshold=-1.0),  # type: ignore[arg-type]
         )

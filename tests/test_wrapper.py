@@ -23,7 +23,7 @@ from inmerge_wrap import (
     ZScore,
     plan_merging,
 )
-from inmerge_wrap.layers import find_layers
+from inmerge_wrap.layers import Layers, find_layers
 from inmerge_wrap.merge_pass import draw_step
 from tests import NEEDS_COMPILER, reference
 
@@ -85,7 +85,7 @@ def states_equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
 def drawn(model: InMergeWrapper, layer: int, step: int, probability: float) -> Tensor:
     """What a layer draws in a step: targets and sources, shape (2, pairs)."""
     site = find_layers(model.module, model.plan.merged)[layer]
-    drawn = draw_step([site], replace(model.settings, merge_probability=probability), step)
+    drawn = draw_step(Layers([site]), replace(model.settings, merge_probability=probability), step)
     return torch.stack([drawn.targets, drawn.sources])
 
 
@@ -646,7 +646,7 @@ def test_a_layer_that_was_replaced_is_reported(engine: Any) -> None:
     net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3))
     model = InMergeWrapper(net, shallow_layers=0, engine=engine)
     net[1] = nn.Conv2d(16, 8, 3)
-    with pytest.raises(RuntimeError, match=r"weight of 1 has the shape \(8, 16, 3, 3\) instead of"):
+    with pytest.raises(RuntimeError, match=r"kernels of 1 have the shape \(8, 16, 3, 3\) instead of"):
         model.merge_()
 
 

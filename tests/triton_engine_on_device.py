@@ -57,7 +57,11 @@ def test_the_engine_merges_what_plain_torch_merges(
     plain, fused = models
     assert "triton (3 layers)" in str(fused.report())
     for ours, theirs in zip(fused.report(), plain.report(), strict=True):
-        assert (ours.drawn, ours.merged, ours.passes) == (theirs.drawn, theirs.merged, 4)
+        assert (ours.drawn, ours.merged, ours.passes) == (
+            theirs.drawn,
+            theirs.merged,
+            theirs.passes,
+        )
         assert ours.mean_cosine == pytest.approx(theirs.mean_cosine, abs=1e-5)
     assert fused.report().merged > 0
     for ours, theirs in zip(fused.parameters(), plain.parameters(), strict=True):

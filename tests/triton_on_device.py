@@ -30,7 +30,6 @@ from inmerge_wrap.merging import (
     blend_kernels,
     centre,
     draw_layers,
-    gather_kernels,
     pair_cosines,
 )
 from inmerge_wrap.pairs import Outcome
@@ -178,7 +177,7 @@ def test_blends_of_numbers_that_are_none_equal_plain_ones() -> None:
         weight[0, 0], weight[1, 1], weight[2, 2] = float("nan"), float("inf"), 0.0
         targets, sources = torch.arange(4).to(DEVICE), torch.tensor([4, 0, 1, 2]).to(DEVICE)
         expected = weight.clone()
-        kernels, partners = (gather_kernels(weight, index) for index in (targets, sources))
+        kernels, partners = (weight[index].flatten(1).float() for index in (targets, sources))
         blended = blend_kernels(kernels, partners, None, 0.8)
         expected[:4] = blended.to(dtype).unflatten(1, weight.shape[1:])
         engine.blend_([weight], [4], targets, sources, some_mask(4, 1.0), 0.8)
