@@ -33,10 +33,10 @@ from inmerge_wrap.merging import draw_pairs
 MODELS = ["resnet34", "resnet50", "densenet121", "efficientnet_b0"]
 WAYS: dict[str, dict[str, Any]] = {
     "0.3": {"similarity_threshold": 0.3},
-    "-1": {"similarity_threshold": -1.0},
+    "every pair": {"similarity_threshold": -1.0},
     "top half": {"similarity_threshold": Quantile(0.5)},
-    "-1, transient": {"similarity_threshold": -1.0, "transient": True},
-    "-1, transient, p = 1": {
+    "transient": {"similarity_threshold": -1.0, "transient": True},
+    "transient, p = 1": {
         "similarity_threshold": -1.0,
         "transient": True,
         "merge_probability": 1.0,
@@ -148,8 +148,9 @@ def measure(name: str, way: str, options: argparse.Namespace, speed: float) -> d
     parts: dict[str, Callable[[], object]] = {"optimizer step": optimizer.step}
     if not model.transient:
         parts["merge pass"] = model.merge_
-    if options.literal and way in ("0.3", "-1"):
-        parts["literal loop"] = lambda: literal_loop(model, float(way))
+    if options.literal and way in ("0.3", "every pair"):
+        tau = WAYS[way]["similarity_threshold"]
+        parts["literal loop"] = lambda: literal_loop(model, tau)
     times: dict[str, list[float]] = {
         "training step": [],
         "with merging": [],
@@ -184,6 +185,7 @@ def measure(name: str, way: str, options: argparse.Namespace, speed: float) -> d
         "batch_size": options.batch_size,
         "size": options.size,
         "way": way,
+        "shallow_layers": options.shallow_layers,
         "engine": report.engine,
         "layers": len(report),
         "merged_share": report.merged / report.drawn,
@@ -198,21 +200,18 @@ def measure(name: str, way: str, options: argparse.Namespace, speed: float) -> d
 
 def cells(row: dict[str, Any]) -> dict[str, str]:
     """One line of the table: what is shown of a measurement, by column."""
-    time_of, ratio = row["median_ms"], row["quartiles"]
+    ratio = row["quartiles"]
     low, middle, high = ratio["with merging over training step"]
     share = ratio.get("merge pass over training step")
-    literal = ratio.get("literal loop over merge pass")
+    shallow = row["shallow_layers"]
     return {
-        "network": row["model"],
+        "network": row["model"] if shallow is None else f"{row['model']}, {shallow} shallow",
         "images": f"{row['batch_size']} x {row['size']} px",
-        "threshold": row["way"],
+        "merging": row["way"],
         "pairs merged": f"{row['merged_share']:.0%}",
-        "step without": f"{time_of['training step']:.0f} ms",
         "step with / without (quartiles)": f"{middle:.3f} ({low:.3f} to {high:.3f})",
-        "merge pass": "" if share is None else f"{time_of['merge pass']:.1f} ms",
-        "of the step": "" if share is None else f"{share[1]:.1%}",
-        "of the floor": "" if share is None else f"{row['merge_over_floor']:.1f}",
-        "literal loop": "" if literal is None else f"{literal[1]:.0f} x",
+        "pass, of the step": "" if share is None else f"{share[1]:.1%}",
+        "pass, of the floor": "" if share is None else f"{row['merge_over_floor']:.1f}",
     }
 
 

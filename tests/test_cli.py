@@ -216,7 +216,7 @@ def test_plan_knows_torchvision() -> None:
 
 def test_a_network_without_kernels_is_answered_in_options_not_in_python() -> None:
     told = complaint("plan", "vit_tiny_patch16_224")
-    assert "name layers with --include or their kind with --also-merge" in told
+    assert "the patch embedding, which --include merges all the same" in told
     assert not re.search(r"\w+=|[\[(]\.\.\.", told)
     frozen = "nothing to merge; pass also_merge=('frozen',) or shallow_layers=0 to merge it all"
     expected = "nothing to merge; pass --also-merge frozen or --shallow-layers 0 to merge it all"

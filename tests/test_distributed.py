@@ -283,7 +283,7 @@ def test_weights_emptied_by_zero3_are_an_error() -> None:
     for parameter in model.parameters():
         parameter.grad = None
         parameter.data = torch.empty(0)  # as ZeRO-3 leaves them between two uses
-    with pytest.raises(RuntimeError, match=r"mid has the shape \(0,\) instead of \(7, 5, 3, 3\)"):
+    with pytest.raises(RuntimeError, match=r"mid have the shape \(0,\) instead of \(7, 5, 3, 3\)"):
         optimizer.step()
 
 

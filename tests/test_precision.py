@@ -198,14 +198,18 @@ def test_no_pass_waits_for_the_device() -> None:
     """
     model = wrapped(merge_probability=1.0, inspect_every=0).to("meta")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
+
+    def after_a_fused_step(optimizer: Any, *_: Any) -> None:
+        if model.step == 3:
+            optimizer.found_inf = torch.zeros((), device="meta")  # left there by the scaler
+
+    optimizer.register_step_post_hook(after_a_fused_step)  # before ours
     model.attach(optimizer)
-    for _ in range(3):
+    for _ in range(4):
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-    optimizer.found_inf = torch.zeros((), device="meta")  # as after a fused, scaled step
-    optimizer.step()
-    assert model.step == 4
+    assert model.step == 4 and optimizer.found_inf.is_meta
     with pytest.raises(RuntimeError, match="meta"):
         model.report()  # the control: this one does ask
 

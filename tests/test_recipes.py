@@ -584,7 +584,7 @@ def test_chestxray_without_merging_from_a_data_set(tmp_path: Path, release: Path
     result = json.loads((tmp_path / "runs" / "chestxray" / "results.json").read_text())
     assert "merging" not in result and sum(result["images"].values()) == 80
     assert len(result["history"]) == 1 and 0 <= result["test_auroc"]["Mass"] <= 1
-    assert "densenet121 " in done.stdout
+    assert "densenet121, plain" in done.stdout
     about = json.loads((tmp_path / "cache" / "test.json").read_text())
     assert about["images"] == 20 and about["source"].endswith("hf")
 
@@ -837,10 +837,10 @@ def test_the_overhead_benchmark_runs(engine: str, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "runs" / "overhead.json").read_text())
     rows = {row["way"]: row for row in found["rows"]}
     assert next(iter(found)) == "command" and "--engine" in found["command"]
-    assert rows["-1"]["merged_share"] == rows["-1, transient, p = 1"]["merged_share"] == 1.0
+    assert rows["every pair"]["merged_share"] == rows["transient, p = 1"]["merged_share"] == 1.0
     assert all(row["floor_ms"] > 0 for row in rows.values())
     assert all(row["quartiles"]["with merging over training step"] for row in rows.values())
-    assert rows["-1"]["merge_over_floor"] > 1
+    assert rows["every pair"]["merge_over_floor"] > 1
     assert done.stdout.count("| test_resnet | 4 x 32 px |") == len(rows) == 5
     if engine == "torch":
         assert rows["0.3"]["engine"].startswith("torch (")
