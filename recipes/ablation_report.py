@@ -199,7 +199,7 @@ def table(settings: dict[str, Runs], rows: list[Row], baseline: str) -> str:
                 cells = [in_words(arm), *(cell(setting, arm, metric, where) for where in WHERE)]
                 lines.append(f"| {' | '.join(cells)} |")
             lines.append("")
-        heads = ["arm", "seeds", "passes: training, inference", "pairs merged", "accuracy, clean"]
+        heads = ["arm", "seeds", "passes: train, test", "pairs merged", "accuracy, clean"]
         lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for arm, done in runs.items():
             some, share = next(iter(done.values())), merged_share(done)
