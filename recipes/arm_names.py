@@ -70,7 +70,8 @@ def in_words(arm: str) -> str:
     if colon:
         return f"{architecture}: {in_words(own)}"
     if " + " in arm:
-        return " + ".join(map(in_words, arm.split(" + ")))
+        first, *others = map(in_words, arm.split(" + "))
+        return " and ".join([first, *(re.sub(r".*\((EMA .*|SWA|SAM)\)", r"\1", x) for x in others)])
     if found := re.fullmatch(r"(Gaussian|multiplicative) noise (\S+)", arm):
         return f"{found[1]} noise, size {found[2]}"
     if found := re.fullmatch(r"transient, signed (\S+)", arm):

@@ -8,8 +8,8 @@
 one of .01 in four cases of five: ``power.json`` and ``power.md``. ``report`` writes
 ``differences.csv`` (every arm minus plain and minus EMA, per data set and pooled, with 95%
 intervals and adjusted p), ``table.md``, and the pictures: ``forest-*.png``, ``auroc-*.png`` and
-``calibration-*.png`` (differences with intervals), ``families-*.png`` (by family of corruption),
-``trade-off-*.png`` (clean against corrupted) and, of the dial's arms, ``dial.png``.
+``calibration-*.png`` (differences with intervals), ``families-*.png`` (by family of corruption)
+and, of the dial's arms, ``dial.png``.
 
 Hardware and time: seconds on a CPU. Expected: results/study2/, docs/evidence.md.
 """
@@ -268,7 +268,7 @@ def draw_families(found: Mapping[Key, Difference], name: str, title: str, path: 
     cells = [[found[name, arm, "balanced accuracy", where] for where in columns] for arm in arms]
     grid = np.array([[one.mean for one in row] for row in cells])
     reach = max(0.005, float(np.abs(grid).max()))
-    figure, axis = plt.subplots(figsize=(8, 1.6 + 0.3 * len(arms)), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9.5, 1.6 + 0.3 * len(arms)), layout="constrained")
     image = axis.imshow(grid, cmap="PuOr_r", vmin=-reach, vmax=reach, aspect="auto")
     for (row, column), value in np.ndenumerate(grid):
         p = cells[row][column].p_adjusted
@@ -280,33 +280,10 @@ def draw_families(found: Mapping[Key, Difference], name: str, title: str, path: 
             fontweight="bold" if p is not None and p < 0.05 else "normal",
             color="white" if abs(value) > 0.65 * reach else "black",
         )
-    axis.set_xticks(range(len(columns)), columns)
+    axis.set_xticks(range(len(columns)), columns, fontsize=8)
     axis.set_yticks(range(len(arms)), list(map(in_words, arms)), fontsize=8)
     axis.set_title(f"{title}\nbold: adjusted p below 5%", fontsize=9)
-    figure.colorbar(image, ax=axis, label="balanced accuracy minus plain")
-    save(figure, path)
-
-
-def draw_trade_off(found: Mapping[Key, Difference], name: str, title: str, path: Path) -> None:
-    """Clean against corrupted balanced accuracy, each arm with its name."""
-    arms = decisive_arms(found, name)
-    figure, axis = plt.subplots(figsize=(9.5, 6), layout="constrained")
-    axis.axhline(0, color="0.8", linewidth=0.8)
-    axis.axvline(0, color="0.8", linewidth=0.8)
-    axis.plot(0, 0, "k+", markersize=12, markeredgewidth=2)
-    for number, arm in enumerate(arms):
-        x, y = (found[name, arm, "balanced accuracy", where] for where in ("clean", "corrupted"))
-        colour = GROUPS[group_of(arm)]
-        if x.low is not None and y.low is not None:
-            axis.plot([x.low, x.high], [y.mean] * 2, color=colour, lw=0.8, alpha=0.3)
-            axis.plot([x.mean] * 2, [y.low, y.high], color=colour, lw=0.8, alpha=0.3)
-        mark = MARKERS[number % len(MARKERS)]
-        axis.plot(x.mean, y.mean, mark, color=colour, markersize=7, label=in_words(arm))
-    axis.set_xlabel("balanced accuracy on clean images, minus plain")
-    axis.set_ylabel("under corruption, minus plain")
-    axis.set_title(title, fontsize=10)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right center", frameon=False, fontsize=8)
+    figure.colorbar(image, ax=axis, label="balanced accuracy minus plain", aspect=40, pad=0.02)
     save(figure, path)
 
 
@@ -337,10 +314,12 @@ def draw_dial(found: Mapping[Key, Difference], names: Sequence[str], path: Path)
                     shifted = [(step + aside, one) for step, one in points]
                     draw_line(axis, shifted, GROUPS[group], kind)
             axis.set_title(f"{name}: {where} images", fontsize=9)
-            axis.set_xlabel("← pushed apart      share of the difference      pulled together →")
+            axis.set_xlabel(
+                "← pushed apart    share of the difference    pulled together →", fontsize=8.5
+            )
             axis.spines[["top", "right"]].set_visible(False)
         line[0].set_ylabel("balanced accuracy\nminus plain, 95% interval")
-        line[0].legend(frameon=False, fontsize=8)
+    axes[0, 0].legend(frameon=False, fontsize=8)
     save(figure, path)
 
 
@@ -391,7 +370,6 @@ def write_report(options: argparse.Namespace) -> None:
             draw_differences(others, [name, *members], measure, title, place)
         place = options.pictures / f"families-{slug(name)}.png"
         draw_families(others, name, f"{name}: by family of corruption", place)
-        draw_trade_off(others, name, title, options.pictures / f"trade-off-{slug(name)}.png")
     if dial:
         names = list(dict.fromkeys(key[0] for key in dial))
         names.sort(key=lambda name: not name.startswith(POOLED))

@@ -302,7 +302,7 @@ def test_every_arm_has_a_name_of_its_own_in_words(monkeypatch: pytest.MonkeyPatc
         assert set(unnamed) <= {"dropout .3", "label smoothing .1", "mixup"}
         assert max(map(len, names.values())) <= 50  # a row's label
     joined = in_words("resnet18: transient, random + EMA .98")
-    assert joined == "resnet18: merge transiently, random partner + weight averaging (EMA .98)"
+    assert joined == "resnet18: merge transiently, random partner and EMA .98"
     assert in_words("a=0.5, p=0.3") == "a=0.5, p=0.3"
 
 

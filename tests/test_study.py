@@ -412,7 +412,7 @@ def test_the_report_writes_tables_and_pictures(
     pictures = {path.name for path in out.glob("*.png")}
     assert pictures == {"dial.png"} | {
         f"{kind}-{name}.png"
-        for kind in ("forest", "auroc", "calibration", "families", "trade-off")
+        for kind in ("forest", "auroc", "calibration", "families")
         for name in ("pooled", "blood", "derma")
     }
     assert all((out / name).stat().st_size > 10_000 for name in pictures)
