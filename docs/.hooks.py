@@ -1,11 +1,19 @@
-"""What docstrings hold and markdown does not know: Sphinx roles, and examples without a fence."""
+"""What the pages are written in and markdown does not know.
+
+Docstrings hold Sphinx roles, and examples without a fence. Pages, which are read in the repository
+too, mark with comments what only the site can show: sections as tabs, the options of the commands.
+"""
 
 import re
+from textwrap import indent
 from typing import Any
 
+import typer.main
 from markdown import Markdown
 from markdown.extensions import Extension
 from markdown.preprocessors import Preprocessor
+
+OPTIONS = "<!-- the options of each command -->"
 
 
 class _Examples(Preprocessor):
@@ -40,6 +48,57 @@ def on_config(config: Any) -> Any:
     return config
 
 
+def tabs(markdown: str) -> str:
+    """Sections between ``<!-- tabs -->`` and ``<!-- end of tabs -->`` as tabs."""
+
+    def side_by_side(found: re.Match[str]) -> str:
+        _, *sections = re.split(r"^## ", found[1], flags=re.MULTILINE)
+        parts = (section.partition("\n") for section in sections)
+        return "\n".join(f'=== "{title}"\n{indent(text, "    ")}' for title, _, text in parts)
+
+    pattern = r"^<!-- tabs -->\n(.*?)^<!-- end of tabs -->$"
+    return re.sub(pattern, side_by_side, markdown, flags=re.DOTALL | re.MULTILINE)
+
+
+def options_of_commands() -> str:
+    """A table of arguments and options for each command of ``inmerge``."""
+    from inmerge_wrap.cli import app
+
+    lines = []
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        lines += [f"### inmerge {name}", "", str(command.help), ""]
+        lines += ['<div class="options" markdown>', "", "| option | meaning |", "|---|---|"]
+        for parameter in command.params:
+            if parameter.param_type_name == "argument":
+                names = [str(parameter.metavar or parameter.name).upper()]
+            else:
+                names = [*parameter.opts, *parameter.secondary_opts]
+            default = parameter.default
+            said = (parameter.help or "").replace("|", "\\|")
+            if default not in (None, ()) and not isinstance(default, bool):
+                said += f" Default: `{default}`."
+            lines.append(f"| {', '.join(f'`{each}`' for each in names)} | {said} |")
+        lines += ["", "</div>", ""]
+    return "\n".join(lines)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Writes what the comments stand for."""
+    if OPTIONS in markdown:
+        markdown = markdown.replace(OPTIONS, options_of_commands())
+    return tabs(markdown)
+
+
 def on_page_content(html: str, **_: Any) -> str:
-    """Leaves the name of ``:func:`name``` and its kin, and drops the role."""
-    return re.sub(r":(?:func|class|meth|attr|data|mod):(?=<code)", "", html)
+    """Drops the role of ``:func:`name``` and its kin, and lets names in tables break."""
+    html = re.sub(r":(?:func|class|meth|attr|data|mod):(?=<code)", "", html)
+    return re.sub(r"<td[^>]*>.*?</td>", breakable, html, flags=re.DOTALL)
+
+
+def breakable(cell: re.Match[str]) -> str:
+    """Long names in a table may break after an underscore, a slash, a bracket or a full stop."""
+    return re.sub(
+        r"(?<=<code>)[^<]*(?=</code>)",
+        lambda name: re.sub(r"[_/.(]", r"\g<0><wbr>", name[0]),
+        cell[0],
+    )

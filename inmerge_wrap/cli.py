@@ -310,7 +310,9 @@ def similarity(
         from inmerge_wrap.similarity_plots import plot_matrices, plot_overview, plot_pairs
 
         figures = {
-            "overview": plot_overview(layers, theme=theme),
+            "overview": plot_overview(
+                layers, merged=_merged_by_default(network, layers), theme=theme
+            ),
             "matrices": plot_matrices(layers, theme=theme),
             "pairs": plot_pairs(layers, count=pairs, theme=theme),
         }
@@ -322,6 +324,17 @@ def similarity(
     else:
         _print_similarity(weights, layers)
         Console().print(f"written: {', '.join(map(str, written))}", soft_wrap=True, highlight=False)
+
+
+def _merged_by_default(network: nn.Module, layers: Sequence[LayerSimilarity]) -> set[str]:
+    """Names of the layers that the wrapper's defaults merge, of those that were measured."""
+    from inmerge_wrap.discovery import plan_merging
+
+    try:
+        merged = {site.name for site in plan_merging(network).merged}
+    except ValueError:  # there is nothing to merge
+        return set()
+    return merged & {layer.name for layer in layers}
 
 
 def _print_similarity(weights: Path, layers: list[LayerSimilarity]) -> None:

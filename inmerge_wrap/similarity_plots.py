@@ -9,7 +9,7 @@ matplotlib figure that nothing has shown or stored yet.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from inmerge_wrap.similarity import KernelPair, LayerSimilarity, similarity_histogram
+from inmerge_wrap.thresholds import Threshold, as_threshold
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,6 +38,8 @@ def plot_overview(
     layers: Sequence[LayerSimilarity],
     *,
     thresholds: Sequence[float] = (0.1, 0.3, 0.5),
+    merged: Collection[str] = (),
+    similarity_threshold: float | Threshold = 0.3,
     theme: Theme = "light",
 ) -> Figure:
     """Cosines, share of similar pairs and effective rank of all layers, over the depth.
@@ -44,17 +47,39 @@ def plot_overview(
     Args:
         layers: What :func:`measure_similarity` gave.
         thresholds: Cosines above which the share of pairs is drawn.
+        merged: Names of the layers that merging acts in, which are shaded and printed in bold.
+        similarity_threshold: Of merging, drawn into those layers; a number or a rule.
         theme: ``"light"`` for paper, ``"dark"`` for a dark notebook.
 
     Returns:
         A figure with three panels.
+
+    Raises:
+        ValueError: If ``layers`` is empty, or a merged layer is none of them.
     """
     _check_layers(layers)
+    unknown = sorted(set(merged) - {layer.name for layer in layers})
+    if unknown:
+        raise ValueError(f"merged names layers that were not measured: {unknown}")
+    rule = as_threshold(similarity_threshold)
     with _themed(theme) as figure_of:
-        figure = figure_of(7.0, 6.0)
+        figure = figure_of(7.4, 6.4)
         axes = figure.subplots(3, 1, sharex=True, height_ratios=(2.2, 1, 1))
         places = range(1, len(layers) + 1)
+        for axis in axes:
+            for place, layer in enumerate(layers, start=1):
+                if layer.name in merged:
+                    axis.axvspan(
+                        place - 0.5, place + 0.5, color=_COLOURS[4], alpha=0.2, lw=0, zorder=-1
+                    )
         _draw_histograms(axes[0], layers)
+        _draw_bounds(axes[0], layers, merged, rule)
+        furthest = max(_off_diagonal(layer.cosines).abs().max().item() for layer in layers)
+        reach = min(1.0, 1.1 * max(furthest, *(2 * layer.chance for layer in layers)))
+        axes[0].set_ylim(-reach, reach)
+        # Above the panel: inside of it, any corner may hold data.
+        above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "frameon": False}
+        axes[0].legend(ncols=2, **above)
         for threshold, colour, marker in zip(thresholds, _COLOURS, "osD^vP", strict=False):
             shares = [100 * layer.share_above(threshold) for layer in layers]
             label = f"cosine > {threshold:g}"
@@ -62,18 +87,18 @@ def plot_overview(
         axes[1].set_ylabel("pairs [%]")
         axes[1].set_yscale("symlog", linthresh=0.1)
         axes[1].set_ylim(bottom=0)
-        # Above the panel: inside of it, any corner may hold data.
-        axes[1].legend(
-            ncols=len(thresholds), loc="lower right", bbox_to_anchor=(1, 1), frameon=False
-        )
+        axes[1].legend(ncols=len(thresholds), **above)
         ranks = [layer.effective_rank for layer in layers]
         axes[2].plot(places, ranks, "o-", c=_COLOURS[0], ms=3.5, lw=1)
         axes[2].set_ylim(0, 1.05)
         axes[2].set_ylabel("effective rank")
-        axes[2].set_xlabel("convolution, in depth order")
-        step = math.ceil(len(layers) / 24)
+        shaded = "; shaded, in bold: merged" if merged else ""
+        axes[2].set_xlabel(f"convolution, in depth order{shaded}")
+        step = math.ceil(len(layers) / 32)
         shown = range(0, len(layers), step)
         axes[2].set_xticks([i + 1 for i in shown], [layers[i].name for i in shown], rotation=90)
+        for label in axes[2].get_xticklabels():
+            label.set_fontweight("bold" if label.get_text() in merged else "normal")
     return figure
 
 
@@ -81,13 +106,15 @@ def plot_matrices(
     layers: Sequence[LayerSimilarity],
     *,
     most: int = 48,
-    columns: int = 6,
+    columns: int = 4,
     theme: Theme = "light",
 ) -> Figure:
-    """One cosine matrix per layer.
+    """One cosine matrix per layer, its kernels ordered by cluster.
 
     A deep layer has too many kernels for a small picture, and most pairs are alike in being
-    unlike: each panel shows those kernels that have the closest partners, neighbours side by side.
+    unlike: each panel shows those kernels that have the closest partners. They are clustered by
+    the mean cosine between clusters, so that groups of similar kernels are squares on the diagonal.
+    Colours reach as far as the cosines of each layer do; a kernel with itself is left out.
 
     Args:
         layers: What :func:`measure_similarity` gave.
@@ -96,32 +123,33 @@ def plot_matrices(
         theme: ``"light"`` for paper, ``"dark"`` for a dark notebook.
 
     Returns:
-        A figure with one panel per layer and one scale for all.
+        A figure with one panel per layer, each with its scale.
     """
     _check_layers(layers)
     columns = min(columns, len(layers))
     rows = math.ceil(len(layers) / columns)
     with _themed(theme) as figure_of:
-        figure = figure_of(max(3.2, 1.25 * columns), 0.9 + 1.4 * rows)
+        figure = figure_of(max(3.2, 1.85 * columns), 0.35 + 1.75 * rows)
         panels = figure.subplots(rows, columns, squeeze=False).flatten()
         for panel, layer in zip(panels, layers, strict=False):
-            chosen = _closest_kernels(layer.cosines, most)
+            chosen = _clustered(layer.cosines, most)
+            shown = layer.cosines[chosen][:, chosen]
+            reach = max(0.01, _off_diagonal(shown).abs().max().item())
+            shown = shown.clone().fill_diagonal_(math.nan)
             image = panel.imshow(
-                layer.cosines[chosen][:, chosen].numpy(),
-                cmap="RdBu_r",
-                vmin=-1,
-                vmax=1,
-                rasterized=True,
+                shown.numpy(), cmap="RdBu_r", vmin=-reach, vmax=reach, rasterized=True
             )
-            panel.set_title(_shortened(layer.name, 20), fontsize=7, pad=2)
-            panel.set_xlabel(f"{len(chosen)} of {layer.shape[0]}", fontsize=6, labelpad=1)
+            panel.set_title(_shortened(layer.name, 24), fontsize=7.5, pad=3)
+            panel.set_xlabel(f"{len(chosen)} of {layer.shape[0]} kernels", fontsize=7, labelpad=2)
             panel.set_xticks([])
             panel.set_yticks([])
             panel.spines[:].set_visible(False)
+            bar = figure.colorbar(image, ax=panel, shrink=0.85, aspect=14, pad=0.03)
+            bar.ax.tick_params(labelsize=6.5)
+            bar.outline.set_visible(False)
         for panel in panels[len(layers) :]:
             panel.set_axis_off()
-        bar = figure.colorbar(image, ax=panels.tolist(), location="bottom", shrink=0.5, aspect=40)
-        bar.set_label("cosine of two kernels")
+        figure.suptitle("cosine of two kernels", fontsize=9)
     return figure
 
 
@@ -133,12 +161,14 @@ def plot_pairs(
 ) -> Figure:
     """The most and the least similar pairs of kernels as pictures, as in the paper's Figure 1.
 
-    Pairs are taken from all layers given, at most one of each kind per layer while there are
-    layers enough. A kernel is drawn as a mosaic of its input channels, the 16 that weigh most in
-    the pair; a 1x1 kernel as a square of its heaviest weights, at most 256; a kernel of three
-    channels as a colour picture. Of a kernel over volumes or videos the central slice is drawn, of
-    one along a single dimension a strip. Both kernels of a pair share one scale, each after
-    division by its own length: the cosine does not see the length either.
+    Pairs are taken from the layers whose kernels have a width, at most one of each kind per layer
+    while there are layers enough; from 1x1 kernels, which have nothing to look at, where there are
+    no others. A kernel is drawn as a mosaic of its input channels, the 16 that weigh most in the
+    pair; a 1x1 kernel as a square of its heaviest weights, at most 256; a kernel of three channels
+    as a colour picture. Each pair says how many of its channels that is. Of a kernel over volumes
+    or videos the central slice is drawn, of one along a single dimension a strip. Both kernels of a
+    pair share one scale, each after division by its own length: the cosine does not see the length
+    either. The colour bar is in shares of the pair's largest weight.
 
     Args:
         layers: What :func:`measure_similarity` gave.
@@ -152,12 +182,14 @@ def plot_pairs(
         ValueError: If no layer has a pair.
     """
     _check_layers(layers)
+    wide = [layer for layer in layers if math.prod(layer.shape[2:]) > 1 and layer.most_similar]
+    layers = wide or layers
     similar = _choose_pairs([(layer, layer.most_similar) for layer in layers], count, highest=True)
     apart = _choose_pairs([(layer, layer.least_similar) for layer in layers], count, highest=False)
     if not similar:
         raise ValueError("no layer has a pair of comparable kernels to draw")
     with _themed(theme) as figure_of:
-        figure = figure_of(max(3.4, 1.75 * len(similar)), 3.1)
+        figure = figure_of(max(3.6, 1.9 * len(similar)), 3.5)
         halves = figure.subfigures(2, 1)
         for half, title, chosen in zip(
             halves, ("most similar", "least similar"), (similar, apart), strict=True
@@ -166,12 +198,14 @@ def plot_pairs(
             panels = half.subplots(1, 3 * len(chosen) - 1, width_ratios=_with_gaps(len(chosen)))
             for gap in panels[2::3]:
                 gap.set_axis_off()
+            mapped = None
             for place, (layer, pair) in enumerate(chosen):
                 left, right = panels[3 * place], panels[3 * place + 1]
                 for panel, picture in zip((left, right), _pictures(pair.kernels), strict=True):
-                    panel.imshow(
+                    image = panel.imshow(
                         picture.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest"
                     )
+                    mapped = image if picture.dim() == 2 else mapped
                     panel.set_xticks([])
                     panel.set_yticks([])
                     panel.spines[:].set_visible(True)  # or two mosaics run into one
@@ -179,11 +213,16 @@ def plot_pairs(
                 left.set_xlabel(f"#{pair.first}", fontsize=7, labelpad=2)
                 right.set_xlabel(f"#{pair.second}", fontsize=7, labelpad=2)
                 left.set_title(
-                    f"{_shortened(layer.name, 22)}\ncos = {pair.cosine:.2f}",
+                    f"{_shortened(layer.name, 22)}\n{_extent(layer)}\ncos = {pair.cosine:.2f}",
                     fontsize=7,
                     loc="left",
                     pad=3,
                 )
+            if mapped is not None:
+                bar = half.colorbar(mapped, ax=panels.tolist(), shrink=0.8, aspect=18, pad=0.01)
+                bar.set_label("weight / largest of the pair", fontsize=7)
+                bar.ax.tick_params(labelsize=6.5)
+                bar.outline.set_visible(False)
     return figure
 
 
@@ -248,23 +287,60 @@ def _draw_histograms(axes: Axes, layers: Sequence[LayerSimilarity]) -> None:
     style: dict[str, Any] = {"c": _COLOURS[1], "lw": 1, "drawstyle": "steps-mid"}
     axes.plot(places, chance, **style, label="two standard deviations of random kernels")
     axes.plot(places, [-value for value in chance], **style)
-    axes.set_ylim(-1, 1)
     axes.set_ylabel("cosine of two kernels")
-    axes.legend(loc="lower right", frameon=False)
     axes.figure.colorbar(image, ax=axes, label="pairs of the layer [%]", pad=0.01)
 
 
-def _closest_kernels(cosines: Tensor, most: int) -> list[int]:
-    """Kernels with the closest partners, each followed by the one most like it of those left."""
+def _draw_bounds(
+    axes: Axes, layers: Sequence[LayerSimilarity], merged: Collection[str], rule: Threshold
+) -> None:
+    """The cosine above which pairs of each merged layer merge."""
+    found = [
+        (place, _bound(rule, layer))
+        for place, layer in enumerate(layers, start=1)
+        if layer.name in merged
+    ]
+    if found:
+        places, bounds = zip(*found, strict=True)
+        left, right = ([place + side for place in places] for side in (-0.5, 0.5))
+        style: dict[str, Any] = {"colors": _COLOURS[3], "linewidth": 1.8}
+        axes.hlines(bounds, left, right, **style, label="threshold of merging")
+
+
+def _bound(rule: Threshold, layer: LayerSimilarity) -> float:
+    """Of a rule without a bound of its own the smallest cosine that passes; NaN if none does."""
+    fan_in = math.prod(layer.shape[1:])
+    if callable(bound := getattr(rule, "bound", None)):
+        return float(bound(fan_in))
+    rows, columns = torch.triu_indices(len(layer.cosines), len(layer.cosines), offset=1)
+    cosines = layer.cosines[rows, columns]
+    passing = cosines[rule.alike(cosines, fan_in)]
+    return passing.min().item() if len(passing) else math.nan
+
+
+def _off_diagonal(cosines: Tensor) -> Tensor:
+    """Without each kernel with itself, and 0 where there is nothing to compare."""
+    return cosines.nan_to_num(0.0).fill_diagonal_(0.0)
+
+
+def _clustered(cosines: Tensor, most: int) -> list[int]:
+    """Kernels with the closest partners, in the order of clustering by average cosine."""
     likeness = cosines.nan_to_num(-1.0).fill_diagonal_(-1.0)
     chosen = likeness.amax(dim=1).topk(min(most, len(likeness))).indices
-    likeness = likeness[chosen][:, chosen]
-    path, left = [0], set(range(1, len(chosen)))
-    while left:
-        nearest = max(left, key=lambda i: likeness[path[-1], i].item())
-        path.append(nearest)
-        left.remove(nearest)
-    return chosen[path].tolist()
+    # Average linkage: the sums of cosines between clusters, over the numbers of their pairs.
+    sums = _off_diagonal(cosines[chosen][:, chosen].double())
+    sizes = torch.ones(len(chosen), dtype=torch.double)
+    clusters = [[index] for index in chosen.tolist()]
+    while len(clusters) > 1:
+        mean = (sums / sizes.outer(sizes)).fill_diagonal_(-math.inf)
+        first, second = sorted(divmod(int(mean.argmax()), len(clusters)))
+        sums[first] += sums[second]
+        sums[:, first] += sums[:, second]
+        sizes[first] += sizes[second]
+        clusters[first] += clusters.pop(second)
+        kept = torch.arange(len(sizes)) != second
+        sums, sizes = sums[kept][:, kept], sizes[kept]
+    return clusters[0]
 
 
 def _choose_pairs(
@@ -301,6 +377,18 @@ def _pictures(kernels: Tensor) -> list[Tensor]:
     framed = nn.functional.pad(tiles, (0, 1, 0, 1), value=math.nan)
     mosaic = framed.permute(0, 1, 3, 2, 4).reshape(-1, side * (height + 1), side * (width + 1))
     return list(mosaic[:, :-1, :-1])
+
+
+def _extent(layer: LayerSimilarity) -> str:
+    """How much of a kernel its picture shows."""
+    channels, *size = layer.shape[1:]
+    if channels == 3 and math.prod(size) > 1:
+        return "3 channels, as colours"
+    most = 256 if math.prod(size) == 1 else _MOSAIC
+    shown = max(1, math.isqrt(min(channels, most))) ** 2
+    if shown == channels:
+        return f"all {channels} channels" if channels > 1 else "its one channel"
+    return f"heaviest {shown} of {channels} channels"
 
 
 def _flat_maps(kernels: Tensor) -> Tensor:

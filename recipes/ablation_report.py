@@ -22,11 +22,12 @@ import re
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
-from textwrap import fill
 from typing import Any
 
 import matplotlib
 import numpy as np
+from arm_names import GLOSSARY, in_words
+from forest import Mark, draw_forest
 from records import difference_text, spread
 from scipy.stats import false_discovery_control
 
@@ -58,7 +59,8 @@ SETTING = {  # field of a run -> how a title names it
 }
 ALTERNATIVES = ("ema .98", "swa")  # what costs the same and is in every toolbox
 SILENT = {"label_noise": 0.0, "weights": "", "weight_decay": 5e-4}
-COLOURS = {"merging": "#D55E00", "other": "#0072B2"}
+COLOURS = {"merging": "#D55E00", "other methods": "#0072B2"}
+DRAWN = ("balanced accuracy", "AUROC")  # in the picture of a study
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> result
 Row = dict[str, Any]
@@ -172,39 +174,45 @@ def write_csv(rows: list[Row], path: Path) -> None:
 
 
 def table(settings: dict[str, Runs], rows: list[Row], baseline: str) -> str:
-    """Markdown: what each arm costs, what it merged, and its differences from the baseline."""
-    columns = [(metric, where) for metric in list(METRICS)[1:] for where in WHERE]
+    """Markdown, for each setting: differences from the baseline, and what each arm cost."""
+    found = {
+        (row["setting"], row["arm"], row["metric"], row["images"]): row
+        for row in rows
+        if row["baseline"] == baseline
+    }
+
+    def cell(setting: str, arm: str, metric: str, where: str) -> str:
+        if arm == baseline:
+            done = settings[setting][arm].values()
+            return spread([value(run, metric, where) for run in done])
+        row = found[setting, arm, metric, where]
+        text = difference_text(row["difference"])
+        return f"**{text}**" if row.get("p_adjusted", 1.0) < 0.05 else text
+
     lines = []
     for setting, runs in settings.items():
         lines += [f"### {setting}", ""]
-        heads = ["arm", "seeds", "passes: training, inference", "merged", "accuracy, clean"]
-        heads += [f"{metric}, {where}" for metric, where in columns]
+        for metric in ("balanced accuracy", "AUROC"):
+            heads = ["arm", *(f"{metric}, {where}" for where in WHERE)]
+            lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+            for arm in runs:
+                cells = [in_words(arm), *(cell(setting, arm, metric, where) for where in WHERE)]
+                lines.append(f"| {' | '.join(cells)} |")
+            lines.append("")
+        heads = ["arm", "seeds", "passes: train, test", "pairs merged", "accuracy, clean"]
         lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for arm, done in runs.items():
-            some = next(iter(done.values()))
-            cells = [arm, str(len(done))]
-            cells.append(f"{some['training_passes']:g}, {some['inference_passes']}")
-            share = merged_share(done)
+            some, share = next(iter(done.values())), merged_share(done)
+            passes = f"{some['training_passes']:g}, {some['inference_passes']}"
+            cells = [in_words(arm), str(len(done)), passes]
             cells.append("" if share is None else f"{share:.1%}")
             cells.append(spread([value(run, "accuracy", "clean") for run in done.values()]))
-            for metric, where in columns:
-                values = [value(run, metric, where) for run in done.values()]
-                if arm == baseline:
-                    cells.append(spread(values))
-                    continue
-                found = next(
-                    row
-                    for row in rows
-                    if (row["setting"], row["arm"]) == (setting, arm)
-                    and (row["metric"], row["images"]) == (metric, where)
-                )
-                text = difference_text(found["difference"])
-                cells.append(f"**{text}**" if found.get("p_adjusted", 1.0) < 0.05 else text)
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     lines.append(
-        "Means over the seeds, ± their standard deviation; of the other arms the paired difference "
-        f"from {baseline} with its 95% interval. Bold: an adjusted p below 0.05."
+        f"The row of {in_words(baseline)}: means over the seeds, ± their standard deviation. The "
+        "other rows: paired differences from it, with 95% intervals. Bold: an adjusted p below "
+        f"0.05. {GLOSSARY}"
     )
     return "\n".join(lines) + "\n"
 
@@ -212,48 +220,29 @@ def table(settings: dict[str, Runs], rows: list[Row], baseline: str) -> str:
 # -- figures ---------------------------------------------------------------------------------------
 
 
-def draw_trade_off(setting: str, runs: Runs, rows: list[Row], path: Path) -> None:
-    """Clean against corrupted: the paired differences of each arm, a cross of 95% intervals."""
-    metrics = ("balanced accuracy", "AUROC")
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
-    arms = [arm for arm in runs if any(row["arm"] == arm for row in rows)]
-    for axis, metric in zip(axes, metrics, strict=True):
-        axis.axhline(0, color="0.8", linewidth=0.8)
-        axis.axvline(0, color="0.8", linewidth=0.8)
-        for number, arm in enumerate(arms, start=1):
-            point = {
-                row["images"]: row["difference"]
-                for row in rows
-                if row["arm"] == arm and row["metric"] == metric
-            }
-            x, y = point["clean"], point["corrupted"]
-            method = next(iter(runs[arm].values()))["run"]["method"]
-            merging = "merge" in method or "variant" in method
-            colour = COLOURS["merging" if merging else "other"]
-            if "low" in x:
-                axis.plot([x["low"], x["high"]], [y["mean"]] * 2, color=colour, lw=0.7, alpha=0.45)
-                axis.plot([x["mean"]] * 2, [y["low"], y["high"]], color=colour, lw=0.7, alpha=0.45)
-            axis.plot(x["mean"], y["mean"], "o", color=colour, markersize=11, alpha=0.85)
-            axis.text(
-                *(x["mean"], y["mean"], str(number)),
-                color="white",
-                fontsize=7,
-                ha="center",
-                va="center",
-            )
-            if axis is axes[1]:
-                axis.plot([], [], "o", color=colour, label=f"{number}  {arm}")
-        axis.plot(0, 0, "k+", markersize=12, markeredgewidth=2)
-        axis.set(xlabel=f"{metric}, clean, minus plain", ylabel="under corruption, minus plain")
-        axis.spines[["top", "right"]].set_visible(False)
-    legend = figure.legend(loc="outside right center", frameon=False, fontsize=8)
-    legend.set_title("orange: merging\nblue: what else could be used", {"size": 8})
-    figure.suptitle(
-        f"{fill(setting, 110)}\npaired differences from plain training (+), 95% intervals",
-        fontsize=10,
+def draw_study(setting: str, runs: Runs, rows: list[Row], path: Path) -> None:
+    """A forest plot: each arm's paired differences from plain, clean and corrupted."""
+    groups, cells = {}, {}
+    for row in rows:
+        if row["metric"] not in DRAWN:
+            continue
+        arm, found = in_words(row["arm"]), row["difference"]
+        method = next(iter(runs[row["arm"]].values()))["run"]["method"]
+        merging = "merge" in method or "variant" in method
+        groups[arm] = "merging" if merging else "other methods"
+        interval = (found["mean"], found.get("low"), found.get("high"))
+        cells[arm, f"{row['images']} images", row["metric"]] = interval
+    balanced, area = DRAWN
+    draw_forest(
+        {in_words(arm): groups[in_words(arm)] for arm in runs if in_words(arm) in groups},
+        [f"{where} images" for where in WHERE],
+        [Mark(balanced, below=-0.14), Mark(area, filled=False, size=4, below=0.2)],
+        cells,
+        COLOURS,
+        title=f"{setting}: paired differences from plain training, 95% intervals",
+        axis_label="minus plain training\n← worse      better →",
+        path=path,
     )
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def draw_grid(runs: Runs, rows: list[Row], path: Path, *, x: str, y: str, names: Row) -> None:
@@ -283,7 +272,7 @@ def draw_grid(runs: Runs, rows: list[Row], path: Path, *, x: str, y: str, names:
         axis.set_xticks(range(len(xs)), [f"{place:g}" for place in xs])
         axis.set_yticks(range(len(ys)), [f"{place:g}" for place in ys])
         axis.set(xlabel=names[x], ylabel=names[y])
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, facecolor="white")
     plt.close(figure)
 
 
@@ -320,7 +309,12 @@ def draw_architectures(runs: Runs, rows: list[Row], path: Path) -> None:
             colour = ("#56B4E9", "#D55E00", "#009E73", "#0072B2")[place % 4]
             heights = [d["mean"] for d in found.values()]
             axis.bar(
-                *(positions, heights), width=0.36, yerr=reach, color=colour, label=kind, capsize=2
+                *(positions, heights),
+                width=0.36,
+                yerr=reach,
+                color=colour,
+                label=in_words(kind),
+                capsize=2,
             )
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_xticks(np.arange(len(archs)) + 0.19 * (len(kinds) - 1), archs, rotation=20)
@@ -328,7 +322,7 @@ def draw_architectures(runs: Runs, rows: list[Row], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("AUROC minus plain, 95% interval")
     axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, facecolor="white")
     plt.close(figure)
 
 
@@ -370,7 +364,7 @@ def main() -> None:
             here = compare(runs, setting, "plain")
             text.append(table({setting: runs}, here, "plain"))
             if options.sweep == "study":
-                draw_trade_off(setting, runs, here, picture)
+                draw_study(setting, runs, here, picture)
             elif options.sweep == "figure2":
                 names = {"merge_weight": "merge weight α", "merge_probability": "probability p"}
                 draw_grid(runs, here, picture, x="merge_weight", y="merge_probability", names=names)

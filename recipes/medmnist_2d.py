@@ -38,7 +38,7 @@ from inmerge_wrap.robustness import paired_difference
 
 # -- settings --------------------------------------------------------------------------------------
 
-SHOWN = ("accuracy", "balanced_error", "auroc")
+SHOWN = {"accuracy": "accuracy", "balanced_error": "balanced error", "auroc": "AUROC"}
 PUBLISHED = {  # arXiv 2502.20516, accuracy: baseline, InMerge (mean, standard deviation)
     "pathmnist": ((0.898, 0.010), (0.924, 0.002)),
     "dermamnist": ((0.745, 0.009), (0.760, 0.005)),
@@ -187,14 +187,14 @@ def compare(dataset: str, runs: dict[str, list[dict[str, Any]]]) -> list[list[st
     if len(runs) == 2:
         lines[0].append("difference (95% interval)")
     for condition in next(iter(runs.values()))[0]["test"]:
-        for metric in SHOWN:
+        for metric, name in SHOWN.items():
             values = {
                 arm: [run["test"][condition][metric] for run in done] for arm, done in runs.items()
             }
             cells = [spread(v) for v in values.values()]
             if len(values) == 2:
                 cells.append(difference_text(paired_difference(values["merged"], values["plain"])))
-            lines.append([condition, metric.replace("_", " "), *cells])
+            lines.append([condition, name, *cells])
     if dataset in PUBLISHED:
         (before, before_sd), (after, after_sd) = PUBLISHED[dataset]
         published = {"plain": f"{before:.3f} ± {before_sd:.3f}"}
@@ -218,8 +218,15 @@ def print_comparison(lines: list[list[str]], title: str) -> None:
 
 
 def write_markdown(lines: list[list[str]], title: str, path: Path) -> None:
-    heads, *rows = (f"| {' | '.join(line)} |" for line in lines)
-    path.write_text("\n".join([title, "", heads, "|---" * len(lines[0]) + "|", *rows, ""]))
+    """The table for a page: few columns, the difference before what it is of."""
+    heads, *rows = (
+        [f"{condition.replace('_', ' ')}, {metric}", *cells[2:], *cells[:2]]
+        for condition, metric, *cells in lines
+    )
+    text = [f"| {' | '.join(row)} |" for row in rows]
+    heads = [head.replace("difference", "merged minus plain") for head in heads]
+    head = f"| {' | '.join(heads)} |"
+    path.write_text("\n".join([title, "", head, "|---" * len(heads) + "|", *text, ""]))
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ import os
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import wrap
 
 import matplotlib
 import numpy as np
@@ -391,20 +392,26 @@ def draw_curves(results: dict[str, list[RobustnessResult]], path: Path) -> None:
     figure.legend(
         handles, labels, loc="outside upper center", ncols=max(1, len(labels)), frameon=False
     )
-    figure.savefig(path, dpi=200)
+    figure.savefig(path, dpi=200, facecolor="white")
     plt.close(figure)
 
 
 def draw_ratios(results: dict[str, list[RobustnessResult]], path: Path) -> None:
-    """rBE of every corruption, one bar per model but the baseline.
+    """rBE of every corruption for which it is defined, one bar per model but the baseline.
 
-    A bar is pale where the ratio has no interval: the baseline's own loss cannot be told from none.
+    A bar is pale where the ratio has no interval: the baseline's own loss may be noise. Corruptions
+    that cost the baseline nothing have no ratio; they are named below.
     """
     baseline, *others = results
-    names = results[baseline][0].settings["corruptions"]
+    every = results[baseline][0].settings["corruptions"]
+    names = [
+        name
+        for name in every
+        if any(summarise(results[label], "rbe", name) is not None for label in others)
+    ]
     height = 0.8 / len(others)
     figure, axis = plt.subplots(
-        figsize=(6.4, 1.3 + len(names) * (0.1 + 0.14 * len(others))), layout="constrained"
+        figsize=(6.4, 1.9 + len(names) * (0.12 + 0.14 * len(others))), layout="constrained"
     )
     tallest, pale = 1.0, False
     for index, label in enumerate(others):
@@ -433,18 +440,23 @@ def draw_ratios(results: dict[str, list[RobustnessResult]], path: Path) -> None:
     axis.axvline(1, color="black", linewidth=1)
     axis.axvline(0, color="0.6", linewidth=0.6)
     axis.set_yticks(range(len(names)), [pretty(name) for name in names], fontsize=8)
-    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.set_ylim(max(len(names), 1) - 0.4, -0.6)
     axis.tick_params(axis="x", labelsize=8)
     axis.tick_params(axis="y", length=0)
-    note = "\npale: the loss of the baseline cannot be told from none" if pale else ""
-    axis.set_xlabel(f"relative balanced error (rBE); line at 1: {baseline}{note}", fontsize=9)
+    notes = [f"relative balanced error (rBE); line at 1: {baseline}"]
+    if pale:
+        notes.append(f"pale: no interval, for the loss of {baseline} itself may be noise")
+    if missing := [pretty(name) for name in every if name not in names]:
+        left_out = f"undefined, for {baseline} loses nothing: {', '.join(missing)}"
+        notes += wrap(left_out, 80)
+    axis.set_xlabel("\n".join(notes), fontsize=8.5)
     axis.spines[["top", "right", "left"]].set_visible(False)
     handles = [
         matplotlib.patches.Patch(color=COLOURS[(index + 1) % len(COLOURS)], label=label)
         for index, label in enumerate(others)
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(others), frameon=False)
-    figure.savefig(path, dpi=200)
+    figure.savefig(path, dpi=200, facecolor="white")
     plt.close(figure)
 
 
@@ -486,9 +498,11 @@ def draw_contact_sheet(
             fontsize=8,
         )
         axis.xaxis.tick_top()
+        axis.xaxis.set_label_position("top")
+        axis.set_xlabel("severity, 1 mild to 5 severe", fontsize=8)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-    figure.savefig(path, dpi=250)
+    figure.savefig(path, dpi=250, facecolor="white", bbox_inches="tight")
     plt.close(figure)
 
 

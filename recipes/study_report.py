@@ -7,9 +7,9 @@
 ``power`` says, from pilot runs, how the paired differences scatter and how many pairs would find
 one of .01 in four cases of five: ``power.json`` and ``power.md``. ``report`` writes
 ``differences.csv`` (every arm minus plain and minus EMA, per data set and pooled, with 95%
-intervals and adjusted p), ``table.md``, and the pictures: ``forest-*.png`` (differences with
-intervals), ``families-*.png`` (by family of corruption), ``trade-off-*.png`` (clean against
-corrupted) and, of the dial's arms, ``dial.png``.
+intervals and adjusted p), ``table.md``, and the pictures: ``forest-*.png``, ``auroc-*.png`` and
+``calibration-*.png`` (differences with intervals), ``families-*.png`` (by family of corruption)
+and, of the dial's arms, ``dial.png``.
 
 Hardware and time: seconds on a CPU. Expected: results/study2/, docs/evidence.md.
 """
@@ -20,13 +20,16 @@ import argparse
 import csv
 import re
 from collections.abc import Mapping, Sequence
+from itertools import product
 from math import sqrt
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import matplotlib
 import numpy as np
+from arm_names import GLOSSARY, in_words
+from forest import Mark, draw_forest
 from measures import FAMILIES
 from paired import (
     BETTER_BELOW,
@@ -42,7 +45,7 @@ from paired import (
     read,
     values,
 )
-from records import difference_text, environment, write_json
+from records import difference_text, environment, spread, write_json
 from study import ARMS, STEPS_OF_THE_DIAL
 
 matplotlib.use("Agg")
@@ -59,13 +62,12 @@ CLAIMS = [  # what the study wants to say something about, and so computes the p
     ("calibration error", "clean"),
     ("calibration error", "corrupted"),
 ]
-COLUMNS = [  # of the forest plot
-    ("balanced accuracy", "clean", "balanced accuracy\nclean images"),
-    ("balanced accuracy", "corrupted", "balanced accuracy\ncorrupted images"),
-    ("AUROC", "corrupted", "AUROC\ncorrupted images"),
-    ("calibration error", "clean", "calibration error\nclean images"),
-    ("calibration error", "corrupted", "calibration error\ncorrupted images"),
-]
+BLOCKS = (  # of the table: few columns, so that a page shows them whole
+    (("balanced accuracy", "clean"), ("balanced accuracy", "corrupted")),
+    (("AUROC", "corrupted"), ("retained", "corrupted")),
+    (("calibration error", "clean"), ("calibration error", "corrupted")),
+)
+DRAWN = {"balanced accuracy": "forest", "AUROC": "auroc", "calibration error": "calibration"}
 # Okabe and Ito's colours, distinct to every kind of colour vision.
 GROUPS = {
     "persistent merging, as in the paper": "#D55E00",
@@ -143,7 +145,7 @@ def power_table(rows: Sequence[Mapping[str, Any]]) -> str:
         heads = ["arm", *(f"{measure}, {where}" for measure, where in CLAIMS)]
         lines += [f"### {setting}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for arm in dict.fromkeys(arm for arm, *_ in cells):
-            texts = [arm]
+            texts = [in_words(arm)]
             for claim in CLAIMS:
                 row = cells.get((arm, *claim))
                 many = row and (row["pairs_needed"] or "> 10,000")
@@ -192,29 +194,30 @@ def table(
 ) -> str:
     """Markdown: the baseline's own figures, then every arm's differences from it."""
     by_name = {str(setting): runs for setting, runs in settings.items()}
-    claims = [*CLAIMS, ("retained", "corrupted")]
-    heads = ["arm", "pairs", *(f"{measure}, {where}" for measure, where in claims)]
     lines = []
     for name in dict.fromkeys(key[0] for key in found):
-        lines += [f"### {name}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-        if name in by_name:
-            scores = [values(result, part) for result in by_name[name][baseline].values()]
-            cells = [f"{baseline} itself", str(len(scores))]
-            for claim in claims:
-                own = [score[claim] for score in scores]
-                spread = f" ± {stdev(own):.3f}" if len(own) > 1 else ""
-                cells.append(f"{mean(own):.3f}{spread}")
-            lines.append(f"| {' | '.join(cells)} |")
-        for arm in in_order(list(dict.fromkeys(key[1] for key in found if key[0] == name))):
-            here = [found.get((name, arm, *claim)) for claim in claims]
-            pairs = max(one.n for one in here if one)
-            cells = [arm, str(pairs), *(text_of(one) if one else "" for one in here)]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
+        arms = in_order(list(dict.fromkeys(key[1] for key in found if key[0] == name)))
+        lines += [f"### {name}", ""]
+        for claims in BLOCKS:
+            heads = ["arm", *(f"{measure}, {where}" for measure, where in claims), "pairs"]
+            lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+            if name in by_name:
+                scores = [values(result, part) for result in by_name[name][baseline].values()]
+                own = [spread([score[claim] for score in scores]) for claim in claims]
+                cells = [in_words(baseline), *own, str(len(scores))]
+                lines.append(f"| {' | '.join(cells)} |")
+            for arm in arms:
+                here = [found.get((name, arm, *claim)) for claim in claims]
+                if any(here):
+                    pairs = max(one.n for one in here if one)
+                    cells = [in_words(arm), *(text_of(one) if one else "" for one in here)]
+                    lines.append(f"| {' | '.join([*cells, str(pairs)])} |")
+            lines.append("")
     lines.append(
-        f"Paired differences from {baseline} with their 95% interval, {part} part. Bold: p below "
-        "5% after adjustment for the number of arms. Retained: the share of the clean balanced "
-        "accuracy that is left under corruption."
+        f"Paired differences from {in_words(baseline)} with their 95% interval, {part} part; its "
+        "own row: means ± standard deviations. Bold: p below 5% after adjustment for the number of "
+        "arms. Retained: the share of the clean balanced accuracy that is left under corruption. "
+        f"{GLOSSARY}"
     )
     return "\n".join(lines) + "\n"
 
@@ -228,58 +231,34 @@ def save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_forest(
-    found: Mapping[Key, Difference], names: Sequence[str], baseline: str, title: str, path: Path
+def draw_differences(
+    found: Mapping[Key, Difference], names: Sequence[str], measure: str, title: str, path: Path
 ) -> None:
-    """Arms by rows, measures by columns: differences with intervals.
+    """A forest plot of one measure: arms by rows, clean and corrupted images side by side.
 
-    The first of ``names`` is drawn large; small marks are the data sets that it pools.
+    The first of ``names`` is drawn large; small hollow marks are the data sets that it pools.
     """
     arms = in_order(list(dict.fromkeys(key[1] for key in found if key[0] == names[0])))
-    height = 1.8 + 0.27 * len(arms)
-    figure, axes = plt.subplots(
-        1, len(COLUMNS), figsize=(13, height), sharey=True, layout="constrained"
-    )
-    for axis, (measure, where, heading) in zip(axes, COLUMNS, strict=True):
-        axis.axvline(0, color="0.6", linewidth=0.9)
-        for place, arm in enumerate(arms):
-            colour = GROUPS[group_of(arm)]
-            for number, name in enumerate(names):
-                one = found.get((name, arm, measure, where))
-                if one is None:
-                    continue
-                if number:
-                    mark = MARKERS[(number - 1) % len(MARKERS)]
-                    axis.plot(one.mean, place, mark, color=colour, ms=3.5, alpha=0.45, mew=0)
-                    continue
-                if one.low is not None:
-                    axis.plot([one.low, one.high], [place] * 2, color=colour, lw=1.8)
-                axis.plot(one.mean, place, "o", color=colour, ms=6)
-        better = "left" if measure in BETTER_BELOW else "right"
-        arrow = "← better" if better == "left" else "better →"
-        axis.set_title(heading, fontsize=9)
-        axis.set_xlabel(f"minus {baseline}\n{arrow}", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.grid(axis="y", color="0.93")
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right", "left"]].set_visible(False)
-        axis.tick_params(axis="y", length=0)
-    axes[0].set_yticks(range(len(arms)), arms, fontsize=8)
-    axes[0].set_ylim(len(arms) - 0.4, -0.6)
-    handles = [
-        plt.Line2D([], [], color=colour, marker="o", label=group)
-        for group, colour in GROUPS.items()
-        if any(group_of(arm) == group for arm in arms)
+    marks = [
+        Mark(name, MARKERS[n % len(MARKERS)], filled=not n, size=3.5 if n else 5.5)
+        for n, name in enumerate(names)
     ]
-    handles += [
-        plt.Line2D([], [], color="0.4", marker=MARKERS[n % len(MARKERS)], ls="", ms=4, label=name)
-        for n, name in enumerate(names[1:])
-    ]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8
+    cells = {}
+    for arm, where, (number, name) in product(arms, ("clean", "corrupted"), enumerate(names)):
+        if one := found.get((name, arm, measure, where)):
+            ends = (None, None) if number else (one.low, one.high)
+            cells[in_words(arm), f"{where} images", name] = (one.mean, *ends)
+    better = "← better      worse →" if measure in BETTER_BELOW else "← worse      better →"
+    draw_forest(
+        {in_words(arm): group_of(arm) for arm in arms},
+        ["clean images", "corrupted images"],
+        marks,
+        cells,
+        GROUPS,
+        title=title,
+        axis_label=f"{measure}\nminus plain training\n{better}",
+        path=path,
     )
-    figure.suptitle(title, fontsize=10)
-    save(figure, path)
 
 
 def draw_families(found: Mapping[Key, Difference], name: str, title: str, path: Path) -> None:
@@ -289,7 +268,7 @@ def draw_families(found: Mapping[Key, Difference], name: str, title: str, path: 
     cells = [[found[name, arm, "balanced accuracy", where] for where in columns] for arm in arms]
     grid = np.array([[one.mean for one in row] for row in cells])
     reach = max(0.005, float(np.abs(grid).max()))
-    figure, axis = plt.subplots(figsize=(8, 1.6 + 0.3 * len(arms)), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9.5, 1.6 + 0.3 * len(arms)), layout="constrained")
     image = axis.imshow(grid, cmap="PuOr_r", vmin=-reach, vmax=reach, aspect="auto")
     for (row, column), value in np.ndenumerate(grid):
         p = cells[row][column].p_adjusted
@@ -301,33 +280,10 @@ def draw_families(found: Mapping[Key, Difference], name: str, title: str, path: 
             fontweight="bold" if p is not None and p < 0.05 else "normal",
             color="white" if abs(value) > 0.65 * reach else "black",
         )
-    axis.set_xticks(range(len(columns)), columns)
-    axis.set_yticks(range(len(arms)), arms, fontsize=8)
+    axis.set_xticks(range(len(columns)), columns, fontsize=8)
+    axis.set_yticks(range(len(arms)), list(map(in_words, arms)), fontsize=8)
     axis.set_title(f"{title}\nbold: adjusted p below 5%", fontsize=9)
-    figure.colorbar(image, ax=axis, label="balanced accuracy minus plain")
-    save(figure, path)
-
-
-def draw_trade_off(found: Mapping[Key, Difference], name: str, title: str, path: Path) -> None:
-    """Clean against corrupted balanced accuracy, each arm with its name."""
-    arms = decisive_arms(found, name)
-    figure, axis = plt.subplots(figsize=(9.5, 6), layout="constrained")
-    axis.axhline(0, color="0.8", linewidth=0.8)
-    axis.axvline(0, color="0.8", linewidth=0.8)
-    axis.plot(0, 0, "k+", markersize=12, markeredgewidth=2)
-    for number, arm in enumerate(arms):
-        x, y = (found[name, arm, "balanced accuracy", where] for where in ("clean", "corrupted"))
-        colour = GROUPS[group_of(arm)]
-        if x.low is not None and y.low is not None:
-            axis.plot([x.low, x.high], [y.mean] * 2, color=colour, lw=0.8, alpha=0.3)
-            axis.plot([x.mean] * 2, [y.low, y.high], color=colour, lw=0.8, alpha=0.3)
-        mark = MARKERS[number % len(MARKERS)]
-        axis.plot(x.mean, y.mean, mark, color=colour, markersize=7, label=arm)
-    axis.set_xlabel("balanced accuracy on clean images, minus plain")
-    axis.set_ylabel("under corruption, minus plain")
-    axis.set_title(title, fontsize=10)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right center", frameon=False, fontsize=8)
+    figure.colorbar(image, ax=axis, label="balanced accuracy minus plain", aspect=40, pad=0.02)
     save(figure, path)
 
 
@@ -358,10 +314,12 @@ def draw_dial(found: Mapping[Key, Difference], names: Sequence[str], path: Path)
                     shifted = [(step + aside, one) for step, one in points]
                     draw_line(axis, shifted, GROUPS[group], kind)
             axis.set_title(f"{name}: {where} images", fontsize=9)
-            axis.set_xlabel("← pushed apart      share of the difference      pulled together →")
+            axis.set_xlabel(
+                "← pushed apart    share of the difference    pulled together →", fontsize=8.5
+            )
             axis.spines[["top", "right"]].set_visible(False)
         line[0].set_ylabel("balanced accuracy\nminus plain, 95% interval")
-        line[0].legend(frameon=False, fontsize=8)
+    axes[0, 0].legend(frameon=False, fontsize=8)
     save(figure, path)
 
 
@@ -407,11 +365,11 @@ def write_report(options: argparse.Namespace) -> None:
     for name in dict.fromkeys(key[0] for key in others):
         members = pools(settings).get(name, [])
         title = f"{name}: paired differences from plain, {options.part} part, 95% intervals"
-        place = options.pictures / f"forest-{slug(name)}.png"
-        draw_forest(others, [name, *members], "plain", title, place)
+        for measure, kind in DRAWN.items():
+            place = options.pictures / f"{kind}-{slug(name)}.png"
+            draw_differences(others, [name, *members], measure, title, place)
         place = options.pictures / f"families-{slug(name)}.png"
         draw_families(others, name, f"{name}: by family of corruption", place)
-        draw_trade_off(others, name, title, options.pictures / f"trade-off-{slug(name)}.png")
     if dial:
         names = list(dict.fromkeys(key[0] for key in dial))
         names.sort(key=lambda name: not name.startswith(POOLED))

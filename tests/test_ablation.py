@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import matplotlib
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -236,9 +238,10 @@ def test_the_report_computes_paired_differences_as_scipy_does(
     assert mean == pytest.approx(better.mean() - 0.3, abs=1e-5)
     text = (tmp_path / "out" / "table.md").read_text()
     assert "| better | 5 | 1, 1 | 25.0% |" in text
-    line = next(line for line in text.splitlines() if line.startswith("| better"))
-    assert line.count("**") == 8  # both metrics, clean and corrupted
-    assert "**" not in next(line for line in text.splitlines() if line.startswith("| ema .98"))
+    balanced, area, cost = (line for line in text.splitlines() if line.startswith("| better"))
+    assert balanced.count("**") == area.count("**") == 4 and "**" not in cost  # clean, corrupted
+    alternative = [line for line in text.splitlines() if "(EMA .98)" in line]
+    assert len(alternative) == 3 and not any("**" in line for line in alternative)
     against = stats.ttest_rel(better, other)
     (row,) = [r for r in every if r["baseline"] == "ema .98" and r["arm"] == "better"][:1]
     assert float(row["difference"]) == pytest.approx((better - other).mean(), abs=1e-5)
@@ -246,6 +249,61 @@ def test_the_report_computes_paired_differences_as_scipy_does(
     (picture,) = (tmp_path / "out").glob("*.png")
     assert picture.name == "study-digits-test-resnet-28-px-9-images-1-epochs-batch-3-lr-0.1.png"
     assert picture.stat().st_size > 20_000
+
+
+def test_a_forest_plot_shows_each_difference_in_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    forest = importlib.import_module("forest")
+    figures = []
+    monkeypatch.setattr(forest.plt, "close", figures.append)
+    forest.draw_forest(
+        {"above": "one", "below": "two"},
+        ["clean", "corrupted"],
+        [forest.Mark("accuracy")],
+        {
+            ("above", "clean", "accuracy"): (0.1, 0.0, 0.2),
+            ("below", "clean", "accuracy"): (-0.3, -0.5, -0.1),
+            ("below", "corrupted", "accuracy"): (0.4, None, None),
+        },
+        {"one": "#ff0000", "two": "#0000ff"},
+        title="a title",
+        axis_label="minus nothing",
+        path=tmp_path / "forest.png",
+    )
+    clean, corrupted = figures[0].axes
+    assert [label.get_text() for label in clean.get_yticklabels()] == ["above", "below"]
+    assert clean.get_ylim()[0] > clean.get_ylim()[1]  # the first row is on top
+
+    def drawn(axis: Axes) -> list[tuple[list[float], float, str]]:
+        lines = [line for line in axis.get_lines() if line.get_color() != "0.45"]
+        return [(list(n.get_xdata()), float(n.get_ydata()[0]), n.get_color()) for n in lines]
+
+    assert drawn(clean) == [
+        ([0.0, 0.2], 0.0, "#ff0000"),
+        ([0.1], 0.0, "#ff0000"),
+        ([-0.5, -0.1], 1.0, "#0000ff"),
+        ([-0.3], 1.0, "#0000ff"),
+    ]
+    assert drawn(corrupted) == [([0.4], 1.0, "#0000ff")]
+    corners = matplotlib.image.imread(tmp_path / "forest.png")[[0, -1], [0, -1]]
+    assert (corners == 1).all()  # an opaque white ground
+
+
+def test_every_arm_has_a_name_of_its_own_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    in_words = importlib.import_module("arm_names").in_words
+    for study in ("ablation", "study"):
+        arms = importlib.import_module(study).ARMS
+        names = {arm: in_words(arm) for arm in arms}
+        assert len(set(names.values())) == len(names)
+        unnamed = [arm for arm, name in names.items() if name == arm]
+        assert set(unnamed) <= {"dropout .3", "label smoothing .1", "mixup"}
+        assert max(map(len, names.values())) <= 50  # a row's label
+    joined = in_words("resnet18: transient, random + EMA .98")
+    assert joined == "resnet18: merge transiently, random partner and EMA .98"
+    assert in_words("a=0.5, p=0.3") == "a=0.5, p=0.3"
 
 
 @pytest.mark.parametrize(
@@ -327,7 +385,7 @@ def test_bars_stand_at_the_place_of_their_architecture(
 
     monkeypatch.setattr(Axes, "bar", record)
     report(monkeypatch, "architectures", "--runs", str(tmp_path))
-    assert drawn == {"paper": [0, 2], "late": [2]}
+    assert drawn == {"merge as in the paper (cosine > .3)": [0, 2], "late": [2]}
 
 
 def test_the_report_refuses_what_it_can_not_compare(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import html
 import importlib
 import json
 import os
@@ -266,8 +267,36 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_the_navigation_holds_every_page() -> None:
     config = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader=yaml.BaseLoader)
-    shown = [page for entry in config["nav"] for page in entry.values()]
-    assert sorted(shown) == sorted(page.name for page in PAGES[1:])
+
+    def leaves(entry: Any) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        parts = entry.values() if isinstance(entry, dict) else entry
+        return [page for part in parts for page in leaves(part)]
+
+    every = [path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")]
+    assert sorted(leaves(config["nav"])) == sorted(every)
+
+
+@named([ROOT / "docs" / f"{name}.md" for name in ("clients", "evidence", "settings")])
+def test_tables_have_few_columns(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    rules = re.findall(r"^\|(?:-+\|)+$", text, re.MULTILINE)
+    assert rules and max(rule.count("|") - 1 for rule in rules) <= 5, "a telephone shows no more"
+
+
+def test_where_the_site_is_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    load_config = pytest.importorskip("mkdocs.config").load_config
+    for site, repository in (("", ""), ("https://example.org/docs/", "https://example.org/code")):
+        monkeypatch.setenv("SITE_URL", site)
+        monkeypatch.setenv("REPO_URL", repository)
+        config = load_config(str(ROOT / "mkdocs.yml"))
+        assert (config.site_url or "", config.repo_url or "") == (site, repository)
+
+
+def test_the_diagram_is_the_one_that_its_script_draws() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / ".diagram.py"))
+    assert script["diagram"]() == (ROOT / "docs" / "images" / "merging.svg").read_text()
 
 
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
@@ -290,6 +319,19 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
             assert f'id="{module}.{name}"' in api
     assert "<blockquote>" not in api, "an example in a docstring is shown as a quotation"
     assert not re.search(r":(func|class|attr|meth):", api), "Sphinx roles are left over"
+    options = (tmp_path / "cli" / "index.html").read_text(encoding="utf-8")
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        assert f'id="inmerge-{name}"' in options
+        for parameter in command.params:
+            shown = parameter.opts[0] if parameter.param_type_name == "option" else parameter.help
+            assert html.escape(str(shown).split("`")[0], quote=False) in options
+    loops = (tmp_path / "training-loops" / "index.html").read_text(encoding="utf-8")
+    assert [
+        name for name in ("accelerate", "lightning", "timm") if f'id="{name}"' not in loops
+    ] == []
+    assert 'class="tabbed-set' in loops and 'class="admonition warning"' in loops
+    notebook = tmp_path / "notebooks" / "02_what_merging_does"
+    assert (notebook / "index.html").read_text().count("<img") == 5
     for page in tmp_path.rglob("*.html"):
         loaded = re.findall(r'(?:src|<link[^>]*href)="(https?://[^"]*)"', page.read_text())
         assert not [url for url in loaded if "fonts." in url], f"{page} loads from elsewhere"

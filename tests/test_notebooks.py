@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,17 @@ def test_outputs_are_stripped(path: Path) -> None:
         if cell.cell_type == "code":
             assert cell.outputs == [] and cell.execution_count is None
     assert path.stat().st_size < 30_000
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_site_shows_the_notebook_as_it_is(path: Path) -> None:
+    page = (ROOT / "docs" / "notebooks" / f"{path.stem}.md").read_text(encoding="utf-8")
+    rest = page
+    for cell in nbformat.read(path, as_version=4).cells:
+        assert cell.source in rest, "run notebooks/render.py again"
+        rest = rest.partition(cell.source)[2]
+    pictures = re.findall(r"^!\[.*\]\((.*)\)$", page, re.MULTILINE)
+    assert all((ROOT / "docs" / "notebooks" / name).stat().st_size > 5_000 for name in pictures)
 
 
 # The kernel's own machinery warns of its transport, which is no concern of ours.

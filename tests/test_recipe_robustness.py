@@ -206,3 +206,29 @@ def test_a_folder_of_images_and_a_split_of_own_images(tmp_path, monkeypatch, cap
     assert digests[0] == digests[1]
     code, _ = run_here(monkeypatch, capsys, *common, "--data", tmp_path / "data" / "train" / "a")
     assert "holds no images in class folders" in str(code)
+
+
+def test_pictures_draw_what_is_defined_and_label_severities(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    recipe = importlib.import_module("robustness")
+    assert Path(recipe.__file__).parent == ROOT / "recipes"
+    figures = []
+    monkeypatch.setattr(recipe.plt, "close", figures.append)
+
+    def result(**ratios: float) -> recipe.RobustnessResult:
+        rows = [
+            {"corruption": name, "severity": 1, **({"rbe": ratios[name]} if name in ratios else {})}
+            for name in ("bars", "border", "dust")
+        ]
+        return recipe.RobustnessResult(rows, {"corruptions": ["bars", "border", "dust"]}, {})
+
+    results = {"plain": [result()], "merged": [result(border=0.5)]}
+    recipe.draw_ratios(results, tmp_path / "rbe.png")
+    image = torch.rand(3, 28, 28)
+    recipe.draw_contact_sheet(image, ["bars"], [1, 3], 0, 0, tmp_path / "sheet.png")
+    (ratios,), (sheet,) = (figure.axes for figure in figures)
+    assert [label.get_text() for label in ratios.get_yticklabels()] == ["border"]
+    assert [bar.get_width() for bar in ratios.patches] == [0.5]
+    assert "plain loses nothing: bars, dust" in ratios.get_xlabel()
+    assert "severity" in sheet.get_xlabel()
+    assert [label.get_text() for label in sheet.get_xticklabels()] == ["clean", "1", "3"]

@@ -14,6 +14,7 @@ import torch
 from matplotlib.image import AxesImage
 from torch import nn
 
+from inmerge_wrap import Quantile, ZScore
 from inmerge_wrap.similarity import LayerSimilarity, measure_similarity
 from inmerge_wrap.similarity_plots import plot_matrices, plot_overview, plot_pairs
 from tests.test_similarity import TwoConvs
@@ -68,8 +69,10 @@ def test_figure_1_names_kernels_and_cosines(layers: list[LayerSimilarity]) -> No
     similar, apart = figure.subfigs
     titles = [axes.get_title(loc="left") for half in (similar, apart) for axes in half.axes]
     told = [title for title in titles if title]
-    best = sorted((layer.most_similar[0].cosine for layer in layers), reverse=True)[:2]
-    worst = sorted(layer.least_similar[0].cosine for layer in layers)[:2]
+    wide = [layer for layer in layers if layer.shape[2:] != (1, 1)]  # 1x1 kernels look like noise
+    assert len(wide) < len(layers)
+    best = sorted((layer.most_similar[0].cosine for layer in wide), reverse=True)[:2]
+    worst = sorted(layer.least_similar[0].cosine for layer in wide)[:2]
     assert [title.split("cos = ")[1] for title in told] == [f"{c:.2f}" for c in best + worst]
 
 
@@ -90,15 +93,75 @@ def test_pairs_are_drawn_on_one_scale_after_division_by_their_length() -> None:
     assert left.nan_to_num().abs().max() <= 1
 
 
-def test_a_matrix_shows_each_kernel_once_with_its_neighbours_beside_it() -> None:
+def test_pairs_say_what_their_picture_shows(layers: list[LayerSimilarity]) -> None:
+    figure = plot_pairs(layers, count=2)
+    titles = [axes.get_title(loc="left").splitlines() for axes in figure.subfigs[0].axes]
+    told = {lines[0]: lines[1] for lines in titles if lines}
+    for name, extent in told.items():
+        channels = next(layer.shape[1] for layer in layers if layer.name == name)
+        assert extent == (
+            "3 channels, as colours" if channels == 3 else f"heaviest 16 of {channels} channels"
+        )
+    bars = [axes for axes in figure.axes if "largest of the pair" in axes.get_ylabel()]
+    assert len(bars) == 2  # one for each row
+    narrow = [layer for layer in layers if layer.shape[2:] == (1, 1)]
+    titles = [axes.get_title(loc="left") for axes in plot_pairs(narrow).subfigs[0].axes]
+    assert any("heaviest" in title or "all" in title for title in titles)
+
+
+def test_a_matrix_shows_each_kernel_once_and_leaves_out_itself() -> None:
     layer = measure_similarity(TwoConvs())[1]
     shown = torch.as_tensor(plot_matrices([layer], most=2).axes[0].images[0].get_array().data)
-    assert torch.allclose(shown, torch.ones(2, 2))  # kernels 1 and 5
-    everything = plot_matrices([layer]).axes[0].images[0].get_array()
+    assert shown.isnan().tolist() == [[True, False], [False, True]]
+    assert shown[0, 1].item() == pytest.approx(1.0)  # kernels 1 and 5
+    everything = torch.as_tensor(plot_matrices([layer]).axes[0].images[0].get_array().data)
     assert everything.shape == (8, 8)
-    assert sorted(everything.sum(axis=0).round(3).tolist()) == sorted(
-        layer.cosines.sum(0).numpy().round(3).tolist()
+    sums = everything.nan_to_num(1.0).sum(0).sort().values
+    torch.testing.assert_close(sums, layer.cosines.sum(0).sort().values)
+
+
+def test_kernels_of_a_cluster_are_side_by_side() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(3, 4, 3, 3, generator=generator)
+    group = torch.arange(12)[torch.randperm(12, generator=generator)] % 3
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 12, 3), nn.Conv2d(12, 2, 3))
+    with torch.no_grad():
+        noise = torch.randn(12, 4, 3, 3, generator=generator)
+        network[1].weight.copy_(centres[group] + 0.3 * noise)
+    (layer,) = measure_similarity(network, include="1", example_input=torch.zeros(1, 1, 9, 9))
+    panel = plot_matrices([layer]).axes[0]
+    shown = torch.as_tensor(panel.images[0].get_array().data)
+    blocks = torch.arange(12) // 4
+    alike = blocks[:, None] == blocks
+    assert (shown[alike & ~shown.isnan()] > 0.5).all() and (shown[~alike] < 0.5).all()
+    low, high = panel.images[0].get_clim()
+    furthest = layer.cosines.clone().fill_diagonal_(0).abs().max().item()
+    assert high == -low == pytest.approx(furthest)  # not 1, which would leave it pale
+
+
+@pytest.mark.parametrize("threshold", [0.1, ZScore(2.0), Quantile(0.25)])
+def test_the_overview_marks_merged_layers_and_their_threshold(
+    layers: list[LayerSimilarity], threshold: float | ZScore | Quantile
+) -> None:
+    merged = [layer for layer in layers if layer.name.startswith("layer3")]
+    figure = plot_overview(
+        layers, merged=[layer.name for layer in merged], similarity_threshold=threshold
     )
+    top, _, ranks, _ = figure.axes
+    bold = [text.get_text() for text in ranks.get_xticklabels() if text.get_weight() == "bold"]
+    assert bold == [layer.name for layer in merged]
+    (drawn,) = [lines for lines in top.collections if lines.get_label() == "threshold of merging"]
+    for layer, segment in zip(merged, drawn.get_segments(), strict=True):
+        middle = layers.index(layer) + 1
+        assert segment[:, 0].tolist() == [middle - 0.5, middle + 0.5]
+        (bound,) = set(segment[:, 1].tolist())
+        if isinstance(threshold, Quantile):
+            assert layer.share_above(bound - 1e-6) == pytest.approx(0.25, abs=0.001)
+        else:
+            z = layer.chance * 2.0
+            assert bound == pytest.approx(z if isinstance(threshold, ZScore) else 0.1)
+    with pytest.raises(ValueError, match=r"not measured: \['head'\]"):
+        plot_overview(layers, merged=["head"])
 
 
 def test_nothing_to_draw_is_an_error() -> None:

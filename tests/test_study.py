@@ -412,7 +412,7 @@ def test_the_report_writes_tables_and_pictures(
     pictures = {path.name for path in out.glob("*.png")}
     assert pictures == {"dial.png"} | {
         f"{kind}-{name}.png"
-        for kind in ("forest", "families", "trade-off")
+        for kind in ("forest", "auroc", "calibration", "families")
         for name in ("pooled", "blood", "derma")
     }
     assert all((out / name).stat().st_size > 10_000 for name in pictures)
@@ -427,8 +427,8 @@ def test_the_report_writes_tables_and_pictures(
     gain = np.subtract(drawn["bloodmnist", arms[1]], drawn["bloodmnist", "EMA .98"]).mean()
     assert float(row["mean"]) == pytest.approx(gain, abs=1e-5)
     text = (out / "table.md").read_text()
-    lines = [line for line in text.splitlines() if line.startswith("| transient, random |")]
-    assert len(lines) == 3 and all("**" in line for line in lines)
+    lines = [line for line in text.splitlines() if line.startswith("| merge transiently, random")]
+    assert len(lines) == 9 and all("**" in line for line in lines)  # 3 blocks of each setting
     report(monkeypatch, "power", "--runs", str(tmp_path / "runs"), "--out", str(out))
     power = json.loads((out / "power.json").read_text())["rows"]
     (row,) = [
