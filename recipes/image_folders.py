@@ -28,10 +28,18 @@ from typing import Any
 import numpy as np
 import torch
 from image_collection import PARTS, ImageCollection, ImageFile, check, counted, named, split
-from image_files import DataError, Facts, Preparation, examine, is_image, range_of
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+
+from inmerge_wrap.robustness.image_files import (
+    DataError,
+    Facts,
+    Preparation,
+    examine,
+    is_image,
+    range_of,
+)
 
 _PART_LIKE = {"training": "train", "valid": "val", "validation": "val", "dev": "val"}
 _PART_LIKE |= {"testing": "test"}

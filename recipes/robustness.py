@@ -31,7 +31,6 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from image_files import DataError, Preparation
 from image_folders import read_part
 from images import Images, load_images
 from records import environment, write_json
@@ -54,6 +53,7 @@ from inmerge_wrap.robustness.corruptions import (
     corrupt,
     resolve_preset,
 )
+from inmerge_wrap.robustness.image_files import DataError, Preparation
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -17,10 +17,18 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import image_collection  # noqa: E402
-import image_files  # noqa: E402
 import image_folders  # noqa: E402
 from image_collection import ImageCollection, ImageFile, deal  # noqa: E402
-from image_files import DataError, Preparation, decode, examine, range_of, window  # noqa: E402
+
+from inmerge_wrap.robustness import image_files  # noqa: E402
+from inmerge_wrap.robustness.image_files import (  # noqa: E402
+    DataError,
+    Preparation,
+    decode,
+    examine,
+    range_of,
+    window,
+)
 
 sys.path.remove(str(ROOT / "recipes"))
 

@@ -621,5 +621,7 @@ def test_an_axis_has_no_minus_zero(low: float, high: float) -> None:
 def test_a_course_that_covers_another_leaves_it_visible() -> None:
     history = [{"epoch": epoch, "val_auroc": 0.5 + epoch / 10} for epoch in (1, 2)]
     runs = [{"method": name, "history": history, "best_epoch": 1} for name in ("plain", "merged")]
-    lines = [line for line in load("html_report").draw_course(runs).split("<") if "polyline" in line]
+    lines = [
+        line for line in load("html_report").draw_course(runs).split("<") if "polyline" in line
+    ]
     assert ["dashed" in line for line in lines] == [False, True]
