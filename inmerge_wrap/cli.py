@@ -626,11 +626,21 @@ def _preparation(
             "training"
         )
     stored = tuple(config["input_size"][1:]) if config else None
+    from inmerge_wrap.robustness.image_files import Preparation
+
+    described = path / "preparation.json"  # of recipes/own_images.py, beside its model
+    preparation = None
+    if config and described.is_file():
+        preparation = Preparation.from_dict(json.loads(described.read_text(encoding="utf-8")))
+        if size is not None:
+            preparation = dataclasses.replace(preparation, size=size)
     return {
         "channels": _image_channels(network),
         "size": (size, size) if size is not None else stored,
+        "preparation": preparation,
         "mean": mean,
         "std": std,
+        "crop_mode": config.get("crop_mode", "center"),
         "crop_pct": config.get("crop_pct", 1.0),
         "interpolation": config.get("interpolation", "bicubic"),
         "label_names": config.get("label_names"),
@@ -658,7 +668,7 @@ def _open_data(
 
     (first, wanted), *others = prepared.items()
     agree = ["channels", "size", "label_names"]
-    agree += ["crop_pct", "interpolation"] if data.is_dir() else []
+    agree += ["crop_mode", "crop_pct", "interpolation", "preparation"] if data.is_dir() else []
     for name, theirs in others:
         for what in agree:
             if theirs[what] != wanted[what] and None not in (theirs[what], wanted[what]):
@@ -678,6 +688,7 @@ def _open_data(
     folder = ImageFolder(
         data,
         config={**wanted, "input_size": (wanted["channels"], *size)},
+        preparation=next((p["preparation"] for p in prepared.values() if p["preparation"]), None),
         split=split,
         classes=next((p["label_names"] for p in prepared.values() if p["label_names"]), None),
         limit=limit,

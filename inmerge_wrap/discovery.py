@@ -331,20 +331,42 @@ def _heads(network: nn.Module, convs: Mapping[str, _ConvNd], trace: Trace | None
     These are the ones that timm's configuration names as classifier, and the ones whose output
     no other layer reads. A backbone ends in such layers too: it gives itself away by an activation
     after the last one (that a pooled vector of class scores may have too, as in SqueezeNet), by
-    a kernel larger than 1x1 that keeps the number of channels, or by timm's ``num_classes=0``.
+    a kernel larger than 1x1 that keeps the number of channels (but not of a map that has grown to
+    the size of the image again, as in MONAI's UNet), or by timm's ``num_classes=0``.
     """
     named = timm_config(network).get("classifier") or ()
     heads = {named} if isinstance(named, str) else set(named)
     if trace is None or getattr(network, "num_classes", None) == 0:
         return heads & convs.keys()
 
+    restored = _restored(convs, trace)
+
     def predicts(name: str, is_vector: bool) -> bool:
         conv = convs[name]
         keeps_width = conv.in_channels == conv.out_channels and max(conv.kernel_size) > 1
-        return not keeps_width and (is_vector or name not in trace.activated)
+        return (not keeps_width or name in restored) and (is_vector or name not in trace.activated)
 
     heads |= {name for name, is_vector in trace.predictions.items() if predicts(name, is_vector)}
+    heads |= {name for name in trace.summed & restored if predicts(name, is_vector=False)}
     return heads & convs.keys()
+
+
+def _restored(convs: Mapping[str, _ConvNd], trace: Trace) -> set[str]:
+    """Convolutions whose map has the size of the image again, after smaller ones."""
+    restored: set[str] = set()
+    image: torch.Size | None = None
+    shrunk = False
+    for name, call in trace.calls.items():
+        dims = len(convs[name].kernel_size)
+        if not call.outputs:
+            continue
+        size = call.outputs[-1][-dims:]
+        if image is None:
+            image = call.inputs[0][-dims:]
+        if shrunk and size == image:
+            restored.add(name)
+        shrunk = shrunk or size.numel() < image.numel()
+    return restored
 
 
 def _calls_on_large_maps(

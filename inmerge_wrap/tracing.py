@@ -81,8 +81,10 @@ class Trace:
     """Convolutions in order of their first call."""
     predictions: dict[str, bool] = field(default_factory=dict)
     """Convolutions whose output no other layer reads -> whether it ends as one vector per image."""
+    summed: set[str] = field(default_factory=set)
+    """Convolutions whose output no other layer reads but in a sum with one that another reads."""
     activated: set[str] = field(default_factory=set)
-    """Convolutions of the former whose output passes an activation of hidden layers."""
+    """Convolutions of either whose output passes an activation of hidden layers."""
     unread: set[str] = field(default_factory=set)
     """Convolutions whose output was neither read nor returned, as far as could be seen."""
 
@@ -106,6 +108,7 @@ class _Watch(TorchFunctionMode):
         self._running = ""  # the convolution whose module is being called
         self._layers_of = WeakTensorKeyDictionary()  # tensor -> names of the layers it comes from
         self._read: set[str] = {_OTHER_LAYER}
+        self._summed: set[str] = set()
         self._cut: set[str] = set()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -128,10 +131,11 @@ class _Watch(TorchFunctionMode):
         elif name in _LAYERS or any(isinstance(tensor, nn.Parameter) for tensor in operands):
             self._read |= sources
             sources = frozenset([_OTHER_LAYER])
-        elif sources & self._read:  # a sum with features is features too
-            self._read |= sources
-        elif name in _HIDDEN_ACTIVATIONS:
-            self._trace.activated |= sources
+        else:
+            if sources & (self._read | self._summed):  # a sum with features is features too
+                self._summed |= sources
+            if name in _HIDDEN_ACTIVATIONS:
+                self._trace.activated |= sources
         if func in _CONVOLUTIONS:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             owners = self._owners.get(id(weight))
@@ -169,9 +173,11 @@ class _Watch(TorchFunctionMode):
                 self._trace.predictions[name] = leaf.ndim == 2
         for name in self._cut:
             self._trace.predictions.setdefault(name, False)
-        for name in self._read:
+        self._trace.summed = self._trace.predictions.keys() & self._summed - self._read
+        for name in self._read | self._summed:
             self._trace.predictions.pop(name, None)
-        self._trace.unread = self._trace.calls.keys() - self._read - self._trace.predictions.keys()
+        used = self._read | self._summed | self._trace.predictions.keys()
+        self._trace.unread = self._trace.calls.keys() - used
 
     def _sources(self, tensors: Sequence[Any]) -> frozenset[str]:
         known = [

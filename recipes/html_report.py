@@ -99,6 +99,7 @@ svg .faint { fill: var(--soft); } svg .grid { stroke: var(--line); }
 svg .blue { stroke: var(--blue); fill: var(--blue); }
 svg .orange { stroke: var(--orange); fill: var(--orange); }
 svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
+svg .dashed { stroke-dasharray: 7 5; }
 svg .ideal { stroke: var(--soft); stroke-dasharray: 4 4; }
 .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 1rem; }
 .sheet figure { margin: 0; break-inside: avoid; }
@@ -200,7 +201,7 @@ def _ticks(low: float, high: float, about: int = 5) -> list[float]:
     rough = max(high - low, 1e-9) / about
     power = 10.0 ** np.floor(np.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough)
-    first = np.ceil(low / step - 1e-9) * step
+    first = np.ceil(low / step - 1e-9) * step + 0.0  # which turns -0 into 0
     return [float(round(value, 6)) for value in np.arange(first, high + step / 1e6, step)]
 
 
@@ -303,14 +304,17 @@ def draw_course(runs: Sequence[dict[str, Any]]) -> str:
             f'<text class="faint" x="{x(value)}" y="246" text-anchor="middle">{value}</text>'
         )
     for run in runs:
-        colour = "orange" if run["method"] == "merged" else "blue"
+        # Dashed, because the two of a pair are drawn over each other where they agree.
+        colour, style = ("orange", " dashed") if run["method"] == "merged" else ("blue", "")
         places = [
             (x(entry["epoch"]), y(entry["val_auroc"]))
             for entry in run["history"]
             if entry["val_auroc"] is not None
         ]
         points = " ".join(f"{across},{down}" for across, down in places)
-        parts.append(f'<polyline class="line {colour}" style="fill:none" points="{points}"/>')
+        parts.append(
+            f'<polyline class="line {colour}{style}" style="fill:none" points="{points}"/>'
+        )
         best = run["history"][run["best_epoch"] - 1]
         if best["val_auroc"] is not None:
             parts.append(

@@ -28,10 +28,18 @@ from typing import Any
 import numpy as np
 import torch
 from image_collection import PARTS, ImageCollection, ImageFile, check, counted, named, split
-from image_files import DataError, Facts, Preparation, examine, is_image, range_of
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+
+from inmerge_wrap.robustness.image_files import (
+    DataError,
+    Facts,
+    Preparation,
+    examine,
+    is_image,
+    range_of,
+)
 
 _PART_LIKE = {"training": "train", "valid": "val", "validation": "val", "dev": "val"}
 _PART_LIKE |= {"testing": "test"}
@@ -533,7 +541,12 @@ def prepare(
 
 
 def read_part(
-    directory: Path, part: str, *, size: int, preparation: Preparation | None = None
+    directory: Path,
+    part: str,
+    *,
+    size: int,
+    preparation: Preparation | None = None,
+    classes: Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor, ImageCollection]:
     """One part of images that are split already, whole in memory, for an evaluation.
 
@@ -543,27 +556,53 @@ def read_part(
         part: train, val or test.
         size: Side in pixels, where no preparation is given.
         preparation: As the network was trained with; guessed from these files if None.
+        classes: Names in the order of the network's outputs; those found, sorted, if None.
 
     Returns:
         Pixels uint8 (N, C, S, S), labels, and the collection of this part.
 
     Raises:
-        DataError: If there is no such part, or a file is broken.
+        DataError: If there is no such part, a class is not among ``classes``, or a file is broken.
     """
     if directory.is_file():
         columns = [name for name in _columns(directory) if name not in ("path", "group", "part")]
         collection = find_images(directory.parent, table=directory, labels=columns)
     else:
-        collection = find_images(directory)
+        parts = [name for name in PARTS if (directory / name).is_dir()]
+        if parts and part not in parts:
+            raise DataError(f"{directory} has {' and '.join(parts)} but no {part}")
+        alone = parts and "train" not in parts
+        collection = find_images(directory / part if alone else directory)
     if any(image.part is not None for image in collection.images):
         collection = replace(collection, images=collection.part(part))
     if not collection.images:
         raise DataError(f"{directory} has no part {part}")
+    if classes is not None:
+        collection = _in_order(collection, classes)
     facts = examine_all(collection)
     collection, facts = without_broken(collection, facts, skip=False)
     images = ImageSet(collection.images, preparation or prepare(facts, size))
     pixels = torch.stack([images[index][0] for index in range(len(images))])
     return pixels, images.labels, collection
+
+
+def _in_order(collection: ImageCollection, classes: Sequence[str]) -> ImageCollection:
+    """The same images, labelled by the places of their classes among others."""
+    foreign = [name for name in collection.classes if name not in classes]
+    if foreign:
+        raise DataError(
+            f"no class of the model: {named(foreign)}; its classes are {', '.join(classes)}"
+        )
+    if collection.task == "multilabel":
+        if tuple(classes) != collection.classes:
+            raise DataError(
+                f"the labels are {', '.join(collection.classes)} and those of the model are "
+                f"{', '.join(classes)}: bring the columns into its order"
+            )
+        return collection
+    places = [classes.index(name) for name in collection.classes]
+    images = tuple(replace(image, label=places[image.label]) for image in collection.images)
+    return replace(collection, classes=tuple(classes), images=images)
 
 
 def write_split(collection: ImageCollection, path: Path) -> None:

@@ -45,7 +45,6 @@ from findings import (
 )
 from html_report import contact_sheet, write_report
 from image_collection import PARTS, ImageCollection
-from image_files import DataError, Preparation
 from image_folders import ImageSet, keep_pixels, open_images, write_split
 from records import environment, write_json
 from resumable import Normalise, Run, standing, train
@@ -64,6 +63,7 @@ from inmerge_wrap.robustness import (
     paired_difference,
 )
 from inmerge_wrap.robustness.corruptions import PRESETS, resolve_preset
+from inmerge_wrap.robustness.image_files import DataError, Preparation
 
 # -- settings --------------------------------------------------------------------------------------
 

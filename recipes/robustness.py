@@ -32,7 +32,6 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from image_files import DataError, Preparation
 from image_folders import read_part
 from images import Images, load_images
 from records import environment, write_json
@@ -55,6 +54,7 @@ from inmerge_wrap.robustness.corruptions import (
     corrupt,
     resolve_preset,
 )
+from inmerge_wrap.robustness.image_files import DataError, Preparation
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -131,14 +131,24 @@ def read_test_part(arguments: argparse.Namespace) -> Images:
 
 def read_own_images(place: Path, arguments: argparse.Namespace) -> Images:
     """The test part of a folder or a split, read as the first model that says so was trained."""
-    stored = [Path(entry.partition("=")[2]) / "preparation.json" for entry in arguments.models]
+    folders = [Path(entry.partition("=")[2]) for entry in arguments.models]
+    stored = [folder / "preparation.json" for folder in folders]
     described = [json.loads(path.read_text()) for path in stored if path.is_file()]
+    configs = [folder / "config.json" for folder in folders]
+    read = [json.loads(path.read_text()) for path in configs if path.is_file()]
+    names = [config["label_names"] for config in read if config.get("label_names")]
+    if any(entry != names[0] for entry in names):
+        raise SystemExit("the models have other classes, or in another order: compare apart")
     if any(entry != described[0] for entry in described):
         raise SystemExit("the models were trained on images of other preparations: compare apart")
     try:
         preparation = Preparation.from_dict(described[0]) if described else None
         pixels, labels, images = read_part(
-            place, "test", size=arguments.size, preparation=preparation
+            place,
+            "test",
+            size=arguments.size,
+            preparation=preparation,
+            classes=names[0] if names else None,
         )
     except DataError as error:
         raise SystemExit(f"--data {place}: {error}") from error

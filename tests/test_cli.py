@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from inmerge_wrap import InMergeWrapper, __version__, export_timm, plan_merging
 from inmerge_wrap.cli import _in_options, app
 from inmerge_wrap.robustness import RobustnessResult, evaluate_robustness
+from inmerge_wrap.robustness.image_files import Preparation
 from inmerge_wrap.similarity import measure_similarity
 
 ARCH = "resnet10t"
@@ -690,6 +691,36 @@ def test_evaluate_reads_folders_in_the_order_of_the_models_classes(
         right.append("gfedcba"[int(answer)] == path.parent.name)
     assert content["settings"]["n"] == 24
     assert content["rows"][0]["accuracy"] == pytest.approx(np.mean(right))
+
+
+def test_evaluate_reads_images_as_the_model_was_trained_on_them(
+    net: nn.Module, tmp_path: Path
+) -> None:
+    """The squashed 12-bit images of a run of recipes/own_images.py, and its preparation.json."""
+    model = tmp_path / "model"
+    prepared: dict[str, Any] = {"input_size": (3, 32, 32), "mean": [0.3] * 3, "std": [0.2] * 3}
+    export_timm(net, model, **prepared, crop_mode="squash", label_names=list("abcdefg"))
+    generator = np.random.default_rng(0)
+    preparation = Preparation(size=32, channels=3, pixel_range=(0.0, 4095.0))
+    pictures, labels = [], []
+    for index in range(28):
+        path = tmp_path / "photos" / "test" / "abcdefg"[index // 4] / f"{index:02}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 4096, (32, 64)).astype(np.uint16)).save(path)
+        pictures.append(preparation(path) / 255)
+        labels.append(index // 4)
+    (model / "preparation.json").write_text(json.dumps(preparation.to_dict()))
+    content = run_json("evaluate", model, "--data", tmp_path / "photos", *QUICKLY)
+    batch = (torch.stack(pictures), torch.tensor(labels))
+    expected = evaluate_robustness(
+        net, [batch], preset=["contrast_up"], mean=0.3, std=0.2, bootstrap=0
+    )
+    for metric in ("accuracy", "brier", "auroc"):
+        assert content["rows"][0][metric] == pytest.approx(expected.rows[0][metric], abs=1e-6)
+    other = tmp_path / "other"
+    export_timm(net, other, **prepared, crop_mode="center", label_names=list("abcdefg"))
+    told = complaint("evaluate", model, other, "--data", tmp_path / "photos")
+    assert "cannot be compared on the same pictures: crop_mode is squash and center" in told
 
 
 def test_evaluate_compares_models_in_pairs(

@@ -864,6 +864,31 @@ def test_the_last_layer_of_a_users_segmentation_network_is_its_head() -> None:
     assert merged(plan) == ["down", "deep", "deeper", "up", "join"]
 
 
+class Restored(nn.Module):
+    """Ends as MONAI's UNet does: as many channels as classes before the last layer, and after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1))
+        self.up = nn.ConvTranspose2d(8, 4, 2, 2)
+        self.last = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(self.down(x)).relu()
+        return x + self.last(x)
+
+
+def test_a_map_that_is_as_large_as_the_image_again_is_of_the_classes() -> None:
+    plan = plan_merging(Restored(), shallow_layers=0)
+    assert of_kind(plan, "head") == ["last"]
+    assert [site.name for site in plan.merged] == ["down.0", "down.2", "up"]
+
+
+def test_a_map_that_never_shrank_may_be_of_features() -> None:
+    features = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1))
+    assert of_kind(plan_merging(features), "head") == []
+
+
 @pytest.mark.parametrize(
     ("name", "heads"),
     [

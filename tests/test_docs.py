@@ -144,6 +144,7 @@ INSIDE = {
     "replicas",
     "robustness.attacks",
     "robustness.evaluation",
+    "robustness.image_files",
     "robustness.metrics",
     "stores",
     "tally",

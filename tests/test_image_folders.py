@@ -17,10 +17,18 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import image_collection  # noqa: E402
-import image_files  # noqa: E402
 import image_folders  # noqa: E402
 from image_collection import ImageCollection, ImageFile, deal  # noqa: E402
-from image_files import DataError, Preparation, decode, examine, range_of, window  # noqa: E402
+
+from inmerge_wrap.robustness import image_files  # noqa: E402
+from inmerge_wrap.robustness.image_files import (  # noqa: E402
+    DataError,
+    Preparation,
+    decode,
+    examine,
+    range_of,
+    window,
+)
 
 sys.path.remove(str(ROOT / "recipes"))
 
@@ -402,6 +410,20 @@ def test_a_table_of_several_labels_and_parts(tmp_path: Path) -> None:
     pixels, labels, read = image_folders.read_part(tmp_path / "split.csv", "test", size=8)
     assert pixels.shape == (4, 1, 8, 8) and read.classes == collection.classes
     assert torch.equal(labels, torch.tensor([image.label for image in collection.part("test")]))
+
+
+def test_a_test_part_alone_is_read_in_the_order_of_the_models_classes(tmp_path: Path) -> None:
+    fill(tmp_path / "test", {"b": 2, "a": 1})
+    _, labels, read = image_folders.read_part(tmp_path, "test", size=8)
+    assert labels.tolist() == [0, 1, 1] and read.classes == ("a", "b")
+    with pytest.raises(DataError, match="has test but no val"):
+        image_folders.read_part(tmp_path, "val", size=8)
+    names = ["b", "missing", "a"]
+    for place in (tmp_path, tmp_path / "test"):
+        _, labels, read = image_folders.read_part(place, "test", size=8, classes=names)
+        assert labels.tolist() == [2, 0, 0] and read.classes == tuple(names)
+    with pytest.raises(DataError, match=r"no class of the model: b; its classes are a, c"):
+        image_folders.read_part(tmp_path, "test", size=8, classes=["a", "c"])
 
 
 @pytest.mark.parametrize(

@@ -609,3 +609,19 @@ def test_only_what_changes_the_weights_binds_a_run() -> None:
     assert [run.name for run in runs] == [
         "plain, seed 0", "merged, seed 0", "plain, seed 1", "merged, seed 1",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-0.03, 0.08), (0.0, 0.0825)])
+def test_an_axis_has_no_minus_zero(low: float, high: float) -> None:
+    ticks = load("html_report")._ticks(low, high)
+    assert "0" in [f"{tick:g}" for tick in ticks]
+    assert "-0" not in [f"{tick:g}" for tick in ticks]
+
+
+def test_a_course_that_covers_another_leaves_it_visible() -> None:
+    history = [{"epoch": epoch, "val_auroc": 0.5 + epoch / 10} for epoch in (1, 2)]
+    runs = [{"method": name, "history": history, "best_epoch": 1} for name in ("plain", "merged")]
+    lines = [
+        line for line in load("html_report").draw_course(runs).split("<") if "polyline" in line
+    ]
+    assert ["dashed" in line for line in lines] == [False, True]

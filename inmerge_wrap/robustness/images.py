@@ -15,10 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from inmerge_wrap.robustness.image_files import (
+    DICOM,
+    RASTER,
+    Preparation,
+    decode,
+    is_dicom,
+    is_image,
+)
+
 __all__ = ["ImageFolder", "fit_images", "read_npz"]
 
 _SPLITS = ("train", "val", "test")
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+_SUFFIXES = {*RASTER, *DICOM, ".webp", ".gif"}
 
 
 def read_npz(path: str | Path, split: str = "test") -> tuple[Tensor, Tensor]:
@@ -89,6 +98,9 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         split: "train", "val" or "test", where the folder holds any of these; a folder that is not
             split is taken whole as its test part.
         config: Size, interpolation and crop as timm stores them; `input_size` is needed.
+        preparation: How a file becomes pixels, in place of the config: with the range of images of
+            more than 8 bits that the network was trained on, for example. Without it black is 0 in
+            these, white the largest number of 16 bits; and DICOM is shown as the file says.
         classes: Names in the order of the outputs; those of the folders, sorted, if None.
         limit: Only so many images, evenly spaced over all classes.
 
@@ -108,6 +120,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         folder: str | Path,
         *,
         config: Mapping[str, Any],
+        preparation: Preparation | None = None,
         split: str = "test",
         classes: Sequence[str] | None = None,
         limit: int | None = None,
@@ -142,6 +155,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
             named = [named[place] for place in places]
         self.paths = [path for path, _ in named]
         self.labels = torch.tensor([label for _, label in named])
+        self._preparation = preparation
         prepared = resolve_data_config({}, pretrained_cfg=dict(config))
         self._channels = prepared["input_size"][0]
         prepared |= {"mean": (0.0,) * self._channels, "std": (1.0,) * self._channels}
@@ -156,8 +170,13 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         Raises:
             ValueError: If the file is no image; the message names it.
         """
-        pixels = self._prepare(_open(self.paths[index], self._channels))
-        return pixels, int(self.labels[index])
+        path, label = self.paths[index], int(self.labels[index])
+        if self._preparation is None:
+            return self._prepare(_open(path, self._channels)), label
+        try:
+            return self._preparation(path).float() / 255, label
+        except Exception as error:  # as in _open
+            raise _unreadable(path, error) from error
 
 
 def _shown(entry: Path) -> bool:
@@ -165,22 +184,27 @@ def _shown(entry: Path) -> bool:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
-    )
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
+    return sorted(path for path in files if path.suffix.lower() in _SUFFIXES or is_image(path))
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} cannot be read as an image: {error}")
 
 
 def _open(path: Path, channels: int) -> Any:
     """The image as PIL opens it, upright, with eight bits in each of 1 or 3 channels."""
     from PIL import Image, ImageOps
 
+    mode = "L" if channels == 1 else "RGB"
     try:
+        if is_dicom(path):
+            shown = decode(path).to_bytes(None, override=False)
+            return Image.fromarray(shown).convert(mode)
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):  # 16 bits, which PIL would cut off at 255
                 upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
-            return upright.convert("L" if channels == 1 else "RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+            return upright.convert(mode)
+    except Exception as error:  # readers raise all sorts of things on broken files
+        raise _unreadable(path, error) from error

@@ -11,6 +11,7 @@ import timm
 import torch
 from PIL import Image
 
+from inmerge_wrap.robustness.image_files import Preparation
 from inmerge_wrap.robustness.images import ImageFolder, fit_images
 
 CONFIG = {"input_size": (3, 16, 16), "crop_pct": 1.0, "interpolation": "bicubic"}
@@ -124,3 +125,47 @@ def test_grey_images_are_repeated_for_a_network_of_colours() -> None:
     assert fit_images(grey, 1, (4, 6)).shape == (2, 1, 4, 6)
     with pytest.raises(ValueError, match="1 channels and the network reads 4"):
         fit_images(grey, 4)
+
+
+def test_a_squashed_image_is_whole(tmp_path: Path) -> None:
+    path = save(tmp_path / "a", "wide.png", picture(0, (40, 60, 3)))
+    pixels, _ = ImageFolder(tmp_path, config={**CONFIG, "crop_mode": "squash"})[0]
+    whole = np.array(Image.open(path).resize((16, 16), Image.Resampling.BICUBIC))
+    assert torch.equal(pixels, torch.from_numpy(whole).permute(2, 0, 1) / 255)
+
+
+@pytest.fixture
+def clinic(tmp_path: Path) -> tuple[Path, np.ndarray]:
+    """12 bits in 16, and a DICOM file, which PIL cannot open, of the same picture."""
+    pydicom = pytest.importorskip("pydicom")
+    deep = np.linspace(0, 4095, 256).reshape(16, 16).astype(np.uint16)
+    save(tmp_path / "a", "deep.png", deep)
+    scan = pydicom.dcmread(pydicom.examples.get_path("ct"))
+    scan.PixelData, scan.Rows, scan.Columns = deep.tobytes(), 16, 16
+    scan.PixelRepresentation, scan.BitsStored, scan.HighBit = 0, 12, 11
+    scan.RescaleIntercept = 0
+    scan.WindowCenter, scan.WindowWidth = 2048, 4096
+    (tmp_path / "b").mkdir()
+    scan.save_as(tmp_path / "b" / "1.2.840.1")
+    return tmp_path, deep / 4095
+
+
+def test_files_are_read_as_a_preparation_says(clinic: tuple[Path, np.ndarray]) -> None:
+    folder, shown = clinic
+    preparation = Preparation(size=16, channels=1, pixel_range=(0.0, 4095.0))
+    data = ImageFolder(folder, config=CONFIG, preparation=preparation)
+    assert data.classes == ["a", "b"]
+    for index in range(2):
+        expected = torch.from_numpy(shown).float()[None]
+        torch.testing.assert_close(data[index][0], expected, rtol=0, atol=0.5 / 255 + 1e-6)
+    (folder / "b" / "broken.dcm").write_bytes(b"no image")
+    data = ImageFolder(folder, config=CONFIG, preparation=preparation)
+    with pytest.raises(ValueError, match=r"broken\.dcm cannot be read as an image"):
+        data[2]
+
+
+def test_dicom_files_show_what_they_say_themselves(clinic: tuple[Path, np.ndarray]) -> None:
+    folder, shown = clinic
+    pixels, _ = ImageFolder(folder, config=CONFIG)[1]
+    expected = torch.from_numpy(shown).float().expand(3, -1, -1)
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=0.5 / 255 + 1e-6)

@@ -92,6 +92,11 @@ def _starts_as_dicom(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
+def is_dicom(path: Path) -> bool:
+    """Whether a file is DICOM, by its suffix or its first bytes."""
+    return path.suffix.lower() in DICOM or _starts_as_dicom(path)
+
+
 def decode(path: Path) -> Decoded:
     """Reads a file whole.
 
@@ -100,7 +105,7 @@ def decode(path: Path) -> Decoded:
         Exception: Whatever a reader raises on a broken file; ValueError on one that is sound but
             not one image (several frames, values that are not finite).
     """
-    if path.suffix.lower() in DICOM or _starts_as_dicom(path):
+    if is_dicom(path):
         return _decode_dicom(path)
     with Image.open(path) as image:
         frames = getattr(image, "n_frames", 1)
