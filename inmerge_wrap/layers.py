@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, TypeVar, cast
 from zlib import crc32
 
@@ -171,10 +171,15 @@ def stream_of(site: ConvSite) -> int:
     return site.depth if site.depth is not None else 2**32 + crc32(site.name.encode())
 
 
+@cache
+def _path(name: str) -> tuple[str, ...]:
+    return tuple(name.split("."))
+
+
 def _submodule(network: nn.Module, name: str) -> nn.Module:
     found: Any = network
     try:
-        for part in name.split("."):
+        for part in _path(name):
             found = found._modules[part]  # a fifth of the time that get_submodule takes
     except KeyError:
         return network.get_submodule(name)

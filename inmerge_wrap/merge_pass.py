@@ -220,8 +220,9 @@ def _merge_batch(
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A step inside of an autocast region would compare kernels in half precision."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
     return nullcontext()
 
 

@@ -41,7 +41,9 @@ class Tally:
         self._undefined = torch.zeros(layers, dtype=torch.int64)
         self._cosine_sum = torch.zeros(layers, dtype=torch.float64)
         self._cosine_max = torch.full((layers,), self._NO_COSINE, dtype=torch.float32)
-        self._waiting: list[Outcome] = []
+        # Of the passes that are not counted yet: their pairs, or the sums of an engine.
+        self._pairs: list[Outcome] = []
+        self._sums: list[tuple[Sequence[int], Tensor]] = []
 
     @property
     def step(self) -> int:
@@ -68,22 +70,29 @@ class Tally:
         for layer, length in zip(layers, outcome.lengths, strict=True):
             self.passes[layer] += 1
             self.drawn[layer] += length
+        # A device adds up many passes in the launches that one would take, and a CPU finds what it
+        # needs in its caches from the second on.
         if outcome.sums is not None:
-            self._add_sums(layers, outcome.sums)
-            return
-        self._waiting.append(outcome)
-        # A device adds up many passes in the launches that one would take.
-        if outcome.cosines.device.type == "cpu" or len(self._waiting) == _PASSES_AT_ONCE:
+            self._sums.append((layers, outcome.sums))
+        else:
+            self._pairs.append(outcome)
+        full = len(self._sums) + len(self._pairs) == _PASSES_AT_ONCE
+        if full or (self._pairs and outcome.cosines.device.type == "cpu"):
             self._add_waiting()
 
     def _add_waiting(self) -> None:
-        """Adds up the pairs of the passes that are not counted yet."""
-        if not self._waiting:
-            return
-        waiting, self._waiting = self._waiting, []
-        device = waiting[-1].cosines.device  # a network may have moved meanwhile
+        """Adds up the passes that are not counted yet."""
+        pairs, self._pairs = self._pairs, []
+        if pairs:
+            self._add_pairs(pairs)
+        sums, self._sums = self._sums, []
+        for layers, of_layers in sums:
+            self._add_sums(layers, of_layers)
+
+    def _add_pairs(self, outcomes: Sequence[Outcome]) -> None:
+        device = outcomes[-1].cosines.device  # a network may have moved meanwhile
         layer_of_pair, cosines, merged = (
-            torch.cat([getattr(outcome, name).to(device) for outcome in waiting])
+            torch.cat([getattr(outcome, name).to(device) for outcome in outcomes])
             for name in ("layer", "cosines", "merged")
         )
         if self._merged.device != device:
