@@ -202,8 +202,14 @@ def plot_pairs(
             for place, (layer, pair) in enumerate(chosen):
                 left, right = panels[3 * place], panels[3 * place + 1]
                 for panel, picture in zip((left, right), _pictures(pair.kernels), strict=True):
+                    height, width = picture.shape[:2]
                     image = panel.imshow(
-                        picture.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest"
+                        picture.numpy(),
+                        cmap="RdBu_r",
+                        vmin=-1,
+                        vmax=1,
+                        interpolation="nearest",
+                        aspect=max(1.0, width / (4 * height)),  # a signal would be a hair line
                     )
                     mapped = image if picture.dim() == 2 else mapped
                     panel.set_xticks([])

@@ -200,5 +200,16 @@ def test_a_signal_is_a_strip_and_of_a_volume_the_central_slice_is_drawn(
         torch.testing.assert_close(torch.tensor(picture.data), kernel)
 
 
+def test_a_long_signal_is_no_hair_line() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv1d(1, 4, 25), nn.ReLU(), nn.Conv1d(4, 2, 3))
+    figure = plot_pairs(measure_similarity(network, include="0"), count=1)
+    figure.draw_without_rendering()
+    boxes = [image.axes.get_window_extent() for image in figure.findobj(AxesImage)]
+    assert len(boxes) == 4
+    for box in boxes:
+        assert box.height == pytest.approx(box.width / 4, rel=0.05)
+
+
 def layer_of(inputs: int, outputs: int, size: tuple[int, ...]) -> nn.Module:
     return getattr(nn, f"Conv{len(size)}d")(inputs, outputs, size)

@@ -121,7 +121,8 @@ def test_the_table_holds_the_whole_zoo_and_keeps_its_promises() -> None:
         assert row["broken"] == ""
         assert bool(int(row["merged"])) is not bool(row["refusal"])
         assert not (row["refusal"] and int(row["mergeable"]))
-    seconds = sorted(float(row["seconds"]) for row in TABLE.values() if int(row["merged"]))
+    # Of the processor: what else ran on the machine is no property of the library.
+    seconds = sorted(float(row["cpu_seconds"]) for row in TABLE.values() if int(row["merged"]))
     assert seconds[int(0.95 * (len(seconds) - 1))] < 2.0
 
 
@@ -145,5 +146,5 @@ def test_the_examples_of_the_docs_page_give_what_it_says() -> None:
 
 def test_the_numbers_of_the_docs_page_are_those_of_the_tables() -> None:
     text = DOCS.read_text()
-    for table in zoo.summaries():
+    for table in (*zoo.summaries(), zoo.other_networks()):
         assert table in text

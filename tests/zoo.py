@@ -394,6 +394,19 @@ def summaries(rows: Sequence[dict[str, str]] | None = None) -> list[str]:
     ]
 
 
+def other_networks() -> str:
+    """The table of other libraries in docs/what-is-merged.md, from results/other_networks.csv."""
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for row in read(RESULTS / "other_networks.csv"):
+        merged = f"{row['merged']} of {row['convolutions']}"
+        key = row["library"], row["network"], merged, row["skipped"]
+        lines.setdefault(key, []).append(row["images"])
+    return _markdown(
+        ("library", "network", "images", "merged", "skipped"),
+        [(key[0], key[1], ", ".join(images), *key[2:]) for key, images in lines.items()],
+    )
+
+
 def _refusal(message: str) -> str:
     if "has no convolution" in message:
         return "no convolution"
