@@ -81,7 +81,7 @@ def test_training_and_export_come_back_in_a_stock_model(name: str) -> None:
 def test_the_sweep_tells_a_broken_promise(
     behaviour: Exception, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def plan_merging(model: nn.Module) -> Any:
+    def plan_merging(model: nn.Module, **_: Any) -> Any:
         raise behaviour
 
     monkeypatch.setattr(zoo, "plan_merging", plan_merging)
@@ -91,8 +91,8 @@ def test_the_sweep_tells_a_broken_promise(
 def test_the_sweep_tells_a_merged_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = zoo.plan_merging
 
-    def with_gates(model: nn.Module) -> Any:
-        return plan(model, also_merge=["vector"])
+    def with_gates(model: nn.Module, **arguments: Any) -> Any:
+        return plan(model, also_merge=["vector"], **arguments)
 
     monkeypatch.setattr(zoo, "plan_merging", with_gates)
     broken = zoo.plan_one(Entry("timm", "resnet", "seresnet18")).broken
