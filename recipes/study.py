@@ -123,9 +123,20 @@ def dial_arms() -> dict[str, tuple[Method, ...]]:
     return arms
 
 
-ARMS |= dial_arms()
-DIAL = ("plain", *dial_arms())
-PILOT = tuple(arm for arm in ARMS if arm not in dial_arms())
+# Of the dial's largest step apart: the same size of change, in other directions.
+_KEPT_NORM = {**EVERYWHERE, "keep_norm": True}
+DIAL_CONTROLS: dict[str, tuple[Method, ...]] = {
+    "persistent, apart from a random kernel 0.3": (
+        Merge({**_KEPT_NORM, "merge_weight": 1.3}, FADING),
+    ),
+    "persistent, Gaussian noise 0.3": (
+        Merge({**_KEPT_NORM, "direction": "gaussian", "radius": 0.3}, FADING),
+    ),
+}
+
+ARMS |= dial_arms() | DIAL_CONTROLS
+DIAL = ("plain", *dial_arms(), *DIAL_CONTROLS)
+PILOT = ("plain", *(arm for arm in ARMS if arm not in DIAL))
 
 
 def methods_of(arm: str) -> tuple[Method, ...]:

@@ -46,7 +46,7 @@ from paired import (
     values,
 )
 from records import difference_text, environment, spread, write_json
-from study import ARMS, STEPS_OF_THE_DIAL
+from study import ARMS, STEPS_OF_THE_DIAL, dial_arms
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -361,7 +361,7 @@ def write_report(options: argparse.Namespace) -> None:
     (options.out / "table.md").write_text(text)
     print(text)
     dial = {key: one for key, one in differences.items() if is_of_dial(key[1])}
-    others = {key: one for key, one in differences.items() if key not in dial}
+    others = {key: one for key, one in differences.items() if not is_inside_of_dial(key[1])}
     for name in dict.fromkeys(key[0] for key in others):
         members = pools(settings).get(name, [])
         title = f"{name}: paired differences from plain, {options.part} part, 95% intervals"
@@ -377,10 +377,13 @@ def write_report(options: argparse.Namespace) -> None:
 
 
 def is_of_dial(arm: str) -> bool:
-    """Whether an arm is one of the dial's."""
-    return arm.startswith(("transient, apart", "transient, together", "persistent, apart")) or (
-        arm.startswith("persistent, together")
-    )
+    """Returns whether an arm is one of the dial's; its controls are not."""
+    return arm in dial_arms()
+
+
+def is_inside_of_dial(arm: str) -> bool:
+    """Returns whether an arm lies between the ends of the dial, and so is drawn there alone."""
+    return is_of_dial(arm) and not arm.endswith(f" {max(STEPS_OF_THE_DIAL)}")
 
 
 def main() -> None:
