@@ -87,7 +87,7 @@ class Cost:
         return Cost(self.launches + other.launches, self.moved + other.moved)
 
     def seconds(self, device: Device, launch: float) -> float:
-        """Time on a device, whose launches take ``launch`` seconds each."""
+        """Returns the time on a device whose launches take ``launch`` seconds each."""
         return self.launches * launch + self.moved / device.bandwidth
 
 
@@ -123,7 +123,7 @@ class Ledger(TorchDispatchMode):
 
 
 def plain_pass(network: nn.Module, rule: float | Quantile, **settings: Any) -> Cost:
-    """A pass of plain PyTorch, counted.
+    """Counts a pass of plain PyTorch.
 
     Args:
         network: On the meta device.
@@ -140,7 +140,7 @@ def plain_pass(network: nn.Module, rule: float | Quantile, **settings: Any) -> C
 
 
 def plain_transience(plan: MergePlan, draws: Draws, dtype: torch.dtype) -> Cost:
-    """Keeping the drawn kernels and putting them back in plain PyTorch, counted."""
+    """Counts saving the drawn kernels and restoring them in plain PyTorch."""
     with Ledger() as ledger:
         for site, (targets, _) in zip(plan.merged, draws, strict=True):
             weight = torch.empty(site.shape, dtype=dtype, device="meta")
@@ -152,7 +152,7 @@ def plain_transience(plan: MergePlan, draws: Draws, dtype: torch.dtype) -> Cost:
 def fused_pass(
     plan: MergePlan, draws: Draws, share: float, dtype: torch.dtype, *, quantile: bool = False
 ) -> Cost:
-    """A pass of the Triton engine for weights of one dtype.
+    """Counts a pass of the Triton engine for weights of one dtype.
 
     Args:
         plan: The merged layers.
@@ -181,12 +181,12 @@ def fused_pass(
 
 
 def fused_transience(plan: MergePlan, draws: Draws, share: float, dtype: torch.dtype) -> Cost:
-    """Keeping the kernels that merge and putting them back in the Triton engine."""
+    """Counts saving the kernels that merge and restoring them in the Triton engine."""
     return Cost(4, 4 * share * row_bytes(plan, draws, dtype))
 
 
 def draw(plan: MergePlan, probability: float) -> Draws:
-    """Targets and sources of each layer in one pass."""
+    """Draws targets and sources of each layer for one pass."""
     counts = [site.shape[0] for site in plan.merged]
     sizes = [site.shape[0] // site.pair_groups for site in plan.merged]
     (_, targets, sources), pairs = draw_layers(counts, sizes, probability, range(len(counts)))
@@ -194,14 +194,14 @@ def draw(plan: MergePlan, probability: float) -> Draws:
 
 
 def row_bytes(plan: MergePlan, draws: Draws, dtype: torch.dtype) -> int:
-    """Bytes of one kernel of each pair: the size of the Triton engine's buffer."""
+    """Returns the bytes of one kernel of each pair: the size of the Triton engine's buffer."""
     rows = (len(targets) for targets, _ in draws)
     sizes = (n * site.fan_in for n, site in zip(rows, plan.merged, strict=True))
     return sum(sizes) * dtype.itemsize
 
 
 def budget(name: str, rule: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of a network: both engines, persistent and transient merging."""
+    """Returns the rows of a network: both engines, persistent and transient merging."""
     dtype = getattr(torch, options.dtype)
     network = timm.create_model(name, num_classes=10).to("meta", dtype)
     settings = {"merge_probability": options.merge_probability}
@@ -247,7 +247,7 @@ def budget(name: str, rule: str, options: argparse.Namespace) -> list[dict[str, 
 
 
 def cells(row: dict[str, Any]) -> dict[str, str]:
-    """One line of the table, by column."""
+    """Returns one line of the table, by column."""
     shown = {
         "network": f"{row['model']} ({row['layers']} layers)",
         "threshold": row["rule"],

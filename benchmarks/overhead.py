@@ -92,7 +92,7 @@ def seconds(work: Callable[[], object], device: str) -> float:
 
 
 def copy_speed(device: str) -> float:
-    """Bytes read and written per second by a copy that no cache can hold."""
+    """Measures bytes read and written per second by a copy larger than any cache."""
     source = torch.empty(2**26, device=device)
     target = torch.empty_like(source)
     times = [seconds(lambda: target.copy_(source), device) for _ in range(7)]
@@ -100,7 +100,7 @@ def copy_speed(device: str) -> float:
 
 
 def literal_loop(model: InMergeWrapper, tau: float) -> None:
-    """One pass as the paper writes it: a kernel at a time, waiting for each comparison."""
+    """Runs one pass as the paper writes it: one kernel at a time, waiting for each comparison."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for site in model.plan.merged:
@@ -136,7 +136,7 @@ def measure(name: str, way: str, options: argparse.Namespace, speed: float) -> d
         optimizer.step()
 
     def steps(with_merging: bool) -> float:
-        """Seconds of the second of two steps."""
+        """Times the second of two steps."""
         handle = model.attach(optimizer) if with_merging else None
         module = model if with_merging else network
         train(module)
@@ -197,7 +197,7 @@ def measure(name: str, way: str, options: argparse.Namespace, speed: float) -> d
 
 
 def cells(row: dict[str, Any]) -> dict[str, str]:
-    """One line of the table: what is shown of a measurement, by column."""
+    """Returns one line of the table, by column."""
     time_of, ratio = row["median_ms"], row["quartiles"]
     low, middle, high = ratio["with merging over training step"]
     share = ratio.get("merge pass over training step")
@@ -217,7 +217,7 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
 
 
 def markdown(row: dict[str, Any]) -> str:
-    """The same as a line of a Markdown table."""
+    """Returns the measurement as a line of a Markdown table."""
     return f"| {' | '.join(cells(row).values())} |"
 
 

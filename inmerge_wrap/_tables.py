@@ -26,7 +26,7 @@ class Column:
 
     @property
     def width(self) -> int:
-        """The least width at which the cells can be read."""
+        """Minimum width at which the cells are readable."""
         texts = [self.heading, *self.cells]
         return max(
             len(part) for text in texts for part in (text.split(" ") if self.wraps else [text])
@@ -34,7 +34,7 @@ class Column:
 
 
 def print_table(title: str, columns: Sequence[Column], styles: Sequence[str] = ()) -> None:
-    """Prints a table of columns, with a style for each row, and says what it had no room for."""
+    """Prints a table of columns, with a style for each row, and names the columns left out."""
     console = Console()
     shown = list(columns)
 

@@ -37,7 +37,7 @@ _REGISTERED = re.compile(r"^@register_model\b.*\n(?:(?:@|[ )]).*\n)*def (\w+)\("
 
 @functools.cache
 def known_models(library: str) -> frozenset[str]:
-    """Names of the models of ``"timm"`` or ``"torchvision"``; none where it is not installed."""
+    """Returns the model names of ``"timm"`` or ``"torchvision"``; none if it is not installed."""
     found = importlib.util.find_spec(library)
     if found is None or not found.submodule_search_locations:
         return frozenset()
@@ -51,12 +51,12 @@ def known_models(library: str) -> frozenset[str]:
 
 
 def is_timm_folder(path: str | Path) -> bool:
-    """Whether a path is a folder that ``export_timm`` or timm itself wrote."""
+    """Returns whether a path is a folder that ``export_timm`` or timm itself wrote."""
     return (Path(path) / "config.json").is_file() and (Path(path) / "model.safetensors").is_file()
 
 
 def resolve(name: str) -> tuple[str, str]:
-    """Which library a model is of.
+    """Returns the library that a model belongs to, and its name there.
 
     Args:
         name: ``"NAME"``, ``"timm:NAME"`` or ``"torchvision:NAME"``. timm's may end in a set of
@@ -83,7 +83,7 @@ def resolve(name: str) -> tuple[str, str]:
 
 
 def build(name: str, num_classes: int | None = None, in_chans: int | None = None) -> nn.Module:
-    """An untrained model, or the trained one of a timm folder.
+    """Returns an untrained model, or the trained one of a timm folder.
 
     Args:
         name: As for :func:`resolve`, or a folder.
@@ -115,7 +115,7 @@ def build(name: str, num_classes: int | None = None, in_chans: int | None = None
 
 
 def creation_arguments(library: str, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model is created with, so that nothing is downloaded.
+    """Returns the arguments that create a model without downloading anything.
 
     Detectors and segmentation networks of torchvision fetch ImageNet weights for their backbone
     unless they are told not to.

@@ -90,7 +90,7 @@ class Attachments:
         self._known.append(_Attachment(weakref.ref(optimizer), handle, numbers))
 
     def handle_of(self, optimizer: Optimizer) -> RemovableHandle | None:
-        """The handle of an optimizer that is attached."""
+        """Returns the handle of an optimizer that is attached."""
         for known in self._known:
             if known.optimizer() is optimizer and _is_registered(known.handle):
                 return known.handle
@@ -106,7 +106,7 @@ class Attachments:
         ]
 
     def miss(self, optimizer: Optimizer) -> bool:
-        """Whether an optimizer was never attached, although no other was detached on purpose."""
+        """Returns whether an optimizer was never attached and none was detached on purpose."""
         detached = any(
             known.optimizer() is not None and not _is_registered(known.handle)
             for known in self._known
@@ -117,7 +117,7 @@ class Attachments:
         return len(self._known)
 
     def held_by(self, optimizer: Optimizer, layers: Layers) -> tuple[Layers, Layers]:
-        """Layers in the optimizer's groups and in none of an optimizer attached later.
+        """Returns the layers that the optimizer holds and no optimizer attached later does.
 
         Returns:
             All of them, and those that are not frozen; the same objects as long as that is so.
@@ -150,7 +150,7 @@ class Attachments:
         merging: Layers,
         layers: Layers,
     ) -> None:
-        """Makes sure that an attached optimizer still holds the weights that it merged before.
+        """Checks that an attached optimizer still holds the weights that it merged before.
 
         Args:
             optimizer: An attached one.
@@ -284,7 +284,7 @@ def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
 
 
 def trains_any(optimizer: Optimizer, network: nn.Module, sites: Sequence[ConvSite]) -> bool:
-    """Whether an optimizer trains a weight of some convolutions, whatever became of them."""
+    """Returns whether an optimizer trains a weight of the modules at some convolution names."""
     held = set(map(id, _parameters_of(optimizer)))
     return any(
         id(parameter) in held and parameter.requires_grad
@@ -294,7 +294,7 @@ def trains_any(optimizer: Optimizer, network: nn.Module, sites: Sequence[ConvSit
 
 
 def remedy_for_none_held(layers: Sequence[MergedLayer]) -> str:
-    """What to do about an optimizer that holds no weight of some layers."""
+    """Returns the remedy for an optimizer that holds no weight of some layers."""
     if any(p.requires_grad for layer in layers for p in layer.parameters):
         return "build it from the parameters of this model"
     return (
@@ -318,7 +318,7 @@ def refuse_second(optimizer: Optimizer, wrapper: nn.Module) -> None:
 def check_settings(
     settings: MergeSettings, optimizer: Optimizer, held: Sequence[MergedLayer]
 ) -> None:
-    """Makes sure that settings work with an optimizer and the layers that it holds.
+    """Checks that settings work with an optimizer and the layers that it holds.
 
     Raises:
         RuntimeError: If they do not.
@@ -339,7 +339,7 @@ def check_settings(
 
 
 def stepping_optimizer(optimizer: Any) -> Optimizer:
-    """The torch optimizer whose step() writes the weights, behind the wrappers of others."""
+    """Returns the torch optimizer whose step() writes the weights, inside any other wrappers."""
     kinds = type(optimizer).__mro__
     names = {kind.__name__ for kind in kinds}
     packages = {kind.__module__.partition(".")[0] for kind in kinds}
@@ -382,19 +382,19 @@ def stepping_optimizer(optimizer: Any) -> Optimizer:
 
 
 def _parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    """The parameters in the optimizer's groups."""
+    """Returns the parameters in the optimizer's groups."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _are_same(some: list[list[nn.Parameter]], others: list[list[nn.Parameter]]) -> bool:
-    """Whether lists hold the very same objects (``==`` would compare their entries)."""
+    """Returns whether lists hold the same objects (``==`` would compare their entries)."""
     return list(map(len, some)) == list(map(len, others)) and all(
         all(map(is_, one, other)) for one, other in zip(some, others, strict=True)
     )
 
 
 def _first_moments(optimizer: Optimizer, weight: nn.Parameter) -> list[Tensor]:
-    """SGD's momentum or Adam's first moment of a weight, where there is one yet."""
+    """Returns SGD's momentum or Adam's first moment of a weight, if it exists yet."""
     # timm's Lookahead keeps the moments in the optimizer that it wraps.
     state = getattr(optimizer, "_base_optimizer", optimizer).state
     of_weight = state.get(weight, {})
@@ -406,7 +406,7 @@ def _first_moments(optimizer: Optimizer, weight: nn.Parameter) -> list[Tensor]:
 def companions(
     optimizer: Optimizer | None, layers: Sequence[MergedLayer], *, moments: bool
 ) -> tuple[dict[int, list[Store]], str | None]:
-    """The tensors of an optimizer that change like the weights.
+    """Returns the tensors of an optimizer that change like the weights.
 
     Args:
         optimizer: None for none.
@@ -452,12 +452,12 @@ def refuse_capture(what: str) -> None:
 
 
 def is_schedule_free(optimizer: Optimizer) -> bool:
-    """Whether an optimizer is one of the package ``schedulefree``."""
+    """Returns whether an optimizer is one of the package ``schedulefree``."""
     return any(kind.__module__.startswith("schedulefree.") for kind in type(optimizer).__mro__)
 
 
 def _averaged_sequences(optimizer: Optimizer, conv: nn.Module) -> list[Tensor]:
-    """The sequences of weights that a schedule-free optimizer averages beside the parameter.
+    """Returns the weight sequences that a schedule-free optimizer averages.
 
     Its steps are linear in them: with the same kernels blended in each, the average that is
     evaluated in the end is merged exactly as the point that is trained.
@@ -492,13 +492,13 @@ def reshard(model: nn.Module) -> None:
 
 
 def _is_registered(handle: RemovableHandle) -> bool:
-    """Whether the hook of a handle still stands, although anybody may have removed it."""
+    """Returns whether the hook of a handle is still registered; anyone may have removed it."""
     hooks = handle.hooks_dict_ref()
     return hooks is not None and handle.id in hooks
 
 
 def is_nested_step(optimizer: Optimizer) -> bool:
-    """Whether this hook runs inside of another step() of the same optimizer.
+    """Returns whether this hook runs inside another step() of the same optimizer.
 
     Where a subclass calls super().step(), torch runs the hooks in both. The stack tells, and
     unlike a counter it stays right when a step raises. torch.compile runs steps under another
@@ -518,7 +518,7 @@ def is_nested_step(optimizer: Optimizer) -> bool:
 
 
 def is_no_training_step() -> bool:
-    """Whether this hook runs in a step that a library makes for another purpose than training.
+    """Returns whether this hook runs in a step that a library takes for something else.
 
     Two are known, and by their callers alone: a learning rate of 0 is no sign, for warm-ups begin
     with it, nor is a gradient that was used before.

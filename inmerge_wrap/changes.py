@@ -28,7 +28,7 @@ class Blend:
     scale: Tensor | None = None
 
     def at(self, index: slice | Tensor) -> Blend:
-        """The same for some of the pairs."""
+        """Returns the same change for some of the pairs."""
         weight = self.merge_weight
         return replace(
             self,
@@ -37,7 +37,7 @@ class Blend:
         )
 
     def rows(self, kernels: Tensor, partners: Tensor, changed: Tensor | None) -> Tensor:
-        """The new kernels, shape (pairs, fan_in); the old ones where not ``changed``."""
+        """Returns the new kernels, shape (pairs, fan_in); the old ones where not ``changed``."""
         weight = self.merge_weight
         if isinstance(weight, Tensor):
             weight = weight.to(kernels.dtype)
@@ -61,11 +61,11 @@ class Noise:
     keep_norm: bool = False
 
     def at(self, index: slice | Tensor) -> Noise:
-        """The same for some of the pairs."""
+        """Returns the same change for some of the pairs."""
         return replace(self, numbers=self.numbers[index])
 
     def rows(self, kernels: Tensor, partners: Tensor, changed: Tensor | None) -> Tensor:
-        """The new kernels, shape (pairs, fan_in); the old ones where not ``changed``."""
+        """Returns the new kernels, shape (pairs, fan_in); the old ones where not ``changed``."""
         move = multiply_gaussian if self.multiplicative else add_gaussian
         moved = move(kernels, self.numbers.to(kernels.dtype), self.radius)
         if self.keep_norm:

@@ -43,7 +43,7 @@ def load_network(
     in_chans: int | None = None,
     key: str | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A network with the weights of a checkpoint, whatever wrapped it when it was written.
+    """Returns a network with the weights of a checkpoint, whatever wrapped it when it was written.
 
     Prefixes of wrappers and training frameworks, the number of outputs and the image channels are
     found by comparison with the network.
@@ -98,7 +98,7 @@ def load_network(
 
 
 def read_state(path: str | Path, *, key: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, by name.
+    """Returns the tensors of a checkpoint, by name.
 
     Args:
         path: A file, or a folder that Accelerate wrote.
@@ -138,7 +138,7 @@ def read_state(path: str | Path, *, key: str | None = None) -> dict[str, Tensor]
 
 
 def read_merging(path: str | Path, *, key: str | None = None) -> MergeReport | None:
-    """What merging did in the training that wrote a checkpoint; None where it does not say.
+    """Returns what merging did in the training run that wrote a checkpoint, if it is recorded.
 
     The names of the layers are not in a checkpoint: they are numbered in the order of the plan.
 
@@ -159,7 +159,7 @@ def read_merging(path: str | Path, *, key: str | None = None) -> MergeReport | N
 
 
 def _weights_of(content: Any, path: Path) -> Any:
-    """The weights inside a training script's checkpoint, or what was given if they are bare."""
+    """Returns the weights inside a training checkpoint, or the content itself if it is bare."""
     if isinstance(content, Mapping):
         averages = [name for name in _AVERAGES if isinstance(content.get(name), Mapping)]
         weights = [name for name in _WEIGHTS if isinstance(content.get(name), Mapping)]
@@ -201,7 +201,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
 
 
 def _read_folder(path: Path) -> dict[str, Tensor]:
-    """The weights of a folder that Accelerate wrote, in one file or in shards."""
+    """Returns the weights of a folder that Accelerate wrote, in one file or in shards."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -220,7 +220,7 @@ def _read_folder(path: Path) -> dict[str, Tensor]:
 def _without_prefix(
     state: Mapping[str, Tensor], network: nn.Module, arch: str
 ) -> dict[str, Tensor]:
-    """The network's own entries of a state dict, under their own names.
+    """Returns the entries of a state dict that belong to the network, without prefixes.
 
     Whatever a wrapper or a training framework put before the names (``module.``, ``model.``,
     ``net.``) is found by comparison with the names that the network has.
@@ -257,7 +257,7 @@ def _without_prefix(
 
 
 def _fitting_arguments(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, int]:
-    """Outputs and image channels of the weights, where they are not those of the network."""
+    """Returns the output and channel counts of the weights that differ from the network's."""
     layers = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     outputs = getattr(network, "num_classes", layers[-1].weight.shape[0])
     channels = next((m.in_channels for m in layers if isinstance(m, nn.Conv2d)), None)

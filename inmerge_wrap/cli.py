@@ -100,7 +100,7 @@ Weights = Annotated[
 
 
 def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Reports mistakes of the user on stderr, with exit code 1; anything else is a bug: raises."""
+    """Reports user errors on stderr with exit code 1; lets any other exception through."""
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -117,7 +117,7 @@ def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _in_options(message: str) -> str:
-    """An error of the library in the words of the command line: options, not Python arguments."""
+    """Rewrites a library error for the command line: options instead of Python arguments."""
     options = {
         "shallow_layers": "--shallow-layers",
         "also_merge": "--also-merge",
@@ -261,7 +261,7 @@ def _shape(site: ConvSite) -> str:
 
 
 def _short_reason(site: ConvSite) -> str:
-    """The kind alone, where many layers of a network share the reason."""
+    """Returns a short reason: the kind alone, without its explanation."""
     shared = site.reason_kind in SKIPPED_KINDS
     return str(site.reason_kind).replace("_", " ") if shared else str(site.reason)
 
@@ -427,7 +427,7 @@ def export(
 
 
 def _card(path: Path, weights: Path, key: str | None) -> ModelCard:
-    """The card in a JSON file, with what the checkpoint says of merging."""
+    """Returns the card in a JSON file, with what the checkpoint says of merging."""
     from inmerge_wrap.checkpoints import read_merging
     from inmerge_wrap.modelcard import ModelCard
 
@@ -585,7 +585,7 @@ def evaluate(
 
 
 def _named_paths(models: Sequence[str]) -> dict[str, Path]:
-    """Paths by the names that the tables show."""
+    """Returns the paths by the names that the tables show."""
     paths: dict[str, Path] = {}
     for entry in models:
         name, found, path = entry.partition("=")
@@ -604,7 +604,7 @@ def _preparation(
     std: list[float] | None,
     size: int | None,
 ) -> dict[str, Any]:
-    """How a model's images are prepared: as its folder says, unless options say otherwise."""
+    """Returns the preprocessing of a model: from its folder, unless options override it."""
     config: Mapping[str, Any] = network.pretrained_cfg if is_timm_folder(path) else {}  # type: ignore[assignment]
     mean, std = mean or list(config.get("mean", [])), std or list(config.get("std", []))
     if not mean or not std:
@@ -638,7 +638,7 @@ def _open_data(
     limit: int | None,
     batch_size: int,
 ) -> tuple[Any, Tensor]:
-    """Batches of images and labels in a fixed order, and all labels."""
+    """Returns the batches of images and labels in a fixed order, and all labels."""
     from torch.utils.data import DataLoader, TensorDataset
 
     from inmerge_wrap.robustness.images import ImageFolder, fit_images, read_npz
@@ -697,7 +697,7 @@ def _outputs(network: nn.Module, loader: Any, device: str) -> int:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
-    """A bar on stderr, where that is a terminal; gives what moves it on."""
+    """Shows a progress bar on stderr if it is a terminal; yields a function that advances it."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -776,7 +776,7 @@ def _row_style(row: Mapping[str, Any]) -> str:
 
 
 def _interval_cell(row: Mapping[str, Any], metric: str, sign: str = "") -> str:
-    """A figure and its interval, which may break into two lines between the two."""
+    """Returns a figure and its interval, which may break into two lines between the two."""
     if metric not in row:
         return "-"
     cell = f"{row[metric]:{sign}.3f}"

@@ -83,7 +83,7 @@ class ConvSite:
 
     @property
     def pair_groups(self) -> int:
-        """The groups inside which kernels are paired; a depthwise layer pairs across its own."""
+        """The groups inside which kernels are paired; a depthwise layer pairs across groups."""
         depthwise = self.shape[:1] == (self.groups,) and self.shape[1] == 1
         return 1 if depthwise else self.groups
 
@@ -211,7 +211,7 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _find_sites(model: nn.Module, example_input: Any) -> tuple[list[ConvSite], str]:
-    """Every convolution with its depth and kind, in depth order, and how that was found."""
+    """Returns every convolution with depth and kind, in depth order, and how these were found."""
     network, prefix = model, ""
     while isinstance(getattr(network, "_orig_mod", None), nn.Module):  # made by torch.compile
         network, prefix = network._orig_mod, prefix + "_orig_mod."  # type: ignore[assignment]
@@ -267,7 +267,7 @@ def _find_sites(model: nn.Module, example_input: Any) -> tuple[list[ConvSite], s
 
 
 def _class_name(conv: _ConvNd) -> str:
-    """Name of a class that is not PyTorch's own, though it may be called the same."""
+    """Returns the name of a class that is not PyTorch's own, though it may be called the same."""
     kind = type(conv)
     return f"{kind.__module__}.{kind.__name__}" if hasattr(nn, kind.__name__) else kind.__name__
 
@@ -283,7 +283,7 @@ def _kinds(
     trace: Trace | None,
     example_input: Any,
 ) -> dict[str, str]:
-    """The kind of every convolution: ``"kernels"`` or a key of SKIPPED_KINDS."""
+    """Returns the kind of every convolution: ``"kernels"`` or a key of SKIPPED_KINDS."""
     training = _training_trace(network, convs, trace, example_input)
     in_training = training.calls.keys() if training else ()
     heads = _heads(network, convs, trace)
@@ -318,7 +318,7 @@ def _kinds(
 
 
 def _image_channels(convs: Mapping[str, _ConvNd], trace: Trace | None) -> int:
-    """Channels of the image: what the first convolution of the forward pass reads."""
+    """Returns the channels of the image: what the first convolution of the forward pass reads."""
     name, first = next(iter(trace.calls.items()), ("", None)) if trace else ("", None)
     if first is None or not first.inputs:
         return 3
@@ -326,7 +326,7 @@ def _image_channels(convs: Mapping[str, _ConvNd], trace: Trace | None) -> int:
 
 
 def _heads(network: nn.Module, convs: Mapping[str, _ConvNd], trace: Trace | None) -> set[str]:
-    """Convolutions whose outputs are the predictions.
+    """Returns the convolutions whose outputs are the predictions.
 
     These are the ones that timm's configuration names as classifier, and the ones whose output
     no other layer reads. A backbone ends in such layers too: it gives itself away by an activation
@@ -353,7 +353,7 @@ def _calls_on_large_maps(
     trace: Trace | None,
     example_input: Any,
 ) -> Mapping[str, Call]:
-    """The calls of the trace, made anew with larger images where it matters.
+    """Returns the calls of the trace, run again with larger images where it matters.
 
     A small example image shrinks to one pixel by itself. A layer works on a pooled vector if its
     map still is one pixel when the image is larger.
@@ -390,7 +390,7 @@ def _training_trace(
     trace: Trace | None,
     example_input: Any,
 ) -> Trace | None:
-    """A trace in train mode, made only where some outputs may matter in training alone."""
+    """Traces in train mode, only where some outputs may matter in training alone."""
     if trace is None or (len(trace.calls) == len(convs) and not trace.unread):
         return None
     for given in (example_input, None):  # the example may be too small for an auxiliary head
@@ -416,7 +416,7 @@ def _decide(
     shallow = {site.name for site in counted[: _shallow_count(shallow_layers, len(counted))]}
 
     def reason(site: ConvSite) -> tuple[str | None, str | None]:
-        """In words, and its kind."""
+        """Returns the reason in words, and the kind."""
         if included is not None and site.name not in included:
             return "not included", "not_included"
         if site.name in excluded:
@@ -446,7 +446,7 @@ def _decide(
 
 
 def _counts(site: ConvSite, also_merge: Collection[str]) -> bool:
-    """Whether a convolution is a step of depth, merged or not."""
+    """Returns whether a convolution is a step of depth, merged or not."""
     if site.shape[:2] == (1, 1):  # a filter along the channels (ECA) or the like, no features
         return False
     return site.kind in {"kernels", "patch_embedding", "frozen", *also_merge}
@@ -465,7 +465,7 @@ def _patterns(given: Pattern | Sequence[Pattern] | None) -> Sequence[Pattern] | 
 
 
 def _matching(sites: Sequence[ConvSite], patterns: Sequence[Pattern], argument: str) -> set[str]:
-    """Names that some pattern matches; a name or wildcard without any match is an error."""
+    """Returns the names that some pattern matches; a pattern without a match is an error."""
     names: set[str] = set()
     for pattern in patterns:
         if callable(pattern):

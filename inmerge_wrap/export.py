@@ -48,7 +48,7 @@ def _warn_of_merging(model: nn.Module) -> None:
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The network's state as stock models hold it.
+    """Returns the state dict of the unwrapped network, as stock models load it.
 
     Tensors are contiguous copies on the CPU, each with its own memory; half precision is widened
     to float32, which changes no value. Weights that are computed (weight_norm, spectral_norm,
@@ -253,7 +253,7 @@ def _write_timm_config(
 def _check_timm_draft(
     network: nn.Module, state: Mapping[str, Tensor], draft: Path, data_config: dict[str, Any]
 ) -> None:
-    """Loads the draft as a stranger would and compares outputs, or of shards the state."""
+    """Loads the draft with stock timm and compares outputs (the state dict if sharded)."""
     import timm
 
     try:
@@ -286,7 +286,7 @@ def _check_timm_draft(
 
 
 def _computes_weights(module: nn.Module) -> bool:
-    """Whether a module computes a tensor of its state from others before each forward pass."""
+    """Returns whether a module computes part of its state from other tensors in each forward."""
     return parametrize.is_parametrized(module) or any(
         type(hook).__module__.startswith("torch.nn.utils")
         for hook in module._forward_pre_hooks.values()
@@ -294,7 +294,7 @@ def _computes_weights(module: nn.Module) -> bool:
 
 
 def _computed_state(network: nn.Module) -> dict[str, Any]:
-    """The state dict, with parametrised tensors as the forward pass computes them."""
+    """Returns the state dict, with parametrised tensors as the forward pass computes them."""
     state = dict(network.state_dict())
     for path, module in network.named_modules():
         if parametrize.is_parametrized(module):
@@ -312,7 +312,7 @@ def _computed_state(network: nn.Module) -> dict[str, Any]:
 
 
 def _with_stored_weights(network: nn.Module) -> nn.Module:
-    """A copy in eval mode that old-style hooks (weight_norm, pruning) no longer act upon."""
+    """Returns a copy in eval mode on which old-style hooks (weight_norm, pruning) no longer act."""
     from torch.nn.utils import prune
 
     # Old-style computed weights are no leaves, which deepcopy refuses: they are computed anew.
@@ -344,7 +344,7 @@ def _save_verified(state: dict[str, Tensor], path: Path) -> None:
 
 
 def _same_bits(stored: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
-    """Whether two states hold the same; compared as bytes, so that a NaN equals itself."""
+    """Returns whether two states hold the same; compared as bytes, so that a NaN equals itself."""
     return stored.keys() == state.keys() and all(
         tensor.dtype == stored[name].dtype
         and torch.equal(tensor.view(-1).view(torch.uint8), stored[name].view(-1).view(torch.uint8))

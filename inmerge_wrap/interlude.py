@@ -39,12 +39,12 @@ class Interlude:
 
     @property
     def is_over(self) -> bool:
-        """Whether the kernels are whole again."""
+        """Whether the kernels are restored."""
         return not self._kept
 
     @torch.no_grad()
     def end(self) -> None:
-        """Puts the kernels back, bit for bit, and leaves no trace in the network."""
+        """Restores the kernels, bit for bit, and removes every hook from the network."""
         self._put_back()
         for hook in self._hooks:
             hook.remove()
@@ -59,7 +59,7 @@ class Interlude:
             part.put_back_()
 
     def _open_doors(self) -> None:
-        """Watches every way in which the weights may be read or replaced meanwhile.
+        """Watches every way in which the weights can be read or replaced in the meantime.
 
         A hook must not remove itself while PyTorch goes through the hooks, so these put the
         kernels back and are removed with the end.

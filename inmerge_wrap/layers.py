@@ -77,15 +77,15 @@ class Layers(Sequence[MergedLayer]):
         return [layer.store for layer in self]
 
     def are_still(self, modules: Sequence[nn.Module]) -> bool:
-        """Whether these are their modules, and the memory of each weight is the same now."""
+        """Returns whether ``modules`` are theirs and each weight still has the same memory."""
         return all(map(_is_still, self, modules, self._addresses))
 
     def at(self, places: Sequence[int]) -> Layers:
-        """Some of the layers; this very object for all of them."""
+        """Returns some of the layers; this object itself for all of them."""
         return self if len(places) == len(self) else Layers([self[place] for place in places])
 
     def fact(self, key: Any, find: Callable[[Layers], _Fact]) -> _Fact:
-        """What ``find`` says of these layers; found at the first question and kept by its key."""
+        """Returns ``find(self)``, cached under ``key``."""
         if key not in self._facts:
             self._facts[key] = find(self)
         return cast(_Fact, self._facts[key])
@@ -94,7 +94,7 @@ class Layers(Sequence[MergedLayer]):
 def find_layers(
     network: nn.Module, sites: Sequence[ConvSite], last: Layers | None = None
 ) -> Layers:
-    """The layers of a plan as they are now: weights may be moved, sharded or frozen at any time.
+    """Returns the layers of a plan as they are now; weights can be moved, sharded or frozen.
 
     Args:
         network: The network.
@@ -117,18 +117,18 @@ def find_layers(
 
 
 def modules_of(network: nn.Module, sites: Sequence[ConvSite]) -> list[nn.Module]:
-    """What is at the places of some convolutions now."""
+    """Returns the modules that are now at the names of some convolutions."""
     return [_submodule(network, site.name) for site in sites]
 
 
 def _address(store: Store) -> int:
-    """Where an ordinary weight lies in memory; 0 for all others."""
+    """Returns where an ordinary weight lies in memory; 0 for all others."""
     ordinary = type(store) is Plain and type(store.weight) is Tensor
     return store.weight.data_ptr() if ordinary else 0
 
 
 def _is_still(layer: MergedLayer, module: nn.Module, address: int) -> bool:
-    """Whether a layer was found with this module and the very memory that its weight has now.
+    """Returns whether a layer was found with this module and the current memory of its weight.
 
     Only ordinary weights are looked at so closely; of all others it is never sure.
     """
@@ -147,7 +147,7 @@ def _is_still(layer: MergedLayer, module: nn.Module, address: int) -> bool:
 
 
 def check_sites(network: nn.Module, sites: Sequence[ConvSite]) -> None:
-    """Makes sure that a plan is one of this network.
+    """Checks that a plan belongs to this network.
 
     Raises:
         ValueError: If it is not, or merges nothing.
@@ -166,7 +166,7 @@ def check_sites(network: nn.Module, sites: Sequence[ConvSite]) -> None:
 
 
 def stream_of(site: ConvSite) -> int:
-    """What sets a layer's draws apart from those of others, whichever of them are merged."""
+    """Returns the number of a layer's random stream, independent of which layers are merged."""
     # The depth, not the place in the plan; a convolution that never ran has none, but a name.
     return site.depth if site.depth is not None else 2**32 + crc32(site.name.encode())
 

@@ -53,7 +53,7 @@ class Kept(Protocol):
         ...
 
     def put_back_(self) -> None:
-        """Puts the kernels back, bit for bit, where the convolutions have their weights now."""
+        """Restores the kernels, bit for bit, wherever the convolutions have their weights now."""
         ...
 
 
@@ -180,7 +180,7 @@ def _merge_batch(
     skip: Tensor | None,
     keep: list[Kept] | None,
 ) -> Outcome:
-    """The pass over layers that one engine takes together: in one call, or step by step."""
+    """Merges a batch of layers with one engine, in one call or step by step."""
     blend = Blend(settings.merge_weight)
     blends = settings.direction == "partner" and not settings.keep_norm and engine.makes(blend)
     changes: list[Change] = [blend] * len(layers)
@@ -219,14 +219,14 @@ def _merge_batch(
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A step inside of an autocast region would compare kernels in half precision."""
+    """Disables autocast, inside which kernels would be compared in half precision."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
 def _nearest(layer: MergedLayer, store: Store, pairs: Pairs) -> Tensor:
-    """The most similar partner of each target of a layer."""
+    """Returns the most similar partner of each target of a layer."""
     everyone = torch.arange(layer.site.shape[0], device=pairs.targets.device)
     bank = store.read(everyone)
     bank = centre(bank) if layer.site.centred else bank
@@ -236,7 +236,7 @@ def _nearest(layer: MergedLayer, store: Store, pairs: Pairs) -> Tensor:
 def _alike(
     threshold: Threshold, cosines: Tensor, lengths: Sequence[int], fan_ins: Sequence[int]
 ) -> Tensor:
-    """Which pairs are alike enough to merge, boolean, shape (pairs,)."""
+    """Returns which pairs are alike enough to merge, boolean, shape (pairs,)."""
     if type(threshold) is Fixed:  # the same in all layers
         return threshold.alike(cosines, max(fan_ins))
     masks = []
@@ -253,7 +253,7 @@ def _alike(
 
 
 def _known(pairs: Pairs, changed: Tensor) -> tuple[Pairs, Tensor | None]:
-    """The pairs of one layer without those that stay, where one need not wait to know them.
+    """Drops the pairs that do not merge, where finding them needs no device synchronisation.
 
     On a CPU those cost nothing then; elsewhere the mask decides on the device.
     """
@@ -270,7 +270,7 @@ def _copy(layer: MergedLayer, store: Store, pairs: Pairs, changed: Tensor) -> Ke
 def _change_of(
     layer: MergedLayer, store: Store, pairs: Pairs, settings: MergeSettings, step: int
 ) -> Change:
-    """What becomes of the kernels of one layer."""
+    """Returns the change of the kernels of one layer."""
     device = pairs.targets.device
     if settings.direction == "partner":
         blend = Blend(settings.merge_weight)

@@ -102,13 +102,13 @@ def draw_layers(
 
 
 def _shifted(targets: Tensor, shifts: Tensor, size: int | Tensor) -> Tensor:
-    """The kernels that follow so many places on, round and round in each group of ``size``."""
+    """Returns the indices shifted by some places, cyclically within each group of ``size``."""
     place = targets % size
     return targets - place + (place + shifts) % size
 
 
 def nearest_kernels(kernels: Tensor, targets: Tensor, groups: int = 1) -> Tensor:
-    """The most similar other kernel of the same group, for each target.
+    """Returns the most similar other kernel of the same group, for each target.
 
     An alternative to the paper's uniform choice of the partner. Compares every target with all
     kernels: ``pairs x C_out x fan_in`` multiplications.
@@ -132,7 +132,7 @@ def nearest_kernels(kernels: Tensor, targets: Tensor, groups: int = 1) -> Tensor
 
 
 def pair_cosines(kernels: Tensor, partners: Tensor) -> Tensor:
-    """Cosine similarity of each kernel with its partner (eq. 1, 2).
+    """Returns the cosine similarity of each kernel with its partner (eq. 1, 2).
 
     Args:
         kernels: Flattened kernels, shape (pairs, fan_in), float32 or float64.
@@ -153,7 +153,7 @@ def cosines_of(products: Tensor, norms: Tensor) -> Tensor:
 
 
 def centre(kernels: Tensor) -> Tensor:
-    """Kernels without their mean, as a layer uses them that standardises its weight.
+    """Subtracts the mean of each kernel, as a layer with weight standardisation does.
 
     Args:
         kernels: Shape (n, fan_in).
@@ -188,7 +188,7 @@ def blend_kernels(
 
 
 def norm_scale(kernels: Tensor, partners: Tensor, merge_weight: float | Tensor) -> Tensor:
-    """The factor that brings each blend back to the norm of its kernel, shape (pairs, 1).
+    """Returns the factor that brings each blend back to the norm of its kernel, shape (pairs, 1).
 
     The paper goes without: a blend of orthogonal kernels is shorter, by 18% at alpha = 0.8.
     """
@@ -198,7 +198,7 @@ def norm_scale(kernels: Tensor, partners: Tensor, merge_weight: float | Tensor) 
 
 
 def signed_weight(kernels: Tensor, partners: Tensor, signs: Tensor, radius: float) -> Tensor:
-    """The merge weight of each pair that moves its kernel by ``radius`` of the kernel's norm.
+    """Returns the merge weight that moves each kernel by ``radius`` of its norm.
 
     With it :func:`blend_kernels` gives ``K_i + s r |K_i| (K_j - K_i) / |K_j - K_i|``: a step of a
     fixed relative size along the difference, toward the partner (s = 1) or away from it (s = -1).

@@ -86,7 +86,7 @@ def results_of(
     split: str = "test",
     metrics: Sequence[str] = ("accuracy", "auroc", "balanced_error"),
 ) -> list[CardResult]:
-    """The figures of a robustness evaluation as results of a card.
+    """Converts the results of a robustness evaluation to the results of a card.
 
     Args:
         result: What :func:`inmerge_wrap.robustness.evaluate_robustness` found.
@@ -182,7 +182,7 @@ class ModelCard:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ModelCard:
-        """A card from plain data, such as a JSON file; results are dicts of CardResult's fields.
+        """Builds a card from plain data such as JSON; results are dicts of CardResult's fields.
 
         Raises:
             ValueError: If a field is unknown, missing or malformed.
@@ -201,7 +201,7 @@ class ModelCard:
     def with_report(
         self, report: MergeReport, settings: Mapping[str, Any] | None = None
     ) -> ModelCard:
-        """The card with what a report says of merging; as it is where the report knows nothing.
+        """Returns the card with a report's account of merging; unchanged if the report has none.
 
         Args:
             report: Of the training, from a wrapper or a checkpoint.
@@ -224,7 +224,7 @@ class ModelCard:
         label_names: Sequence[str] | None = None,
         picture: str | None = None,
     ) -> str:
-        """The card as markdown with the hub's metadata on top.
+        """Returns the card as markdown with the hub's metadata on top.
 
         Args:
             architecture: timm's name of it.
@@ -367,7 +367,7 @@ class ModelCard:
 
 
 def merging_settings(model: nn.Module) -> dict[str, Any]:
-    """Settings and outcome of in-model merging, by name; empty without an InMergeWrapper.
+    """Returns settings and outcome of in-model merging, by name; empty without a wrapper.
 
     Args:
         model: A wrapper, alone or inside DDP or torch.compile, or any other network.

@@ -22,7 +22,7 @@ __all__ = ["tracker_values"]
 def tracker_values(
     model: nn.Module, *, since: MergeReport | None = None, prefix: str = "merge"
 ) -> dict[str, float]:
-    """What merging does, as the flat numbers that experiment trackers take.
+    """Returns what merging does as a flat dict of numbers, as experiment trackers take it.
 
     For every merged layer: ``PREFIX_share/LAYER``, merged over drawn pairs;
     ``PREFIX_cosine/LAYER``, the mean cosine of the drawn pairs; ``PREFIX_rank/LAYER``, the

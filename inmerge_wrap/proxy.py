@@ -54,7 +54,7 @@ class NetworkProxy(nn.Module):
         self.register_load_state_dict_pre_hook(neighbours.accept_network_state)
 
     def change_settings(self, settings: MergeSettings) -> None:
-        """Takes other settings from now on; for a subclass to refuse those that do not work."""
+        """Replaces the settings; a subclass can reject those that do not work."""
         self.settings = settings
 
     def __getattr__(self, name: str) -> Any:

@@ -19,7 +19,7 @@ __all__ = ["recalibrate"]
 
 
 def recalibrate(model: nn.Module, loader: Iterable[Any], *, max_batches: int | None = None) -> int:
-    """Measures the running statistics of every BatchNorm anew, as a mean over batches.
+    """Recomputes the running statistics of every BatchNorm as a mean over batches.
 
     Only BatchNorm runs in train mode meanwhile; dropout and stochastic depth are off, as at
     inference. Every module gets its own mode back, and if anything fails, its old statistics.

@@ -49,7 +49,7 @@ def check_replicas(weights: Mapping[str, Tensor], numbers: Mapping[str, int]) ->
 
 
 def _checksum(weight: Tensor) -> Tensor:
-    """A wrapping int64 sum over the bits, in which the place of a kernel counts."""
+    """Returns a wrapping int64 sum over the bits that depends on the position of each kernel."""
     rows = weight.contiguous().view(_INTEGERS[weight.element_size()]).flatten(1)
     place = torch.arange(1, len(rows) + 1, device=weight.device)
     return (rows.sum(dim=1, dtype=torch.int64) * place).sum()

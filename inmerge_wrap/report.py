@@ -13,7 +13,7 @@ _NEGLIGIBLE = 1e-3  # share of merged pairs below which a run is called a plain 
 
 
 def share_of(merged: int, drawn: int) -> float:
-    """Merged pairs over drawn pairs, 0 where none was drawn."""
+    """Returns merged pairs over drawn pairs, 0 where none was drawn."""
     return merged / drawn if drawn else 0.0
 
 
@@ -43,7 +43,7 @@ class LayerReport:
 
     @property
     def share(self) -> float:
-        """Merged pairs over drawn pairs, 0 where none was drawn."""
+        """Returns merged pairs over drawn pairs, 0 where none was drawn."""
         return share_of(self.merged, self.drawn)
 
 
@@ -68,7 +68,7 @@ class LayerSnapshot:
 
     @classmethod
     def since(cls, last: LayerSnapshot | None, total: LayerReport, rank: float) -> LayerSnapshot:
-        """The snapshot between an earlier one and the running totals of now."""
+        """Returns the snapshot between an earlier one and the current running totals."""
         earlier = None if last is None else last._total
         drawn, merged, known, cosines = pairs_between(earlier, total)
         return cls(
@@ -82,7 +82,7 @@ class LayerSnapshot:
 
 
 def pairs_between(earlier: LayerReport | None, later: LayerReport) -> tuple[int, int, int, float]:
-    """Pairs drawn, merged, and with a cosine, and the sum of these cosines, between two reports.
+    """Returns pairs drawn, merged, and with a cosine, and the cosine sum between two reports.
 
     Args:
         earlier: None for all pairs up to the later one.
@@ -154,7 +154,7 @@ class MergeReport:
         return share_of(self.merged, self.drawn)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for a JSON file or a tracker."""
+        """Returns plain numbers, for a JSON file or a tracker."""
         return {layer.name: {**asdict(layer), "share": layer.share} for layer in self.layers}
 
     def __str__(self) -> str:

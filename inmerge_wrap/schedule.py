@@ -49,7 +49,7 @@ class Schedule:
             )
 
     def level(self, step: int) -> float:
-        """The course at an optimizer step, in [0, 1]; 0 where the step does not merge."""
+        """Returns the level at an optimizer step, in [0, 1]; 0 where the step does not merge."""
         if step < self.start or (self.end is not None and step >= self.end):
             return 0.0
         if (step - self.start) % self.every:
@@ -62,7 +62,7 @@ class Schedule:
     def apply(
         self, step: int, merge_probability: float, merge_weight: float
     ) -> tuple[float, float]:
-        """(p, alpha) at an optimizer step; p is 0 where the step does not merge."""
+        """Returns (p, alpha) at an optimizer step; p is 0 where the step does not merge."""
         level = self.level(step)
         if self.anneals == "probability" or level == 0.0:
             return merge_probability * level, merge_weight

@@ -29,7 +29,7 @@ _P = ParamSpec("_P")
 
 
 def explains_symbols(function: Callable[_P, None]) -> Callable[_P, None]:
-    """A function that raises a TypeError with an argument's name where its symbol is given."""
+    """Decorates a function to name the right argument when the paper's symbol is passed."""
 
     @wraps(function)
     def explained(*args: _P.args, **kwargs: _P.kwargs) -> None:
@@ -107,7 +107,7 @@ class MergeSettings:
             )
 
     def at(self, step: int) -> MergeSettings | None:
-        """The settings in force at an optimizer step; None where the step does not merge."""
+        """Returns the settings of an optimizer step; None where the step does not merge."""
         level = self.schedule.level(step)
         if level == 0.0:
             return None
@@ -120,7 +120,7 @@ class MergeSettings:
 
 
 def recommended_settings(total_steps: int) -> dict[str, Any]:
-    """The settings of ``InMergeWrapper.recommended``, for a recipe that shows or changes them.
+    """Returns the settings of ``InMergeWrapper.recommended``, to be shown or changed.
 
     Pairs merge that are more alike than chance, in layers of any width (:class:`ZScore` of 2).
     The probability fades out and reaches zero a twentieth before the end, so that BatchNorm's

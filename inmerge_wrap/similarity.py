@@ -37,7 +37,7 @@ THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.9)
 
 
 def effective_rank(kernels: Tensor, groups: int = 1) -> Tensor:
-    """Share of directions that a bank of kernels uses: n / ||G||_F^2, G its cosine matrix.
+    """Returns the share of directions that kernels use: n / ||G||_F^2, G their cosine matrix.
 
     This is the participation ratio of the spectrum of G over the number of kernels n: 1 where the
     kernels are orthogonal, 1 / n where all point the same way. A fan-in d smaller than n bounds it
@@ -61,7 +61,7 @@ def effective_rank(kernels: Tensor, groups: int = 1) -> Tensor:
 
 
 def cosine_matrix(kernels: Tensor, groups: int = 1) -> Tensor:
-    """Cosine of every kernel with every other (eq. 1 and 2 of the paper).
+    """Returns the cosine of every kernel with every other (eq. 1 and 2 of the paper).
 
     Args:
         kernels: (n, fan_in), one flattened kernel a row.
@@ -84,7 +84,7 @@ def cosine_matrix(kernels: Tensor, groups: int = 1) -> Tensor:
 
 
 def similarity_histogram(cosines: Tensor, bins: int = 80) -> tuple[Tensor, Tensor]:
-    """How many pairs of kernels have which cosine.
+    """Returns the histogram of the cosines of all pairs of kernels.
 
     Args:
         cosines: A cosine matrix (n, n); every pair counts once, the diagonal and NaN not at all.
@@ -103,7 +103,7 @@ def similarity_histogram(cosines: Tensor, bins: int = 80) -> tuple[Tensor, Tenso
 
 
 def extreme_pairs(cosines: Tensor, count: int = 4) -> tuple[list[tuple[int, int, float]], ...]:
-    """The most and the least similar pairs of kernels.
+    """Returns the most and the least similar pairs of kernels.
 
     Args:
         cosines: A cosine matrix (n, n).
@@ -186,11 +186,11 @@ class LayerSimilarity:
         return 1.0 / math.sqrt(math.prod(self.shape[1:]))
 
     def share_above(self, threshold: float) -> float:
-        """Share of the pairs whose cosine is above a threshold; NaN without a pair."""
+        """Returns the share of the pairs whose cosine is above a threshold; NaN without a pair."""
         return (_pairs_of(self.cosines) > threshold).double().mean().item()
 
     def to_dict(self, thresholds: Sequence[float] = THRESHOLDS, bins: int = 80) -> dict[str, Any]:
-        """Plain numbers for a JSON file: no matrix, and None in place of NaN."""
+        """Returns plain numbers for a JSON file: no matrix, and None in place of NaN."""
 
         def listed(pairs: Sequence[KernelPair]) -> list[dict[str, Any]]:
             return [{"kernels": [p.first, p.second], "cosine": p.cosine} for p in pairs]
@@ -280,7 +280,7 @@ def _measure_layer(network: nn.Module, site: ConvSite, pairs: int) -> LayerSimil
 
 
 def read_kernels(conv: nn.Module, *, centred: bool = False) -> Tensor:
-    """A copy of the kernels that the forward pass uses, (C_out, fan_in), float32 or wider.
+    """Returns a copy of the kernels that the forward pass uses, (C_out, fan_in), float32 or wider.
 
     Args:
         conv: A convolution. Under FSDP2 all ranks must call this together.
@@ -292,7 +292,7 @@ def read_kernels(conv: nn.Module, *, centred: bool = False) -> Tensor:
 
 
 def _directions(kernels: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit kernels (n, fan_in), zero where there is no direction, and where there is one (n,)."""
+    """Returns unit kernels (n, fan_in), zero where undefined, and a mask of the defined (n,)."""
     wide = kernels.detach().to(torch.promote_types(kernels.dtype, torch.float32))
     # Scaled by the largest entry first, or the squares of very small or large kernels would not
     # be finite.
@@ -304,7 +304,7 @@ def _directions(kernels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pairs_of(cosines: Tensor) -> Tensor:
-    """The cosine of each comparable pair once, flat."""
+    """Returns the cosine of each comparable pair once, as a flat tensor."""
     rows, columns = torch.triu_indices(len(cosines), len(cosines), offset=1, device=cosines.device)
     values = cosines[rows, columns]
     return values[~values.isnan()]

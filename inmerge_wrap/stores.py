@@ -45,11 +45,11 @@ class Layout:
     """Where the kernels of a convolution are in a tensor: kernel ``i`` is ``tensor[i]``."""
 
     def shape(self, tensor: Tensor) -> tuple[int, ...]:
-        """Shape of the bank of kernels, (C_out, C_in / groups, *kernel size)."""
+        """Returns the shape of the bank of kernels, (C_out, C_in / groups, *kernel size)."""
         return tensor.shape
 
     def select(self, tensor: Tensor, index: Tensor) -> Tensor:
-        """A copy of some kernels, shape (len(index), C_in / groups, *kernel size)."""
+        """Returns a copy of some kernels, shape (len(index), C_in / groups, *kernel size)."""
         return tensor.index_select(0, index)
 
     def put_(self, tensor: Tensor, index: Tensor, kernels: Tensor) -> None:
@@ -57,7 +57,7 @@ class Layout:
         tensor.index_copy_(0, index, kernels)
 
     def rows(self, tensor: Tensor, index: Tensor) -> Tensor:
-        """A copy of some kernels, shape (len(index), fan_in), float32 or wider."""
+        """Returns a copy of some kernels, shape (len(index), fan_in), float32 or wider."""
         rows = self.select(tensor, index).flatten(1)
         return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
@@ -92,7 +92,7 @@ class Transposed(Layout):
         self._by_group(tensor)[self._places(tensor, index)] = kernels
 
     def _by_group(self, tensor: Tensor) -> Tensor:
-        """A view of shape (groups, C_out / groups, C_in / groups, *kernel size)."""
+        """Returns a view of shape (groups, C_out / groups, C_in / groups, *kernel size)."""
         return tensor.unflatten(0, (self.groups, -1)).transpose(1, 2)
 
     def _places(self, tensor: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +119,7 @@ class Store:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the bank of kernels, (C_out, C_in / groups, *kernel size)."""
+        """Shape of the bank of kernels, (C_out, C_in / groups, *kernel size)."""
         return self.layout.shape(self.weight)
 
     @property
@@ -134,11 +134,11 @@ class Store:
 
     @contextmanager
     def opened(self) -> Iterator[Store]:
-        """Gives a store whose kernels are all here, for reading and writing."""
+        """Yields a store whose kernels are all local, for reading and writing."""
         yield self
 
     def read(self, index: Tensor) -> Tensor:
-        """The kernels that the forward pass uses, shape (len(index), fan_in), float32 or wider.
+        """Reads the kernels that the forward pass uses, (len(index), fan_in), float32 or wider.
 
         Args:
             index: Which kernels, int64.
@@ -159,11 +159,11 @@ class Store:
         return (self.weight,)
 
     def copy_out(self, index: Tensor) -> tuple[Tensor, ...]:
-        """A copy of all that :meth:`write_` would change for these kernels."""
+        """Copies everything that :meth:`write_` would change for these kernels."""
         return tuple(self.layout.select(tensor, index) for tensor in self.written)
 
     def copy_back_(self, index: Tensor, kept: tuple[Tensor, ...]) -> None:
-        """Puts back, bit for bit, what :meth:`copy_out` gave.
+        """Restores, bit for bit, what :meth:`copy_out` returned.
 
         A weight that was moved or converted since takes the kernels as it was itself.
         """
@@ -248,7 +248,7 @@ class Sharded(Store):
 
     @contextmanager
     def opened(self) -> Iterator[Store]:
-        """Every rank gathers the whole, works on its copy, and keeps its own slice of the outcome.
+        """Gathers the whole weight on every rank; each keeps its own slice of the result.
 
         A collective: all ranks must call it.
         """
@@ -287,12 +287,12 @@ class Unreachable(Store):
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether FSDP2 holds a tensor in shards."""
+    """Returns whether FSDP2 holds a tensor in shards."""
     return hasattr(tensor, "full_tensor")
 
 
 def is_dense(weight: Tensor) -> bool:
-    """Whether a weight is a matrix of kernels in memory, whatever the order of their entries."""
+    """Returns whether a weight is a matrix of kernels in memory, in any order of entries."""
     if weight.is_contiguous():
         return True
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -300,7 +300,7 @@ def is_dense(weight: Tensor) -> bool:
 
 
 def tensor_store(tensor: Tensor, layout: Layout = _ROWS) -> Store:
-    """The store of kernels that are parts of a tensor, which FSDP2 may have sharded.
+    """Returns the store of kernels that are parts of a tensor, which FSDP2 may have sharded.
 
     Args:
         tensor: A weight, or what an optimizer keeps in the shape of one.
@@ -311,7 +311,7 @@ def tensor_store(tensor: Tensor, layout: Layout = _ROWS) -> Store:
 
 
 def store_of(conv: nn.Module) -> Store:
-    """The store of a convolution's kernels; an :class:`Unreachable` one where there is none."""
+    """Returns the store of a convolution's kernels; :class:`Unreachable` if it has none."""
     own = conv._parameters
     layout = Transposed(cast(int, conv.groups)) if getattr(conv, "transposed", False) else _ROWS
     plain = own.get("weight")
@@ -343,7 +343,7 @@ def _weight_normed(direction: nn.Parameter, magnitude: nn.Parameter, layout: Lay
 
 
 def _is_over_each_kernel(direction: Tensor, magnitude: Tensor, layout: Layout) -> bool:
-    """Whether weight normalisation has one magnitude for each kernel."""
+    """Returns whether weight normalisation has one magnitude for each kernel."""
     if isinstance(layout, Transposed) and layout.groups > 1:
         return False  # a magnitude along dimension 1 is one of a kernel in each group
     along = 1 if isinstance(layout, Transposed) else 0
@@ -360,7 +360,7 @@ def _unless_sharded(store: Store) -> Store:
 
 
 def _parametrized(chain: nn.Module, layout: Layout) -> Store:
-    """The store behind ``torch.nn.utils.parametrizations``."""
+    """Returns the store behind ``torch.nn.utils.parametrizations``."""
     first, *others = cast(nn.ModuleList, chain)
     stored = chain._parameters
     if not others and isinstance(first, parametrizations._WeightNorm):

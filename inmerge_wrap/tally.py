@@ -60,7 +60,7 @@ class Tally:
         return step
 
     def next_step(self, layers: Sequence[int]) -> int:
-        """The number of the step that some layers are about to make."""
+        """Returns the number of the step that some layers are about to make."""
         return max(self.steps[layer] for layer in layers)
 
     def add(self, layers: Sequence[int], outcome: Outcome) -> None:
@@ -135,7 +135,7 @@ class Tally:
         return MergeReport(tuple(layers))
 
     def to_state(self, seed: int) -> Tensor:
-        """Everything, as one float64 tensor on the CPU (exact up to 2**53 pairs)."""
+        """Returns the whole tally as one float64 CPU tensor (exact up to 2**53 pairs)."""
         self._add_waiting()
         columns = [self.steps, self.passes, self.drawn, self._merged, self._undefined]
         columns += [self._cosine_sum, self._cosine_max]
@@ -150,7 +150,7 @@ class Tally:
     def from_state(
         cls, state: object, *, layers: int | None = None, seed: int | None = None
     ) -> Tally:
-        """The tally that :meth:`to_state` wrote.
+        """Returns the tally that :meth:`to_state` wrote.
 
         Args:
             state: What it wrote.

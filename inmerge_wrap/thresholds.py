@@ -24,7 +24,7 @@ class Threshold(Protocol):
     """Decides which of the drawn pairs are alike enough to merge."""
 
     def alike(self, cosines: Tensor, fan_in: int) -> Tensor:
-        """Boolean mask of ``cosines``, shape (pairs,); a NaN cosine never passes."""
+        """Returns which cosines pass, boolean, shape (pairs,); a NaN cosine never passes."""
         ...
 
 
@@ -38,7 +38,7 @@ class Fixed:
         check_range("similarity_threshold", self.tau, -1.0, 1.0)
 
     def bound(self, fan_in: int) -> float:
-        """The cosine above which a pair merges."""
+        """Returns the cosine above which a pair merges."""
         return self.tau
 
     def alike(self, cosines: Tensor, fan_in: int) -> Tensor:
@@ -64,7 +64,7 @@ class ZScore:
             raise ValueError(f"z must be a finite number of standard deviations, got {self.z}")
 
     def bound(self, fan_in: int) -> float:
-        """The cosine above which a pair merges, in a layer of this fan-in."""
+        """Returns the cosine above which a pair merges, in a layer of this fan-in."""
         return self.z / math.sqrt(fan_in)
 
     def alike(self, cosines: Tensor, fan_in: int) -> Tensor:
@@ -90,7 +90,7 @@ class Quantile:
 
 
 def as_threshold(value: float | Threshold) -> Threshold:
-    """A rule as it is, and a number as :class:`Fixed`.
+    """Returns a rule unchanged, and a number as :class:`Fixed`.
 
     Raises:
         TypeError: If it is neither.

@@ -63,11 +63,11 @@ class Call:
     used_own_weight: bool = False
 
     def is_vector(self, dims: int) -> bool:
-        """Whether all maps, of so many dimensions, have a single place."""
+        """Returns whether all maps, of so many dimensions, have a single place."""
         return all(shape[-dims:].numel() == 1 for shape in self.inputs + self.outputs)
 
     def is_dense(self, kernel_size: tuple[int, ...]) -> bool:
-        """Whether the kernel covers the whole map."""
+        """Returns whether the kernel covers the whole map."""
         dims = len(kernel_size)
         covered = all(tuple(shape[-dims:]) == kernel_size for shape in self.inputs)
         return covered and all(shape[-dims:].numel() == 1 for shape in self.outputs)
@@ -149,11 +149,11 @@ class _Watch(TorchFunctionMode):
         return result
 
     def enter(self, name: str) -> None:
-        """Notes that a convolution is called as a module."""
+        """Records that a convolution is called as a module."""
         self._running = name
 
     def leave(self, name: str, inputs: tuple[Any, ...], output: Any) -> None:
-        """Notes what went in and out, whatever the convolution's forward pass computed."""
+        """Records input and output, whatever the convolution's forward pass computed."""
         self._running = ""
         call = self._trace.calls.setdefault(name, Call())
         if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
@@ -201,7 +201,7 @@ _KEEPS_SHAPE = {
 
 
 def _tensors_in(values: Any) -> list[Tensor]:
-    """Tensors among some values and in lists and tuples among them."""
+    """Returns the tensors among some values and in lists and tuples among them."""
     if not isinstance(values, list | tuple):
         return []
     found = []
@@ -273,7 +273,7 @@ class _ForwardFailed(Exception):
 
 
 def named_convs(model: nn.Module) -> Iterator[tuple[str, _ConvNd]]:
-    """The convolutions of a network in the order of registration, shared ones once.
+    """Returns the convolutions of a network in the order of registration, shared ones once.
 
     Of any number of dimensions, transposed or not; quantised ones too, which are no ``_ConvNd``.
     """
@@ -283,7 +283,7 @@ def named_convs(model: nn.Module) -> Iterator[tuple[str, _ConvNd]]:
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether a module is a convolution of integers, as ``torch.ao.quantization`` makes it."""
+    """Returns whether a module is an integer convolution of ``torch.ao.quantization``."""
     # By name, because torch.ao need not be there and takes long to import.
     return any(
         kind.__name__ == "_ConvNd" and kind.__module__ == "torch.ao.nn.quantized.modules.conv"
@@ -296,7 +296,7 @@ def _is_lazy(module: nn.Module) -> bool:
 
 
 def _own_hooks(hooks: Mapping[int, Any]) -> OrderedDict[int, Any]:
-    """The hooks by which torch computes weights (weight_norm, pruning) and shapes (lazy layers)."""
+    """Returns torch's own hooks, which compute weights (weight_norm, pruning) and lazy shapes."""
     return OrderedDict(
         (key, hook)
         for key, hook in hooks.items()
@@ -318,7 +318,7 @@ class _CloneToMeta(TorchFunctionMode):
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of the network without memory for its tensors and without anybody's hooks."""
+    """Returns a copy of the network on the meta device, without the users' hooks."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         # A lazy layer's hook is bound to the layer and must be copied with it.
@@ -375,7 +375,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def bystanders_kept(network: nn.Module) -> Iterator[None]:
-    """Keeps what forward passes may touch beside the network: generators, hooks, compilers."""
+    """Restores what forward passes may change besides the network: generators, hooks, compilers."""
     devices = {p.device.index for p in network.parameters() if p.device.type == "cuda"}
     python_state = random.getstate()
     numpy_random: Any = sys.modules.get("numpy.random")
@@ -404,7 +404,7 @@ def bystanders_kept(network: nn.Module) -> Iterator[None]:
 def first_possible_trace(
     network: nn.Module, convs: Mapping[str, _ConvNd], example_input: Any
 ) -> tuple[Trace | None, str, str | None]:
-    """Traces on meta tensors, else by a real forward pass, else not at all.
+    """Traces on meta tensors, else with a real forward pass, else returns no trace.
 
     Returns:
         The trace, how it was made, and a warning where it was not made on meta tensors.
@@ -454,7 +454,7 @@ def _failed(cause: Exception) -> _ForwardFailed:
 
 
 def _cause(failures: Sequence[_ForwardFailed]) -> str:
-    """Why the forward pass failed that came furthest: the others were given a wrong image."""
+    """Returns why the forward pass that came furthest failed; the others had a wrong input."""
     error = max(failures, key=lambda failure: failure.calls).__cause__
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
@@ -463,7 +463,7 @@ def _cause(failures: Sequence[_ForwardFailed]) -> str:
 def call_arguments(
     network: nn.Module, convs: Mapping[str, _ConvNd], example_input: Any
 ) -> list[_Arguments]:
-    """What to try to call the network with, the likeliest first."""
+    """Returns candidate inputs for the network, the likeliest first."""
     if isinstance(example_input, Mapping):
         return [((), dict(example_input))]
     if isinstance(example_input, tuple):
@@ -487,7 +487,7 @@ def call_arguments(
 def _likely_shapes(
     network: nn.Module, convs: Mapping[str, _ConvNd], dims: int, configured: Sequence[int]
 ) -> list[tuple[int, ...]]:
-    """(channels, *size) of what a network may take, for convolutions of so many dimensions."""
+    """Returns candidate input shapes (channels, *size) for convolutions of some dimension."""
     first = next(conv for conv in convs.values() if len(conv.kernel_size) == dims)
     channels = [_channels_read(first)] if _has_shape(first) else []
     channels += [*configured[:1], 3, 1]
@@ -508,7 +508,7 @@ def _channels_read(conv: _ConvNd) -> int:
 
 
 def _size(size: Any, dims: int) -> tuple[int, ...] | None:
-    """What a network states as the size of its images, None if that is no size."""
+    """Returns the input size that a network declares, or None if it is not a size."""
     size = (size,) * dims if isinstance(size, int) else size
     is_size = (
         isinstance(size, tuple) and len(size) == dims and all(isinstance(n, int) for n in size)
@@ -517,7 +517,7 @@ def _size(size: Any, dims: int) -> tuple[int, ...] | None:
 
 
 def timm_config(network: nn.Module) -> Mapping[str, Any]:
-    """What timm knows of its own network; empty for any other."""
+    """Returns the timm configuration of a network; empty if it is not a timm model."""
     config = getattr(network, "pretrained_cfg", None)
     return config if isinstance(config, Mapping) else {}
 
@@ -527,7 +527,7 @@ def _has_shape(conv: _ConvNd) -> bool:
 
 
 def to_meta(arguments: _Arguments) -> _Arguments:
-    """The arguments of a call with all tensors on the meta device."""
+    """Returns the arguments of a call with all tensors on the meta device."""
     return tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, arguments)
 
 

@@ -25,7 +25,7 @@ _WRAPPERS = {
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside InMergeWrapper, DDP, torch.compile and weight averages, in any order."""
+    """Unwraps InMergeWrapper, DDP, torch.compile and weight averages, in any order."""
     while _class_names(model) & _WRAPPERS:
         children = dict(model.named_children())
         model = children["_orig_mod"] if "_orig_mod" in children else children["module"]
@@ -33,14 +33,14 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def named_wrappers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every InMergeWrapper in a model with its name there, "" for the model itself."""
+    """Returns every InMergeWrapper in a model with its name there, "" for the model itself."""
     for name, module in model.named_modules():
         if _MERGING in _class_names(module):
             yield name, module
 
 
 def find_wrapper(model: nn.Module) -> nn.Module | None:
-    """The outermost InMergeWrapper of a model, alone or inside DDP or torch.compile; or None."""
+    """Returns the outermost InMergeWrapper of a model, also inside DDP or torch.compile; or None."""
     return next((wrapper for _, wrapper in named_wrappers(model)), None)
 
 

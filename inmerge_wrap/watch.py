@@ -56,7 +56,7 @@ class Watch:
             warnings.warn(message, category, stacklevel=3)
 
     def rewind(self, step: int) -> None:
-        """Forgets what came after a step to which a checkpoint went back."""
+        """Discards snapshots after the step that a loaded checkpoint goes back to."""
         self.history = [entry for entry in self.history if entry.step <= step]
         self._snapshots.clear()
 
@@ -85,7 +85,7 @@ class Watch:
             )
 
     def why_never(self, step: int, *, attached: bool) -> str | None:
-        """Why training began and no step was ever seen; None if one was, or nothing trained.
+        """Returns why no step was ever seen although training began; None if all is well.
 
         Args:
             step: Steps seen, those before a checkpoint among them.
@@ -124,7 +124,7 @@ class Watch:
         settings: MergeSettings,
         report: Callable[[], MergeReport],
     ) -> None:
-        """Inspects layers at their first pass here and every so many; judges after enough of them.
+        """Inspects layers at their first pass and every few; checks for an effect after enough.
 
         Args:
             layers: Those that a pass has just merged.
@@ -147,7 +147,7 @@ class Watch:
     def _inspect(
         self, layers: Sequence[MergedLayer], report: MergeReport, *, merges_for_good: bool
     ) -> None:
-        """Records the state of some layers, and warns of those whose kernels grow alike."""
+        """Records the state of some layers, and warns of those whose kernels become similar."""
         for layer in layers:
             site = layer.site
             kernels = read_kernels(layer.module, centred=site.centred)
@@ -209,7 +209,7 @@ def _why_idle(*, attached: bool) -> str:
 
 
 def _advice(threshold: Threshold) -> str:
-    """A threshold that merges, instead of one that hardly any pair passes."""
+    """Suggests a threshold that merges, in place of one that hardly any pair passes."""
     if isinstance(threshold, Fixed):
         return (
             "A fixed cosine is out of reach in wide layers: use similarity_threshold=ZScore(2.0), "

@@ -185,7 +185,7 @@ class InMergeWrapper(NetworkProxy):
 
     @classmethod
     def recommended(cls, module: nn.Module, *, total_steps: int, **settings: Any) -> InMergeWrapper:
-        """A setting that merges and was level with plain training on clean images.
+        """Wraps a module with the recommended settings.
 
         See :func:`recommended_settings`. The figures, those under corruption too, are in
         docs/evidence.md. The constructor's own defaults are the paper's.
@@ -213,7 +213,7 @@ class InMergeWrapper(NetworkProxy):
         return self.module(*args, **kwargs)
 
     def train(self, mode: bool = True) -> InMergeWrapper:
-        """Sets the mode; kernels that are merged for a gradient are whole in evaluation."""
+        """Sets the mode; restores kernels that are merged for a gradient, if any."""
         if not mode:
             self.end_interlude()
         return super().train(mode)
@@ -226,7 +226,7 @@ class InMergeWrapper(NetworkProxy):
         super().__setattr__(name, value)
 
     def change_settings(self, settings: MergeSettings) -> None:
-        """Takes other settings from now on, as does ``model.merge_weight = ...`` for one of them.
+        """Replaces some settings, as ``model.merge_weight = ...`` does for one.
 
         Raises:
             RuntimeError: If they do not work with this network or an attached optimizer.
@@ -241,7 +241,7 @@ class InMergeWrapper(NetworkProxy):
     # -- merging ----------------------------------------------------------------------------
 
     def attach(self, optimizer: Any) -> RemovableHandle:
-        """Merges with each step of ``optimizer`` from now on.
+        """Merges after each step of ``optimizer`` from now on.
 
         Of the merged layers those are merged that the optimizer trains; parameter groups may be
         added, frozen or unfrozen later. Where two attached optimizers train one layer, the last
@@ -297,7 +297,7 @@ class InMergeWrapper(NetworkProxy):
 
     @torch.no_grad()
     def merge_(self) -> None:
-        """One pass over all merged layers by hand, for a loop that has no torch optimizer.
+        """Runs one pass over all merged layers, for a loop without a torch optimizer.
 
         Raises:
             RuntimeError: With ``transient``, whose kernels an optimizer's step must find whole.
@@ -312,7 +312,7 @@ class InMergeWrapper(NetworkProxy):
         self._step(layers, layers)
 
     def next_pairs(self) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """The pairs that the next step draws, before any threshold.
+        """Returns the pairs that the next step draws, before any threshold.
 
         Returns:
             Name of each merged layer -> (targets, sources), int64, shape (pairs,) each; empty
@@ -338,7 +338,7 @@ class InMergeWrapper(NetworkProxy):
         return recalibrate(self, loader, max_batches=max_batches)
 
     def statistics_measured(self) -> None:
-        """Says that BatchNorm was measured after the last step, by other means than ours."""
+        """Records that BatchNorm was recalibrated after the last step by other means."""
         self._last_merged.clear()
 
     @property
@@ -350,7 +350,7 @@ class InMergeWrapper(NetworkProxy):
         )
 
     def report(self) -> MergeReport:
-        """What merging did so far, layer by layer; waits for the device."""
+        """Returns what merging did so far, layer by layer; waits for the device."""
         end = self.settings.schedule.end
         return replace(
             self._tally.report([site.name for site in self.plan.merged]),
@@ -439,7 +439,7 @@ class InMergeWrapper(NetworkProxy):
         skip: Tensor | None = None,
         keep: list[Kept] | None = None,
     ) -> Outcome | None:
-        """Draws and merges pairs of some layers; None where the schedule lets the step rest."""
+        """Draws and merges pairs of some layers; returns None where the schedule skips the step."""
         settings = self._settings_at(step)
         if settings is None:
             return None
@@ -490,7 +490,7 @@ class InMergeWrapper(NetworkProxy):
                 self._interlude = Interlude(self.module, kept)
 
     def end_interlude(self) -> None:
-        """Puts kernels that are merged for a gradient back now, bit for bit.
+        """Restores kernels that are merged for a gradient now, bit for bit.
 
         Needed by nobody who attaches an optimizer: its step does so, as do evaluation, checkpoints
         and copies. Call it before you read or write ``weight`` tensors yourself between a forward
@@ -549,7 +549,7 @@ class InMergeWrapper(NetworkProxy):
     # -- state --------------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
-        """The step counter and the statistics, as a tensor (safetensors stores nothing else)."""
+        """Returns the step counter and the statistics as a tensor, which safetensors can store."""
         return self._tally.to_state(self.seed)
 
     def set_extra_state(self, state: Tensor | None) -> None:

@@ -42,7 +42,7 @@ LATE = Fade(start=0.5, decay="cosine")
 
 
 def merge(fade: Fade | None = COSINE, recalibrate: bool = False, **settings: Any) -> Merge:
-    """Merging with these arguments of InMergeWrapper, fading out."""
+    """Returns the arm that merges with these arguments of InMergeWrapper, fading out."""
     return Merge(settings, fade, recalibrate=recalibrate)
 
 
@@ -85,7 +85,7 @@ ARCHITECTURES = ("vgg_small", "resnet18", "densenet121", "efficientnet_b0", "con
 
 
 def transient(methods: tuple[Method, ...]) -> tuple[Method, ...]:
-    """The same with every merge taken back before the step."""
+    """Returns the same arm with every merge undone before the step."""
     return tuple(
         replace(method, settings={**method.settings, "transient": True})
         if isinstance(method, Merge)
@@ -95,7 +95,7 @@ def transient(methods: tuple[Method, ...]) -> tuple[Method, ...]:
 
 
 def experiment(name: str, common: Mapping[str, Any], seeds: int, arms: list[str]) -> Iterator[Run]:
-    """The runs of one experiment, seed by seed, so that a stopped sweep is paired so far."""
+    """Returns the runs of one experiment, seed by seed, so that a stopped sweep stays paired."""
     for seed in range(seeds):
         if name == "study":
             for arm in arms or ARMS:
@@ -122,7 +122,7 @@ def experiment(name: str, common: Mapping[str, Any], seeds: int, arms: list[str]
 
 
 def with_border(data: Images, width: int) -> Images:
-    """Mirrors a border, for networks that halve the image more often than 28 px allow."""
+    """Pads by reflection, for networks that halve the image more often than 28 px allow."""
     parts = {
         part: (F.pad(x.float(), [width] * 4, mode="reflect").byte(), labels)
         for part, (x, labels) in data.parts.items()

@@ -26,13 +26,13 @@ def augment(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor
 
 
 def flips(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirrors half of the images, left to right."""
+    """Flips half of the images horizontally."""
     mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
     return torch.where(mirrored.to(images.device), images.flip(3), images)
 
 
 def of_torchvision(transform: v2.Transform) -> Callable[[Tensor, torch.Generator], Tensor]:
-    """Flips, and then a transform that torchvision draws for each image.
+    """Returns flips followed by a torchvision transform, drawn for each image.
 
     Its draws come from the global generator, which is seeded for the batch and then restored: how
     often a method draws from it changes no image.

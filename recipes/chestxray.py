@@ -210,12 +210,12 @@ class Progress:
 
 
 def saved_epochs(folder: Path) -> list[Path]:
-    """The states that were saved whole, the newest last."""
+    """Returns the states that were saved completely, the newest last."""
     return sorted(folder.glob("epoch-*"))
 
 
 def save(accelerator: Accelerator, folder: Path, epoch: int) -> None:
-    """Saves the state of an epoch whole or not at all; the one before goes only then."""
+    """Saves the state of an epoch atomically, then deletes the previous one."""
     draft = folder / "draft"
     if accelerator.is_main_process:
         shutil.rmtree(draft, ignore_errors=True)
@@ -239,7 +239,7 @@ def keep_state(accelerator: Accelerator, states: Path, folder: Path) -> None:
 
 
 def go_back(accelerator: Accelerator, progress: Progress, folder: Path) -> None:
-    """Loads a kept state, but not how far the run is."""
+    """Loads a kept state, but not the progress of the run."""
     so_far = progress.state_dict()
     accelerator.load_state(str(folder))
     progress.load_state_dict(so_far)
@@ -269,7 +269,7 @@ def check_same_run(saved: Path, run: dict[str, str]) -> None:
 def predict(
     accelerator: Accelerator, model: nn.Module, loader: DataLoader, standardise: Standardised
 ) -> tuple[Tensor, Tensor]:
-    """Logits and labels of a whole part, on every process."""
+    """Returns the logits and labels of a whole part, on every process."""
     outputs = []
     with evaluating(model):
         for images, labels in loader:
@@ -280,7 +280,7 @@ def predict(
 
 
 def aurocs(logits: Tensor, labels: Tensor) -> AUROCs:
-    """AUROC of each finding; None where the part has no positive or no negative image."""
+    """Returns the AUROC of each finding; None where a part lacks positives or negatives."""
     values: AUROCs = {}
     for column, finding in enumerate(FINDINGS):
         target = labels[:, column].numpy()
@@ -290,13 +290,13 @@ def aurocs(logits: Tensor, labels: Tensor) -> AUROCs:
 
 
 def mean_of(values: AUROCs) -> float | None:
-    """Mean over the findings that have an AUROC."""
+    """Returns the mean over the findings that have an AUROC."""
     known = [value for value in values.values() if value is not None]
     return sum(known) / len(known) if known else None
 
 
 def print_tables(test_images: int, official: bool, rows: dict[str, AUROCs]) -> None:
-    """The AUROC of this run's networks, and the published ones beside or, if need be, apart."""
+    """Prints the AUROC of this run's networks and the published ones, apart if not comparable."""
     from rich.console import Console
     from rich.table import Table
 

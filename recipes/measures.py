@@ -43,7 +43,7 @@ class Exam:
 
 
 def thin(labels: Tensor, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """At most about ``count`` rows, the rare classes whole, and how many rows each stands for.
+    """Keeps about ``count`` rows, rare classes complete; returns also the weight of each row.
 
     Multi-label rows have no one class: of these a random ``count``.
     """
@@ -61,7 +61,7 @@ def thin(labels: Tensor, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def make_exam(data: Images, part: str, count: int, severities: tuple[int, ...]) -> Exam:
-    """The part thinned to ``count`` images, clean and under every corruption of FAMILIES."""
+    """Returns ``count`` images of a part, clean and under every corruption of FAMILIES."""
     images, labels = data.parts[part]
     rows, weights = thin(labels, count)
     pixels = {"clean": images[rows]}
@@ -73,7 +73,7 @@ def make_exam(data: Images, part: str, count: int, severities: tuple[int, ...]) 
 
 
 def negative_log_likelihood(logits: Tensor, labels: Tensor, weights: Tensor, task: str) -> float:
-    """In nats an image; of a multi-label task the mean over the labels."""
+    """Returns the loss in nats per image; the mean over the labels of a multi-label task."""
     if task == "multilabel":
         losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
     else:
@@ -82,7 +82,7 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor, weights: Tensor, tas
 
 
 def fit_temperature(logits: Tensor, labels: Tensor, weights: Tensor, task: str) -> float:
-    """What the logits are divided by so that they are likeliest (temperature scaling)."""
+    """Fits the temperature that maximises the likelihood of the labels (temperature scaling)."""
     found = minimize_scalar(
         lambda log: negative_log_likelihood(logits / 2.0**log, labels, weights, task),
         bounds=(-4, 6),
@@ -94,7 +94,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, weights: Tensor, task: str) 
 def score(
     logits: Tensor, labels: Tensor, weights: Tensor, task: str, temperature: float
 ) -> dict[str, float]:
-    """METRICS of one set of images; what is undefined is absent."""
+    """Returns METRICS of one set of images; undefined ones are absent."""
     values: dict[str, float] = {}
     for prefix, scaled in (("", logits), ("scaled_", logits / temperature)):
         probabilities = scaled.sigmoid() if task == "multilabel" else scaled.softmax(1)
@@ -110,7 +110,7 @@ def score(
 def examine(
     network: nn.Module, exams: Mapping[str, Exam], normalise: Normalised, task: str
 ) -> dict[str, Any]:
-    """METRICS of each exam and condition, and the temperature fitted on ``validation``, clean.
+    """Returns METRICS of each exam and condition, and the temperature fitted on ``validation``.
 
     The network is left in another memory format.
     """
@@ -135,7 +135,7 @@ def examine(
 
 
 def by_family(rows: Mapping[str, Mapping[str, float]], metric: str) -> dict[str, float]:
-    """A metric clean, for each family, and ``corrupted``, the mean over the families."""
+    """Returns a metric clean, for each family, and ``corrupted``, the mean over the families."""
     of_family = {
         family: mean(row[metric] for name, row in rows.items() if name.partition("/")[0] in names)
         for family, names in FAMILIES.items()

@@ -182,7 +182,7 @@ def train(
 
 
 def compare(dataset: str, runs: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
-    """Heads and rows of the table: mean and standard deviation over seeds, paired difference."""
+    """Returns heads and rows of the table: mean and SD over seeds, paired difference."""
     lines = [["images", "metric", *runs]]
     if len(runs) == 2:
         lines[0].append("difference (95% interval)")

@@ -22,7 +22,7 @@ _ELSEWHERE |= {"seed", "inspect_every", "check_replicas_every", "compiled", "eng
 
 
 def add_merging_arguments(parser: argparse.ArgumentParser, *, optional: bool = True) -> None:
-    """The settings of merging, each with its symbol in the paper (arXiv 2502.20516).
+    """Adds the merging options, each with its symbol in the paper (arXiv 2502.20516).
 
     They are None until ``parse_run`` fills them in, which can tell that way what was given. A
     recipe that always merges is not ``optional``: it offers no ``--no-merge``.
@@ -93,14 +93,14 @@ def parse_run(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def paper_settings() -> dict[str, Any]:
-    """The defaults of InMergeWrapper, which are the paper's, and the decay of its schedule."""
+    """Returns the defaults of InMergeWrapper (the paper's) and the decay of its schedule."""
     parameters = inspect.signature(InMergeWrapper).parameters.values()
     settings = {p.name: p.default for p in parameters if p.name not in _ELSEWHERE}
     return settings | {"decay": Schedule().decay}
 
 
 def recommended_options() -> dict[str, Any]:
-    """What ``InMergeWrapper.recommended`` chooses, and the decay of its schedule."""
+    """Returns what ``InMergeWrapper.recommended`` chooses, and the decay of its schedule."""
     chosen = recommended_settings(total_steps=1)
     decay = chosen.pop("schedule").decay
     return paper_settings() | chosen | {"decay": decay}
@@ -109,7 +109,7 @@ def recommended_options() -> dict[str, Any]:
 def merging_settings(
     options: argparse.Namespace, total_steps: int, start: int = 0
 ) -> dict[str, Any]:
-    """The arguments of InMergeWrapper that are in force, merging from step ``start`` on.
+    """Returns the arguments of InMergeWrapper that are in force, merging from step ``start`` on.
 
     Merging that fades out ends a twentieth before the training does.
     """
@@ -123,7 +123,7 @@ def merging_settings(
 
 
 def threshold(text: str) -> float | ZScore | Quantile:
-    """``"0.3"`` -> the paper's fixed cosine, ``"z=2"`` and ``"top=0.5"`` -> what adapts to a layer.
+    """Parses ``"0.3"`` (a fixed cosine), ``"z=2"`` and ``"top=0.5"`` (relative to the layer).
 
     Raises:
         argparse.ArgumentTypeError: If it is none of these, or out of range.
@@ -140,5 +140,5 @@ def threshold(text: str) -> float | ZScore | Quantile:
 
 
 def layers_or_share(text: str) -> int | float:
-    """``"10"`` -> 10 layers, ``"0.5"`` -> half of the depth."""
+    """Parses ``"10"`` (10 layers) and ``"0.5"`` (half of the depth)."""
     return int(text) if text.isdigit() else float(text)

@@ -48,20 +48,20 @@ class Follower:
     """What a method does, and remembers, in the course of one training."""
 
     def before_epoch(self, epoch: int) -> None:
-        """Epochs count from 0."""
+        """Runs before or after an epoch; epochs count from 0."""
 
     def after_step(self, step: int) -> None:
-        """Steps count from 0 over the whole training."""
+        """Runs after each step; steps count from 0 over the whole training."""
 
     def after_epoch(self, epoch: int) -> None:
-        """Epochs count from 0."""
+        """Runs before or after an epoch; epochs count from 0."""
 
     def finish(self, network: nn.Module, images: Callable[[], Iterable[Tensor]]) -> nn.Module:
-        """The network to test, given the trained one and all training images as it takes them."""
+        """Returns the network to test, given the trained one and all training images."""
         return network
 
     def seen(self) -> dict[str, Any]:
-        """What goes into the result of the run."""
+        """Returns what is recorded in the result of the run."""
         return {}
 
 
@@ -71,25 +71,25 @@ class Method:
     name: ClassVar[str]
 
     def network_settings(self) -> dict[str, Any]:
-        """Further arguments of ``timm.create_model``."""
+        """Returns further arguments of ``timm.create_model``."""
         return {}
 
     def wrap(self, network: nn.Module, total_steps: int, seed: int) -> nn.Module:
-        """What is trained in the place of the network."""
+        """Returns the module that is trained in place of the network."""
         return network
 
     def batch(
         self, inputs: Tensor, targets: Tensor, classes: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """A batch as it is trained on; targets are class indices, or shares (N, classes)."""
+        """Returns the batch to train on; targets are class indices, or shares (N, classes)."""
         return inputs, targets
 
     def gradient(self, network: nn.Module, backward: Callable[[], None]) -> None:
-        """Leaves a gradient; each call of ``backward`` is a pass that the budget counts."""
+        """Computes the gradient; each call of ``backward`` is a pass that the budget counts."""
         backward()
 
     def falling_epochs(self, epochs: int) -> int:
-        """Of so many epochs the first, over which the learning rate runs its cycle."""
+        """Returns the number of epochs over which the learning rate is annealed."""
         return epochs
 
     def follow(self, training: Training) -> Follower:
@@ -97,7 +97,7 @@ class Method:
         return Follower()
 
     def to_dict(self) -> Any:
-        """The settings, for the results file."""
+        """Returns the settings, for the results file."""
         return asdict(self)  # type: ignore[call-overload]
 
 
@@ -113,7 +113,7 @@ class Fade:
     anneals: Literal["probability", "strength"] = "probability"
 
     def schedule(self, total_steps: int) -> Schedule:
-        """For a training of so many steps."""
+        """Returns the schedule for a training run of so many steps."""
         start = round(self.start * total_steps)
         return Schedule(start=start, end=total_steps, decay=self.decay, anneals=self.anneals)
 
@@ -325,7 +325,7 @@ class SAM(Method):
 
 @contextmanager
 def climbed(network: nn.Module, rho: float) -> Iterator[None]:
-    """The weights moved by ``rho`` up their gradient, which is forgotten.
+    """Moves the weights by ``rho`` along their gradient, and clears it.
 
     BatchNorm's running statistics stay as they are meanwhile: they belong to the weights in use.
     """

@@ -59,7 +59,7 @@ class Part:
 
 
 def read_release(root: Path, seed: int) -> dict[str, Part]:
-    """The three parts of the NIH release.
+    """Returns the three parts of the NIH release.
 
     Raises:
         SystemExit: With one clear line, if something is missing or a patient is in two parts.
@@ -91,7 +91,7 @@ def read_release(root: Path, seed: int) -> dict[str, Part]:
 
 
 def split(patients: dict[str, list[str]], seed: int) -> dict[str, tuple[str, list[int]]]:
-    """Part -> source and its rows: a source ``train_val`` is split by patient, others stay whole.
+    """Maps each part to its source and rows; a source ``train_val`` is split by patient.
 
     Raises:
         SystemExit: If a part is empty or a patient stands in two of them.
@@ -121,7 +121,7 @@ def split(patients: dict[str, list[str]], seed: int) -> dict[str, tuple[str, lis
 
 
 def label_matrix(names: Sequence[str], findings: Sequence[Sequence[str]]) -> Tensor:
-    """0 and 1 of shape (N, 14) from the names of the findings."""
+    """Returns a matrix of 0 and 1, shape (N, 14), from the names of the findings."""
     for name, found in zip(names, findings, strict=True):
         unknown = {*found} - {*FINDINGS, "No Finding"}
         if unknown:
@@ -133,7 +133,7 @@ def label_matrix(names: Sequence[str], findings: Sequence[Sequence[str]]) -> Ten
 
 
 def read_dataset(name: str, revision: str | None, seed: int) -> dict[str, Part]:
-    """The three parts of a data set of the hub, or of a folder of parquet files or images.
+    """Returns the three parts of a data set of the hub, or of a folder of parquet files or images.
 
     ``datasets`` copies it once into its own cache and maps those Arrow files into memory; only
     labels and patients are read here.
@@ -237,12 +237,12 @@ class Columns:
 
 
 def resized_side(size: int) -> int:
-    """The side from which ``size`` is cropped, as 224 of 256."""
+    """Returns the side that images are resized to before the crop, as 256 for 224."""
     return round(size * 256 / 224)
 
 
 def grey_square(image: Path | Image.Image | np.ndarray, side: int) -> Tensor:
-    """uint8 (1, side, side). NIH images are square; of others the middle of the long side stays."""
+    """Returns uint8 (1, side, side); images that are not square are centre-cropped."""
     if isinstance(image, np.ndarray):
         return torch.from_numpy(image.copy()).unsqueeze(0)  # the map itself is read-only
     with Image.open(image) if isinstance(image, Path) else image as opened:
@@ -267,7 +267,7 @@ class Radiographs(Dataset):
 
 
 def in_memory(parts: dict[str, Part], size: int) -> Images:
-    """All parts as ``Images``, for a release of few images: the centre crop, read once."""
+    """Returns all parts as ``Images``, centre-cropped and read once, for a small release."""
     read = {}
     for name, part in parts.items():
         radiographs = Radiographs(part, size, resized_side(size), train=False)
@@ -289,7 +289,7 @@ class Standardised:
 
 
 def images_per_second(loader: DataLoader, batches: int) -> float:
-    """Speed of the loader alone, the start of its workers included."""
+    """Measures the speed of the loader alone, including the start of its workers."""
     began, count = time.perf_counter(), 0
     for _, (images, _labels) in zip(range(batches), loader, strict=False):
         count += len(images)
@@ -320,7 +320,7 @@ class Squares(Sequence[np.ndarray]):
 
 
 def cached(part: Part, path: Path, source: str, side: int, workers: int) -> Part:
-    """The part with its images from ``path``, which is written if it holds no or other images.
+    """Returns the part with its images from ``path``, written first if it does not match.
 
     A ``.json`` beside it says what it holds. Images that changed under the same name and source
     are not noticed: delete the cache after such a change.
@@ -344,7 +344,7 @@ def cached(part: Part, path: Path, source: str, side: int, workers: int) -> Part
 
 
 def write_squares(squares: Radiographs, path: Path, workers: int) -> None:
-    """Decodes and resizes every image once, into a file that is written whole or not at all."""
+    """Decodes and resizes every image once, into a file that is written atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".draft-")
     try:

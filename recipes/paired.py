@@ -70,7 +70,7 @@ Key = tuple[str, str, str, str]  # setting or POOLED, arm, measure, where
 
 
 def read(folder: Path) -> dict[Setting, Runs]:
-    """The runs of a folder.
+    """Reads the runs of a folder.
 
     Raises:
         SystemExit: If there is none, two of the same arm and seed in a setting, or two of a setting
@@ -100,7 +100,7 @@ def read(folder: Path) -> dict[Setting, Runs]:
 
 
 def temperature_scaled(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The same run as if its logits had been divided by the temperature fitted on validation.
+    """Returns the run with its logits divided by the temperature fitted on validation.
 
     Its decisions are those of the run; the AUROC, which may change a little, is left out.
     """
@@ -119,7 +119,7 @@ def temperature_scaled(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def values(result: Mapping[str, Any], part: str) -> dict[tuple[str, str], float]:
-    """Every measure of one run on a part, clean, corrupted and by family.
+    """Returns every measure of one run on a part: clean, corrupted and by family.
 
     ``retained`` is the share of the clean balanced accuracy that is left under corruption.
     """
@@ -138,7 +138,7 @@ def values(result: Mapping[str, Any], part: str) -> dict[tuple[str, str], float]
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """The mean of first - second over pairs."""
+    """Returns the mean of first - second over pairs."""
     differences = [a - b for a, b in zip(first, second, strict=True)]
     n, center = len(differences), mean(differences)
     if n < 2:
@@ -156,7 +156,7 @@ def _with_interval(center: float, n: int, sd: float, error: float, freedom: floa
 
 
 def pool(parts: Sequence[Difference]) -> Difference:
-    """The mean over data sets, each counting alike, for these data sets and no others.
+    """Returns the mean over these data sets, equally weighted.
 
     Its error comes from the scatter over seeds within each; degrees of freedom after Welch and
     Satterthwaite. ``sd`` is that of one pair on every data set.
@@ -176,7 +176,7 @@ def pool(parts: Sequence[Difference]) -> Difference:
 
 
 def compare(settings: Mapping[Setting, Runs], baseline: str, part: str) -> dict[Key, Difference]:
-    """Every arm minus the baseline, by setting and, where there are several sets, pooled.
+    """Returns every arm minus the baseline, by setting and, for several data sets, pooled.
 
     What is pooled, ``pools`` says. The p-values of a setting, measure and kind of images are
     adjusted for the number of arms.
@@ -207,7 +207,7 @@ def compare(settings: Mapping[Setting, Runs], baseline: str, part: str) -> dict[
 
 
 def pools(settings: Iterable[Setting]) -> dict[str, list[str]]:
-    """What is pooled, each under its name: settings that differ in their data set alone.
+    """Returns named groups of settings that differ only in their data set, to be pooled.
 
     The data sets of the confirmation are a pool of their own, since nothing was chosen on them.
     """
@@ -221,7 +221,7 @@ def pools(settings: Iterable[Setting]) -> dict[str, list[str]]:
 
 
 def adjust(found: Mapping[Key, Difference]) -> dict[Key, Difference]:
-    """With p-values adjusted over the arms of each setting, measure and kind of images.
+    """Adjusts p-values over the arms of each setting, measure and kind of images.
 
     Benjamini and Hochberg's, which hold the share of false discoveries.
     """
@@ -239,7 +239,7 @@ def adjust(found: Mapping[Key, Difference]) -> dict[Key, Difference]:
 
 @cache
 def pairs_needed(sd: float, effect: float = 0.01, power: float = 0.8) -> int | None:
-    """Pairs with which a paired t test at 5%, two-sided, finds an effect with this probability.
+    """Returns how many pairs a two-sided paired t test at 5% needs for this power.
 
     None where more than 10,000 would be needed.
     """

@@ -15,7 +15,7 @@ MEAN = STD = (0.5, 0.5, 0.5)  # of the pixels in [0, 1] that it was trained on
 
 
 def weights_file() -> Path:
-    """The file of weights in the installed package.
+    """Returns the file of weights in the installed package.
 
     Raises:
         SystemExit: If the package is not installed or holds no such file.
@@ -36,7 +36,7 @@ def weights_file() -> Path:
 
 
 def package_state(path: Path | None = None) -> dict[str, Tensor]:
-    """The package's weights under timm's names.
+    """Returns the package's weights under timm's names.
 
     The two implementations name their tensors differently and list them in the same order, so they
     are matched by place, and each shape is checked.

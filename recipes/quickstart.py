@@ -56,7 +56,7 @@ add_merging_arguments(parser, optional=False)
 def train(
     accelerator: Accelerator, data: Images, options: argparse.Namespace, *, merge: bool
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """The trained model, with merging its wrapper, and what it came to."""
+    """Trains a model; returns it (wrapped, if it merges) and its results."""
     set_seed(options.seed)
     network = timm.create_model(options.arch, num_classes=10, in_chans=1)
     normalise = Normalised(data, accelerator.device)

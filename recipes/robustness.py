@@ -99,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def group_models(entries: list[str], baseline: str | None) -> dict[str, list[Path]]:
-    """Paths by label, the baseline first."""
+    """Groups paths by label, the baseline first."""
     groups: dict[str, list[Path]] = {}
     for entry in entries:
         label, found, path = entry.partition("=")
@@ -116,7 +116,7 @@ def group_models(entries: list[str], baseline: str | None) -> dict[str, list[Pat
 
 
 def read_test_part(arguments: argparse.Namespace) -> Images:
-    """The test part alone: pixels in [0, 1], labels as the metrics take them."""
+    """Reads the test part: pixels in [0, 1], labels as the metrics take them."""
     own = Path(arguments.data)
     if own.exists() and arguments.data not in (*DATASET_PRESETS, "digits"):
         data = read_own_images(own, arguments)
@@ -129,7 +129,7 @@ def read_test_part(arguments: argparse.Namespace) -> Images:
 
 
 def read_own_images(place: Path, arguments: argparse.Namespace) -> Images:
-    """The test part of a folder or a split, read as the first model that says so was trained."""
+    """Reads the test part of a folder or split with the preprocessing of the first model."""
     stored = [Path(entry.partition("=")[2]) / "preparation.json" for entry in arguments.models]
     described = [json.loads(path.read_text()) for path in stored if path.is_file()]
     if any(entry != described[0] for entry in described):
@@ -145,7 +145,7 @@ def read_own_images(place: Path, arguments: argparse.Namespace) -> Images:
 
 
 def choose_task(data: Images, num_classes: int | None) -> tuple[str, int]:
-    """Task and number of outputs, from the data set and what the user said."""
+    """Returns task and number of outputs, from the data set and the options."""
     classes = num_classes or len(data.classes)
     if data.task == "multilabel":
         return "multilabel", classes
@@ -156,7 +156,7 @@ def choose_task(data: Images, num_classes: int | None) -> tuple[str, int]:
 
 
 def load_model(path: Path, arch: str, num_classes: int, in_channels: int) -> torch.nn.Module:
-    """Plain weights into a plain network of timm or torchvision."""
+    """Loads plain weights into a network of timm or torchvision."""
     if path.is_dir():
         return timm.create_model(f"local-dir:{path}", pretrained=True)
     if arch.startswith("torchvision:"):
@@ -171,7 +171,7 @@ def load_model(path: Path, arch: str, num_classes: int, in_channels: int) -> tor
 
 
 def preparation(path: Path, arguments: argparse.Namespace) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation that a model was trained with: no default could be right."""
+    """Returns the mean and standard deviation that a model was trained with."""
     config = json.loads((path / "config.json").read_text()) if path.is_dir() else {}
     stored = config.get("pretrained_cfg", {})
     mean, std = arguments.mean or stored.get("mean"), arguments.std or stored.get("std")
@@ -181,7 +181,7 @@ def preparation(path: Path, arguments: argparse.Namespace) -> tuple[list[float],
 
 
 def make_normalise(model: torch.nn.Module, mean: list[float], std: list[float]):
-    """Pixels to what the model was trained on; grey is repeated for a network of three channels."""
+    """Returns a function that normalises pixels, repeating grey for a three-channel network."""
     stem = next(module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
     centre, scale = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
 
@@ -202,7 +202,7 @@ def evaluate_all(
     preset: str | list[str],
     console: Console,
 ) -> dict[str, list[RobustnessResult]]:
-    """Every model of every label, each relative to the baseline of the same seed."""
+    """Evaluates every model of every label, relative to the baseline of the same seed."""
     task, num_classes = choose_task(data, arguments.num_classes)
     images, _ = data.parts["test"]
     loader = DataLoader(TensorDataset(*data.parts["test"]), batch_size=arguments.batch_size)
@@ -235,7 +235,7 @@ def evaluate_all(
 def summarise(
     results: list[RobustnessResult], metric: str, corruption: str, severity: int | str | None = None
 ) -> tuple[float, float, float] | None:
-    """Value and interval: of the bootstrap for one run, mean and standard deviation of several."""
+    """Returns value and interval: bootstrap for one run, mean and SD for several."""
     rows = [result.row(corruption, severity) for result in results]
     values = [row[metric] for row in rows if metric in row]
     if not values:
@@ -305,7 +305,7 @@ def print_tables(results: dict[str, list[RobustnessResult]], console: Console) -
 
 
 def compare_seeds(results: dict[str, list[RobustnessResult]]) -> list[dict]:
-    """Every label minus the baseline, paired over the seeds."""
+    """Compares every label with the baseline, paired over the seeds."""
     baseline, *others = results
     comparisons = []
     for label in others:
@@ -342,7 +342,7 @@ def pretty(name: str) -> str:
 
 
 def draw_curves(results: dict[str, list[RobustnessResult]], path: Path) -> None:
-    """Balanced error over severity, one panel per corruption."""
+    """Draws balanced error over severity, one panel per corruption."""
     settings = next(iter(results.values()))[0].settings
     names, levels = settings["corruptions"], [0, *settings["severities"]]
     # The width that leaves the fewest places empty.
@@ -396,7 +396,7 @@ def draw_curves(results: dict[str, list[RobustnessResult]], path: Path) -> None:
 
 
 def draw_ratios(results: dict[str, list[RobustnessResult]], path: Path) -> None:
-    """rBE of every corruption, one bar per model but the baseline.
+    """Draws rBE of every corruption, one bar per model except the baseline.
 
     A bar is pale where the ratio has no interval: the baseline's own loss cannot be told from none.
     """
@@ -451,7 +451,7 @@ def draw_ratios(results: dict[str, list[RobustnessResult]], path: Path) -> None:
 def draw_contact_sheet(
     image: torch.Tensor, names: list[str], levels: list[int], seed: int, index: int, path: Path
 ) -> None:
-    """One picture under every corruption and severity; two blocks of rows where there are many."""
+    """Draws one image under every corruption and severity; in two blocks where there are many."""
     tile, gap = max(image.shape[-1], 56), 3
     blocks = 1 if len(names) <= 8 else 2
     per_block = -(-len(names) // blocks)

@@ -19,7 +19,7 @@ from tracking import tracking
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """What ``start`` reads, besides ``--out``."""
+    """Adds the arguments that ``start`` reads, besides ``--out``."""
     parser.add_argument(
         "--tracker",
         choices=["tensorboard", "wandb", "trackio", "jsonl"],
@@ -34,7 +34,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def make_accelerator(**settings: Any) -> Accelerator:
-    """An Accelerator that also joins the processes of a machine without an accelerator.
+    """Creates an Accelerator that also works across processes of a CPU-only machine.
 
     Without ``cpu``, ``torchrun --nproc_per_node 2`` on such a machine would train two networks.
     """
@@ -43,7 +43,7 @@ def make_accelerator(**settings: Any) -> Accelerator:
 
 
 def start(options: argparse.Namespace, project: str, **settings: Any) -> Accelerator:
-    """The accelerator of a run with the arguments of ``add_run_arguments``, its tracker started."""
+    """Creates the accelerator of a run and starts its tracker."""
     if options.deterministic:
         # cuBLAS reads it once, when CUDA starts; without it deterministic kernels are refused.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -54,7 +54,7 @@ def start(options: argparse.Namespace, project: str, **settings: Any) -> Acceler
 
 @contextmanager
 def one_line_if_out_of_memory() -> Iterator[None]:
-    """Ends a run whose memory is too small with a line that helps, instead of a traceback."""
+    """Replaces the traceback of an out-of-memory error with a one-line remedy."""
     try:
         yield
     except RuntimeError as error:
@@ -65,12 +65,12 @@ def one_line_if_out_of_memory() -> Iterator[None]:
 
 
 def loss_of(task: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """Cross-entropy, or its binary form for each finding of a multi-label task."""
+    """Returns cross-entropy, or binary cross-entropy over the labels of a multi-label task."""
     return F.binary_cross_entropy_with_logits if task == "multilabel" else F.cross_entropy
 
 
 def per_process(batch_size: int, processes: int) -> int:
-    """What each process takes of a batch.
+    """Returns the batch size of each process.
 
     Raises:
         SystemExit: If the batch cannot be divided evenly.
@@ -84,7 +84,7 @@ def per_process(batch_size: int, processes: int) -> int:
 
 
 def batches(accelerator: Accelerator, count: int, batch_size: int, seed: int) -> DataLoader:
-    """Shuffled indices of the training images, each batch split over the processes."""
+    """Yields shuffled indices of the training images, each batch split over the processes."""
     generator = torch.Generator().manual_seed(seed)
     loader = DataLoader(
         TensorDataset(torch.arange(count)),

@@ -18,7 +18,7 @@ LITE0 = "efficientnet-lite0"
 def start_network(
     arch: str | None, weights: str, *, num_classes: int, channels: int
 ) -> tuple[nn.Module, list[float] | None, list[float] | None]:
-    """A timm network with a new head.
+    """Creates a timm network with a new head.
 
     Args:
         arch: A timm CNN; resnet18, or that of the weights, if None.

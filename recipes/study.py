@@ -86,7 +86,7 @@ FADING = Fade(decay="cosine", anneals="strength")
 
 
 def transient(**settings: Any) -> tuple[Method, ...]:
-    """All kernels of all layers merged for the gradient alone, ever less strongly."""
+    """Returns arms that merge all kernels of all layers for the gradient only, fading out."""
     return (Merge({**EVERYWHERE, "transient": True, **settings}, FADING),)
 
 
@@ -111,7 +111,7 @@ STEPS_OF_THE_DIAL = (-0.3, -0.2, -0.1, 0.1, 0.2, 0.3)  # 1 - merge_weight: below
 
 
 def dial_arms() -> dict[str, tuple[Method, ...]]:
-    """Each kernel pushed away from, or pulled toward, its most similar one, its norm kept."""
+    """Returns arms that push each kernel from its most similar one, or pull it, at fixed norm."""
     arms = {}
     for step in STEPS_OF_THE_DIAL:
         settings = {**EVERYWHERE, "partner": "most_similar", "keep_norm": True}
@@ -129,7 +129,7 @@ PILOT = tuple(arm for arm in ARMS if arm not in dial_arms())
 
 
 def methods_of(arm: str) -> tuple[Method, ...]:
-    """The methods of an arm, or of several joined by " + ".
+    """Returns the methods of an arm, or of several joined by " + ".
 
     Raises:
         SystemExit: If there is no arm of a name.
@@ -144,7 +144,7 @@ def methods_of(arm: str) -> tuple[Method, ...]:
 def runs_of(
     regimes: Sequence[str], arms: Sequence[str], augmentations: Sequence[str], seeds: Sequence[int]
 ) -> Iterator[Run]:
-    """Seed by seed, so that what a stopped sweep has done is paired."""
+    """Returns the runs seed by seed, so that a stopped sweep stays paired."""
     for seed in seeds:
         for regime in map(REGIMES.__getitem__, regimes):
             for augmentation in augmentations:
@@ -171,13 +171,13 @@ def runs_of(
 
 
 def described(arms: Sequence[str]) -> dict[str, Any]:
-    """Each arm with all its settings, as it is written down."""
+    """Returns each arm with all its settings, as the file records it."""
     settings = {arm: {m.name: m.to_dict() for m in methods_of(arm)} for arm in arms}
     return json.loads(json.dumps(settings))  # as it will be read
 
 
 def freeze(arms: Sequence[str], path: Path) -> None:
-    """Writes the arms that the confirmation will train; what is frozen stays.
+    """Writes the arms that the confirmation will train; frozen arms are never changed.
 
     Raises:
         SystemExit: If the file exists.
@@ -189,7 +189,7 @@ def freeze(arms: Sequence[str], path: Path) -> None:
 
 
 def frozen_arms(path: Path) -> list[str]:
-    """The arms of the file.
+    """Reads the arms of the file.
 
     Raises:
         SystemExit: If it is missing, or this code would train other arms or regimes.
@@ -212,7 +212,7 @@ def frozen_arms(path: Path) -> list[str]:
 
 
 def load(regime: Regime, root: Path, chest_root: Path) -> Images:
-    """The regime's images as its network takes them."""
+    """Loads the images of the regime as its network takes them."""
     if regime.dataset == "chest":
         from nih import in_memory, read_release
 
@@ -224,7 +224,7 @@ def load(regime: Regime, root: Path, chest_root: Path) -> Images:
 
 
 def exams_of(regime: Regime, data: Images) -> dict[str, Exam]:
-    """Validation at the middle severity, since it only chooses; test mild, middle and severe."""
+    """Returns the exams: validation at middle severity; test mild, middle and severe."""
     return {
         "validation": make_exam(data, "val", regime.validation_images, (3,)),
         "test": make_exam(data, "test", regime.test_images, (1, 3, 5)),
@@ -248,7 +248,7 @@ PLANS = {  # command -> what it runs unless told otherwise
 
 
 def parse() -> argparse.Namespace:
-    """The command line, with what a command runs filled in."""
+    """Parses the command line and fills in the function that each command runs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -14,7 +14,7 @@ from training import Run
 
 
 def claim(path: Path) -> FileLock | None:
-    """The lock, held, of a run that nobody has done and nobody is at; None of any other.
+    """Acquires the lock of a run that is neither done nor in progress; None for any other.
 
     The system frees it when the process ends; the file that is left is no lock.
     """
@@ -38,7 +38,7 @@ def sweep(
     accelerator: Accelerator,
     carry_out: Callable[[Run], dict[str, Any]],
 ) -> None:
-    """Carries out the runs that are not in the folder yet, in their order, and prints a line each.
+    """Runs what is not in the folder yet, in order, and prints a line for each run.
 
     The processes of one launch do one run together; other launches that share the folder do other
     runs meanwhile.

@@ -22,14 +22,14 @@ class JsonLines(GeneralTracker):
         super().__init__()  # which looks for the attributes
 
     def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
-        """Appends, so that a resumed run continues its file."""
+        """Appends values to the file, so that a resumed run continues it."""
         self.tracker.parent.mkdir(parents=True, exist_ok=True)
         with open(self.tracker, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 
 def tracking(name: str | None, folder: Path) -> dict[str, Any]:
-    """The arguments of Accelerator for a tracker that writes into ``folder``.
+    """Returns the arguments of Accelerator for a tracker that writes into ``folder``.
 
     Raises:
         SystemExit: If its package is missing, where Accelerate would quietly track nothing.
@@ -44,7 +44,7 @@ def tracking(name: str | None, folder: Path) -> dict[str, Any]:
 
 
 def merged_share(model: nn.Module) -> dict[str, float]:
-    """For a tracker: share of the drawn pairs that merged so far; empty without merging.
+    """Returns the share of merged pairs for a tracker; empty without merging.
 
     Waits for the device, so it is for the end of an epoch, not for every step.
     """

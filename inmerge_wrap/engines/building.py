@@ -47,7 +47,7 @@ class Build:
             self._problem = str(error) or "the compiler failed"
 
     def wait(self, patience: float) -> str | None:
-        """Waits so many seconds at most; why there is no library, or None where there is one."""
+        """Waits at most ``seconds``; returns why there is no library, or None if there is one."""
         if self._process is not None and self.library is None:
             try:
                 self._process.wait(patience)
@@ -88,7 +88,7 @@ class Build:
         )
 
     def _is_cached(self) -> bool:
-        """Whether the library was there already; it is loaded then."""
+        """Loads the library if it is in the cache; returns whether it was."""
         if self._target is None or not self._target.exists():
             return False
         try:
@@ -113,7 +113,7 @@ class Build:
             self._clean()
 
     def _store(self) -> Path:
-        """Moves the library into the cache, if there is one; where it is now."""
+        """Moves the library into the cache, if there is one; returns its path."""
         if self._target is None:
             return self._made
         os.replace(self._made, self._target)
@@ -125,7 +125,7 @@ class Build:
         atexit.unregister(self._leave)
 
     def _leave(self) -> None:
-        """At the end of the process: what was made is for the next one, what hangs is ended."""
+        """At exit, keeps a finished library for the next process and ends a hung compiler."""
         if self._process is None or self.pid != os.getpid():
             return
         if self._process.poll() is None:
@@ -137,7 +137,7 @@ class Build:
 
 
 def cache_folder() -> Path | None:
-    """The user's own folder for compiled code, made if need be; None where there is none.
+    """Returns the user's cache folder for compiled code, created if needed; None without one.
 
     Nobody else may be able to write to it, for what lies there is loaded.
     """
@@ -155,14 +155,14 @@ def cache_folder() -> Path | None:
 
 
 def _fingerprint(command: list[str], program: str) -> str:
-    """A name for what the compiler makes here of the source."""
+    """Returns a name that identifies the compiled library: source, compiler, and processor."""
     status = os.stat(program)
     parts = [*command, program, status.st_size, status.st_mtime_ns, sys.platform, _processor()]
     return hashlib.sha256(_SOURCE.read_bytes() + repr(parts).encode()).hexdigest()[:24]
 
 
 def _processor() -> str:
-    """The kind of processor, for which ``-march=native`` compiles."""
+    """Returns the kind of processor, for which ``-march=native`` compiles."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

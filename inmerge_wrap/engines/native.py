@@ -71,7 +71,7 @@ _decision: list[str | None] = []  # what was said to those who do not insist: it
 
 
 def prepare() -> None:
-    """Begins to compile, unless that is done."""
+    """Starts compiling, unless that is done already."""
     global _build
     if _build is None or (_build.pid != os.getpid() and _build.library is None):
         _build = Build()
@@ -79,7 +79,7 @@ def prepare() -> None:
 
 
 def problem(*, insist: bool = False) -> str | None:
-    """Why native code cannot be used in this process; None where it can.
+    """Returns why native code cannot be used in this process; None if it can.
 
     Args:
         insist: Wait for the compiler for minutes. Otherwise for two seconds, once; a run that
@@ -98,7 +98,7 @@ def problem(*, insist: bool = False) -> str | None:
 
 
 def library() -> ctypes.CDLL:
-    """The compiled ``native.cpp``.
+    """Returns the compiled ``native.cpp``.
 
     Raises:
         RuntimeError: If there is none, see :func:`problem`.
@@ -113,7 +113,7 @@ def library() -> ctypes.CDLL:
 
 @cache
 def _declared(made: ctypes.CDLL) -> ctypes.CDLL:
-    """Says once what each function takes, so that each call may be given plain numbers."""
+    """Declares the argument types of each function once, so that calls can pass plain numbers."""
     made.mix_seeds.argtypes = [_PLACE, _WHOLE, ctypes.c_uint64, ctypes.c_uint64, _PLACE]
     made.draw_layers.argtypes = [*[_PLACE] * 3, _WHOLE, ctypes.c_float, _PLACE, _WHOLE, _PLACE]
     made.put_back.argtypes = [_PLACE, _WHOLE, *[_PLACE] * 4, _WHOLE, _COUNT]
@@ -130,7 +130,7 @@ def _declared(made: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def takes(store: Store) -> bool:
-    """Whether the kernels of a store can be read where they are, on a CPU."""
+    """Returns whether the kernels of a store can be read where they are, on a CPU."""
     weight = store.rows_in_memory
     # Subclasses (shards, quantised and fake tensors) may have no memory of their own.
     return (
@@ -144,7 +144,7 @@ def takes(store: Store) -> bool:
 
 
 def makes(change: Change) -> bool:
-    """Whether native code computes a kind of change: the paper's blend alone."""
+    """Returns whether native code computes a kind of change: the paper's blend alone."""
     return (
         isinstance(change, Blend)
         and isinstance(change.merge_weight, float | int)
@@ -153,7 +153,7 @@ def makes(change: Change) -> bool:
 
 
 def batches(stores: Sequence[Store]) -> list[list[int]]:
-    """All layers of one dtype together, but for those that share memory."""
+    """Groups all layers of one dtype, except those that share memory."""
     found: dict[torch.dtype, list[int]] = {}
     alone, end = [], 0
     for place in sorted(range(len(stores)), key=lambda n: stores[n].weight.data_ptr()):
@@ -170,7 +170,7 @@ def batches(stores: Sequence[Store]) -> list[list[int]]:
 
 
 def draw(layers: Layers, probability: float, seed: int, step: int) -> Pairs:
-    """The pairs that some layers draw in a step, see :func:`inmerge_wrap.merge_pass.draw_step`."""
+    """Draws the pairs of some layers; see :func:`inmerge_wrap.merge_pass.draw_step`."""
     counts, sizes, streams, seeds = layers.fact("draws", _draw_columns)
     library().mix_seeds(streams, len(streams), seed, step, seeds)
     table, lengths = draw_layers(counts, sizes, probability, seeds)
@@ -178,7 +178,7 @@ def draw(layers: Layers, probability: float, seed: int, step: int) -> Pairs:
 
 
 def _draw_columns(layers: Layers) -> tuple[Any, ...]:
-    """Kernels, group sizes and streams of the layers, and a place for their seeds."""
+    """Returns kernel counts, group sizes and streams of layers, and a buffer for their seeds."""
     sites = [layer.site for layer in layers]
     array = _WHOLE * len(sites)
     return (
@@ -195,7 +195,7 @@ def draw_layers(
     probability: float,
     seeds: Sequence[int],
 ) -> tuple[Tensor, list[int]]:
-    """The same draws as those of :func:`inmerge_wrap.merging.draw_layers`."""
+    """Draws exactly what :func:`inmerge_wrap.merging.draw_layers` draws."""
     if not _draws_like_torch():
         return merging.draw_layers(num_kernels, group_sizes, probability, seeds)
     return _draw([num_kernels, group_sizes, seeds], probability)
@@ -203,7 +203,7 @@ def draw_layers(
 
 @cache
 def _draws_like_torch() -> bool:
-    """Whether PyTorch's generator is still the one that ``native.cpp`` follows."""
+    """Returns whether PyTorch's generator is still the one that ``native.cpp`` follows."""
     kernels, sizes, seeds = [64, 640], [32, 640], [1, 2**32 - 1]
     ours, _ = _draw([kernels, sizes, seeds], 0.5)
     return torch.equal(ours, merging.draw_layers(kernels, sizes, 0.5, seeds)[0])
@@ -225,7 +225,7 @@ def _draw(columns: Sequence[Sequence[int]], probability: float) -> tuple[Tensor,
 
 
 def cosines(stores: Sequence[Store], pairs: Pairs, centred: Sequence[bool]) -> Tensor:
-    """Cosine of each pair, see :func:`inmerge_wrap.merging.pair_cosines`.
+    """Returns the cosine of each pair, see :func:`inmerge_wrap.merging.pair_cosines`.
 
     Args:
         stores: Of one dtype, without common memory; see :func:`batches`.
@@ -277,7 +277,7 @@ def change_(stores: Sequence[Store], pairs: Pairs, changed: Tensor | None, chang
 
 
 def _table(stores: Sequence[Store], centred: Sequence[bool] | None = None) -> Tensor:
-    """An array of ``struct Layer``, see ``native.cpp``, without bounds."""
+    """Returns an array of ``struct Layer``, see ``native.cpp``, without bounds."""
     weights = [store.weight for store in stores]
     rows = [
         (weight.data_ptr(), len(weight), weight.numel() // len(weight), mean, 0)
@@ -298,7 +298,7 @@ class _Columns:
 
 
 def _note_writes(weights: Sequence[Tensor]) -> None:
-    """As PyTorch does where it writes, so that a backward pass over old weights is refused."""
+    """Bumps version counters as PyTorch does, so that autograd detects the in-place write."""
     torch.autograd.graph.increment_version(weights)
 
 
@@ -376,7 +376,7 @@ class _Table:
         self.spare: Tensor | None = None  # for kernels to keep, so that no step asks for memory
 
     def aim(self, threshold: Threshold) -> tuple[int, float]:
-        """Writes the bound of each layer; how ``merge`` decides, and at which quantile."""
+        """Writes the bound of each layer; returns the rule that ``merge`` applies and its quantile."""
         if isinstance(threshold, Quantile):
             return _QUANTILE, 1.0 - threshold.share
         if threshold != self._threshold:
@@ -388,7 +388,7 @@ class _Table:
         return _BOUND, 0.0
 
     def room_for(self, lengths: Sequence[int]) -> Tensor:
-        """Memory for so many kernels of each layer."""
+        """Allocates memory for a number of kernels of each layer."""
         entries = sum(map(mul, lengths, self._fan_ins))
         room, self.spare = self.spare, None
         if room is None or len(room) < entries:
@@ -418,7 +418,7 @@ class KeptRows:
         return [layer.module for layer in self.layers]
 
     def put_back_(self) -> None:
-        """Puts the kernels back, bit for bit, where the convolutions have their weights now."""
+        """Restores the kernels, bit for bit, wherever the convolutions have their weights now."""
         table = self.layers.fact(NAME, _Table)
         if not self.layers.are_still(self.modules):
             self._put_back_elsewhere_()
@@ -439,7 +439,7 @@ class KeptRows:
         table.spare = self.rows
 
     def _put_back_elsewhere_(self) -> None:
-        """The same where tensors were exchanged meanwhile, as SAM does."""
+        """Puts the kernels back where tensors were exchanged in the meantime, as SAM does."""
         begin = 0
         masks = self.merged.split(self.pairs.lengths)
         for layer, part, mask in zip(self.layers, self.pairs.split(), masks, strict=True):

@@ -26,22 +26,22 @@ _GPU_BLOCK_BYTES = 2**22
 
 
 def takes(store: Store) -> bool:
-    """Whether this engine reads and writes a store: it does so with all."""
+    """Returns whether this engine reads and writes a store: it does so with all."""
     return True
 
 
 def makes(change: Change) -> bool:
-    """Whether this engine computes a kind of change: it computes all."""
+    """Returns whether this engine computes a kind of change: it computes all."""
     return True
 
 
 def batches(stores: Sequence[Store]) -> list[list[int]]:
-    """One layer at a time, so that only one layer in shards is ever whole."""
+    """Returns one layer per group, so that only one sharded layer is ever gathered at a time."""
     return [[place] for place in range(len(stores))]
 
 
 def cosines(stores: Sequence[Store], pairs: Pairs, centred: Sequence[bool]) -> Tensor:
-    """Cosine of each target with its source, see :func:`inmerge_wrap.merging.pair_cosines`.
+    """Returns the cosine of each pair; see :func:`inmerge_wrap.merging.pair_cosines`.
 
     Args:
         stores: Of each layer, opened.
@@ -90,7 +90,7 @@ def _change_one_(store: Store, pairs: Pairs, changed: Tensor | None, change: Cha
 def blocks(
     store: Store, pairs: Pairs, *, centred: bool = False
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """The pairs of one layer in parts small enough for the cache, one part at least.
+    """Splits the pairs of one layer into blocks that fit the cache; at least one block.
 
     Yields:
         Which pairs, their kernels and their partners; fresh tensors, (pairs, fan_in).

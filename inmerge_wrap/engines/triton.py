@@ -27,18 +27,18 @@ NAME = "triton"
 
 
 def problem(device: torch.device) -> str | None:
-    """Why Triton cannot be used on a device; None where it can."""
+    """Returns why Triton cannot be used on a device; None where it can."""
     return triton_launches.unavailable_reason(device)
 
 
 def takes(store: Store) -> bool:
-    """Whether the kernels of a store can be read and written where they are."""
+    """Returns whether the kernels of a store can be read and written where they are."""
     weight = store.rows_in_memory
     return weight is not None and triton_launches.takes(weight)
 
 
 def batches(stores: Sequence[Store]) -> list[list[int]]:
-    """All layers of one device together, but for those that share memory."""
+    """Groups all layers on one device, except those that share memory."""
     found: dict[torch.device, list[int]] = {}
     alone, ends = [], dict.fromkeys((store.weight.device for store in stores), 0)
     for place in sorted(range(len(stores)), key=lambda n: stores[n].weight.data_ptr()):
@@ -52,7 +52,7 @@ def batches(stores: Sequence[Store]) -> list[list[int]]:
 
 
 def cosines(stores: Sequence[Store], pairs: Pairs, centred: Sequence[bool]) -> Tensor:
-    """Cosine of each pair, float32; see :func:`inmerge_wrap.engines.torch_blocks.cosines`."""
+    """Returns the float32 cosine of each pair; see :func:`inmerge_wrap.merging.pair_cosines`."""
     weights = [store.weight for store in stores]
     return triton_launches.compare(weights, pairs.lengths, pairs.targets, pairs.sources, centred)
 
@@ -140,7 +140,7 @@ class KeptBuffer:
         return [layer.module for layer in self.layers]
 
     def put_back_(self) -> None:
-        """Puts the kernels back, bit for bit, where the convolutions have their weights now."""
+        """Restores the kernels, bit for bit, wherever the convolutions have their weights now."""
         stores = [store_of(module) for module in self.modules]
         if all(map(_is_alike, stores, self.layers.stores)):
             self._restore_([store.weight for store in stores])
@@ -161,7 +161,7 @@ class KeptBuffer:
 
 
 def _is_alike(now: Store, before: Store) -> bool:
-    """Whether a weight has the device, dtype and order of entries that it had."""
+    """Returns whether a weight has the device, dtype and order of entries that it had."""
     ours, theirs = now.weight, before.weight
     return takes(now) and (ours.device, ours.dtype, ours.shape, ours.stride()) == (
         theirs.device,

@@ -32,7 +32,7 @@ _ONE_VARIANT = {"do_not_specialize": ["layers"], "do_not_specialize_on_alignment
 
 @triton.jit
 def _layer_of(table: tl.tensor, layers: tl.tensor, program: tl.tensor) -> tl.tensor:
-    """Row of the table that a program works on: the last that begins at or before it."""
+    """Returns the table row that a program works on: the last that begins at or before it."""
     low = 0
     high = layers
     while high - low > 1:
@@ -45,21 +45,21 @@ def _layer_of(table: tl.tensor, layers: tl.tensor, program: tl.tensor) -> tl.ten
 
 @triton.jit
 def _row(layer: tl.tensor, kernel: tl.tensor, stored: tl.constexpr) -> tl.tensor:
-    """Pointer to the first entry of a kernel of a layer."""
+    """Returns the pointer to the first entry of a kernel of a layer."""
     weight = tl.load(layer + _ADDRESS).to(tl.pointer_type(stored))
     return weight + kernel * tl.load(layer + _FAN_IN)
 
 
 @triton.jit
 def _buffer_row(layer: tl.tensor, pair: tl.tensor, stored: tl.constexpr) -> tl.tensor:
-    """Pointer to the first entry of the buffer's row for a pair."""
+    """Returns the pointer to the first entry of the buffer's row for a pair."""
     rows = tl.load(layer + _BUFFER).to(tl.pointer_type(stored))
     return rows + (pair - tl.load(layer + _FIRST_PAIR)) * tl.load(layer + _FAN_IN)
 
 
 @triton.jit
 def _widened(values: tl.tensor) -> tl.tensor:
-    """Entries of a weight as float32."""
+    """Returns the entries of a weight as float32."""
     if values.dtype == tl.uint16:
         return (values.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -68,7 +68,7 @@ def _widened(values: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _narrowed(values: tl.tensor, stored: tl.constexpr) -> tl.tensor:
-    """float32 as a weight stores it, rounded to the nearest, ties to even."""
+    """Converts float32 to the dtype of a weight, rounding to nearest, ties to even."""
     if stored == tl.uint16:
         bits = values.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -88,7 +88,7 @@ def compare(
     stored: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """Cosine of each pair."""
+    """Returns the cosine of each pair."""
     program = tl.program_id(0)
     layer = _layer_of(table, layers, program)
     pair = tl.load(layer + _FIRST_PAIR) + program - tl.load(layer + _FIRST_PROGRAM)
@@ -140,7 +140,7 @@ def decide(
     inclusive: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """Which pairs pass, and the running counts; a program works on one layer.
+    """Decides which pairs merge and updates the running counts; one program per layer.
 
     Each row of the table: the layer's first pair, the pair after its last, its row in the counts.
     """

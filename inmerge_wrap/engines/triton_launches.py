@@ -64,13 +64,13 @@ class Counts(NamedTuple):
 
 
 def available(device: torch.device) -> bool:
-    """Whether the functions of this module run on a device; see :func:`unavailable_reason`."""
+    """Returns whether this module's functions run on a device; see :func:`unavailable_reason`."""
     return unavailable_reason(device) is None
 
 
 @cache
 def unavailable_reason(device: torch.device) -> str | None:
-    """Why the functions of this module do not run on a device, or None where they do.
+    """Returns why the functions of this module do not run on a device, or None where they do.
 
     Tries it once for each device with a small launch, for which Triton may have to compile: it
     needs a C compiler, the headers of Python and a folder for its cache.
@@ -90,7 +90,7 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 @cache
 def _interpreted() -> bool:
-    """Whether Triton runs on the CPU: asked of the environment, to import it for nobody else."""
+    """Returns whether Triton runs in interpreter mode, without importing it."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "on", "true")
 
 
@@ -103,14 +103,14 @@ def _kernels() -> ModuleType:
 
 @cache
 def _stored() -> dict[torch.dtype, Any]:
-    """How the launches read each dtype; bfloat16 as its bits."""
+    """Returns a weight as the launches read it; bfloat16 as its bits."""
     import triton.language as tl
 
     return dict(zip(_DTYPES, (tl.float32, tl.uint16, tl.float16), strict=True))
 
 
 def takes(weight: Tensor) -> bool:
-    """Whether a weight can be read and written where it lies."""
+    """Returns whether a weight can be read and written where it lies."""
     # Subclasses (shards, quantised and fake tensors) may have no memory of their own.
     plain = type(weight) is Tensor and weight.layout is torch.strided
     here = weight.device.type == ("cpu" if _interpreted() else "cuda")
@@ -124,7 +124,7 @@ def compare(
     sources: Tensor,
     centred: Sequence[bool],
 ) -> Tensor:
-    """Cosine of each drawn pair of all layers, as :func:`inmerge_wrap.merging.pair_cosines`.
+    """Computes the cosine of each drawn pair, as :func:`inmerge_wrap.merging.pair_cosines`.
 
     Launches: a table and one kernel.
 
@@ -145,7 +145,7 @@ def compare(
 
 
 def layer_quantiles(cosines: Tensor, pairs: Sequence[int], share: float) -> Tensor:
-    """The cosine that the most alike ``share`` of each layer's pairs reach or surpass.
+    """Returns the cosine that the most alike ``share`` of each layer's pairs reach or surpass.
 
     As :func:`torch.nanquantile` of each layer, in a number of operations that does not grow with
     the layers.
@@ -179,7 +179,7 @@ def decide(
     counts: Counts | None = None,
     rows: Sequence[int] | None = None,
 ) -> Tensor:
-    """Which pairs merge: those whose cosine is above the threshold of their layer (eq. 4).
+    """Decides which pairs merge: those with a cosine above the threshold of their layer (eq. 4).
 
     Launches: a table and one kernel. A NaN cosine passes no threshold, and a NaN threshold nothing.
 
@@ -321,7 +321,7 @@ def _table(
     centred: Sequence[bool] | None = None,
     buffer: Tensor | None = None,
 ) -> list[_Part]:
-    """What the launches need to know of the layers, sent to the device in one message."""
+    """Builds the table of layers that the launches read, sent to the device in one copy."""
     first_pair = list(accumulate(pairs, initial=0))
     at = 0 if buffer is None else buffer.data_ptr()
     places = [at + start for start in _buffer_starts(weights, pairs)]
@@ -367,7 +367,7 @@ def _buffer(weights: Sequence[Tensor], pairs: Sequence[int]) -> Tensor:
 
 
 def _buffer_starts(weights: Sequence[Tensor], pairs: Sequence[int]) -> list[int]:
-    """Where each layer's rows begin in a buffer, and its size, in bytes."""
+    """Returns where each layer's rows begin in a buffer, and its size, in bytes."""
     row_bytes = (_fan_in(weight) * weight.element_size() for weight in weights)
     sizes = (count * size for count, size in zip(pairs, row_bytes, strict=True))
     return list(accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
@@ -378,7 +378,7 @@ def _fan_in(weight: Tensor) -> int:
 
 
 def _written(weights: Sequence[Tensor], pairs: Sequence[int]) -> None:
-    """Tells PyTorch of a write, so that a backward pass over the old weights is refused."""
+    """Bumps the version counter of a weight, so that autograd detects the in-place write."""
     # All that may be: which pairs changed is known on the device.
     written = [weight for weight, count in zip(weights, pairs, strict=True) if count]
     torch.autograd.graph.increment_version(written)

@@ -91,7 +91,7 @@ def attack_batch(
     outputs: int,
     seed: int,
 ) -> Tensor:
-    """Adversarial images for one batch, through the Adversarial Robustness Toolbox."""
+    """Computes adversarial images for one batch with the Adversarial Robustness Toolbox."""
     try:
         from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescent
         from art.estimators.classification import PyTorchClassifier
@@ -147,7 +147,7 @@ def worst_case(
     task: str,
     threshold: float | Sequence[float],
 ) -> Tensor:
-    """Logits of the attacked image, or of the clean one where the attack helped the model.
+    """Returns logits of the attacked image, or of the clean one if the attack helped the model.
 
     The attacker may leave a picture alone, so an attack never raises the number of right answers.
     """

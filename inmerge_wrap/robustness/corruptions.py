@@ -68,7 +68,7 @@ class Draws:
     """
 
     def __init__(self, name: str, indices: Sequence[int], *, seed: int) -> None:
-        """Open the streams.
+        """Opens one random stream per image.
 
         Args:
             name: Name of the corruption.
@@ -87,17 +87,17 @@ class Draws:
         ]
 
     def normal(self, *shape: int, like: Tensor) -> Tensor:
-        """Standard normal numbers (B, *shape), on the device and in the dtype of `like`."""
+        """Draws standard normal numbers (B, *shape), on the device and in the dtype of `like`."""
         drawn = torch.stack([torch.randn(shape, generator=g) for g in self._generators])
         return drawn.to(like)
 
     def uniform(self, *shape: int, like: Tensor) -> Tensor:
-        """Uniform numbers in [0, 1) (B, *shape), on the device and in the dtype of `like`."""
+        """Draws uniform numbers in [0, 1) (B, *shape), on the device and in the dtype of `like`."""
         drawn = torch.stack([torch.rand(shape, generator=g) for g in self._generators])
         return drawn.to(like)
 
     def poisson(self, rates: Tensor) -> Tensor:
-        """Poisson counts for `rates` (B, ...), drawn on the CPU and moved back."""
+        """Draws Poisson counts for `rates` (B, ...), drawn on the CPU and moved back."""
         pairs = zip(rates.cpu(), self._generators, strict=True)
         return torch.stack([torch.poisson(rate, generator=g) for rate, g in pairs]).to(rates)
 
@@ -137,7 +137,7 @@ class Corruption:
 
 
 def check_images(images: Tensor) -> None:
-    """Check that a batch holds pixels as every function of this module expects them.
+    """Checks that a batch holds pixels as every function of this module expects them.
 
     Args:
         images: The batch.
@@ -176,7 +176,7 @@ def corrupt(
     seed: int = 0,
     indices: Sequence[int] | None = None,
 ) -> Tensor:
-    """Damage a batch of pictures.
+    """Applies a corruption to a batch of images.
 
     The result depends on the images, the corruption, the severity, the seed and each image's index.
     It does not depend on the size of the batch (up to rounding in the last digit), nor on global
@@ -222,7 +222,7 @@ def corrupt(
 
 
 def _kornia() -> Any:
-    """Import kornia on first use: the registry itself can be read without it."""
+    """Imports kornia on first use; the registry itself can be read without it."""
     try:
         import kornia
     except ImportError as error:
@@ -233,12 +233,12 @@ def _kornia() -> Any:
 
 
 def _side(images: Tensor) -> int:
-    """Shorter side in pixels, the unit of every length in the registry."""
+    """Returns the shorter side in pixels, the unit of every length in the registry."""
     return min(images.shape[-2:])
 
 
 def _pixel_grid(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (H, 1) and columns (1, W) of the pixel centres, in pixels from the top left corner."""
+    """Returns rows (H, 1) and columns (1, W) of the pixel centres, from the top left corner."""
     height, width = images.shape[-2:]
     rows = torch.arange(height, device=images.device, dtype=images.dtype) + 0.5
     columns = torch.arange(width, device=images.device, dtype=images.dtype) + 0.5
@@ -246,7 +246,7 @@ def _pixel_grid(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _discs(images: Tensor, places: Tensor, radii: Tensor) -> Tensor:
-    """Antialiased coverage (B, 1, H, W) of one disc per image.
+    """Returns the antialiased coverage (B, 1, H, W) of one disc per image.
 
     Args:
         images: Gives size, device and dtype.
@@ -261,7 +261,7 @@ def _discs(images: Tensor, places: Tensor, radii: Tensor) -> Tensor:
 
 
 def _blend(images: Tensor, colour: Tensor | float, opacity: Tensor) -> Tensor:
-    """Paint `colour` over the images with an opacity in [0, 1] per pixel."""
+    """Paints `colour` over the images with an opacity in [0, 1] per pixel."""
     return images + opacity * (colour - images)
 
 
@@ -484,7 +484,7 @@ _MOST_BUBBLES, _MOST_SPECKS, _MOST_CHARACTERS, _STRIPES = 8, 32, 6, 28
 
 
 def _five(**values: tuple[float, float, float, float, float]) -> tuple[Mapping[str, float], ...]:
-    """Turn {parameter: five values} into five {parameter: value}."""
+    """Turns {parameter: five values} into five {parameter: value}."""
     return tuple(
         MappingProxyType({name: row[level] for name, row in values.items()}) for level in range(5)
     )
@@ -691,7 +691,7 @@ def _suggest(name: str, known: Mapping[str, Any]) -> str:
 
 
 def resolve_preset(preset: str | Sequence[str | Corruption]) -> tuple[Corruption, ...]:
-    """Turn a preset into its corruptions.
+    """Turns a preset into its corruptions.
 
     Args:
         preset: A name of `PRESETS`, a MedMNIST flag such as "bloodmnist", or a sequence of names of

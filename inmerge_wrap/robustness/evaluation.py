@@ -102,7 +102,7 @@ class RobustnessResult:
     replicates: dict[Condition, np.ndarray] = field(default_factory=dict, repr=False)
 
     def row(self, corruption: str = "clean", severity: int | float | str | None = None) -> Row:
-        """The row of a condition.
+        """Returns the row of a condition.
 
         Args:
             corruption: "clean", a corruption, "all" or an attack.
@@ -131,11 +131,11 @@ class RobustnessResult:
         corruption: str = "clean",
         severity: int | float | str | None = None,
     ) -> float | None:
-        """A figure of the row that `row` finds, or None where it is undefined."""
+        """Returns a figure of the row that `row` finds, or None where it is undefined."""
         return self.row(corruption, severity).get(metric)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Rows, settings and seconds as JSON text, also written to `path` if one is given."""
+        """Returns rows, settings and seconds as JSON text, also written to `path` if given."""
         content = {"settings": self.settings, "seconds": self.seconds, "rows": self.rows}
         text = json.dumps(content, indent=1, allow_nan=False)
         if path is not None:
@@ -144,7 +144,7 @@ class RobustnessResult:
 
     @classmethod
     def from_json(cls, path: str | Path) -> RobustnessResult:
-        """Read what `to_json` wrote. As a baseline it gives BE and rBE without intervals."""
+        """Reads what `to_json` wrote. As a baseline it gives BE and rBE without intervals."""
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         return cls(content["rows"], content["settings"], content["seconds"])
 
@@ -168,7 +168,7 @@ def evaluate_robustness(
     device: torch.device | str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> RobustnessResult:
-    """Measure how a model fares on damaged pictures.
+    """Evaluates a model on corrupted and attacked images.
 
     The loader is read once; each batch goes through the model clean, at every corruption and
     severity, and under every attack. Images are damaged as pixels in [0, 1] and normalised after
@@ -292,7 +292,7 @@ def evaluate_robustness(
 
 
 def compare_results(result: RobustnessResult, baseline: RobustnessResult) -> list[Row]:
-    """Balanced error of one model minus that of another on the same images; below 0 is better.
+    """Compares the balanced error of two models on the same images; below 0 is better.
 
     Both models are scored on the same resamples of the images, so that what an image's difficulty
     does to both cancels in the interval: it is narrower than the two intervals would suggest.
@@ -332,7 +332,7 @@ def compare_results(result: RobustnessResult, baseline: RobustnessResult) -> lis
 def _drawn(
     result: RobustnessResult, corruption: str, severity: int | float | str
 ) -> np.ndarray | None:
-    """Bootstrap values of the balanced error of any row, those that are means as well."""
+    """Returns the bootstrap values of the balanced error of any row, means included."""
     if corruption == "all":
         parts = [_drawn(result, name, "mean") for name in result.settings["corruptions"]]
     elif severity == "mean":
@@ -379,7 +379,7 @@ def _device_of(model: nn.Module, device: torch.device | str | None) -> torch.dev
 
 @contextmanager
 def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluate in eval mode; give back modes, gradients and the global generators as they were."""
+    """Evaluates in eval mode, then restores modes, gradients and the global generators."""
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
@@ -415,7 +415,7 @@ def _run(
     device: torch.device,
     progress: Callable[[int], None],
 ) -> _Run:
-    """Pass every batch through the model, clean, damaged and attacked."""
+    """Runs every batch through the model: clean, corrupted and attacked."""
     logits: dict[Condition, list[Tensor]] = {}
     targets: list[Tensor] = []
     digest = hashlib.sha256()
@@ -528,7 +528,7 @@ def _rows(
     n: int,
     baseline: RobustnessResult | None,
 ) -> list[Row]:
-    """Every condition, then each corruption's mean, then the mean over all of them."""
+    """Returns one row per condition, then each corruption's mean, then the mean of all."""
     clean = scores[_CLEAN]
     rows = [_row("clean", "clean", 0, n, clean)]
     means = []
@@ -567,7 +567,7 @@ def _row(corruption: str, kind: str, severity: int | float | str, n: int, score:
 
 
 def _mean_score(scores: Sequence[_Score]) -> _Score:
-    """Mean of every figure over those conditions for which it is defined."""
+    """Returns the mean of every figure over those conditions for which it is defined."""
     values, replicates = {}, {}
     for name in dict.fromkeys(name for score in scores for name in score.values):
         defined = [score for score in scores if name in score.values]
@@ -584,7 +584,7 @@ def _mean_score(scores: Sequence[_Score]) -> _Score:
 
 
 def _add_ratios(score: _Score, corruption: str, clean: _Score, baseline: RobustnessResult) -> None:
-    """Add BE and rBE of one corruption to its mean over the severities, where they are defined."""
+    """Adds BE and rBE of one corruption to its mean over the severities, where they are defined."""
     if "balanced_error" not in score.values:
         return
     base = baseline.value("balanced_error", corruption, "mean")

@@ -22,7 +22,7 @@ _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 
 
 def read_npz(path: str | Path, split: str = "test") -> tuple[Tensor, Tensor]:
-    """Images and labels of a file in MedMNIST's layout.
+    """Returns the images and labels of a file in MedMNIST's layout.
 
     Args:
         path: An .npz with `SPLIT_images`, bytes of shape (N, H, W) or (N, H, W, 3), and
@@ -57,7 +57,7 @@ def read_npz(path: str | Path, split: str = "test") -> tuple[Tensor, Tensor]:
 
 
 def fit_images(images: Tensor, channels: int, size: tuple[int, int] | None = None) -> Tensor:
-    """Images with the channels and of the size that a network reads.
+    """Returns the images with the channels and of the size that a network reads.
 
     Args:
         images: (N, C, H, W) in [0, 1]; grey ones are repeated for a network of three channels.
@@ -151,7 +151,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Pixels (C, H, W) in [0, 1] and the label.
+        """Returns the pixels (C, H, W) in [0, 1] and the label.
 
         Raises:
             ValueError: If the file is no image; the message names it.
@@ -173,7 +173,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def _open(path: Path, channels: int) -> Any:
-    """The image as PIL opens it, upright, with eight bits in each of 1 or 3 channels."""
+    """Returns the image as PIL opens it, upright, with eight bits in each of 1 or 3 channels."""
     from PIL import Image, ImageOps
 
     try:

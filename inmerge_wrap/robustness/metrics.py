@@ -43,7 +43,7 @@ _MOST_EXACT_FLIPS = 13
 
 
 def bootstrap_weights(n: int, resamples: int, *, seed: int = 0) -> np.ndarray:
-    """Draw how often each of `n` images stands in each bootstrap resample.
+    """Draws how often each of `n` images occurs in each bootstrap resample.
 
     Weights rather than indices: every statistic becomes a matrix product over all resamples, and
     two models that are given the same weights are compared on the same resamples.
@@ -71,7 +71,7 @@ def bootstrap_weights(n: int, resamples: int, *, seed: int = 0) -> np.ndarray:
 def percentile_interval(
     replicates: ArrayLike, *, level: float = LEVEL
 ) -> tuple[float, float] | None:
-    """Percentile interval of bootstrap replicates.
+    """Returns the percentile interval of bootstrap replicates.
 
     Args:
         replicates: Values of the statistic; those that are not finite are left out.
@@ -96,7 +96,7 @@ def percentile_interval(
 def paired_difference(
     a: ArrayLike, b: ArrayLike, *, level: float = LEVEL, seed: int = 0
 ) -> dict[str, float]:
-    """Mean of a - b over pairs, such as two methods trained from the same seeds.
+    """Returns the mean of a - b over pairs, such as two methods trained from the same seeds.
 
     Args:
         a: One value per seed.
@@ -161,7 +161,7 @@ def classification_metrics(
     coverages: Sequence[float] = (0.5, 0.8, 0.9),
     weights: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Score probabilities against labels, for any number of weightings of the images at once.
+    """Scores probabilities against labels, for any number of image weightings at once.
 
     - `accuracy`, `error` = 1 - accuracy.
     - `balanced_error` = 1 - mean recall over the classes that occur (undefined with one class).
@@ -318,7 +318,7 @@ def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def _auroc(scores: Tensor, positive: Tensor, weights: Tensor) -> Tensor:
-    """Share of (positive, negative) pairs in the right order (Mann-Whitney), under weights."""
+    """Returns the weighted share of correctly ordered (positive, negative) pairs (Mann-Whitney)."""
     negatives, order = scores[~positive].sort()
     below = F.pad(weights[~positive][order].cumsum(0), (0, 0, 1, 0))
     # Negatives strictly below a positive count in full, those of equal score half.
@@ -366,7 +366,7 @@ def check_coverages(coverages: Sequence[float]) -> None:
 
 
 def check_targets(targets: Tensor, shape: Sequence[int], task: str) -> Tensor:
-    """Bring labels into the shape the metrics take: (N,) classes, or (N, L) floats of 0, 1, NaN."""
+    """Converts labels to what the metrics take: (N,) classes, or (N, L) floats of 0, 1, NaN."""
     targets = torch.as_tensor(targets)
     expected = {
         "multiclass": f"({shape[0]},) or ({shape[0]}, 1) class indices",
@@ -404,7 +404,7 @@ def check_targets(targets: Tensor, shape: Sequence[int], task: str) -> Tensor:
 
 
 def check_logits(outputs: Any, images: Tensor, task: str) -> Tensor:
-    """Bring a model's answer into (B, K) logits, (B, 1) of them for a binary task."""
+    """Converts a model's output to (B, K) logits, (B, 1) for a binary task."""
     logits = getattr(outputs, "logits", outputs)
     if not isinstance(logits, Tensor):
         raise ValueError(
