@@ -24,8 +24,8 @@ class MergedLayer:
     """One merged convolution, looked up once in a step.
 
     Attributes:
-        number: Its place in the plan.
-        site: What the plan says of it.
+        number: Its position in the plan.
+        site: Its entry in the plan.
         module: The convolution.
         store: Where its kernels are.
     """
@@ -37,15 +37,15 @@ class MergedLayer:
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
-        """What an optimizer must train for merging to act."""
+        """The parameters that an optimizer must train for merging to act."""
         return self.store.parameters
 
 
 class Layers(Sequence[MergedLayer]):
-    """Some merged layers as one step found them, with what follows from them.
+    """Some merged layers as one step found them, with values derived from them.
 
-    A sequence that never changes. While the next steps find the same, they get the same object,
-    so that what was worked out for it once (tables of pointers, which engine takes what) holds.
+    An immutable sequence. As long as the next steps find the same layers, they get the same
+    object, so that what was derived once (pointer tables, choice of engine) stays valid.
 
     Args:
         layers: In the order of the plan.
@@ -53,7 +53,7 @@ class Layers(Sequence[MergedLayer]):
 
     def __init__(self, layers: Sequence[MergedLayer]) -> None:
         self._layers = tuple(layers)
-        # Read now, for a storage that is resized takes the tensors along that were found in it.
+        # Read now, because resizing a storage changes the address of every tensor found in it.
         self._addresses = [_address(layer.store) for layer in layers]
         self._facts: dict[Any, Any] = {}
 
@@ -68,12 +68,12 @@ class Layers(Sequence[MergedLayer]):
 
     @cached_property
     def numbers(self) -> list[int]:
-        """The place of each layer in the plan."""
+        """The position of each layer in the plan."""
         return [layer.number for layer in self]
 
     @cached_property
     def stores(self) -> list[Store]:
-        """Where the kernels of each layer are."""
+        """The store of each layer's kernels."""
         return [layer.store for layer in self]
 
     def are_still(self, modules: Sequence[nn.Module]) -> bool:
@@ -99,7 +99,7 @@ def find_layers(
     Args:
         network: The network.
         sites: The merged layers of its plan.
-        last: What was found before; returned itself where nothing has changed since.
+        last: The previous result; returned itself if nothing has changed since.
 
     Raises:
         RuntimeError: If kernels have another shape than in the plan, or are on an XLA device.
@@ -130,7 +130,7 @@ def _address(store: Store) -> int:
 def _is_still(layer: MergedLayer, module: nn.Module, address: int) -> bool:
     """Returns whether a layer was found with this module and the current memory of its weight.
 
-    Only ordinary weights are looked at so closely; of all others it is never sure.
+    Only ordinary weights can be checked; for all others the answer is False.
     """
     parameter = module._parameters.get("weight")
     if not address or module is not layer.module or parameter is not layer.store.parameters[0]:
@@ -150,7 +150,7 @@ def check_sites(network: nn.Module, sites: Sequence[ConvSite]) -> None:
     """Checks that a plan belongs to this network.
 
     Raises:
-        ValueError: If it is not, or merges nothing.
+        ValueError: If it does not, or merges nothing.
     """
     if not sites:
         raise ValueError("the plan merges no convolution")
@@ -160,14 +160,14 @@ def check_sites(network: nn.Module, sites: Sequence[ConvSite]) -> None:
         store = store_of(conv) if isinstance(conv, _ConvNd) else None
         if store is None or not store.parameters or store.shape != site.shape:
             raise ValueError(
-                f"the plan is not of this network: it has no convolution {site.name!r} with "
-                f"kernels of shape {site.shape}; make one with plan_merging(network)"
+                f"the plan belongs to another network: this one has no convolution {site.name!r} "
+                f"with kernels of shape {site.shape}; make a plan with plan_merging(network)"
             )
 
 
 def stream_of(site: ConvSite) -> int:
     """Returns the number of a layer's random stream, independent of which layers are merged."""
-    # The depth, not the place in the plan; a convolution that never ran has none, but a name.
+    # The depth, not the position in the plan; the name for a convolution that never ran.
     return site.depth if site.depth is not None else 2**32 + crc32(site.name.encode())
 
 
@@ -191,6 +191,6 @@ def _check(site: ConvSite, store: Store) -> None:
         )
     if store.weight.device.type == "xla":
         raise RuntimeError(
-            "on XLA devices parameters are swapped behind torch, and what is merged is lost; "
-            "train on CUDA or CPU"
+            "on XLA devices parameters are swapped without torch noticing, so that what is merged "
+            "is lost; train on CUDA or CPU"
         )

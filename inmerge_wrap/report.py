@@ -9,7 +9,7 @@ from typing import Any
 __all__ = ["LayerReport", "LayerSnapshot", "MergeReport"]
 
 
-_NEGLIGIBLE = 1e-3  # share of merged pairs below which a run is called a plain run
+_NEGLIGIBLE = 1e-3  # share of merged pairs below which a run counts as a plain training run
 
 
 def share_of(merged: int, drawn: int) -> float:
@@ -55,8 +55,8 @@ class LayerSnapshot:
         name: The convolution.
         step: Optimizer steps seen.
         share: Merged over drawn pairs since the last snapshot, 0 where none was drawn.
-        mean_cosine: Of the pairs drawn since the last snapshot; None where none has a cosine.
-        effective_rank: Of all its kernels, see :func:`inmerge_wrap.similarity.effective_rank`.
+        mean_cosine: Mean over the pairs drawn since then; None if none has a cosine.
+        effective_rank: Effective rank of all its kernels, see :func:`inmerge_wrap.similarity.effective_rank`.
     """
 
     name: str
@@ -85,8 +85,8 @@ def pairs_between(earlier: LayerReport | None, later: LayerReport) -> tuple[int,
     """Returns pairs drawn, merged, and with a cosine, and the cosine sum between two reports.
 
     Args:
-        earlier: None for all pairs up to the later one.
-        later: Of the same layer.
+        earlier: The earlier report; None for all pairs up to the later one.
+        later: The later report of the same layer.
     """
 
     def sums(layer: LayerReport) -> tuple[int, int, int, float]:
@@ -105,10 +105,10 @@ class MergeReport:
     """What merging did to each layer; print it to see a table.
 
     Attributes:
-        layers: In the order of the plan.
+        layers: One report per layer, in the order of the plan.
         ended: The step at which the schedule ended merging, if training went on after it.
-        idle: Why training ran without a single step seen; None if it did not.
-        engine: Which engine computes how many of them, and why not all; empty for not known.
+        idle: Why no step was seen although training ran; None otherwise.
+        engine: The engines in use, with their number of layers; empty if unknown.
     """
 
     layers: tuple[LayerReport, ...]
@@ -130,12 +130,12 @@ class MergeReport:
 
     @property
     def step(self) -> int:
-        """Optimizer steps seen; of several optimizers, by the one that made most."""
+        """Optimizer steps seen; with several optimizers, those of the one with most."""
         return max((layer.steps for layer in self.layers), default=0)
 
     @property
     def had_effect(self) -> bool:
-        """Whether it was more than a plain training run: a thousandth of the pairs merged."""
+        """Whether merging had an effect: at least a thousandth of the pairs merged."""
         return self.drawn > 0 and self.share >= _NEGLIGIBLE
 
     @property

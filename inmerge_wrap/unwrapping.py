@@ -40,7 +40,7 @@ def named_wrappers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def find_wrapper(model: nn.Module) -> nn.Module | None:
-    """Returns the outermost InMergeWrapper of a model, also inside DDP or torch.compile; or None."""
+    """Returns the outermost InMergeWrapper of a model (even inside DDP or compiled) or None."""
     return next((wrapper for _, wrapper in named_wrappers(model)), None)
 
 

@@ -1016,7 +1016,7 @@ def test_a_ready_plan_is_taken_as_it_is() -> None:
     assert InMergeWrapper(network, plan=plan).plan is plan
     with pytest.raises(ValueError, match="either a plan or its arguments"):
         InMergeWrapper(network, plan=plan, exclude="layer4.0.*")
-    with pytest.raises(ValueError, match="the plan is not of this network"):
+    with pytest.raises(ValueError, match="the plan belongs to another network"):
         InMergeWrapper(timm.create_model("resnet10t"), plan=plan)
 
 

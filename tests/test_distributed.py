@@ -206,7 +206,7 @@ def test_fsdp2_with_a_forgotten_optimizer_is_an_error(
     for rank in sharded[1]:
         error = rank["attached_and_forgotten"]["error"]
         assert "no longer holds the weights of mid, last" in error
-        assert "make the optimizer after sharding" in error
+        assert "create the optimizer after sharding" in error
 
 
 def test_fsdp2_export_gathers(sharded: tuple[Path, list[dict[str, Any]]]) -> None:

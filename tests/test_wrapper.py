@@ -431,7 +431,7 @@ def test_settings_changed_later_are_checked_as_at_first() -> None:
         model.similarity_threshold = "half"
     with pytest.raises(TypeError, match="schedule must be a Schedule, got 'cosine'"):
         model.schedule = "cosine"
-    with pytest.raises(AttributeError, match="the plan stays"):
+    with pytest.raises(AttributeError, match="the plan cannot change"):
         model.plan = plan_merging(model.module)
 
 
@@ -530,7 +530,7 @@ def test_the_report_says_why_nothing_ever_merged() -> None:
     assert last == "Never merged: no optimizer is attached. Call model.attach(optimizer)."
     optimizer = sgd(model)
     model.attach(optimizer)
-    assert "never finished a step" in str(model.report().idle)
+    assert "never completed a step" in str(model.report().idle)
     train(model, optimizer, 1)
     model(torch.randn(4, 3, 12, 12))
     assert model.report().idle is None
@@ -652,7 +652,7 @@ def test_a_layer_that_was_replaced_is_reported(engine: Any) -> None:
 
 def test_a_plan_of_another_network_is_refused() -> None:
     plan = plan_merging(timm.create_model("resnet18"))
-    with pytest.raises(ValueError, match="the plan is not of this network"):
+    with pytest.raises(ValueError, match="the plan belongs to another network"):
         InMergeWrapper(small_net(), plan=plan)
     with pytest.raises(ValueError, match="either a plan or its arguments"):
         InMergeWrapper(small_net(), plan=plan, shallow_layers=1)

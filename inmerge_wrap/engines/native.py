@@ -376,7 +376,7 @@ class _Table:
         self.spare: Tensor | None = None  # for kernels to keep, so that no step asks for memory
 
     def aim(self, threshold: Threshold) -> tuple[int, float]:
-        """Writes the bound of each layer; returns the rule that ``merge`` applies and its quantile."""
+        """Writes the bound of each layer; returns the rule of ``merge`` and its quantile."""
         if isinstance(threshold, Quantile):
             return _QUANTILE, 1.0 - threshold.share
         if threshold != self._threshold:
