@@ -1,4 +1,4 @@
-"""Tables of the command line, which keep their answer on a narrow terminal."""
+"""Tables of the command line that keep their main columns on a narrow terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 KEPT = 9
-"""Importance of a column without which a table has no answer."""
+"""Importance of a column that a table never drops."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def print_table(title: str, columns: Sequence[Column], styles: Sequence[str] = (
         title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
     )
     for column in shown:
-        # What has to be kept and is too wide all the same is folded, never cut off.
+        # A column that must be kept but is too wide is folded, never cut off.
         whole = not column.wraps and not too_wide()
         table.add_column(column.heading, justify=column.justify, no_wrap=whole, overflow="fold")
     for place, cells in enumerate(zip(*(column.cells for column in shown), strict=True)):

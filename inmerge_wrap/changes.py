@@ -16,12 +16,12 @@ __all__ = ["Blend", "Change", "Noise"]
 class Blend:
     """Each kernel moves along the line to its partner: ``a K_i + (1 - a) K_j`` (eq. 3).
 
-    A map of rows, linear in them, so that an optimizer's moments can follow their weights.
+    The map is linear in the kernels, so an optimizer's moments can follow their weights.
 
     Attributes:
-        merge_weight: a, the share of the kernel that stays, of all pairs or of each, shape
+        merge_weight: a, the weight of the kernel itself, for all pairs or for each, shape
             (pairs, 1).
-        scale: Factor of each blend, shape (pairs, 1), where norms are kept.
+        scale: Factor of each blend, shape (pairs, 1), if norms are kept.
     """
 
     merge_weight: float | Tensor
@@ -46,7 +46,7 @@ class Blend:
 
 @dataclass(frozen=True)
 class Noise:
-    """Each kernel moves in a random direction, whatever its partner: a control, or an alternative.
+    """Each kernel moves in a random direction, independent of its partner.
 
     Attributes:
         multiplicative: Whether entries are scaled (DAMP) instead of moved (filter-wise noise).

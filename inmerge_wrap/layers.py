@@ -166,7 +166,7 @@ def check_sites(network: nn.Module, sites: Sequence[ConvSite]) -> None:
 
 
 def stream_of(site: ConvSite) -> int:
-    """Returns the number of a layer's random stream, independent of which layers are merged."""
+    """Returns a layer's random stream, which does not depend on which layers are merged."""
     # The depth, not the position in the plan; the name for a convolution that never ran.
     return site.depth if site.depth is not None else 2**32 + crc32(site.name.encode())
 

@@ -1,4 +1,4 @@
-"""What other libraries expect of a wrapped network: timm, Hugging Face's Trainer, checkpoints."""
+"""What timm, Hugging Face's Trainer and checkpoints expect of a wrapped network."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def takes_any_keyword(network: nn.Module) -> bool:
 def renamed_for_timm(name: str, value: Any) -> Any:
     """Returns an attribute of the network with the wrapper's parameter names in it.
 
-    timm's optimizer factory asks ``no_weight_decay`` and ``group_matcher`` for parameters by name.
+    timm's optimizer factory reads parameter names from ``no_weight_decay`` and ``group_matcher``.
     """
     if name == "no_weight_decay":
         return lambda: {f"module.{parameter}" for parameter in value()}

@@ -1,4 +1,4 @@
-"""The pairs of kernels that one step draws, and what merging made of them."""
+"""The pairs of kernels that one step draws, and their outcome."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Pairs:
     Attributes:
         table: int64, shape (3, pairs): number of the layer, target, source. Within a layer no
             target repeats.
-        lengths: How many pairs each layer has.
+        lengths: Number of pairs of each layer.
     """
 
     table: Tensor
@@ -50,7 +50,7 @@ class Pairs:
         return replace(self, table=table.to(device, non_blocking=device.type == "cuda"))
 
     def split(self) -> list[Pairs]:
-        """Returns the pairs of each layer by themselves."""
+        """Splits the pairs by layer."""
         parts = self.table.split(self.lengths, dim=1)
         return [Pairs(part, (part.shape[1],)) for part in parts]
 
@@ -77,9 +77,9 @@ class Outcome:
 
     Attributes:
         layer: Number of each drawn pair's layer in the plan, int64, shape (pairs,).
-        cosines: Of each drawn pair, shape (pairs,); NaN where it is undefined.
+        cosines: Cosine of each drawn pair, shape (pairs,); NaN where it is undefined.
         merged: Whether the target changed, boolean, shape (pairs,).
-        lengths: How many pairs each layer drew, in the order of the layers of the step.
+        lengths: Number of pairs that each layer drew, in the order of the layers of the step.
         sums: Of each layer, where the engine has added them up: pairs that merged, pairs without
             a cosine, sum of the cosines, largest cosine (-2 for none); float64, shape (4, layers).
     """

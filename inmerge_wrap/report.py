@@ -56,7 +56,7 @@ class LayerSnapshot:
         step: Optimizer steps seen.
         share: Merged over drawn pairs since the last snapshot, 0 where none was drawn.
         mean_cosine: Mean over the pairs drawn since then; None if none has a cosine.
-        effective_rank: Effective rank of all its kernels, see :func:`inmerge_wrap.similarity.effective_rank`.
+        effective_rank: Of all its kernels, see :func:`inmerge_wrap.similarity.effective_rank`.
     """
 
     name: str

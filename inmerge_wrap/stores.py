@@ -2,12 +2,11 @@
 
 A convolution's ``weight`` is not always the tensor that training changes. Weight normalisation,
 spectral normalisation and pruning compute it from other tensors before each forward pass, and a
-write to ``weight`` is then lost without an error. A *store* names the tensors behind the weight,
-so that what is compared and blended is what the forward pass uses, and what is written stays
-written. Shards of FSDP2 are a store that is gathered when it is opened and scattered when it is
-closed. A *layout* says where in these tensors a kernel is: along their first dimension, or, of a
-transposed convolution, along their second. A store holds no arithmetic of merging: that is the
-business of the engines.
+write to ``weight`` is then lost without an error. A *store* refers to the tensors behind the
+weight, so that the compared and blended kernels are those that the forward pass uses, and writes
+persist. A store of FSDP2 shards is gathered when it is opened and scattered when it is closed. A
+*layout* defines where in these tensors a kernel is: along the first dimension, or, for a transposed
+convolution, along the second. A store contains no merging arithmetic, which is in the engines.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class Layout:
         return tensor.index_select(0, index)
 
     def put_(self, tensor: Tensor, index: Tensor, kernels: Tensor) -> None:
-        """Writes kernels of the shape and dtype that :meth:`select` gives."""
+        """Writes kernels of the shape and dtype that :meth:`select` returns."""
         tensor.index_copy_(0, index, kernels)
 
     def rows(self, tensor: Tensor, index: Tensor) -> Tensor:
@@ -70,11 +69,11 @@ class Layout:
 class Transposed(Layout):
     """The layout of a transposed convolution, whose weight is (C_in, C_out / groups, *kernel size).
 
-    Kernel ``o`` of group ``g`` is ``tensor[g * C_in / groups : (g + 1) * C_in / groups, o]``: what
-    output channel ``g * C_out / groups + o`` makes of its input channels.
+    Kernel ``o`` of group ``g`` is ``tensor[g * C_in / groups : (g + 1) * C_in / groups, o]``: the
+    weights of output channel ``g * C_out / groups + o`` for its input channels.
 
     Attributes:
-        groups: Of the convolution.
+        groups: Groups of the convolution.
     """
 
     groups: int = 1
@@ -108,8 +107,8 @@ class Store:
     """The tensors that hold the kernels of one convolution.
 
     Attributes:
-        weight: The stored kernels, detached, in the shape that the convolution gives them.
-        parameters: What an optimizer must train for merging to act.
+        weight: The stored kernels, detached, in the shape that the convolution uses.
+        parameters: The parameters that an optimizer must train for merging to act.
         layout: Where the kernels are in the weight, and in all tensors of its shape.
     """
 
@@ -148,8 +147,8 @@ class Store:
     def write_(self, index: Tensor, rows: Tensor, changed: Tensor | None) -> None:
         """Stores ``rows``, shape (len(index), fan_in), where ``changed``, shape (len(index),).
 
-        None stores all. The other rows must be those that :meth:`read` gave; they stay as they
-        are, bit for bit.
+        None stores all. The other rows must be those that :meth:`read` returned; they do not
+        change, bit for bit.
         """
         raise NotImplementedError
 
@@ -165,7 +164,7 @@ class Store:
     def copy_back_(self, index: Tensor, kept: tuple[Tensor, ...]) -> None:
         """Restores, bit for bit, what :meth:`copy_out` returned.
 
-        A weight that was moved or converted since takes the kernels as it was itself.
+        If the weight was moved or converted since, the kernels are converted likewise.
         """
         for tensor, kernels in zip(self.written, kept, strict=True):
             self.layout.put_(tensor, index.to(tensor.device), kernels.to(tensor))
@@ -175,8 +174,8 @@ class Store:
 class Plain(Store):
     """Kernels that are parts of one tensor: an ordinary weight, or an optimizer's moment.
 
-    Spectral normalisation divides all kernels by one number, which no cosine and no blend can see,
-    so the stored kernels stand for those in use.
+    Spectral normalisation divides all kernels by one number, which changes neither cosines nor
+    blends, so the stored kernels represent those in use.
     """
 
     @property
@@ -266,7 +265,7 @@ class Unreachable(Store):
     """Kernels that cannot be written.
 
     Attributes:
-        why: The reason, for a plan or a message.
+        why: The reason, shown in plans and messages.
     """
 
     why: str = ""
@@ -303,8 +302,8 @@ def tensor_store(tensor: Tensor, layout: Layout = _ROWS) -> Store:
     """Returns the store of kernels that are parts of a tensor, which FSDP2 may have sharded.
 
     Args:
-        tensor: A weight, or what an optimizer keeps in the shape of one.
-        layout: Of the weight.
+        tensor: A weight, or a tensor of an optimizer in the shape of one.
+        layout: Layout of the weight.
     """
     kind = Sharded if is_sharded(tensor) else Plain
     return kind(tensor.detach(), (tensor,) if isinstance(tensor, nn.Parameter) else (), layout)
@@ -315,7 +314,7 @@ def store_of(conv: nn.Module) -> Store:
     own = conv._parameters
     layout = Transposed(cast(int, conv.groups)) if getattr(conv, "transposed", False) else _ROWS
     plain = own.get("weight")
-    if plain is not None:  # first, for it is nearly always so and asked for in every step
+    if plain is not None:  # first, because it is by far the most common and checked in every step
         if isinstance(plain, nn.parameter.UninitializedParameter):
             reason = "lazy: its weight has no shape before the first forward pass"
             return Unreachable(plain, (plain,), why=reason)

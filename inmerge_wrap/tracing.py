@@ -1,7 +1,7 @@
-"""One forward pass of any network, watched: which convolutions run, in which order, on what.
+"""Traces one forward pass of any network: which convolutions run, in which order, on what.
 
-The pass runs on a copy whose tensors live on the meta device. Where that is not possible, the real
-network runs once, and everything it may touch is put back.
+The pass runs on a copy whose tensors are on the meta device. If that is not possible, the real
+network runs once, and everything that it may change is restored.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ _FALLBACK_SIZES: dict[int, list[tuple[int, ...]]] = {
 
 @dataclass
 class Call:
-    """What one forward pass showed of one convolution."""
+    """What one forward pass revealed about one convolution."""
 
     inputs: list[torch.Size] = field(default_factory=list)
     outputs: list[torch.Size] = field(default_factory=list)
     used_own_weight: bool = False
 
     def is_vector(self, dims: int) -> bool:
-        """Returns whether all maps, of so many dimensions, have a single place."""
+        """Returns whether all maps, with that many dimensions, have a single position."""
         return all(shape[-dims:].numel() == 1 for shape in self.inputs + self.outputs)
 
     def is_dense(self, kernel_size: tuple[int, ...]) -> bool:
@@ -75,7 +75,7 @@ class Call:
 
 @dataclass
 class Trace:
-    """What one forward pass showed of a network."""
+    """What one forward pass revealed about a network."""
 
     calls: dict[str, Call] = field(default_factory=dict)
     """Convolutions in order of their first call."""
@@ -89,14 +89,14 @@ class Trace:
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
-_OTHER_LAYER = "a layer that is no convolution"
+_OTHER_LAYER = "a layer that is not a convolution"
 
 
 class _Watch(TorchFunctionMode):
-    """Sees every function of a forward pass: which convolution runs and who reads its output.
+    """Intercepts a forward pass: which convolution runs, and which layer reads its output.
 
-    The output of a layer belongs to that layer until another layer reads it. What belongs to
-    nobody else when it leaves the network, or when it is cut from it by ``detach``, is a
+    The output of a layer belongs to that layer until another layer reads it. An output that
+    belongs to no other layer when it leaves the network, or when ``detach`` cuts it off, is a
     prediction.
     """
 
@@ -144,7 +144,7 @@ class _Watch(TorchFunctionMode):
                 sources = frozenset([owner])
         if sources:
             for tensor in outputs:
-                if tensor.is_floating_point():  # an index or a mask says where, not what
+                if tensor.is_floating_point():  # an index or a mask carries no features
                     self._layers_of[tensor] = sources
         return result
 
@@ -220,8 +220,8 @@ def run_trace(
 
     Args:
         model: A network without hooks of its users.
-        arguments: What to call it with.
-        training: In train mode; the modules' flags are set without calling their methods.
+        arguments: The arguments of the call.
+        training: Whether to run in train mode; flags are set without calling modules' methods.
         shapes_only: Whether all tensors are on the meta device, where only shapes count.
 
     Raises:
@@ -264,7 +264,7 @@ class _ForwardFailed(Exception):
     """A forward pass raised; the cause is its ``__cause__``.
 
     Args:
-        calls: How many convolutions had run.
+        calls: Number of convolutions that had run.
     """
 
     def __init__(self, calls: int) -> None:
@@ -275,7 +275,8 @@ class _ForwardFailed(Exception):
 def named_convs(model: nn.Module) -> Iterator[tuple[str, _ConvNd]]:
     """Returns the convolutions of a network in the order of registration, shared ones once.
 
-    Of any number of dimensions, transposed or not; quantised ones too, which are no ``_ConvNd``.
+    Includes any number of dimensions, transposed ones, and quantised ones, which are not
+    ``_ConvNd``.
     """
     for name, module in model.named_modules():
         if isinstance(module, _ConvNd) or is_quantised(module):
@@ -284,7 +285,7 @@ def named_convs(model: nn.Module) -> Iterator[tuple[str, _ConvNd]]:
 
 def is_quantised(module: nn.Module) -> bool:
     """Returns whether a module is an integer convolution of ``torch.ao.quantization``."""
-    # By name, because torch.ao need not be there and takes long to import.
+    # By name, because torch.ao may be missing and is slow to import.
     return any(
         kind.__name__ == "_ConvNd" and kind.__module__ == "torch.ao.nn.quantized.modules.conv"
         for kind in type(module).__mro__
@@ -306,7 +307,7 @@ def _own_hooks(hooks: Mapping[int, Any]) -> OrderedDict[int, Any]:
 
 
 class _CloneToMeta(TorchFunctionMode):
-    """Copies made inside of it have no memory, wherever the copied object keeps its tensors."""
+    """Copies made inside have no memory, wherever the copied object keeps its tensors."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func is Tensor.__deepcopy__:
@@ -347,7 +348,7 @@ def _meta_tensor(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Runs the real network without its users' hooks, and puts everything back as it was."""
+    """Runs the real network without its users' hooks, and restores everything afterwards."""
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
     contents = [
@@ -407,7 +408,7 @@ def first_possible_trace(
     """Traces on meta tensors, else with a real forward pass, else returns no trace.
 
     Returns:
-        The trace, how it was made, and a warning where it was not made on meta tensors.
+        The trace, how it was made, and a warning if it was not made on meta tensors.
     """
     candidates = call_arguments(network, convs, example_input)
     on_meta: list[_ForwardFailed] = []
@@ -477,7 +478,7 @@ def call_arguments(
     for dims in dict.fromkeys(len(conv.kernel_size) for conv in convs.values()):
         shapes += _likely_shapes(network, convs, dims, configured if dims == 2 else ())
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-    # Batches of two, because BatchNorm can not train on one value per channel.
+    # Batches of two, because BatchNorm cannot train on one value per channel.
     return [
         ((torch.empty(2, *shape, dtype=dtype, device="meta"),), {})
         for shape in dict.fromkeys(shapes)
@@ -503,7 +504,7 @@ def _likely_shapes(
 def _channels_read(conv: _ConvNd) -> int:
     if is_quantised(conv):
         return conv.in_channels
-    # By the weight, which users exchange for one of another number of channels.
+    # From the weight, which users replace to change the number of channels.
     return conv.weight.shape[0] if conv.transposed else conv.weight.shape[1] * conv.groups
 
 

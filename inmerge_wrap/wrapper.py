@@ -68,7 +68,7 @@ class InMergeWrapper(NetworkProxy):
 
     Args:
         module: The network, on any device, before it is parallelised.
-        merge_weight: alpha in [0, 2], the weight of the kernel itself in the blend; above 1 a kernel moves
+        merge_weight: alpha in [0, 2], the weight of the kernel itself in a blend; above 1 it moves
             away from its partner.
         similarity_threshold: tau in [-1, 1]: pairs merge where their cosine is above it; or a
             rule that adapts to the layer, :class:`ZScore` or :class:`Quantile`.
@@ -222,7 +222,7 @@ class InMergeWrapper(NetworkProxy):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "plan" and "plan" in vars(self):
             raise AttributeError(
-                "the plan cannot change, for the statistics belong to its layers: wrap the network again"
+                "the plan cannot change, its layers have the statistics: wrap the network again"
             )
         super().__setattr__(name, value)
 

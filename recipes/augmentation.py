@@ -1,4 +1,4 @@
-"""What training images go through, batch by batch; every draw comes from a given generator."""
+"""Augmentation of training images per batch; every draw comes from a given generator."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def flips(images: Tensor, generator: torch.Generator) -> Tensor:
 def of_torchvision(transform: v2.Transform) -> Callable[[Tensor, torch.Generator], Tensor]:
     """Returns flips followed by a torchvision transform, drawn for each image.
 
-    Its draws come from the global generator, which is seeded for the batch and then restored: how
-    often a method draws from it changes no image.
+    Its draws come from the global generator, which is seeded for the batch and then restored, so
+    that other draws from it do not change the images.
     """
 
     def transformed(images: Tensor, generator: torch.Generator) -> Tensor:

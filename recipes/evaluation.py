@@ -1,4 +1,4 @@
-"""How a trained network is measured: predictions, metrics, clean and damaged images."""
+"""Evaluation of a trained network: predictions and metrics on clean and corrupted images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from inmerge_wrap.robustness import classification_metrics
 from inmerge_wrap.robustness.corruptions import corrupt
 
-# What the test images are damaged with, at the middle severity.
+# The corruptions of the test images, at the middle severity.
 CORRUPTIONS = {
     name: (3,) for name in ("gaussian_noise", "gaussian_blur", "contrast_down", "brightness_up")
 }

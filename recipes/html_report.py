@@ -1,6 +1,6 @@
-"""One page that says what was found: a file that opens offline, on paper, in light and dark.
+"""Renders one page with the results: a file for offline use and print, in light and dark.
 
-Everything is inside the file: style, drawings (SVG), images. Nothing is loaded and nothing runs.
+Everything is inside the file: style, drawings (SVG), images. It loads nothing and runs no code.
 The content is plain data, as recipes/own_images.py writes it into results.json.
 """
 
@@ -196,7 +196,7 @@ def _scale(low: float, high: float, start: float, end: float) -> Callable[[float
 
 
 def _ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Returns the round numbers inside of a range."""
+    """Returns round numbers inside a range."""
     rough = max(high - low, 1e-9) / about
     power = 10.0 ** np.floor(np.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough)
@@ -205,7 +205,7 @@ def _ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def _whole(last: int) -> list[int]:
-    """Returns the whole numbers from 1 to the last, at most seven, evenly spaced."""
+    """Returns whole numbers from 1 to the last, at most seven, evenly spaced."""
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, last) if last / step <= 6)
     return sorted({1, *range(step, last + 1, step)})
 
@@ -284,7 +284,7 @@ def draw_families(families: Sequence[dict[str, Any]]) -> str:
 def draw_course(runs: Sequence[dict[str, Any]]) -> str:
     """Draws validation AUROC over the epochs of every run; a ring marks the epoch that was kept.
 
-    Nothing to draw, an empty text, where it is undefined or there is one epoch alone.
+    Returns an empty string if it is undefined or there is only one epoch.
     """
     values = [e["val_auroc"] for run in runs for e in run["history"] if e["val_auroc"] is not None]
     if not values or max(len(run["history"]) for run in runs) < 2:
@@ -352,7 +352,7 @@ def _picture(pixels: Tensor) -> Image.Image:
 def _inline(pixels: Tensor) -> str:
     picture, buffer = _picture(pixels), io.BytesIO()
     small = max(picture.size) <= 64
-    if small:  # a browser would smear it, and JPEG spoil it
+    if small:  # a browser would blur it, and JPEG would degrade it
         picture = picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST)
         picture.save(buffer, "PNG", optimize=True)
     else:

@@ -105,7 +105,7 @@ def load_medmnist(flag: str, root: Path, size: int = 28) -> Images:
     """Loads a 2D MedMNIST data set from its npz file, downloading it if it is missing.
 
     Raises:
-        SystemExit: With one clear line, if the file is missing and cannot be downloaded.
+        SystemExit: If the file is missing and cannot be downloaded.
     """
     try:
         import medmnist
@@ -140,12 +140,12 @@ def _download(package: Any, info: Mapping[str, Any], path: Path, size: int) -> N
         address = info["url" if size == 28 else f"url_{size}"]
         raise SystemExit(
             f"{path} is missing and the download failed ({error}).\n"
-            f"Get it from {address} and put it there, or name its folder with --data-root."
+            f"Download it from {address} and put it there, or pass its folder as --data-root."
         ) from error
 
 
 class Normalised:
-    """uint8 pixels -> what the network is trained on: optionally augmented, then standardised."""
+    """Turns uint8 pixels into network input: optionally augmented, then standardised."""
 
     def __init__(
         self,

@@ -1,9 +1,9 @@
-"""What the second study measures of a network: clean and by family of corruption, calibration too.
+"""Measures of the second study: clean, by family of corruption, and calibration.
 
-Every run of a data set is measured on the same images with the same damage, which is computed once
-in a process and kept. A part of many images is thinned by class: the rare classes stay whole, and
-the weights of the others give the metrics of the whole part back. Balanced accuracy scatters with
-its rarest class, so that little precision is lost.
+Every run of a data set is measured on the same images with the same corruptions, which are computed
+once per process and kept. A large part is thinned by class: rare classes stay complete, and the
+weights of the others restore the metrics of the whole part. The precision of balanced accuracy
+depends on the rarest class, so little of it is lost.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ METRICS = ("accuracy", "balanced_error", "auroc", "ece", "nll", "scaled_ece", "s
 
 @dataclass(frozen=True)
 class Exam:
-    """The images that a part is measured on, uint8, clean and damaged, their labels and weights."""
+    """The images of an evaluation, uint8, clean and corrupted, with labels and weights."""
 
     pixels: Mapping[str, Tensor]  # "clean" or corruption/severity -> (N, C, H, W)
     labels: Tensor
-    weights: Tensor  # (N,), how many images of the part each stands for
+    weights: Tensor  # (N,), how many images of the part each represents
 
 
 def thin(labels: Tensor, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Keeps about ``count`` rows, rare classes complete; returns also the weight of each row.
 
-    Multi-label rows have no one class: of these a random ``count``.
+    Multi-label rows have no single class: of these it keeps a random ``count``.
     """
     if len(labels) <= count:
         return torch.arange(len(labels)), torch.ones(len(labels))
@@ -114,7 +114,7 @@ def examine(
 
     The network is left in another memory format.
     """
-    network = network.to(memory_format=torch.channels_last)  # by a seventh faster on a CPU
+    network = network.to(memory_format=torch.channels_last)  # a seventh faster on a CPU
     logits = {
         part: {
             name: predict(network, pixels, normalise, 250) for name, pixels in exam.pixels.items()

@@ -1,4 +1,4 @@
-"""Results: the environment that made them, how they are written, how they are put into words."""
+"""Results files: the environment of a run, atomic writing, and formatting of figures."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Training that a kill does not stop: every epoch begins from seeds and ends in a checkpoint.
+"""Resumable training: every epoch starts from seeds and ends in a checkpoint.
 
-A run that was killed goes on from its last whole epoch and comes, on a CPU, to the same bits as one
-that was not: the order of the images, the augmentation and dropout are drawn from seeds of the run
-and the epoch, merging from its own.
+A killed run continues from its last complete epoch and, on a CPU, ends bit for bit as an
+uninterrupted one: the order of the images, the augmentation and dropout are drawn from seeds of the
+run and the epoch, and merging from its own seed.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def augmentation(flip: str) -> v2.Compose:
 
 
 class EpochOrder(Sampler[int]):
-    """An order of the images that the seed and the epoch decide, so that a resumed run has it."""
+    """An order of the images that depends only on seed and epoch, to be repeatable."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed, self.epoch = count, seed, 0
@@ -94,11 +94,11 @@ def derived_seed(*numbers: int) -> int:
     return int.from_bytes(digest, "big")
 
 
-# -- the parts of a training ---------------------------------------------------------------------
+# -- the parts of training ---------------------------------------------------------------------
 
 
 class Normalise:
-    """uint8 pixels (N, C, H, W), or floats in [0, 1], to what the network takes."""
+    """Turns uint8 pixels (N, C, H, W), or floats in [0, 1], into network input."""
 
     def __init__(self, mean: list[float], std: list[float], device: torch.device) -> None:
         self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
@@ -116,9 +116,9 @@ def loss_of(
 
     Args:
         task: ``"multiclass"`` or ``"multilabel"``.
-        labels: Of the training part, from which balanced weights are counted.
-        balanced: Whether each class weighs the same in all, however rare it is.
-        device: Of the outputs.
+        labels: Labels of the training part, from which balanced weights are computed.
+        balanced: Whether each class has the same total weight, however rare it is.
+        device: Device of the outputs.
     """
     if task == "multiclass":
         counts = labels.bincount().float()
@@ -183,8 +183,8 @@ def train(
 ) -> None:
     """Trains or resumes one network; writes its best weights and history to a folder.
 
-    Every epoch begins from seeds of its own and ends in a checkpoint that replaces the last one in
-    one step, so a killed run loses an epoch at most and goes on to the same weights.
+    Every epoch starts from its own seeds and ends in a checkpoint that replaces the last one
+    atomically, so a killed run loses at most one epoch and reaches the same weights.
     """
     checkpoint, best_file = run.folder / "checkpoint.pt", run.folder / "best.safetensors"
     task, device = collection.task, accelerator.device

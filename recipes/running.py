@@ -1,4 +1,4 @@
-"""How a training run is started and fed: accelerator, batches, memory, the command line."""
+"""Shared parts of training runs: accelerator, batches, memory, command line."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tracker",
         choices=["tensorboard", "wandb", "trackio", "jsonl"],
-        help="where each epoch's figures go; jsonl, a file in --out, takes no package "
+        help="tracker for each epoch's figures; jsonl, a file in --out, needs no package "
         "(default: nowhere)",
     )
     parser.add_argument(
         "--deterministic",
         action="store_true",
-        help="the same bits each time on the same machine, by slower kernels where there are some",
+        help="bit-for-bit repeatable on the same machine, with slower kernels where needed",
     )
 
 
@@ -78,7 +78,7 @@ def per_process(batch_size: int, processes: int) -> int:
     if batch_size < 1 or batch_size % processes:
         raise SystemExit(
             f"--batch-size {batch_size} is the size over all processes: "
-            f"give a positive multiple of their number, {processes}"
+            f"pass a positive multiple of their number, {processes}"
         )
     return batch_size // processes
 
@@ -99,7 +99,7 @@ def batches(accelerator: Accelerator, count: int, batch_size: int, seed: int) ->
 class Waited:
     """A loader that adds up the seconds that the loop waited for its batches.
 
-    They bound from above the time an accelerator was idle: it works off its queue meanwhile.
+    They are an upper bound of the idle time of an accelerator, which works on its queue meanwhile.
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Many runs: each is one JSON file, done once by whoever comes first, and never twice."""
+"""Sweeps of many runs: each writes one JSON file and is never done twice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training import Run
 def claim(path: Path) -> FileLock | None:
     """Acquires the lock of a run that is neither done nor in progress; None for any other.
 
-    The system frees it when the process ends; the file that is left is no lock.
+    The system releases it when the process ends; the file that remains is not a lock.
     """
     folder = path.parent / ".locks"
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def sweep(
     """Runs what is not in the folder yet, in order, and prints a line for each run.
 
     The processes of one launch do one run together; other launches that share the folder do other
-    runs meanwhile.
+    runs at the same time.
     """
     for number, run in enumerate(runs, start=1):
         path = folder / run.file_name

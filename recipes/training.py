@@ -1,10 +1,10 @@
-"""One run of an experiment: the methods of methods.py in one and the same loop, at equal budget.
+"""One run of an experiment: the methods of methods.py in the same loop, at equal budget.
 
-The budget is ``Run.epochs`` passes forward and backward over the training images. SAM needs two
+The budget is ``Run.epochs`` forward and backward passes over the training images. SAM needs two
 passes for one step, so it gets half the epochs, unless the run says ``equal="epochs"``; a soup or
 an ensemble divides them among its networks. Shares are rounded to whole epochs: of 15, SAM gets 8,
-which are 16 passes. The passes that were made, and what a method costs at inference, are in its
-result.
+which are 16 passes. The result records the actual passes and the cost at
+inference.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from torchvision.models import vgg
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that decides the outcome of one run, and so names its file.
+    """The settings that determine the outcome of one run, and the name of its file.
 
     ``weights`` is a file of safetensors to start from, or the name of the package of pretrained.py;
     ``augmentation`` a name of AUGMENTATIONS, or ``"mixup"`` for flips and the method of that name.
-    ``equal`` says what the methods are given alike: passes over the images, or epochs, of which
-    SAM's cost twice as much.
+    ``equal`` is the budget that all methods share: passes over the images, or epochs, which cost
+    twice as much with SAM.
     """
 
     arm: str
@@ -155,7 +155,7 @@ def fit(
     seed: int,
     lr: float,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Trains one network; returns the one to test, and what it cost and what was merged."""
+    """Trains one network; returns the one to test, its cost and the merged share."""
     normalise, loss_function = normaliser(run, data, accelerator), loss_of(data.task)
     images, labels = data.parts["train"]
     methods = all_methods(run)
@@ -247,7 +247,7 @@ def under_corruption(network: nn.Module, data: Images, normalise: Normalised) ->
 def train(
     run: Run, data: Images, accelerator: Accelerator, measure: Measure = under_corruption
 ) -> dict[str, Any]:
-    """Trains by the run's methods and measures; the last epoch counts, nothing is selected."""
+    """Trains with the methods of a run and evaluates the last epoch; nothing is selected."""
     set_seed(run.seed)
     data = training_part(run, data).to(accelerator.device)
     began, cpu_began = time.perf_counter(), time.process_time()

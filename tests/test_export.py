@@ -140,7 +140,7 @@ def test_the_folder_of_a_channels_last_network_loads(tmp_path: Path) -> None:
 def test_a_diverged_network_is_told_as_such(tmp_path: Path) -> None:
     net = timm.create_model("test_resnet", num_classes=3)
     nn.init.constant_(net.fc.weight, math.nan)
-    with pytest.raises(RuntimeError, match="answers with NaN or Inf, its training has diverged"):
+    with pytest.raises(RuntimeError, match="returns NaN or Inf, its training has diverged"):
         export_timm(net, tmp_path / "net", **PREPARED)
     assert not list((tmp_path / "net").iterdir())
     export_weights(net, tmp_path / "net.safetensors")

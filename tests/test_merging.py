@@ -195,7 +195,7 @@ def test_draws_leave_the_global_generator_alone() -> None:
         ((8, -0.1), "probability must lie in"),
         ((8, 1.1), "got 1.1"),
         ((8, math.nan), "got nan"),
-        ((8, 0.5, 3), "8 kernels do not fall into 3"),
+        ((8, 0.5, 3), "8 kernels cannot be divided into 3"),
         ((0, 0.5), "0 kernels"),
     ],
 )

@@ -315,7 +315,7 @@ def test_recalibration_measures_what_the_weights_give() -> None:
 @pytest.mark.parametrize(
     "loader,error,message",
     [
-        ([], ValueError, "the loader gave no batch"),
+        ([], ValueError, "the loader yielded no batch"),
         ([{"image": 1}], TypeError, "got dict"),
         ([torch.randn(2, 3, 12, 12), torch.randn(2, 5, 12, 12)], RuntimeError, "channels"),
     ],

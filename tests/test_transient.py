@@ -662,7 +662,7 @@ def test_nothing_happens_silently() -> None:
     loss_of(model.module).backward()
     with pytest.warns(NoEffectWarning, match="no training forward pass of this model"):
         optimizer.step()
-    with pytest.raises(RuntimeError, match=r"merge_\(\) merges for good"):
+    with pytest.raises(RuntimeError, match=r"merge_\(\) merges permanently"):
         model.merge_()
 
 

@@ -2,9 +2,9 @@
 
 An engine is a module with a ``NAME``, ``takes(store)``, ``makes(change)``, ``batches(stores)``,
 ``cosines(stores, pairs, centred)`` and ``change_(stores, pairs, changed, change)``; see
-:mod:`inmerge_wrap.engines.torch_blocks`, which is the specification. It may offer a ``merge_``
-that does the steps of a pass in one, with the same result. Each layer is given to the engine that
-is wanted if it takes the layer's store, and to plain PyTorch otherwise.
+:mod:`inmerge_wrap.engines.torch_blocks`, which is the specification. It may provide a ``merge_``
+that performs the steps of a pass in one call, with the same result. Each layer is assigned to the
+selected engine if that supports the layer's store, and to plain PyTorch otherwise.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ __all__ = [
 ]
 
 ENGINES = ("auto", "torch", "native", "triton")
-"""What a user may ask for; ``auto`` is the fastest that works on the device at hand."""
+"""The engines a user can request; ``auto`` is the fastest that works on the device."""
 
 
 class Engine(Protocol):
-    """What a module of this package provides."""
+    """The functions that each engine module provides."""
 
     NAME: str
 
@@ -87,13 +87,13 @@ def require(name: str, device: torch.device) -> None:
         RuntimeError: If it does not.
     """
     if device.type == "cpu" and name == "auto":
-        native.prepare()  # so that it is there when the first step asks
-    if name in ("auto", "torch") or device.type == "meta":  # a network on meta moves later
+        native.prepare()  # so that it is ready for the first step
+    if name in ("auto", "torch") or device.type == "meta":  # a network on meta is moved later
         return
     if name == "triton":
         problem = triton.problem(device)
     elif device.type != "cpu":
-        problem = f"native code works on a CPU and the network is on {device}"
+        problem = f"native code runs on a CPU, and the network is on {device}"
     else:
         problem = native.problem(insist=True)
         problem = problem and f"{native.REMEDY} ({problem})"
@@ -105,11 +105,11 @@ def group(stores: Sequence[Store], name: str) -> list[tuple[Engine, list[int]]]:
     """Assigns layers to engines, and splits them into batches for one call.
 
     Args:
-        stores: Of each layer, opened or not.
+        stores: Store of each layer, opened or not.
         name: One of :data:`ENGINES`.
 
     Returns:
-        Engines with the places of their layers, in the order of the first of these.
+        Engines with the indices of their layers, ordered by the first index.
     """
     best = [wanted(name, store.weight.device) for store in stores]
     best = [

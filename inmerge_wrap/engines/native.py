@@ -46,15 +46,15 @@ __all__ = [
 NAME = "native"
 
 PATIENCE = 2.0
-"""Seconds that a training waits for the compiler where nobody asked for this engine."""
+"""Seconds that training waits for the compiler if the engine was chosen automatically."""
 
 LIMIT = 120.0
-"""Seconds after which a compiler is given up, where somebody did."""
+"""Seconds that training waits for the compiler if the engine was requested."""
 
 REMEDY = (
     "native code needs a C++ compiler (c++, or that of the environment variable CXX) with the "
     "options of g++ and clang++, and a folder (~/.cache, or TMPDIR) from which libraries may be "
-    "loaded; install it, or leave engine='auto', which computes the same without"
+    "loaded; install it, or leave engine='auto', which computes the same without it"
 )
 
 _DTYPES = {
@@ -67,7 +67,7 @@ _WHOLE, _EXACT, _PLACE = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _COUNT = ctypes.c_int
 
 _build: Build | None = None
-_decision: list[str | None] = []  # what was said to those who do not insist: it stays
+_decision: list[str | None] = []  # the answer without insist, which stays the same
 
 
 def prepare() -> None:
@@ -82,8 +82,9 @@ def problem(*, insist: bool = False) -> str | None:
     """Returns why native code cannot be used in this process; None if it can.
 
     Args:
-        insist: Wait for the compiler for minutes. Otherwise for two seconds, once; a run that
-            began without native code then goes on without, so that its arithmetic stays one.
+        insist: Wait for the compiler for minutes. Otherwise wait two seconds, once; a run that
+            started without native code continues without it, so that its arithmetic does not
+            change.
     """
     prepare()
     assert _build is not None
@@ -228,9 +229,9 @@ def cosines(stores: Sequence[Store], pairs: Pairs, centred: Sequence[bool]) -> T
     """Returns the cosine of each pair, see :func:`inmerge_wrap.merging.pair_cosines`.
 
     Args:
-        stores: Of one dtype, without common memory; see :func:`batches`.
-        pairs: On the CPU.
-        centred: Of each layer, whether its kernels are compared without their mean.
+        stores: Stores of one dtype that share no memory; see :func:`batches`.
+        pairs: Drawn pairs, on the CPU.
+        centred: For each layer, whether its kernels are compared without their mean.
 
     Returns:
         Shape (pairs,), float32 or wider.
@@ -247,8 +248,8 @@ def change_(stores: Sequence[Store], pairs: Pairs, changed: Tensor | None, chang
     """Blends kernels in place; all are read before they are written (eq. 3).
 
     Args:
-        stores: See :func:`cosines`, as for ``pairs``.
-        pairs: Without repetition of a target in a layer.
+        stores: See :func:`cosines`; likewise ``pairs``.
+        pairs: No target repeats in a layer.
         changed: Boolean mask of the pairs to blend, shape (pairs,); None for all.
         change: See :func:`makes`.
     """
@@ -321,15 +322,15 @@ def merge_(
     """Compares, decides and blends; equal to :func:`cosines`, the threshold and :func:`change_`.
 
     Args:
-        layers: Those of one batch, see :func:`batches`.
-        pairs: What they draw, on the CPU.
-        threshold: Which pairs merge.
+        layers: The layers of one batch, see :func:`batches`.
+        pairs: Their drawn pairs, on the CPU.
+        threshold: The rule that decides which pairs merge.
         merge_weight: See :class:`inmerge_wrap.changes.Blend`.
-        skip: A scalar, non-zero for no merge at all.
-        keep: Takes the kernels that change, before they do.
+        skip: A scalar; non-zero disables the merge.
+        keep: Receives the kernels that change, before they do.
 
     Returns:
-        What became of each pair; None, and nothing done, where the threshold is not one of ours.
+        The outcome of each pair; None, with nothing changed, for a custom threshold.
     """
     if type(threshold) not in (Fixed, ZScore, Quantile):
         return None
@@ -363,7 +364,7 @@ def merge_(
 
 
 class _Table:
-    """What ``merge`` is told of some layers; it serves as long as their weights do."""
+    """The arguments of ``merge`` for some layers; valid as long as their weights are."""
 
     def __init__(self, layers: Layers) -> None:
         stores, sites = layers.stores, [layer.site for layer in layers]
@@ -373,7 +374,7 @@ class _Table:
         self.dtype = stores[0].weight.dtype
         self._fan_ins = [site.fan_in for site in sites]
         self._threshold: Threshold | None = None
-        self.spare: Tensor | None = None  # for kernels to keep, so that no step asks for memory
+        self.spare: Tensor | None = None  # for saved kernels, so that no step allocates memory
 
     def aim(self, threshold: Threshold) -> tuple[int, float]:
         """Writes the bound of each layer; returns the rule of ``merge`` and its quantile."""
@@ -402,7 +403,7 @@ class KeptRows:
 
     Attributes:
         layers: The layers.
-        pairs: What they drew.
+        pairs: Their drawn pairs.
         merged: Which of the pairs changed their target, boolean, shape (pairs,).
         rows: A kernel for each pair, one after the other; only those that merged are written.
     """
@@ -443,7 +444,7 @@ class KeptRows:
         begin = 0
         masks = self.merged.split(self.pairs.lengths)
         for layer, part, mask in zip(self.layers, self.pairs.split(), masks, strict=True):
-            # Entries lie as in the weight that was merged, channels last perhaps.
+            # Entries are ordered as in the weight that was merged, possibly channels_last.
             weight = layer.store.weight
             shape = len(part), *weight.shape[1:]
             kernels = self.rows.as_strided(shape, weight.stride(), begin)

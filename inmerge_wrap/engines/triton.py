@@ -1,6 +1,6 @@
 """The Triton engine: a pass over all layers in a few launches, on a GPU.
 
-See :mod:`inmerge_wrap.engines.triton_launches` for what is launched. It has never run on a GPU of
+See :mod:`inmerge_wrap.engines.triton_launches` for the launches. It has never run on a GPU of
 ours: the tests run it in Triton's interpreter, on a CPU.
 """
 
@@ -83,19 +83,19 @@ def merge_(
 ) -> Outcome | None:
     """Compares, decides and blends; equal to :func:`cosines`, the threshold and :func:`change_`.
 
-    Launches, whatever the number of layers: one to compare, one to decide, two to blend, one to
-    keep; a quantile takes some twenty more operations.
+    Launches, for any number of layers: one to compare, one to decide, two to blend, one to
+    save; a quantile takes some twenty more operations.
 
     Args:
-        layers: Those of one batch, see :func:`batches`.
-        pairs: On their device.
-        threshold: Which pairs merge.
+        layers: The layers of one batch, see :func:`batches`.
+        pairs: Drawn pairs, on their device.
+        threshold: The rule that decides which pairs merge.
         merge_weight: See :class:`inmerge_wrap.changes.Blend`.
-        skip: A scalar on the device, non-zero for no merge at all.
-        keep: Takes the kernels that change, before they do.
+        skip: A scalar on the device; non-zero disables the merge.
+        keep: Receives the kernels that change, before they do.
 
     Returns:
-        What became of each pair; None, and nothing done, where the threshold is not one of ours.
+        The outcome of each pair; None, with nothing changed, for a custom threshold.
     """
     if type(threshold) not in (Fixed, ZScore, Quantile):
         return None
@@ -124,9 +124,9 @@ class KeptBuffer:
 
     Attributes:
         layers: The layers.
-        pairs: Whose targets are kept.
-        merged: Which of them.
-        rows: What :func:`triton_launches.save` gave.
+        pairs: The pairs whose targets are saved.
+        merged: Which of the pairs merged.
+        rows: The buffer that :func:`triton_launches.save` returned.
     """
 
     layers: Layers
@@ -145,7 +145,7 @@ class KeptBuffer:
         if all(map(_is_alike, stores, self.layers.stores)):
             self._restore_([store.weight for store in stores])
             return
-        # Moved or converted since: unpacked into weights as they were, and from these.
+        # Moved or converted since: unpack into weights of the old form and copy from these.
         unpacked = [torch.empty_like(store.weight) for store in self.layers.stores]
         self._restore_(unpacked)
         masks = self.merged.split(self.pairs.lengths)

@@ -1,14 +1,14 @@
-"""Image corruptions as data: what a camera, a scanner, a slide or a file format does to a picture.
+"""A registry of image corruptions, as cameras, scanners, slides and file formats cause them.
 
 Every entry of `CORRUPTIONS` names a pure batched function and its parameters at five severities;
-`corrupt` applies one of them, and `PRESETS` says which belong to which imaging modality.
+`corrupt` applies one of them, and `PRESETS` lists those of each imaging modality.
 
 The assignment of corruptions to modalities follows MedMNIST-C: F. Di Salvo, S. Doerrich, C. Ledig,
 "MedMNIST-C: Comprehensive benchmark and improved classifier robustness by simulating realistic
 image corruptions", arXiv 2406.17536 (2024). The implementations and the severities are our own: one
-scale for every data set, and lengths as a share of the image side so that 28 px and 224 px pictures
-are damaged alike. Error rates measured here are comparable with each other, not with the tables of
-that paper.
+scale for every data set, and lengths as a share of the image side so that 28 px and 224 px images
+are corrupted alike. Error rates measured here are comparable with each other, not with the tables
+of that paper.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ _STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
 class Draws:
     """Random numbers for a batch, from one independent CPU stream per image.
 
-    The stream of an image depends on the seed, the corruption's name and the image's index alone:
-    not on the batch it travels in, on the device or on the global generators, which are left
-    untouched. The severity is deliberately no part of the key. All five severities of an image
-    reuse one draw (the same noise field made stronger, the same bubble grown larger), so the step
-    from one severity to the next is the severity's doing and not that of luck.
+    The stream of an image depends only on the seed, the corruption's name and the image's index,
+    not on its batch, the device or the global generators, which are left
+    untouched. The severity is deliberately not part of the key. All five severities of an image
+    reuse one draw (the same noise field made stronger, the same bubble grown larger), so the
+    difference between two severities is due to the severity and not to chance.
     """
 
     def __init__(self, name: str, indices: Sequence[int], *, seed: int) -> None:
@@ -104,15 +104,15 @@ class Draws:
 
 @dataclass(frozen=True)
 class Corruption:
-    """One way to damage a picture, at five severities.
+    """An image corruption at five severities.
 
     Attributes:
-        name: Unique name; a part of the key of the random draws.
+        name: Unique name; part of the key of the random draws.
         kind: One of noise, blur, digital, colour, artefact.
         function: Pure function `(images, draws, **parameters) -> images` on (B, C, H, W) floats in
             [0, 1]. It may overshoot the range: `corrupt` clamps.
         severities: Five mappings with the keyword arguments of `function`, mildest first.
-        about: What happens to the picture, in one sentence.
+        about: What happens to the image, in one sentence.
         random: Whether the result depends on the seed.
         rgb_only: Whether it needs colour, so that it does not apply to one-channel images.
     """
@@ -148,7 +148,7 @@ def check_images(images: Tensor) -> None:
     if not isinstance(images, Tensor) or not images.is_floating_point():
         found = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(
-            f"images are {found}; a floating tensor with pixels in [0, 1] is needed "
+            f"images are {found}; a floating tensor with pixels in [0, 1] is required "
             "(for bytes: images.float() / 255)"
         )
     if images.ndim != 4 or images.shape[1] not in (1, 3):
@@ -180,13 +180,13 @@ def corrupt(
 
     The result depends on the images, the corruption, the severity, the seed and each image's index.
     It does not depend on the size of the batch (up to rounding in the last digit), nor on global
-    generators, which are neither read nor moved.
+    generators, which are neither read nor advanced.
 
     Args:
         images: Pixels in [0, 1], shape (B, C, H, W), C = 1 or 3, any device and floating dtype.
         corruption: A name of `CORRUPTIONS`, or a `Corruption` of your own.
         severity: 1 (mild) to 5 (severe).
-        seed: Seed of the random ones.
+        seed: Seed of the random corruptions.
         indices: Index of each image within its data set; 0 ... B - 1 if None.
 
     Returns:
@@ -203,7 +203,7 @@ def corrupt(
     if chosen.rgb_only and images.shape[1] == 1:
         raise ValueError(
             f"corruption {chosen.name!r} needs colour and the images have one channel; choose the "
-            'preset "grey" or the one of the modality'
+            'preset "grey" or that of the modality'
         )
     if indices is None:
         indices = range(len(images))
@@ -385,7 +385,7 @@ def _colour_cast(images: Tensor, draws: Draws, *, strength: float) -> Tensor:
 
 
 def _stain_shift(images: Tensor, draws: Draws, *, strength: float) -> Tensor:
-    # Take the picture apart into its stains, make each stronger or weaker, put it together again.
+    # Separate the image into its stains, scale each of them, and recombine.
     stains = F.normalize(torch.tensor(_STAINS), dim=1).to(images)
     density = -torch.log(images.clamp_min(1 / 255))
     amounts = torch.einsum("bchw,cs->bshw", density, torch.linalg.inv(stains))
@@ -419,7 +419,7 @@ def _bubble(images: Tensor, draws: Draws, *, count: int, radius: float) -> Tenso
 def _dust(images: Tensor, draws: Draws, *, count: int) -> Tensor:
     lots = draws.uniform(_MOST_SPECKS, 3, like=images)
     for lot in lots.unbind(1)[:count]:
-        # Never below half a pixel, or a speck between four pixel centres would vanish.
+        # At least half a pixel, or a speck between four pixel centres would vanish.
         radii = (_side(images) * (0.01 + 0.02 * lot[:, 2])).clamp_min(0.5)
         images = _blend(images, 0.05, 0.85 * _discs(images, lot[:, :2], radii))
     return images
@@ -437,7 +437,7 @@ def _stain_deposit(images: Tensor, draws: Draws, *, area: float) -> Tensor:
 
 
 def _bars(images: Tensor, draws: Draws, *, count: int) -> Tensor:
-    # 28 detector stripes; the first `count` of a random order are dead.
+    # 28 detector stripes; the first `count` in a random order are dead.
     width = images.shape[-1]
     ranks = draws.uniform(_STRIPES, like=images).argsort(1).argsort(1)
     stripe = torch.arange(width, device=images.device) * _STRIPES // width
@@ -457,7 +457,7 @@ def _characters(images: Tensor, draws: Draws, *, count: int, size: float) -> Ten
     lots = draws.uniform(_MOST_CHARACTERS, 3, like=images)
     font = torch.tensor([[int(dot) for dot in digit] for digit in _DIGITS]).to(images)
     font = font.view(-1, 1, 5, 3)
-    # White on a dark picture, black on a bright one: a marker is there to be seen.
+    # White on a dark image, black on a bright one, so that the marker is visible.
     ink = (images.mean((1, 2, 3), keepdim=True) < 0.5).to(images)
     high = size * _side(images)
     rows, columns = _pixel_grid(images)
@@ -658,7 +658,7 @@ PRESETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "all": tuple(CORRUPTIONS),
     }
 )  # fmt: skip
-"""Names of the corruptions that belong to a modality; "grey" is "all" without those of colour."""
+"""Corruptions of each modality, by name; "grey" is "all" without those that need colour."""
 
 DATASET_PRESETS: Mapping[str, str] = MappingProxyType(
     {
@@ -701,7 +701,7 @@ def resolve_preset(preset: str | Sequence[str | Corruption]) -> tuple[Corruption
         The corruptions in order.
 
     Raises:
-        ValueError: If a name is unknown (close names are given), stands twice, or none is given.
+        ValueError: If a name is unknown (close names are given) or repeated, or none is given.
     """
     if isinstance(preset, str):
         name = DATASET_PRESETS.get(preset, preset)
@@ -716,5 +716,5 @@ def resolve_preset(preset: str | Sequence[str | Corruption]) -> tuple[Corruption
     names = [entry.name for entry in chosen]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"corruption {name!r} stands twice in the preset; name it once")
+            raise ValueError(f"corruption {name!r} occurs twice in the preset; name it once")
     return chosen
