@@ -995,7 +995,7 @@ def test_exclude_leaves_out_and_shifts_no_depth() -> None:
         ({"exclude": ["layer5.*"]}, r"exclude='layer5.\*' matches none of the 20.*layer"),
         ({"include": ["layer4.*", "fc"]}, "include='fc' matches none"),
         ({"include": lambda site: False}, "nothing to merge in ResNet: 20 not included"),
-        ({"also_merge": ["gates"]}, "also_merge knows .*depthwise.*got .*gates"),
+        ({"also_merge": ["gates"]}, "also_merge must be among .*depthwise.*got .*gates"),
         ({"also_merge": "depthwise"}, "must be a collection"),
         ({"shallow_layers": 20}, "shallow_layers=20 leaves none of the 20 counted layers"),
         ({"shallow_layers": 1.0}, "shallow_layers must be"),

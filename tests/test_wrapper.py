@@ -636,7 +636,7 @@ def test_what_is_no_network_is_refused_with_the_way_to_one() -> None:
 )
 def test_wrapping_twice_is_refused(outer: Callable[[nn.Module], nn.Module], place: str) -> None:
     once = outer(wrapped())
-    with pytest.raises(ValueError, match=rf"wrapped already.* the bare network, model\.{place}$"):
+    with pytest.raises(ValueError, match=rf"already wrapped.* the bare network, model\.{place}$"):
         InMergeWrapper(once, shallow_layers=2)
     InMergeWrapper(once.get_submodule(place), shallow_layers=2)  # the remedy
 
