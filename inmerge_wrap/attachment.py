@@ -98,7 +98,7 @@ class Attachments:
 
     @property
     def live(self) -> list[Optimizer]:
-        """The optimizers that still exist and whose hooks nobody removed."""
+        """The optimizers that still exist and whose hooks have not been removed."""
         return [
             optimizer
             for known in self._known

@@ -122,7 +122,7 @@ def modules_of(network: nn.Module, sites: Sequence[ConvSite]) -> list[nn.Module]
 
 
 def _address(store: Store) -> int:
-    """Returns where an ordinary weight lies in memory; 0 for all others."""
+    """Returns the address of an ordinary weight; 0 for all others."""
     ordinary = type(store) is Plain and type(store.weight) is Tensor
     return store.weight.data_ptr() if ordinary else 0
 

@@ -55,7 +55,7 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Computes metrics of the test part, clean and under each ``corruption/severity``.
 
-    Every model sees the same damaged images: the draws depend on the image's index alone.
+    Every model sees the same corrupted images: the draws depend only on the image's index.
     """
     pixels, labels = data.parts["test"]
     rows = {"clean": metrics(predict(model, pixels, normalise, batch_size), labels, data.task)}

@@ -113,7 +113,7 @@ class Fade:
     anneals: Literal["probability", "strength"] = "probability"
 
     def schedule(self, total_steps: int) -> Schedule:
-        """Returns the schedule for a training run of so many steps."""
+        """Returns the schedule for a training run of ``total_steps`` steps."""
         start = round(self.start * total_steps)
         return Schedule(start=start, end=total_steps, decay=self.decay, anneals=self.anneals)
 

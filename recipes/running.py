@@ -99,7 +99,7 @@ def batches(accelerator: Accelerator, count: int, batch_size: int, seed: int) ->
 class Waited:
     """A loader that adds up the seconds that the loop waited for its batches.
 
-    They are an upper bound of the idle time of an accelerator, which works on its queue meanwhile.
+    They are an upper bound of the idle time of an accelerator, which works through its queue.
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:

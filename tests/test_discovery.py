@@ -301,7 +301,7 @@ def test_example_input_tells_how_to_call(make: Callable[[], nn.Module], example:
     assert [name.removeprefix("_orig_mod.") for name in in_order(plan)] == ["c", "b", "a"]
 
 
-def test_an_example_input_that_does_not_fit_is_told() -> None:
+def test_an_example_input_that_does_not_fit_is_reported() -> None:
     with pytest.warns(UserWarning, match="no forward pass was possible.*to have 3 channels"):
         plan_merging(Net(), example_input=torch.zeros(2, 4, 16, 16))
 
@@ -559,7 +559,7 @@ def test_quantised_convolutions_are_in_the_plan_with_the_reason() -> None:
 
 
 class Adapted(nn.Module):
-    """A convolution as peft leaves it: frozen, and a low-rank update beside it."""
+    """A convolution as peft leaves it: frozen, with a low-rank update."""
 
     def __init__(self, base: nn.Conv2d) -> None:
         super().__init__()
@@ -1003,7 +1003,7 @@ def test_exclude_leaves_out_and_shifts_no_depth() -> None:
         ({"shallow_layers": True}, "shallow_layers must be"),
     ],
 )
-def test_wrong_requests_are_told_with_what_would_be_right(
+def test_wrong_requests_raise_an_error_with_the_remedy(
     settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

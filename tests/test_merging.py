@@ -167,7 +167,7 @@ def test_draws_are_sorted_distinct_and_reproducible() -> None:
     ids=["plain", "native"],
 )
 def test_layers_are_drawn_together_as_each_alone(draw: Any, probability: float) -> None:
-    """Whatever layers stand beside it, whatever the user's defaults are."""
+    """Independent of the other layers and of the user's defaults."""
     counts, groups = (40, 12, 6, 64, 10), (1, 3, 6, 8, 5)
     sizes = [count // number for count, number in zip(counts, groups, strict=True)]
     torch.set_default_dtype(torch.float64)

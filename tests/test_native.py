@@ -547,7 +547,7 @@ def test_a_folder_that_may_not_execute_is_left_for_another(
 
 @pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("compiler", ["/nowhere/c++", "false", "true", "c++ '"])
-def test_a_compiler_that_fails_is_told_before_the_training(
+def test_a_compiler_that_fails_is_reported_before_the_training(
     compiler: str, later: bool, tmp_path: Path
 ) -> None:
     """One that is missing, one that refuses, one that makes nothing, one that cannot be read."""

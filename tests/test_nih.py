@@ -108,7 +108,7 @@ def test_the_cache_gives_the_same_pixels(
     assert len(copied) < 1000 and np.array_equal(pickle.loads(copied)[3], cached.images[3])
 
 
-def test_a_stale_cache_is_written_anew(
+def test_a_stale_cache_is_written_again(
     nih: ModuleType, part: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "train.npy"
@@ -131,7 +131,7 @@ def test_a_stale_cache_is_written_anew(
     assert "stale" in capsys.readouterr().out
 
 
-def test_a_cache_is_written_whole_or_not_at_all(nih: ModuleType, part: Any, tmp_path: Path) -> None:
+def test_a_cache_is_written_atomically(nih: ModuleType, part: Any, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     part.images[4].write_bytes(b"broken")
     with pytest.raises(OSError):

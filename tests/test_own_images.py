@@ -175,7 +175,7 @@ def test_figures_are_those_of_scikit_learn(finished: tuple[Path, Path, list[str]
     }  # fmt: skip
 
 
-def test_a_patient_stands_in_one_part(finished: tuple[Path, Path, list[str], str]) -> None:
+def test_a_patient_is_in_one_part(finished: tuple[Path, Path, list[str], str]) -> None:
     _, out, _, _ = finished
     parts: dict[str, set[str]] = {}
     rows = rows_of(out / "split.csv")
@@ -231,7 +231,9 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_stands_alone_and_is_sound(finished: tuple[Path, Path, list[str], str]) -> None:
+def test_the_page_is_self_contained_and_is_sound(
+    finished: tuple[Path, Path, list[str], str],
+) -> None:
     _, out, _, _ = finished
     text = (out / "report.html").read_text(encoding="utf-8")
     page = Page()

@@ -334,7 +334,7 @@ def test_a_foreign_counter_is_refused(state: torch.Tensor, message: str) -> None
         model.load_state_dict({**model.state_dict(), "_extra_state": state})
 
 
-def test_another_seed_or_plan_in_the_checkpoint_is_told() -> None:
+def test_another_seed_or_plan_in_the_checkpoint_is_reported() -> None:
     model = wrapped()
     model.merge_()
     with pytest.warns(UserWarning, match="trained with seed=0, this wrapper draws with seed=4"):
@@ -469,7 +469,7 @@ def test_inference_and_attached_training_do_not_warn() -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.999, ZScore(1000.0)], ids=["fixed", "rule"])
-def test_a_threshold_that_never_fires_is_told_with_what_works(threshold: Any) -> None:
+def test_a_threshold_that_never_fires_is_reported_with_what_works(threshold: Any) -> None:
     model = wrapped(similarity_threshold=threshold)
     optimizer = sgd(model, lr=0.0)
     model.attach(optimizer)
@@ -499,7 +499,7 @@ def test_a_threshold_that_never_fires_is_told_with_what_works(threshold: Any) ->
     "schedule,last_silent",
     [(Schedule(end=3), 102), (Schedule(start=5, end=25), 224), (Schedule(end=3, every=2), 102)],
 )
-def test_training_long_past_the_schedule_is_told(schedule: Schedule, last_silent: int) -> None:
+def test_training_long_past_the_schedule_is_reported(schedule: Schedule, last_silent: int) -> None:
     model = wrapped(schedule=schedule)
     for _ in range(last_silent):
         model.merge_()
@@ -540,7 +540,7 @@ def test_the_report_says_why_nothing_ever_merged() -> None:
     assert resumed.report().idle is None and "Never" not in str(resumed.report())
 
 
-def test_a_probability_of_zero_is_told() -> None:
+def test_a_probability_of_zero_is_reported() -> None:
     model = wrapped(merge_probability=0.0)
     with pytest.warns(NoEffectWarning, match="no pair was drawn in 100 steps"):
         for _ in range(100):

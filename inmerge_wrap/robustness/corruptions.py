@@ -38,7 +38,7 @@ __all__ = [
 
 KINDS = ("noise", "blur", "digital", "colour", "artefact")
 
-# 3 x 5 dot-matrix digits, one string of rows per digit, for text burnt into the picture.
+# 3 x 5 dot-matrix digits, one string of rows per digit, for text burnt into the image.
 _DIGITS = (
     "111101101101111",
     "010110010010111",
@@ -429,7 +429,7 @@ def _stain_deposit(images: Tensor, draws: Draws, *, area: float) -> Tensor:
     coarse = draws.normal(1, 6, 6, like=images)
     field = F.interpolate(coarse, size=images.shape[-2:], mode="bicubic", align_corners=False)
     values = field.flatten(1)
-    # The level above which `area` of the picture lies; torch.quantile refuses large inputs.
+    # The level above which `area` of the image lies; torch.quantile refuses large inputs.
     level = values.kthvalue(max(1, round((1 - area) * values.shape[1])), dim=1).values
     opacity = (4 * (field - level[:, None, None, None]) + 0.5).clamp(0, 0.9)
     purple = torch.tensor([0.23, 0.10, 0.35]).to(images)[:, None, None]
@@ -479,7 +479,7 @@ def _characters(images: Tensor, draws: Draws, *, count: int, size: float) -> Ten
 
 # --- the registry ---------------------------------------------------------------------------------
 
-# How many things are drawn per picture, whatever the severity: a higher one shows more of them.
+# How many things are drawn per image, whatever the severity: a higher one shows more of them.
 _MOST_BUBBLES, _MOST_SPECKS, _MOST_CHARACTERS, _STRIPES = 8, 32, 6, 28
 
 
@@ -529,7 +529,7 @@ def _registry() -> Mapping[str, Corruption]:
         ),
         Corruption(
             "zoom_blur", "blur", _zoom_blur, _five(zoom=(0.06, 0.11, 0.16, 0.22, 0.30)),
-            "Mean of pictures magnified by 1 to 1 + zoom: movement towards the lens.",
+            "Mean of images magnified by 1 to 1 + zoom: movement towards the lens.",
         ),
         Corruption(
             "jpeg_compression", "digital", _jpeg_compression, _five(quality=(50, 30, 18, 10, 6)),
@@ -549,11 +549,11 @@ def _registry() -> Mapping[str, Corruption]:
         ),
         Corruption(
             "contrast_up", "colour", _contrast, _five(factor=(1.20, 1.40, 1.70, 2.00, 2.50)),
-            "Distance to the mean grey of the picture times the factor.",
+            "Distance to the mean grey of the image times the factor.",
         ),
         Corruption(
             "contrast_down", "colour", _contrast, _five(factor=(0.80, 0.65, 0.50, 0.38, 0.25)),
-            "Distance to the mean grey of the picture times the factor.",
+            "Distance to the mean grey of the image times the factor.",
         ),
         Corruption(
             "gamma_up", "colour", _gamma, _five(gamma=(1.20, 1.40, 1.70, 2.00, 2.50)),
@@ -595,7 +595,7 @@ def _registry() -> Mapping[str, Corruption]:
         ),
         Corruption(
             "stain_deposit", "artefact", _stain_deposit, _five(area=(0.03, 0.06, 0.10, 0.15, 0.22)),
-            "Purple blots over this share of the picture: precipitated dye.",
+            "Purple blots over this share of the image: precipitated dye.",
             random=True, rgb_only=True,
         ),
         Corruption(
