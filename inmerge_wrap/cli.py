@@ -129,7 +129,7 @@ def _in_options(message: str) -> str:
         # include=[...], also_merge=(...), also_merge=('frozen',), shallow_layers=0, include='x'
         message = re.sub(rf"\b{argument}=(\[\.\.\.\]|\(\.\.\.\))", option, message)
         message = re.sub(rf"\b{argument}=\('(\w+)',\)", rf"{option} \1", message)
-        message = re.sub(rf"\b{argument}(=| (?=must|knows|names))", f"{option} ", message)
+        message = re.sub(rf"\b{argument}(=| (?=must|names))", f"{option} ", message)
     return message
 
 

@@ -259,7 +259,7 @@ def test_narrow_tables_keep_the_answer(
         ([ARCH, "--shallow-layers", "many"], "a count such as 10 or a share such as 0.625"),
         ([ARCH, "--shallow-layers", "99"], "nothing to merge"),
         ([ARCH, "--include", "layer9*"], "matches none"),
-        ([ARCH, "--also-merge", "everything"], "--also-merge knows"),
+        ([ARCH, "--also-merge", "everything"], "--also-merge must be among"),
         (["vit_tiny_patch16_224"], "choose a convolutional network"),
         ([ARCH, "--input-size", "3", "-1", "4"], "--input-size is 3 -1 4: channels, height"),
         ([ARCH, "--exclude", "layer9*"], "--exclude 'layer9*' matches none"),
