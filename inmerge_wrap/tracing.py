@@ -509,7 +509,7 @@ def _channels_read(conv: _ConvNd) -> int:
 
 
 def _size(size: Any, dims: int) -> tuple[int, ...] | None:
-    """Returns the input size that a network declares, or None if it is not a size."""
+    """Returns a size that a network declares as a tuple, or None if it is not a size."""
     size = (size,) * dims if isinstance(size, int) else size
     is_size = (
         isinstance(size, tuple) and len(size) == dims and all(isinstance(n, int) for n in size)

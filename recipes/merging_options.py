@@ -111,7 +111,7 @@ def merging_settings(
 ) -> dict[str, Any]:
     """Returns the arguments of InMergeWrapper that are in force, merging from step ``start`` on.
 
-    Merging that fades out ends at 95 % of the training run.
+    Merging that fades out ends at 95 % of the steps that follow ``start``.
     """
     names = [name for name in paper_settings() if name != "decay"]
     fading = recommended_settings(total_steps - start)["schedule"]

@@ -186,7 +186,7 @@ def test_medmnist_takes_the_files_of_earlier_runs(monkeypatch: pytest.MonkeyPatc
     "arguments,message",
     [
         (["figure2", "--arms", "plain"], "figure2 defines its own arms: leave out --arms"),
-        (["architectures", "--arch", "resnet50"], "architectures are vgg_small, resnet18"),
+        (["architectures", "--arch", "resnet50"], "architectures runs vgg_small, resnet18"),
         (["architectures", "--size", "28"], "--size 28 is too small for architectures"),
         (["study", "--arms", "best"], "unknown arms ['best']; choose from ['plain', 'ema .98'"),
     ],
