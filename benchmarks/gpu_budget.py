@@ -1,4 +1,4 @@
-"""What a merge pass should cost on a GPU, by calculation: launches, bytes, time, share of a step.
+"""Calculates what a merge pass should cost on a GPU: launches, bytes, time, share of a step.
 
     python benchmarks/gpu_budget.py --step-ms 60
 
@@ -8,13 +8,13 @@ follow from the plan, and a test holds them to what Triton's interpreter counts.
 
     launches * time of a launch + bytes / bandwidth,
 
-as if a launch never overlapped with the work before it and no byte were found in a cache: it leaves
-out Python's own time, which the GPU does not wait for while it is busy with the training step, and
-the bandwidth is the manufacturer's, which no program quite reaches. A message to the device counts
-as a launch. ``benchmarks/overhead.py --device cuda`` measures the same where there is a GPU.
+as if launches never overlapped and caches had no effect. It leaves out Python's own time, which the
+GPU does not wait for while it is busy with the training step, and uses the manufacturer's
+bandwidth, which no program quite reaches. A message to the device counts
+as a launch. ``benchmarks/overhead.py --device cuda`` measures the cost on a GPU.
 
-The floor is the time in which the bytes that any pass must move (each drawn kernel and its partner
-read, each merged kernel written) pass the memory. Writes JSON and prints a table in Markdown.
+The floor is the time to transfer the bytes that any pass must move (each drawn kernel and its
+partner read, each merged kernel written). Writes JSON and prints a table in Markdown.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Device:
     """A GPU by its data sheet.
 
     Attributes:
-        name: Of the variant.
-        bandwidth: Of its memory, bytes per second.
-        source: Where the manufacturer says so.
+        name: Name of the variant.
+        bandwidth: Memory bandwidth, bytes per second.
+        source: Address of the data sheet.
     """
 
     name: str
@@ -73,10 +73,10 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Cost:
-    """What runs on the device.
+    """The work on the device.
 
     Attributes:
-        launches: Of kernels, and messages from the host.
+        launches: Kernel launches, and messages from the host.
         moved: Bytes read and written.
     """
 
@@ -87,7 +87,7 @@ class Cost:
         return Cost(self.launches + other.launches, self.moved + other.moved)
 
     def seconds(self, device: Device, launch: float) -> float:
-        """Time on a device, whose launches take ``launch`` seconds each."""
+        """Returns the time on a device whose launches take ``launch`` seconds each."""
         return self.launches * launch + self.moved / device.bandwidth
 
 
@@ -123,12 +123,12 @@ class Ledger(TorchDispatchMode):
 
 
 def plain_pass(network: nn.Module, rule: float | Quantile, **settings: Any) -> Cost:
-    """A pass of plain PyTorch, counted.
+    """Counts a pass of plain PyTorch.
 
     Args:
-        network: On the meta device.
+        network: A network on the meta device.
         rule: The similarity threshold.
-        **settings: Of the wrapper.
+        **settings: Settings of the wrapper.
     """
     model = InMergeWrapper(
         network, similarity_threshold=rule, inspect_every=0, engine="torch", **settings
@@ -140,7 +140,7 @@ def plain_pass(network: nn.Module, rule: float | Quantile, **settings: Any) -> C
 
 
 def plain_transience(plan: MergePlan, draws: Draws, dtype: torch.dtype) -> Cost:
-    """Keeping the drawn kernels and putting them back in plain PyTorch, counted."""
+    """Counts saving the drawn kernels and restoring them in plain PyTorch."""
     with Ledger() as ledger:
         for site, (targets, _) in zip(plan.merged, draws, strict=True):
             weight = torch.empty(site.shape, dtype=dtype, device="meta")
@@ -152,13 +152,13 @@ def plain_transience(plan: MergePlan, draws: Draws, dtype: torch.dtype) -> Cost:
 def fused_pass(
     plan: MergePlan, draws: Draws, share: float, dtype: torch.dtype, *, quantile: bool = False
 ) -> Cost:
-    """A pass of the Triton engine for weights of one dtype.
+    """Counts a pass of the Triton engine for weights of one dtype.
 
     Args:
         plan: The merged layers.
-        draws: Of each layer.
-        share: Of the drawn pairs that merge.
-        dtype: Of the weights.
+        draws: Draws of each layer.
+        share: Share of the drawn pairs that merge.
+        dtype: Dtype of the weights.
         quantile: Whether each layer has a threshold that follows from its cosines.
     """
     # Bytes of a row of each pair; of those, where a mean comes first; of targets that are sources.
@@ -181,12 +181,12 @@ def fused_pass(
 
 
 def fused_transience(plan: MergePlan, draws: Draws, share: float, dtype: torch.dtype) -> Cost:
-    """Keeping the kernels that merge and putting them back in the Triton engine."""
+    """Counts saving the kernels that merge and restoring them in the Triton engine."""
     return Cost(4, 4 * share * row_bytes(plan, draws, dtype))
 
 
 def draw(plan: MergePlan, probability: float) -> Draws:
-    """Targets and sources of each layer in one pass."""
+    """Draws targets and sources of each layer for one pass."""
     counts = [site.shape[0] for site in plan.merged]
     sizes = [site.shape[0] // site.pair_groups for site in plan.merged]
     (_, targets, sources), pairs = draw_layers(counts, sizes, probability, range(len(counts)))
@@ -194,14 +194,14 @@ def draw(plan: MergePlan, probability: float) -> Draws:
 
 
 def row_bytes(plan: MergePlan, draws: Draws, dtype: torch.dtype) -> int:
-    """Bytes of one kernel of each pair: the size of the Triton engine's buffer."""
+    """Returns the bytes of one kernel of each pair: the size of the Triton engine's buffer."""
     rows = (len(targets) for targets, _ in draws)
     sizes = (n * site.fan_in for n, site in zip(rows, plan.merged, strict=True))
     return sum(sizes) * dtype.itemsize
 
 
 def budget(name: str, rule: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of a network: both engines, persistent and transient merging."""
+    """Returns the rows of a network: both engines, persistent and transient merging."""
     dtype = getattr(torch, options.dtype)
     network = timm.create_model(name, num_classes=10).to("meta", dtype)
     settings = {"merge_probability": options.merge_probability}
@@ -247,7 +247,7 @@ def budget(name: str, rule: str, options: argparse.Namespace) -> list[dict[str, 
 
 
 def cells(row: dict[str, Any]) -> dict[str, str]:
-    """One line of the table, by column."""
+    """Returns one line of the table, by column."""
     shown = {
         "network": f"{row['model']} ({row['layers']} layers)",
         "threshold": row["rule"],
@@ -265,7 +265,7 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
-parser.add_argument("--models", nargs="+", default=MODELS, help=f"of timm (default: {MODELS})")
+parser.add_argument("--models", nargs="+", default=MODELS, help=f"timm models (default: {MODELS})")
 parser.add_argument(
     "--rules", nargs="+", default=list(RULES), choices=RULES, help="(default: both)"
 )
@@ -275,13 +275,18 @@ parser.add_argument(
     "--merged-share",
     type=float,
     default=1.0,
-    help="of the drawn pairs, under a fixed threshold (default: all, the most that it can cost)",
+    help="share of the drawn pairs that merge (default: all, the upper bound of the cost)",
 )
 parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
 parser.add_argument(
-    "--launch-us", type=float, default=3.0, help="a launch, in µs: assumed (default: %(default)s)"
+    "--launch-us",
+    type=float,
+    default=3.0,
+    help="assumed time of a launch, in µs (default: %(default)s)",
 )
-parser.add_argument("--step-ms", type=float, help="a training step, in ms, to give shares of it")
+parser.add_argument(
+    "--step-ms", type=float, help="time of a training step, in ms, to print shares of it"
+)
 parser.add_argument("--out", type=Path, default=Path("runs/gpu_budget.json"))
 
 

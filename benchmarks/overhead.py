@@ -1,12 +1,12 @@
-"""What merging costs: a whole training step with it over one without, and a pass by itself.
+"""Measures the cost of merging: a training step with it over one without, and a pass alone.
 
     python benchmarks/overhead.py --models resnet34 --size 64 --batch-size 32
 
-Steps with and without alternate in one process, in pairs of which the second is timed, so that it
-follows one of its own kind: what a pass does to the caches of the next forward pass counts too. The
-table shows medians of the ratio with its quartiles. The floor is the bytes that a pass must move
+Steps with and without merging alternate in one process, in pairs of which the second is timed, so
+that it follows one of its own kind and the effect of a pass on the caches counts too. The table
+shows the median of the ratio with its quartiles. The floor is the bytes that a pass must move
 (each drawn kernel and its partner read, each merged kernel written) over the measured speed of a
-copy. The literal loop is one pass written as the paper states it, a kernel at a time. The rows of
+copy. The literal loop is one pass as the paper writes it, one kernel at a time. The rows of
 the table, in Markdown, are those of docs/performance.md.
 """
 
@@ -46,32 +46,32 @@ WAYS: dict[str, dict[str, Any]] = {
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
-parser.add_argument("--models", nargs="+", default=MODELS, help=f"of timm (default: {MODELS})")
+parser.add_argument("--models", nargs="+", default=MODELS, help=f"timm models (default: {MODELS})")
 parser.add_argument(
     "--ways",
     nargs="+",
     default=list(WAYS),
     choices=WAYS,
-    help="threshold, and whether kernels are put back (default: each of them)",
+    help="threshold, and whether kernels are restored (default: all)",
 )
 parser.add_argument("--size", type=int, default=64, help="side of the images, in pixels")
-parser.add_argument("--batch-size", type=int, default=32, help="images a step")
+parser.add_argument("--batch-size", type=int, default=32, help="images per step")
 parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
 parser.add_argument(
     "--engine",
     default="auto",
     choices=["auto", "torch", "native"],
-    help="of the pass (default: auto)",
+    help="engine of the pass (default: auto)",
 )
 parser.add_argument(
-    "--shallow-layers", type=int, help="as of InMergeWrapper (default: its own, a share)"
+    "--shallow-layers", type=int, help="see InMergeWrapper (default: its default, a share)"
 )
 parser.add_argument(
     "--literal", action="store_true", help="time the literal loop as well, for fixed thresholds"
 )
-parser.add_argument("--repeats", type=int, default=15, help="of each part")
+parser.add_argument("--repeats", type=int, default=15, help="repeats of each part")
 parser.add_argument(
-    "--threads", type=int, default=os.cpu_count(), help="of PyTorch (default: all cores)"
+    "--threads", type=int, default=os.cpu_count(), help="PyTorch threads (default: all cores)"
 )
 parser.add_argument(
     "--device",
@@ -92,7 +92,7 @@ def seconds(work: Callable[[], object], device: str) -> float:
 
 
 def copy_speed(device: str) -> float:
-    """Bytes read and written per second by a copy that no cache can hold."""
+    """Measures bytes read and written per second by a copy larger than any cache."""
     source = torch.empty(2**26, device=device)
     target = torch.empty_like(source)
     times = [seconds(lambda: target.copy_(source), device) for _ in range(7)]
@@ -100,7 +100,7 @@ def copy_speed(device: str) -> float:
 
 
 def literal_loop(model: InMergeWrapper, tau: float) -> None:
-    """One pass as the paper writes it: a kernel at a time, waiting for each comparison."""
+    """Runs one pass as the paper writes it: one kernel at a time, waiting for each comparison."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for site in model.plan.merged:
@@ -136,7 +136,7 @@ def measure(name: str, way: str, options: argparse.Namespace, speed: float) -> d
         optimizer.step()
 
     def steps(with_merging: bool) -> float:
-        """Seconds of the second of two steps."""
+        """Times the second of two steps."""
         handle = model.attach(optimizer) if with_merging else None
         module = model if with_merging else network
         train(module)
@@ -199,7 +199,7 @@ def measure(name: str, way: str, options: argparse.Namespace, speed: float) -> d
 
 
 def cells(row: dict[str, Any]) -> dict[str, str]:
-    """One line of the table: what is shown of a measurement, by column."""
+    """Returns one line of the table, by column."""
     ratio = row["quartiles"]
     low, middle, high = ratio["with merging over training step"]
     share = ratio.get("merge pass over training step")
@@ -216,7 +216,7 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
 
 
 def markdown(row: dict[str, Any]) -> str:
-    """The same as a line of a Markdown table."""
+    """Returns the measurement as a line of a Markdown table."""
     return f"| {' | '.join(cells(row).values())} |"
 
 

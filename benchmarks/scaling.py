@@ -1,10 +1,10 @@
-"""How the cost of a merge pass grows: with kernels, with layers, with processes.
+"""Measures how the cost of a merge pass grows with kernels, layers and processes.
 
     python benchmarks/scaling.py --out results/scaling.json --picture docs/images/scaling.png
 
 Chains of 3x3 convolutions, all merged, p = 0.3, medians of several passes. The processes train the
 same network under DDP on one machine, so that they share its memory: what should not grow with
-them is the number of messages, which is counted. Writes JSON and a picture.
+them is the number of messages, which is counted. Writes JSON and a figure.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32
 parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
 parser.add_argument("--repeats", type=int, default=15, help="passes of each part")
 parser.add_argument("--out", type=Path, default=Path("runs/scaling.json"))
-parser.add_argument("--picture", type=Path, help="PNG file (default: beside --out)")
+parser.add_argument("--picture", type=Path, help="PNG file (default: next to --out)")
 parser.add_argument(
     "--redraw", action="store_true", help="measure nothing; draw what --out holds already"
 )

@@ -57,7 +57,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, from its module; late, so that ``inmerge --help`` need not wait for torch."""
+    """Imports a public name on first use, so that ``inmerge --help`` does not wait for torch."""
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)

@@ -1,4 +1,4 @@
-"""Tables of the command line, which keep their answer on a narrow terminal."""
+"""Tables of the command line that keep their main columns on a narrow terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 KEPT = 9
-"""Importance of a column without which a table has no answer."""
+"""Importance of a column that a table never drops."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Column:
 
     @property
     def width(self) -> int:
-        """The least width at which the cells can be read."""
+        """Minimum width at which the cells are readable."""
         texts = [self.heading, *self.cells]
         return max(
             len(part) for text in texts for part in (text.split(" ") if self.wraps else [text])
@@ -34,7 +34,7 @@ class Column:
 
 
 def print_table(title: str, columns: Sequence[Column], styles: Sequence[str] = ()) -> None:
-    """Prints a table of columns, with a style for each row, and says what it had no room for."""
+    """Prints a table of columns, with a style for each row, and names the columns left out."""
     console = Console()
     shown = list(columns)
 
@@ -48,7 +48,7 @@ def print_table(title: str, columns: Sequence[Column], styles: Sequence[str] = (
         title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
     )
     for column in shown:
-        # What has to be kept and is too wide all the same is folded, never cut off.
+        # A column that must be kept but is too wide is folded, never cut off.
         whole = not column.wraps and not too_wide()
         table.add_column(column.heading, justify=column.justify, no_wrap=whole, overflow="fold")
     for place, cells in enumerate(zip(*(column.cells for column in shown), strict=True)):

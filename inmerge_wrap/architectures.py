@@ -1,7 +1,7 @@
 """The models of timm and torchvision by name.
 
-The names are read from the libraries' source files, for it takes seconds to import either: shell
-completion and the answer to a mistyped name come at once.
+The names are read from the libraries' source files, because importing either takes seconds: shell
+completion and the error for a mistyped name appear at once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _REGISTERED = re.compile(r"^@register_model\b.*\n(?:(?:@|[ )]).*\n)*def (\w+)\("
 
 @functools.cache
 def known_models(library: str) -> frozenset[str]:
-    """Names of the models of ``"timm"`` or ``"torchvision"``; none where it is not installed."""
+    """Returns the model names of ``"timm"`` or ``"torchvision"``; none if it is not installed."""
     found = importlib.util.find_spec(library)
     if found is None or not found.submodule_search_locations:
         return frozenset()
@@ -51,19 +51,19 @@ def known_models(library: str) -> frozenset[str]:
 
 
 def is_timm_folder(path: str | Path) -> bool:
-    """Whether a path is a folder that ``export_timm`` or timm itself wrote."""
+    """Returns whether a path is a folder that ``export_timm`` or timm itself wrote."""
     return (Path(path) / "config.json").is_file() and (Path(path) / "model.safetensors").is_file()
 
 
 def resolve(name: str) -> tuple[str, str]:
-    """Which library a model is of.
+    """Returns the library that a model belongs to, and its name there.
 
     Args:
         name: ``"NAME"``, ``"timm:NAME"`` or ``"torchvision:NAME"``. timm's may end in a set of
             weights, as in ``"resnet34.tv_in1k"``.
 
     Returns:
-        ``"timm"`` or ``"torchvision"`` and the model's name there; where both know it, timm.
+        ``"timm"`` or ``"torchvision"`` and the model's name there; timm if both have it.
 
     Raises:
         ValueError: If there is no such model; the message names close ones.
@@ -83,15 +83,15 @@ def resolve(name: str) -> tuple[str, str]:
 
 
 def build(name: str, num_classes: int | None = None, in_chans: int | None = None) -> nn.Module:
-    """An untrained model, or the trained one of a timm folder.
+    """Returns an untrained model, or the trained one of a timm folder.
 
     Args:
         name: As for :func:`resolve`, or a folder.
-        num_classes: Outputs; the architecture's own if None.
+        num_classes: Number of outputs; the architecture's own if None.
         in_chans: Image channels; the architecture's own if None.
 
     Raises:
-        ValueError: If there is no such model, or it cannot have so many channels.
+        ValueError: If there is no such model, or it does not support that many channels.
     """
     wanted = {"num_classes": num_classes, "in_chans": in_chans}
     given: dict[str, Any] = {key: value for key, value in wanted.items() if value is not None}
@@ -107,7 +107,7 @@ def build(name: str, num_classes: int | None = None, in_chans: int | None = None
     import torchvision
 
     if given.pop("in_chans", 3) != 3:
-        raise ValueError(f"torchvision's {name} reads 3 channels; take a model of timm for others")
+        raise ValueError(f"torchvision's {name} reads 3 channels; for others use a timm model")
     with warnings.catch_warnings():
         # GoogLeNet and Inception announce a slow initialisation, which weights overwrite anyway.
         warnings.simplefilter("ignore", FutureWarning)
@@ -115,10 +115,10 @@ def build(name: str, num_classes: int | None = None, in_chans: int | None = None
 
 
 def creation_arguments(library: str, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model is created with, so that nothing is downloaded.
+    """Returns the arguments that create a model without downloading anything.
 
-    Detectors and segmentation networks of torchvision fetch ImageNet weights for their backbone
-    unless they are told not to.
+    Detectors and segmentation networks of torchvision download ImageNet weights for their backbone
+    by default.
     """
     if library == "torchvision":
         import torchvision

@@ -1,4 +1,4 @@
-"""Who steps which layer: the attached optimizers, and what the library must know of them."""
+"""The attached optimizers: which one steps which layer, and what the library must know of it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ __all__ = [
     "trains_any",
 ]
 
-# By name: they write the weights from copies of their own.
+# By name, so that nothing is imported: they write the weights from copies of their own.
 _STEPS_COPIES = {"DeepSpeedOptimizerWrapper", "MegatronLMOptimizerWrapper", "DummyOptim"}
 
 _COUNTERS = "inmerge"  # key in an optimizer's state dict: one entry for each wrapper attached to it
@@ -53,18 +53,18 @@ _COUNTERS = "inmerge"  # key in an optimizer's state dict: one entry for each wr
 
 @dataclass
 class _Attachment:
-    """An optimizer that merges with its steps."""
+    """An optimizer whose steps merge."""
 
     # Not a strong reference: a copy of the wrapper would take the optimizer along.
     optimizer: weakref.ref[Optimizer]
     handle: RemovableHandle
-    layers: set[int]  # numbers of all that the optimizer ever merged
+    layers: set[int]  # numbers of all layers that the optimizer ever merged
     last: _Held | None = None
 
 
 @dataclass
 class _Held:
-    """What an optimizer held of some layers, and what that was decided by."""
+    """Which of some layers an optimizer held, and the inputs of that decision."""
 
     layers: Layers
     parameters: list[list[nn.Parameter]]  # of the optimizer, and of each attached later
@@ -74,9 +74,9 @@ class _Held:
 
 
 class Attachments:
-    """The optimizers that merge with their steps, in the order in which they were attached.
+    """The optimizers whose steps merge, in the order in which they were attached.
 
-    Where two hold one layer, the one attached last merges it.
+    If two hold the same layer, the one attached last merges it.
     """
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ class Attachments:
         self._known.append(_Attachment(weakref.ref(optimizer), handle, numbers))
 
     def handle_of(self, optimizer: Optimizer) -> RemovableHandle | None:
-        """The handle of an optimizer that is attached."""
+        """Returns the handle of an optimizer that is attached."""
         for known in self._known:
             if known.optimizer() is optimizer and _is_registered(known.handle):
                 return known.handle
@@ -98,7 +98,7 @@ class Attachments:
 
     @property
     def live(self) -> list[Optimizer]:
-        """The optimizers that still exist and whose hooks nobody removed."""
+        """The optimizers that still exist and whose hooks have not been removed."""
         return [
             optimizer
             for known in self._known
@@ -106,7 +106,7 @@ class Attachments:
         ]
 
     def miss(self, optimizer: Optimizer) -> bool:
-        """Whether an optimizer was never attached, although no other was detached on purpose."""
+        """Returns whether an optimizer was never attached and none was detached on purpose."""
         detached = any(
             known.optimizer() is not None and not _is_registered(known.handle)
             for known in self._known
@@ -117,7 +117,7 @@ class Attachments:
         return len(self._known)
 
     def held_by(self, optimizer: Optimizer, layers: Layers) -> tuple[Layers, Layers]:
-        """Layers in the optimizer's groups and in none of an optimizer attached later.
+        """Returns the layers that the optimizer holds and no optimizer attached later does.
 
         Returns:
             All of them, and those that are not frozen; the same objects as long as that is so.
@@ -150,7 +150,7 @@ class Attachments:
         merging: Layers,
         layers: Layers,
     ) -> None:
-        """Makes sure that an attached optimizer still holds the weights that it merged before.
+        """Checks that an attached optimizer still holds the weights that it merged before.
 
         Args:
             optimizer: An attached one.
@@ -158,7 +158,7 @@ class Attachments:
             layers: All layers of the plan.
 
         Raises:
-            RuntimeError: If it lost some: whatever it steps, it is not these.
+            RuntimeError: If it lost some, so that its steps no longer train them.
         """
         attachment = next(known for known in self._known if known.optimizer() is optimizer)
         attachment.layers.update(merging.numbers)
@@ -177,23 +177,23 @@ class Attachments:
         if not lost:
             return
         names = ", ".join(layer.site.name for layer in lost)
-        # FSDP1 takes the weight out of a convolution, which stays what it is.
+        # FSDP1 takes the weight out of a convolution but keeps its class.
         others = [layer for layer in lost if not isinstance(layer.module, _ConvNd)]
         if others:
             kind = type(others[0].module).__name__
             raise RuntimeError(
                 f"{names}: after attach() a {kind} took the place of the convolution. Change the "
                 "network first (BlurPool and other surgery, quantisation, adapters), then wrap it "
-                "and make the optimizer"
+                "and create the optimizer"
             )
         if any(isinstance(layer.store, Sharded) for layer in lost):
             remedy = (
-                "With FSDP2 (fully_shard) make the optimizer after sharding; with Accelerate "
+                "With FSDP2 (fully_shard) create the optimizer after sharding; with Accelerate "
                 "prepare model and optimizer in one call"
             )
         else:
             remedy = (
-                "Where the network was changed, wrap it and make the optimizer afterwards; where "
+                "If the network was changed, wrap it and create the optimizer afterwards; if "
                 "the optimizer was, attach it again. DeepSpeed, Megatron-LM and FSDP1 step copies "
                 "of the weights: train with DDP or FSDP2 instead"
             )
@@ -205,9 +205,9 @@ class Attachments:
 
 @dataclass(frozen=True)
 class _Counter:
-    """The two hooks by which an optimizer's state dict carries what a wrapper counted.
+    """The two hooks through which an optimizer's state dict carries a wrapper's counts.
 
-    Plain numbers, for libraries cast and move the tensors of such a state. Hooks outlast an
+    Plain numbers, because libraries cast and move the tensors of such a state. Hooks outlast an
     attachment that was ended, and then do nothing.
     """
 
@@ -234,19 +234,19 @@ def carry_counter(
 ) -> None:
     """Makes the state dict of an optimizer carry the step counter and statistics of a wrapper.
 
-    What resumes an optimizer then resumes merging, even where the network's weights are saved
-    without the wrapper (timm, Hugging Face's Trainer). A state dict without them loads as well,
-    and one with them into any optimizer.
+    Code that resumes an optimizer then resumes merging, even if the network's weights are saved
+    without the wrapper (timm, Hugging Face's Trainer). A state dict without them loads too, and
+    one with them loads into any optimizer.
 
     Args:
         wrapper: No strong reference is kept.
-        handle: Of the attachment.
-        optimizers: The one that steps and those around it; what is none is left out.
+        handle: The handle of the attachment.
+        optimizers: The one that steps and those around it; other objects are ignored.
     """
     counter = _Counter(weakref.ref(wrapper), handle)
     inner = [getattr(optimizer, "_base_optimizer", None) for optimizer in optimizers]  # Lookahead
     for optimizer in {id(found): found for found in (*optimizers, *inner)}.values():
-        # Some subclasses never call Optimizer.__init__; their state is that of another one.
+        # Some subclasses never call Optimizer.__init__; their state is that of another optimizer.
         if isinstance(optimizer, Optimizer) and "_optimizer_state_dict_post_hooks" in vars(
             optimizer
         ):
@@ -260,7 +260,7 @@ _listeners: set[weakref.WeakMethod[Callable[[Optimizer], None]]] = set()
 def notice_every_step(listener: Callable[[Optimizer], None]) -> None:
     """Calls ``listener(optimizer)`` after each step of any optimizer in this process.
 
-    So a loop is noticed that forgot to attach its optimizer, or that replaced it.
+    This detects a loop that forgot to attach its optimizer, or that replaced it.
 
     Args:
         listener: A bound method; no strong reference to its object is kept.
@@ -284,7 +284,7 @@ def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
 
 
 def trains_any(optimizer: Optimizer, network: nn.Module, sites: Sequence[ConvSite]) -> bool:
-    """Whether an optimizer trains a weight of some convolutions, whatever became of them."""
+    """Returns whether an optimizer trains a weight of the modules at some convolution names."""
     held = set(map(id, _parameters_of(optimizer)))
     return any(
         id(parameter) in held and parameter.requires_grad
@@ -294,12 +294,12 @@ def trains_any(optimizer: Optimizer, network: nn.Module, sites: Sequence[ConvSit
 
 
 def remedy_for_none_held(layers: Sequence[MergedLayer]) -> str:
-    """What to do about an optimizer that holds no weight of some layers."""
+    """Returns the remedy for an optimizer that holds no weight of some layers."""
     if any(p.requires_grad for layer in layers for p in layer.parameters):
         return "build it from the parameters of this model"
     return (
-        "they are frozen, and it was built from the others. Attach the optimizer that trains them "
-        "once they are unfrozen, or build this one from all parameters of the model"
+        "they are frozen, and it was built from the other parameters. Attach the optimizer that "
+        "trains them once they are unfrozen, or build this one from all parameters of the model"
     )
 
 
@@ -309,16 +309,16 @@ def refuse_second(optimizer: Optimizer, wrapper: nn.Module) -> None:
         other = getattr(hook, "__self__", None)
         if isinstance(other, type(wrapper)) and unwrap(other) is unwrap(wrapper):
             raise ValueError(
-                "the optimizer merges for another InMergeWrapper of this network already, and "
-                "both would merge in each step: make a new optimizer, or end the other one "
-                "with handle.remove(), where handle is what its attach() returned"
+                "the optimizer already merges for another InMergeWrapper of this network, and "
+                "both would merge in each step: create a new optimizer, or detach the other "
+                "wrapper with handle.remove(), where handle is what its attach() returned"
             )
 
 
 def check_settings(
     settings: MergeSettings, optimizer: Optimizer, held: Sequence[MergedLayer]
 ) -> None:
-    """Makes sure that settings work with an optimizer and the layers that it holds.
+    """Checks that settings work with an optimizer and the layers that it holds.
 
     Raises:
         RuntimeError: If they do not.
@@ -326,34 +326,34 @@ def check_settings(
     if settings.transient and any(isinstance(layer.store, Sharded) for layer in held):
         raise RuntimeError(
             "transient=True does not work with FSDP2: a forward pass gathers the weights "
-            "before the wrapper is called, so that nothing merged in the shards would be seen; "
-            "train with DDP, a CNN fits it"
+            "before the wrapper is called, so that it would not see what is merged in the "
+            "shards; train with DDP, which suits a CNN"
         )
     noise = settings.direction in ("gaussian", "multiplicative")
     if noise and is_schedule_free(optimizer) and not settings.transient:
         raise RuntimeError(
-            f"direction={settings.direction!r} is no map of kernels that the averages "
-            f"of {type(optimizer).__name__} could follow: use direction='partner', or "
+            f"the averages of {type(optimizer).__name__} cannot follow "
+            f"direction={settings.direction!r}: use direction='partner', or "
             "transient=True"
         )
 
 
 def stepping_optimizer(optimizer: Any) -> Optimizer:
-    """The torch optimizer whose step() writes the weights, behind the wrappers of others."""
+    """Returns the torch optimizer whose step() writes the weights, inside any other wrappers."""
     kinds = type(optimizer).__mro__
     names = {kind.__name__ for kind in kinds}
     packages = {kind.__module__.partition(".")[0] for kind in kinds}
     if packages & {"deepspeed", "megatron"} or names & _STEPS_COPIES:
         raise RuntimeError(
             f"{type(optimizer).__name__} steps copies of the weights and overwrites what is "
-            "merged; train with DDP or FSDP2 (fully_shard) instead, a CNN fits both"
+            "merged; train with DDP or FSDP2 (fully_shard) instead"
         )
     if any("ScheduleFree" in name for name in names) and not (
         isinstance(optimizer, Optimizer) and "schedulefree" in packages
     ):
         raise RuntimeError(
             f"{type(optimizer).__name__} keeps a second sequence of weights that cannot be merged "
-            "along; use SGDScheduleFree, AdamWScheduleFree or RAdamScheduleFree of the package "
+            "too; use SGDScheduleFree, AdamWScheduleFree or RAdamScheduleFree of the package "
             "schedulefree"
         )
     if names & {"AcceleratedOptimizer", "LightningOptimizer"}:
@@ -376,49 +376,50 @@ def stepping_optimizer(optimizer: Any) -> Optimizer:
     if not hasattr(optimizer, "_optimizer_step_post_hooks"):
         raise TypeError(
             f"{type(optimizer).__name__} never called Optimizer.__init__, so its steps run no "
-            "hooks; attach the optimizer inside of it, or call model.merge_() after each step"
+            "hooks; attach the optimizer inside it, or call model.merge_() after each step"
         )
     return optimizer
 
 
 def _parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    """The parameters in the optimizer's groups."""
+    """Returns the parameters in the optimizer's groups."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _are_same(some: list[list[nn.Parameter]], others: list[list[nn.Parameter]]) -> bool:
-    """Whether lists hold the very same objects (``==`` would compare their entries)."""
+    """Returns whether lists hold the same objects (``==`` would compare their entries)."""
     return list(map(len, some)) == list(map(len, others)) and all(
         all(map(is_, one, other)) for one, other in zip(some, others, strict=True)
     )
 
 
 def _first_moments(optimizer: Optimizer, weight: nn.Parameter) -> list[Tensor]:
-    """SGD's momentum or Adam's first moment of a weight, where there is one yet."""
+    """Returns SGD's momentum or Adam's first moment of a weight, if it exists yet."""
     # timm's Lookahead keeps the moments in the optimizer that it wraps.
     state = getattr(optimizer, "_base_optimizer", optimizer).state
     of_weight = state.get(weight, {})
     moments = (of_weight.get(key) for key in ("momentum_buffer", "exp_avg"))
-    # Some optimizers keep their moments in fewer dimensions; those are no kernels.
+    # Some optimizers keep their moments in fewer dimensions, where no kernel can be found.
     return [m for m in moments if m is not None and m.shape == weight.shape]
 
 
 def companions(
     optimizer: Optimizer | None, layers: Sequence[MergedLayer], *, moments: bool
 ) -> tuple[dict[int, list[Store]], str | None]:
-    """The tensors of an optimizer that change like the weights.
+    """Returns the tensors of an optimizer that change like the weights.
 
     Args:
-        optimizer: None for none.
-        layers: Those that merge.
-        moments: Whether first moments are among them; the averages of a schedule-free optimizer
-            always are.
+        optimizer: The optimizer that steps, if any.
+        layers: The layers that merge.
+        moments: Whether to include first moments; the averages of a schedule-free optimizer
+            are always included.
 
     Returns:
         Number of each layer -> its tensors; and why a layer's moments cannot follow, if so.
 
     Raises:
-        RuntimeError: If a schedule-free optimizer averages what a weight is computed from.
+        RuntimeError: If a schedule-free optimizer averages the tensors that a weight is computed
+            from.
     """
     found: dict[int, list[Store]] = {}
     problem = None
@@ -433,9 +434,9 @@ def companions(
             if not first and problem is None:
                 problem = (
                     f"the weight of {layer.site.name} is computed from a direction and a "
-                    "magnitude, whose moments are no kernels"
+                    "magnitude, whose moments cannot be blended"
                     if magnitude
-                    else f"{type(optimizer).__name__} keeps no momentum_buffer and no exp_avg of "
+                    else f"{type(optimizer).__name__} keeps no momentum_buffer or exp_avg of "
                     f"the shape of {layer.site.name}.weight"
                 )
         found[layer.number] = [tensor_store(tensor, layer.store.layout) for tensor in tensors]
@@ -447,20 +448,20 @@ def refuse_capture(what: str) -> None:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"a CUDA graph would repeat the pairs drawn at capture in every replay: run {what} "
-            "outside of the graph"
+            "outside the graph"
         )
 
 
 def is_schedule_free(optimizer: Optimizer) -> bool:
-    """Whether an optimizer is one of the package ``schedulefree``."""
+    """Returns whether an optimizer is one of the package ``schedulefree``."""
     return any(kind.__module__.startswith("schedulefree.") for kind in type(optimizer).__mro__)
 
 
 def _averaged_sequences(optimizer: Optimizer, conv: nn.Module) -> list[Tensor]:
-    """The sequences of weights that a schedule-free optimizer averages beside the parameter.
+    """Returns the weight sequences that a schedule-free optimizer averages.
 
-    Its steps are linear in them: with the same kernels blended in each, the average that is
-    evaluated in the end is merged exactly as the point that is trained.
+    Its steps are linear in them: if the same kernels are blended in each, the average that is
+    evaluated at the end is merged exactly like the weights that are trained.
 
     Raises:
         RuntimeError: If the weight is computed from other tensors.
@@ -479,10 +480,10 @@ def _averaged_sequences(optimizer: Optimizer, conv: nn.Module) -> list[Tensor]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Brings every weight of FSDP2 back to the shards that its optimizer has just stepped.
+    """Reshards every FSDP2 weight, so that it shows the step that its optimizer just took.
 
     After a forward pass without a backward pass, as in evaluation, FSDP2 leaves the weights of
-    its root unsharded, and they would not show the step.
+    its root unsharded, where they would not show the step.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
@@ -492,16 +493,16 @@ def reshard(model: nn.Module) -> None:
 
 
 def _is_registered(handle: RemovableHandle) -> bool:
-    """Whether the hook of a handle still stands, although anybody may have removed it."""
+    """Returns whether the hook of a handle is still registered; anyone may have removed it."""
     hooks = handle.hooks_dict_ref()
     return hooks is not None and handle.id in hooks
 
 
 def is_nested_step(optimizer: Optimizer) -> bool:
-    """Whether this hook runs inside of another step() of the same optimizer.
+    """Returns whether this hook runs inside another step() of the same optimizer.
 
-    Where a subclass calls super().step(), torch runs the hooks in both. The stack tells, and
-    unlike a counter it stays right when a step raises. torch.compile runs steps under another
+    If a subclass calls super().step(), torch runs the hooks in both. The call stack shows this,
+    and unlike a counter it stays right when a step raises. torch.compile runs steps under another
     code object of the same name and place.
     """
     steps = [vars(kind)["step"] for kind in type(optimizer).__mro__ if "step" in vars(kind)]
@@ -518,16 +519,16 @@ def is_nested_step(optimizer: Optimizer) -> bool:
 
 
 def is_no_training_step() -> bool:
-    """Whether this hook runs in a step that a library makes for another purpose than training.
+    """Returns whether this hook runs in a step that a library takes for another purpose.
 
-    Two are known, and by their callers alone: a learning rate of 0 is no sign, for warm-ups begin
-    with it, nor is a gradient that was used before.
+    Two such steps are known. Only their callers identify them: a learning rate of 0 does not,
+    because warm-ups begin with it, and neither does a gradient that was used before.
 
     - ``torch.distributed.checkpoint.state_dict.get_optimizer_state_dict`` and its ``set_`` twin
-      (and with them Accelerate's FSDP2 resume) make a fresh optimizer's state by a step with
-      gradients of zero and a learning rate of 0, before they load.
-    - Lightning's StochasticWeightAveraging steps once at the end of the epoch in which it measures
-      BatchNorm and skips all backward passes.
+      (and with them Accelerate's FSDP2 resume) create a fresh optimizer's state with a step
+      of zero gradients and a learning rate of 0 before they load.
+    - Lightning's StochasticWeightAveraging steps once at the end of the epoch in which it
+      recalibrates BatchNorm and skips all backward passes.
     """
     frame: FrameType | None = sys._getframe()
     while frame is not None:

@@ -16,19 +16,19 @@ __all__ = ["Blend", "Change", "Noise"]
 class Blend:
     """Each kernel moves along the line to its partner: ``a K_i + (1 - a) K_j`` (eq. 3).
 
-    A map of rows, linear in them, so that an optimizer's moments can follow their weights.
+    The map is linear in the kernels, so an optimizer's moments can follow their weights.
 
     Attributes:
-        merge_weight: a, the share of the kernel that stays, of all pairs or of each, shape
+        merge_weight: a, the weight of the kernel itself, for all pairs or for each, shape
             (pairs, 1).
-        scale: Factor of each blend, shape (pairs, 1), where norms are kept.
+        scale: Factor of each blend, shape (pairs, 1), if norms are kept.
     """
 
     merge_weight: float | Tensor
     scale: Tensor | None = None
 
     def at(self, index: slice | Tensor) -> Blend:
-        """The same for some of the pairs."""
+        """Returns the same change for some of the pairs."""
         weight = self.merge_weight
         return replace(
             self,
@@ -37,7 +37,7 @@ class Blend:
         )
 
     def rows(self, kernels: Tensor, partners: Tensor, changed: Tensor | None) -> Tensor:
-        """The new kernels, shape (pairs, fan_in); the old ones where not ``changed``."""
+        """Returns the new kernels, shape (pairs, fan_in); the old ones where not ``changed``."""
         weight = self.merge_weight
         if isinstance(weight, Tensor):
             weight = weight.to(kernels.dtype)
@@ -46,7 +46,7 @@ class Blend:
 
 @dataclass(frozen=True)
 class Noise:
-    """Each kernel moves in a random direction, whatever its partner: a control, or an alternative.
+    """Each kernel moves in a random direction, independent of its partner.
 
     Attributes:
         multiplicative: Whether entries are scaled (DAMP) instead of moved (filter-wise noise).
@@ -61,11 +61,11 @@ class Noise:
     keep_norm: bool = False
 
     def at(self, index: slice | Tensor) -> Noise:
-        """The same for some of the pairs."""
+        """Returns the same change for some of the pairs."""
         return replace(self, numbers=self.numbers[index])
 
     def rows(self, kernels: Tensor, partners: Tensor, changed: Tensor | None) -> Tensor:
-        """The new kernels, shape (pairs, fan_in); the old ones where not ``changed``."""
+        """Returns the new kernels, shape (pairs, fan_in); the old ones where not ``changed``."""
         move = multiply_gaussian if self.multiplicative else add_gaussian
         moved = move(kernels, self.numbers.to(kernels.dtype), self.radius)
         if self.keep_norm:

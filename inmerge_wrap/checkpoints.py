@@ -1,4 +1,4 @@
-"""Networks from the checkpoints of training scripts, whatever wrapped them when they were saved.
+"""Loads networks from the checkpoints of training scripts, whatever wrapped them.
 
 Pickles are opened with ``weights_only=True``: they cannot run code.
 """
@@ -30,7 +30,7 @@ __all__ = ["load_network", "read_merging", "read_state"]
 
 _WEIGHTS = ("state_dict", "model_state_dict", "model")  # where training scripts put weights
 _AVERAGES = ("state_dict_ema", "model_ema")  # where timm and torchvision put their average
-# Settings that scripts save beside the weights. They hold values and run nothing.
+# Settings that scripts save with the weights. They hold values and run no code.
 _SETTINGS: list[Any] = [argparse.Namespace, types.SimpleNamespace, type(pathlib.Path())]
 _TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -43,7 +43,7 @@ def load_network(
     in_chans: int | None = None,
     key: str | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A network with the weights of a checkpoint, whatever wrapped it when it was written.
+    """Loads a network with the weights of a checkpoint, whatever wrapped it when saved.
 
     Prefixes of wrappers and training frameworks, the number of outputs and the image channels are
     found by comparison with the network.
@@ -51,9 +51,9 @@ def load_network(
     Args:
         weights: A .safetensors file, a state dict (.pt, .pth) or a training script's checkpoint,
             a checkpoint folder of Accelerate, or a timm folder.
-        arch: The architecture, see :func:`inmerge_wrap.architectures.resolve`; a timm folder
-            brings its own.
-        num_classes: Outputs; those of the weights if None.
+        arch: The architecture, see :func:`inmerge_wrap.architectures.resolve`; not
+            needed for a timm folder.
+        num_classes: Number of outputs; that of the weights if None.
         in_chans: Image channels; those of the weights if None.
         key: See :func:`read_state`.
 
@@ -61,19 +61,19 @@ def load_network(
         The network, and the arguments that its architecture is created with.
 
     Raises:
-        ValueError: If the file cannot be read or does not fit the network; the message says what
-            would.
+        ValueError: If the file cannot be read or does not fit the network; the message names
+            what would.
     """
     weights = Path(weights)
     if is_timm_folder(weights):
         if arch is not None:
-            raise ValueError(f"{weights} brings its own architecture: leave out --arch")
+            raise ValueError(f"{weights} has its own architecture: leave out --arch")
         config = json.loads((weights / "config.json").read_text(encoding="utf-8"))
         arguments = {"num_classes": config["num_classes"], **config.get("model_args", {})}
         return build(str(weights), num_classes, in_chans), arguments
     state = read_state(weights, key=key)
     if arch is None:
-        raise ValueError(f"{weights} holds weights alone: name the network with --arch")
+        raise ValueError(f"{weights} holds only weights: name the network with --arch")
     network = build(arch, num_classes, in_chans)
     fitted = _without_prefix(state, network, arch)
     fitting = _fitting_arguments(fitted, network)
@@ -88,7 +88,7 @@ def load_network(
             raise ValueError(
                 f"{weights} does not fit {arch} with "
                 f"{', '.join(f'{n}={asked[n]}' for n in fitting if asked[n] is not None)}: "
-                f"call it with {options}, or leave it out"
+                f"pass {options}, or leave it out"
             )
         asked |= fitting
         network = build(arch, **asked)
@@ -98,13 +98,13 @@ def load_network(
 
 
 def read_state(path: str | Path, *, key: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, by name.
+    """Returns the tensors of a checkpoint, by name.
 
     Args:
         path: A file, or a folder that Accelerate wrote.
         key: The entry of a training script's checkpoint that holds the weights, for example
-            ``"state_dict_ema"``; found by itself if None. Where there is an average beside the
-            weights, the weights are taken, with a warning.
+            ``"state_dict_ema"``; found automatically if None. If the checkpoint also holds a
+            moving average, the weights are used, with a warning.
 
     Raises:
         ValueError: If there is no such file or entry, or it cannot be read without running code.
@@ -118,7 +118,7 @@ def read_state(path: str | Path, *, key: str | None = None) -> dict[str, Tensor]
         try:
             return load_file(path)
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is no safetensors file ({error})") from error
+            raise ValueError(f"{path} is not a safetensors file ({error})") from error
     content = _unpickled(path)
     if key is not None:
         if not isinstance(content, Mapping) or key not in content:
@@ -133,14 +133,14 @@ def read_state(path: str | Path, *, key: str | None = None) -> dict[str, Tensor]
         if isinstance(value, Tensor)
     }
     if not state:
-        raise ValueError(f"{path} holds no state dict, but {type(content).__name__}")
+        raise ValueError(f"{path} holds no state dict but a {type(content).__name__}")
     return state
 
 
 def read_merging(path: str | Path, *, key: str | None = None) -> MergeReport | None:
-    """What merging did in the training that wrote a checkpoint; None where it does not say.
+    """Returns what merging did in the training run that wrote a checkpoint, if it is recorded.
 
-    The names of the layers are not in a checkpoint: they are numbered in the order of the plan.
+    A checkpoint does not store layer names, so layers are numbered in the order of the plan.
 
     Args:
         path: See :func:`read_state`.
@@ -159,14 +159,14 @@ def read_merging(path: str | Path, *, key: str | None = None) -> MergeReport | N
 
 
 def _weights_of(content: Any, path: Path) -> Any:
-    """The weights inside a training script's checkpoint, or what was given if they are bare."""
+    """Returns the weights inside a training checkpoint, or the content itself if it is bare."""
     if isinstance(content, Mapping):
         averages = [name for name in _AVERAGES if isinstance(content.get(name), Mapping)]
         weights = [name for name in _WEIGHTS if isinstance(content.get(name), Mapping)]
         if averages and weights:
             warnings.warn(
                 f"{path} holds the weights ({weights[0]}) and their moving average "
-                f"({averages[0]}): the weights are taken; for the average, pass --key "
+                f"({averages[0]}): the weights are used; for the average, pass --key "
                 f"{averages[0]}",
                 stacklevel=3,
             )
@@ -180,7 +180,7 @@ def _unpickled(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(_SETTINGS):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle raises anything at all
+    except Exception as error:  # pickle can raise anything
         raise ValueError(
             f"{path} cannot be read as a state dict ({_why_unreadable(path, error)}): write one "
             "with torch.save(model.state_dict(), path) or export_weights(model, path)"
@@ -201,7 +201,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
 
 
 def _read_folder(path: Path) -> dict[str, Tensor]:
-    """The weights of a folder that Accelerate wrote, in one file or in shards."""
+    """Returns the weights of a folder that Accelerate wrote, in one file or in shards."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -220,10 +220,10 @@ def _read_folder(path: Path) -> dict[str, Tensor]:
 def _without_prefix(
     state: Mapping[str, Tensor], network: nn.Module, arch: str
 ) -> dict[str, Tensor]:
-    """The network's own entries of a state dict, under their own names.
+    """Returns the entries of a state dict that belong to the network, without prefixes.
 
-    Whatever a wrapper or a training framework put before the names (``module.``, ``model.``,
-    ``net.``) is found by comparison with the names that the network has.
+    Prefixes that a wrapper or a training framework added to the names (``module.``, ``model.``,
+    ``net.``) are found by comparison with the names that the network has.
     """
     plain = {
         name.replace("_orig_mod.", ""): value
@@ -243,13 +243,13 @@ def _without_prefix(
     if len(rivals) > 1:
         raise ValueError(
             f"the checkpoint holds {arch} {len(rivals)} times, under {', '.join(rivals)}; save the "
-            "state dict of the one that is meant"
+            "state dict of the one you want"
         )
     if held[best] < 0.5 * len(own):
         first = next(iter(plain), "nothing")
         raise ValueError(
             f"these are not the weights of {arch}: {held[best]} of its {len(own)} tensors are "
-            f"there (the file begins with {first!r}, the network with {own[0]!r})"
+            f"in the file (it begins with {first!r}, the network with {own[0]!r})"
         )
     return {
         name.removeprefix(best): value for name, value in plain.items() if name.startswith(best)
@@ -257,7 +257,7 @@ def _without_prefix(
 
 
 def _fitting_arguments(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, int]:
-    """Outputs and image channels of the weights, where they are not those of the network."""
+    """Returns the output and channel counts of the weights that differ from the network's."""
     layers = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     outputs = getattr(network, "num_classes", layers[-1].weight.shape[0])
     channels = next((m.in_channels for m in layers if isinstance(m, nn.Conv2d)), None)
@@ -281,7 +281,7 @@ def _check_shapes(
     missing = [name for name in own if name not in state]
     unexpected = [name for name in state if name not in own]
     wrong = [
-        f"{name} is {tuple(state[name].shape)} and not {tuple(mine.shape)}"
+        f"{name} is {tuple(state[name].shape)} instead of {tuple(mine.shape)}"
         for name, mine in own.items()
         if name in state and state[name].shape != mine.shape
     ]

@@ -1,4 +1,4 @@
-"""The ``inmerge`` command: see what would be merged, what kernels look like, export, evaluate."""
+"""The ``inmerge`` command: shows plans and kernels, exports weights, evaluates models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ except ImportError as error:
         f'the inmerge command needs {error.name}: pip install "inmerge-wrap[cli]"'
     ) from error
 
-# Only what does not import torch: help, completion and answers to mistakes must not wait for it.
+# Only modules that do not import torch: help, completion and usage errors must not wait for it.
 from inmerge_wrap import __version__
 from inmerge_wrap._constants import DEFAULT_SHALLOW_SHARE, SKIPPED_KINDS
 from inmerge_wrap._tables import KEPT, Column, print_table
@@ -47,7 +47,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="inmerge",
-    help="In-model merging (InMerge) for CNNs of timm and torchvision.",
+    help="In-model merging (InMerge) for timm and torchvision CNNs.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -66,29 +66,29 @@ Arch = Annotated[
     str | None,
     typer.Option(
         "--arch",
-        help="Model of timm or torchvision, also `timm:NAME` or `torchvision:NAME`. A folder "
-        "written by `inmerge export` brings its own.",
+        help="Model name in timm or torchvision, or `timm:NAME`, `torchvision:NAME`. Not needed "
+        "for a folder written by `inmerge export`.",
         autocompletion=_complete_model,
     ),
 ]
 NumClasses = Annotated[
-    int | None, typer.Option(min=1, help="Outputs; those of the weights if not given.")
+    int | None, typer.Option(min=1, help="Number of outputs; default: that of the weights.")
 ]
 InChans = Annotated[
-    int | None, typer.Option(min=1, help="Image channels; those of the weights if not given.")
+    int | None, typer.Option(min=1, help="Image channels; default: those of the weights.")
 ]
 Include = Annotated[
     list[str] | None,
-    typer.Option(help="Exactly the convolutions that match, `*` for any characters. Repeatable."),
+    typer.Option(help="Use exactly the convolutions that match (`*` is a wildcard). Repeatable."),
 ]
 Exclude = Annotated[
-    list[str] | None, typer.Option(help="Leave out the convolutions that match. Repeatable.")
+    list[str] | None, typer.Option(help="Leave out convolutions that match. Repeatable.")
 ]
 Key = Annotated[
     str | None,
-    typer.Option(help="Entry of a checkpoint that holds the weights, such as `state_dict_ema`."),
+    typer.Option(help="Checkpoint entry that holds the weights, such as `state_dict_ema`."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Weights = Annotated[
     Path,
     typer.Argument(
@@ -100,7 +100,7 @@ Weights = Annotated[
 
 
 def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Reports mistakes of the user on stderr, with exit code 1; anything else is a bug: raises."""
+    """Reports user errors on stderr with exit code 1; lets any other exception through."""
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -117,7 +117,7 @@ def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _in_options(message: str) -> str:
-    """An error of the library in the words of the command line: options, not Python arguments."""
+    """Rewrites a library error for the command line: options instead of Python arguments."""
     options = {
         "shallow_layers": "--shallow-layers",
         "also_merge": "--also-merge",
@@ -129,7 +129,7 @@ def _in_options(message: str) -> str:
         # include=[...], also_merge=(...), also_merge=('frozen',), shallow_layers=0, include='x'
         message = re.sub(rf"\b{argument}=(\[\.\.\.\]|\(\.\.\.\))", option, message)
         message = re.sub(rf"\b{argument}=\('(\w+)',\)", rf"{option} \1", message)
-        message = re.sub(rf"\b{argument}(=| (?=must|knows|names))", f"{option} ", message)
+        message = re.sub(rf"\b{argument}(=| (?=must|names))", f"{option} ", message)
     return message
 
 
@@ -163,28 +163,28 @@ def plan(
     model: Annotated[
         str,
         typer.Argument(
-            help="Model of timm or torchvision, or a timm folder.",
+            help="A timm or torchvision model, or a timm folder.",
             autocompletion=_complete_model,
             show_default=False,
         ),
     ],
     shallow_layers: Annotated[
         str,
-        typer.Option(help="First convolutions left alone: a count, or a share such as 0.5."),
+        typer.Option(help="First convolutions not to merge: a count, or a share such as 0.5."),
     ] = str(DEFAULT_SHALLOW_SHARE),
     include: Include = None,
     exclude: Exclude = None,
     also_merge: Annotated[
         list[str] | None,
-        typer.Option(help=f"Kind to merge as well: {', '.join(SKIPPED_KINDS)}. Repeatable."),
+        typer.Option(help=f"Also merge this kind: {', '.join(SKIPPED_KINDS)}. Repeatable."),
     ] = None,
     input_size: Annotated[
         tuple[int, int, int] | None,
-        typer.Option(help="Channels, height, width of an image; the model's own if not given."),
+        typer.Option(help="Channels, height and width of an image; default: the model's own."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Which convolutions would be merged, and why the others would not."""
+    """Show which convolutions would be merged, and why the others would not."""
     _check_image(input_size)
     share = _count_or_share(shallow_layers)
     network = build(model, in_chans=None if input_size is None else input_size[0])
@@ -249,8 +249,8 @@ def _print_plan(model: str, found: MergePlan) -> None:
     weights = sum(math.prod(site.shape) for site in found.merged)
     console.print(
         f"{len(found.merged)} of {len(sites)} convolutions are merged, {weights:,} weights. "
-        "chance: spread of the cosine of two random kernels; a threshold far above it fires only "
-        "where training made kernels alike.",
+        "chance: standard deviation of the cosine of two random kernels; only where training made "
+        "kernels similar do pairs pass a threshold far above it.",
         highlight=False,
     )
 
@@ -261,7 +261,7 @@ def _shape(site: ConvSite) -> str:
 
 
 def _short_reason(site: ConvSite) -> str:
-    """The kind alone, where many layers of a network share the reason."""
+    """Returns a short reason: the kind alone, without its explanation."""
     shared = site.reason_kind in SKIPPED_KINDS
     return str(site.reason_kind).replace("_", " ") if shared else str(site.reason)
 
@@ -286,14 +286,14 @@ def similarity(
     include: Include = None,
     exclude: Exclude = None,
     output: Annotated[
-        Path, typer.Option(help="Folder for similarity.json and the pictures.")
+        Path, typer.Option(help="Folder for similarity.json and the figures.")
     ] = Path("similarity"),
-    pictures: Annotated[bool, typer.Option(help="Whether to draw pictures.")] = True,
-    pairs: Annotated[int, typer.Option(min=1, help="Extreme pairs, listed and drawn.")] = 4,
-    theme: Annotated[Literal["light", "dark"], typer.Option(help="Of the pictures.")] = "light",
+    pictures: Annotated[bool, typer.Option(help="Whether to draw figures.")] = True,
+    pairs: Annotated[int, typer.Option(min=1, help="Extreme pairs to list and draw.")] = 4,
+    theme: Annotated[Literal["light", "dark"], typer.Option(help="Figure theme.")] = "light",
     as_json: AsJson = False,
 ) -> None:
-    """How alike the kernels of trained weights are, in numbers and pictures."""
+    """Measure and draw how similar the kernels of trained weights are."""
     network, _ = _load(weights, arch, num_classes, in_chans, key)
     from inmerge_wrap.similarity import measure_similarity
 
@@ -353,7 +353,7 @@ def _print_similarity(weights: Path, layers: list[LayerSimilarity]) -> None:
     print_table(f"Kernels of {weights}", columns)
     Console().print(
         "Cosines of all pairs of kernels of a layer: spread by chance, share above a "
-        "threshold, highest, lowest; effective rank (1: orthogonal, 1/n: all alike).",
+        "threshold, highest, lowest; effective rank (1: orthogonal, 1/n: all identical).",
         highlight=False,
     )
 
@@ -384,14 +384,14 @@ def export(
     key: Key = None,
     input_size: Annotated[
         tuple[int, int, int] | None,
-        typer.Option(help="Channels, height, width in training; needed for a folder."),
+        typer.Option(help="Channels, height and width in training; required for a folder."),
     ] = None,
     mean: Annotated[
-        list[float] | None, typer.Option(help="Of pixels in [0, 1], one or one per channel.")
+        list[float] | None, typer.Option(help="Mean of pixels in [0, 1], one or one per channel.")
     ] = None,
-    std: Annotated[list[float] | None, typer.Option(help="In the same units.")] = None,
+    std: Annotated[list[float] | None, typer.Option(help="Standard deviation, likewise.")] = None,
     label_names: Annotated[
-        str | None, typer.Option(help="Names of the classes, separated by commas.")
+        str | None, typer.Option(help="Class names, separated by commas.")
     ] = None,
     card: Annotated[
         Path | None, typer.Option(help="JSON file with the fields of the model card.")
@@ -400,7 +400,7 @@ def export(
 ) -> None:
     """Turn a training checkpoint into weights that stock timm and torchvision load.
 
-    Prefixes of wrappers (`module.`, `_orig_mod.`) and the state of merging are taken away.
+    Prefixes of wrappers (`module.`, `_orig_mod.`) and the state of merging are removed.
     """
     _check_image(input_size)
     _check_pixels(mean, std)
@@ -415,14 +415,14 @@ def export(
         load = _loading_line(arch, arguments, output)
     elif not hasattr(network, "pretrained_cfg"):
         raise ValueError(
-            f"{arch} is not a timm model, and only timm loads such a folder: name a .safetensors "
-            "file as the output"
+            f"{arch} is not a timm model, and only timm loads such a folder: write to a "
+            ".safetensors file"
         )
     else:
         if input_size is None or not mean or not std:
             raise ValueError(
                 "a timm folder stores how images are prepared: give --input-size, --mean and --std "
-                "of the training; or name a .safetensors file as the output for weights alone"
+                "of the training; or write the weights alone to a .safetensors file"
             )
         load = export_timm(
             network,
@@ -440,13 +440,13 @@ def export(
 
 
 def _card(path: Path, weights: Path, key: str | None) -> ModelCard:
-    """The card in a JSON file, with what the checkpoint says of merging."""
+    """Returns the card in a JSON file, with what the checkpoint says of merging."""
     from inmerge_wrap.checkpoints import read_merging
     from inmerge_wrap.modelcard import ModelCard
 
     card = ModelCard.from_dict(_read_json(path))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what reading it warns of was said before
+        warnings.simplefilter("ignore")  # reading the file has warned already
         report = read_merging(weights, key=key)
     return card if report is None else card.with_report(report)
 
@@ -481,8 +481,8 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="[NAME=]WEIGHTS...",
-            help="Weights, as for `inmerge export`. Several are compared with the first; a name "
-            "before `=` stands for each in the tables.",
+            help="Weights, as for `inmerge export`. Several are compared with the first; "
+            "`NAME=` before each gives its name in the tables.",
             show_default=False,
         ),
     ],
@@ -500,37 +500,37 @@ def evaluate(
     key: Key = None,
     mean: Annotated[
         list[float] | None,
-        typer.Option(help="Of pixels in [0, 1], as in training; a timm folder brings its own."),
+        typer.Option(help="Mean of pixels in [0, 1] in training; a timm folder has its own."),
     ] = None,
-    std: Annotated[list[float] | None, typer.Option(help="As for --mean.")] = None,
+    std: Annotated[list[float] | None, typer.Option(help="Standard deviation, likewise.")] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="Corruptions: a preset or a MedMNIST name; by the data's name if unset."),
+        typer.Option(help="Corruptions: a preset or MedMNIST name; default: by the data's name."),
     ] = None,
     severity: Annotated[
-        list[int] | None, typer.Option(help="1 to 5; all if unset. Repeatable.")
+        list[int] | None, typer.Option(help="Severity, 1 to 5; default: all. Repeatable.")
     ] = None,
     attack: Annotated[list[str] | None, typer.Option(help="fgsm or pgd. Repeatable.")] = None,
-    eps: Annotated[float, typer.Option(help="Of the attacks, in grey levels of 255.")] = 2.0,
+    eps: Annotated[float, typer.Option(help="Size of the attacks, in units of 1/255.")] = 2.0,
     task: Annotated[
-        str | None, typer.Option(help="multiclass, binary or multilabel; by the labels if unset.")
+        str | None, typer.Option(help="multiclass, binary or multilabel; default: by the labels.")
     ] = None,
     split: Annotated[Literal["test", "val", "train"], typer.Option(help="Part to use.")] = "test",
     size: Annotated[
-        int | None, typer.Option(min=1, help="Side to resize to; that of a timm folder if unset.")
+        int | None, typer.Option(min=1, help="Side to resize to; default: that of the timm folder.")
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="The first images of an .npz, evenly spaced ones of a folder."),
+        typer.Option(min=1, help="Image count: the first of an .npz, or spread over a folder."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of corruptions, attacks and bootstrap.")] = 0,
-    bootstrap: Annotated[int, typer.Option(min=0, help="Resamples for the intervals.")] = 1000,
-    batch_size: Annotated[int, typer.Option(min=1, help="No effect on the figures.")] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of corruptions, attacks and bootstrap.")] = 0,
+    bootstrap: Annotated[int, typer.Option(min=0, help="Bootstrap resamples.")] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Does not affect the results.")] = 256,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     output: Annotated[Path | None, typer.Option(help="JSON file for all rows.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Accuracy, AUROC, calibration: clean, corrupted, and attacked. Compares several models."""
+    """Evaluate or compare models on clean, corrupted and attacked images."""
     paths = _named_paths(models)
     if not data.exists():
         raise ValueError(f"no such file or folder: {data}")
@@ -598,14 +598,14 @@ def evaluate(
 
 
 def _named_paths(models: Sequence[str]) -> dict[str, Path]:
-    """Paths by the names that the tables show."""
+    """Returns the paths, keyed by the names that the tables show."""
     paths: dict[str, Path] = {}
     for entry in models:
         name, found, path = entry.partition("=")
         if not found or not name or Path(entry).exists():
             name = path = entry
         if name in paths:
-            raise ValueError(f"two models are called {name!r}: give each its name, NAME=WEIGHTS")
+            raise ValueError(f"two models are called {name!r}: name each one, NAME=WEIGHTS")
         paths[name] = Path(path)
     return paths
 
@@ -617,13 +617,13 @@ def _preparation(
     std: list[float] | None,
     size: int | None,
 ) -> dict[str, Any]:
-    """How a model's images are prepared: as its folder says, unless options say otherwise."""
+    """Returns the preprocessing of a model: from its folder, unless options override it."""
     config: Mapping[str, Any] = network.pretrained_cfg if is_timm_folder(path) else {}  # type: ignore[assignment]
     mean, std = mean or list(config.get("mean", [])), std or list(config.get("std", []))
     if not mean or not std:
         raise ValueError(
-            f"{path} does not say how its images were prepared: give --mean and --std of the "
-            "training"
+            f"{path} does not record how its images were preprocessed: give --mean and --std "
+            "of the training"
         )
     stored = tuple(config["input_size"][1:]) if config else None
     from inmerge_wrap.robustness.image_files import Preparation
@@ -661,7 +661,7 @@ def _open_data(
     limit: int | None,
     batch_size: int,
 ) -> tuple[Any, Tensor]:
-    """Batches of images and labels in a fixed order, and all labels."""
+    """Returns the batches of images and labels in a fixed order, and all labels."""
     from torch.utils.data import DataLoader, TensorDataset
 
     from inmerge_wrap.robustness.images import ImageFolder, fit_images, read_npz
@@ -673,9 +673,9 @@ def _open_data(
         for what in agree:
             if theirs[what] != wanted[what] and None not in (theirs[what], wanted[what]):
                 raise ValueError(
-                    f"{first} and {name} cannot be compared on the same pictures: {what} is "
+                    f"{first} and {name} cannot be compared on the same images: {what} is "
                     f"{wanted[what]} and {theirs[what]}"
-                    + (", which --size makes equal" if what == "size" else "")
+                    + ("; --size makes them equal" if what == "size" else "")
                 )
     size = next((p["size"] for p in prepared.values() if p["size"] is not None), None)
     if not data.is_dir():
@@ -684,7 +684,7 @@ def _open_data(
         labels = labels[:limit]
         return DataLoader(TensorDataset(images, labels), batch_size=batch_size), labels
     if size is None:
-        raise ValueError(f"{data} holds images of any size: give --size, the side in training")
+        raise ValueError(f"{data} holds images of any size: pass --size, the side in training")
     folder = ImageFolder(
         data,
         config={**wanted, "input_size": (wanted["channels"], *size)},
@@ -700,7 +700,7 @@ def _open_data(
             raise ValueError(
                 f"{data} has the classes {', '.join(folder.classes)}, and {name} has {outputs} "
                 "outputs: rename or add folders, or export the model with --label-names, which "
-                "say which output is which class"
+                "map outputs to classes"
             )
     return loader, folder.labels
 
@@ -713,7 +713,7 @@ def _outputs(network: nn.Module, loader: Any, device: str) -> int:
         answer = network.eval()(image[None].to(device))
     if not isinstance(answer, torch.Tensor) or answer.ndim > 2:
         raise ValueError(
-            f"{type(network).__name__} gives no class scores, but {type(answer).__name__}: choose "
+            f"{type(network).__name__} returns {type(answer).__name__}, not class scores: choose "
             "a classifier"
         )
     return answer.shape[-1]
@@ -721,7 +721,7 @@ def _outputs(network: nn.Module, loader: Any, device: str) -> int:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
-    """A bar on stderr, where that is a terminal; gives what moves it on."""
+    """Shows a progress bar on stderr if it is a terminal; yields a function that advances it."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -752,7 +752,7 @@ def _print_result(result: RobustnessResult) -> None:
     print_table(title, columns, [_row_style(row) for row in rows])
     Console().print(
         f"{_corruptions_said(settings)}; normalised with mean {settings['mean']}, std "
-        f"{settings['std']}. In brackets: 95 % interval over the choice of images.",
+        f"{settings['std']}. In brackets: 95 % confidence interval over images.",
         highlight=False,
     )
 
@@ -778,8 +778,8 @@ def _print_comparison(
     print_table(title, columns, [_row_style(row) for row in rows])
     Console().print(
         f"{_corruptions_said(settings)}. A difference below 0 is better than {first}; in brackets: "
-        "95 % interval over the choice of images, paired. What another training seed would do is "
-        "not in it.",
+        "paired 95 % confidence interval over images. It does not cover the variation between "
+        "training seeds.",
         highlight=False,
     )
 
@@ -800,7 +800,7 @@ def _row_style(row: Mapping[str, Any]) -> str:
 
 
 def _interval_cell(row: Mapping[str, Any], metric: str, sign: str = "") -> str:
-    """A figure and its interval, which may break into two lines between the two."""
+    """Returns a figure and its interval, which may wrap between the two."""
     if metric not in row:
         return "-"
     cell = f"{row[metric]:{sign}.3f}"
@@ -829,7 +829,7 @@ def _load(
     in_chans: int | None,
     key: str | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    # Mistakes first: they can be answered before torch is imported, which takes seconds.
+    # Usage errors first: they can be reported before torch is imported, which takes seconds.
     if not weights.exists():
         there = [e.name for e in weights.parent.glob("*")] if weights.parent.is_dir() else []
         close = difflib.get_close_matches(weights.name, there, n=3, cutoff=0.5)
@@ -859,12 +859,12 @@ def _check_pixels(mean: Sequence[float] | None, std: Sequence[float] | None) -> 
         for value in values or ():
             if not 0 <= value <= 1 or (value == 0 and option == "--std"):
                 remedy = (
-                    f"of grey levels up to 255 that is {value / 255:.4g}"
+                    f"for grey levels up to 255, pass {value / 255:.4g}"
                     if 1 < value <= 255
-                    else "give the values that the training used"
+                    else "pass the values used in training"
                 )
                 raise ValueError(
-                    f"{option} is {value:g}, of pixels in [0, 1] it lies in {wanted}: {remedy}"
+                    f"{option} is {value:g}, but pixels in [0, 1] need {wanted}: {remedy}"
                 )
 
 
@@ -896,7 +896,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} can not be read as JSON: {error}") from error
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
 
 
 def _print_json(content: Any) -> None:
@@ -905,7 +905,7 @@ def _print_json(content: Any) -> None:
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Warnings as one line for people, without the source line that raised them."""
+    """Prints warnings as one line, without the source line that raised them."""
     shown = warnings.showwarning
 
     def show(message: Any, *_: Any) -> None:

@@ -1,11 +1,11 @@
 """Finds the convolutions of any network in depth order and decides which of them are merged.
 
-The order is the order of execution in one forward pass, recorded on a copy of the network whose
-tensors live on the meta device: they have shapes and no memory, so the network itself is neither
-run nor doubled. The decision follows the paper: the first ``L_s`` convolutions are left alone.
+The order is that of execution in one forward pass, recorded on a copy of the network whose tensors
+are on the meta device: they have shapes but no memory, so the network itself is neither run nor
+duplicated. The decision follows the paper: the first ``L_s`` convolutions are not merged.
 A convolution has any number of dimensions and may be transposed; its *kernels* are the weights of
-one output channel each. Whatever is a convolution by class but not a bank of comparable kernels is
-skipped with a reason.
+one output channel each. A layer that is a convolution by class but not a bank of comparable kernels
+is skipped with a reason.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = ["DEFAULT_SHALLOW_SHARE", "SKIPPED_KINDS", "ConvSite", "MergePlan", "p
 
 Pattern = str | Callable[["ConvSite"], bool]
 
-# Modules inside of a layer that peft adapts to a task: the two factors of a low-rank update.
+# Modules inside a layer that peft adapts to a task: the two factors of a low-rank update.
 _ADAPTERS = {"lora_A", "lora_B"}
 _WEIGHT_STANDARDISED = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"}
 
@@ -55,18 +55,18 @@ class ConvSite:
 
     Attributes:
         name: Its name in ``model.named_modules()``.
-        depth: Its place in the order of execution among all convolutions, from 1; None if it
+        depth: Its position in the order of execution among all convolutions, from 1; None if it
             never ran.
-        shape: Of its kernels, (C_out, C_in / groups, *kernel size): a kernel for each output
-            channel. It is the shape of the weight, but for transposed convolutions, which store
+        shape: Shape of its kernels, (C_out, C_in / groups, *kernel size), one per output channel.
+            It is the shape of the weight, except for transposed convolutions, which store
             (C_in, C_out / groups, *kernel size). Empty where there is no weight to write.
         groups: The convolution's groups.
         kind: ``"kernels"``, or a key of :data:`SKIPPED_KINDS`.
         centred: Whether kernels are compared without their mean, because the forward pass
             standardises them (StdConv2d, ScaledStdConv2d). Their gain is a scale of the output
             channel, like BatchNorm's, and takes no part in the comparison.
-        reason: Why it is skipped, in words; None where it is merged.
-        reason_kind: The same for programs: the ``kind`` where that is the reason; ``"shallow"``,
+        reason: Why it is skipped; None if it is merged.
+        reason_kind: The reason as an identifier: the ``kind`` if that is the reason; ``"shallow"``,
             ``"excluded"``, ``"not_included"``; ``"unwritable"`` (a weight that is computed or has
             no shape yet), ``"shared"`` (with an earlier layer), ``"one_kernel"`` (alone, or
             in its group).
@@ -83,7 +83,7 @@ class ConvSite:
 
     @property
     def pair_groups(self) -> int:
-        """The groups inside which kernels are paired; a depthwise layer pairs across its own."""
+        """The groups inside which kernels are paired; a depthwise layer pairs across groups."""
         depthwise = self.shape[:1] == (self.groups,) and self.shape[1] == 1
         return 1 if depthwise else self.groups
 
@@ -145,31 +145,32 @@ def plan_merging(
     """Finds every convolution of ``model`` in depth order and decides which are merged.
 
     Depth is the order of execution in a forward pass. Convolutions of a kind in
-    :data:`SKIPPED_KINDS` are no bank of comparable kernels: they are neither merged nor counted
-    as depth (but a patch embedding and a frozen layer do count). Grouped convolutions are merged
-    inside their groups. A parameter that two layers share is merged once, through the first.
+    :data:`SKIPPED_KINDS` are not banks of comparable kernels: they are neither merged nor
+    counted as depth (except a patch embedding and a frozen layer, which count). Grouped
+    convolutions are merged inside their groups. A parameter that two layers share is merged
+    once, through the first.
 
     Args:
         model: Any network; it is left exactly as it was.
-        shallow_layers: L_s, the number of first convolutions that are left alone (int), or their
-            share of the depth (float in [0, 1), rounded; at least one layer stays on either
+        shallow_layers: L_s, the number of first convolutions that are not merged (int), or their
+            share of the depth (float in [0, 1), rounded; at least one layer remains on either
             side). The default is the authors' 10 of VGG-19's 16.
-        example_input: What to call the network with where its configuration does not tell: a
+        example_input: Input to call the network with if its configuration does not define one: a
             tensor, a tuple of positional or a dict of keyword arguments, as for a training step.
             A list is taken as positional arguments, or as the one argument of a network that
             takes lists of images.
         include: Merge exactly the convolutions that match: names with ``*`` wildcards, or a
-            function of :class:`ConvSite`. Neither depth nor kind counts then.
-        exclude: Of those that would be merged, leave out what matches.
+            function of :class:`ConvSite`. Depth and kind are ignored then.
+        exclude: Of the convolutions that would be merged, leave out those that match.
         also_merge: Kinds of :data:`SKIPPED_KINDS` to treat like any other convolution.
 
     Returns:
         The plan, with at least one merged convolution.
 
     Raises:
-        TypeError: If the model is no network.
+        TypeError: If the model is not a network.
         ValueError: If nothing is left to merge, a name or wildcard matches no convolution, an
-            included convolution can not be merged, or an argument is out of range. The message
+            included convolution cannot be merged, or an argument is out of range. The message
             says why and what to pass instead.
     """
     _check_arguments(shallow_layers, also_merge)
@@ -194,7 +195,7 @@ def _check_arguments(shallow_layers: int | float, also_merge: Collection[str]) -
         raise ValueError(f"also_merge must be a collection of kinds, got the string {also_merge!r}")
     unknown = sorted(set(also_merge) - set(SKIPPED_KINDS))
     if unknown:
-        raise ValueError(f"also_merge knows {sorted(SKIPPED_KINDS)}, got {unknown}")
+        raise ValueError(f"also_merge must be among {sorted(SKIPPED_KINDS)}, got {unknown}")
 
 
 def _check_model(model: nn.Module) -> None:
@@ -211,7 +212,7 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _find_sites(model: nn.Module, example_input: Any) -> tuple[list[ConvSite], str]:
-    """Every convolution with its depth and kind, in depth order, and how that was found."""
+    """Returns every convolution with depth and kind, in depth order, and how these were found."""
     network, prefix = model, ""
     while isinstance(getattr(network, "_orig_mod", None), nn.Module):  # made by torch.compile
         network, prefix = network._orig_mod, prefix + "_orig_mod."  # type: ignore[assignment]
@@ -267,7 +268,7 @@ def _find_sites(model: nn.Module, example_input: Any) -> tuple[list[ConvSite], s
 
 
 def _class_name(conv: _ConvNd) -> str:
-    """Name of a class that is not PyTorch's own, though it may be called the same."""
+    """Returns the name of a class that is not PyTorch's own, though it may be called the same."""
     kind = type(conv)
     return f"{kind.__module__}.{kind.__name__}" if hasattr(nn, kind.__name__) else kind.__name__
 
@@ -283,11 +284,11 @@ def _kinds(
     trace: Trace | None,
     example_input: Any,
 ) -> dict[str, str]:
-    """The kind of every convolution: ``"kernels"`` or a key of SKIPPED_KINDS."""
+    """Returns the kind of every convolution: ``"kernels"`` or a key of SKIPPED_KINDS."""
     training = _training_trace(network, convs, trace, example_input)
     in_training = training.calls.keys() if training else ()
     heads = _heads(network, convs, trace)
-    if trace and training:  # what deep supervision returns in training, and evaluation drops
+    if trace and training:  # outputs of deep supervision, which evaluation drops
         heads |= trace.unread & training.predictions.keys()
     calls = _calls_on_large_maps(network, convs, trace, example_input)
     channels = _image_channels(convs, trace)
@@ -318,7 +319,7 @@ def _kinds(
 
 
 def _image_channels(convs: Mapping[str, _ConvNd], trace: Trace | None) -> int:
-    """Channels of the image: what the first convolution of the forward pass reads."""
+    """Returns the channels of the image: what the first convolution of the forward pass reads."""
     name, first = next(iter(trace.calls.items()), ("", None)) if trace else ("", None)
     if first is None or not first.inputs:
         return 3
@@ -326,13 +327,13 @@ def _image_channels(convs: Mapping[str, _ConvNd], trace: Trace | None) -> int:
 
 
 def _heads(network: nn.Module, convs: Mapping[str, _ConvNd], trace: Trace | None) -> set[str]:
-    """Convolutions whose outputs are the predictions.
+    """Returns the convolutions whose outputs are the predictions.
 
     These are the ones that timm's configuration names as classifier, and the ones whose output
-    no other layer reads. A backbone ends in such layers too: it gives itself away by an activation
-    after the last one (that a pooled vector of class scores may have too, as in SqueezeNet), by
-    a kernel larger than 1x1 that keeps the number of channels (but not of a map that has grown to
-    the size of the image again, as in MONAI's UNet), or by timm's ``num_classes=0``.
+    no other layer reads. A backbone ends in such layers too: it is recognised by an activation
+    after the last one (which a pooled vector of class scores may have too, as in SqueezeNet), by
+    a kernel larger than 1x1 that keeps the number of channels (unless its map has grown back to
+    the size of the image, as in MONAI's UNet), or by timm's ``num_classes=0``.
     """
     named = timm_config(network).get("classifier") or ()
     heads = {named} if isinstance(named, str) else set(named)
@@ -375,10 +376,10 @@ def _calls_on_large_maps(
     trace: Trace | None,
     example_input: Any,
 ) -> Mapping[str, Call]:
-    """The calls of the trace, made anew with larger images where it matters.
+    """Returns the calls of the trace, run again with larger images where it matters.
 
-    A small example image shrinks to one pixel by itself. A layer works on a pooled vector if its
-    map still is one pixel when the image is larger.
+    A small example image may shrink to one pixel even without pooling. A layer works on a pooled
+    vector if its map is still one pixel when the image is larger.
     """
     if trace is None or example_input is None:
         return trace.calls if trace else {}
@@ -400,7 +401,7 @@ def _calls_on_large_maps(
     for arguments in call_arguments(network, convs, example_input):
         try:
             large = run_trace(meta_copy(network), to_meta(tree_map(enlarged, arguments)))
-        except Exception:  # no copy, or one size alone: at that size the maps are what they are
+        except Exception:  # no copy, or only one size works: keep the maps of that size
             continue
         return {name: large.calls.get(name, call) for name, call in trace.calls.items()}
     return trace.calls
@@ -412,7 +413,7 @@ def _training_trace(
     trace: Trace | None,
     example_input: Any,
 ) -> Trace | None:
-    """A trace in train mode, made only where some outputs may matter in training alone."""
+    """Traces in train mode, only where some outputs may matter in training alone."""
     if trace is None or (len(trace.calls) == len(convs) and not trace.unread):
         return None
     for given in (example_input, None):  # the example may be too small for an auxiliary head
@@ -438,7 +439,7 @@ def _decide(
     shallow = {site.name for site in counted[: _shallow_count(shallow_layers, len(counted))]}
 
     def reason(site: ConvSite) -> tuple[str | None, str | None]:
-        """In words, and its kind."""
+        """Returns the reason in words, and the kind."""
         if included is not None and site.name not in included:
             return "not included", "not_included"
         if site.name in excluded:
@@ -446,7 +447,7 @@ def _decide(
         if site.reason is not None:
             if included is not None:
                 raise ValueError(
-                    f"include names {site.name!r}, which can not be merged: {site.reason}"
+                    f"include names {site.name!r}, which cannot be merged: {site.reason}"
                 )
             return site.reason, site.reason_kind
         if site.shape[0] == site.pair_groups > 1:
@@ -468,8 +469,8 @@ def _decide(
 
 
 def _counts(site: ConvSite, also_merge: Collection[str]) -> bool:
-    """Whether a convolution is a step of depth, merged or not."""
-    if site.shape[:2] == (1, 1):  # a filter along the channels (ECA) or the like, no features
+    """Returns whether a convolution is a step of depth, merged or not."""
+    if site.shape[:2] == (1, 1):  # a filter along the channels (as in ECA), not features
         return False
     return site.kind in {"kernels", "patch_embedding", "frozen", *also_merge}
 
@@ -487,7 +488,7 @@ def _patterns(given: Pattern | Sequence[Pattern] | None) -> Sequence[Pattern] | 
 
 
 def _matching(sites: Sequence[ConvSite], patterns: Sequence[Pattern], argument: str) -> set[str]:
-    """Names that some pattern matches; a name or wildcard without any match is an error."""
+    """Returns the names that some pattern matches; a pattern without a match is an error."""
     names: set[str] = set()
     for pattern in patterns:
         if callable(pattern):
@@ -517,7 +518,7 @@ def _why_empty(plan: MergePlan, shallow_layers: int | float) -> str:
         )
     elif kinds["adapter"]:
         remedy = (
-            "the network trains through adapters alone; merge while its own convolutions train, "
+            "the network trains only through adapters; merge while its own convolutions train, "
             "before the adapters are added or after they are merged into it"
         )
     elif frozen:
@@ -526,13 +527,13 @@ def _why_empty(plan: MergePlan, shallow_layers: int | float) -> str:
         remedy = "the network is too shallow for a deep part: pass shallow_layers=0 to merge it all"
     elif kinds["unwritable"]:
         remedy = (
-            "merge in a training before the weights are replaced (wrap and train the network "
+            "merge in a training run before the weights are replaced (wrap and train the network "
             "first, then prepare_qat or parametrise it); lazy layers need one forward pass"
         )
     elif set(kinds) <= {"patch_embedding", "depthwise", "one_kernel"}:
         remedy = (
-            "choose a convolutional network (for example resnet34); in a transformer there is no "
-            "bank of kernels but the patch embedding, which include=[...] merges all the same"
+            "choose a convolutional network (for example resnet34); a transformer has no bank of "
+            "kernels except the patch embedding, which include=[...] merges anyway"
             if kinds["patch_embedding"]
             else "choose a network with other convolutions, or name layers with include=[...]"
         )

@@ -1,4 +1,4 @@
-"""Plain weights: files that stock timm and torchvision load, with no trace of this library."""
+"""Export of plain weights: files that stock timm and torchvision load without this library."""
 
 from __future__ import annotations
 
@@ -48,22 +48,22 @@ def _warn_of_merging(model: nn.Module) -> None:
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The network's state as stock models hold it.
+    """Returns the state dict of the unwrapped network, as stock models load it.
 
     Tensors are contiguous copies on the CPU, each with its own memory; half precision is widened
-    to float32, which changes no value. Weights that are computed (weight_norm, spectral_norm,
-    pruning) stand as the result under their plain name. Shards of FSDP2 are gathered, which all
-    ranks must do together.
+    to float32, which changes no value. Computed weights (weight_norm, spectral_norm,
+    pruning) are stored as their result, under the plain name. FSDP2 shards are gathered, for
+    which all ranks must call this together.
 
     Raises:
-        ValueError: If the state holds anything but tensors, which no safetensors file can, or the
-            wrapper is a part of a larger module.
+        ValueError: If the state holds anything but tensors, which safetensors cannot store, or if
+            the wrapper is part of a larger module.
     """
     network = unwrap(model)
     for name, _ in named_wrappers(network):
         raise ValueError(
-            f"{type(network).__name__} holds an InMergeWrapper at {name!r}, whose names would be "
-            f"in the file: export that part alone, model.{name}"
+            f"{type(network).__name__} holds an InMergeWrapper at {name!r}, which would change the "
+            f"names in the file: export that part alone, model.{name}"
         )
     if any(_computes_weights(module) for module in network.modules()):
         network = _with_stored_weights(network)
@@ -83,10 +83,10 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def export_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Writes the network's weights as one plain safetensors file and verifies them.
 
-    A model of timm loads the file with ``timm.create_model(name, num_classes=...,
+    A timm model loads the file with ``timm.create_model(name, num_classes=...,
     checkpoint_path=path)``, any other with ``model.load_state_dict(load_file(path))``. The file
-    appears whole or not at all: a previous one stays until the new one was read back. (A
-    torchvision MNASNet asks its state dict for a version, which no safetensors file holds; see
+    is replaced atomically: the previous one stays until the new one has been read back. (A
+    torchvision MNASNet reads a version from its state dict, which safetensors cannot store; see
     docs/what-is-merged.md.)
 
     Args:
@@ -98,12 +98,12 @@ def export_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         The path.
 
     Raises:
-        ValueError: If the name does not end in .safetensors or a tensor can not be stored.
-        RuntimeError: If what was read back is not what was written.
+        ValueError: If the name does not end in .safetensors or a tensor cannot be stored.
+        RuntimeError: If the file reads back differently.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"the file must end in .safetensors, or timm can not read it: {path}")
+        raise ValueError(f"the file must end in .safetensors, or timm cannot read it: {path}")
     _warn_of_merging(model)
     state = plain_state_dict(model)
     if _is_writer():
@@ -128,27 +128,26 @@ def export_timm(
 ) -> str:
     """Writes the folder that ``timm.create_model("local-dir:...", pretrained=True)`` loads.
 
-    The preprocessing is stored as it was in *this* training, not that of the ImageNet weights, so
-    that ``timm.data.resolve_model_data_config`` gives it back. Before anything is replaced, a
-    fresh model is loaded from the draft and must give the same outputs, bit for bit. (Shards of
-    FSDP2 compute nothing on one rank alone: of these the weights are compared.)
+    It stores the preprocessing of *this* training run, not that of the ImageNet weights, so that
+    ``timm.data.resolve_model_data_config`` returns it. Before anything is replaced, a fresh model
+    is loaded from a draft and must give the same outputs, bit for bit. (With FSDP2 a single rank
+    cannot run the model, so the weights are compared instead.)
 
     Args:
-        model: A timm model, or a wrapper of one, as for :func:`export_weights`.
-        directory: Gets ``config.json`` and ``model.safetensors``, and the card.
+        model: A timm model, wrapped or not, as for :func:`export_weights`.
+        directory: Folder for ``config.json``, ``model.safetensors`` and the card.
         input_size: (channels, height, width) of the training images.
         mean: Per channel, subtracted from pixels in [0, 1].
         std: Per channel, in the same units.
         crop_pct: Share of the resized image that the centre crop keeps.
-        crop_mode: How images that are not square are fitted, as timm names it: ``"center"`` cuts
-            off the ends of the longer side, ``"squash"`` changes the proportions, ``"border"``
-            pads.
-        interpolation: Of the resizing, as timm names it: ``"bicubic"``, ``"bilinear"``, ...
+        crop_mode: How images that are not square are fitted, in timm's names: ``"center"`` crops
+            the longer side, ``"squash"`` changes the aspect ratio, ``"border"`` pads.
+        interpolation: How images are resized, in timm's names: ``"bicubic"``, ``"bilinear"``, ...
         label_names: Names of the classes, in the order of the outputs.
         model_args: Arguments of ``timm.create_model`` that changed the architecture, if timm did
             not record them.
-        card: What people must know of the model, or the same as plain data; becomes README.md
-            with the metadata of the Hugging Face hub.
+        card: The model card, or its fields as plain data; written to README.md with the metadata
+            of the Hugging Face Hub.
 
     Returns:
         The line of code that loads the model.
@@ -157,7 +156,7 @@ def export_timm(
         TypeError: If the network is not a timm model.
         ValueError: If the data configuration does not fit the network, or the card is malformed.
         RuntimeError: If the draft does not load into an equal model, or the network's outputs are
-            not finite; nothing is replaced then.
+            not finite. Nothing is replaced in that case.
     """
     network = unwrap(model)
     if not hasattr(network, "pretrained_cfg"):
@@ -214,8 +213,8 @@ def export_timm(
                 )
             elif (directory / "README.md").exists():
                 warnings.warn(
-                    f"{directory}/README.md was written for other weights and stays as it is: "
-                    "give a card, or remove it",
+                    f"{directory}/README.md was written for other weights and is kept: "
+                    "pass a card, or delete it",
                     stacklevel=2,
                 )
             for name in names:
@@ -244,7 +243,7 @@ def _write_timm_config(
     )
     config = json.loads(path.read_text())
     config["pretrained_cfg"] |= data_config
-    # What these would say was true of the weights that training started from.
+    # These describe the weights that training started from.
     for stale in ("tag", "license", "origin_url", "paper_ids", "test_input_size", "test_crop_pct"):
         config["pretrained_cfg"].pop(stale, None)
     path.write_text(json.dumps(config, indent=2))
@@ -253,14 +252,14 @@ def _write_timm_config(
 def _check_timm_draft(
     network: nn.Module, state: Mapping[str, Tensor], draft: Path, data_config: dict[str, Any]
 ) -> None:
-    """Loads the draft as a stranger would and compares outputs, or of shards the state."""
+    """Loads the draft with stock timm and compares outputs (the state dict if sharded)."""
     import timm
 
     try:
         fresh = timm.create_model(f"local-dir:{draft}", pretrained=True).eval()
     except Exception as error:  # whatever timm raises, the cause is the same
         raise RuntimeError(
-            f"timm can not rebuild this {type(network).__name__} ({error}). If it was created with "
+            f"timm cannot rebuild this {type(network).__name__} ({error}). If it was created with "
             "arguments that change its layers, pass them as model_args"
         ) from error
     if any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
@@ -268,15 +267,15 @@ def _check_timm_draft(
             raise RuntimeError(f"the reloaded {type(network).__name__} holds other weights")
         return
     ours = _with_stored_weights(network).cpu().float().eval()
-    # In channels_last the convolutions would round otherwise than in the model that is loaded.
+    # In channels_last the convolutions would round differently from the model that is loaded.
     ours.to(memory_format=torch.contiguous_format)
     image = torch.rand(2, *data_config["input_size"], generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected, actual = ours(image), fresh(image)
     if not bool(expected.isfinite().all()):
         raise RuntimeError(
-            f"this {type(network).__name__} answers with NaN or Inf, its training has diverged: "
-            "export an earlier checkpoint (export_weights stores these weights all the same)"
+            f"this {type(network).__name__} returns NaN or Inf, its training has diverged: "
+            "export an earlier checkpoint (export_weights stores these weights anyway)"
         )
     if not torch.equal(expected, actual):
         raise RuntimeError(
@@ -286,7 +285,7 @@ def _check_timm_draft(
 
 
 def _computes_weights(module: nn.Module) -> bool:
-    """Whether a module computes a tensor of its state from others before each forward pass."""
+    """Returns whether a module computes part of its state from other tensors in each forward."""
     return parametrize.is_parametrized(module) or any(
         type(hook).__module__.startswith("torch.nn.utils")
         for hook in module._forward_pre_hooks.values()
@@ -294,7 +293,7 @@ def _computes_weights(module: nn.Module) -> bool:
 
 
 def _computed_state(network: nn.Module) -> dict[str, Any]:
-    """The state dict, with parametrised tensors as the forward pass computes them."""
+    """Returns the state dict, with parametrised tensors as the forward pass computes them."""
     state = dict(network.state_dict())
     for path, module in network.named_modules():
         if parametrize.is_parametrized(module):
@@ -312,10 +311,10 @@ def _computed_state(network: nn.Module) -> dict[str, Any]:
 
 
 def _with_stored_weights(network: nn.Module) -> nn.Module:
-    """A copy in eval mode that old-style hooks (weight_norm, pruning) no longer act upon."""
+    """Returns a copy in eval mode on which old-style hooks (weight_norm, pruning) no longer act."""
     from torch.nn.utils import prune
 
-    # Old-style computed weights are no leaves, which deepcopy refuses: they are computed anew.
+    # Old-style computed weights are no leaves, which deepcopy refuses: they are recomputed.
     memo: dict[int, Any] = {
         id(value): value.detach().clone()
         for module in network.modules()
@@ -344,7 +343,7 @@ def _save_verified(state: dict[str, Tensor], path: Path) -> None:
 
 
 def _same_bits(stored: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
-    """Whether two states hold the same; compared as bytes, so that a NaN equals itself."""
+    """Returns whether two states are equal, compared as bytes so that a NaN equals itself."""
     return stored.keys() == state.keys() and all(
         tensor.dtype == stored[name].dtype
         and torch.equal(tensor.view(-1).view(torch.uint8), stored[name].view(-1).view(torch.uint8))
@@ -353,7 +352,7 @@ def _same_bits(stored: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> boo
 
 
 def _replace_file(path: Path, write: Any) -> None:
-    """Writes a draft beside ``path`` and puts it in its place in one step."""
+    """Writes a draft next to ``path`` and renames it atomically."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
     draft = Path(name)
@@ -373,7 +372,7 @@ def _umask() -> int:
 
 
 def _sync_directory(directory: Path) -> None:
-    """Makes a renamed file outlive a power cut, where the platform can."""
+    """Makes a renamed file survive a power cut, where the platform supports it."""
     if os.name == "posix":
         handle = os.open(directory, os.O_RDONLY)
         try:

@@ -1,9 +1,9 @@
-"""Transient merging: from a training forward pass to the optimizer's step, kernels are merged.
+"""Transient merging: kernels are merged from a training forward pass to the optimizer's step.
 
-The weights are merged where they are, so that whatever computes a gradient meanwhile (recomputed
-activations, compiled code, replicas) sees the merged kernels, and only the kernels that change are
-copied. Everybody else must see them whole: the optimizer, evaluation, checkpoints, copies. Each way
-in is a *door*; whoever comes through it ends the interlude first.
+The weights are merged in place, so that everything that computes a gradient in the meantime
+(recomputed activations, compiled code, replicas) sees the merged kernels, and only the kernels that
+change are copied. Everything else must see the unmerged kernels: the optimizer, evaluation,
+checkpoints, copies. Each such access is a *door*: a hook that ends the interlude first.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ __all__ = ["BeforeStep", "Interlude"]
 
 
 class Interlude:
-    """The time in which some kernels of a network are merged, and a copy of them before that.
+    """The period in which some kernels are merged, with a copy of the original kernels.
 
     Args:
         network: The wrapped network.
-        kept: The kernels as they were.
+        kept: The original kernels.
     """
 
     def __init__(self, network: nn.Module, kept: Sequence[Kept]) -> None:
@@ -39,12 +39,12 @@ class Interlude:
 
     @property
     def is_over(self) -> bool:
-        """Whether the kernels are whole again."""
+        """Whether the kernels are restored."""
         return not self._kept
 
     @torch.no_grad()
     def end(self) -> None:
-        """Puts the kernels back, bit for bit, and leaves no trace in the network."""
+        """Restores the kernels, bit for bit, and removes every hook from the network."""
         self._put_back()
         for hook in self._hooks:
             hook.remove()
@@ -59,10 +59,10 @@ class Interlude:
             part.put_back_()
 
     def _open_doors(self) -> None:
-        """Watches every way in which the weights may be read or replaced meanwhile.
+        """Watches every way in which the weights can be read or replaced in the meantime.
 
-        A hook must not remove itself while PyTorch goes through the hooks, so these put the
-        kernels back and are removed with the end.
+        A hook must not remove itself while PyTorch iterates over the hooks, so these restore the
+        kernels and are removed at the end.
         """
         convs = [module for part in self._kept for module in part.modules]
         self._hooks.append(self._network.register_forward_pre_hook(self._before_forward))
@@ -70,7 +70,7 @@ class Interlude:
             self._hooks.append(conv.register_state_dict_pre_hook(self._before_look))
             self._hooks.append(conv.register_load_state_dict_pre_hook(self._before_look))
         for module in (self._network, *convs):
-            # Asked by deepcopy and pickle, of the instance first.
+            # Called by deepcopy and pickle, which look at the instance first.
             vars(module)["__getstate__"] = self._state_getter(module)
             self._guarded.append(module)
 
@@ -92,7 +92,7 @@ class Interlude:
 
 
 class BeforeStep:
-    """The door of an optimizer, its step pre-hook: a step begins from whole kernels.
+    """The step pre-hook of an optimizer: a step begins from unmerged kernels.
 
     Args:
         wrapper: The InMergeWrapper; no strong reference is kept.
@@ -109,7 +109,7 @@ class BeforeStep:
         if wrapper is None or not wrapper.settings.transient:
             return None
         wrapper.end_interlude()
-        # step(closure) runs forward and backward inside of the step, LBFGS several times.
+        # step(closure) runs forward and backward inside the step; LBFGS does so several times.
         if len(args) > 1 and callable(closure := args[1]):  # the first is the optimizer
             return (args[0], _whole_after(wrapper, closure), *args[2:]), kwargs
         if callable(closure := kwargs.get("closure")):

@@ -24,8 +24,8 @@ class MergedLayer:
     """One merged convolution, looked up once in a step.
 
     Attributes:
-        number: Its place in the plan.
-        site: What the plan says of it.
+        number: Its position in the plan.
+        site: Its entry in the plan.
         module: The convolution.
         store: Where its kernels are.
     """
@@ -37,15 +37,15 @@ class MergedLayer:
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
-        """What an optimizer must train for merging to act."""
+        """The parameters that an optimizer must train for merging to act."""
         return self.store.parameters
 
 
 class Layers(Sequence[MergedLayer]):
-    """Some merged layers as one step found them, with what follows from them.
+    """Some merged layers as one step found them, with values derived from them.
 
-    A sequence that never changes. While the next steps find the same, they get the same object,
-    so that what was worked out for it once (tables of pointers, which engine takes what) holds.
+    An immutable sequence. As long as the next steps find the same layers, they get the same
+    object, so that what was derived once (pointer tables, choice of engine) stays valid.
 
     Args:
         layers: In the order of the plan.
@@ -53,7 +53,7 @@ class Layers(Sequence[MergedLayer]):
 
     def __init__(self, layers: Sequence[MergedLayer]) -> None:
         self._layers = tuple(layers)
-        # Read now, for a storage that is resized takes the tensors along that were found in it.
+        # Read now, because resizing a storage changes the address of every tensor found in it.
         self._addresses = [_address(layer.store) for layer in layers]
         self._facts: dict[Any, Any] = {}
 
@@ -68,24 +68,24 @@ class Layers(Sequence[MergedLayer]):
 
     @cached_property
     def numbers(self) -> list[int]:
-        """The place of each layer in the plan."""
+        """The position of each layer in the plan."""
         return [layer.number for layer in self]
 
     @cached_property
     def stores(self) -> list[Store]:
-        """Where the kernels of each layer are."""
+        """The store of each layer's kernels."""
         return [layer.store for layer in self]
 
     def are_still(self, modules: Sequence[nn.Module]) -> bool:
-        """Whether these are their modules, and the memory of each weight is the same now."""
+        """Returns whether ``modules`` are theirs and each weight still has the same memory."""
         return all(map(_is_still, self, modules, self._addresses))
 
     def at(self, places: Sequence[int]) -> Layers:
-        """Some of the layers; this very object for all of them."""
+        """Returns some of the layers; this object itself for all of them."""
         return self if len(places) == len(self) else Layers([self[place] for place in places])
 
     def fact(self, key: Any, find: Callable[[Layers], _Fact]) -> _Fact:
-        """What ``find`` says of these layers; found at the first question and kept by its key."""
+        """Returns ``find(self)``, cached under ``key``."""
         if key not in self._facts:
             self._facts[key] = find(self)
         return cast(_Fact, self._facts[key])
@@ -94,12 +94,12 @@ class Layers(Sequence[MergedLayer]):
 def find_layers(
     network: nn.Module, sites: Sequence[ConvSite], last: Layers | None = None
 ) -> Layers:
-    """The layers of a plan as they are now: weights may be moved, sharded or frozen at any time.
+    """Returns the layers of a plan as they are now; weights can be moved, sharded or frozen.
 
     Args:
         network: The network.
         sites: The merged layers of its plan.
-        last: What was found before; returned itself where nothing has changed since.
+        last: The previous result; returned itself if nothing has changed since.
 
     Raises:
         RuntimeError: If kernels have another shape than in the plan, or are on an XLA device.
@@ -117,20 +117,20 @@ def find_layers(
 
 
 def modules_of(network: nn.Module, sites: Sequence[ConvSite]) -> list[nn.Module]:
-    """What is at the places of some convolutions now."""
+    """Returns the modules that are now at the names of some convolutions."""
     return [_submodule(network, site.name) for site in sites]
 
 
 def _address(store: Store) -> int:
-    """Where an ordinary weight lies in memory; 0 for all others."""
+    """Returns the address of an ordinary weight; 0 for all others."""
     ordinary = type(store) is Plain and type(store.weight) is Tensor
     return store.weight.data_ptr() if ordinary else 0
 
 
 def _is_still(layer: MergedLayer, module: nn.Module, address: int) -> bool:
-    """Whether a layer was found with this module and the very memory that its weight has now.
+    """Returns whether a layer was found with this module and the current memory of its weight.
 
-    Only ordinary weights are looked at so closely; of all others it is never sure.
+    Only ordinary weights can be checked; for all others the answer is False.
     """
     parameter = module._parameters.get("weight")
     if not address or module is not layer.module or parameter is not layer.store.parameters[0]:
@@ -147,10 +147,10 @@ def _is_still(layer: MergedLayer, module: nn.Module, address: int) -> bool:
 
 
 def check_sites(network: nn.Module, sites: Sequence[ConvSite]) -> None:
-    """Makes sure that a plan is one of this network.
+    """Checks that a plan belongs to this network.
 
     Raises:
-        ValueError: If it is not, or merges nothing.
+        ValueError: If it does not, or merges nothing.
     """
     if not sites:
         raise ValueError("the plan merges no convolution")
@@ -160,14 +160,14 @@ def check_sites(network: nn.Module, sites: Sequence[ConvSite]) -> None:
         store = store_of(conv) if isinstance(conv, _ConvNd) else None
         if store is None or not store.parameters or store.shape != site.shape:
             raise ValueError(
-                f"the plan is not of this network: it has no convolution {site.name!r} with "
-                f"kernels of shape {site.shape}; make one with plan_merging(network)"
+                f"the plan belongs to another network: this one has no convolution {site.name!r} "
+                f"with kernels of shape {site.shape}; make a plan with plan_merging(network)"
             )
 
 
 def stream_of(site: ConvSite) -> int:
-    """What sets a layer's draws apart from those of others, whichever of them are merged."""
-    # The depth, not the place in the plan; a convolution that never ran has none, but a name.
+    """Returns a layer's random stream, which does not depend on which layers are merged."""
+    # The depth, not the position in the plan; the name for a convolution that never ran.
     return site.depth if site.depth is not None else 2**32 + crc32(site.name.encode())
 
 
@@ -196,6 +196,6 @@ def _check(site: ConvSite, store: Store) -> None:
         )
     if store.weight.device.type == "xla":
         raise RuntimeError(
-            "on XLA devices parameters are swapped behind torch, and what is merged is lost; "
-            "train on CUDA or CPU"
+            "on XLA devices parameters are swapped without torch noticing, so that what is merged "
+            "is lost; train on CUDA or CPU"
         )

@@ -1,4 +1,4 @@
-"""One pass over some layers: partners, cosines, threshold, change. Pure but for the weights.
+"""One pass over some layers: partners, cosines, threshold, change. Only weights are modified.
 
 For each drawn pair ``(i, j)`` of a layer, all kernels being read before any is written::
 
@@ -41,7 +41,7 @@ from inmerge_wrap.thresholds import Fixed, Threshold
 
 __all__ = ["merge_pairs_"]
 
-_DIRECTION_STREAM = 2**40  # sets the draws of a direction apart from those of the pairs
+_DIRECTION_STREAM = 2**40  # separates the random stream of directions from that of the pairs
 
 
 class Kept(Protocol):
@@ -53,7 +53,7 @@ class Kept(Protocol):
         ...
 
     def put_back_(self) -> None:
-        """Puts the kernels back, bit for bit, where the convolutions have their weights now."""
+        """Restores the kernels, bit for bit, wherever the convolutions have their weights now."""
         ...
 
 
@@ -63,8 +63,8 @@ class KeptKernels:
 
     Attributes:
         module: The convolution.
-        index: Which kernels, int64, shape (kernels,).
-        rows: What the layer's store gave for them.
+        index: Indices of the kernels, int64, shape (kernels,).
+        rows: The content that the layer's store returned for them.
     """
 
     module: nn.Module
@@ -86,7 +86,7 @@ def draw_step(layers: Layers, settings: MergeSettings, step: int) -> Pairs:
 
     Args:
         layers: At least one.
-        settings: Those in force at this step, see :meth:`MergeSettings.at`.
+        settings: Those of this step, see :meth:`MergeSettings.at`.
         step: The optimizer step.
 
     Returns:
@@ -123,15 +123,15 @@ def merge_layers(
 
     Args:
         layers: At least one.
-        pairs: What they draw, layer after layer, on the CPU.
-        settings: Those in force at this step, see :meth:`MergeSettings.at`.
+        pairs: Their drawn pairs, layer after layer, on the CPU.
+        settings: Those of this step, see :meth:`MergeSettings.at`.
         step: The optimizer step; with the seed it decides random directions.
         companions: Number of a layer -> tensors of an optimizer that change like its weight.
-        skip: A scalar on the device, non-zero for no merge at all.
-        keep: Takes a copy of the kernels that change, before they do.
+        skip: A scalar on the device; non-zero disables the merge.
+        keep: Receives a copy of the kernels that change, before they do.
 
     Returns:
-        What became of each pair, on the device of the first layer.
+        The outcome of each pair, on the device of the first layer.
     """
     with _without_autocast(layers[0].store.weight.device):
         return _merge_groups(layers, pairs, settings, step, companions or {}, skip, keep)
@@ -146,7 +146,7 @@ def _merge_groups(
     skip: Tensor | None,
     keep: list[Kept] | None,
 ) -> Outcome:
-    """Gives each engine its layers, and puts what they find into the order of the layers."""
+    """Passes each engine its layers, and restores the order of the layers in the results."""
     cosines: list[Tensor] = [torch.empty(0)] * len(layers)
     merged = list(cosines)
     on_device: dict[torch.device, Pairs] = {}
@@ -156,7 +156,7 @@ def _merge_groups(
             on_device[device] = pairs.to(device)
         theirs = on_device[device].of(places)
         found = _merge_batch(engine, batch, theirs, settings, step, companions, skip, keep)
-        if batch is layers:  # nothing to put back into order
+        if batch is layers:  # already in order
             return found
         for parts, whole in ((cosines, found.cosines), (merged, found.merged)):
             for place, part in zip(places, whole.split(theirs.lengths), strict=True):
@@ -180,7 +180,7 @@ def _merge_batch(
     skip: Tensor | None,
     keep: list[Kept] | None,
 ) -> Outcome:
-    """The pass over layers that one engine takes together: in one call, or step by step."""
+    """Merges a batch of layers with one engine, in one call or step by step."""
     blend = Blend(settings.merge_weight)
     blends = settings.direction == "partner" and not settings.keep_norm and engine.makes(blend)
     changes: list[Change] = [blend] * len(layers)
@@ -219,7 +219,7 @@ def _merge_batch(
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A step inside of an autocast region would compare kernels in half precision."""
+    """Disables autocast, inside which kernels would be compared in half precision."""
     kind = device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
@@ -227,7 +227,7 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _nearest(layer: MergedLayer, store: Store, pairs: Pairs) -> Tensor:
-    """The most similar partner of each target of a layer."""
+    """Returns the most similar partner of each target of a layer."""
     everyone = torch.arange(layer.site.shape[0], device=pairs.targets.device)
     bank = store.read(everyone)
     bank = centre(bank) if layer.site.centred else bank
@@ -237,7 +237,7 @@ def _nearest(layer: MergedLayer, store: Store, pairs: Pairs) -> Tensor:
 def _alike(
     threshold: Threshold, cosines: Tensor, lengths: Sequence[int], fan_ins: Sequence[int]
 ) -> Tensor:
-    """Which pairs are alike enough to merge, boolean, shape (pairs,)."""
+    """Returns which pairs are alike enough to merge, boolean, shape (pairs,)."""
     if type(threshold) is Fixed:  # the same in all layers
         return threshold.alike(cosines, max(fan_ins))
     masks = []
@@ -254,9 +254,9 @@ def _alike(
 
 
 def _known(pairs: Pairs, changed: Tensor) -> tuple[Pairs, Tensor | None]:
-    """The pairs of one layer without those that stay, where one need not wait to know them.
+    """Drops the pairs that do not merge, where finding them needs no device synchronisation.
 
-    On a CPU those cost nothing then; elsewhere the mask decides on the device.
+    On a CPU these pairs then cost nothing; on other devices the mask decides later.
     """
     if changed.device.type != "cpu":
         return pairs, changed
@@ -271,7 +271,7 @@ def _copy(layer: MergedLayer, store: Store, pairs: Pairs, changed: Tensor) -> Ke
 def _change_of(
     layer: MergedLayer, store: Store, pairs: Pairs, settings: MergeSettings, step: int
 ) -> Change:
-    """What becomes of the kernels of one layer."""
+    """Returns the change of the kernels of one layer."""
     device = pairs.targets.device
     if settings.direction == "partner":
         blend = Blend(settings.merge_weight)
@@ -314,7 +314,7 @@ def _change_companions_(
     companions: Mapping[int, Sequence[Store]],
     name: str,
 ) -> None:
-    """Changes the tensors that an optimizer keeps of some layers as the weights were."""
+    """Changes the tensors that an optimizer keeps of some layers like their weights."""
     if not companions:
         return
     masks = [None] * len(layers) if changed is None else changed.split(pairs.lengths)
@@ -336,7 +336,7 @@ def merge_pairs_(
 ) -> Tensor:
     """Merges the drawn pairs of one convolution weight, in place (eq. 1-4).
 
-    All kernels are read before any is written, as the paper's simultaneous update demands, and
+    All kernels are read before any is written, as the paper's simultaneous update requires, and
     only the rows in ``targets`` are touched. Half precision weights are compared and blended in
     float32 and rounded once. Kernels that are zero or hold NaN or Inf neither merge nor spread.
 
@@ -344,8 +344,8 @@ def merge_pairs_(
         weight: Shape (C_out, C_in / groups, kH, kW), floating point, any memory format.
         targets: Kernels to blend, int64, shape (pairs,), without repetition.
         sources: Their partners, int64, shape (pairs,).
-        merge_weight: alpha in [0, 2], the share of a kernel that stays.
-        similarity_threshold: tau in [-1, 1]; a pair merges where its cosine is above it.
+        merge_weight: alpha in [0, 2], the weight of the kernel itself in the blend.
+        similarity_threshold: tau in [-1, 1]; a pair merges if its cosine is above it.
 
     Returns:
         Boolean mask of the pairs that were merged, shape (pairs,), on the weight's device.

@@ -2,11 +2,11 @@
 
 A convolution weight ``W`` has shape ``(C_out, C_in / groups, kH, kW)``; its *kernel* ``K_i`` is
 ``W[i]``. One pass draws ordered pairs ``(i, j)`` of kernels, compares them (eq. 1, 2) and blends
-the target into its source where they are alike (eq. 3, 4)::
+the source into the target if they are similar (eq. 3, 4)::
 
     cos(K_i, K_j) > tau   =>   K_i <- alpha K_i + (1 - alpha) K_j
 
-Every function here runs without waiting for the device, so it may run in each training step.
+No function here waits for the device, so each can run in every training step.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def draw_pairs(
         num_kernels: C_out of the convolution.
         probability: p, in [0, 1].
         generator: A CPU generator; the only source of randomness.
-        groups: How many equal groups the kernels fall into, in order.
+        groups: Number of equal groups into which the kernels are divided, in order.
 
     Returns:
-        ``(targets, sources)``, int64 tensors of one length on the CPU; ``targets`` is strictly
-        increasing, so no kernel is written twice.
+        ``(targets, sources)``, int64 tensors of equal length on the CPU; ``targets`` is
+        strictly increasing, so no kernel is written twice.
 
     Raises:
         ValueError: If ``probability`` is outside [0, 1] or ``groups`` does not divide
@@ -47,7 +47,7 @@ def draw_pairs(
     if not 0.0 <= probability <= 1.0:
         raise ValueError(f"probability must lie in [0, 1], got {probability}")
     if groups < 1 or num_kernels < 1 or num_kernels % groups:
-        raise ValueError(f"{num_kernels} kernels do not fall into {groups} equal groups")
+        raise ValueError(f"{num_kernels} kernels cannot be divided into {groups} equal groups")
     size = num_kernels // groups
     chances = torch.empty(num_kernels, dtype=torch.float32, device="cpu")
     chances.uniform_(generator=generator)
@@ -65,27 +65,27 @@ def draw_layers(
 ) -> tuple[Tensor, list[int]]:
     """Draws for several layers in a few operations.
 
-    Each layer draws what :func:`draw_pairs` does with a generator of its seed, so that no layer
-    changes the draws of another.
+    Each layer draws what :func:`draw_pairs` draws with a generator of its seed, so that no layer
+    affects the draws of another.
 
     Args:
         num_kernels: C_out of each layer.
         group_sizes: How many kernels are in each group of a layer.
         probability: p, in [0, 1].
-        seeds: Of each layer, in [0, 2**32).
+        seeds: Seed of each layer, in [0, 2**32).
 
     Returns:
-        The drawn pairs, layer after layer, int64, shape (3, pairs) on the CPU: place of the layer
-        in the arguments, target, source; and how many pairs each layer has.
+        The drawn pairs, layer after layer, int64, shape (3, pairs) on the CPU: index of the layer
+        in the arguments, target, source; and the number of pairs of each layer.
     """
     generator = torch.Generator("cpu")
-    # Spelled out, because a user's default device or dtype must not change the draws.
+    # Explicit, because a user's default device or dtype must not change the draws.
     host: dict[str, Any] = {"generator": generator, "device": "cpu"}
     chances, shifts = [], []
     for count, size, seed in zip(num_kernels, group_sizes, seeds, strict=True):
         generator.manual_seed(seed)
         chances.append(torch.rand(count, dtype=torch.float32, **host))
-        # More than will be used, for how many those are is known only when all layers are drawn.
+        # More than will be used: how many are needed is known only when all layers are drawn.
         shifts.append(torch.randint(1, max(2, size), (count,), dtype=torch.int64, **host))
     chance, shift = torch.cat(chances), torch.cat(shifts)
     counts, size_of = torch.tensor([num_kernels, group_sizes], dtype=torch.int64, device="cpu")
@@ -102,13 +102,13 @@ def draw_layers(
 
 
 def _shifted(targets: Tensor, shifts: Tensor, size: int | Tensor) -> Tensor:
-    """The kernels that follow so many places on, round and round in each group of ``size``."""
+    """Returns the indices shifted by some places, cyclically within each group of ``size``."""
     place = targets % size
     return targets - place + (place + shifts) % size
 
 
 def nearest_kernels(kernels: Tensor, targets: Tensor, groups: int = 1) -> Tensor:
-    """The most similar other kernel of the same group, for each target.
+    """Returns the most similar other kernel of the same group, for each target.
 
     An alternative to the paper's uniform choice of the partner. Compares every target with all
     kernels: ``pairs x C_out x fan_in`` multiplications.
@@ -119,8 +119,8 @@ def nearest_kernels(kernels: Tensor, targets: Tensor, groups: int = 1) -> Tensor
         groups: As in :func:`draw_pairs`.
 
     Returns:
-        The sources, int64, shape (pairs,). Where no other kernel has a cosine with the target,
-        any other one; its undefined cosine keeps the pair from merging.
+        The sources, int64, shape (pairs,). If no other kernel has a cosine with the target, an
+        arbitrary one, whose undefined cosine keeps the pair from merging.
     """
     unit = kernels / torch.linalg.vector_norm(kernels, dim=1, keepdim=True)
     cosines = (unit[targets] @ unit.T).nan_to_num(-2.0)
@@ -132,7 +132,7 @@ def nearest_kernels(kernels: Tensor, targets: Tensor, groups: int = 1) -> Tensor
 
 
 def pair_cosines(kernels: Tensor, partners: Tensor) -> Tensor:
-    """Cosine similarity of each kernel with its partner (eq. 1, 2).
+    """Returns the cosine similarity of each kernel with its partner (eq. 1, 2).
 
     Args:
         kernels: Flattened kernels, shape (pairs, fan_in), float32 or float64.
@@ -147,13 +147,13 @@ def pair_cosines(kernels: Tensor, partners: Tensor) -> Tensor:
 
 
 def cosines_of(products: Tensor, norms: Tensor) -> Tensor:
-    """Cosines from the inner products of pairs and the products of their norms, shape (pairs,)."""
-    # 0 / 0 is NaN, and so is anything over an infinite norm: both kinds of broken kernel drop out.
+    """Computes cosines, shape (pairs,), from inner products and products of norms."""
+    # 0 / 0 is NaN, and so is a quotient with an infinite norm: broken kernels drop out.
     return torch.where(torch.isfinite(norms), (products / norms).clamp(-1.0, 1.0), math.nan)
 
 
 def centre(kernels: Tensor) -> Tensor:
-    """Kernels without their mean, as a layer uses them that standardises its weight.
+    """Subtracts the mean of each kernel, as a layer with weight standardisation does.
 
     Args:
         kernels: Shape (n, fan_in).
@@ -172,9 +172,9 @@ def blend_kernels(
 
     Args:
         kernels: Shape (pairs, fan_in).
-        partners: Of the same shape and dtype.
+        partners: Their partners, of the same shape and dtype.
         merged: Boolean mask, shape (pairs,): which pairs are blended; None blends all.
-        merge_weight: alpha, the share of the kernel that stays; above 1 it moves away from its
+        merge_weight: alpha, the weight of the kernel itself; above 1 it moves away from its
             partner. A number, or one for each pair, shape (pairs, 1).
         scale: Factor of each blend, shape (pairs, 1), see :func:`norm_scale`; none by default.
 
@@ -188,9 +188,9 @@ def blend_kernels(
 
 
 def norm_scale(kernels: Tensor, partners: Tensor, merge_weight: float | Tensor) -> Tensor:
-    """The factor that brings each blend back to the norm of its kernel, shape (pairs, 1).
+    """Returns the factor that brings each blend back to the norm of its kernel, shape (pairs, 1).
 
-    The paper goes without: a blend of orthogonal kernels is shorter, by 18% at alpha = 0.8.
+    The paper does not rescale: a blend of orthogonal kernels is shorter, by 18% at alpha = 0.8.
     """
     blended = torch.lerp(partners, kernels, merge_weight)
     norms = torch.linalg.vector_norm(kernels, dim=1, keepdim=True)
@@ -198,19 +198,19 @@ def norm_scale(kernels: Tensor, partners: Tensor, merge_weight: float | Tensor) 
 
 
 def signed_weight(kernels: Tensor, partners: Tensor, signs: Tensor, radius: float) -> Tensor:
-    """The merge weight of each pair that moves its kernel by ``radius`` of the kernel's norm.
+    """Returns the merge weight that moves each kernel by ``radius`` of its norm.
 
-    With it :func:`blend_kernels` gives ``K_i + s r |K_i| (K_j - K_i) / |K_j - K_i|``: a step of a
+    With it :func:`blend_kernels` returns ``K_i + s r |K_i| (K_j - K_i) / |K_j - K_i|``: a step of a
     fixed relative size along the difference, toward the partner (s = 1) or away from it (s = -1).
 
     Args:
         kernels: Shape (pairs, fan_in).
-        partners: Of the same shape and dtype.
+        partners: Their partners, of the same shape and dtype.
         signs: 1 or -1, shape (pairs,).
         radius: r, the size of the step relative to the kernel's norm.
 
     Returns:
-        Shape (pairs, 1); 1, which leaves the kernel alone, where both are equal.
+        Shape (pairs, 1); 1, which leaves the kernel unchanged, if both are equal.
     """
     norms = torch.linalg.vector_norm(kernels, dim=1, keepdim=True)
     distance = torch.linalg.vector_norm(partners - kernels, dim=1, keepdim=True)
@@ -239,7 +239,7 @@ def multiply_gaussian(kernels: Tensor, noise: Tensor, radius: float) -> Tensor:
     Args:
         kernels: Shape (pairs, fan_in).
         noise: Standard normal numbers z of the same shape.
-        radius: r.
+        radius: r, the size of the step relative to the kernel's norm.
     """
     return kernels * (1.0 + radius * noise)
 

@@ -1,4 +1,4 @@
-"""Model cards: the README.md of an exported model, and its way to the Hugging Face hub."""
+"""Model cards: the README.md of an exported model, and its upload to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _UPLOADED = ("README.md", "config.json", "model.safetensors", f"{_PICTURE}.*")
 
 _INTENDED_USE = (
     "Research on the classification of medical images and on its robustness. It is not a medical "
-    "device: no decision about a patient may rest on it."
+    "device and must not be used for decisions about patients."
 )
 _LIMITS = (
-    "It was measured on the data named under Results alone. On images of another scanner, "
-    "hospital, population or preparation it may be wrong more often, and no less sure of itself.",
-    "Its outputs are scores. Whether they are calibrated probabilities is to be checked on data of "
-    "the place where it would be used.",
-    "It answers for every image, also for one that shows none of its classes or no patient at all.",
+    "It was evaluated only on the data named under Results. On images from another scanner, "
+    "hospital, population or preprocessing it may be wrong more often, with no lower confidence.",
+    "Its outputs are scores. Check on data from the site of use whether they are calibrated "
+    "probabilities.",
+    "It returns scores for every image, even one that shows none of its classes or no patient.",
     "Differences in performance between groups of patients were not examined, unless stated above.",
 )
 _METRIC_NAMES = {
@@ -54,11 +54,10 @@ class CardResult:
     Attributes:
         metric: Its short name, as in ``accuracy`` or ``auroc``.
         value: The figure, in the metric's own unit (an accuracy in [0, 1]).
-        dataset: Name of the data, for people.
-        dataset_id: Its id on the hub, or another short name for machines; made of ``dataset`` if
-            None.
+        dataset: Display name of the data.
+        dataset_id: Its id on the Hub, or another short id; derived from ``dataset`` if None.
         config: A variant of the data, such as ``corrupted``.
-        split: The part of the data. Many figures in print are of different splits of one data set.
+        split: The part of the data. Published figures often use different splits of one data set.
         interval: Ends of the 95 % interval.
         note: What else a reader must know, such as "mean of 5 seeds".
     """
@@ -74,7 +73,7 @@ class CardResult:
 
     @property
     def metric_name(self) -> str:
-        """The metric's name for people."""
+        """Display name of the metric."""
         return _METRIC_NAMES.get(self.metric, self.metric)
 
 
@@ -86,14 +85,14 @@ def results_of(
     split: str = "test",
     metrics: Sequence[str] = ("accuracy", "auroc", "balanced_error"),
 ) -> list[CardResult]:
-    """The figures of a robustness evaluation as results of a card.
+    """Converts the results of a robustness evaluation to the results of a card.
 
     Args:
-        result: What :func:`inmerge_wrap.robustness.evaluate_robustness` found.
+        result: The result of :func:`inmerge_wrap.robustness.evaluate_robustness`.
         dataset: Name of the data.
         dataset_id: See :class:`CardResult`.
         split: The part of the data that was evaluated.
-        metrics: Which figures; those that are undefined are left out.
+        metrics: Metrics to include; undefined values are left out.
 
     Returns:
         The clean figures, then their means over all corruptions and severities.
@@ -122,28 +121,28 @@ def results_of(
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What people must know before they use a model; :func:`inmerge_wrap.export_timm` writes it.
+    """The facts that users of a model need; :func:`inmerge_wrap.export_timm` writes them.
 
     Attributes:
         title: Name of the model.
-        license: Of the weights, as the hub spells it: ``apache-2.0``, ``cc-by-nc-4.0``, ``other``.
-            The licence of the training data may limit your choice.
-        training_data: What the model saw: source, size, split, what was left out, its licence.
-        description: One paragraph: what it does.
-        license_name: Where ``license`` is ``other``, its name.
-        license_link: And where to read it.
-        datasets: Ids of the training data on the hub, for its search.
-        base_model: Id on the hub of the model whose weights training started from.
+        license: Licence of the weights, as the Hub spells it: ``apache-2.0``,
+            ``cc-by-nc-4.0``, ``other``. The licence of the training data may limit your choice.
+        training_data: Source, size, split, exclusions and licence of the training data.
+        description: What the model does, in one paragraph.
+        license_name: Name of the licence if ``license`` is ``other``.
+        license_link: Its address.
+        datasets: Ids of the training data on the Hub, for its search.
+        base_model: Id on the Hub of the model whose weights training started from.
         training: How it was trained: optimizer, epochs, augmentation, hardware.
         intended_use: What it is for.
-        limits: What it can not do.
+        limits: What it cannot do.
         results: What was measured.
-        tags: For the hub's search, besides those every card gets.
-        robustness_picture: A picture file, or a matplotlib figure, shown under the results.
+        tags: Further tags for the Hub's search, besides those that every card gets.
+        robustness_picture: An image file or a matplotlib figure, shown under the results.
         merging: The settings of in-model merging, by name; those of the InMergeWrapper that is
             exported if None.
-        merged: Whether merging took part in the training; what the wrapper's report says if None.
-            Where neither says so, nor ``merging`` is given, the card claims nothing of it.
+        merged: Whether the training used merging; taken from the wrapper's report if None. If
+            neither says so and ``merging`` is not given, the card does not mention merging.
         citation: BibTeX of your own work.
     """
 
@@ -168,21 +167,21 @@ class ModelCard:
     def __post_init__(self) -> None:
         for name in ("title", "training_data"):
             if not getattr(self, name).strip():
-                raise ValueError(f"{name} of the card is empty; a stranger needs to know it")
+                raise ValueError(f"{name} of the card is empty; users of the model need it")
         if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
             raise ValueError(
-                f"license {self.license!r} is no identifier of the hub; for instance apache-2.0, "
-                "mit, cc-by-4.0, cc-by-nc-4.0, or other with license_name"
+                f"license {self.license!r} is not an identifier of the Hub; use for example "
+                "apache-2.0, mit, cc-by-4.0, cc-by-nc-4.0, or other with license_name"
             )
         if self.license == "other" and not self.license_name:
-            raise ValueError("license 'other' needs its license_name")
+            raise ValueError("license 'other' needs a license_name")
         for name in ("datasets", "limits", "tags"):
             if isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} of the card must be a list, got one string")
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ModelCard:
-        """A card from plain data, such as a JSON file; results are dicts of CardResult's fields.
+        """Builds a card from plain data such as JSON; results are dicts of CardResult's fields.
 
         Raises:
             ValueError: If a field is unknown, missing or malformed.
@@ -201,10 +200,10 @@ class ModelCard:
     def with_report(
         self, report: MergeReport, settings: Mapping[str, Any] | None = None
     ) -> ModelCard:
-        """The card with what a report says of merging; as it is where the report knows nothing.
+        """Returns the card with a report's account of merging; unchanged if the report has none.
 
         Args:
-            report: Of the training, from a wrapper or a checkpoint.
+            report: Report of the training run, from a wrapper or a checkpoint.
             settings: The table of the card, if it has none of its own; the counts of the report
                 if None.
         """
@@ -224,13 +223,13 @@ class ModelCard:
         label_names: Sequence[str] | None = None,
         picture: str | None = None,
     ) -> str:
-        """The card as markdown with the hub's metadata on top.
+        """Renders the card as Markdown with the Hub's metadata on top.
 
         Args:
-            architecture: timm's name of it.
+            architecture: timm's name of the architecture.
             data_config: ``input_size``, ``mean`` and ``std`` of the images.
             label_names: Names of the classes.
-            picture: Name of the picture file beside the card.
+            picture: Name of the image file next to the card.
         """
         description = f"A {architecture} for image classification"
         description += ", trained with in-model merging." if self._claims_merging else "."
@@ -288,13 +287,13 @@ class ModelCard:
         data_config: Mapping[str, Any],
         label_names: Sequence[str] | None = None,
     ) -> list[str]:
-        """Writes README.md and the picture into a folder.
+        """Writes README.md and the image to a folder.
 
         Returns:
             The names of the files.
 
         Raises:
-            ValueError: If the robustness picture is no picture file.
+            ValueError: If the robustness picture is not an image file.
         """
         wrapper: Any = find_wrapper(model)
         card = self
@@ -349,7 +348,7 @@ class ModelCard:
     def _licence_text(self) -> str:
         name = self.license_name or self.license
         shown = f"[{name}]({self.license_link})" if self.license_link else name
-        return f"The weights: {shown}. The licence of the training data holds besides it."
+        return f"The weights: {shown}. The licence of the training data applies as well."
 
     def _write_picture(self, directory: Path) -> str | None:
         picture = self.robustness_picture
@@ -360,14 +359,14 @@ class ModelCard:
             return f"{_PICTURE}.png"
         source = Path(picture)
         if source.suffix.lower() not in (".png", ".jpg", ".jpeg", ".svg") or not source.is_file():
-            raise ValueError(f"robustness_picture is no PNG, JPEG or SVG file: {source}")
+            raise ValueError(f"robustness_picture is not a PNG, JPEG or SVG file: {source}")
         name = _PICTURE + source.suffix.lower()
         shutil.copyfile(source, directory / name)
         return name
 
 
 def merging_settings(model: nn.Module) -> dict[str, Any]:
-    """Settings and outcome of in-model merging, by name; empty without an InMergeWrapper.
+    """Returns settings and outcome of in-model merging, by name; empty without a wrapper.
 
     Args:
         model: A wrapper, alone or inside DDP or torch.compile, or any other network.
@@ -412,22 +411,22 @@ def push_to_hub(
     token: str | None = None,
     message: str = "Add model",
 ) -> str:
-    """Uploads a folder that ``export_timm(..., card=...)`` wrote to the Hugging Face hub.
+    """Uploads a folder that ``export_timm(..., card=...)`` wrote to the Hugging Face Hub.
 
-    The card's code then names the repository. Files that the export did not write stay at home.
+    The code in the card then names the repository. Only files that the export wrote are uploaded.
 
     Args:
         directory: The folder.
-        repo_id: ``"user/name"``; made if it does not exist.
+        repo_id: ``"user/name"``; created if it does not exist.
         private: Whether a new repository is private.
-        token: Of the hub; the one that ``hf auth login`` stored if None.
-        message: Of the commit.
+        token: Token for the Hub; the one that ``hf auth login`` stored if None.
+        message: Commit message.
 
     Returns:
-        The line of code that loads the model from the hub.
+        The line of code that loads the model from the Hub.
 
     Raises:
-        ValueError: If the folder is not a whole export with its card, or the name is malformed.
+        ValueError: If the folder is not a complete export with a card, or the name is malformed.
     """
     from huggingface_hub import HfApi
 
@@ -466,7 +465,7 @@ import timm
 import torch
 from PIL import Image
 
-# Without pretrained=True the weights are random, and nothing says so.
+# Without pretrained=True the weights are random, without a warning.
 model = timm.create_model("{place}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 
@@ -478,7 +477,7 @@ with torch.no_grad():
 Images are {size} (channels, height, width), pixels in [0, 1], normalised with mean {mean} and
 standard deviation {std}; the transform above does this. Only timm is needed{trace}.
 """
-_NO_TRACE = ": merging happened in training\nand leaves nothing behind"
+_NO_TRACE = "; merging happened in training\nand left no extra code or weights"
 
 _BIBTEX = """\
 @article{wang2025inmodel,
@@ -499,7 +498,7 @@ def _classes(label_names: Sequence[str] | None) -> list[str]:
 
 def _result_table(results: Sequence[CardResult]) -> list[str]:
     if not results:
-        return ["Nothing was measured for this card.", ""]
+        return ["No results were measured for this card.", ""]
     lines = ["| Data | Split | Metric | Value | 95 % interval | |", "|---|---|---|---|---|---|"]
     for entry in results:
         interval = "" if entry.interval is None else f"{entry.interval[0]:.4f} to "
@@ -509,7 +508,7 @@ def _result_table(results: Sequence[CardResult]) -> list[str]:
         lines.append("| " + " | ".join(_cell(text) for text in [*cells, entry.note]) + " |")
     lines += [
         "",
-        "Intervals hold the choice of the test images, not that of the training seed.",
+        "Intervals cover the choice of test images, not the training seed.",
         "",
     ]
     return lines
@@ -521,7 +520,7 @@ def _merging_table(settings: Mapping[str, Any] | None, *, had_effect: bool) -> l
     said = (
         "While the network trained, similar kernels inside a layer were merged:"
         if had_effect
-        else "It was set up and had no effect: this is a plain training run."
+        else "It was set up but had no effect: this is a plain training run."
     )
     return [
         f"**In-model merging** ([paper]({PAPER})). {said}",

@@ -1,4 +1,4 @@
-"""Merging as it happens: plain numbers for TensorBoard, Weights & Biases or any other tracker.
+"""Live statistics of merging for TensorBoard, Weights & Biases or any other tracker.
 
 accelerator.log(tracker_values(model), step=step)
 """
@@ -22,22 +22,22 @@ __all__ = ["tracker_values"]
 def tracker_values(
     model: nn.Module, *, since: MergeReport | None = None, prefix: str = "merge"
 ) -> dict[str, float]:
-    """What merging does, as the flat numbers that experiment trackers take.
+    """Returns what merging does as a flat dict of numbers, as experiment trackers take it.
 
     For every merged layer: ``PREFIX_share/LAYER``, merged over drawn pairs;
     ``PREFIX_cosine/LAYER``, the mean cosine of the drawn pairs; ``PREFIX_rank/LAYER``, the
     effective rank of its kernels now (it falls when kernels become copies of each other).
-    ``PREFIX/share`` and ``PREFIX/step`` are of the whole network. A value that does not exist yet,
-    as a share before the first pair is drawn, is absent: trackers draw NaN as a gap or not at all.
+    ``PREFIX/share`` and ``PREFIX/step`` describe the whole network. A value that is not defined
+    yet, such as a share before the first pair is drawn, is absent.
 
-    It waits for the device and compares all kernels of the merged layers, so log every so many
-    steps. Under FSDP2 all ranks must call it together.
+    It waits for the device and compares all kernels of the merged layers, so do not log every
+    step. Under FSDP2 all ranks must call it together.
 
     Args:
-        model: An InMergeWrapper, or one inside DDP or torch.compile, as ``prepare`` gives it.
+        model: An InMergeWrapper, or one inside DDP or torch.compile, as ``prepare`` returns it.
         since: An earlier ``model.report()``: shares and cosines are then those of the pairs drawn
             after it; without it, of all pairs from the start.
-        prefix: Of all names.
+        prefix: Prefix of all names.
 
     Returns:
         Finite numbers by name.
@@ -48,7 +48,7 @@ def tracker_values(
     """
     wrapper: Any = find_wrapper(model)
     if wrapper is None:
-        raise TypeError(f"no InMergeWrapper in this {type(model).__name__}: nothing merges here")
+        raise TypeError(f"no InMergeWrapper in this {type(model).__name__}: nothing merges")
     report = wrapper.report()
     names = [layer.name for layer in report]
     if since is not None and [layer.name for layer in since] != names:

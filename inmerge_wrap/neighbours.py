@@ -1,4 +1,4 @@
-"""What other libraries expect of a wrapped network: timm, Hugging Face's Trainer, checkpoints."""
+"""What timm, Hugging Face's Trainer and checkpoints expect of a wrapped network."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = [
 
 
 def takes_any_keyword(network: nn.Module) -> bool:
-    """Whether the network's forward takes any keyword: Trainer would ask the wrapper's."""
+    """Returns whether the network's ``forward`` takes any keyword, for Hugging Face's Trainer."""
     own = getattr(network, "accepts_loss_kwargs", None)
     parameters = inspect.signature(network.forward).parameters.values()
     return any(p.kind is p.VAR_KEYWORD for p in parameters) if own is None else own
 
 
 def renamed_for_timm(name: str, value: Any) -> Any:
-    """An attribute of the network, in the names of the wrapper's own parameters.
+    """Returns an attribute of the network with the wrapper's parameter names in it.
 
-    timm's optimizer factory asks ``no_weight_decay`` and ``group_matcher`` for parameters by name.
+    timm's optimizer factory reads parameter names from ``no_weight_decay`` and ``group_matcher``.
     """
     if name == "no_weight_decay":
         return lambda: {f"module.{parameter}" for parameter in value()}
@@ -38,7 +38,7 @@ def renamed_for_timm(name: str, value: Any) -> Any:
 
 
 def _prefixed_matcher(matcher: Any) -> Any:
-    """timm's map from parameter names to layers, for names that begin with ``module.``."""
+    """Returns timm's map from parameter names to layers, for names that begin with ``module.``."""
     if callable(matcher):
         return lambda name: cast(Callable[[str], Any], matcher)(name.removeprefix("module."))
 
@@ -57,7 +57,7 @@ def _prefixed_matcher(matcher: Any) -> Any:
 
 
 def put_counter_last(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
-    """timm's training tasks pair the values of a wrapper's state with those of its network."""
+    """Moves the counter to the end of the state dict, where timm's training tasks expect it."""
     key = f"{prefix}_extra_state"
     if key in state_dict:
         state_dict[key] = state_dict.pop(key)

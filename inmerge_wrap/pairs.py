@@ -1,4 +1,4 @@
-"""The pairs of kernels that one step draws, and what merging made of them."""
+"""The pairs of kernels that one step draws, and their outcome."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Pairs:
     Attributes:
         table: int64, shape (3, pairs): number of the layer, target, source. Within a layer no
             target repeats.
-        lengths: How many pairs each layer has.
+        lengths: Number of pairs of each layer.
     """
 
     table: Tensor
@@ -43,19 +43,19 @@ class Pairs:
         return self.table[2]
 
     def to(self, device: torch.device) -> Pairs:
-        """The same on a device, without waiting for it."""
+        """Returns the pairs on a device, without waiting for it."""
         if self.table.device == device:
             return self
         table = self.table.pin_memory() if device.type == "cuda" else self.table
         return replace(self, table=table.to(device, non_blocking=device.type == "cuda"))
 
     def split(self) -> list[Pairs]:
-        """The pairs of each layer by themselves."""
+        """Splits the pairs by layer."""
         parts = self.table.split(self.lengths, dim=1)
         return [Pairs(part, (part.shape[1],)) for part in parts]
 
     def of(self, places: Sequence[int]) -> Pairs:
-        """The pairs of some of the layers, by their places in :attr:`lengths`."""
+        """Returns the pairs of some of the layers, by their positions in :attr:`lengths`."""
         if len(places) == len(self.lengths):
             return self
         parts = self.table.split(self.lengths, dim=1)
@@ -63,11 +63,11 @@ class Pairs:
         return Pairs(table, tuple(self.lengths[place] for place in places))
 
     def at(self, index: Tensor) -> Pairs:
-        """Some pairs of a single layer, by their places."""
+        """Returns some pairs of a single layer, by position."""
         return Pairs(self.table[:, index], (len(index),))
 
     def toward(self, sources: Tensor) -> Pairs:
-        """The same targets with other sources, shape (pairs,)."""
+        """Returns the same targets with other sources, shape (pairs,)."""
         return replace(self, table=torch.stack([self.layer, self.targets, sources]))
 
 
@@ -77,9 +77,9 @@ class Outcome:
 
     Attributes:
         layer: Number of each drawn pair's layer in the plan, int64, shape (pairs,).
-        cosines: Of each drawn pair, shape (pairs,); NaN where it is undefined.
+        cosines: Cosine of each drawn pair, shape (pairs,); NaN where it is undefined.
         merged: Whether the target changed, boolean, shape (pairs,).
-        lengths: How many pairs each layer drew, in the order of the layers of the step.
+        lengths: Number of pairs that each layer drew, in the order of the layers of the step.
         sums: Of each layer, where the engine has added them up: pairs that merged, pairs without
             a cosine, sum of the cosines, largest cosine (-2 for none); float64, shape (4, layers).
     """

@@ -1,4 +1,4 @@
-"""A wrapper that answers in the name of its network, and for its settings."""
+"""A wrapper that passes attributes through to its network and its settings."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _SETTINGS = frozenset(setting.name for setting in fields(MergeSettings))
 
 
 class NetworkProxy(nn.Module):
-    """What :class:`inmerge_wrap.InMergeWrapper` passes on: attributes, length, items, state dicts.
+    """Passes attributes, length, items and state dicts of a wrapper through to its network.
 
-    Unknown attributes are those of the network, in the names of the wrapper's own parameters where
-    a library asks for such. The settings are attributes too, and checked when they are set.
+    Unknown attributes are looked up on the network; those that hold parameter names are translated
+    to the names of the wrapper. The settings are attributes too, checked when they are set.
 
     Args:
         module: The network.
-        settings: Frozen; setting one of them makes another object.
+        settings: Frozen; setting one of them replaces the object.
     """
 
-    # Of the settings, for type checkers: they are held by a frozen object and answered by name.
+    # The settings, for type checkers: a frozen object holds them, and __getattr__ returns them.
     merge_weight: float
     similarity_threshold: Threshold
     merge_probability: float
@@ -54,7 +54,7 @@ class NetworkProxy(nn.Module):
         self.register_load_state_dict_pre_hook(neighbours.accept_network_state)
 
     def change_settings(self, settings: MergeSettings) -> None:
-        """Takes other settings from now on; for a subclass to refuse those that do not work."""
+        """Replaces the settings; a subclass can reject those that do not work."""
         self.settings = settings
 
     def __getattr__(self, name: str) -> Any:
@@ -74,7 +74,7 @@ class NetworkProxy(nn.Module):
         part = isinstance(value, nn.Module | nn.Parameter) and name != "module"
         if part and hasattr(network, name):
             raise AttributeError(
-                f"the network has a {name} of its own, which its forward pass would go on using: "
+                f"the network has a {name} of its own, which its forward pass would keep using: "
                 f"set it there, model.module.{name} = ..., and before wrapping if it is to merge"
             )
         super().__setattr__(name, value)
@@ -90,5 +90,5 @@ class NetworkProxy(nn.Module):
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """Whether the network takes any keyword: Hugging Face's Trainer would ask the wrapper's."""
+        """Whether the network's ``forward`` takes any keyword, for Hugging Face's Trainer."""
         return neighbours.takes_any_keyword(self.module)

@@ -1,7 +1,7 @@
-"""BatchNorm statistics that fit the weights.
+"""Recalibration of BatchNorm statistics.
 
 Merging moves kernels after the forward pass that measured them, so the running statistics lag
-behind the weights. Where merging runs until the last step, they must be measured again.
+behind the weights. If merging runs until the last step, they must be recomputed.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ __all__ = ["recalibrate"]
 
 
 def recalibrate(model: nn.Module, loader: Iterable[Any], *, max_batches: int | None = None) -> int:
-    """Measures the running statistics of every BatchNorm anew, as a mean over batches.
+    """Recomputes the running statistics of every BatchNorm as a mean over batches.
 
-    Only BatchNorm runs in train mode meanwhile; dropout and stochastic depth are off, as at
-    inference. Every module gets its own mode back, and if anything fails, its old statistics.
+    Only BatchNorm runs in train mode; dropout and stochastic depth are off, as at inference. The
+    mode of every module is restored, and on failure the old statistics too.
 
     Args:
         model: The network, or a wrapper of it, on its device.
         loader: Batches of images, or tuples that begin with them, preprocessed as in training.
-        max_batches: Stop after so many; None for all.
+        max_batches: Number of batches to use; None for all.
 
     Returns:
-        How many batches were used; 0 if the network has no BatchNorm statistics.
+        The number of batches used; 0 if the network has no BatchNorm statistics.
 
     Raises:
         TypeError: If a batch is neither a tensor nor a sequence that begins with one.
-        ValueError: If the loader gives no batch, or ``max_batches`` is not positive.
+        ValueError: If the loader yields no batch, or ``max_batches`` is not positive.
     """
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches must be a count >= 1 or None, got {max_batches}")
@@ -70,7 +70,7 @@ def _measure(
                 model(_images(batch).to(device))
                 batches += 1
         if not batches:
-            raise ValueError("the loader gave no batch, so there are no statistics to measure")
+            raise ValueError("the loader yielded no batch, so there are no statistics to measure")
     except BaseException:
         for norm, buffers in zip(norms, before, strict=True):
             for name, value in buffers.items():

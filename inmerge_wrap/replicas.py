@@ -1,4 +1,4 @@
-"""Data-parallel replicas must hold the same weights; nothing else in DDP looks."""
+"""Checks that data-parallel replicas hold the same weights, which DDP itself does not."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def check_replicas(weights: Mapping[str, Tensor], numbers: Mapping[str, int]) -> None:
     """Compares a checksum of each weight over all processes (a collective; waits for the device).
 
-    Weights that FSDP2 has sharded exist once, not per process, and are left out.
+    Weights that FSDP2 has sharded exist only once and are left out.
 
     Args:
         weights: Name -> tensor, the same names in the same order on every process.
-        numbers: Name -> whatever else must be the same, likewise.
+        numbers: Name -> another value that must be the same, likewise.
 
     Raises:
-        RuntimeError: On every process alike, naming the weights that differ and the ranks.
+        RuntimeError: On every process, naming the weights that differ and the ranks.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
@@ -49,7 +49,7 @@ def check_replicas(weights: Mapping[str, Tensor], numbers: Mapping[str, int]) ->
 
 
 def _checksum(weight: Tensor) -> Tensor:
-    """A wrapping int64 sum over the bits, in which the place of a kernel counts."""
+    """Returns a wrapping int64 sum over the bits that depends on the position of each kernel."""
     rows = weight.contiguous().view(_INTEGERS[weight.element_size()]).flatten(1)
     place = torch.arange(1, len(rows) + 1, device=weight.device)
     return (rows.sum(dim=1, dtype=torch.int64) * place).sum()

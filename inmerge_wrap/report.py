@@ -9,11 +9,11 @@ from typing import Any
 __all__ = ["LayerReport", "LayerSnapshot", "MergeReport"]
 
 
-_NEGLIGIBLE = 1e-3  # share of merged pairs below which a run is called a plain run
+_NEGLIGIBLE = 1e-3  # share of merged pairs below which a run counts as a plain training run
 
 
 def share_of(merged: int, drawn: int) -> float:
-    """Merged pairs over drawn pairs, 0 where none was drawn."""
+    """Returns merged pairs over drawn pairs, 0 where none was drawn."""
     return merged / drawn if drawn else 0.0
 
 
@@ -43,7 +43,7 @@ class LayerReport:
 
     @property
     def share(self) -> float:
-        """Merged pairs over drawn pairs, 0 where none was drawn."""
+        """Returns merged pairs over drawn pairs, 0 where none was drawn."""
         return share_of(self.merged, self.drawn)
 
 
@@ -55,7 +55,7 @@ class LayerSnapshot:
         name: The convolution.
         step: Optimizer steps seen.
         share: Merged over drawn pairs since the last snapshot, 0 where none was drawn.
-        mean_cosine: Of the pairs drawn since the last snapshot; None where none has a cosine.
+        mean_cosine: Mean over the pairs drawn since then; None if none has a cosine.
         effective_rank: Of all its kernels, see :func:`inmerge_wrap.similarity.effective_rank`.
     """
 
@@ -68,7 +68,7 @@ class LayerSnapshot:
 
     @classmethod
     def since(cls, last: LayerSnapshot | None, total: LayerReport, rank: float) -> LayerSnapshot:
-        """The snapshot between an earlier one and the running totals of now."""
+        """Returns the snapshot between an earlier one and the current running totals."""
         earlier = None if last is None else last._total
         drawn, merged, known, cosines = pairs_between(earlier, total)
         return cls(
@@ -82,11 +82,11 @@ class LayerSnapshot:
 
 
 def pairs_between(earlier: LayerReport | None, later: LayerReport) -> tuple[int, int, int, float]:
-    """Pairs drawn, merged, and with a cosine, and the sum of these cosines, between two reports.
+    """Returns pairs drawn, merged, and with a cosine, and the cosine sum between two reports.
 
     Args:
-        earlier: None for all pairs up to the later one.
-        later: Of the same layer.
+        earlier: The earlier report; None for all pairs up to the later one.
+        later: The later report of the same layer.
     """
 
     def sums(layer: LayerReport) -> tuple[int, int, int, float]:
@@ -105,10 +105,10 @@ class MergeReport:
     """What merging did to each layer; print it to see a table.
 
     Attributes:
-        layers: In the order of the plan.
+        layers: One report per layer, in the order of the plan.
         ended: The step at which the schedule ended merging, if training went on after it.
-        idle: Why training ran without a single step seen; None if it did not.
-        engine: Which engine computes how many of them, and why not all; empty for not known.
+        idle: Why no step was seen although training ran; None otherwise.
+        engine: The engines in use, with their number of layers; empty if unknown.
     """
 
     layers: tuple[LayerReport, ...]
@@ -130,12 +130,12 @@ class MergeReport:
 
     @property
     def step(self) -> int:
-        """Optimizer steps seen; of several optimizers, by the one that made most."""
+        """Optimizer steps seen; with several optimizers, those of the one with most."""
         return max((layer.steps for layer in self.layers), default=0)
 
     @property
     def had_effect(self) -> bool:
-        """Whether it was more than a plain training run: a thousandth of the pairs merged."""
+        """Whether merging had an effect: at least a thousandth of the pairs merged."""
         return self.drawn > 0 and self.share >= _NEGLIGIBLE
 
     @property
@@ -154,7 +154,7 @@ class MergeReport:
         return share_of(self.merged, self.drawn)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for a JSON file or a tracker."""
+        """Returns plain numbers, for a JSON file or a tracker."""
         return {layer.name: {**asdict(layer), "share": layer.share} for layer in self.layers}
 
     def __str__(self) -> str:

@@ -11,17 +11,17 @@ __all__ = ["Schedule"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """A pure function of the optimizer step, so that a resumed run needs nothing but its counter.
+    """A pure function of the optimizer step, so that a resumed run needs only its counter.
 
     The paper's two phases, training and then fine-tuning with merging, are ``Schedule(start=...)``.
 
     Attributes:
         start: The first step that merges, counted from 0.
-        end: The first step that no longer does; None for no end.
-        every: Merge in each ``every``-th step from ``start`` on.
-        decay: How the course runs from 1 at ``start`` to 0 at ``end``: ``"constant"`` stays at 1,
-            ``"linear"`` and ``"cosine"`` fall to 0. Merging that fades out leaves BatchNorm the
-            time to follow the weights.
+        end: The first step that no longer merges; None for no end.
+        every: Merge in every ``every``-th step from ``start`` on.
+        decay: How the level falls from 1 at ``start`` to 0 at ``end``: ``"linear"`` or
+            ``"cosine"``; ``"constant"`` stays at 1. With a decay, BatchNorm has time to follow the
+            weights.
         anneals: What decays: ``"probability"`` (fewer pairs are drawn) or ``"strength"`` (pairs
             are blended less: the share ``1 - alpha`` of the partner shrinks).
     """
@@ -44,12 +44,10 @@ class Schedule:
         if self.anneals not in ("probability", "strength"):
             raise ValueError(f"anneals must be probability or strength, got {self.anneals!r}")
         if self.decay != "constant" and self.end is None:
-            raise ValueError(
-                f"decay={self.decay!r} needs an end: the step at which merging is over"
-            )
+            raise ValueError(f"decay={self.decay!r} needs an end: the step at which merging stops")
 
     def level(self, step: int) -> float:
-        """The course at an optimizer step, in [0, 1]; 0 where the step does not merge."""
+        """Returns the level at an optimizer step, in [0, 1]; 0 where the step does not merge."""
         if step < self.start or (self.end is not None and step >= self.end):
             return 0.0
         if (step - self.start) % self.every:
@@ -62,7 +60,7 @@ class Schedule:
     def apply(
         self, step: int, merge_probability: float, merge_weight: float
     ) -> tuple[float, float]:
-        """(p, alpha) at an optimizer step; p is 0 where the step does not merge."""
+        """Returns (p, alpha) at an optimizer step; p is 0 where the step does not merge."""
         level = self.level(step)
         if self.anneals == "probability" or level == 0.0:
             return merge_probability * level, merge_weight

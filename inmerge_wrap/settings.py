@@ -1,4 +1,4 @@
-"""The settings of merging: checked when they are given, frozen afterwards."""
+"""The settings of merging: checked at construction, then frozen."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["MergeSettings", "recommended_settings"]
 PARTNERS = ("random", "most_similar")
 DIRECTIONS = ("partner", "signed", "gaussian", "multiplicative")
 _CHOICES = {"partner": PARTNERS, "direction": DIRECTIONS, "engine": ENGINES}
-# The symbols of the paper and of the documentation, and the arguments that they stand for.
+# The symbols of the paper and the documentation, and the arguments that they denote.
 _SYMBOLS = {
     "alpha": ("merge_weight", "in [0, 2]"),
     "tau": ("similarity_threshold", "in [-1, 1], or a rule such as ZScore(2.0)"),
@@ -29,7 +29,7 @@ _P = ParamSpec("_P")
 
 
 def explains_symbols(function: Callable[_P, None]) -> Callable[_P, None]:
-    """A function that raises a TypeError with an argument's name where its symbol is given."""
+    """Decorates a function to name the right argument when the paper's symbol is passed."""
 
     @wraps(function)
     def explained(*args: _P.args, **kwargs: _P.kwargs) -> None:
@@ -46,7 +46,7 @@ def explains_symbols(function: Callable[_P, None]) -> Callable[_P, None]:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeSettings:
-    """What :class:`inmerge_wrap.InMergeWrapper` is asked to do; see there for each attribute.
+    """The settings of an :class:`inmerge_wrap.InMergeWrapper`, which documents each attribute.
 
     Raises:
         ValueError: If a setting is out of range, or two contradict each other.
@@ -92,22 +92,22 @@ class MergeSettings:
     def _check_combinations(self) -> None:
         if self.merge_momentum and self.transient:
             raise ValueError(
-                "merge_momentum has no meaning with transient=True: the optimizer steps from the "
-                "kernels as they were; leave one of them out"
+                "merge_momentum has no effect with transient=True: the optimizer steps from the "
+                "unmerged kernels; leave one of them out"
             )
         if self.merge_momentum and self.direction in ("gaussian", "multiplicative"):
             raise ValueError(
-                f"merge_momentum needs a partner to blend with, direction={self.direction!r} has "
-                "none; leave one of them out"
+                f"merge_momentum needs a partner to blend with, and direction={self.direction!r} "
+                "has none; leave one of them out"
             )
         if self.replica_draws and not self.transient:
             raise ValueError(
-                "replica_draws=True needs transient=True: replicas that keep what they draw by "
-                "themselves would drift apart"
+                "replica_draws=True needs transient=True: replicas that merge different pairs "
+                "permanently would drift apart"
             )
 
     def at(self, step: int) -> MergeSettings | None:
-        """The settings in force at an optimizer step; None where the step does not merge."""
+        """Returns the settings of an optimizer step; None where the step does not merge."""
         level = self.schedule.level(step)
         if level == 0.0:
             return None
@@ -120,14 +120,14 @@ class MergeSettings:
 
 
 def recommended_settings(total_steps: int) -> dict[str, Any]:
-    """The settings of ``InMergeWrapper.recommended``, for a recipe that shows or changes them.
+    """Returns the settings of ``InMergeWrapper.recommended``, to be shown or changed.
 
-    Pairs merge that are more alike than chance, in layers of any width (:class:`ZScore` of 2).
-    The probability fades out and reaches zero a twentieth before the end, so that BatchNorm's
-    statistics fit the last weights.
+    Pairs merge if they are more similar than chance, in layers of any width (:class:`ZScore` of
+    2). The probability decays to zero and reaches it 5 % of the steps before the end, so that the
+    BatchNorm statistics fit the final weights.
 
     Args:
-        total_steps: Optimizer steps of the whole training.
+        total_steps: Optimizer steps of the whole training run.
 
     Raises:
         ValueError: If ``total_steps`` is not positive.

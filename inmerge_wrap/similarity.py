@@ -1,9 +1,9 @@
-"""How alike the kernels of a network are: cosines and redundancy, in numbers.
+"""Similarity of the kernels of a network: cosines and redundancy.
 
     layers = measure_similarity(model)
     layers[0].share_above(0.3), layers[0].effective_rank
 
-``similarity_plots`` draws what is measured here.
+``similarity_plots`` draws these results.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ __all__ = [
 ]
 
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.9)
-"""Thresholds at which the share of similar pairs is told; 0.3 is the paper's."""
+"""Thresholds at which the share of similar pairs is reported; 0.3 is the paper's."""
 
 
 def effective_rank(kernels: Tensor, groups: int = 1) -> Tensor:
-    """Share of directions that a bank of kernels uses: n / ||G||_F^2, G its cosine matrix.
+    """Returns the share of directions that kernels use: n / ||G||_F^2, G their cosine matrix.
 
     This is the participation ratio of the spectrum of G over the number of kernels n: 1 where the
     kernels are orthogonal, 1 / n where all point the same way. A fan-in d smaller than n bounds it
-    by d / n. Kernels of length zero, or with NaN or Inf, are left out. Nothing waits for the
-    device.
+    by d / n. Kernels of norm zero, or with NaN or Inf, are left out. The function does not wait
+    for the device.
 
     Args:
-        kernels: (n, fan_in), one flattened kernel a row.
-        groups: Of the convolution. Kernels of different groups read different channels, so they
-            count as orthogonal.
+        kernels: (n, fan_in), one flattened kernel per row.
+        groups: Groups of the convolution. Kernels of different groups read different channels, so
+            they count as orthogonal.
 
     Returns:
         A scalar in [groups / n, 1], of float32 or wider; NaN where no kernel has a direction.
@@ -61,15 +61,15 @@ def effective_rank(kernels: Tensor, groups: int = 1) -> Tensor:
 
 
 def cosine_matrix(kernels: Tensor, groups: int = 1) -> Tensor:
-    """Cosine of every kernel with every other (eq. 1 and 2 of the paper).
+    """Returns the cosine of every kernel with every other (eq. 1 and 2 of the paper).
 
     Args:
-        kernels: (n, fan_in), one flattened kernel a row.
-        groups: Of the convolution.
+        kernels: (n, fan_in), one flattened kernel per row.
+        groups: Groups of the convolution.
 
     Returns:
         (n, n), symmetric, ones on the diagonal, of float32 or wider. NaN where there is nothing to
-        compare: a kernel of length zero or with NaN or Inf, or kernels of different groups, which
+        compare: a kernel of norm zero or with NaN or Inf, or kernels of different groups, which
         read different channels.
     """
     with torch.autocast(kernels.device.type, enabled=False):
@@ -84,10 +84,10 @@ def cosine_matrix(kernels: Tensor, groups: int = 1) -> Tensor:
 
 
 def similarity_histogram(cosines: Tensor, bins: int = 80) -> tuple[Tensor, Tensor]:
-    """How many pairs of kernels have which cosine.
+    """Returns the histogram of the cosines of all pairs of kernels.
 
     Args:
-        cosines: A cosine matrix (n, n); every pair counts once, the diagonal and NaN not at all.
+        cosines: A cosine matrix (n, n); every pair counts once; the diagonal and NaN are ignored.
         bins: Number of equal bins over [-1, 1].
 
     Returns:
@@ -103,11 +103,11 @@ def similarity_histogram(cosines: Tensor, bins: int = 80) -> tuple[Tensor, Tenso
 
 
 def extreme_pairs(cosines: Tensor, count: int = 4) -> tuple[list[tuple[int, int, float]], ...]:
-    """The most and the least similar pairs of kernels.
+    """Returns the most and the least similar pairs of kernels.
 
     Args:
         cosines: A cosine matrix (n, n).
-        count: Pairs of each kind; fewer where there are not so many.
+        count: Number of pairs of each kind; fewer if there are not enough.
 
     Returns:
         Two lists of (first, second, cosine), the most similar pairs (highest cosine first) and the
@@ -134,7 +134,7 @@ class KernelPair:
     Attributes:
         first: Index of the first kernel.
         second: Index of the second one.
-        cosine: Of the two.
+        cosine: Their cosine.
         kernels: Their weights, shape (2, C_in / groups, *kernel size).
     """
 
@@ -146,18 +146,18 @@ class KernelPair:
 
 @dataclass(frozen=True)
 class LayerSimilarity:
-    """How alike the kernels of one convolution are.
+    """Similarity of the kernels of one convolution.
 
     Attributes:
         name: The convolution.
-        depth: Its place in the order of execution, from 1; None if it never runs.
-        shape: Of its kernels, (C_out, C_in / groups, *kernel size).
+        depth: Its position in the order of execution, from 1; None if it never runs.
+        shape: Shape of its kernels, (C_out, C_in / groups, *kernel size).
         groups: Groups inside which kernels are compared.
         cosines: The cosine matrix, (C_out, C_out), on the CPU; see :func:`cosine_matrix`.
         effective_rank: See :func:`effective_rank`.
         undefined: Kernels without a direction: zero, or with NaN or Inf.
-        most_similar: Pairs of the highest cosine, that one first.
-        least_similar: Pairs of the lowest cosine, that one first.
+        most_similar: The pairs with the highest cosine, in descending order.
+        least_similar: The pairs with the lowest cosine, in ascending order.
     """
 
     name: str
@@ -186,11 +186,11 @@ class LayerSimilarity:
         return 1.0 / math.sqrt(math.prod(self.shape[1:]))
 
     def share_above(self, threshold: float) -> float:
-        """Share of the pairs whose cosine is above a threshold; NaN without a pair."""
+        """Returns the share of the pairs whose cosine is above a threshold; NaN without a pair."""
         return (_pairs_of(self.cosines) > threshold).double().mean().item()
 
     def to_dict(self, thresholds: Sequence[float] = THRESHOLDS, bins: int = 80) -> dict[str, Any]:
-        """Plain numbers for a JSON file: no matrix, and None in place of NaN."""
+        """Returns plain numbers for a JSON file: no matrix, and None in place of NaN."""
 
         def listed(pairs: Sequence[KernelPair]) -> list[dict[str, Any]]:
             return [{"kernels": [p.first, p.second], "cosine": p.cosine} for p in pairs]
@@ -224,17 +224,17 @@ def measure_similarity(
 ) -> list[LayerSimilarity]:
     """Compares all kernels of each convolution, as the forward pass uses them.
 
-    Kernels are compared as merging compares them: inside their group, and without their mean where
-    the forward pass standardises them. Convolutions whose kernels can not be compared (one kernel
+    Kernels are compared as in merging: inside their group, and without their mean if the forward
+    pass standardises them. Convolutions whose kernels cannot be compared (one kernel
     in a group, a weight that is computed in the forward pass or shared with an earlier layer) are
     left out; ``plan_merging(model)`` says which and why. The model is not changed.
 
     Args:
         model: Any network, also inside InMergeWrapper, DDP or torch.compile.
         include: Only the convolutions that match, as for :func:`inmerge_wrap.plan_merging`.
-        exclude: Of these, leave out what matches.
+        exclude: Leave out convolutions that match.
         example_input: See :func:`inmerge_wrap.plan_merging`.
-        pairs: How many most and least similar pairs to keep of each layer.
+        pairs: Number of most and of least similar pairs to keep per layer.
 
     Returns:
         One entry per convolution, in depth order.
@@ -280,11 +280,11 @@ def _measure_layer(network: nn.Module, site: ConvSite, pairs: int) -> LayerSimil
 
 
 def read_kernels(conv: nn.Module, *, centred: bool = False) -> Tensor:
-    """A copy of the kernels that the forward pass uses, (C_out, fan_in), float32 or wider.
+    """Returns a copy of the kernels that the forward pass uses, (C_out, fan_in), float32 or wider.
 
     Args:
         conv: A convolution. Under FSDP2 all ranks must call this together.
-        centred: Take the mean of each kernel away, for layers that standardise their weight.
+        centred: Subtract the mean of each kernel, for layers that standardise their weight.
     """
     with store_of(conv).opened() as stored:
         kernels = stored.read(torch.arange(stored.shape[0], device=stored.weight.device))
@@ -292,7 +292,7 @@ def read_kernels(conv: nn.Module, *, centred: bool = False) -> Tensor:
 
 
 def _directions(kernels: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit kernels (n, fan_in), zero where there is no direction, and where there is one (n,)."""
+    """Returns unit kernels (n, fan_in), zero where undefined, and a mask of the defined (n,)."""
     wide = kernels.detach().to(torch.promote_types(kernels.dtype, torch.float32))
     # Scaled by the largest entry first, or the squares of very small or large kernels would not
     # be finite.
@@ -304,7 +304,7 @@ def _directions(kernels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pairs_of(cosines: Tensor) -> Tensor:
-    """The cosine of each comparable pair once, flat."""
+    """Returns the cosine of each comparable pair once, as a flat tensor."""
     rows, columns = torch.triu_indices(len(cosines), len(cosines), offset=1, device=cosines.device)
     values = cosines[rows, columns]
     return values[~values.isnan()]

@@ -2,12 +2,11 @@
 
 A convolution's ``weight`` is not always the tensor that training changes. Weight normalisation,
 spectral normalisation and pruning compute it from other tensors before each forward pass, and a
-write to ``weight`` is then lost without an error. A *store* names the tensors behind the weight,
-so that what is compared and blended is what the forward pass uses, and what is written stays
-written. Shards of FSDP2 are a store that is gathered when it is opened and scattered when it is
-closed. A *layout* says where in these tensors a kernel is: along their first dimension, or, of a
-transposed convolution, along their second. A store holds no arithmetic of merging: that is the
-business of the engines.
+write to ``weight`` is then lost without an error. A *store* refers to the tensors behind the
+weight, so that the compared and blended kernels are those that the forward pass uses, and writes
+persist. A store of FSDP2 shards is gathered when it is opened and scattered when it is closed. A
+*layout* defines where in these tensors a kernel is: along the first dimension, or, for a transposed
+convolution, along the second. A store contains no merging arithmetic, which is in the engines.
 """
 
 from __future__ import annotations
@@ -45,19 +44,19 @@ class Layout:
     """Where the kernels of a convolution are in a tensor: kernel ``i`` is ``tensor[i]``."""
 
     def shape(self, tensor: Tensor) -> tuple[int, ...]:
-        """Shape of the bank of kernels, (C_out, C_in / groups, *kernel size)."""
+        """Returns the shape of the bank of kernels, (C_out, C_in / groups, *kernel size)."""
         return tensor.shape
 
     def select(self, tensor: Tensor, index: Tensor) -> Tensor:
-        """A copy of some kernels, shape (len(index), C_in / groups, *kernel size)."""
+        """Returns a copy of some kernels, shape (len(index), C_in / groups, *kernel size)."""
         return tensor.index_select(0, index)
 
     def put_(self, tensor: Tensor, index: Tensor, kernels: Tensor) -> None:
-        """Writes kernels of the shape and dtype that :meth:`select` gives."""
+        """Writes kernels of the shape and dtype that :meth:`select` returns."""
         tensor.index_copy_(0, index, kernels)
 
     def rows(self, tensor: Tensor, index: Tensor) -> Tensor:
-        """A copy of some kernels, shape (len(index), fan_in), float32 or wider."""
+        """Returns a copy of some kernels, shape (len(index), fan_in), float32 or wider."""
         rows = self.select(tensor, index).flatten(1)
         return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
@@ -70,11 +69,11 @@ class Layout:
 class Transposed(Layout):
     """The layout of a transposed convolution, whose weight is (C_in, C_out / groups, *kernel size).
 
-    Kernel ``o`` of group ``g`` is ``tensor[g * C_in / groups : (g + 1) * C_in / groups, o]``: what
-    output channel ``g * C_out / groups + o`` makes of its input channels.
+    Kernel ``o`` of group ``g`` is ``tensor[g * C_in / groups : (g + 1) * C_in / groups, o]``: the
+    weights of output channel ``g * C_out / groups + o`` for its input channels.
 
     Attributes:
-        groups: Of the convolution.
+        groups: Groups of the convolution.
     """
 
     groups: int = 1
@@ -92,7 +91,7 @@ class Transposed(Layout):
         self._by_group(tensor)[self._places(tensor, index)] = kernels
 
     def _by_group(self, tensor: Tensor) -> Tensor:
-        """A view of shape (groups, C_out / groups, C_in / groups, *kernel size)."""
+        """Returns a view of shape (groups, C_out / groups, C_in / groups, *kernel size)."""
         return tensor.unflatten(0, (self.groups, -1)).transpose(1, 2)
 
     def _places(self, tensor: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,8 +107,8 @@ class Store:
     """The tensors that hold the kernels of one convolution.
 
     Attributes:
-        weight: The stored kernels, detached, in the shape that the convolution gives them.
-        parameters: What an optimizer must train for merging to act.
+        weight: The stored kernels, detached, in the shape that the convolution uses.
+        parameters: The parameters that an optimizer must train for merging to act.
         layout: Where the kernels are in the weight, and in all tensors of its shape.
     """
 
@@ -119,7 +118,7 @@ class Store:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the bank of kernels, (C_out, C_in / groups, *kernel size)."""
+        """Shape of the bank of kernels, (C_out, C_in / groups, *kernel size)."""
         return self.layout.shape(self.weight)
 
     @property
@@ -134,11 +133,11 @@ class Store:
 
     @contextmanager
     def opened(self) -> Iterator[Store]:
-        """Gives a store whose kernels are all here, for reading and writing."""
+        """Yields a store whose kernels are all local, for reading and writing."""
         yield self
 
     def read(self, index: Tensor) -> Tensor:
-        """The kernels that the forward pass uses, shape (len(index), fan_in), float32 or wider.
+        """Reads the kernels that the forward pass uses, (len(index), fan_in), float32 or wider.
 
         Args:
             index: Which kernels, int64.
@@ -148,8 +147,8 @@ class Store:
     def write_(self, index: Tensor, rows: Tensor, changed: Tensor | None) -> None:
         """Stores ``rows``, shape (len(index), fan_in), where ``changed``, shape (len(index),).
 
-        None stores all. The other rows must be those that :meth:`read` gave; they stay as they
-        are, bit for bit.
+        None stores all. The other rows must be those that :meth:`read` returned; they do not
+        change, bit for bit.
         """
         raise NotImplementedError
 
@@ -159,13 +158,13 @@ class Store:
         return (self.weight,)
 
     def copy_out(self, index: Tensor) -> tuple[Tensor, ...]:
-        """A copy of all that :meth:`write_` would change for these kernels."""
+        """Copies everything that :meth:`write_` would change for these kernels."""
         return tuple(self.layout.select(tensor, index) for tensor in self.written)
 
     def copy_back_(self, index: Tensor, kept: tuple[Tensor, ...]) -> None:
-        """Puts back, bit for bit, what :meth:`copy_out` gave.
+        """Restores, bit for bit, what :meth:`copy_out` returned.
 
-        A weight that was moved or converted since takes the kernels as it was itself.
+        If the weight was moved or converted since, the kernels are converted likewise.
         """
         for tensor, kernels in zip(self.written, kept, strict=True):
             self.layout.put_(tensor, index.to(tensor.device), kernels.to(tensor))
@@ -175,8 +174,8 @@ class Store:
 class Plain(Store):
     """Kernels that are parts of one tensor: an ordinary weight, or an optimizer's moment.
 
-    Spectral normalisation divides all kernels by one number, which no cosine and no blend can see,
-    so the stored kernels stand for those in use.
+    Spectral normalisation divides all kernels by one number, which changes neither cosines nor
+    blends, so the stored kernels represent those in use.
     """
 
     @property
@@ -248,7 +247,7 @@ class Sharded(Store):
 
     @contextmanager
     def opened(self) -> Iterator[Store]:
-        """Every rank gathers the whole, works on its copy, and keeps its own slice of the outcome.
+        """Gathers the whole weight on every rank; each keeps its own slice of the result.
 
         A collective: all ranks must call it.
         """
@@ -266,7 +265,7 @@ class Unreachable(Store):
     """Kernels that cannot be written.
 
     Attributes:
-        why: The reason, for a plan or a message.
+        why: The reason, shown in plans and messages.
     """
 
     why: str = ""
@@ -287,12 +286,12 @@ class Unreachable(Store):
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether FSDP2 holds a tensor in shards."""
+    """Returns whether FSDP2 holds a tensor in shards."""
     return hasattr(tensor, "full_tensor")
 
 
 def is_dense(weight: Tensor) -> bool:
-    """Whether a weight is a matrix of kernels in memory, whatever the order of their entries."""
+    """Returns whether a weight is a matrix of kernels in memory, in any order of entries."""
     if weight.is_contiguous():
         return True
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -300,22 +299,22 @@ def is_dense(weight: Tensor) -> bool:
 
 
 def tensor_store(tensor: Tensor, layout: Layout = _ROWS) -> Store:
-    """The store of kernels that are parts of a tensor, which FSDP2 may have sharded.
+    """Returns the store of kernels that are parts of a tensor, which FSDP2 may have sharded.
 
     Args:
-        tensor: A weight, or what an optimizer keeps in the shape of one.
-        layout: Of the weight.
+        tensor: A weight, or a tensor of an optimizer in the shape of one.
+        layout: Layout of the weight.
     """
     kind = Sharded if is_sharded(tensor) else Plain
     return kind(tensor.detach(), (tensor,) if isinstance(tensor, nn.Parameter) else (), layout)
 
 
 def store_of(conv: nn.Module) -> Store:
-    """The store of a convolution's kernels; an :class:`Unreachable` one where there is none."""
+    """Returns the store of a convolution's kernels; :class:`Unreachable` if it has none."""
     own = conv._parameters
     layout = Transposed(cast(int, conv.groups)) if getattr(conv, "transposed", False) else _ROWS
     plain = own.get("weight")
-    if plain is not None:  # first, for it is nearly always so and asked for in every step
+    if plain is not None:  # first, because it is by far the most common and checked in every step
         if isinstance(plain, nn.parameter.UninitializedParameter):
             reason = "lazy: its weight has no shape before the first forward pass"
             return Unreachable(plain, (plain,), why=reason)
@@ -343,7 +342,7 @@ def _weight_normed(direction: nn.Parameter, magnitude: nn.Parameter, layout: Lay
 
 
 def _is_over_each_kernel(direction: Tensor, magnitude: Tensor, layout: Layout) -> bool:
-    """Whether weight normalisation has one magnitude for each kernel."""
+    """Returns whether weight normalisation has one magnitude for each kernel."""
     if isinstance(layout, Transposed) and layout.groups > 1:
         return False  # a magnitude along dimension 1 is one of a kernel in each group
     along = 1 if isinstance(layout, Transposed) else 0
@@ -360,7 +359,7 @@ def _unless_sharded(store: Store) -> Store:
 
 
 def _parametrized(chain: nn.Module, layout: Layout) -> Store:
-    """The store behind ``torch.nn.utils.parametrizations``."""
+    """Returns the store behind ``torch.nn.utils.parametrizations``."""
     first, *others = cast(nn.ModuleList, chain)
     stored = chain._parameters
     if not others and isinstance(first, parametrizations._WeightNorm):

@@ -1,4 +1,4 @@
-"""What persists of merging: counts per layer, added up on the device, and their format on disk."""
+"""Counts per layer, added up on the device, and their format in checkpoints."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class Tally:
 
     @property
     def step(self) -> int:
-        """Optimizer steps seen; of several optimizers, by the one that made most."""
+        """Optimizer steps seen; with several optimizers, those of the one with most."""
         return max(self.steps)
 
     def begin(self, layers: Sequence[int]) -> int:
         """Begins a step of some layers, which share one clock; returns the number before it.
 
-        A layer that was frozen or joined later takes over the count of the others: the schedule
-        follows the training, not the layer.
+        A layer that was frozen or joined later adopts the count of the others: the schedule
+        follows the training run, not the layer.
         """
         step = self.next_step(layers)
         for layer in layers:
@@ -62,7 +62,7 @@ class Tally:
         return step
 
     def next_step(self, layers: Sequence[int]) -> int:
-        """The number of the step that some layers are about to make."""
+        """Returns the number of the next step of some layers."""
         return max(self.steps[layer] for layer in layers)
 
     def add(self, layers: Sequence[int], outcome: Outcome) -> None:
@@ -90,7 +90,7 @@ class Tally:
             self._add_sums(layers, of_layers)
 
     def _add_pairs(self, outcomes: Sequence[Outcome]) -> None:
-        device = outcomes[-1].cosines.device  # a network may have moved meanwhile
+        device = outcomes[-1].cosines.device  # a network may have moved in the meantime
         layer_of_pair, cosines, merged = (
             torch.cat([getattr(outcome, name).to(device) for outcome in outcomes])
             for name in ("layer", "cosines", "merged")
@@ -144,7 +144,7 @@ class Tally:
         return MergeReport(tuple(layers))
 
     def to_state(self, seed: int) -> Tensor:
-        """Everything, as one float64 tensor on the CPU (exact up to 2**53 pairs)."""
+        """Returns the whole tally as one float64 CPU tensor (exact up to 2**53 pairs)."""
         self._add_waiting()
         columns = [self.steps, self.passes, self.drawn, self._merged, self._undefined]
         columns += [self._cosine_sum, self._cosine_max]
@@ -159,12 +159,12 @@ class Tally:
     def from_state(
         cls, state: object, *, layers: int | None = None, seed: int | None = None
     ) -> Tally:
-        """The tally that :meth:`to_state` wrote.
+        """Restores the tally that :meth:`to_state` wrote.
 
         Args:
-            state: What it wrote.
-            layers: How many a plan has that is to continue; as many as were written if None.
-            seed: Of the wrapper that is to continue; any if None.
+            state: The tensor that it returned.
+            layers: Number of layers of the plan that continues; that of the state if None.
+            seed: Seed of the wrapper that continues; not checked if None.
 
         Raises:
             ValueError: If the state was not written by an InMergeWrapper.

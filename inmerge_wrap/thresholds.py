@@ -1,9 +1,9 @@
 """Similarity thresholds that adapt to the layer.
 
-A fixed tau means another thing in every layer: the cosine of two random kernels of fan-in ``d``
-scatters by ``1 / sqrt(d)``, so that 0.3 is passed by luck at a fan-in of 9 and never at 4,608.
-A rule decides from the cosines drawn in this pass and the layer's fan-in, without waiting for the
-device. A plain number is the paper's fixed tau.
+A fixed tau means something different in every layer: the cosine of two random kernels of fan-in
+``d`` has a standard deviation of ``1 / sqrt(d)``, so that random pairs pass 0.3 at a fan-in of 9
+and never at 4,608. A rule decides from the cosines drawn in this pass and the layer's
+fan-in, without waiting for the device. A plain number is the paper's fixed tau.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ __all__ = ["Fixed", "Quantile", "Threshold", "ZScore"]
 
 
 class Threshold(Protocol):
-    """Decides which of the drawn pairs are alike enough to merge."""
+    """Decides which of the drawn pairs are similar enough to merge."""
 
     def alike(self, cosines: Tensor, fan_in: int) -> Tensor:
-        """Boolean mask of ``cosines``, shape (pairs,); a NaN cosine never passes."""
+        """Returns which cosines pass, boolean, shape (pairs,); a NaN cosine never passes."""
         ...
 
 
@@ -38,7 +38,7 @@ class Fixed:
         check_range("similarity_threshold", self.tau, -1.0, 1.0)
 
     def bound(self, fan_in: int) -> float:
-        """The cosine above which a pair merges."""
+        """Returns the cosine above which a pair merges."""
         return self.tau
 
     def alike(self, cosines: Tensor, fan_in: int) -> Tensor:
@@ -51,10 +51,10 @@ class Fixed:
 
 @dataclass(frozen=True)
 class ZScore:
-    """Kernels that are more alike than chance makes them: cosine above ``z / sqrt(fan_in)``.
+    """Pairs that are more similar than chance: cosine above ``z / sqrt(fan_in)``.
 
-    For independent kernels without a direction of their own, ``z = 2`` is passed by 2.3% of the
-    pairs in any layer, whatever its fan-in.
+    Of independent random kernels, 2.3% of the pairs pass ``z = 2`` in any layer, whatever its
+    fan-in.
     """
 
     z: float
@@ -64,7 +64,7 @@ class ZScore:
             raise ValueError(f"z must be a finite number of standard deviations, got {self.z}")
 
     def bound(self, fan_in: int) -> float:
-        """The cosine above which a pair merges, in a layer of this fan-in."""
+        """Returns the cosine above which a pair merges, in a layer of this fan-in."""
         return self.z / math.sqrt(fan_in)
 
     def alike(self, cosines: Tensor, fan_in: int) -> Tensor:
@@ -74,7 +74,7 @@ class ZScore:
 
 @dataclass(frozen=True)
 class Quantile:
-    """The most alike ``share`` in (0, 1] of the pairs drawn in this pass, layer by layer."""
+    """The most similar ``share`` in (0, 1] of the pairs drawn in this pass, per layer."""
 
     share: float
 
@@ -90,7 +90,7 @@ class Quantile:
 
 
 def as_threshold(value: float | Threshold) -> Threshold:
-    """A rule as it is, and a number as :class:`Fixed`.
+    """Returns a rule unchanged, and a number as :class:`Fixed`.
 
     Raises:
         TypeError: If it is neither.

@@ -1,7 +1,7 @@
-"""One forward pass of any network, watched: which convolutions run, in which order, on what.
+"""Traces one forward pass of any network: which convolutions run, in which order, on what.
 
-The pass runs on a copy whose tensors live on the meta device. Where that is not possible, the real
-network runs once, and everything it may touch is put back.
+The pass runs on a copy whose tensors are on the meta device. If that is not possible, the real
+network runs once, and everything that it may change is restored.
 """
 
 from __future__ import annotations
@@ -56,18 +56,18 @@ _FALLBACK_SIZES: dict[int, list[tuple[int, ...]]] = {
 
 @dataclass
 class Call:
-    """What one forward pass showed of one convolution."""
+    """What one forward pass revealed about one convolution."""
 
     inputs: list[torch.Size] = field(default_factory=list)
     outputs: list[torch.Size] = field(default_factory=list)
     used_own_weight: bool = False
 
     def is_vector(self, dims: int) -> bool:
-        """Whether all maps, of so many dimensions, have a single place."""
+        """Returns whether all maps, with that many dimensions, have a single position."""
         return all(shape[-dims:].numel() == 1 for shape in self.inputs + self.outputs)
 
     def is_dense(self, kernel_size: tuple[int, ...]) -> bool:
-        """Whether the kernel covers the whole map."""
+        """Returns whether the kernel covers the whole map."""
         dims = len(kernel_size)
         covered = all(tuple(shape[-dims:]) == kernel_size for shape in self.inputs)
         return covered and all(shape[-dims:].numel() == 1 for shape in self.outputs)
@@ -75,7 +75,7 @@ class Call:
 
 @dataclass
 class Trace:
-    """What one forward pass showed of a network."""
+    """What one forward pass revealed about a network."""
 
     calls: dict[str, Call] = field(default_factory=dict)
     """Convolutions in order of their first call."""
@@ -91,14 +91,14 @@ class Trace:
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
-_OTHER_LAYER = "a layer that is no convolution"
+_OTHER_LAYER = "a layer that is not a convolution"
 
 
 class _Watch(TorchFunctionMode):
-    """Sees every function of a forward pass: which convolution runs and who reads its output.
+    """Intercepts a forward pass: which convolution runs, and which layer reads its output.
 
-    The output of a layer belongs to that layer until another layer reads it. What belongs to
-    nobody else when it leaves the network, or when it is cut from it by ``detach``, is a
+    The output of a layer belongs to that layer until another layer reads it. An output that
+    belongs to no other layer when it leaves the network, or when ``detach`` cuts it off, is a
     prediction.
     """
 
@@ -148,16 +148,16 @@ class _Watch(TorchFunctionMode):
                 sources = frozenset([owner])
         if sources:
             for tensor in outputs:
-                if tensor.is_floating_point():  # an index or a mask says where, not what
+                if tensor.is_floating_point():  # an index or a mask carries no features
                     self._layers_of[tensor] = sources
         return result
 
     def enter(self, name: str) -> None:
-        """Notes that a convolution is called as a module."""
+        """Records that a convolution is called as a module."""
         self._running = name
 
     def leave(self, name: str, inputs: tuple[Any, ...], output: Any) -> None:
-        """Notes what went in and out, whatever the convolution's forward pass computed."""
+        """Records input and output, whatever the convolution's forward pass computed."""
         self._running = ""
         call = self._trace.calls.setdefault(name, Call())
         if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
@@ -207,7 +207,7 @@ _KEEPS_SHAPE = {
 
 
 def _tensors_in(values: Any) -> list[Tensor]:
-    """Tensors among some values and in lists and tuples among them."""
+    """Returns the tensors among some values and in lists and tuples among them."""
     if not isinstance(values, list | tuple):
         return []
     found = []
@@ -226,8 +226,8 @@ def run_trace(
 
     Args:
         model: A network without hooks of its users.
-        arguments: What to call it with.
-        training: In train mode; the modules' flags are set without calling their methods.
+        arguments: The arguments of the call.
+        training: Whether to run in train mode; flags are set without calling modules' methods.
         shapes_only: Whether all tensors are on the meta device, where only shapes count.
 
     Raises:
@@ -270,7 +270,7 @@ class _ForwardFailed(Exception):
     """A forward pass raised; the cause is its ``__cause__``.
 
     Args:
-        calls: How many convolutions had run.
+        calls: Number of convolutions that had run.
     """
 
     def __init__(self, calls: int) -> None:
@@ -279,9 +279,10 @@ class _ForwardFailed(Exception):
 
 
 def named_convs(model: nn.Module) -> Iterator[tuple[str, _ConvNd]]:
-    """The convolutions of a network in the order of registration, shared ones once.
+    """Returns the convolutions of a network in the order of registration, shared ones once.
 
-    Of any number of dimensions, transposed or not; quantised ones too, which are no ``_ConvNd``.
+    Includes any number of dimensions, transposed ones, and quantised ones, which are not
+    ``_ConvNd``.
     """
     for name, module in model.named_modules():
         if isinstance(module, _ConvNd) or is_quantised(module):
@@ -289,8 +290,8 @@ def named_convs(model: nn.Module) -> Iterator[tuple[str, _ConvNd]]:
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether a module is a convolution of integers, as ``torch.ao.quantization`` makes it."""
-    # By name, because torch.ao need not be there and takes long to import.
+    """Returns whether a module is an integer convolution of ``torch.ao.quantization``."""
+    # By name, because torch.ao may be missing and is slow to import.
     return any(
         kind.__name__ == "_ConvNd" and kind.__module__ == "torch.ao.nn.quantized.modules.conv"
         for kind in type(module).__mro__
@@ -302,7 +303,7 @@ def _is_lazy(module: nn.Module) -> bool:
 
 
 def _own_hooks(hooks: Mapping[int, Any]) -> OrderedDict[int, Any]:
-    """The hooks by which torch computes weights (weight_norm, pruning) and shapes (lazy layers)."""
+    """Returns torch's own hooks, which compute weights (weight_norm, pruning) and lazy shapes."""
     return OrderedDict(
         (key, hook)
         for key, hook in hooks.items()
@@ -312,7 +313,7 @@ def _own_hooks(hooks: Mapping[int, Any]) -> OrderedDict[int, Any]:
 
 
 class _CloneToMeta(TorchFunctionMode):
-    """Copies made inside of it have no memory, wherever the copied object keeps its tensors."""
+    """Copies made inside have no memory, wherever the copied object keeps its tensors."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func is Tensor.__deepcopy__:
@@ -324,7 +325,7 @@ class _CloneToMeta(TorchFunctionMode):
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of the network without memory for its tensors and without anybody's hooks."""
+    """Returns a copy of the network on the meta device, without the users' hooks."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         # A lazy layer's hook is bound to the layer and must be copied with it.
@@ -353,7 +354,7 @@ def _meta_tensor(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Runs the real network without its users' hooks, and puts everything back as it was."""
+    """Runs the real network without its users' hooks, and restores everything afterwards."""
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
     contents = [
@@ -381,7 +382,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def bystanders_kept(network: nn.Module) -> Iterator[None]:
-    """Keeps what forward passes may touch beside the network: generators, hooks, compilers."""
+    """Restores what forward passes may change besides the network: generators, hooks, compilers."""
     devices = {p.device.index for p in network.parameters() if p.device.type == "cuda"}
     python_state = random.getstate()
     numpy_random: Any = sys.modules.get("numpy.random")
@@ -410,10 +411,10 @@ def bystanders_kept(network: nn.Module) -> Iterator[None]:
 def first_possible_trace(
     network: nn.Module, convs: Mapping[str, _ConvNd], example_input: Any
 ) -> tuple[Trace | None, str, str | None]:
-    """Traces on meta tensors, else by a real forward pass, else not at all.
+    """Traces on meta tensors, else with a real forward pass, else returns no trace.
 
     Returns:
-        The trace, how it was made, and a warning where it was not made on meta tensors.
+        The trace, how it was made, and a warning if it was not made on meta tensors.
     """
     candidates = call_arguments(network, convs, example_input)
     on_meta: list[_ForwardFailed] = []
@@ -460,7 +461,7 @@ def _failed(cause: Exception) -> _ForwardFailed:
 
 
 def _cause(failures: Sequence[_ForwardFailed]) -> str:
-    """Why the forward pass failed that came furthest: the others were given a wrong image."""
+    """Returns why the forward pass that came furthest failed; the others had a wrong input."""
     error = max(failures, key=lambda failure: failure.calls).__cause__
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
@@ -469,7 +470,7 @@ def _cause(failures: Sequence[_ForwardFailed]) -> str:
 def call_arguments(
     network: nn.Module, convs: Mapping[str, _ConvNd], example_input: Any
 ) -> list[_Arguments]:
-    """What to try to call the network with, the likeliest first."""
+    """Returns candidate inputs for the network, the likeliest first."""
     if isinstance(example_input, Mapping):
         return [((), dict(example_input))]
     if isinstance(example_input, tuple):
@@ -483,7 +484,7 @@ def call_arguments(
     for dims in dict.fromkeys(len(conv.kernel_size) for conv in convs.values()):
         shapes += _likely_shapes(network, convs, dims, configured if dims == 2 else ())
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-    # Batches of two, because BatchNorm can not train on one value per channel.
+    # Batches of two, because BatchNorm cannot train on one value per channel.
     return [
         ((torch.empty(2, *shape, dtype=dtype, device="meta"),), {})
         for shape in dict.fromkeys(shapes)
@@ -493,7 +494,7 @@ def call_arguments(
 def _likely_shapes(
     network: nn.Module, convs: Mapping[str, _ConvNd], dims: int, configured: Sequence[int]
 ) -> list[tuple[int, ...]]:
-    """(channels, *size) of what a network may take, for convolutions of so many dimensions."""
+    """Returns candidate input shapes (channels, *size) for convolutions of some dimension."""
     first = next(conv for conv in convs.values() if len(conv.kernel_size) == dims)
     channels = [_channels_read(first)] if _has_shape(first) else []
     channels += [*configured[:1], 3, 1]
@@ -509,12 +510,12 @@ def _likely_shapes(
 def _channels_read(conv: _ConvNd) -> int:
     if is_quantised(conv):
         return conv.in_channels
-    # By the weight, which users exchange for one of another number of channels.
+    # From the weight, which users replace to change the number of channels.
     return conv.weight.shape[0] if conv.transposed else conv.weight.shape[1] * conv.groups
 
 
 def _size(size: Any, dims: int) -> tuple[int, ...] | None:
-    """What a network states as the size of its images, None if that is no size."""
+    """Returns a size that a network declares as a tuple, or None if it is not a size."""
     size = (size,) * dims if isinstance(size, int) else size
     is_size = (
         isinstance(size, tuple) and len(size) == dims and all(isinstance(n, int) for n in size)
@@ -523,7 +524,7 @@ def _size(size: Any, dims: int) -> tuple[int, ...] | None:
 
 
 def timm_config(network: nn.Module) -> Mapping[str, Any]:
-    """What timm knows of its own network; empty for any other."""
+    """Returns the timm configuration of a network; empty if it is not a timm model."""
     config = getattr(network, "pretrained_cfg", None)
     return config if isinstance(config, Mapping) else {}
 
@@ -533,7 +534,7 @@ def _has_shape(conv: _ConvNd) -> bool:
 
 
 def to_meta(arguments: _Arguments) -> _Arguments:
-    """The arguments of a call with all tensors on the meta device."""
+    """Returns the arguments of a call with all tensors on the meta device."""
     return tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, arguments)
 
 

@@ -1,7 +1,7 @@
-"""The network inside what wraps it, and whether anything in a model merges.
+"""Unwraps networks, and finds the wrappers in a model.
 
-Wrappers are known by the names of their classes: so nothing here imports them, and whoever takes
-any ``nn.Module`` (export, model cards, similarity) does without the wrapper's code.
+Wrappers are recognised by class name, so nothing here imports them, and modules that take any
+``nn.Module`` (export, model cards, similarity) do not depend on the wrapper's code.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WRAPPERS = {
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside InMergeWrapper, DDP, torch.compile and weight averages, in any order."""
+    """Unwraps InMergeWrapper, DDP, torch.compile and weight averages, in any order."""
     while _class_names(model) & _WRAPPERS:
         children = dict(model.named_children())
         model = children["_orig_mod"] if "_orig_mod" in children else children["module"]
@@ -33,26 +33,26 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def named_wrappers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every InMergeWrapper in a model with its name there, "" for the model itself."""
+    """Returns every InMergeWrapper in a model with its name there, "" for the model itself."""
     for name, module in model.named_modules():
         if _MERGING in _class_names(module):
             yield name, module
 
 
 def find_wrapper(model: nn.Module) -> nn.Module | None:
-    """The outermost InMergeWrapper of a model, alone or inside DDP or torch.compile; or None."""
+    """Returns the outermost InMergeWrapper of a model (even inside DDP or compiled) or None."""
     return next((wrapper for _, wrapper in named_wrappers(model)), None)
 
 
 def check_network(network: object) -> None:
-    """Raises a TypeError unless it is a network."""
+    """Raises a TypeError if the object is not a network."""
     if isinstance(network, nn.Module):
         return
     if isinstance(network, str):
         remedy = f"build the network first, for example timm.create_model({network!r})"
     else:
         remedy = "pass the network itself, not its class, its weights or its output"
-    raise TypeError(f"a torch.nn.Module is needed, got {network!r:.80}: {remedy}")
+    raise TypeError(f"a torch.nn.Module is required, got {network!r:.80}: {remedy}")
 
 
 def refuse_wrapped(network: nn.Module) -> None:
@@ -60,9 +60,9 @@ def refuse_wrapped(network: nn.Module) -> None:
     for name, _ in named_wrappers(network):
         place = f"{name}.module".removeprefix(".")
         raise ValueError(
-            "this network is wrapped already, and two wrappers would merge twice in each step: "
-            "change the settings of the one there is (model.merge_weight = ...), or wrap the bare "
-            f"network, model.{place}"
+            "this network is already wrapped, and two wrappers would merge twice in each step: "
+            "change the settings of the existing wrapper (model.merge_weight = ...), or wrap the "
+            f"bare network, model.{place}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Nothing happens silently: the history of the kernels, and the warnings. Of this process alone."""
+"""The history of the kernels, and the warnings when merging does not do what it should."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from inmerge_wrap.thresholds import Fixed, Threshold
 __all__ = ["CollapseWarning", "NoEffectWarning", "Watch"]
 
 _PATIENCE = 100  # passes after which a run without effect is reported
-_COLLAPSED = 0.5  # of its first effective rank, below which a layer is called collapsing
-_NOTABLE = 0.1  # share of merged pairs above which a falling rank is put down to merging
-_MISSED_STEPS = 10  # of an optimizer that is not attached, after which it is reported
+_COLLAPSED = 0.5  # share of its first effective rank below which a layer is collapsing
+_NOTABLE = 0.1  # share of merged pairs above which a falling rank is attributed to merging
+_MISSED_STEPS = 10  # of an unattached optimizer before it is reported
 _OUTLASTED = (10, 100)  # lengths of the schedule, and steps, after its end that are reported
 _IDLE_FORWARDS = {False: 10, True: 1000}  # merged before or attached -> forwards without a step
 
 
 class NoEffectWarning(UserWarning):
-    """Merging was asked for and does not happen."""
+    """Merging is set up but has no effect."""
 
 
 class CollapseWarning(UserWarning):
-    """Merging is making the kernels of a layer copies of each other."""
+    """Merging makes the kernels of a layer copies of each other."""
 
 
 class Watch:
-    """Looks at what merging does and warns of what it does not.
+    """Observes merging in this process, and warns if it has no effect or collapses a layer.
 
     Attributes:
         history: Snapshots of the layers, in the order in which they were taken.
-        steps: Steps that merging was part of in this process, whatever a checkpoint says.
+        steps: Steps with merging in this process, not counting those before a checkpoint.
         idle_forwards: Training forward passes since the last of these steps.
         missed_steps: Steps since then of optimizers that are not attached.
     """
@@ -50,18 +50,18 @@ class Watch:
         self._warned: set[str] = set()
 
     def warn_once(self, key: str, message: str, category: type[Warning] = NoEffectWarning) -> None:
-        """Warns, the first time for each key."""
+        """Warns once for each key."""
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(message, category, stacklevel=3)
 
     def rewind(self, step: int) -> None:
-        """Forgets what came after a step to which a checkpoint went back."""
+        """Discards snapshots after the step that a loaded checkpoint goes back to."""
         self.history = [entry for entry in self.history if entry.step <= step]
         self._snapshots.clear()
 
     def before_forward(self, *, attached: bool) -> None:
-        """Counts a training forward pass; warns after some that no step follows."""
+        """Counts a training forward pass; warns after several without a step."""
         self.idle_forwards += 1
         if self.idle_forwards < _IDLE_FORWARDS[attached or self.steps > 0]:
             return
@@ -74,22 +74,22 @@ class Watch:
         )
 
     def after_missed_step(self, optimizer: str) -> None:
-        """Counts a step of an optimizer of this class that is not attached; warns after some."""
+        """Counts a step of an unattached optimizer of this class; warns after several."""
         self.missed_steps += 1
         if self.missed_steps >= _MISSED_STEPS:
             self.warn_once(
                 "idle",
                 f"{self.missed_steps} steps of {optimizer} without merging: it trains the weights "
-                "to merge and is not attached. Call model.attach(optimizer), again for each "
+                "to merge but is not attached. Call model.attach(optimizer), and again for each "
                 "optimizer that replaces an attached one",
             )
 
     def why_never(self, step: int, *, attached: bool) -> str | None:
-        """Why training began and no step was ever seen; None if one was, or nothing trained.
+        """Returns why no step was ever seen although training began; None if all is well.
 
         Args:
-            step: Steps seen, those before a checkpoint among them.
-            attached: Whether an optimizer is.
+            step: Steps seen, including those before a checkpoint.
+            attached: Whether an optimizer is attached.
         """
         began = self.idle_forwards or self.missed_steps
         return _why_idle(attached=attached) if began and not step else None
@@ -97,12 +97,12 @@ class Watch:
     def after_step(self, step: int, schedule: Schedule) -> None:
         """Warns where training goes on long after the schedule has ended.
 
-        Long is ten times the schedule's length and at least 100 steps: whoever gives epochs for
-        steps has a schedule that is over within the first epoch.
+        It warns after ten times the schedule's length and at least 100 steps: if epochs are passed
+        for steps, the schedule is over within the first epoch.
 
         Args:
-            step: The number of the step that was made.
-            schedule: Of the wrapper.
+            step: The number of the step that was taken.
+            schedule: The schedule of the wrapper.
         """
         if schedule.end is None:
             return
@@ -124,13 +124,13 @@ class Watch:
         settings: MergeSettings,
         report: Callable[[], MergeReport],
     ) -> None:
-        """Inspects layers at their first pass here and every so many; judges after enough of them.
+        """Inspects layers at their first pass and every few; checks for an effect after enough.
 
         Args:
-            layers: Those that a pass has just merged.
-            tally: The counts, with this pass.
-            settings: Of the wrapper.
-            report: Makes the report, which waits for the device, where one is needed.
+            layers: The layers that a pass has just merged.
+            tally: The counts, including this pass.
+            settings: The settings of the wrapper.
+            report: Returns the report; called only if needed, because it waits for the device.
         """
         every, passes = settings.inspect_every, tally.passes
         due = [
@@ -147,7 +147,7 @@ class Watch:
     def _inspect(
         self, layers: Sequence[MergedLayer], report: MergeReport, *, merges_for_good: bool
     ) -> None:
-        """Records the state of some layers, and warns of those whose kernels grow alike."""
+        """Records the state of some layers, and warns of those whose kernels become similar."""
         for layer in layers:
             site = layer.site
             kernels = read_kernels(layer.module, centred=site.centred)
@@ -156,7 +156,7 @@ class Watch:
             now = LayerSnapshot.since(last, report[site.name], rank)
             self._snapshots[site.name] = (first or now, now)
             self.history.append(now)
-            # Training alone may lower the rank as well; that is not for merging to warn of. Nor can
+            # Training alone can lower the rank too, which is no reason to warn of merging. Nor can
             # merging for a gradient alone make copies.
             if (
                 first
@@ -168,8 +168,8 @@ class Watch:
                     now.name,
                     f"the kernels of {now.name} are becoming copies of each other: their effective "
                     f"rank fell from {first.effective_rank:.2f} to {rank:.2f} by step {now.step}, "
-                    f"{now.share:.0%} of the drawn pairs merge. Raise similarity_threshold, lower "
-                    "merge_probability, or let merging end earlier (schedule)",
+                    f"and {now.share:.0%} of the drawn pairs merge. Raise similarity_threshold, "
+                    "lower merge_probability, or let merging end earlier (schedule)",
                     CollapseWarning,
                 )
 
@@ -202,21 +202,21 @@ class Watch:
 def _why_idle(*, attached: bool) -> str:
     if attached:
         return (
-            "the attached optimizer never finished a step. Attach the optimizer whose step() your "
+            "the attached optimizer never completed a step. Attach the optimizer whose step() your "
             "loop calls"
         )
     return "no optimizer is attached. Call model.attach(optimizer)"
 
 
 def _advice(threshold: Threshold) -> str:
-    """A threshold that merges, instead of one that hardly any pair passes."""
+    """Suggests a threshold that merges, in place of one that hardly any pair passes."""
     if isinstance(threshold, Fixed):
         return (
-            "A fixed cosine is out of reach in wide layers: use similarity_threshold=ZScore(2.0), "
-            "which asks for more than chance in a layer of any width, or "
+            "Wide layers rarely reach a fixed cosine: use similarity_threshold=ZScore(2.0), "
+            "which adapts to the width of a layer, or "
             "InMergeWrapper.recommended(network, total_steps=...), which sets it"
         )
     return (
-        "Use a rule that more pairs pass: a smaller z, or similarity_threshold=Quantile(0.1), the "
-        "most alike tenth in each layer, which always merges"
+        "Use a rule that more pairs pass: a smaller z, or similarity_threshold=Quantile(0.1), "
+        "which always merges the most similar tenth of the pairs of each layer"
     )

@@ -53,8 +53,8 @@ __all__ = ["CollapseWarning", "InMergeWrapper", "NoEffectWarning"]
 class InMergeWrapper(NetworkProxy):
     """Merges similar kernels inside a CNN with each optimizer step (arXiv 2502.20516).
 
-    The wrapped network computes what it computed before; :meth:`attach` makes an optimizer merge
-    with each of its steps. The wrapper holds no parameter and no copy of one.
+    The forward pass of the wrapped network is unchanged; :meth:`attach` makes an optimizer merge
+    after each of its steps. The wrapper has no parameters of its own and copies none.
 
     >>> import timm, torch
     >>> from inmerge_wrap import InMergeWrapper
@@ -62,53 +62,53 @@ class InMergeWrapper(NetworkProxy):
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> handle = model.attach(optimizer)
 
-    Unknown attributes are those of the network, so that timm's optimizer factory and training
-    code see its configuration. ``no_weight_decay`` and ``group_matcher`` answer in the names of
+    Unknown attributes are looked up on the network, so that timm's optimizer factory and training
+    code see its configuration. ``no_weight_decay`` and ``group_matcher`` use the names of
     the wrapper's own parameters. The settings below are attributes too, checked when they are set.
 
     Args:
         module: The network, on any device, before it is parallelised.
-        merge_weight: alpha in [0, 2], the share of a kernel that stays; above 1 a kernel moves
+        merge_weight: alpha in [0, 2], the weight of the kernel itself in a blend; above 1 it moves
             away from its partner.
         similarity_threshold: tau in [-1, 1]: pairs merge where their cosine is above it; or a
             rule that adapts to the layer, :class:`ZScore` or :class:`Quantile`.
-        merge_probability: p in [0, 1], per kernel and step.
-        schedule: When merging runs and how strongly; the default is every step alike.
+        merge_probability: p in [0, 1], the probability that a kernel is drawn in a step.
+        schedule: When merging runs and how strongly; by default every step, at full strength.
         partner: ``"random"``, any other kernel of the group (the paper), or ``"most_similar"``.
         direction: How a kernel moves whose pair passes the threshold: toward its ``"partner"``
-            (the paper's blend); ``"signed"``, along the difference, to or fro at random; or, as
+            (the paper's blend); ``"signed"``, along the difference, with a random sign; or, as
             controls and alternatives that need no partner, by filter-wise ``"gaussian"`` noise or
             ``"multiplicative"`` noise.
-        radius: r in [0, 2], the length of the move relative to the kernel's norm, of all
-            directions but ``"partner"``.
-        keep_norm: Scale each changed kernel to its norm before the change. The paper does not.
+        radius: r in [0, 2], the length of the move relative to the kernel's norm, for every
+            direction except ``"partner"``.
+        keep_norm: Rescale each changed kernel to the norm it had before. The paper does not.
         merge_momentum: Blend the first moments of the optimizer (SGD's momentum, Adam's
             ``exp_avg``) like the weights, so that the next step continues from the merged point.
-            Second moments stay: they scale the steps of an entry and say nothing of its direction.
-        transient: Merge at the forward pass and put the kernels back before the optimizer steps:
-            the gradient is taken at the merged network, the step is made from the whole one.
-        replica_draws: With ``transient``, each process draws pairs of its own, so that the mean
-            gradient is one over several perturbations.
-        engine: What computes a pass: ``"native"`` code on a CPU, compiled here in a second or two,
-            ``"triton"`` on a GPU, or plain ``"torch"``; ``"auto"`` takes the first two where it
-            can. Results are equal up to rounding.
-        shallow_layers: L_s, first convolutions left alone; see :func:`plan_merging`.
-        example_input: See :func:`plan_merging`, as for ``include``, ``exclude``, ``also_merge``.
-        plan: A ready plan, instead of the arguments of :func:`plan_merging`.
-        seed: Of the draws, in [0, 2**32); the same on every process. The draws depend on nothing
-            but the seed, the step and the layer, and never touch the global generators.
-        inspect_every: Record similarity and effective rank of each layer in :attr:`history` every
-            so many passes, and warn before a layer collapses; 0 never does. Each inspection waits
-            for the device.
-        check_replicas_every: Compare the merged weights of all processes at the first step and
-            every so many steps after it, and raise where they differ; 0 never does. Each
+            Second moments stay: they scale the steps of an entry but carry no direction.
+        transient: Merge in the forward pass and restore the kernels before the optimizer steps:
+            the gradient is taken at the merged weights, the step starts from the unmerged ones.
+        replica_draws: With ``transient``, each process draws its own pairs, so that the gradient
+            is averaged over several perturbations.
+        engine: What computes a pass: ``"native"`` code on a CPU, compiled on first use in a second
+            or two, ``"triton"`` on a GPU, or plain ``"torch"``; ``"auto"`` uses the first two
+            where possible. Results are equal up to rounding.
+        shallow_layers: L_s, the first convolutions, which are not merged; see :func:`plan_merging`.
+        example_input: See :func:`plan_merging`; likewise ``include``, ``exclude``, ``also_merge``.
+        plan: A plan made before, instead of the arguments of :func:`plan_merging`.
+        seed: Seed of the draws, in [0, 2**32); the same on every process. The draws depend only on
+            the seed, the step and the layer, and never touch the global generators.
+        inspect_every: Interval, in passes, at which similarity and effective rank of each layer
+            are recorded in :attr:`history`, with a warning before a layer collapses; 0 disables
+            it. Each inspection waits for the device.
+        check_replicas_every: Interval, in steps, at which the merged weights of all processes are
+            compared, from the first step on; raises if they differ. 0 disables it. Each
             comparison waits for the device.
 
     Raises:
         TypeError: If an argument is of another type.
         ValueError: If an argument is out of range, the network is wrapped already, or there is
             nothing to merge.
-        RuntimeError: If an engine is asked for by name and does not work here.
+        RuntimeError: If an engine is requested by name and does not work here.
     """
 
     @explains_symbols
@@ -169,7 +169,7 @@ class InMergeWrapper(NetworkProxy):
         elif (shallow_layers, include, example_input) != (DEFAULT_SHALLOW_SHARE, None, None) or (
             exclude or also_merge
         ):
-            raise ValueError("a plan decides what is merged: give either a plan or its arguments")
+            raise ValueError("a plan decides what is merged: pass either a plan or its arguments")
         check_sites(module, plan.merged)
         super().__init__(module, settings)
         self.plan = plan
@@ -177,26 +177,27 @@ class InMergeWrapper(NetworkProxy):
         self._tally = Tally(len(plan.merged))
         self._watch = Watch()
         self._attachments = Attachments()
-        self._found: Layers | None = None  # the layers of the last step, and what follows from them
-        self._last_merged: dict[int, Outcome] = {}  # layer -> what became of its last step's pairs
+        self._found: Layers | None = None  # the layers of the last step, with derived values
+        self._last_merged: dict[int, Outcome] = {}  # layer -> outcome of the pairs of its last step
         self._interlude: Interlude | None = None
         self._pending: dict[int, tuple[Layers, Outcome]] = {}  # of which optimizer
         notice_every_step(self._after_any_step)
 
     @classmethod
     def recommended(cls, module: nn.Module, *, total_steps: int, **settings: Any) -> InMergeWrapper:
-        """A setting that merges and was level with plain training on clean images.
+        """Wraps a module with the recommended settings.
 
-        See :func:`recommended_settings`. The figures, those under corruption too, are in
-        docs/evidence.md. The constructor's own defaults are the paper's.
+        These merge, and were level with plain training on clean images; see
+        :func:`recommended_settings`, and docs/evidence.md for the figures, also under corruption.
+        The defaults of the constructor are the paper's.
 
         Args:
             module: See the constructor.
-            total_steps: Optimizer steps of the whole training.
-            **settings: Any argument of the constructor, instead of what is recommended.
+            total_steps: Optimizer steps of the whole training run.
+            **settings: Any argument of the constructor; overrides the recommended value.
 
         Raises:
-            ValueError: If ``total_steps`` is not positive, and where the constructor does.
+            ValueError: If ``total_steps`` is not positive, or as the constructor does.
         """
         return cls(module, **{**recommended_settings(total_steps), **settings})
 
@@ -213,7 +214,7 @@ class InMergeWrapper(NetworkProxy):
         return self.module(*args, **kwargs)
 
     def train(self, mode: bool = True) -> InMergeWrapper:
-        """Sets the mode; kernels that are merged for a gradient are whole in evaluation."""
+        """Sets the mode; restores kernels that are merged for a gradient, if any."""
         if not mode:
             self.end_interlude()
         return super().train(mode)
@@ -221,12 +222,12 @@ class InMergeWrapper(NetworkProxy):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "plan" and "plan" in vars(self):
             raise AttributeError(
-                "the plan stays, for the statistics are those of its layers: wrap the network again"
+                "the plan cannot change, its layers have the statistics: wrap the network again"
             )
         super().__setattr__(name, value)
 
     def change_settings(self, settings: MergeSettings) -> None:
-        """Takes other settings from now on, as does ``model.merge_weight = ...`` for one of them.
+        """Replaces some settings, as ``model.merge_weight = ...`` does for one.
 
         Raises:
             RuntimeError: If they do not work with this network or an attached optimizer.
@@ -241,21 +242,21 @@ class InMergeWrapper(NetworkProxy):
     # -- merging ----------------------------------------------------------------------------
 
     def attach(self, optimizer: Any) -> RemovableHandle:
-        """Merges with each step of ``optimizer`` from now on.
+        """Merges after each step of ``optimizer`` from now on.
 
-        Of the merged layers those are merged that the optimizer trains; parameter groups may be
-        added, frozen or unfrozen later. Where two attached optimizers train one layer, the last
-        attached one merges it. An optimizer restored by pickle or deepcopy has lost its hooks:
-        attach it. Schedule-free optimizers of the ``schedulefree`` package keep two sequences of
-        weights, and both are merged alike. The optimizer's state dict carries the step counter
-        from now on, beside that of the model: attach before you load one.
+        It merges the layers of the plan that this optimizer trains; parameter groups can be added,
+        frozen or unfrozen later. If two attached optimizers train the same layer, the one attached
+        last merges it. An optimizer restored by pickle or deepcopy has lost its hooks: attach it
+        again. Schedule-free optimizers of the ``schedulefree`` package keep two sequences of
+        weights; both are merged in the same way. From now on the state dict of the optimizer
+        carries the step counter, as that of the model does: attach before loading one.
 
         Args:
-            optimizer: A torch optimizer, or one prepared by Accelerate or Lightning. For a
-                SAM-like optimizer its ``base_optimizer`` is the one whose steps count.
+            optimizer: A torch optimizer, or one prepared by Accelerate or Lightning. Of a
+                SAM-like optimizer, the steps of its ``base_optimizer`` count.
 
         Returns:
-            A handle whose ``remove()`` ends the merging. Attaching again returns the same one.
+            A handle whose ``remove()`` stops merging. Attaching again returns the same handle.
 
         Raises:
             TypeError: If it is not a torch optimizer.
@@ -291,20 +292,20 @@ class InMergeWrapper(NetworkProxy):
         self._attachments.add(optimizer, handle, trained)
         carry_counter(self, handle, [given, optimizer])
         now = self.step
-        for layer in held:  # a training that goes on with another optimizer keeps its schedule
+        for layer in held:  # a training run that goes on with another optimizer keeps its schedule
             self._tally.steps[layer.number] = now
         return handle
 
     @torch.no_grad()
     def merge_(self) -> None:
-        """One pass over all merged layers by hand, for a loop that has no torch optimizer.
+        """Runs one pass over all merged layers, for a loop without a torch optimizer.
 
         Raises:
-            RuntimeError: With ``transient``, whose kernels an optimizer's step must find whole.
+            RuntimeError: With ``transient``, where an optimizer's step must find unmerged kernels.
         """
         if self.settings.transient:
             raise RuntimeError(
-                "merge_() merges for good, and transient=True for a gradient alone: attach the "
+                "merge_() merges permanently, transient=True only for the gradient: attach the "
                 "optimizer, or train with transient=False"
             )
         reshard(self)
@@ -312,11 +313,11 @@ class InMergeWrapper(NetworkProxy):
         self._step(layers, layers)
 
     def next_pairs(self) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """The pairs that the next step draws, before any threshold.
+        """Returns the pairs that the next step draws, before any threshold.
 
         Returns:
             Name of each merged layer -> (targets, sources), int64, shape (pairs,) each; empty
-            where the schedule lets the step rest. With ``partner="most_similar"`` the sources are
+            if the schedule skips the step. With ``partner="most_similar"`` the sources are
             None: they depend on the weights that the step will find.
         """
         layers = self._layers()
@@ -333,24 +334,24 @@ class InMergeWrapper(NetworkProxy):
     def recalibrate(self, loader: Iterable[Any], *, max_batches: int | None = None) -> int:
         """Measures BatchNorm's running statistics again; see :func:`recalibrate`.
 
-        Needed before evaluation or export where merging runs until the last step.
+        Call it before evaluation or export if merging runs until the last step.
         """
         return recalibrate(self, loader, max_batches=max_batches)
 
     def statistics_measured(self) -> None:
-        """Says that BatchNorm was measured after the last step, by other means than ours."""
+        """Records that BatchNorm was recalibrated after the last step by other means."""
         self._last_merged.clear()
 
     @property
     def statistics_lag(self) -> bool:
-        """Whether BatchNorm measured other kernels in the last step; waits for the device."""
+        """Whether BatchNorm statistics predate the last merge; waits for the device."""
         return any(
             bool(outcome.merged[outcome.layer == layer].any())
             for layer, outcome in self._last_merged.items()
         )
 
     def report(self) -> MergeReport:
-        """What merging did so far, layer by layer; waits for the device."""
+        """Returns what merging did so far, layer by layer; waits for the device."""
         end = self.settings.schedule.end
         return replace(
             self._tally.report([site.name for site in self.plan.merged]),
@@ -361,17 +362,17 @@ class InMergeWrapper(NetworkProxy):
 
     @property
     def engine_in_use(self) -> str:
-        """Which engine computes how many of the merged layers now, and why not all of them."""
+        """The engines in use, with their number of layers, and why not all use the fastest."""
         return describe(self._layers(), self.settings.engine)
 
     @property
     def history(self) -> list[LayerSnapshot]:
-        """Snapshots of the merged layers, every ``inspect_every`` passes."""
+        """Snapshots of the merged layers, taken every ``inspect_every`` passes."""
         return self._watch.history
 
     @property
     def step(self) -> int:
-        """Optimizer steps seen so far; of several optimizers, of the one that made most."""
+        """Optimizer steps seen so far; with several optimizers, those of the one with most."""
         return self._tally.step
 
     # -- one step ---------------------------------------------------------------------------
@@ -411,9 +412,9 @@ class InMergeWrapper(NetworkProxy):
             if outcome is None and self.settings.at(step) is not None:
                 self._watch.warn_once(
                     "forward",
-                    "a step followed no training forward pass of this model, so nothing was merged "
-                    "for its gradient: call the wrapper itself, in train mode, and attach the "
-                    "optimizer before the first pass",
+                    "no training forward pass of this model came before the step, so nothing was "
+                    "merged for its gradient: call the wrapper itself, in train mode, and attach "
+                    "the optimizer before the first pass",
                 )
         else:
             # A fused optimizer runs its hooks even on a step that the scaler skips for overflow.
@@ -425,7 +426,7 @@ class InMergeWrapper(NetworkProxy):
             self._watch.after_pass(trained, self._tally, self.settings, self.report)
         self._watch.after_step(step, self.settings.schedule)
         every = self.settings.check_replicas_every
-        # Counted here and not by the schedule or a checkpoint, so that all replicas get here even
+        # Counted here, not by the schedule or a checkpoint, so that all replicas get here even
         # if their step counters are what differs.
         if every and self._watch.steps % every == 0:
             self._check_replicas()
@@ -439,7 +440,7 @@ class InMergeWrapper(NetworkProxy):
         skip: Tensor | None = None,
         keep: list[Kept] | None = None,
     ) -> Outcome | None:
-        """Draws and merges pairs of some layers; None where the schedule lets the step rest."""
+        """Draws and merges pairs of some layers; returns None where the schedule skips the step."""
         settings = self._settings_at(step)
         if settings is None:
             return None
@@ -485,16 +486,16 @@ class InMergeWrapper(NetworkProxy):
                 if outcome is not None:
                     self._pending[id(optimizer)] = trained, outcome
                     self._note_merged(trained, outcome)
-        finally:  # after an error too, what was merged so far must find its way back
+        finally:  # after an error too, what was merged so far must be restored
             if kept:
                 self._interlude = Interlude(self.module, kept)
 
     def end_interlude(self) -> None:
-        """Puts kernels that are merged for a gradient back now, bit for bit.
+        """Restores, bit for bit, kernels that are merged for a gradient now.
 
-        Needed by nobody who attaches an optimizer: its step does so, as do evaluation, checkpoints
-        and copies. Call it before you read or write ``weight`` tensors yourself between a forward
-        pass and the step.
+        An attached optimizer does this in its step, as do evaluation, checkpoints and copies. Call
+        it only before you read or write ``weight`` tensors yourself between a forward pass and
+        the step.
         """
         interlude = vars(self).get("_interlude")
         if interlude is not None:
@@ -529,7 +530,7 @@ class InMergeWrapper(NetworkProxy):
         self._watch.before_forward(attached=bool(self._attachments.live))
 
     def _after_any_step(self, optimizer: Optimizer) -> None:
-        """Counts steps that an optimizer makes with the merged weights and is not attached."""
+        """Counts steps of optimizers that train the merged weights without being attached."""
         by_hand = self._watch.steps and not len(self._attachments)
         end = self.settings.schedule.end
         if (
@@ -549,7 +550,7 @@ class InMergeWrapper(NetworkProxy):
     # -- state --------------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
-        """The step counter and the statistics, as a tensor (safetensors stores nothing else)."""
+        """Returns the step counter and the statistics as a tensor, which safetensors can store."""
         return self._tally.to_state(self.seed)
 
     def set_extra_state(self, state: Tensor | None) -> None:
@@ -561,13 +562,13 @@ class InMergeWrapper(NetworkProxy):
         if state is None:
             return
         self._tally = Tally.from_state(state, layers=len(self.plan.merged), seed=self.seed)
-        # The totals may have gone back: what came after them is not of this run any more.
+        # The totals may have gone back: what came after them no longer belongs to this run.
         self._watch.rewind(self.step)
         self._last_merged.clear()
         self._pending.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is driven by no optimizer, and must not drag the original's along. Kernels that
-        # are merged for a gradient are whole before they are copied: see Interlude.
+        # are merged for a gradient are restored before they are copied: see Interlude.
         alone = {"_attachments": Attachments(), "_pending": {}, "_interlude": None, "_found": None}
         return vars(self) | alone

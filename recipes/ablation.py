@@ -1,17 +1,16 @@
-"""Which settings of merging help? Sweeps over arms and seeds, in pairs, resumable.
+"""Which settings of merging help? Resumable sweeps over arms and paired seeds.
 
     python recipes/ablation.py study --data-root DIR            # the study of docs/evidence.md
     python recipes/ablation.py figure2 --data-root DIR          # merge weight x probability
     python recipes/ablation.py figure3 --data-root DIR          # merged depth, threshold
     python recipes/ablation.py architectures --data-root DIR
 
-Every run is one JSON file in ``--out``. A run that is there is not done again, and several
-processes or machines that share the folder never do the same one twice: each run is locked while
-it is done, by a file in ``.locks/`` that its system frees when the process ends, however it ends.
-So the same command continues a sweep that was stopped, and speeds it up when it is started once
-more elsewhere.
+Every run writes one JSON file to ``--out``. A finished run is not repeated, and several processes
+or machines that share the folder never do the same run twice: a file in ``.locks/`` locks each run,
+and the system releases the lock when the process ends, however it ends. The same command therefore
+continues a stopped sweep, and speeds it up when it is also started elsewhere.
 ``python recipes/ablation_report.py`` turns the files into tables and figures. All arms have the
-same budget of passes forward and backward over the training images (recipes/training.py).
+same budget of forward and backward passes over the training images (recipes/training.py).
 
 Hardware and time: ResNet-18 at 28 px takes 4 seconds an epoch of 1,000 images on one CPU core, and
 then 10 seconds for the evaluation. Expected: docs/evidence.md, from results/ablation/.
@@ -42,7 +41,7 @@ LATE = Fade(start=0.5, decay="cosine")
 
 
 def merge(fade: Fade | None = COSINE, recalibrate: bool = False, **settings: Any) -> Merge:
-    """Merging with these arguments of InMergeWrapper, fading out."""
+    """Returns the arm that merges with these arguments of InMergeWrapper, fading out."""
     return Merge(settings, fade, recalibrate=recalibrate)
 
 
@@ -85,7 +84,7 @@ ARCHITECTURES = ("vgg_small", "resnet18", "densenet121", "efficientnet_b0", "con
 
 
 def transient(methods: tuple[Method, ...]) -> tuple[Method, ...]:
-    """The same with every merge taken back before the step."""
+    """Returns the same arm with every merge undone before the step."""
     return tuple(
         replace(method, settings={**method.settings, "transient": True})
         if isinstance(method, Merge)
@@ -95,7 +94,7 @@ def transient(methods: tuple[Method, ...]) -> tuple[Method, ...]:
 
 
 def experiment(name: str, common: Mapping[str, Any], seeds: int, arms: list[str]) -> Iterator[Run]:
-    """The runs of one experiment, seed by seed, so that a stopped sweep is paired so far."""
+    """Returns the runs of one experiment, seed by seed, so that a stopped sweep stays paired."""
     for seed in range(seeds):
         if name == "study":
             for arm in arms or ARMS:
@@ -122,7 +121,7 @@ def experiment(name: str, common: Mapping[str, Any], seeds: int, arms: list[str]
 
 
 def with_border(data: Images, width: int) -> Images:
-    """Mirrors a border, for networks that halve the image more often than 28 px allow."""
+    """Pads by reflection, for networks that halve the image more often than 28 px allow."""
     parts = {
         part: (F.pad(x.float(), [width] * 4, mode="reflect").byte(), labels)
         for part, (x, labels) in data.parts.items()
@@ -143,30 +142,32 @@ def main() -> None:
         "--size",
         type=int,
         choices=[28, 32, 64, 128, 224],
-        help="side of the images in pixels; 32 mirrors a border of 2 px around those of 28 "
-        "(default: 28; of architectures 32, for some of them halve the image five times)",
+        help="side of the images in pixels; 32 pads those of 28 by reflection "
+        "(default: 28; for architectures 32, because some of them halve the image five times)",
     )
     parser.add_argument(
         "--arch",
-        help=f"any timm CNN, but for architectures: {', '.join(ARCHITECTURES)} (default: resnet18)",
+        help=f"any timm CNN; for architectures: {', '.join(ARCHITECTURES)} (default: resnet18)",
     )
-    parser.add_argument("--train-images", type=int, default=0, help="random subset; 0 takes all")
+    parser.add_argument(
+        "--train-images", type=int, default=0, help="size of a random subset; 0 uses all"
+    )
     parser.add_argument(
         "--epochs", type=int, default=25, help="budget of each run (default: %(default)s)"
     )
-    parser.add_argument("--batch-size", type=int, default=64, help="over all processes")
+    parser.add_argument("--batch-size", type=int, default=64, help="total over all processes")
     parser.add_argument("--lr", type=float, default=0.05, help="peak of the one-cycle schedule")
     parser.add_argument("--weight-decay", type=float, default=5e-4, help="L2 penalty of SGD")
     parser.add_argument(
         "--label-noise", type=float, default=0.0, help="share of training labels drawn at random"
     )
     parser.add_argument(
-        "--weights", default="", help="safetensors file to fine-tune from, but for its head"
+        "--weights", default="", help="safetensors file to fine-tune from, without its head"
     )
     parser.add_argument(
         "--transient",
         action="store_true",
-        help="merge for the gradient alone, in every arm that merges; give it an --out of its own",
+        help="merge only for the gradient, in every arm that merges; use a separate --out",
     )
     parser.add_argument("--seeds", type=int, default=5, help="paired runs of each arm")
     parser.add_argument(
@@ -184,11 +185,13 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown arms {unknown}; choose from {list(ARMS)}")
     if options.arms and options.sweep.startswith("figure"):
-        parser.error(f"{options.sweep} has arms of its own: leave out --arms")
+        parser.error(f"{options.sweep} defines its own arms: leave out --arms")
     if options.arch and options.sweep == "architectures":
-        parser.error(f"architectures are {', '.join(ARCHITECTURES)}: leave out --arch")
+        parser.error(f"architectures runs {', '.join(ARCHITECTURES)}: leave out --arch")
     if options.size == 28 and options.sweep == "architectures":
-        parser.error("28 px are too few for architectures: leave out --size, or give 32 or more")
+        parser.error(
+            "--size 28 is too small for architectures: leave out --size, or pass 32 or more"
+        )
 
     accelerator = make_accelerator()
     size = options.size or (32 if options.sweep == "architectures" else 28)

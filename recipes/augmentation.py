@@ -1,4 +1,4 @@
-"""What training images go through, batch by batch; every draw comes from a given generator."""
+"""Augmentation of training images per batch; every draw comes from a given generator."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def augment(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor
 
 
 def flips(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirrors half of the images, left to right."""
+    """Flips half of the images horizontally."""
     mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
     return torch.where(mirrored.to(images.device), images.flip(3), images)
 
 
 def of_torchvision(transform: v2.Transform) -> Callable[[Tensor, torch.Generator], Tensor]:
-    """Flips, and then a transform that torchvision draws for each image.
+    """Returns flips followed by a torchvision transform, drawn for each image.
 
-    Its draws come from the global generator, which is seeded for the batch and then restored: how
-    often a method draws from it changes no image.
+    Its draws come from the global generator, which is seeded for the batch and then restored, so
+    that other draws from it do not change the images.
     """
 
     def transformed(images: Tensor, generator: torch.Generator) -> Tensor:

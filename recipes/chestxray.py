@@ -4,28 +4,28 @@
     accelerate launch recipes/chestxray.py --data-root DIR --arch densenet121 --no-merge   # CheXNet
     accelerate launch recipes/chestxray.py --dataset OWNER/NAME --revision COMMIT
 
-``DIR`` is the NIH release as it is downloaded: ``images*/`` folders with the PNG files (those of
+``DIR`` is the NIH release as downloaded: ``images*/`` folders with the PNG files (those of
 ``images_001/images/`` are found as well), ``Data_Entry_2017*.csv``, ``train_val_list.txt`` and
 ``test_list.txt``. A data set of Hugging Face, from the hub or a folder, needs the splits train and
 test, the columns image and label, and patients: a column Patient ID, or file names such as
-00000061_012.png. A tenth of the training patients is the validation part where none is given; no
-patient stands in two parts, which is checked. After each epoch the state is saved; ``--resume``
-continues from it, with the same settings.
+00000061_012.png. Without a validation split, a tenth of the training patients is used for it. No
+patient may be in two parts, which is checked. After each epoch the state is saved; ``--resume``
+continues from it with the same settings.
 
-Decoding 1024 px PNG files is slower than a GPU trains, and each epoch prints the share of its time
-that waited for images. ``--cache DIR`` decodes and resizes each image once (7.3 GB for all at
-224 px) and reads those from then on, with the same pixels.
+Decoding 1024 px PNG files is slower than training on a GPU; each epoch prints the share of its time
+spent waiting for images. ``--cache DIR`` decodes and resizes each image once (7.3 GB for all at
+224 px) and reads the results from then on, with the same pixels.
 
 Training is that of arXiv 2502.20516: SGD, lr 0.1 divided by 10 when the validation loss stalls
 for 8 epochs, 30 epochs without and 10 with merging, from the best checkpoint of the first phase.
-``--paper`` makes the merging the paper's as well; without it merging is what
-``InMergeWrapper.recommended`` chooses. Ten more epochs help a network whether it merges or not:
-``--control`` trains the second phase a second time without merging, from the same checkpoint with
-the same images in the same order, and reports both.
+``--paper`` uses the paper's merging settings as well; the default is
+``InMergeWrapper.recommended``. Ten more epochs help a network with or without merging:
+``--control`` repeats the second phase without merging, from the same checkpoint with the same
+images in the same order, and reports both.
 
 Hardware: meant for GPUs (112,120 images of 1024 px); a small folder runs on a CPU with
 ``--size 64``. Expected: a mean AUROC around the .80 to .83 of the published systems that the table
-lists. It has not been run on the whole data set by us.
+lists. We have not run it on the whole data set.
 """
 
 from __future__ import annotations
@@ -104,9 +104,11 @@ parser = argparse.ArgumentParser(
 )
 source = parser.add_mutually_exclusive_group(required=True)
 source.add_argument("--data-root", type=Path, help="the NIH release")
-source.add_argument("--dataset", help="of Hugging Face instead: a name on the hub, or a folder")
-parser.add_argument("--revision", help="commit of a --dataset on the hub, 40 hex digits")
-parser.add_argument("--cache", type=Path, help="folder of decoded images, written if need be")
+source.add_argument(
+    "--dataset", help="a Hugging Face data set instead: a name on the Hub, or a folder"
+)
+parser.add_argument("--revision", help="commit of a --dataset on the Hub, 40 hex digits")
+parser.add_argument("--cache", type=Path, help="folder of decoded images, created if needed")
 parser.add_argument("--arch", default="resnet34", help="any timm CNN (default: %(default)s)")
 parser.add_argument(
     "--weights",
@@ -120,20 +122,22 @@ parser.add_argument(
     nargs=2,
     default=[30, 10],
     metavar=("PLAIN", "MERGED"),
-    help="of the two phases (default: 30 10)",
+    help="epochs of the two phases (default: 30 10)",
 )
 parser.add_argument(
     "--control",
     action="store_true",
-    help="train the second phase without merging as well, from the same checkpoint and in the same "
+    help="also train the second phase without merging, from the same checkpoint and in the same "
     "order",
 )
-parser.add_argument("--batch-size", type=int, default=324, help="over all processes")
-parser.add_argument("--lr", type=float, default=0.1, help="the first (default: %(default)s)")
-parser.add_argument("--weight-decay", type=float, default=1e-4, help="L2 penalty of SGD")
-parser.add_argument("--workers", type=int, default=4, help="reading processes, per process")
+parser.add_argument("--batch-size", type=int, default=324, help="total over all processes")
 parser.add_argument(
-    "--time-loading", type=int, default=0, metavar="N", help="first time N batches of the loader"
+    "--lr", type=float, default=0.1, help="initial learning rate (default: %(default)s)"
+)
+parser.add_argument("--weight-decay", type=float, default=1e-4, help="L2 penalty of SGD")
+parser.add_argument("--workers", type=int, default=4, help="loader workers per process")
+parser.add_argument(
+    "--time-loading", type=int, default=0, metavar="N", help="time N batches of the loader first"
 )
 parser.add_argument(
     "--mixed-precision",
@@ -141,7 +145,7 @@ parser.add_argument(
     choices=["no", "bf16", "fp16"],
     help="number format of the forward pass (default: float32)",
 )
-parser.add_argument("--seed", type=int, default=0, help="of split, network, order and merging")
+parser.add_argument("--seed", type=int, default=0, help="seed of split, network, order and merging")
 parser.add_argument("--resume", action="store_true", help="continue from the last saved epoch")
 parser.add_argument(
     "--out", type=Path, default=Path("runs/chestxray"), help="folder (default: %(default)s)"
@@ -179,9 +183,9 @@ def create_network(arch: str, weights: str) -> nn.Module:
     if weights == "imagenet":
         try:
             return timm.create_model(arch, num_classes=len(FINDINGS), pretrained=True)
-        except Exception as error:  # hub, network and cache each raise their own
+        except Exception as error:  # hub, network and cache each raise their own errors
             raise SystemExit(
-                f"the ImageNet weights of {arch} can not be had ({type(error).__name__}): pass "
+                f"the ImageNet weights of {arch} are not available ({type(error).__name__}): pass "
                 "--weights FILE with a local copy, or --weights none"
             ) from error
     if not Path(weights).is_file():
@@ -196,7 +200,7 @@ def create_network(arch: str, weights: str) -> nn.Module:
 
 
 class Progress:
-    """What the run is, and how far; saved and loaded with Accelerate's state."""
+    """The settings and progress of a run; saved and loaded with Accelerate's state."""
 
     def __init__(self, run: dict[str, str]) -> None:
         self.run = run
@@ -210,12 +214,12 @@ class Progress:
 
 
 def saved_epochs(folder: Path) -> list[Path]:
-    """The states that were saved whole, the newest last."""
+    """Returns the states that were saved completely, the newest last."""
     return sorted(folder.glob("epoch-*"))
 
 
 def save(accelerator: Accelerator, folder: Path, epoch: int) -> None:
-    """Saves the state of an epoch whole or not at all; the one before goes only then."""
+    """Saves the state of an epoch atomically, then deletes the previous one."""
     draft = folder / "draft"
     if accelerator.is_main_process:
         shutil.rmtree(draft, ignore_errors=True)
@@ -239,7 +243,7 @@ def keep_state(accelerator: Accelerator, states: Path, folder: Path) -> None:
 
 
 def go_back(accelerator: Accelerator, progress: Progress, folder: Path) -> None:
-    """Loads a kept state, but not how far the run is."""
+    """Loads a kept state, but not the progress of the run."""
     so_far = progress.state_dict()
     accelerator.load_state(str(folder))
     progress.load_state_dict(so_far)
@@ -260,8 +264,8 @@ def check_same_run(saved: Path, run: dict[str, str]) -> None:
     ]
     if differences:
         raise SystemExit(
-            f"--resume: {saved} is of a run with {'; '.join(differences)}: "
-            "give the same, or start anew with another --out"
+            f"--resume: {saved} belongs to a run with {'; '.join(differences)}: "
+            "pass the same settings, or start again with another --out"
         )
 
 
@@ -269,7 +273,7 @@ def check_same_run(saved: Path, run: dict[str, str]) -> None:
 def predict(
     accelerator: Accelerator, model: nn.Module, loader: DataLoader, standardise: Standardised
 ) -> tuple[Tensor, Tensor]:
-    """Logits and labels of a whole part, on every process."""
+    """Returns the logits and labels of a whole part, on every process."""
     outputs = []
     with evaluating(model):
         for images, labels in loader:
@@ -280,7 +284,7 @@ def predict(
 
 
 def aurocs(logits: Tensor, labels: Tensor) -> AUROCs:
-    """AUROC of each finding; None where the part has no positive or no negative image."""
+    """Returns the AUROC of each finding; None where a part lacks positives or negatives."""
     values: AUROCs = {}
     for column, finding in enumerate(FINDINGS):
         target = labels[:, column].numpy()
@@ -290,13 +294,13 @@ def aurocs(logits: Tensor, labels: Tensor) -> AUROCs:
 
 
 def mean_of(values: AUROCs) -> float | None:
-    """Mean over the findings that have an AUROC."""
+    """Returns the mean over the findings that have an AUROC."""
     known = [value for value in values.values() if value is not None]
     return sum(known) / len(known) if known else None
 
 
 def print_tables(test_images: int, official: bool, rows: dict[str, AUROCs]) -> None:
-    """The AUROC of this run's networks, and the published ones beside or, if need be, apart."""
+    """Prints the AUROC of this run's networks and the published ones, apart if not comparable."""
     from rich.console import Console
     from rich.table import Table
 
@@ -328,7 +332,9 @@ def print_tables(test_images: int, official: bool, rows: dict[str, AUROCs]) -> N
     console.print(own)
     undefined = [finding for finding, value in values.items() if value is None]
     if undefined:
-        print(f"No AUROC, and not in the mean, for want of positives: {', '.join(undefined)}")
+        print(
+            f"No AUROC, and not in the mean, without positives or negatives: {', '.join(undefined)}"
+        )
     if not comparable:
         console.print(published)
 
@@ -339,7 +345,7 @@ def main() -> None:
         parser.error(f"--epochs {options.epochs[0]} 0 leaves no epoch that merges: pass --no-merge")
     plain_epochs, second_epochs = options.epochs
     if options.control and (options.no_merge or plain_epochs < 1):
-        parser.error("--control compares two second phases: give --epochs 1 1 or more, and merge")
+        parser.error("--control compares two second phases: pass --epochs 1 1 or more, and merge")
     state, best_of_phase_1 = options.out / "state", options.out / "best-of-phase-1"
     end_of_phase_1 = options.out / "end-of-phase-1"
     # The second phase, after its control if there is one, and where the best network of each goes.
@@ -347,13 +353,13 @@ def main() -> None:
     branches["plain" if options.no_merge else "merged"] = options.out / "best"
     saved = saved_epochs(state)
     if options.resume and not saved:
-        raise SystemExit(f"--resume: {state} holds no epoch: start anew with another --out")
+        raise SystemExit(f"--resume: {state} holds no epoch: start again with another --out")
     used = [*saved, *branches.values(), best_of_phase_1, options.out / "results.json"]
     if not options.resume and any(path.exists() for path in used):
         raise SystemExit(
-            f"{options.out} holds a run already: --resume continues it, or choose another --out"
+            f"{options.out} already holds a run: continue it with --resume, or choose another --out"
         )
-    # The others wait while one process writes the cache, by far longer than the usual ten minutes.
+    # The others wait while one process writes the cache, far longer than the default ten minutes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     accelerator = start(
         options, "chestxray", mixed_precision=options.mixed_precision, kwargs_handlers=[patience]
@@ -384,7 +390,7 @@ def main() -> None:
         raise SystemExit(f"--batch-size {options.batch_size} exceeds {len(parts['train'])} images")
     loading = None
     if options.time_loading:
-        with torch.random.fork_rng(devices=[]):  # the training stays what it is without
+        with torch.random.fork_rng(devices=[]):  # so that training does not change
             loading = images_per_second(loaders["train"], options.time_loading)
         accelerator.print(f"the loader of one process, alone: {loading:.0f} images/s")
     loaders = dict(zip(loaders, accelerator.prepare(*loaders.values()), strict=True))
@@ -454,7 +460,7 @@ def main() -> None:
         val_loss = loss_function(logits, labels).item()
         if not math.isfinite(val_loss):
             raise SystemExit(
-                f"epoch {epoch + 1}: the validation loss is {val_loss}: start anew with another "
+                f"epoch {epoch + 1}: the validation loss is {val_loss}: start again with another "
                 f"--out and an --lr below {options.lr:g}"
             )
         progress.epoch = epoch + 1

@@ -1,4 +1,4 @@
-"""How a trained network is measured: predictions, metrics, clean and damaged images."""
+"""Evaluation of a trained network: predictions and metrics on clean and corrupted images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from inmerge_wrap.robustness import classification_metrics
 from inmerge_wrap.robustness.corruptions import corrupt
 
-# What the test images are damaged with, at the middle severity.
+# The corruptions of the test images, at the middle severity.
 CORRUPTIONS = {
     name: (3,) for name in ("gaussian_noise", "gaussian_blur", "contrast_down", "brightness_up")
 }
@@ -20,7 +20,7 @@ CORRUPTIONS = {
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards every module has its own mode back, a frozen BatchNorm included."""
+    """Switches to eval mode, then restores the mode of every module, frozen BatchNorm included."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -32,14 +32,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def predict(model: nn.Module, pixels: Tensor, normalise: Normalised, batch_size: int) -> Tensor:
-    """Logits for uint8 or float pixels, shape (N, classes), in eval mode, on the CPU."""
+    """Returns logits for uint8 or float pixels, shape (N, classes), in eval mode, on the CPU."""
     with evaluating(model):
         outputs = [model(part).float().cpu() for part in normalise.batches(pixels, batch_size)]
     return torch.cat(outputs)
 
 
 def metrics(logits: Tensor, labels: Tensor, task: str) -> dict[str, float]:
-    """Accuracy, balanced error, AUROC, calibration and more; what is undefined is absent."""
+    """Computes accuracy, balanced error, AUROC, calibration and more; undefined ones are absent."""
     probabilities = logits.sigmoid() if task == "multilabel" else logits.softmax(1)
     values, _ = classification_metrics(probabilities, labels.cpu(), task=task)
     return {name: float(value) for name, value in values.items()}
@@ -53,9 +53,9 @@ def evaluate(
     corruptions: Mapping[str, tuple[int, ...]],
     batch_size: int = 500,
 ) -> dict[str, dict[str, float]]:
-    """Metrics of the test part, clean and under each ``corruption/severity``.
+    """Computes metrics of the test part, clean and under each ``corruption/severity``.
 
-    Every model sees the same damaged images: the draws depend on the image's index alone.
+    Every model sees the same corrupted images: the draws depend only on the image's index.
     """
     pixels, labels = data.parts["test"]
     rows = {"clean": metrics(predict(model, pixels, normalise, batch_size), labels, data.task)}

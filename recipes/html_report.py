@@ -1,6 +1,6 @@
-"""One page that says what was found: a file that opens offline, on paper, in light and dark.
+"""Renders one page with the results: a file for offline use and print, in light and dark.
 
-Everything is inside the file: style, drawings (SVG), images. Nothing is loaded and nothing runs.
+Everything is inside the file: style, drawings (SVG), images. It loads nothing and runs no code.
 The content is plain data, as recipes/own_images.py writes it into results.json.
 """
 
@@ -138,17 +138,17 @@ h3 { font-size: 1rem; margin: 1.5rem 0 .4rem; }
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """``0.934``, or a dash for what is undefined."""
+    """Formats a number as ``0.934``, or a dash if it is undefined."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
 def percent(value: float) -> str:
-    """``93.4%``."""
+    """Formats a share as ``93.4%``."""
     return f"{100 * value:.1f}%"
 
 
 def interval(entry: dict[str, Any], name: str = "", *, flip: bool = False) -> str:
-    """``0.91 to 0.95``, or nothing where there is none."""
+    """Formats an interval as ``0.91 to 0.95``, or nothing if there is none."""
     prefix = f"{name}_" if name else ""
     low, high = entry.get(f"{prefix}low"), entry.get(f"{prefix}high")
     if low is None or high is None:
@@ -158,14 +158,14 @@ def interval(entry: dict[str, Any], name: str = "", *, flip: bool = False) -> st
 
 
 def cell(entry: dict[str, Any], name: str = "value") -> str:
-    """A figure with its interval under it, for a table."""
+    """Returns a figure with its interval below, for a table."""
     value = entry.get(name)
     text = interval(entry, "" if name == "value" else name)
     return number(value) + (f'<span class="n">{text}</span>' if text else "")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """HTML of cells that are HTML already; the first ``left`` columns are words."""
+    """Returns a table of HTML cells; the first ``left`` columns are text."""
     heads = "".join(
         f"<th{'' if n < left else ' class=r'} scope=col>{text}</th>" for n, text in enumerate(head)
     )
@@ -197,7 +197,7 @@ def _scale(low: float, high: float, start: float, end: float) -> Callable[[float
 
 
 def _ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers inside of a range."""
+    """Returns round numbers inside a range."""
     rough = max(high - low, 1e-9) / about
     power = 10.0 ** np.floor(np.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough)
@@ -206,13 +206,13 @@ def _ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def _whole(last: int) -> list[int]:
-    """Whole numbers from 1 to the last, at most seven, evenly spaced."""
+    """Returns whole numbers from 1 to the last, at most seven, evenly spaced."""
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, last) if last / step <= 6)
     return sorted({1, *range(step, last + 1, step)})
 
 
 def draw_reliability(bins: Sequence[dict[str, Any]]) -> str:
-    """Stated probability against how often that was right; a dot's area is its number of images."""
+    """Draws predicted probability against accuracy; a dot's area is its number of images."""
     x, y = _scale(0, 1, 52, 372), _scale(0, 1, 330, 10)
     parts = []
     for value in (0, 0.25, 0.5, 0.75, 1):
@@ -243,7 +243,7 @@ def draw_reliability(bins: Sequence[dict[str, Any]]) -> str:
 
 
 def draw_families(families: Sequence[dict[str, Any]]) -> str:
-    """Balanced accuracy of each family of damage with its interval; a line marks clean images."""
+    """Draws balanced accuracy by corruption family with intervals; a line marks clean images."""
     shown = [entry for entry in families if entry["family"] in FAMILIES]
     ends = [
         entry.get(f"balanced_accuracy{suffix}", entry["balanced_accuracy"])
@@ -283,9 +283,9 @@ def draw_families(families: Sequence[dict[str, Any]]) -> str:
 
 
 def draw_course(runs: Sequence[dict[str, Any]]) -> str:
-    """AUROC on validation over the epochs of every run; a ring marks the epoch that was kept.
+    """Draws validation AUROC over the epochs of every run; a ring marks the epoch that was kept.
 
-    Nothing to draw, an empty text, where it is undefined or there is one epoch alone.
+    Returns an empty string if it is undefined or there is only one epoch.
     """
     values = [e["val_auroc"] for run in runs for e in run["history"] if e["val_auroc"] is not None]
     if not values or max(len(run["history"]) for run in runs) < 2:
@@ -326,7 +326,7 @@ def draw_course(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def heat_table(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
-    """The confusion matrix: counts, shaded by their share of the row's class."""
+    """Draws the confusion matrix: counts, shaded by their share of the row's class."""
     heads = "".join(
         f'<th class="col" scope=col><span>{escape(name)}</span></th>' for name in classes
     )
@@ -356,7 +356,7 @@ def _picture(pixels: Tensor) -> Image.Image:
 def _inline(pixels: Tensor) -> str:
     picture, buffer = _picture(pixels), io.BytesIO()
     small = max(picture.size) <= 64
-    if small:  # a browser would smear it, and JPEG spoil it
+    if small:  # a browser would blur it, and JPEG would degrade it
         picture = picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST)
         picture.save(buffer, "PNG", optimize=True)
     else:
@@ -366,7 +366,7 @@ def _inline(pixels: Tensor) -> str:
 
 
 def contact_sheet(pictures: Sequence[Tensor], path: Path, columns: int = 6) -> None:
-    """All pictures on one sheet, row by row, as a PNG file."""
+    """Writes all images to one sheet, row by row, as a PNG file."""
     tiles = [_picture(pixels) for pixels in pictures]
     side, gap = max(tiles[0].size), 4
     columns = min(columns, len(tiles))
@@ -699,7 +699,7 @@ def _how(content: dict[str, Any]) -> str:
 
 
 def render(content: dict[str, Any], pictures: Sequence[Tensor]) -> str:
-    """The whole page.
+    """Renders the whole page.
 
     Args:
         content: As recipes/own_images.py writes it into results.json.
@@ -740,7 +740,7 @@ def render(content: dict[str, Any], pictures: Sequence[Tensor]) -> str:
 
 
 def write_report(content: dict[str, Any], pictures: Sequence[Tensor], path: Path) -> Path:
-    """Renders the page into a file, whole or not at all; returns its path."""
+    """Renders the page and writes it atomically; returns its path."""
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text(render(content, pictures), encoding="utf-8")
     os.replace(draft, path)

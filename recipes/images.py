@@ -31,17 +31,17 @@ class Images:
         return tuple(self.parts["train"][0].shape[1:])  # type: ignore[return-value]
 
     def statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of the training pixels in [0, 1], per channel."""
+        """Returns the mean and standard deviation of the training pixels in [0, 1], per channel."""
         pixels = self.parts["train"][0].float() / 255
         return pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist()
 
     def to(self, device: torch.device) -> Images:
-        """The same on a device."""
+        """Moves the images to a device."""
         parts = {name: (x.to(device), y.to(device)) for name, (x, y) in self.parts.items()}
         return replace(self, parts=parts)
 
     def first_labels(self, count: int, seed: int) -> Images:
-        """The same with a random ``count`` of the training images, to study small data sets.
+        """Keeps a random ``count`` of the training images, to study small data sets.
 
         Raises:
             SystemExit: If there are fewer.
@@ -53,7 +53,7 @@ class Images:
         return self.trained_on(images[chosen], labels[chosen])
 
     def resized(self, size: int) -> Images:
-        """The same with images of another side, enlarged or shrunk bilinearly."""
+        """Resizes the images to another side, bilinearly."""
         return self._changed(
             lambda pixels: (
                 F.interpolate(pixels.float(), size=(size, size), mode="bilinear", antialias=True)
@@ -63,7 +63,7 @@ class Images:
         )
 
     def in_colour(self) -> Images:
-        """The same with three channels: grey is repeated."""
+        """Repeats a grey channel three times."""
         return self._changed(lambda pixels: pixels.expand(-1, 3, -1, -1))
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Images:
@@ -74,12 +74,12 @@ class Images:
         return replace(self, parts=parts)
 
     def trained_on(self, images: Tensor, labels: Tensor) -> Images:
-        """The same with other training images."""
+        """Replaces the training images."""
         return replace(self, parts={**self.parts, "train": (images, labels)})
 
 
 def load_digits(size: int = 32) -> Images:
-    """The 1,797 scanned digits that scikit-learn ships, enlarged from 8 x 8 pixels."""
+    """Loads the 1,797 scanned digits that scikit-learn ships, enlarged from 8 x 8 pixels."""
     from sklearn.datasets import load_digits as read
 
     digits = read()
@@ -97,15 +97,15 @@ def load_digits(size: int = 32) -> Images:
 
 
 def load_images(name: str, root: Path, size: int) -> Images:
-    """A MedMNIST data set of the given size, or ``"digits"``."""
+    """Loads a MedMNIST data set of the given size, or ``"digits"``."""
     return load_digits(size) if name == "digits" else load_medmnist(name, root, size)
 
 
 def load_medmnist(flag: str, root: Path, size: int = 28) -> Images:
-    """A 2D MedMNIST data set from its npz file, downloaded if it is missing and can be.
+    """Loads a 2D MedMNIST data set from its npz file, downloading it if it is missing.
 
     Raises:
-        SystemExit: With one clear line, if the file is missing and cannot be downloaded.
+        SystemExit: If the file is missing and cannot be downloaded.
     """
     try:
         import medmnist
@@ -140,12 +140,12 @@ def _download(package: Any, info: Mapping[str, Any], path: Path, size: int) -> N
         address = info["url" if size == 28 else f"url_{size}"]
         raise SystemExit(
             f"{path} is missing and the download failed ({error}).\n"
-            f"Get it from {address} and put it there, or name its folder with --data-root."
+            f"Download it from {address} and put it there, or pass its folder as --data-root."
         ) from error
 
 
 class Normalised:
-    """uint8 pixels -> what the network is trained on: optionally augmented, then standardised."""
+    """Turns uint8 pixels into network input: optionally augmented, then standardised."""
 
     def __init__(
         self,
@@ -153,16 +153,16 @@ class Normalised:
         device: torch.device,
         statistics: tuple[Sequence[float], Sequence[float]] | None = None,
     ) -> None:
-        """``statistics`` are mean and standard deviation; those of the training images if None."""
+        """Takes mean and standard deviation as ``statistics``; by default the training images'."""
         mean, std = statistics or data.statistics()
         self._mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
         self._std = torch.tensor(std, device=device).view(1, -1, 1, 1)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Pixels as uint8, or as floats in [0, 1]."""
+        """Normalises pixels, uint8 or floats in [0, 1]."""
         scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
         return (scaled - self._mean) / self._std
 
     def batches(self, images: Tensor, size: int = 500) -> Iterator[Tensor]:
-        """All images in order, as the network takes them."""
+        """Yields all images in order, as the network takes them."""
         return (self(part) for part in images.split(size))

@@ -1,9 +1,9 @@
-"""What the second study measures of a network: clean and by family of corruption, calibration too.
+"""Measures of the second study: clean, by family of corruption, and calibration.
 
-Every run of a data set is measured on the same images with the same damage, which is computed once
-in a process and kept. A part of many images is thinned by class: the rare classes stay whole, and
-the weights of the others give the metrics of the whole part back. Balanced accuracy scatters with
-its rarest class, so that little precision is lost.
+Every run of a data set is measured on the same images with the same corruptions, which are computed
+once per process and kept. A large part is thinned by class: rare classes stay complete, and the
+weights of the others restore the metrics of the whole part. The precision of balanced accuracy
+depends on the rarest class, so little of it is lost.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ METRICS = ("accuracy", "balanced_error", "auroc", "ece", "nll", "scaled_ece", "s
 
 @dataclass(frozen=True)
 class Exam:
-    """The images that a part is measured on, uint8, clean and damaged, their labels and weights."""
+    """The images of an evaluation, uint8, clean and corrupted, with labels and weights."""
 
     pixels: Mapping[str, Tensor]  # "clean" or corruption/severity -> (N, C, H, W)
     labels: Tensor
-    weights: Tensor  # (N,), how many images of the part each stands for
+    weights: Tensor  # (N,), how many images of the part each represents
 
 
 def thin(labels: Tensor, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """At most about ``count`` rows, the rare classes whole, and how many rows each stands for.
+    """Keeps about ``count`` rows, rare classes complete; returns also the weight of each row.
 
-    Multi-label rows have no one class: of these a random ``count``.
+    Multi-label rows have no single class: of these it keeps a random ``count``.
     """
     if len(labels) <= count:
         return torch.arange(len(labels)), torch.ones(len(labels))
@@ -61,7 +61,7 @@ def thin(labels: Tensor, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def make_exam(data: Images, part: str, count: int, severities: tuple[int, ...]) -> Exam:
-    """The part thinned to ``count`` images, clean and under every corruption of FAMILIES."""
+    """Returns ``count`` images of a part, clean and under every corruption of FAMILIES."""
     images, labels = data.parts[part]
     rows, weights = thin(labels, count)
     pixels = {"clean": images[rows]}
@@ -73,7 +73,7 @@ def make_exam(data: Images, part: str, count: int, severities: tuple[int, ...]) 
 
 
 def negative_log_likelihood(logits: Tensor, labels: Tensor, weights: Tensor, task: str) -> float:
-    """In nats an image; of a multi-label task the mean over the labels."""
+    """Returns the loss in nats per image; the mean over the labels of a multi-label task."""
     if task == "multilabel":
         losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
     else:
@@ -82,7 +82,7 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor, weights: Tensor, tas
 
 
 def fit_temperature(logits: Tensor, labels: Tensor, weights: Tensor, task: str) -> float:
-    """What the logits are divided by so that they are likeliest (temperature scaling)."""
+    """Fits the temperature that maximises the likelihood of the labels (temperature scaling)."""
     found = minimize_scalar(
         lambda log: negative_log_likelihood(logits / 2.0**log, labels, weights, task),
         bounds=(-4, 6),
@@ -94,7 +94,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, weights: Tensor, task: str) 
 def score(
     logits: Tensor, labels: Tensor, weights: Tensor, task: str, temperature: float
 ) -> dict[str, float]:
-    """METRICS of one set of images; what is undefined is absent."""
+    """Returns METRICS of one set of images; undefined ones are absent."""
     values: dict[str, float] = {}
     for prefix, scaled in (("", logits), ("scaled_", logits / temperature)):
         probabilities = scaled.sigmoid() if task == "multilabel" else scaled.softmax(1)
@@ -110,11 +110,11 @@ def score(
 def examine(
     network: nn.Module, exams: Mapping[str, Exam], normalise: Normalised, task: str
 ) -> dict[str, Any]:
-    """METRICS of each exam and condition, and the temperature fitted on ``validation``, clean.
+    """Returns METRICS of each exam and condition, and the temperature fitted on ``validation``.
 
     The network is left in another memory format.
     """
-    network = network.to(memory_format=torch.channels_last)  # by a seventh faster on a CPU
+    network = network.to(memory_format=torch.channels_last)  # a seventh faster on a CPU
     logits = {
         part: {
             name: predict(network, pixels, normalise, 250) for name, pixels in exam.pixels.items()
@@ -135,7 +135,7 @@ def examine(
 
 
 def by_family(rows: Mapping[str, Mapping[str, float]], metric: str) -> dict[str, float]:
-    """A metric clean, for each family, and ``corrupted``, the mean over the families."""
+    """Returns a metric clean, for each family, and ``corrupted``, the mean over the families."""
     of_family = {
         family: mean(row[metric] for name, row in rows.items() if name.partition("/")[0] in names)
         for family, names in FAMILIES.items()

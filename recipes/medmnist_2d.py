@@ -1,12 +1,12 @@
-"""Plain training against in-model merging on a MedMNIST data set, in pairs of equal seeds.
+"""Compares plain training and in-model merging on a MedMNIST data set, paired by seed.
 
     accelerate launch recipes/medmnist_2d.py --dataset bloodmnist --data-root DIR --seeds 5
 
-Official splits; the epoch is chosen by the validation part alone (AUROC); the test part is read
-once per run. Each run writes one JSON file and the weights as a timm folder, and is not done again
-when the command is repeated, so a stopped command continues. Prints mean and standard deviation
-over the seeds, the paired difference with its 95% interval, and the paper's figures beside them;
-the same table is written in Markdown.
+Uses the official splits; the epoch is chosen by validation AUROC alone, and the test part is used
+once per run. Each run writes one JSON file and the weights as a timm folder, and is not repeated,
+so that a stopped command can be continued. Prints mean and standard deviation over the seeds, the
+paired difference with its 95% interval, and the paper's figures next to them; also writes this
+table in Markdown.
 
 Hardware and time: ResNet-18, 28 px, 5 epochs on one CPU core of a busy machine take 2 minutes a run
 on DermaMNIST and 4 to 5 on BloodMNIST. Expected: docs/evidence.md, files results/medmnist/.
@@ -58,13 +58,17 @@ parser.add_argument(
     help="side of the images in pixels (default: %(default)s)",
 )
 parser.add_argument("--arch", default="resnet18", help="any timm CNN (default: %(default)s)")
-parser.add_argument("--epochs", type=int, default=10, help="of each run (default: %(default)s)")
-parser.add_argument("--batch-size", type=int, default=64, help="over all processes")
+parser.add_argument(
+    "--epochs", type=int, default=10, help="epochs of each run (default: %(default)s)"
+)
+parser.add_argument("--batch-size", type=int, default=64, help="total over all processes")
 parser.add_argument("--lr", type=float, default=0.05, help="peak of the one-cycle schedule")
 parser.add_argument("--weight-decay", type=float, default=5e-4, help="L2 penalty of SGD")
 parser.add_argument("--seed", type=int, default=0, help="the first seed")
-parser.add_argument("--seeds", type=int, default=1, help="how many pairs of runs")
-parser.add_argument("--train-images", type=int, default=0, help="random subset; 0 takes all")
+parser.add_argument("--seeds", type=int, default=1, help="number of paired runs")
+parser.add_argument(
+    "--train-images", type=int, default=0, help="size of a random subset; 0 uses all"
+)
 parser.add_argument(
     "--out", type=Path, default=Path("runs/medmnist"), help="folder (default: %(default)s)"
 )
@@ -83,7 +87,7 @@ def train(
     merge: bool,
     folder: Path,
 ) -> dict[str, Any]:
-    """Trains, takes the best validation epoch, tests it once and exports it."""
+    """Trains, selects the best validation epoch, tests it once and exports it."""
     set_seed(seed, deterministic=options.deterministic)
     if options.train_images:
         data = data.first_labels(options.train_images, seed)
@@ -178,11 +182,11 @@ def train(
     return result
 
 
-# -- all runs, and what they say -------------------------------------------------------------------
+# -- all runs, and their results -------------------------------------------------------------------
 
 
 def compare(dataset: str, runs: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
-    """Heads and rows of the table: mean and standard deviation over seeds, paired difference."""
+    """Returns heads and rows of the table: mean and SD over seeds, paired difference."""
     lines = [["images", "metric", *runs]]
     if len(runs) == 2:
         lines[0].append("difference (95% interval)")
@@ -267,7 +271,7 @@ def check_same_settings(
     if arm == "plain":
         free |= {"paper", *paper_settings()}
     for key, value in vars(options).items():
-        # A run from before an argument was added did what its default says.
+        # A run from before an argument was added used what is now its default.
         default = paper_settings().get(key, parser.get_default(key))
         before = result["settings"].get(key, str(default))
         if key not in free and before != str(value):

@@ -1,7 +1,7 @@
-"""The settings of merging on a recipe's command line.
+"""Command-line options of a recipe for the settings of merging.
 
-What is left out there is what ``InMergeWrapper.recommended`` chooses, and with ``--paper`` what the
-constructor's own defaults are, which are the paper's: no setting is written down a second time.
+An option that is left out has the value of ``InMergeWrapper.recommended``, or with ``--paper`` the
+constructor's default, which is the paper's: no default is written down a second time.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _ELSEWHERE |= {"seed", "inspect_every", "check_replicas_every", "compiled", "eng
 
 
 def add_merging_arguments(parser: argparse.ArgumentParser, *, optional: bool = True) -> None:
-    """The settings of merging, each with its symbol in the paper (arXiv 2502.20516).
+    """Adds the merging options, each with its symbol in the paper (arXiv 2502.20516).
 
-    They are None until ``parse_run`` fills them in, which can tell that way what was given. A
-    recipe that always merges is not ``optional``: it offers no ``--no-merge``.
+    They are None until ``parse_run`` fills them in, so that it can see which were passed. A recipe
+    that always merges is not ``optional``: it has no ``--no-merge``.
     """
     group = parser.add_argument_group(
         "in-model merging (symbols of arXiv 2502.20516; by default what InMergeWrapper.recommended "
@@ -39,40 +39,40 @@ def add_merging_arguments(parser: argparse.ArgumentParser, *, optional: bool = T
         help="the paper's settings: alpha .8, p .3, fixed tau .3, merging in every step to the end",
     )
     group.add_argument(
-        "--merge-weight", type=float, metavar="ALPHA", help="alpha: share of a kernel that stays"
+        "--merge-weight", type=float, metavar="ALPHA", help="alpha: weight of the kernel itself"
     )
     group.add_argument(
         "--merge-probability",
         type=float,
         metavar="P",
-        help="p: chance of a kernel to be drawn in a step",
+        help="p: probability that a kernel is drawn in a step",
     )
     group.add_argument(
         "--similarity-threshold",
         type=threshold,
         metavar="TAU",
-        help="tau: cosine above which a pair merges, -1 to 1; or z=2, so many standard deviations "
-        "above chance; or top=0.5, that share of the drawn pairs of each layer",
+        help="tau: cosine above which a pair merges, -1 to 1; or z=2, standard deviations above "
+        "chance; or top=0.5, that share of the drawn pairs of each layer",
     )
     group.add_argument(
         "--shallow-layers",
         type=layers_or_share,
         metavar="L_S",
-        help="L_s: first convolutions left alone, a count such as 10 or a share of "
+        help="L_s: first convolutions not to merge, a count such as 10 or a share of "
         "the depth such as 0.625",
     )
     group.add_argument(
         "--decay",
         choices=["constant", "linear", "cosine"],
-        help="how merging fades over the training",
+        help="how merging fades out during training",
     )
 
 
 def parse_run(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parses the command line of a recipe that merges, and fills in the settings of merging.
 
-    They are those in force, for the results file: the recommended ones, the paper's, or None
-    without merging. Arguments that ``--paper`` or ``--no-merge`` would ignore are refused.
+    The settings are those in force, for the results file: the recommended ones, the paper's, or
+    None without merging. Arguments that ``--paper`` or ``--no-merge`` would ignore are an error.
     """
     options = parser.parse_args()
     merges = not getattr(options, "no_merge", False)
@@ -85,7 +85,7 @@ def parse_run(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if ignored:
         names = ", ".join("--" + name.replace("_", "-") for name in ignored)
         switch = "--paper" if merges else "--no-merge"
-        parser.error(f"{switch} would ignore {names}: leave out the one or the other")
+        parser.error(f"{switch} would ignore {names}: leave out one or the other")
     if merges:
         in_force = paper_settings() if options.paper else recommended_options()
         vars(options).update({k: v for k, v in in_force.items() if k not in given})
@@ -93,14 +93,14 @@ def parse_run(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def paper_settings() -> dict[str, Any]:
-    """The defaults of InMergeWrapper, which are the paper's, and the decay of its schedule."""
+    """Returns the defaults of InMergeWrapper (the paper's) and the decay of its schedule."""
     parameters = inspect.signature(InMergeWrapper).parameters.values()
     settings = {p.name: p.default for p in parameters if p.name not in _ELSEWHERE}
     return settings | {"decay": Schedule().decay}
 
 
 def recommended_options() -> dict[str, Any]:
-    """What ``InMergeWrapper.recommended`` chooses, and the decay of its schedule."""
+    """Returns what ``InMergeWrapper.recommended`` chooses, and the decay of its schedule."""
     chosen = recommended_settings(total_steps=1)
     decay = chosen.pop("schedule").decay
     return paper_settings() | chosen | {"decay": decay}
@@ -109,9 +109,9 @@ def recommended_options() -> dict[str, Any]:
 def merging_settings(
     options: argparse.Namespace, total_steps: int, start: int = 0
 ) -> dict[str, Any]:
-    """The arguments of InMergeWrapper that are in force, merging from step ``start`` on.
+    """Returns the arguments of InMergeWrapper that are in force, merging from step ``start`` on.
 
-    Merging that fades out ends a twentieth before the training does.
+    Merging that fades out ends at 95 % of the steps that follow ``start``.
     """
     names = [name for name in paper_settings() if name != "decay"]
     fading = recommended_settings(total_steps - start)["schedule"]
@@ -123,7 +123,7 @@ def merging_settings(
 
 
 def threshold(text: str) -> float | ZScore | Quantile:
-    """``"0.3"`` -> the paper's fixed cosine, ``"z=2"`` and ``"top=0.5"`` -> what adapts to a layer.
+    """Parses ``"0.3"`` (a fixed cosine), ``"z=2"`` and ``"top=0.5"`` (relative to the layer).
 
     Raises:
         argparse.ArgumentTypeError: If it is none of these, or out of range.
@@ -134,11 +134,11 @@ def threshold(text: str) -> float | ZScore | Quantile:
         rule = rules[kind if given else ""](float(number))
     except (KeyError, ValueError) as error:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no threshold: give a cosine such as 0.3, z=2 or top=0.5 ({error})"
+            f"{text!r} is not a threshold: pass a cosine such as 0.3, z=2 or top=0.5 ({error})"
         ) from error
     return rule.tau if isinstance(rule, Fixed) else rule
 
 
 def layers_or_share(text: str) -> int | float:
-    """``"10"`` -> 10 layers, ``"0.5"`` -> half of the depth."""
+    """Parses ``"10"`` (10 layers) and ``"0.5"`` (half of the depth)."""
     return int(text) if text.isdigit() else float(text)

@@ -1,7 +1,7 @@
-"""What a run of a study trains with: plain training is the empty tuple, ``()``, of methods.
+"""Training methods of the studies; plain training is the empty tuple ``()`` of methods.
 
-Each method is a small frozen class that changes one or two moments of the one loop in training.py:
-how the network is made, what a batch holds, how a gradient is taken, what follows the weights. A
+Each method is a small frozen class that changes one or two parts of the loop in training.py: how
+the network is created, what a batch holds, how a gradient is computed, what follows the weights. A
 new method is one more class here, and its name in an arm. Methods combine in a tuple:
 ``(Merge({"transient": True}), EMA(0.98))``.
 """
@@ -33,7 +33,7 @@ from inmerge_wrap.merging import blend_kernels, norm_scale, pair_cosines
 
 @dataclass(frozen=True)
 class Training:
-    """A training that is about to begin, as its methods see it."""
+    """A training run that is about to start, as its methods see it."""
 
     network: nn.Module
     model: nn.Module  # the network, or the wrapper around it
@@ -45,59 +45,59 @@ class Training:
 
 
 class Follower:
-    """What a method does, and remembers, in the course of one training."""
+    """The actions and state of a method during one training run."""
 
     def before_epoch(self, epoch: int) -> None:
-        """Epochs count from 0."""
+        """Runs before each epoch; epochs count from 0."""
 
     def after_step(self, step: int) -> None:
-        """Steps count from 0 over the whole training."""
+        """Runs after each step; steps count from 0 over the whole training."""
 
     def after_epoch(self, epoch: int) -> None:
-        """Epochs count from 0."""
+        """Runs after each epoch; epochs count from 0."""
 
     def finish(self, network: nn.Module, images: Callable[[], Iterable[Tensor]]) -> nn.Module:
-        """The network to test, given the trained one and all training images as it takes them."""
+        """Returns the network to test, given the trained one and all training images."""
         return network
 
     def seen(self) -> dict[str, Any]:
-        """What goes into the result of the run."""
+        """Returns what is recorded in the result of the run."""
         return {}
 
 
 class Method:
-    """Changes nothing: what a method does not mention stays plain training."""
+    """A method that changes nothing: whatever a subclass does not override is plain training."""
 
     name: ClassVar[str]
 
     def network_settings(self) -> dict[str, Any]:
-        """Further arguments of ``timm.create_model``."""
+        """Returns further arguments of ``timm.create_model``."""
         return {}
 
     def wrap(self, network: nn.Module, total_steps: int, seed: int) -> nn.Module:
-        """What is trained in the place of the network."""
+        """Returns the module that is trained in place of the network."""
         return network
 
     def batch(
         self, inputs: Tensor, targets: Tensor, classes: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """A batch as it is trained on; targets are class indices, or shares (N, classes)."""
+        """Returns the batch to train on; targets are class indices, or shares (N, classes)."""
         return inputs, targets
 
     def gradient(self, network: nn.Module, backward: Callable[[], None]) -> None:
-        """Leaves a gradient; each call of ``backward`` is a pass that the budget counts."""
+        """Computes the gradient; each call of ``backward`` is a pass that the budget counts."""
         backward()
 
     def falling_epochs(self, epochs: int) -> int:
-        """Of so many epochs the first, over which the learning rate runs its cycle."""
+        """Returns the number of epochs over which the learning rate is annealed."""
         return epochs
 
     def follow(self, training: Training) -> Follower:
-        """Begins one training."""
+        """Starts one training run."""
         return Follower()
 
     def to_dict(self) -> Any:
-        """The settings, for the results file."""
+        """Returns the settings, for the results file."""
         return asdict(self)  # type: ignore[call-overload]
 
 
@@ -106,27 +106,27 @@ class Method:
 
 @dataclass(frozen=True)
 class Fade:
-    """A Schedule of merging in shares of the whole training."""
+    """A Schedule of merging in shares of the training run."""
 
     start: float = 0.0
     decay: Literal["constant", "linear", "cosine"] = "cosine"
     anneals: Literal["probability", "strength"] = "probability"
 
     def schedule(self, total_steps: int) -> Schedule:
-        """For a training of so many steps."""
+        """Returns the schedule for a training run of ``total_steps`` steps."""
         start = round(self.start * total_steps)
         return Schedule(start=start, end=total_steps, decay=self.decay, anneals=self.anneals)
 
 
 @dataclass(frozen=True)
 class Merge(Method):
-    """In-model merging; what is left out is the paper's, or what the library recommends.
+    """In-model merging; settings left out are the paper's, or those that the library recommends.
 
     Attributes:
         settings: Arguments of InMergeWrapper; not ``schedule`` and not ``seed``.
         fade: The schedule; None merges in every step to the end, or as recommended.
         recommended: Build on ``InMergeWrapper.recommended``.
-        recalibrate: Measure BatchNorm's statistics again after the training.
+        recalibrate: Recompute BatchNorm's statistics after training.
     """
 
     name: ClassVar[str] = "merge"
@@ -221,8 +221,8 @@ def merge_variant_(
     """Merges toward ``clusters`` or ``unit`` kernels, in place.
 
     ``clusters``: each drawn kernel moves toward the mean of those kernels that share its most
-    similar one of C_out / 8 drawn at random. ``unit``: the most alike half of random pairs is
-    blended as BatchNorm sees kernels, by their direction; each keeps its norm.
+    similar one of C_out / 8 drawn at random. ``unit``: the most similar half of random pairs is
+    blended by direction, as BatchNorm sees kernels; each keeps its norm.
     """
     kernels = weight.flatten(1)
     norms = kernels.norm(dim=1, keepdim=True).clamp_min(1e-12)
@@ -325,9 +325,9 @@ class SAM(Method):
 
 @contextmanager
 def climbed(network: nn.Module, rho: float) -> Iterator[None]:
-    """The weights moved by ``rho`` up their gradient, which is forgotten.
+    """Moves the weights by ``rho`` along their gradient, and clears it.
 
-    BatchNorm's running statistics stay as they are meanwhile: they belong to the weights in use.
+    BatchNorm's running statistics do not change: they belong to the weights in use.
     """
     weights = [weight for weight in network.parameters() if weight.grad is not None]
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -414,7 +414,7 @@ Images = Callable[[], Iterable[Tensor]]
 
 @dataclass(frozen=True)
 class Ensemble(Method):
-    """Several networks that share the budget and answer with their mean probability."""
+    """An ensemble: several networks that share the budget; their probabilities are averaged."""
 
     name: ClassVar[str] = "ensemble"
     members: int = 3
@@ -432,7 +432,7 @@ class Ensemble(Method):
 
 
 class MeanProbability(nn.Module):
-    """Several networks; answers with the logits of their mean probability."""
+    """Several networks; returns the logits of their mean probability."""
 
     def __init__(self, members: Sequence[nn.Module], task: str) -> None:
         super().__init__()
@@ -448,7 +448,7 @@ class MeanProbability(nn.Module):
 
 @dataclass(frozen=True)
 class Soup(Method):
-    """The mean of several networks fine-tuned from one, each in its own order of the images.
+    """A soup: the mean of several networks fine-tuned from one, each with its own data order.
 
     The trunk takes half of the budget, the branches share the rest (model soups, arXiv 2203.05482).
     """

@@ -1,8 +1,8 @@
-"""ChestX-ray14 (NIH) for ``chestxray.py``: the parts of the data, and how they are read fast.
+"""ChestX-ray14 (NIH) for ``chestxray.py``: the parts of the data, and fast reading.
 
-The official release is read as it is downloaded, and a Hugging Face data set of the same images
-from the hub or a folder. In both, a tenth of the training patients is the validation part where
-none is given, drawn by a hash of seed and patient, and no patient stands in two parts.
+It reads the official release as downloaded, or a Hugging Face data set of the same images from the
+Hub or a folder. In both, a tenth of the training patients, drawn by a hash of seed and patient, is
+the validation part if none is given, and no patient is in two parts.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NAME = re.compile(r"(\d{8})_\d{3}\.\w+")  # patient_visit.png, the release's nam
 
 @dataclass(frozen=True)
 class Part:
-    """Names, labels (N, 14) of 0 and 1, and images that are decoded when they are asked for.
+    """Names, labels (N, 14) of 0 and 1, and images that are decoded on access.
 
     An image is a path, a PIL image or, from a cache, an array of grey levels (side, side).
     """
@@ -59,10 +59,10 @@ class Part:
 
 
 def read_release(root: Path, seed: int) -> dict[str, Part]:
-    """The three parts of the NIH release.
+    """Returns the three parts of the NIH release.
 
     Raises:
-        SystemExit: With one clear line, if something is missing or a patient is in two parts.
+        SystemExit: If something is missing or a patient is in two parts.
     """
     tables = sorted(root.glob("Data_Entry_2017*.csv"))
     lists = {name: root / f"{name}_list.txt" for name in ("train_val", "test")}
@@ -77,7 +77,7 @@ def read_release(root: Path, seed: int) -> dict[str, Part]:
         if name not in entries or name not in paths:
             where = tables[-1].name if name not in entries else f"{root}/images*/"
             raise SystemExit(
-                f"{name} is listed but stands not in {where}: the release is incomplete"
+                f"{name} is listed but not found in {where}: the release is incomplete"
             )
     patients = {
         part: [entries[name]["Patient ID"] for name in names] for part, names in listed.items()
@@ -91,10 +91,10 @@ def read_release(root: Path, seed: int) -> dict[str, Part]:
 
 
 def split(patients: dict[str, list[str]], seed: int) -> dict[str, tuple[str, list[int]]]:
-    """Part -> source and its rows: a source ``train_val`` is split by patient, others stay whole.
+    """Maps each part to its source and rows; a source ``train_val`` is split by patient.
 
     Raises:
-        SystemExit: If a part is empty or a patient stands in two of them.
+        SystemExit: If a part is empty or a patient is in two of them.
     """
     parts: dict[str, tuple[str, list[int]]] = {}
     for source, column in patients.items():
@@ -113,15 +113,15 @@ def split(patients: dict[str, list[str]], seed: int) -> dict[str, tuple[str, lis
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
         shared = people[one] & people[other]
         if shared:
-            raise SystemExit(f"patients {sorted(shared)[:5]} stand in both {one} and {other}")
+            raise SystemExit(f"patients {sorted(shared)[:5]} are in both {one} and {other}")
     for part, members in people.items():
         if not members:
-            raise SystemExit(f"there is no patient in the part {part}")
+            raise SystemExit(f"the part {part} has no patients")
     return {part: parts[part] for part in ("train", "val", "test")}
 
 
 def label_matrix(names: Sequence[str], findings: Sequence[Sequence[str]]) -> Tensor:
-    """0 and 1 of shape (N, 14) from the names of the findings."""
+    """Returns a matrix of 0 and 1, shape (N, 14), from the names of the findings."""
     for name, found in zip(names, findings, strict=True):
         unknown = {*found} - {*FINDINGS, "No Finding"}
         if unknown:
@@ -133,29 +133,29 @@ def label_matrix(names: Sequence[str], findings: Sequence[Sequence[str]]) -> Ten
 
 
 def read_dataset(name: str, revision: str | None, seed: int) -> dict[str, Part]:
-    """The three parts of a data set of the hub, or of a folder of parquet files or images.
+    """Returns the three parts of a data set of the Hub, or of a folder of parquet files or images.
 
     ``datasets`` copies it once into its own cache and maps those Arrow files into memory; only
     labels and patients are read here.
 
     Raises:
-        SystemExit: With one clear line, if it can not be had or is not what is needed.
+        SystemExit: If it is not available or does not fit.
     """
     import datasets
 
     local = Path(name).is_dir()
     if local and revision:
-        raise SystemExit(f"--revision is for a data set of the hub, but {name} is a folder")
+        raise SystemExit(f"--revision is for a data set of the Hub, but {name} is a folder")
     if not local and not re.fullmatch("[0-9a-f]{40}", revision or ""):
         raise SystemExit(
-            f"{name} is no folder, and a data set of the hub can change under its name: pass "
+            f"{name} is not a folder, and a data set of the Hub can change: pass "
             f"--revision COMMIT, 40 hex digits from https://huggingface.co/datasets/{name}/commits"
         )
     try:
         loaded = datasets.load_dataset(name, revision=revision)
-    except Exception as error:  # hub, network and each file format raise their own
+    except Exception as error:  # hub, network and each file format raise their own errors
         cause = " ".join(str(error.__cause__ or error).split())
-        raise SystemExit(f"{name} can not be loaded: {type(error).__name__}: {cause}") from error
+        raise SystemExit(f"{name} cannot be loaded: {type(error).__name__}: {cause}") from error
     missing = {"train", "test"} - {*loaded}
     if missing:
         raise SystemExit(f"{name} has the splits {sorted(loaded)}: {sorted(missing)} is missing")
@@ -175,7 +175,7 @@ def read_dataset(name: str, revision: str | None, seed: int) -> dict[str, Part]:
 
 
 class Columns:
-    """What this task needs of one split: names, findings and patients, row by row."""
+    """The names, findings and patients of one split, row by row."""
 
     def __init__(self, table: Any, name: str, split: str) -> None:
         import datasets
@@ -184,7 +184,7 @@ class Columns:
         self._complaint = (
             f"{name}, split {split}, has the columns "
             f"{', '.join(f'{key} ({type(kind).__name__})' for key, kind in table.features.items())}"
-            ": needed are image (Image), one of label, labels or 'Finding Labels' (names in a list "
+            ": it needs image (Image), one of label, labels or 'Finding Labels' (names in a list "
             "or joined by |, or ClassLabel), and 'Patient ID' or patient_id or else names such as "
             "00000061_012.png in 'Image Index' or as the images' file names"
         )
@@ -202,7 +202,7 @@ class Columns:
             return self.table["Image Index"][:]
         import pyarrow.compute
 
-        # The stored path alone: asking the data set for the column would read the images.
+        # Only the stored path: reading the column from the data set would read the images.
         paths = pyarrow.compute.struct_field(self.table.data.column("image"), "path").to_pylist()
         return [Path(path).name if path else f"{split} {row}" for row, path in enumerate(paths)]
 
@@ -237,12 +237,12 @@ class Columns:
 
 
 def resized_side(size: int) -> int:
-    """The side from which ``size`` is cropped, as 224 of 256."""
+    """Returns the side that images are resized to before the crop, as 256 for 224."""
     return round(size * 256 / 224)
 
 
 def grey_square(image: Path | Image.Image | np.ndarray, side: int) -> Tensor:
-    """uint8 (1, side, side). NIH images are square; of others the middle of the long side stays."""
+    """Returns uint8 (1, side, side); images that are not square are centre-cropped."""
     if isinstance(image, np.ndarray):
         return torch.from_numpy(image.copy()).unsqueeze(0)  # the map itself is read-only
     with Image.open(image) if isinstance(image, Path) else image as opened:
@@ -267,7 +267,7 @@ class Radiographs(Dataset):
 
 
 def in_memory(parts: dict[str, Part], size: int) -> Images:
-    """All parts as ``Images``, for a release of few images: the centre crop, read once."""
+    """Returns all parts as ``Images``, centre-cropped and read once, for a small release."""
     read = {}
     for name, part in parts.items():
         radiographs = Radiographs(part, size, resized_side(size), train=False)
@@ -276,9 +276,9 @@ def in_memory(parts: dict[str, Part], size: int) -> Images:
 
 
 class Standardised:
-    """uint8 (N, 1, H, W) -> floats (N, 3, H, W) as ImageNet's networks expect them, on a device.
+    """Turns uint8 (N, 1, H, W) into floats (N, 3, H, W) for ImageNet networks, on a device.
 
-    There, since grey bytes are a twelfth of what the workers would have to hand over.
+    On the device, because grey bytes are a twelfth of the data that workers would have to transfer.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -289,7 +289,7 @@ class Standardised:
 
 
 def images_per_second(loader: DataLoader, batches: int) -> float:
-    """Speed of the loader alone, the start of its workers included."""
+    """Measures the speed of the loader alone, including the start of its workers."""
     began, count = time.perf_counter(), 0
     for _, (images, _labels) in zip(range(batches), loader, strict=False):
         count += len(images)
@@ -300,7 +300,7 @@ def images_per_second(loader: DataLoader, batches: int) -> float:
 
 
 class Squares(Sequence[np.ndarray]):
-    """Grey squares in a file that each process maps itself: a pickled map would be a whole copy."""
+    """Grey squares in a file that each process maps itself; a pickled map would be a full copy."""
 
     def __init__(self, path: Path, count: int) -> None:
         self.path, self.count = path, count
@@ -320,10 +320,10 @@ class Squares(Sequence[np.ndarray]):
 
 
 def cached(part: Part, path: Path, source: str, side: int, workers: int) -> Part:
-    """The part with its images from ``path``, which is written if it holds no or other images.
+    """Returns the part with its images from ``path``, written first if it does not match.
 
-    A ``.json`` beside it says what it holds. Images that changed under the same name and source
-    are not noticed: delete the cache after such a change.
+    A ``.json`` next to it describes the content. Images that changed under the same name and source
+    are not detected: delete the cache after such a change.
     """
     note = path.with_suffix(".json")
     names = hashlib.sha256("\n".join(part.names).encode()).hexdigest()
@@ -336,19 +336,19 @@ def cached(part: Part, path: Path, source: str, side: int, workers: int) -> Part
                 for key, value in holds.items()
                 if before.get(key) != value
             )
-            print(f"{path} is stale ({now}): writing it anew")
-        note.unlink(missing_ok=True)  # first, so that it never stands beside other images
+            print(f"{path} is stale ({now}): writing it again")
+        note.unlink(missing_ok=True)  # first, so that it never describes other images
         write_squares(Radiographs(part, side, side, train=False), path, workers)
         write_json(note, holds)
     return replace(part, images=Squares(path, len(part)))
 
 
 def write_squares(squares: Radiographs, path: Path, workers: int) -> None:
-    """Decodes and resizes every image once, into a file that is written whole or not at all."""
+    """Decodes and resizes every image once, into a file that is written atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".draft-")
     try:
-        # Written, not mapped: where the disk is full, a map ends the process without a word.
+        # Written, not mapped: on a full disk, a map ends the process without an error message.
         with os.fdopen(handle, "wb") as file:
             shape = (len(squares), squares.side, squares.side)
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}

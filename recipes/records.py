@@ -1,4 +1,4 @@
-"""Results: the environment that made them, how they are written, how they are put into words."""
+"""Results files: the environment of a run, atomic writing, and formatting of figures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from inmerge_wrap import __version__
 
 
 def environment() -> dict[str, Any]:
-    """What a reader needs to judge a figure: the command, the versions, the machine."""
+    """Returns what a reader needs to judge a figure: command, versions and machine."""
     return {
         "command": shlex.join(["python", *sys.argv]),
         "versions": {
@@ -39,18 +39,18 @@ def environment() -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and, of several values, standard deviation."""
+    """Formats the mean and, of several values, the standard deviation."""
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def difference_text(paired: Mapping[str, float]) -> str:
-    """What ``paired_difference`` found: the mean and, of several pairs, its 95% interval."""
+    """Formats the result of ``paired_difference``: the mean and, of several pairs, its 95% CI."""
     text = f"{paired['mean']:+.3f}"
     return text + (f" ({paired['low']:+.3f} to {paired['high']:+.3f})" if "low" in paired else "")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a results file whole or not at all."""
+    """Writes a results file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".draft-")
     with os.fdopen(handle, "w") as file:

@@ -1,8 +1,8 @@
-"""Training that a kill does not stop: every epoch begins from seeds and ends in a checkpoint.
+"""Resumable training: every epoch starts from seeds and ends in a checkpoint.
 
-A run that was killed goes on from its last whole epoch and comes, on a CPU, to the same bits as one
-that was not: the order of the images, the augmentation and dropout are drawn from seeds of the run
-and the epoch, merging from its own.
+A killed run continues from its last complete epoch and, on a CPU, ends bit for bit as an
+uninterrupted one: the order of the images, the augmentation and dropout are drawn from seeds of the
+run and the epoch, and merging from its own seed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Display name."""
         return f"{self.method}, seed {self.seed}"
 
 
@@ -58,14 +58,14 @@ class Run:
 
 
 def statistics(images: ImageSet, most: int = 1000) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel of up to 1,000 images, pixels in [0, 1]."""
+    """Returns mean and standard deviation per channel of up to 1,000 images, pixels in [0, 1]."""
     step = max(1, len(images) // most)
     pixels = torch.stack([images[n][0] for n in range(0, len(images), step)]).float() / 255
     return pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).clamp_min(1e-3).tolist()
 
 
 def augmentation(flip: str) -> v2.Compose:
-    """TrivialAugment (arXiv 2103.10158) on uint8 pixels, and mirroring where it is harmless."""
+    """Returns TrivialAugment (arXiv 2103.10158) on uint8 pixels, and flips where harmless."""
     steps: list[nn.Module] = [v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)]
     if flip in ("horizontal", "both"):
         steps.append(v2.RandomHorizontalFlip())
@@ -75,7 +75,7 @@ def augmentation(flip: str) -> v2.Compose:
 
 
 class EpochOrder(Sampler[int]):
-    """An order of the images that the seed and the epoch decide, so that a resumed run has it."""
+    """An order of the images that depends only on seed and epoch, to be repeatable."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed, self.epoch = count, seed, 0
@@ -89,16 +89,16 @@ class EpochOrder(Sampler[int]):
 
 
 def derived_seed(*numbers: int) -> int:
-    """32 bits, as many as torch's CPU generator reads."""
+    """Derives a 32-bit seed, as many bits as torch's CPU generator reads."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big")
 
 
-# -- the parts of a training ---------------------------------------------------------------------
+# -- the parts of training ---------------------------------------------------------------------
 
 
 class Normalise:
-    """uint8 pixels (N, C, H, W), or floats in [0, 1], to what the network takes."""
+    """Turns uint8 pixels (N, C, H, W), or floats in [0, 1], into network input."""
 
     def __init__(self, mean: list[float], std: list[float], device: torch.device) -> None:
         self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
@@ -112,13 +112,13 @@ class Normalise:
 def loss_of(
     task: str, labels: Tensor, *, balanced: bool, device: torch.device
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Cross-entropy, of a multi-label task its binary form over the labels that are known.
+    """Computes cross-entropy; binary, over the known labels, for a multi-label task.
 
     Args:
         task: ``"multiclass"`` or ``"multilabel"``.
-        labels: Of the training part, from which balanced weights are counted.
-        balanced: Whether each class weighs the same in all, however rare it is.
-        device: Of the outputs.
+        labels: Labels of the training part, from which balanced weights are computed.
+        balanced: Whether each class has the same total weight, however rare it is.
+        device: Device of the outputs.
     """
     if task == "multiclass":
         counts = labels.bincount().float()
@@ -138,7 +138,7 @@ def loss_of(
 
 
 def warm_up_and_cosine(warm_up: int, total: int) -> Callable[[int], float]:
-    """Share of the peak learning rate by step: a straight line up, then half a cosine down."""
+    """Returns the share of the peak learning rate: linear warm-up, then cosine decay."""
 
     def share(step: int) -> float:
         if step < warm_up:
@@ -153,7 +153,7 @@ def warm_up_and_cosine(warm_up: int, total: int) -> Callable[[int], float]:
 def predict(
     network: nn.Module, loader: DataLoader, normalise: Normalise, accelerator: Accelerator
 ) -> tuple[Tensor, Tensor]:
-    """Logits and labels of all images of a prepared loader, on the CPU of every process."""
+    """Returns logits and labels of all images of a prepared loader, on the CPU of every process."""
     was_training = network.training
     network.eval()
     outputs, truths = [], []
@@ -167,7 +167,7 @@ def predict(
 
 
 def validation_auroc(logits: Tensor, labels: Tensor, task: str) -> float | None:
-    """By which the best epoch is chosen; None where the validation part cannot define it."""
+    """Returns the AUROC that selects the best epoch; None if it is undefined on validation."""
     values, _ = classification_metrics(probabilities_of(logits, task), labels, task=task)
     area = float(values["auroc"])
     return None if area != area else area
@@ -181,10 +181,10 @@ def train(
     accelerator: Accelerator,
     bar: tqdm,
 ) -> None:
-    """Trains one network, from where it was, and leaves its best weights and history in a folder.
+    """Trains or resumes one network; writes its best weights and history to a folder.
 
-    Every epoch begins from seeds of its own and ends in a checkpoint that replaces the last one in
-    one step, so a killed run loses an epoch at most and goes on to the same weights.
+    Every epoch starts from its own seeds and ends in a checkpoint that replaces the last one
+    atomically, so a killed run loses at most one epoch and reaches the same weights.
     """
     checkpoint, best_file = run.folder / "checkpoint.pt", run.folder / "best.safetensors"
     task, device = collection.task, accelerator.device
@@ -313,17 +313,17 @@ def train(
 
 
 def standing(entry: dict[str, Any]) -> tuple[float, float]:
-    """How good an epoch was on validation: its AUROC; where that ties or is undefined, its loss."""
+    """Returns the sort key of an epoch: validation AUROC, then the loss for ties."""
     return entry["val_auroc"] or 0.0, -entry["val_loss"]
 
 
 def best_epoch(history: list[dict[str, Any]]) -> int:
-    """By validation; the first of equals."""
+    """Returns the best epoch on validation; the first of equals."""
     return max(history, key=standing)["epoch"]
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
-    """Writes a checkpoint whole or not at all: a kill, or a power cut, leaves the last one."""
+    """Writes a checkpoint atomically: after a kill or a power cut, the last one is intact."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
     with open(draft, "wb") as file:

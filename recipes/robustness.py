@@ -1,22 +1,22 @@
-"""Compare exported weights on damaged pictures: table, JSON and three pictures.
+"""Compares exported weights on corrupted images: table, JSON and three figures.
 
     python recipes/robustness.py --data dermamnist --data-root data/medmnist \
         --arch resnet18 --attacks fgsm pgd --output runs/robustness_derma \
         plain=plain.safetensors merged=merged.safetensors
 
 Each model is `label=path`: a safetensors file of plain weights, or a folder that timm can load
-(`config.json` and `model.safetensors`). A label that is given several times stands for several
-training seeds of one method, in the same order for every label; differences are then paired.
+(`config.json` and `model.safetensors`). Repeat a label for several training seeds of one
+method, in the same order for every label; differences are then paired.
 
 Data: the test part of a MedMNIST data set (`FLAG.npz` or `FLAG_SIZE.npz` in the data root,
-downloaded if it is missing and can be), or `--data digits`, the 497 test digits of the other
-recipes, which need no file and are enlarged to `--size` pixels. Or images of one's own: a folder
+downloaded if missing), or `--data digits`, the 497 test digits of the other
+recipes, which need no file and are enlarged to `--size` pixels. Or your own images: a folder
 `DIR/test/CLASS/*`, a folder `DIR/CLASS/*`, or the `split.csv` that own_images.py wrote; they are
-read as the `preparation.json` beside the first model's weights says, if there is one.
+read as the `preparation.json` next to the first model's weights specifies, if there is one.
 
-Hardware and time: a CPU will do at 28 px; each model sees the test part once for every corruption
-and severity. Expected: a balanced error that grows with the severity; figures that were measured
-stand in docs/evidence.md.
+Hardware and time: a CPU suffices at 28 px; each model sees the test part once for every corruption
+and severity. Expected: a balanced error that grows with the severity; see
+docs/evidence.md for measured figures.
 """
 
 import argparse
@@ -59,7 +59,7 @@ from inmerge_wrap.robustness.image_files import DataError, Preparation
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# Okabe and Ito's colours, told apart by every kind of colour vision; yellow is too faint for lines.
+# Okabe and Ito's colours, safe for every kind of colour vision; yellow is too faint for lines.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = "osD^vPX"
 
@@ -78,21 +78,30 @@ def parse_arguments() -> argparse.Namespace:
     add("--data-root", type=Path, default=Path("data"), help="folder of the npz file")
     add("--size", type=int, default=28, help="image side in pixels (28 reads FLAG.npz)")
     add("--limit", type=int, help="use only the first LIMIT test images")
-    add("--arch", default="resnet18", help="timm model, or torchvision:NAME; folders bring theirs")
-    add("--num-classes", type=int, help="outputs of the model; as many as the data have if unset")
-    add("--in-channels", type=int, choices=(1, 3), help="of the model; those of the data if unset")
-    add("--mean", type=float, nargs="+", help="subtracted from pixels in [0, 1]; as in training, "
-        "timm folders bring theirs")  # fmt: skip
-    add("--std", type=float, nargs="+", help="divides them after that; as for --mean")
-    add("--preset", nargs="+", help="a preset, or corruptions by name; that of the data if unset")
-    add("--severities", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="which of 1 to 5")
+    add(
+        "--arch",
+        default="resnet18",
+        help="timm model, or torchvision:NAME; timm folders have their own",
+    )
+    add("--num-classes", type=int, help="outputs of the model; default: as many as the data have")
+    add(
+        "--in-channels",
+        type=int,
+        choices=(1, 3),
+        help="channels of the model; default: those of the data",
+    )
+    add("--mean", type=float, nargs="+", help="mean of pixels in [0, 1] in training; "
+        "timm folders have their own")  # fmt: skip
+    add("--std", type=float, nargs="+", help="standard deviation, as for --mean")
+    add("--preset", nargs="+", help="a preset, or corruptions by name; default: that of the data")
+    add("--severities", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="severities, 1 to 5")
     add("--attacks", nargs="*", default=[], choices=("fgsm", "pgd"), help="also attack the models")
-    add("--eps", type=float, default=2.0, help="strength of the attacks, in grey levels of 255")
+    add("--eps", type=float, default=2.0, help="size of the attacks, in units of 1/255")
     add("--threshold", type=float, default=0.5, help="operating point for binary and multi-label")
-    add("--baseline", help="label that BE and rBE are relative to; the first if unset")
-    add("--seed", type=int, default=0, help="of the corruptions, the attacks and the bootstrap")
+    add("--baseline", help="label that BE and rBE are relative to; default: the first")
+    add("--seed", type=int, default=0, help="seed of corruptions, attacks and bootstrap")
     add("--bootstrap", type=int, default=1000, help="resamples for the intervals; 0 for none")
-    add("--batch-size", type=int, default=256, help="images per batch; no effect on the figures")
+    add("--batch-size", type=int, default=256, help="images per batch; does not affect the results")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--example", type=int, default=0, help="test image shown on the contact sheet")
     add("--output", type=Path, default=Path("runs/robustness"), help="folder to write into")
@@ -100,16 +109,16 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def group_models(entries: list[str], baseline: str | None) -> dict[str, list[Path]]:
-    """Paths by label, the baseline first."""
+    """Groups paths by label, the baseline first."""
     groups: dict[str, list[Path]] = {}
     for entry in entries:
         label, found, path = entry.partition("=")
         if not found or not label or not Path(path).exists():
-            raise SystemExit(f"{entry!r}: give label=path with a file or folder that exists")
+            raise SystemExit(f"{entry!r}: pass label=path with an existing file or folder")
         groups.setdefault(label, []).append(Path(path))
     first = baseline or next(iter(groups))
     if first not in groups:
-        raise SystemExit(f"--baseline {first!r} is none of the labels {', '.join(groups)}")
+        raise SystemExit(f"--baseline {first!r} is not among the labels {', '.join(groups)}")
     counts = {label: len(paths) for label, paths in groups.items()}
     if len(set(counts.values())) > 1:
         raise SystemExit(f"every label needs the same number of seeds, in the same order: {counts}")
@@ -117,7 +126,7 @@ def group_models(entries: list[str], baseline: str | None) -> dict[str, list[Pat
 
 
 def read_test_part(arguments: argparse.Namespace) -> Images:
-    """The test part alone: pixels in [0, 1], labels as the metrics take them."""
+    """Reads the test part: pixels in [0, 1], labels as the metrics take them."""
     own = Path(arguments.data)
     if own.exists() and arguments.data not in (*DATASET_PRESETS, "digits"):
         data = read_own_images(own, arguments)
@@ -130,7 +139,7 @@ def read_test_part(arguments: argparse.Namespace) -> Images:
 
 
 def read_own_images(place: Path, arguments: argparse.Namespace) -> Images:
-    """The test part of a folder or a split, read as the first model that says so was trained."""
+    """Reads the test part of a folder or split with the preprocessing of the first model."""
     folders = [Path(entry.partition("=")[2]) for entry in arguments.models]
     stored = [folder / "preparation.json" for folder in folders]
     described = [json.loads(path.read_text()) for path in stored if path.is_file()]
@@ -140,7 +149,7 @@ def read_own_images(place: Path, arguments: argparse.Namespace) -> Images:
     if any(entry != names[0] for entry in names):
         raise SystemExit("the models have other classes, or in another order: compare apart")
     if any(entry != described[0] for entry in described):
-        raise SystemExit("the models were trained on images of other preparations: compare apart")
+        raise SystemExit("the models had different preprocessing: compare them separately")
     try:
         preparation = Preparation.from_dict(described[0]) if described else None
         pixels, labels, images = read_part(
@@ -156,7 +165,7 @@ def read_own_images(place: Path, arguments: argparse.Namespace) -> Images:
 
 
 def choose_task(data: Images, num_classes: int | None) -> tuple[str, int]:
-    """Task and number of outputs, from the data set and what the user said."""
+    """Returns task and number of outputs, from the data set and the options."""
     classes = num_classes or len(data.classes)
     if data.task == "multilabel":
         return "multilabel", classes
@@ -167,7 +176,7 @@ def choose_task(data: Images, num_classes: int | None) -> tuple[str, int]:
 
 
 def load_model(path: Path, arch: str, num_classes: int, in_channels: int) -> torch.nn.Module:
-    """Plain weights into a plain network of timm or torchvision."""
+    """Loads plain weights into a network of timm or torchvision."""
     if path.is_dir():
         return timm.create_model(f"local-dir:{path}", pretrained=True)
     if arch.startswith("torchvision:"):
@@ -182,17 +191,17 @@ def load_model(path: Path, arch: str, num_classes: int, in_channels: int) -> tor
 
 
 def preparation(path: Path, arguments: argparse.Namespace) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation that a model was trained with: no default could be right."""
+    """Returns the mean and standard deviation that a model was trained with."""
     config = json.loads((path / "config.json").read_text()) if path.is_dir() else {}
     stored = config.get("pretrained_cfg", {})
     mean, std = arguments.mean or stored.get("mean"), arguments.std or stored.get("std")
     if not mean or not std:
-        raise SystemExit(f"{path} does not say how its images were prepared: give --mean and --std")
+        raise SystemExit(f"{path} does not record its preprocessing: give --mean and --std")
     return mean, std
 
 
 def make_normalise(model: torch.nn.Module, mean: list[float], std: list[float]):
-    """Pixels to what the model was trained on; grey is repeated for a network of three channels."""
+    """Returns a function that normalises pixels, repeating grey for a three-channel network."""
     stem = next(module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
     centre, scale = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
 
@@ -213,7 +222,7 @@ def evaluate_all(
     preset: str | list[str],
     console: Console,
 ) -> dict[str, list[RobustnessResult]]:
-    """Every model of every label, each relative to the baseline of the same seed."""
+    """Evaluates every model of every label, relative to the baseline of the same seed."""
     task, num_classes = choose_task(data, arguments.num_classes)
     images, _ = data.parts["test"]
     loader = DataLoader(TensorDataset(*data.parts["test"]), batch_size=arguments.batch_size)
@@ -246,7 +255,7 @@ def evaluate_all(
 def summarise(
     results: list[RobustnessResult], metric: str, corruption: str, severity: int | str | None = None
 ) -> tuple[float, float, float] | None:
-    """Value and interval: of the bootstrap for one run, mean and standard deviation of several."""
+    """Returns value and interval: bootstrap for one run, mean and SD for several."""
     rows = [result.row(corruption, severity) for result in results]
     values = [row[metric] for row in rows if metric in row]
     if not values:
@@ -316,7 +325,7 @@ def print_tables(results: dict[str, list[RobustnessResult]], console: Console) -
 
 
 def compare_seeds(results: dict[str, list[RobustnessResult]]) -> list[dict]:
-    """Every label minus the baseline, paired over the seeds."""
+    """Compares every label with the baseline, paired over the seeds."""
     baseline, *others = results
     comparisons = []
     for label in others:
@@ -353,10 +362,10 @@ def pretty(name: str) -> str:
 
 
 def draw_curves(results: dict[str, list[RobustnessResult]], path: Path) -> None:
-    """Balanced error over severity, one panel per corruption."""
+    """Draws balanced error over severity, one panel per corruption."""
     settings = next(iter(results.values()))[0].settings
     names, levels = settings["corruptions"], [0, *settings["severities"]]
-    # The width that leaves the fewest places empty.
+    # The width that leaves the fewest panels empty.
     columns = min((5, 6, 4), key=lambda width: -len(names) % width)
     columns = min(columns, len(names))
     rows = -(-len(names) // columns)
@@ -407,10 +416,10 @@ def draw_curves(results: dict[str, list[RobustnessResult]], path: Path) -> None:
 
 
 def draw_ratios(results: dict[str, list[RobustnessResult]], path: Path) -> None:
-    """rBE of every corruption for which it is defined, one bar per model but the baseline.
+    """Draws rBE of every corruption for which it is defined, one bar per model except the baseline.
 
-    A bar is pale where the ratio has no interval: the baseline's own loss may be noise. Corruptions
-    that cost the baseline nothing have no ratio; they are named below.
+    A bar is pale if the ratio has no interval: the baseline's loss is indistinguishable from zero.
+    Corruptions that cost the baseline nothing have no ratio; they are named below.
     """
     baseline, *others = results
     every = results[baseline][0].settings["corruptions"]
@@ -455,9 +464,9 @@ def draw_ratios(results: dict[str, list[RobustnessResult]], path: Path) -> None:
     axis.tick_params(axis="y", length=0)
     notes = [f"relative balanced error (rBE); line at 1: {baseline}"]
     if pale:
-        notes.append(f"pale: no interval, for the loss of {baseline} itself may be noise")
+        notes.append(f"pale: no interval, the loss of {baseline} is indistinguishable from zero")
     if missing := [pretty(name) for name in every if name not in names]:
-        left_out = f"undefined, for {baseline} loses nothing: {', '.join(missing)}"
+        left_out = f"undefined, {baseline} loses nothing: {', '.join(missing)}"
         notes += wrap(left_out, 80)
     axis.set_xlabel("\n".join(notes), fontsize=8.5)
     axis.spines[["top", "right", "left"]].set_visible(False)
@@ -473,7 +482,7 @@ def draw_ratios(results: dict[str, list[RobustnessResult]], path: Path) -> None:
 def draw_contact_sheet(
     image: torch.Tensor, names: list[str], levels: list[int], seed: int, index: int, path: Path
 ) -> None:
-    """One picture under every corruption and severity; two blocks of rows where there are many."""
+    """Draws one image under every corruption and severity; in two blocks where there are many."""
     tile, gap = max(image.shape[-1], 56), 3
     blocks = 1 if len(names) <= 8 else 2
     per_block = -(-len(names) // blocks)

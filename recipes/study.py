@@ -1,4 +1,4 @@
-"""The second study: where does merging help? Long training on few images, with controls, in pairs.
+"""The second study: where does merging help? Long training on few images, with paired controls.
 
     python recipes/study.py pilot --data-root DIR             # all arms, 5 seeds
     python recipes/study_report.py power --runs runs/study2   # how many pairs a claim needs
@@ -9,14 +9,14 @@
     python recipes/study.py confirm --data-root DIR --chest-root NIH
     python recipes/study_report.py report --runs runs/study2
 
-Settings are chosen on BloodMNIST and DermaMNIST by their validation parts alone. ``freeze`` writes
+Settings are chosen on BloodMNIST and DermaMNIST by their validation parts only. ``freeze`` writes
 the chosen arms with all their settings to a file, which is committed before ``confirm`` trains
-them, once, on data that no setting was chosen on; ``confirm`` refuses arms that have changed.
+them, once, on data that played no part in the choice; ``confirm`` refuses arms that have changed.
 
 Arms combine: ``--arms "transient, random + EMA .98"`` is both. All arms of a regime train for the
-same epochs. Every run is one JSON file in ``--out``; a run that is there is not done again, and
-several processes may share the folder: the same command continues a sweep that was stopped, and
-speeds it up when it is started once more in another process.
+same epochs. Every run writes one JSON file to ``--out``; a finished run is not repeated. Several
+processes may share the folder: the same command continues a stopped sweep, and speeds it up when
+it is also started in another process.
 
 Hardware and time: one thread; a run takes two to three minutes, SAM twice that. Start as many
 processes as there are cores. Expected: docs/evidence.md, from results/study2/.
@@ -49,7 +49,7 @@ from inmerge_wrap import Quantile
 
 @dataclass(frozen=True)
 class Regime:
-    """What is trained on what, for how long, and how many images it is measured on."""
+    """A network, its data and training, and the number of images for evaluation."""
 
     dataset: str
     train_images: int  # 0 for all
@@ -86,7 +86,7 @@ FADING = Fade(decay="cosine", anneals="strength")
 
 
 def transient(**settings: Any) -> tuple[Method, ...]:
-    """All kernels of all layers merged for the gradient alone, ever less strongly."""
+    """Returns arms that merge all kernels of all layers for the gradient only, fading out."""
     return (Merge({**EVERYWHERE, "transient": True, **settings}, FADING),)
 
 
@@ -111,7 +111,7 @@ STEPS_OF_THE_DIAL = (-0.3, -0.2, -0.1, 0.1, 0.2, 0.3)  # 1 - merge_weight: below
 
 
 def dial_arms() -> dict[str, tuple[Method, ...]]:
-    """Each kernel pushed away from, or pulled toward, its most similar one, its norm kept."""
+    """Returns arms that push each kernel from its most similar one, or pull it, at fixed norm."""
     arms = {}
     for step in STEPS_OF_THE_DIAL:
         settings = {**EVERYWHERE, "partner": "most_similar", "keep_norm": True}
@@ -140,7 +140,7 @@ PILOT = ("plain", *(arm for arm in ARMS if arm not in DIAL))
 
 
 def methods_of(arm: str) -> tuple[Method, ...]:
-    """The methods of an arm, or of several joined by " + ".
+    """Returns the methods of an arm, or of several joined by " + ".
 
     Raises:
         SystemExit: If there is no arm of a name.
@@ -155,7 +155,7 @@ def methods_of(arm: str) -> tuple[Method, ...]:
 def runs_of(
     regimes: Sequence[str], arms: Sequence[str], augmentations: Sequence[str], seeds: Sequence[int]
 ) -> Iterator[Run]:
-    """Seed by seed, so that what a stopped sweep has done is paired."""
+    """Returns the runs seed by seed, so that a stopped sweep stays paired."""
     for seed in seeds:
         for regime in map(REGIMES.__getitem__, regimes):
             for augmentation in augmentations:
@@ -182,25 +182,25 @@ def runs_of(
 
 
 def described(arms: Sequence[str]) -> dict[str, Any]:
-    """Each arm with all its settings, as it is written down."""
+    """Returns each arm with all its settings, as the file records it."""
     settings = {arm: {m.name: m.to_dict() for m in methods_of(arm)} for arm in arms}
     return json.loads(json.dumps(settings))  # as it will be read
 
 
 def freeze(arms: Sequence[str], path: Path) -> None:
-    """Writes the arms that the confirmation will train; what is frozen stays.
+    """Writes the arms that the confirmation will train; frozen arms are never changed.
 
     Raises:
         SystemExit: If the file exists.
     """
     if path.exists():
-        raise SystemExit(f"{path} exists: what is frozen stays")
+        raise SystemExit(f"{path} exists: frozen arms cannot be changed")
     regimes = {name: vars(regime) for name, regime in CONFIRMING.items()}
     write_json(path, {"arms": described(arms), "regimes": regimes, "environment": environment()})
 
 
 def frozen_arms(path: Path) -> list[str]:
-    """The arms of the file.
+    """Reads the arms of the file.
 
     Raises:
         SystemExit: If it is missing, or this code would train other arms or regimes.
@@ -223,7 +223,7 @@ def frozen_arms(path: Path) -> list[str]:
 
 
 def load(regime: Regime, root: Path, chest_root: Path) -> Images:
-    """The regime's images as its network takes them."""
+    """Loads the images of the regime as its network takes them."""
     if regime.dataset == "chest":
         from nih import in_memory, read_release
 
@@ -235,7 +235,7 @@ def load(regime: Regime, root: Path, chest_root: Path) -> Images:
 
 
 def exams_of(regime: Regime, data: Images) -> dict[str, Exam]:
-    """Validation at the middle severity, since it only chooses; test mild, middle and severe."""
+    """Returns the exams: validation at middle severity; test mild, middle and severe."""
     return {
         "validation": make_exam(data, "val", regime.validation_images, (3,)),
         "test": make_exam(data, "test", regime.test_images, (1, 3, 5)),
@@ -244,7 +244,7 @@ def exams_of(regime: Regime, data: Images) -> dict[str, Exam]:
 
 # -- the command -----------------------------------------------------------------------------------
 
-PLANS = {  # command -> what it runs unless told otherwise
+PLANS = {  # command -> its defaults
     "pilot": {"regimes": ["blood", "derma"], "arms": PILOT, "augmentations": ["flips"], "seeds": 5},
     "study": {"regimes": list(CHOOSING), "arms": PILOT, "augmentations": ["flips"], "seeds": 10},
     "dial": {"regimes": ["blood", "derma"], "arms": DIAL, "augmentations": ["flips"], "seeds": 10},
@@ -259,26 +259,28 @@ PLANS = {  # command -> what it runs unless told otherwise
 
 
 def parse() -> argparse.Namespace:
-    """The command line, with what a command runs filled in."""
+    """Parses the command line and fills in the function that each command runs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=[*PLANS, "freeze"], help="what to do, as above")
+    parser.add_argument("command", choices=[*PLANS, "freeze"], help="what to run, see above")
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder of npz files")
     parser.add_argument(
         "--chest-root", type=Path, default=Path("data-nih"), help="an NIH release, for confirm"
     )
-    parser.add_argument("--regimes", nargs="+", choices=list(REGIMES), help="what is trained on")
+    parser.add_argument("--regimes", nargs="+", choices=list(REGIMES), help="regimes to train")
     parser.add_argument("--arms", nargs="+", help="methods; join names with ' + ' to combine them")
     parser.add_argument(
         "--augmentations",
         nargs="+",
         choices=["shifts", "flips", "trivial", "augmix", "mixup"],
-        help="of the training images",
+        help="augmentation of the training images",
     )
     parser.add_argument("--seeds", type=int, help="paired runs of each arm, from --first-seed on")
     parser.add_argument("--first-seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="of a run (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads of a run (default: %(default)s)"
+    )
     parser.add_argument(
         "--frozen",
         type=Path,
@@ -291,7 +293,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.command == "confirm":
         if options.arms or options.regimes or options.augmentations:
-            parser.error("confirm trains what is frozen: leave out --arms and the like")
+            parser.error("confirm trains the frozen arms: leave out --arms and other settings")
         options.arms = frozen_arms(options.frozen)
     if options.command == "freeze":
         if not options.arms:

@@ -1,4 +1,4 @@
-"""Many runs: each is one JSON file, done once by whoever comes first, and never twice."""
+"""Sweeps of many runs: each writes one JSON file and is never done twice."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from training import Run
 
 
 def claim(path: Path) -> FileLock | None:
-    """The lock, held, of a run that nobody has done and nobody is at; None of any other.
+    """Acquires the lock of a run that is neither done nor in progress; None for any other.
 
-    The system frees it when the process ends; the file that is left is no lock.
+    The system releases it when the process ends; the file that remains is not a lock.
     """
     folder = path.parent / ".locks"
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,10 +38,10 @@ def sweep(
     accelerator: Accelerator,
     carry_out: Callable[[Run], dict[str, Any]],
 ) -> None:
-    """Carries out the runs that are not in the folder yet, in their order, and prints a line each.
+    """Runs what is not in the folder yet, in order, and prints a line for each run.
 
     The processes of one launch do one run together; other launches that share the folder do other
-    runs meanwhile.
+    runs at the same time.
     """
     for number, run in enumerate(runs, start=1):
         path = folder / run.file_name

@@ -1,4 +1,4 @@
-"""Where a run's figures go while it trains: Accelerate's trackers, or a file of JSON lines."""
+"""Trackers of a training run: those of Accelerate, or a file of JSON lines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from inmerge_wrap import InMergeWrapper
 
 
 class JsonLines(GeneralTracker):
-    """One JSON line for each ``Accelerator.log``, in a file that takes no package to read."""
+    """Writes one JSON line for each ``Accelerator.log``; the file needs no package to read."""
 
     name, requires_logging_directory = "jsonl", False
 
@@ -22,17 +22,17 @@ class JsonLines(GeneralTracker):
         super().__init__()  # which looks for the attributes
 
     def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
-        """Appends, so that a resumed run continues its file."""
+        """Appends values to the file, so that a resumed run continues it."""
         self.tracker.parent.mkdir(parents=True, exist_ok=True)
         with open(self.tracker, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 
 def tracking(name: str | None, folder: Path) -> dict[str, Any]:
-    """The arguments of Accelerator for a tracker that writes into ``folder``.
+    """Returns the arguments of Accelerator for a tracker that writes into ``folder``.
 
     Raises:
-        SystemExit: If its package is missing, where Accelerate would quietly track nothing.
+        SystemExit: If its package is missing; Accelerate would silently track nothing.
     """
     if name is None:
         return {}
@@ -44,9 +44,9 @@ def tracking(name: str | None, folder: Path) -> dict[str, Any]:
 
 
 def merged_share(model: nn.Module) -> dict[str, float]:
-    """For a tracker: share of the drawn pairs that merged so far; empty without merging.
+    """Returns the share of merged pairs for a tracker; empty without merging.
 
-    Waits for the device, so it is for the end of an epoch, not for every step.
+    Waits for the device, so call it at the end of an epoch, not in every step.
     """
     if not isinstance(model, InMergeWrapper):
         return {}

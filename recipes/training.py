@@ -1,10 +1,10 @@
-"""One run of an experiment: the methods of methods.py in one and the same loop, at equal budget.
+"""One run of an experiment: the methods of methods.py in the same loop, at equal budget.
 
-The budget is ``Run.epochs`` passes forward and backward over the training images. SAM needs two
+The budget is ``Run.epochs`` forward and backward passes over the training images. SAM needs two
 passes for one step, so it gets half the epochs, unless the run says ``equal="epochs"``; a soup or
 an ensemble divides them among its networks. Shares are rounded to whole epochs: of 15, SAM gets 8,
-which are 16 passes. The passes that were made, and what a method costs at inference, are in its
-result.
+which are 16 passes. The result records the actual passes and the cost at
+inference.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from torchvision.models import vgg
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that decides the outcome of one run, and so names its file.
+    """The settings that determine the outcome of one run, and the name of its file.
 
     ``weights`` is a file of safetensors to start from, or the name of the package of pretrained.py;
     ``augmentation`` a name of AUGMENTATIONS, or ``"mixup"`` for flips and the method of that name.
-    ``equal`` says what the methods are given alike: passes over the images, or epochs, of which
-    SAM's cost twice as much.
+    ``equal`` is the budget that all methods share: passes over the images, or epochs, which cost
+    twice as much with SAM.
     """
 
     arm: str
@@ -62,13 +62,13 @@ class Run:
     method: tuple[Method, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """For the results file; the methods by their names."""
+        """Returns the settings for the results file; methods by name."""
         fields = {name: value for name, value in vars(self).items() if name != "method"}
         return fields | {"method": {method.name: method.to_dict() for method in self.method}}
 
     @property
     def file_name(self) -> str:
-        """Readable, and unique to these settings."""
+        """A readable name, unique to these settings."""
         digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
         plain = "".join(c if c.isalnum() else "-" for c in f"{self.dataset}-{self.arm}-{self.seed}")
         return f"{plain}-{digest[:10]}.json"
@@ -78,7 +78,7 @@ class Run:
 
 
 def training_part(run: Run, data: Images) -> Images:
-    """The run's random subset of the training images, a share of them with a random label."""
+    """Returns the run's random subset of training images, a share of them with a random label."""
     if run.train_images:
         data = data.first_labels(run.train_images, run.seed)
     if not run.label_noise:
@@ -91,7 +91,7 @@ def training_part(run: Run, data: Images) -> Images:
 
 
 def build(run: Run, classes: int, channels: int) -> nn.Module:
-    """A network of timm, or ``vgg_small``: eight convolutions, no normalisation, as in 2014."""
+    """Builds a timm network, or ``vgg_small``: eight convolutions, no normalisation, as in 2014."""
     options: dict[str, Any] = {}
     for method in run.method:
         options |= method.network_settings()
@@ -126,19 +126,19 @@ def build(run: Run, classes: int, channels: int) -> nn.Module:
 
 
 def all_methods(run: Run) -> tuple[Method, ...]:
-    """Those of the run, and mixup where it is the augmentation."""
+    """Returns the methods of the run, and mixup where it is the augmentation."""
     return (*run.method, Mixup()) if run.augmentation == "mixup" else run.method
 
 
 def augmentation_of(run: Run, data: Images) -> Callable[[Tensor, torch.Generator], Tensor]:
-    """What the training images go through. Digits are not mirrored."""
+    """Returns the augmentation of the training images; digits are not flipped."""
     if data.name == "digits" and run.augmentation == "shifts":
         return partial(augment, flip=False)
     return AUGMENTATIONS["flips" if run.augmentation == "mixup" else run.augmentation]
 
 
 def normaliser(run: Run, data: Images, accelerator: Accelerator) -> Normalised:
-    """As the network expects it: by the training images, or as its weights were trained."""
+    """Returns the normaliser: statistics of the training images, or of the pretrained weights."""
     statistics = None
     if run.weights == pretrained.PACKAGE:
         statistics = (pretrained.MEAN, pretrained.STD)
@@ -155,7 +155,7 @@ def fit(
     seed: int,
     lr: float,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Trains one network; returns the one to test, and what it cost and what was merged."""
+    """Trains one network; returns the one to test, its cost and the merged share."""
     normalise, loss_function = normaliser(run, data, accelerator), loss_of(data.task)
     images, labels = data.parts["train"]
     methods = all_methods(run)
@@ -213,7 +213,7 @@ def fit(
 
 
 def train_run(run: Run, data: Images, accelerator: Accelerator) -> tuple[nn.Module, dict[str, Any]]:
-    """The network that a run's methods train on ``data``, and what that cost."""
+    """Trains a network on ``data`` with the methods of a run; returns it and the cost."""
     classes, channels = len(data.classes), data.input_size[0]
     normalise = normaliser(run, data, accelerator)
 
@@ -240,14 +240,14 @@ Measure = Callable[[nn.Module, Images, Normalised], dict[str, Any]]
 
 
 def under_corruption(network: nn.Module, data: Images, normalise: Normalised) -> dict[str, Any]:
-    """What the first study measured: the test part, clean and under four corruptions."""
+    """Evaluates the test part, clean and under four corruptions, as the first study did."""
     return {"test": evaluate(network, data, normalise, corruptions=CORRUPTIONS)}
 
 
 def train(
     run: Run, data: Images, accelerator: Accelerator, measure: Measure = under_corruption
 ) -> dict[str, Any]:
-    """Trains by the run's methods and measures; the last epoch counts, nothing is selected."""
+    """Trains with the methods of a run and evaluates the last epoch; nothing is selected."""
     set_seed(run.seed)
     data = training_part(run, data).to(accelerator.device)
     began, cpu_began = time.perf_counter(), time.process_time()

@@ -1,4 +1,4 @@
-"""Accelerate's life cycle, weight averages beside it, and torch.compile."""
+"""Accelerate's life cycle, weight averages, and torch.compile."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_a_foreign_state_dict_does_not_load() -> None:
     assert equal(before, weights_of(model))
 
 
-# -- averages beside it --------------------------------------------------------------------------
+# -- averages of weights -------------------------------------------------------------------------
 
 
 def count_optimizers() -> int:
@@ -343,7 +343,7 @@ def test_a_model_compiled_with_autograd_sees_the_merged_weights(plain: str) -> N
         torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
 
 
-def test_an_unattached_compiled_model_is_told() -> None:
+def test_an_unattached_compiled_model_is_reported() -> None:
     model = wrapped()
     compiled = torch.compile(model, backend="eager")
     with pytest.warns(NoEffectWarning, match="no optimizer is attached"):

@@ -68,7 +68,7 @@ def test_what_torchvisions_reference_script_saves(net: nn.Module, tmp_path: Path
 
 
 @pytest.mark.parametrize("script", ["timm", "torchvision"])
-def test_an_average_beside_the_weights_is_named_and_can_be_chosen(
+def test_an_average_next_to_the_weights_is_named_and_can_be_chosen(
     script: str, net: nn.Module, tmp_path: Path
 ) -> None:
     averaged: Any

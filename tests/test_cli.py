@@ -191,7 +191,7 @@ def test_plan_prints_a_row_for_each_convolution_and_explains_what_is_skipped() -
     for site in sites["skipped"]:
         assert not rows[site["name"]].rstrip().endswith("merged")
     assert len(rows) == len(sites["merged"]) + len(sites["skipped"]) == 81
-    assert "depthwise: every kernel reads another channel" in text
+    assert "depthwise: every kernel reads a different channel" in text
     assert f"{len(sites['merged'])} of 81 convolutions are merged" in text
 
 
@@ -260,7 +260,7 @@ def test_narrow_tables_keep_the_answer(
         ([ARCH, "--shallow-layers", "many"], "a count such as 10 or a share such as 0.625"),
         ([ARCH, "--shallow-layers", "99"], "nothing to merge"),
         ([ARCH, "--include", "layer9*"], "matches none"),
-        ([ARCH, "--also-merge", "everything"], "--also-merge knows"),
+        ([ARCH, "--also-merge", "everything"], "--also-merge must be among"),
         (["vit_tiny_patch16_224"], "choose a convolutional network"),
         ([ARCH, "--input-size", "3", "-1", "4"], "--input-size is 3 -1 4: channels, height"),
         ([ARCH, "--exclude", "layer9*"], "--exclude 'layer9*' matches none"),
@@ -342,9 +342,9 @@ def test_outputs_and_channels_are_those_of_the_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--arch", ARCH, "--num-classes", 3], "with num_classes=3: call it with --num-classes 7"),
-        (["--arch", ARCH, "--in-chans", 1], "with in_chans=1: call it with --in-chans 3"),
-        (["--arch", "resnet18"], "58 of its 122 tensors are there"),
+        (["--arch", ARCH, "--num-classes", 3], "with num_classes=3: pass --num-classes 7"),
+        (["--arch", ARCH, "--in-chans", 1], "with in_chans=1: pass --in-chans 3"),
+        (["--arch", "resnet18"], "58 of its 122 tensors are in the file"),
         (["--arch", "resnet14t"], "does not fit resnet14t; missing: layer1.0.conv3.weight, "),
         (["--arch", "vgg11"], "these are not the weights of vgg11"),
         ([], "name the network with --arch"),
@@ -371,7 +371,7 @@ def test_files_that_are_no_weights(weights: Path, tmp_path: Path) -> None:
     missing = complaint("export", weights.with_name("weight.safetensors"), out, *arch)
     assert "no such file" in missing and "weights.safetensors" in missing
     (tmp_path / "text.safetensors").write_text("hello")
-    assert "is no safetensors" in complaint("export", tmp_path / "text.safetensors", out, *arch)
+    assert "is not a safetensors" in complaint("export", tmp_path / "text.safetensors", out, *arch)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "optimizer.bin").touch()
     told = complaint("export", tmp_path / "folder", out, *arch)
@@ -464,20 +464,20 @@ def test_export_from_torchvision_tells_how_to_load(tmp_path: Path) -> None:
         (
             "folder",
             ["--input-size", 3, 28, 28, "--mean", 127, "--std", 50],
-            "--mean is 127, of pixels in [0, 1] it lies in [0, 1]: of grey levels up to 255 that "
-            "is 0.498",
+            "--mean is 127, but pixels in [0, 1] need [0, 1]: for grey levels up to 255, pass "
+            "0.498",
         ),
         (
             "folder",
             ["--input-size", 3, 28, 28, "--mean", 0.5, "--std", 0],
-            "--std is 0, of pixels in [0, 1] it lies in (0, 1]",
+            "--std is 0, but pixels in [0, 1] need (0, 1]",
         ),
         ("folder", ["--input-size", 3, 0, 28], "--input-size is 3 0 28: channels, height"),
         ("file.safetensors", ["--label-names", "a,b"], "need a folder"),
         (
             "folder",
             ["--input-size", 3, 8, 8, "--mean", 0, "--std", 1, "--card", "no.json"],
-            "no.json can not be read",
+            "no.json cannot be read",
         ),
     ],
 )
@@ -756,10 +756,10 @@ def test_evaluate_tells_what_cannot_be_compared(
     export_timm(net, larger, input_size=(3, 48, 48), mean=[0.3] * 3, std=[0.2] * 3)
     plain, data = f"plain={exported['plain']}", ("--data", folder)
     told = complaint("evaluate", plain, f"larger={larger}", *data)
-    assert "size is (32, 32) and (48, 48), which --size makes equal" in told
+    assert "size is (32, 32) and (48, 48); --size makes them equal" in told
     assert "two models are called 'plain'" in complaint("evaluate", plain, plain, *data)
     told = complaint("evaluate", weights, "--arch", ARCH, *PREPARED, *data)
-    assert "give --size, the side in training" in told
+    assert "pass --size, the side in training" in told
     (tmp_path / "two" / "yes").mkdir(parents=True)
     for name in ("no", "yes"):
         (tmp_path / "two" / name).mkdir(exist_ok=True)

@@ -301,7 +301,7 @@ def test_example_input_tells_how_to_call(make: Callable[[], nn.Module], example:
     assert [name.removeprefix("_orig_mod.") for name in in_order(plan)] == ["c", "b", "a"]
 
 
-def test_an_example_input_that_does_not_fit_is_told() -> None:
+def test_an_example_input_that_does_not_fit_is_reported() -> None:
     with pytest.warns(UserWarning, match="no forward pass was possible.*to have 3 channels"):
         plan_merging(Net(), example_input=torch.zeros(2, 4, 16, 16))
 
@@ -559,7 +559,7 @@ def test_quantised_convolutions_are_in_the_plan_with_the_reason() -> None:
 
 
 class Adapted(nn.Module):
-    """A convolution as peft leaves it: frozen, and a low-rank update beside it."""
+    """A convolution as peft leaves it: frozen, with a low-rank update."""
 
     def __init__(self, base: nn.Conv2d) -> None:
         super().__init__()
@@ -584,7 +584,7 @@ def test_factors_of_low_rank_updates_are_no_kernels() -> None:
     assert kinds(plan)["lora_Atrous"] == "unused"
     assert merged(plan) == ["c"]
     network.c.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"4 adapter.*trains through adapters alone"):
+    with pytest.raises(ValueError, match=r"4 adapter.*trains only through adapters"):
         plan_merging(network)
 
 
@@ -1020,7 +1020,7 @@ def test_exclude_leaves_out_and_shifts_no_depth() -> None:
         ({"exclude": ["layer5.*"]}, r"exclude='layer5.\*' matches none of the 20.*layer"),
         ({"include": ["layer4.*", "fc"]}, "include='fc' matches none"),
         ({"include": lambda site: False}, "nothing to merge in ResNet: 20 not included"),
-        ({"also_merge": ["gates"]}, "also_merge knows .*depthwise.*got .*gates"),
+        ({"also_merge": ["gates"]}, "also_merge must be among .*depthwise.*got .*gates"),
         ({"also_merge": "depthwise"}, "must be a collection"),
         ({"shallow_layers": 20}, "shallow_layers=20 leaves none of the 20 counted layers"),
         ({"shallow_layers": 1.0}, "shallow_layers must be"),
@@ -1028,7 +1028,7 @@ def test_exclude_leaves_out_and_shifts_no_depth() -> None:
         ({"shallow_layers": True}, "shallow_layers must be"),
     ],
 )
-def test_wrong_requests_are_told_with_what_would_be_right(
+def test_wrong_requests_raise_an_error_with_the_remedy(
     settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -1041,7 +1041,7 @@ def test_a_ready_plan_is_taken_as_it_is() -> None:
     assert InMergeWrapper(network, plan=plan).plan is plan
     with pytest.raises(ValueError, match="either a plan or its arguments"):
         InMergeWrapper(network, plan=plan, exclude="layer4.0.*")
-    with pytest.raises(ValueError, match="the plan is not of this network"):
+    with pytest.raises(ValueError, match="the plan belongs to another network"):
         InMergeWrapper(timm.create_model("resnet10t"), plan=plan)
 
 

@@ -1,4 +1,4 @@
-"""Replicas stay equal, shards are merged as a whole, and what can not be merged is refused."""
+"""Replicas stay equal, shards are merged as a whole, and what cannot be merged is refused."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_fsdp2_with_a_forgotten_optimizer_is_an_error(
     for rank in sharded[1]:
         error = rank["attached_and_forgotten"]["error"]
         assert "no longer holds the weights of mid, last" in error
-        assert "make the optimizer after sharding" in error
+        assert "create the optimizer after sharding" in error
 
 
 def test_fsdp2_export_gathers(sharded: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -222,7 +222,7 @@ def test_fsdp2_exports_a_timm_folder(sharded: tuple[Path, list[dict[str, Any]]])
         assert "local-dir:" in rank["exported_to_timm"]["line"]
 
 
-# -- what can not be merged ----------------------------------------------------------------------
+# -- what cannot be merged ----------------------------------------------------------------------
 
 
 def test_fsdp1_is_refused(sharded: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -233,7 +233,7 @@ def test_fsdp1_is_refused(sharded: tuple[Path, list[dict[str, Any]]]) -> None:
 
 
 def stand_in(name: str, module: str = "elsewhere") -> Any:
-    """An object of a class by this name, for libraries that can not be installed here."""
+    """An object of a class by this name, for libraries that cannot be installed here."""
     return type(name, (), {"__module__": module, "param_groups": []})()
 
 

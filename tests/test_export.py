@@ -137,16 +137,16 @@ def test_the_folder_of_a_channels_last_network_loads(tmp_path: Path) -> None:
     assert len(set(modes.values())) == 1 and set(modes) == {"config.json", "model.safetensors"}
 
 
-def test_a_diverged_network_is_told_as_such(tmp_path: Path) -> None:
+def test_a_diverged_network_is_reported_as_such(tmp_path: Path) -> None:
     net = timm.create_model("test_resnet", num_classes=3)
     nn.init.constant_(net.fc.weight, math.nan)
-    with pytest.raises(RuntimeError, match="answers with NaN or Inf, its training has diverged"):
+    with pytest.raises(RuntimeError, match="returns NaN or Inf, its training has diverged"):
         export_timm(net, tmp_path / "net", **PREPARED)
     assert not list((tmp_path / "net").iterdir())
     export_weights(net, tmp_path / "net.safetensors")
 
 
-def test_a_card_of_other_weights_is_told(tmp_path: Path) -> None:
+def test_a_card_of_other_weights_is_reported(tmp_path: Path) -> None:
     net = timm.create_model("test_resnet", num_classes=3)
     card = {"title": "First", "license": "mit", "training_data": "Noise."}
     export_timm(net, tmp_path / "net", card=card, **PREPARED)
@@ -286,7 +286,7 @@ def test_wrong_targets_are_refused(tmp_path: Path) -> None:
         )
 
 
-def test_lagging_statistics_are_told_unless_recalibrated(
+def test_lagging_statistics_are_reported_unless_recalibrated(
     tmp_path: Path, image: torch.Tensor
 ) -> None:
     net = timm.create_model("resnet10t", num_classes=3, in_chans=1)
@@ -300,7 +300,7 @@ def test_lagging_statistics_are_told_unless_recalibrated(
 
 
 @pytest.mark.parametrize("export", ["weights", "folder", "weights of the bare network"])
-def test_a_forgotten_attach_is_told_before_the_weights_are_used(
+def test_a_forgotten_attach_is_reported_before_the_weights_are_used(
     tmp_path: Path, export: str
 ) -> None:
     net = timm.create_model("test_resnet", num_classes=3)

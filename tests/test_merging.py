@@ -167,7 +167,7 @@ def test_draws_are_sorted_distinct_and_reproducible() -> None:
     ids=["plain", "native"],
 )
 def test_layers_are_drawn_together_as_each_alone(draw: Any, probability: float) -> None:
-    """Whatever layers stand beside it, whatever the user's defaults are."""
+    """Independent of the other layers and of the user's defaults."""
     counts, groups = (40, 12, 6, 64, 10), (1, 3, 6, 8, 5)
     sizes = [count // number for count, number in zip(counts, groups, strict=True)]
     torch.set_default_dtype(torch.float64)
@@ -195,7 +195,7 @@ def test_draws_leave_the_global_generator_alone() -> None:
         ((8, -0.1), "probability must lie in"),
         ((8, 1.1), "got 1.1"),
         ((8, math.nan), "got nan"),
-        ((8, 0.5, 3), "8 kernels do not fall into 3"),
+        ((8, 0.5, 3), "8 kernels cannot be divided into 3"),
         ((0, 0.5), "0 kernels"),
     ],
 )

@@ -90,7 +90,7 @@ def test_metadata_is_what_the_hub_reads(model: nn.Module, tmp_path: Path) -> Non
 def test_a_card_without_results_claims_none(model: nn.Module, tmp_path: Path) -> None:
     text = write(model, tmp_path, small_card())
     assert "model-index" not in metadata_load(tmp_path / "README.md")
-    assert "Nothing was measured for this card." in text
+    assert "No results were measured for this card." in text
 
 
 def test_titles_and_cells_can_not_break_the_card(model: nn.Module, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_the_card_of_merging_without_effect_says_that(tmp_path: Path, case: str)
         with pytest.warns(NoEffectWarning, match="never merged"):
             text = write(model.eval(), tmp_path, small_card())
     assert set(claims(text)) <= {"2502.20516"}  # the name of the method may be explained
-    assert "set up and had no effect: this is a plain training run" in text
+    assert "set up but had no effect: this is a plain training run" in text
     assert "a plain training run" in merging_settings(model)["merged pairs"]
     (tmp_path / "sure").mkdir()
     with warnings.catch_warnings():
@@ -268,8 +268,8 @@ def test_robustness_results_and_picture(model: nn.Module, tmp_path: Path) -> Non
     [
         ({"title": " "}, "title of the card is empty"),
         ({"training_data": ""}, "training_data of the card is empty"),
-        ({"license": "Apache 2.0"}, "no identifier of the hub"),
-        ({"license": "other"}, "needs its license_name"),
+        ({"license": "Apache 2.0"}, "not an identifier of the Hub"),
+        ({"license": "other"}, "needs a license_name"),
         ({"datasets": "ham10000"}, "must be a list"),
         ({"colour": "red"}, "its fields are title"),
         ({"results": [{"metric": "accuracy"}]}, "does not fit"),
@@ -286,7 +286,7 @@ def test_a_bad_card_leaves_an_earlier_export_alone(model: nn.Module, tmp_path: P
     write(model, tmp_path, small_card())
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for card in ({"title": "x"}, small_card(robustness_picture="no.png")):
-        with pytest.raises(ValueError, match=r"does not fit|no PNG"):
+        with pytest.raises(ValueError, match=r"does not fit|not a PNG"):
             export_timm(model, tmp_path, card=card, **DATA)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

@@ -547,10 +547,10 @@ def test_a_folder_that_may_not_execute_is_left_for_another(
 
 @pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("compiler", ["/nowhere/c++", "false", "true", "c++ '"])
-def test_a_compiler_that_fails_is_told_before_the_training(
+def test_a_compiler_that_fails_is_reported_before_the_training(
     compiler: str, later: bool, tmp_path: Path
 ) -> None:
-    """One that is missing, one that refuses, one that makes nothing, one that can not be read."""
+    """One that is missing, one that refuses, one that makes nothing, one that cannot be read."""
     code = "import timm; from inmerge_wrap import InMergeWrapper\n"
     code += "network = timm.create_model('test_resnet')\n"
     code += f"model = InMergeWrapper(network, engine={'auto' if later else 'native'!r})\n"

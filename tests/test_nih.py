@@ -108,7 +108,7 @@ def test_the_cache_gives_the_same_pixels(
     assert len(copied) < 1000 and np.array_equal(pickle.loads(copied)[3], cached.images[3])
 
 
-def test_a_stale_cache_is_written_anew(
+def test_a_stale_cache_is_written_again(
     nih: ModuleType, part: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "train.npy"
@@ -131,7 +131,7 @@ def test_a_stale_cache_is_written_anew(
     assert "stale" in capsys.readouterr().out
 
 
-def test_a_cache_is_written_whole_or_not_at_all(nih: ModuleType, part: Any, tmp_path: Path) -> None:
+def test_a_cache_is_written_atomically(nih: ModuleType, part: Any, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     part.images[4].write_bytes(b"broken")
     with pytest.raises(OSError):
@@ -216,7 +216,7 @@ def test_a_given_validation_split_is_used(nih: ModuleType, tmp_path: Path) -> No
     "drop,change,message",
     [
         ("image", {}, r"split train, has the columns label \(List\), Patient ID \(Value\)"),
-        ("label", {}, "needed are image .* one of label, labels or 'Finding Labels'"),
+        ("label", {}, "it needs image .* one of label, labels or 'Finding Labels'"),
         ("Patient ID", {}, "and 'Patient ID' or patient_id or else names such as"),
         ("", {"Patient ID": None}, "and 'Patient ID' or patient_id or else names such as"),
         ("", {"label": [1, 0]}, "names in a list or joined"),
@@ -240,7 +240,7 @@ def test_a_missing_split_and_splits_of_other_columns(nih: ModuleType, tmp_path: 
     with pytest.raises(SystemExit, match=r"has the splits \['test'\]: \['train'\] is missing"):
         nih.read_dataset(write_parquet(tmp_path / "one", {"test": lists}), None, seed=0)
     unlike = write_parquet(tmp_path / "two", {"train": joined, "test": lists})
-    with pytest.raises(SystemExit, match=r"two can not be loaded: .* names don't match") as stop:
+    with pytest.raises(SystemExit, match=r"two cannot be loaded: .* names don't match") as stop:
         nih.read_dataset(unlike, None, seed=0)
     assert "\n" not in str(stop.value)
 
@@ -250,16 +250,16 @@ def test_a_patient_in_two_splits_is_refused(nih: ModuleType, tmp_path: Path, par
     splits = {"train": range(1, 9), "validation": range(9, 12), "test": range(12, 14)}
     splits[part] = range(8, 9 + len(splits[part]))
     made = {k: FORMS["lists"]([row(p) for p in v]) for k, v in splits.items()}
-    with pytest.raises(SystemExit, match=r"patients \['8'\] stand in both train"):
+    with pytest.raises(SystemExit, match=r"patients \['8'\] are in both train"):
         nih.read_dataset(write_parquet(tmp_path / "set", made), None, seed=0)
 
 
 @pytest.mark.parametrize("revision", [None, "main", COMMIT[:12]])
 def test_a_hub_name_needs_a_commit(nih: ModuleType, revision: str | None) -> None:
-    with pytest.raises(SystemExit, match="can change under its name: pass --revision COMMIT"):
+    with pytest.raises(SystemExit, match="can change: pass --revision COMMIT"):
         nih.read_dataset("owner/name", revision, seed=0)
 
 
 def test_a_folder_has_no_revision(nih: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="--revision is for a data set of the hub"):
+    with pytest.raises(SystemExit, match="--revision is for a data set of the Hub"):
         nih.read_dataset(str(tmp_path), COMMIT, seed=0)

@@ -392,7 +392,7 @@ def test_a_copied_optimizer_merges_after_it_was_attached(way: str) -> None:
     assert model.step == 2
 
 
-def test_a_copied_optimizer_that_was_not_attached_is_told() -> None:
+def test_a_copied_optimizer_that_was_not_attached_is_reported() -> None:
     model = wrapped()
     model.attach(sgd(model))
     model, optimizer = copy.deepcopy((model, sgd(model)))
@@ -556,7 +556,7 @@ def test_the_layers_of_two_optimizers_are_both_inspected_and_both_may_lag() -> N
     assert not model.statistics_lag
 
 
-def test_freezing_all_is_told_once() -> None:
+def test_freezing_all_is_reported_once() -> None:
     model = wrapped()
     optimizer = sgd(model)
     model.attach(optimizer)

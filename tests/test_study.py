@@ -263,7 +263,7 @@ def test_frozen_arms_stay(study: ModuleType, tmp_path: Path) -> None:
         study.frozen_arms(path)
     study.freeze(["plain", "transient, random + EMA .98"], path)
     assert study.frozen_arms(path) == ["plain", "transient, random + EMA .98"]
-    with pytest.raises(SystemExit, match="what is frozen stays"):
+    with pytest.raises(SystemExit, match="frozen arms cannot be changed"):
         study.freeze(["plain"], path)
     for kind, key, name in (
         ("arms", "transient, random + EMA .98", "merge"),

@@ -89,7 +89,7 @@ def merged_by_hand(model: InMergeWrapper, whole: dict[str, Tensor]) -> dict[str,
 
 
 @pytest.mark.parametrize("engine", ["torch", pytest.param("native", marks=NEEDS_COMPILER)])
-def test_a_step_leads_from_the_whole_weights_along_the_gradient_at_the_merged_ones(
+def test_a_step_leads_from_the_unmerged_weights_along_the_gradient_at_the_merged_ones(
     engine: Any,
 ) -> None:
     model = wrapped(engine=engine)
@@ -148,7 +148,7 @@ def test_the_literal_loop_makes_the_same_step() -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.RMSprop])
-def test_any_optimizer_steps_from_whole_weights(kind: Any) -> None:
+def test_any_optimizer_steps_from_unmerged_weights(kind: Any) -> None:
     model = wrapped()
     optimizer = kind(model.parameters(), lr=1e-3, weight_decay=0.1)
     model.attach(optimizer)
@@ -240,7 +240,7 @@ LOOKS: dict[str, Callable[[InMergeWrapper], dict[str, Tensor]]] = {
 
 
 @pytest.mark.parametrize("look", LOOKS)
-def test_kernels_are_whole_for_everybody_else(look: str, tmp_path: Path) -> None:
+def test_kernels_are_unmerged_for_all_other_readers(look: str, tmp_path: Path) -> None:
     FOLDER[:] = [tmp_path]
     model, optimizer, whole = in_the_middle()
     seen = LOOKS[look](model)
@@ -265,7 +265,7 @@ def test_no_trace_is_left_in_the_network() -> None:
         assert not module._state_dict_pre_hooks and not module._load_state_dict_pre_hooks
 
 
-@pytest.mark.filterwarnings("ignore:a step followed no training forward")
+@pytest.mark.filterwarnings("ignore:no training forward pass of this model")
 def test_weights_loaded_in_the_middle_of_a_step_stay() -> None:
     for part in (lambda model: model, lambda model: model.module, lambda model: model.convs[3]):
         model, optimizer, _ = in_the_middle()
@@ -309,7 +309,7 @@ def test_an_exception_and_a_skipped_step_lose_nothing() -> None:
     assert model.step == 0 and model.report().drawn == 0
 
 
-def test_a_scaler_that_skips_a_step_keeps_the_whole_weights() -> None:
+def test_a_scaler_that_skips_a_step_keeps_the_unmerged_weights() -> None:
     for fused in (False, True):
         model = wrapped()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
@@ -341,7 +341,7 @@ def test_an_error_in_the_middle_of_merging_loses_nothing(engine: Any) -> None:
     assert states_equal(weights_of(model), whole)
 
 
-def test_a_network_that_is_converted_in_the_middle_of_a_step_is_whole() -> None:
+def test_a_network_that_is_converted_in_the_middle_of_a_step_is_restored() -> None:
     model, _, whole = in_the_middle()
     model.double()
     model.eval()
@@ -384,7 +384,7 @@ def test_two_forward_passes_before_the_backward_passes() -> None:
     assert model.step == 1
 
 
-def test_a_closure_is_evaluated_at_merged_weights_and_the_step_is_made_from_whole_ones() -> None:
+def test_a_closure_is_evaluated_at_merged_weights_and_the_step_is_made_from_unmerged_ones() -> None:
     seen, merged = [], []
 
     class Watching(torch.optim.SGD):
@@ -628,7 +628,7 @@ def test_the_schedule_ends_it_and_the_export_warning_knows() -> None:
     assert [layer.passes for layer in model.report()] == [2] * 4
 
 
-def test_batch_norm_is_recalibrated_on_whole_kernels() -> None:
+def test_batch_norm_is_recalibrated_on_unmerged_kernels() -> None:
     model, _, whole = in_the_middle()
     model.recalibrate([IMAGES])
     assert states_equal(weights_of(model), whole) and not model.statistics_lag
@@ -660,16 +660,16 @@ def test_nothing_happens_silently() -> None:
     assert states_equal(weights_of(model), whole)  # nobody would put the kernels back
     model.attach(optimizer)
     loss_of(model.module).backward()
-    with pytest.warns(NoEffectWarning, match="followed no training forward pass of this model"):
+    with pytest.warns(NoEffectWarning, match="no training forward pass of this model"):
         optimizer.step()
-    with pytest.raises(RuntimeError, match=r"merge_\(\) merges for good"):
+    with pytest.raises(RuntimeError, match=r"merge_\(\) merges permanently"):
         model.merge_()
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"merge_momentum": True}, "merge_momentum has no meaning with transient=True"),
+        ({"merge_momentum": True}, "merge_momentum has no effect with transient=True"),
         ({"transient": False, "replica_draws": True}, "replica_draws=True needs transient=True"),
         ({"direction": "north"}, "direction must be 'partner' or 'signed'"),
         ({"radius": -0.1}, r"radius must lie in \[0, 2\], got -0.1"),
@@ -814,11 +814,11 @@ def test_a_setting_that_the_optimizer_cannot_work_with_is_refused_and_not_taken(
     model = wrapped(transient=False)
     optimizer = AdamWScheduleFree(model.parameters(), lr=0.01)
     model.attach(optimizer)
-    with pytest.raises(RuntimeError, match="direction='gaussian' is no map of kernels"):
+    with pytest.raises(RuntimeError, match="cannot follow direction='gaussian'"):
         model.direction = "gaussian"
     assert model.direction == "partner"
     model.transient = True
     model.direction = "gaussian"
-    with pytest.raises(RuntimeError, match="direction='gaussian' is no map of kernels"):
+    with pytest.raises(RuntimeError, match="cannot follow direction='gaussian'"):
         model.transient = False
     assert model.transient

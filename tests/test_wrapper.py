@@ -334,7 +334,7 @@ def test_a_foreign_counter_is_refused(state: torch.Tensor, message: str) -> None
         model.load_state_dict({**model.state_dict(), "_extra_state": state})
 
 
-def test_another_seed_or_plan_in_the_checkpoint_is_told() -> None:
+def test_another_seed_or_plan_in_the_checkpoint_is_reported() -> None:
     model = wrapped()
     model.merge_()
     with pytest.warns(UserWarning, match="trained with seed=0, this wrapper draws with seed=4"):
@@ -431,7 +431,7 @@ def test_settings_changed_later_are_checked_as_at_first() -> None:
         model.similarity_threshold = "half"
     with pytest.raises(TypeError, match="schedule must be a Schedule, got 'cosine'"):
         model.schedule = "cosine"
-    with pytest.raises(AttributeError, match="the plan stays"):
+    with pytest.raises(AttributeError, match="the plan cannot change"):
         model.plan = plan_merging(model.module)
 
 
@@ -469,7 +469,7 @@ def test_inference_and_attached_training_do_not_warn() -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.999, ZScore(1000.0)], ids=["fixed", "rule"])
-def test_a_threshold_that_never_fires_is_told_with_what_works(threshold: Any) -> None:
+def test_a_threshold_that_never_fires_is_reported_with_what_works(threshold: Any) -> None:
     model = wrapped(similarity_threshold=threshold)
     optimizer = sgd(model, lr=0.0)
     model.attach(optimizer)
@@ -499,7 +499,7 @@ def test_a_threshold_that_never_fires_is_told_with_what_works(threshold: Any) ->
     "schedule,last_silent",
     [(Schedule(end=3), 102), (Schedule(start=5, end=25), 224), (Schedule(end=3, every=2), 102)],
 )
-def test_training_long_past_the_schedule_is_told(schedule: Schedule, last_silent: int) -> None:
+def test_training_long_past_the_schedule_is_reported(schedule: Schedule, last_silent: int) -> None:
     model = wrapped(schedule=schedule)
     for _ in range(last_silent):
         model.merge_()
@@ -530,7 +530,7 @@ def test_the_report_says_why_nothing_ever_merged() -> None:
     assert last == "Never merged: no optimizer is attached. Call model.attach(optimizer)."
     optimizer = sgd(model)
     model.attach(optimizer)
-    assert "never finished a step" in str(model.report().idle)
+    assert "never completed a step" in str(model.report().idle)
     train(model, optimizer, 1)
     model(torch.randn(4, 3, 12, 12))
     assert model.report().idle is None
@@ -540,7 +540,7 @@ def test_the_report_says_why_nothing_ever_merged() -> None:
     assert resumed.report().idle is None and "Never" not in str(resumed.report())
 
 
-def test_a_probability_of_zero_is_told() -> None:
+def test_a_probability_of_zero_is_reported() -> None:
     model = wrapped(merge_probability=0.0)
     with pytest.warns(NoEffectWarning, match="no pair was drawn in 100 steps"):
         for _ in range(100):
@@ -636,7 +636,7 @@ def test_what_is_no_network_is_refused_with_the_way_to_one() -> None:
 )
 def test_wrapping_twice_is_refused(outer: Callable[[nn.Module], nn.Module], place: str) -> None:
     once = outer(wrapped())
-    with pytest.raises(ValueError, match=rf"wrapped already.* the bare network, model\.{place}$"):
+    with pytest.raises(ValueError, match=rf"already wrapped.* the bare network, model\.{place}$"):
         InMergeWrapper(once, shallow_layers=2)
     InMergeWrapper(once.get_submodule(place), shallow_layers=2)  # the remedy
 
@@ -652,7 +652,7 @@ def test_a_layer_that_was_replaced_is_reported(engine: Any) -> None:
 
 def test_a_plan_of_another_network_is_refused() -> None:
     plan = plan_merging(timm.create_model("resnet18"))
-    with pytest.raises(ValueError, match="the plan is not of this network"):
+    with pytest.raises(ValueError, match="the plan belongs to another network"):
         InMergeWrapper(small_net(), plan=plan)
     with pytest.raises(ValueError, match="either a plan or its arguments"):
         InMergeWrapper(small_net(), plan=plan, shallow_layers=1)

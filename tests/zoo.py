@@ -117,7 +117,7 @@ def _torchvision_family(name: str) -> str:
 
 
 def build(entry: Entry, device: str = "meta", **settings: Any) -> nn.Module:
-    """The model without weights; on the CPU where it can not be built on the meta device."""
+    """The model without weights; on the CPU where it cannot be built on the meta device."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what others say about their own models
         if device != "meta" or entry.detects:

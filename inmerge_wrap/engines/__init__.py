@@ -2,9 +2,9 @@
 
 An engine is a module with a ``NAME``, ``takes(store)``, ``makes(change)``, ``batches(stores)``,
 ``cosines(stores, pairs, centred)`` and ``change_(stores, pairs, changed, change)``; see
-:mod:`inmerge_wrap.engines.torch_blocks`, which is the specification. It may offer a ``merge_``
-that does the steps of a pass in one, with the same result. Each layer is given to the engine that
-is wanted if it takes the layer's store, and to plain PyTorch otherwise.
+:mod:`inmerge_wrap.engines.torch_blocks`, which is the specification. It may provide a ``merge_``
+that performs the steps of a pass in one call, with the same result. Each layer is assigned to the
+selected engine if that supports the layer's store, and to plain PyTorch otherwise.
 """
 
 from __future__ import annotations
@@ -34,34 +34,34 @@ __all__ = [
 ]
 
 ENGINES = ("auto", "torch", "native", "triton")
-"""What a user may ask for; ``auto`` is the fastest that works on the device at hand."""
+"""The engines a user can request; ``auto`` is the fastest that works on the device."""
 
 
 class Engine(Protocol):
-    """What a module of this package provides."""
+    """The functions that each engine module provides."""
 
     NAME: str
 
     def takes(self, store: Store) -> bool:
-        """Whether it reads and writes a store."""
+        """Returns whether the engine can read and write a store."""
         ...
 
     def makes(self, change: Change) -> bool:
-        """Whether it computes a kind of change."""
+        """Returns whether the engine can compute a kind of change."""
         ...
 
     def batches(self, stores: Sequence[Store]) -> list[list[int]]:
-        """Which of the stores, by their places, one call may be given together."""
+        """Groups the stores, by index, that one call can process together."""
         ...
 
     def cosines(self, stores: Sequence[Store], pairs: Pairs, centred: Sequence[bool]) -> Tensor:
-        """Cosine of each pair, shape (pairs,)."""
+        """Returns the cosine of each pair, shape (pairs,)."""
         ...
 
     def change_(
         self, stores: Sequence[Store], pairs: Pairs, changed: Tensor | None, change: Change
     ) -> None:
-        """Writes what becomes of the changed kernels."""
+        """Writes the new values of the changed kernels."""
         ...
 
 
@@ -71,7 +71,7 @@ _triton: Any = triton
 
 
 def wanted(name: str, device: torch.device) -> Engine:
-    """The engine that a setting means on a device."""
+    """Returns the engine that a setting selects on a device."""
     on_cpu = name in ("auto", "native") and device.type == "cpu"
     if on_cpu and native.problem(insist=name == "native") is None:
         return _native
@@ -81,19 +81,19 @@ def wanted(name: str, device: torch.device) -> Engine:
 
 
 def require(name: str, device: torch.device) -> None:
-    """Makes sure that an engine asked for by name works on a device.
+    """Checks that an engine requested by name works on a device.
 
     Raises:
         RuntimeError: If it does not.
     """
     if device.type == "cpu" and name == "auto":
-        native.prepare()  # so that it is there when the first step asks
-    if name in ("auto", "torch") or device.type == "meta":  # a network on meta moves later
+        native.prepare()  # so that it is ready for the first step
+    if name in ("auto", "torch") or device.type == "meta":  # a network on meta is moved later
         return
     if name == "triton":
         problem = triton.problem(device)
     elif device.type != "cpu":
-        problem = f"native code works on a CPU and the network is on {device}"
+        problem = f"native code runs on a CPU, and the network is on {device}"
     else:
         problem = native.problem(insist=True)
         problem = problem and f"{native.REMEDY} ({problem})"
@@ -102,14 +102,14 @@ def require(name: str, device: torch.device) -> None:
 
 
 def group(stores: Sequence[Store], name: str) -> list[tuple[Engine, list[int]]]:
-    """Divides layers among engines, and into what one call of an engine may be given.
+    """Assigns layers to engines, and splits them into batches for one call.
 
     Args:
-        stores: Of each layer, opened or not.
+        stores: Store of each layer, opened or not.
         name: One of :data:`ENGINES`.
 
     Returns:
-        Engines with the places of their layers, in the order of the first of these.
+        Engines with the indices of their layers, ordered by the first index.
     """
     best = [wanted(name, store.weight.device) for store in stores]
     best = [
@@ -125,7 +125,7 @@ def group(stores: Sequence[Store], name: str) -> list[tuple[Engine, list[int]]]:
 
 
 def divided(layers: Layers, name: str) -> list[tuple[Engine, list[int], Layers]]:
-    """What :func:`group` says of some layers, and the layers of each group; found once for each."""
+    """Returns the result of :func:`group` with the layers of each group, cached."""
 
     def find(layers: Layers) -> list[tuple[Engine, list[int], Layers]]:
         groups = group(layers.stores, name)
@@ -144,7 +144,7 @@ def merge_at_once_(
     skip: Tensor | None,
     keep: list[Any] | None,
 ) -> Outcome | None:
-    """One call of an engine for a whole pass; None, and nothing done, where it has none."""
+    """Runs a whole pass in one call of an engine; returns None if the engine has no such call."""
     if not hasattr(engine, "merge_"):
         return None
     found: Outcome | None = engine.merge_(
@@ -154,7 +154,7 @@ def merge_at_once_(
 
 
 def describe(layers: Layers, name: str) -> str:
-    """Which engine takes how many of some layers, and why, where it is not the best one."""
+    """Describes how many layers each engine handles, and why not all use the fastest one."""
     parts: dict[str, int] = {}
     reasons: dict[str, dict[str, None]] = {}
     for engine, places, batch in divided(layers, name):
@@ -174,7 +174,7 @@ def describe(layers: Layers, name: str) -> str:
 
 
 def _kind_of(store: Store) -> str:
-    """What sets a store apart that an engine does not take."""
+    """Describes why an engine cannot handle a store."""
     if type(store) is not Plain:
         return f"{type(store).__name__.lower()} weights"
     if store.weight.dtype not in (torch.float32, torch.float64, torch.bfloat16):

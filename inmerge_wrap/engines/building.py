@@ -1,9 +1,9 @@
-"""Compiles ``native.cpp``, once for each user, compiler and kind of processor, in the background.
+"""Compiles ``native.cpp`` in the background, once per user, compiler and kind of processor.
 
-The library lies in the user's cache folder, under a name made of all that it depends on, so that a
-home directory may be shared by machines of several kinds. It appears there in one move: processes
-that compile at the same time do not see each other's halves. Where there is no such folder it is
-compiled for this process alone.
+The library is cached in the user's cache folder under a name that encodes everything it depends on,
+so that different machines can share a home directory. It is moved there atomically: processes that
+compile at the same time never see partial files. Without such a folder it is compiled for this
+process only.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _SOURCE = Path(__file__).with_name("native.cpp")
 
 
 class Build:
-    """One compilation, which goes on while the training is prepared.
+    """One compilation, which runs while the training is prepared.
 
-    It begins at once; :meth:`wait` asks for its end.
+    It starts at once; :meth:`wait` waits for the result.
 
     Attributes:
-        pid: The process that began it: a fork has no part in it.
-        library: The loaded library; None before the end, and where it failed.
+        pid: The process that started it; a fork does not share it.
+        library: The loaded library; None before it is done, or if it failed.
     """
 
     def __init__(self) -> None:
@@ -47,12 +47,12 @@ class Build:
             self._problem = str(error) or "the compiler failed"
 
     def wait(self, patience: float) -> str | None:
-        """Waits so many seconds at most; why there is no library, or None where there is one."""
+        """Waits at most ``seconds``; returns why there is no library, or None if there is one."""
         if self._process is not None and self.library is None:
             try:
                 self._process.wait(patience)
             except subprocess.TimeoutExpired:
-                # Perhaps another process was faster. Otherwise this one is left at it for later.
+                # Another process may have been faster; if not, the compiler goes on for later.
                 if self._is_cached():
                     return None
                 return f"the compiler took more than {patience:g} s"
@@ -74,7 +74,7 @@ class Build:
             self._target = folder / f"native-{_fingerprint(command, program)}.so"
         if self._is_cached():
             return
-        # Beside the target, for a move between file systems would not be one move.
+        # Next to the target, because a move between file systems is not atomic.
         self._folder = TemporaryDirectory(prefix="inmerge-", dir=folder, ignore_cleanup_errors=True)
         self._made = Path(self._folder.name, "native.so")
         self._log = TemporaryFile(dir=self._folder.name)  # a pipe would block when it is full
@@ -88,12 +88,12 @@ class Build:
         )
 
     def _is_cached(self) -> bool:
-        """Whether the library was there already; it is loaded then."""
+        """Loads the library if it is in the cache; returns whether it was."""
         if self._target is None or not self._target.exists():
             return False
         try:
             self.library = _load(self._target)
-        except OSError:  # half of a file, from a disk that was full
+        except OSError:  # a partial file, from a disk that was full
             return False
         return True
 
@@ -104,7 +104,7 @@ class Build:
                 self._log.seek(0)
                 raise OSError(self._log.read().decode(errors="replace").strip())
             if not self._made.exists():
-                raise OSError("the compiler made nothing")
+                raise OSError("the compiler produced no library")
             self.library = _load(self._store())
         except OSError as error:
             self._problem = str(error) or "the compiler failed"
@@ -113,7 +113,7 @@ class Build:
             self._clean()
 
     def _store(self) -> Path:
-        """Moves the library into the cache, if there is one; where it is now."""
+        """Moves the library into the cache, if there is one; returns its path."""
         if self._target is None:
             return self._made
         os.replace(self._made, self._target)
@@ -125,7 +125,7 @@ class Build:
         atexit.unregister(self._leave)
 
     def _leave(self) -> None:
-        """At the end of the process: what was made is for the next one, what hangs is ended."""
+        """At exit, keeps a finished library for the next process and ends a hung compiler."""
         if self._process is None or self.pid != os.getpid():
             return
         if self._process.poll() is None:
@@ -137,9 +137,9 @@ class Build:
 
 
 def cache_folder() -> Path | None:
-    """The user's own folder for compiled code, made if need be; None where there is none.
+    """Returns the user's cache folder for compiled code, created if needed; None without one.
 
-    Nobody else may be able to write to it, for what lies there is loaded.
+    No other user may be able to write to it, because its files are loaded.
     """
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -155,19 +155,19 @@ def cache_folder() -> Path | None:
 
 
 def _fingerprint(command: list[str], program: str) -> str:
-    """A name for what the compiler makes here of the source."""
+    """Returns a name that identifies the compiled library: source, compiler, and processor."""
     status = os.stat(program)
     parts = [*command, program, status.st_size, status.st_mtime_ns, sys.platform, _processor()]
     return hashlib.sha256(_SOURCE.read_bytes() + repr(parts).encode()).hexdigest()[:24]
 
 
 def _processor() -> str:
-    """The kind of processor, for which ``-march=native`` compiles."""
+    """Returns the kind of processor, for which ``-march=native`` compiles."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
-    # Of the first core: its model and what it can do, not its clock of this moment.
+    # Of the first core: its model and features, not its current clock.
     keys = ("model", "cpu family", "flags", "Features", "CPU part", "isa")
     first = lines[: lines.index("")] if "" in lines else lines
     return platform.machine() + "".join(line for line in first if line.startswith(keys))

@@ -51,7 +51,7 @@ Number *row(const Layer &layer, int64_t kernel) {
   return static_cast<Number *>(layer.rows) + kernel * layer.fan_in;
 }
 
-// Sums are kept in so many lanes, added up in the end: enough for the processor to work on several
+// Sums are kept in this many lanes, added up at the end: enough for the processor to work on several
 // vectors at a time, and an order of summation that no vector length changes.
 constexpr int64_t kLanes = 32;
 
@@ -92,7 +92,7 @@ Wide cosine(const Number *kernel, const Number *partner, int64_t fan_in, bool ce
   });
   const Wide norms = std::sqrt(totals[1]) * std::sqrt(totals[2]);
   const Wide one = 1;
-  // 0 / 0 is NaN and stays it through the clamping.
+  // 0 / 0 is NaN and stays NaN through the clamping.
   return std::isfinite(norms) ? std::clamp(totals[0] / norms, -one, one) : NAN;
 }
 
@@ -151,12 +151,12 @@ class Order {
                        opens, closes});
       pair_[target] = -1;
     };
-    for (int32_t k = 0; k < kernels; ++k) {  // from each kernel that nobody reads, down its chain
+    for (int32_t k = 0; k < kernels; ++k) {  // from each kernel that no pair reads, down its chain
       int32_t target = k;
       while (pair_[target] >= 0 && readers_[target] == 0) {
         push(target, false, false);
         target = moves.back().source;
-        --readers_[target];  // the last of its readers goes on from here
+        --readers_[target];  // its last reader continues from here
       }
     }
     for (int32_t first = 0; first < kernels; ++first) {  // what is left are cycles
@@ -176,7 +176,7 @@ class Order {
 
   // Brings the moves of each set together and leaves their order as it is: a counting sort.
   void sort_by_set() {
-    std::vector<int32_t> &begins = readers_;  // of no use any more
+    std::vector<int32_t> &begins = readers_;  // no longer in use
     std::fill(begins.begin(), begins.end(), 0);
     for (const Move &move : moves) ++begins[root(move.target)];
     int32_t end = 0;
@@ -235,14 +235,14 @@ constexpr int64_t kAlone = 1 << 15;  // so few entries are done before a second 
 
 enum Decision { kGiven, kBound, kQuantile };
 
-// The whole pass over some layers: each pair is compared, and blended at once if it is alike, while
+// The whole pass over some layers: each pair is compared, and blended at once if it is similar, while
 // its rows are still in the cache. `merged` is given or found, as `decision` says.
 template <typename Number, typename Wide>
 void merge(const Layer *layers, int64_t count, const int64_t *ends, Pairs pairs, Wide *cosines,
            bool *merged, Decision decision, Wide share, Wide alpha, bool skip, Number *kept,
            int threads) {
   if (decision == kQuantile) compare<Number, Wide>(layers, count, ends, pairs, cosines, threads);
-  static thread_local std::vector<Order> orders;  // their memory serves again in the next step
+  static thread_local std::vector<Order> orders;  // their memory is reused in the next step
   static thread_local std::vector<Part> parts;
   if (orders.size() < static_cast<size_t>(count)) orders.resize(count);
   std::vector<int64_t> kept_at(count, 0);
@@ -274,7 +274,7 @@ void merge(const Layer *layers, int64_t count, const int64_t *ends, Pairs pairs,
       for (int64_t l = 0; l < count; ++l) {
         all.insert(all.end(), order_of[l].parts.begin(), order_of[l].parts.end());
       }
-      // The largest first, so that the threads end together.
+      // The largest first, so that the threads finish together.
       std::stable_sort(all.begin(), all.end(), [](const Part &one, const Part &other) {
         return one.entries > other.entries;
       });
@@ -311,7 +311,7 @@ void merge(const Layer *layers, int64_t count, const int64_t *ends, Pairs pairs,
   }
 }
 
-// What became of the pairs of each layer, in four rows of `sums`: how many merged, how many have no
+// The outcome of the pairs of each layer, in four rows of `sums`: how many merged, how many have no
 // cosine, the sum of the cosines and the largest.
 template <typename Wide>
 void add_up(int64_t count, const int64_t *ends, const Wide *cosines, const bool *merged,
@@ -351,7 +351,7 @@ extern "C" void mix_seeds(const int64_t *streams, int64_t count, uint64_t seed, 
   }
 }
 
-// Draws what PyTorch's CPU generator of the same seeds does. Fills the rows of `pairs` (layer,
+// Draws the same numbers as PyTorch's CPU generator with the same seeds. Fills the rows of `pairs` (layer,
 // target, source; each of `room` places) from the left.
 extern "C" void draw_layers(const int64_t *kernels, const int64_t *group_sizes,
                             const int64_t *seeds, int64_t count, float probability,
@@ -374,7 +374,7 @@ extern "C" void draw_layers(const int64_t *kernels, const int64_t *group_sizes,
   }
 }
 
-// Puts the kernels back that `merge` has kept of some layers.
+// Restores the kernels of some layers that `merge` has saved.
 extern "C" void put_back(const Layer *layers, int64_t count, const int64_t *ends,
                          const int64_t *targets, const bool *merged, const char *kept,
                          int64_t entry_size, int threads) {

@@ -46,15 +46,15 @@ __all__ = [
 NAME = "native"
 
 PATIENCE = 2.0
-"""Seconds that a training waits for the compiler where nobody asked for this engine."""
+"""Seconds that training waits for the compiler if the engine was chosen automatically."""
 
 LIMIT = 120.0
-"""Seconds after which a compiler is given up, where somebody did."""
+"""Seconds that training waits for the compiler if the engine was requested."""
 
 REMEDY = (
     "native code needs a C++ compiler (c++, or that of the environment variable CXX) with the "
     "options of g++ and clang++, and a folder (~/.cache, or TMPDIR) from which libraries may be "
-    "loaded; install it, or leave engine='auto', which computes the same without"
+    "loaded; install it, or leave engine='auto', which computes the same without it"
 )
 
 _DTYPES = {
@@ -67,11 +67,11 @@ _WHOLE, _EXACT, _PLACE = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _COUNT = ctypes.c_int
 
 _build: Build | None = None
-_decision: list[str | None] = []  # what was said to those who do not insist: it stays
+_decision: list[str | None] = []  # the answer without insist, which stays the same
 
 
 def prepare() -> None:
-    """Begins to compile, unless that is done."""
+    """Starts compiling, unless that is done already."""
     global _build
     if _build is None or (_build.pid != os.getpid() and _build.library is None):
         _build = Build()
@@ -79,11 +79,12 @@ def prepare() -> None:
 
 
 def problem(*, insist: bool = False) -> str | None:
-    """Why native code cannot be used in this process; None where it can.
+    """Returns why native code cannot be used in this process; None if it can.
 
     Args:
-        insist: Wait for the compiler for minutes. Otherwise for two seconds, once; a run that
-            began without native code then goes on without, so that its arithmetic stays one.
+        insist: Wait for the compiler for minutes. Otherwise wait two seconds, once; a run that
+            started without native code continues without it, so that its arithmetic does not
+            change.
     """
     prepare()
     assert _build is not None
@@ -98,7 +99,7 @@ def problem(*, insist: bool = False) -> str | None:
 
 
 def library() -> ctypes.CDLL:
-    """The compiled ``native.cpp``.
+    """Returns the compiled ``native.cpp``.
 
     Raises:
         RuntimeError: If there is none, see :func:`problem`.
@@ -113,7 +114,7 @@ def library() -> ctypes.CDLL:
 
 @cache
 def _declared(made: ctypes.CDLL) -> ctypes.CDLL:
-    """Says once what each function takes, so that each call may be given plain numbers."""
+    """Declares the argument types of each function once, so that calls can pass plain numbers."""
     made.mix_seeds.argtypes = [_PLACE, _WHOLE, ctypes.c_uint64, ctypes.c_uint64, _PLACE]
     made.draw_layers.argtypes = [*[_PLACE] * 3, _WHOLE, ctypes.c_float, _PLACE, _WHOLE, _PLACE]
     made.put_back.argtypes = [_PLACE, _WHOLE, *[_PLACE] * 4, _WHOLE, _COUNT]
@@ -130,7 +131,7 @@ def _declared(made: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def takes(store: Store) -> bool:
-    """Whether the kernels of a store can be read where they are, on a CPU."""
+    """Returns whether the kernels of a store can be read where they are, on a CPU."""
     weight = store.rows_in_memory
     # Subclasses (shards, quantised and fake tensors) may have no memory of their own.
     return (
@@ -144,7 +145,7 @@ def takes(store: Store) -> bool:
 
 
 def makes(change: Change) -> bool:
-    """Whether native code computes a kind of change: the paper's blend alone."""
+    """Returns whether native code computes a kind of change: the paper's blend alone."""
     return (
         isinstance(change, Blend)
         and isinstance(change.merge_weight, float | int)
@@ -153,7 +154,7 @@ def makes(change: Change) -> bool:
 
 
 def batches(stores: Sequence[Store]) -> list[list[int]]:
-    """All layers of one dtype together, but for those that share memory."""
+    """Groups all layers of one dtype, except those that share memory."""
     found: dict[torch.dtype, list[int]] = {}
     alone, end = [], 0
     for place in sorted(range(len(stores)), key=lambda n: stores[n].weight.data_ptr()):
@@ -170,7 +171,7 @@ def batches(stores: Sequence[Store]) -> list[list[int]]:
 
 
 def draw(layers: Layers, probability: float, seed: int, step: int) -> Pairs:
-    """The pairs that some layers draw in a step, see :func:`inmerge_wrap.merge_pass.draw_step`."""
+    """Draws the pairs of some layers; see :func:`inmerge_wrap.merge_pass.draw_step`."""
     counts, sizes, streams, seeds = layers.fact("draws", _draw_columns)
     library().mix_seeds(streams, len(streams), seed, step, seeds)
     table, lengths = draw_layers(counts, sizes, probability, seeds)
@@ -178,7 +179,7 @@ def draw(layers: Layers, probability: float, seed: int, step: int) -> Pairs:
 
 
 def _draw_columns(layers: Layers) -> tuple[Any, ...]:
-    """Kernels, group sizes and streams of the layers, and a place for their seeds."""
+    """Returns kernel counts, group sizes and streams of layers, and a buffer for their seeds."""
     sites = [layer.site for layer in layers]
     array = _WHOLE * len(sites)
     return (
@@ -195,7 +196,7 @@ def draw_layers(
     probability: float,
     seeds: Sequence[int],
 ) -> tuple[Tensor, list[int]]:
-    """The same draws as those of :func:`inmerge_wrap.merging.draw_layers`."""
+    """Draws exactly what :func:`inmerge_wrap.merging.draw_layers` draws."""
     if not _draws_like_torch():
         return merging.draw_layers(num_kernels, group_sizes, probability, seeds)
     return _draw([num_kernels, group_sizes, seeds], probability)
@@ -203,7 +204,7 @@ def draw_layers(
 
 @cache
 def _draws_like_torch() -> bool:
-    """Whether PyTorch's generator is still the one that ``native.cpp`` follows."""
+    """Returns whether PyTorch's generator is still the one that ``native.cpp`` follows."""
     kernels, sizes, seeds = [64, 640], [32, 640], [1, 2**32 - 1]
     ours, _ = _draw([kernels, sizes, seeds], 0.5)
     return torch.equal(ours, merging.draw_layers(kernels, sizes, 0.5, seeds)[0])
@@ -225,12 +226,12 @@ def _draw(columns: Sequence[Sequence[int]], probability: float) -> tuple[Tensor,
 
 
 def cosines(stores: Sequence[Store], pairs: Pairs, centred: Sequence[bool]) -> Tensor:
-    """Cosine of each pair, see :func:`inmerge_wrap.merging.pair_cosines`.
+    """Returns the cosine of each pair, see :func:`inmerge_wrap.merging.pair_cosines`.
 
     Args:
-        stores: Of one dtype, without common memory; see :func:`batches`.
-        pairs: On the CPU.
-        centred: Of each layer, whether its kernels are compared without their mean.
+        stores: Stores of one dtype that share no memory; see :func:`batches`.
+        pairs: Drawn pairs, on the CPU.
+        centred: For each layer, whether its kernels are compared without their mean.
 
     Returns:
         Shape (pairs,), float32 or wider.
@@ -247,8 +248,8 @@ def change_(stores: Sequence[Store], pairs: Pairs, changed: Tensor | None, chang
     """Blends kernels in place; all are read before they are written (eq. 3).
 
     Args:
-        stores: See :func:`cosines`, as for ``pairs``.
-        pairs: Without repetition of a target in a layer.
+        stores: See :func:`cosines`; likewise ``pairs``.
+        pairs: No target repeats in a layer.
         changed: Boolean mask of the pairs to blend, shape (pairs,); None for all.
         change: See :func:`makes`.
     """
@@ -277,7 +278,7 @@ def change_(stores: Sequence[Store], pairs: Pairs, changed: Tensor | None, chang
 
 
 def _table(stores: Sequence[Store], centred: Sequence[bool] | None = None) -> Tensor:
-    """An array of ``struct Layer``, see ``native.cpp``, without bounds."""
+    """Returns an array of ``struct Layer``, see ``native.cpp``, without bounds."""
     weights = [store.weight for store in stores]
     rows = [
         (weight.data_ptr(), len(weight), weight.numel() // len(weight), mean, 0)
@@ -298,7 +299,7 @@ class _Columns:
 
 
 def _note_writes(weights: Sequence[Tensor]) -> None:
-    """As PyTorch does where it writes, so that a backward pass over old weights is refused."""
+    """Bumps version counters as PyTorch does, so that autograd detects the in-place write."""
     torch.autograd.graph.increment_version(weights)
 
 
@@ -321,15 +322,15 @@ def merge_(
     """Compares, decides and blends; equal to :func:`cosines`, the threshold and :func:`change_`.
 
     Args:
-        layers: Those of one batch, see :func:`batches`.
-        pairs: What they draw, on the CPU.
-        threshold: Which pairs merge.
+        layers: The layers of one batch, see :func:`batches`.
+        pairs: Their drawn pairs, on the CPU.
+        threshold: The rule that decides which pairs merge.
         merge_weight: See :class:`inmerge_wrap.changes.Blend`.
-        skip: A scalar, non-zero for no merge at all.
-        keep: Takes the kernels that change, before they do.
+        skip: A scalar; non-zero disables the merge.
+        keep: Receives the kernels that change, before they do.
 
     Returns:
-        What became of each pair; None, and nothing done, where the threshold is not one of ours.
+        The outcome of each pair; None, with nothing changed, for a custom threshold.
     """
     if type(threshold) not in (Fixed, ZScore, Quantile):
         return None
@@ -363,7 +364,7 @@ def merge_(
 
 
 class _Table:
-    """What ``merge`` is told of some layers; it serves as long as their weights do."""
+    """The arguments of ``merge`` for some layers; valid as long as their weights are."""
 
     def __init__(self, layers: Layers) -> None:
         stores, sites = layers.stores, [layer.site for layer in layers]
@@ -373,10 +374,10 @@ class _Table:
         self.dtype = stores[0].weight.dtype
         self._fan_ins = [site.fan_in for site in sites]
         self._threshold: Threshold | None = None
-        self.spare: Tensor | None = None  # for kernels to keep, so that no step asks for memory
+        self.spare: Tensor | None = None  # for saved kernels, so that no step allocates memory
 
     def aim(self, threshold: Threshold) -> tuple[int, float]:
-        """Writes the bound of each layer; how ``merge`` decides, and at which quantile."""
+        """Writes the bound of each layer; returns the rule of ``merge`` and its quantile."""
         if isinstance(threshold, Quantile):
             return _QUANTILE, 1.0 - threshold.share
         if threshold != self._threshold:
@@ -388,7 +389,7 @@ class _Table:
         return _BOUND, 0.0
 
     def room_for(self, lengths: Sequence[int]) -> Tensor:
-        """Memory for so many kernels of each layer."""
+        """Allocates memory for a number of kernels of each layer."""
         entries = sum(map(mul, lengths, self._fan_ins))
         room, self.spare = self.spare, None
         if room is None or len(room) < entries:
@@ -402,7 +403,7 @@ class KeptRows:
 
     Attributes:
         layers: The layers.
-        pairs: What they drew.
+        pairs: Their drawn pairs.
         merged: Which of the pairs changed their target, boolean, shape (pairs,).
         rows: A kernel for each pair, one after the other; only those that merged are written.
     """
@@ -418,7 +419,7 @@ class KeptRows:
         return [layer.module for layer in self.layers]
 
     def put_back_(self) -> None:
-        """Puts the kernels back, bit for bit, where the convolutions have their weights now."""
+        """Restores the kernels, bit for bit, wherever the convolutions have their weights now."""
         table = self.layers.fact(NAME, _Table)
         if not self.layers.are_still(self.modules):
             self._put_back_elsewhere_()
@@ -439,11 +440,11 @@ class KeptRows:
         table.spare = self.rows
 
     def _put_back_elsewhere_(self) -> None:
-        """The same where tensors were exchanged meanwhile, as SAM does."""
+        """Puts the kernels back where tensors were exchanged in the meantime, as SAM does."""
         begin = 0
         masks = self.merged.split(self.pairs.lengths)
         for layer, part, mask in zip(self.layers, self.pairs.split(), masks, strict=True):
-            # Entries lie as in the weight that was merged, channels last perhaps.
+            # Entries are ordered as in the weight that was merged, possibly channels_last.
             weight = layer.store.weight
             shape = len(part), *weight.shape[1:]
             kernels = self.rows.as_strided(shape, weight.stride(), begin)

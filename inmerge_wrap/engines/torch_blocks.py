@@ -1,6 +1,6 @@
 """The plain engine: PyTorch's own functions, in blocks of pairs that fit into the cache.
 
-It takes every store, every change and every device, and is the specification of the others.
+It supports every store, change and device, and is the specification of the other engines.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ __all__ = ["NAME", "batches", "blocks", "change_", "cosines", "makes", "takes"]
 
 NAME = "torch"
 
-# What a block of pairs may take, so that its rows are still in the cache when they are used again:
+# Size of a block of pairs, such that its rows are still in the cache when they are used again:
 # about the L2 cache of a CPU core, or of a small GPU.
 _CPU_BLOCK_BYTES = 2**20
 _GPU_BLOCK_BYTES = 2**22
 
 
 def takes(store: Store) -> bool:
-    """Whether this engine reads and writes a store: it does so with all."""
+    """Returns True: this engine reads and writes every store."""
     return True
 
 
 def makes(change: Change) -> bool:
-    """Whether this engine computes a kind of change: it computes all."""
+    """Returns True: this engine computes every change."""
     return True
 
 
 def batches(stores: Sequence[Store]) -> list[list[int]]:
-    """One layer at a time, so that only one layer in shards is ever whole."""
+    """Returns one layer per group, so that only one sharded layer is ever gathered at a time."""
     return [[place] for place in range(len(stores))]
 
 
 def cosines(stores: Sequence[Store], pairs: Pairs, centred: Sequence[bool]) -> Tensor:
-    """Cosine of each target with its source, see :func:`inmerge_wrap.merging.pair_cosines`.
+    """Returns the cosine of each pair; see :func:`inmerge_wrap.merging.pair_cosines`.
 
     Args:
-        stores: Of each layer, opened.
-        pairs: On the device of the stores.
-        centred: Of each layer, whether its kernels are compared without their mean.
+        stores: Opened store of each layer.
+        pairs: Drawn pairs, on the device of the stores.
+        centred: For each layer, whether its kernels are compared without their mean.
 
     Returns:
         Shape (pairs,), float32 or wider.
@@ -64,10 +64,10 @@ def change_(stores: Sequence[Store], pairs: Pairs, changed: Tensor | None, chang
     """Writes the new kernels of the changed pairs; all are read before any is written (eq. 3).
 
     Args:
-        stores: Of each layer, opened.
-        pairs: On the device of the stores.
+        stores: Opened store of each layer.
+        pairs: Drawn pairs, on the device of the stores.
         changed: Boolean mask, shape (pairs,); None changes all.
-        change: What becomes of a kernel, for all pairs.
+        change: The change of the kernels, for all pairs.
     """
     begin = 0
     for store, part in zip(stores, pairs.split(), strict=True):
@@ -90,10 +90,10 @@ def _change_one_(store: Store, pairs: Pairs, changed: Tensor | None, change: Cha
 def blocks(
     store: Store, pairs: Pairs, *, centred: bool = False
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """The pairs of one layer in parts small enough for the cache, one part at least.
+    """Splits the pairs of one layer into blocks that fit the cache; at least one block.
 
     Yields:
-        Which pairs, their kernels and their partners; fresh tensors, (pairs, fan_in).
+        The index of the pairs, their kernels and their partners; new tensors, (pairs, fan_in).
     """
     weight = store.weight
     cache = _CPU_BLOCK_BYTES if weight.device.type == "cpu" else _GPU_BLOCK_BYTES

@@ -1,6 +1,6 @@
 """The Triton engine: a pass over all layers in a few launches, on a GPU.
 
-See :mod:`inmerge_wrap.engines.triton_launches` for what is launched. It has never run on a GPU of
+See :mod:`inmerge_wrap.engines.triton_launches` for the launches. It has never run on a GPU of
 ours: the tests run it in Triton's interpreter, on a CPU.
 """
 
@@ -27,18 +27,18 @@ NAME = "triton"
 
 
 def problem(device: torch.device) -> str | None:
-    """Why Triton cannot be used on a device; None where it can."""
+    """Returns why Triton cannot be used on a device; None where it can."""
     return triton_launches.unavailable_reason(device)
 
 
 def takes(store: Store) -> bool:
-    """Whether the kernels of a store can be read and written where they are."""
+    """Returns whether the kernels of a store can be read and written where they are."""
     weight = store.rows_in_memory
     return weight is not None and triton_launches.takes(weight)
 
 
 def batches(stores: Sequence[Store]) -> list[list[int]]:
-    """All layers of one device together, but for those that share memory."""
+    """Groups all layers on one device, except those that share memory."""
     found: dict[torch.device, list[int]] = {}
     alone, ends = [], dict.fromkeys((store.weight.device for store in stores), 0)
     for place in sorted(range(len(stores)), key=lambda n: stores[n].weight.data_ptr()):
@@ -52,7 +52,7 @@ def batches(stores: Sequence[Store]) -> list[list[int]]:
 
 
 def cosines(stores: Sequence[Store], pairs: Pairs, centred: Sequence[bool]) -> Tensor:
-    """Cosine of each pair, float32; see :func:`inmerge_wrap.engines.torch_blocks.cosines`."""
+    """Returns the float32 cosine of each pair; see :func:`inmerge_wrap.merging.pair_cosines`."""
     weights = [store.weight for store in stores]
     return triton_launches.compare(weights, pairs.lengths, pairs.targets, pairs.sources, centred)
 
@@ -83,19 +83,19 @@ def merge_(
 ) -> Outcome | None:
     """Compares, decides and blends; equal to :func:`cosines`, the threshold and :func:`change_`.
 
-    Launches, whatever the number of layers: one to compare, one to decide, two to blend, one to
-    keep; a quantile takes some twenty more operations.
+    Launches, for any number of layers: one to compare, one to decide, two to blend, one to
+    save; a quantile takes some twenty more operations.
 
     Args:
-        layers: Those of one batch, see :func:`batches`.
-        pairs: On their device.
-        threshold: Which pairs merge.
+        layers: The layers of one batch, see :func:`batches`.
+        pairs: Drawn pairs, on their device.
+        threshold: The rule that decides which pairs merge.
         merge_weight: See :class:`inmerge_wrap.changes.Blend`.
-        skip: A scalar on the device, non-zero for no merge at all.
-        keep: Takes the kernels that change, before they do.
+        skip: A scalar on the device; non-zero disables the merge.
+        keep: Receives the kernels that change, before they do.
 
     Returns:
-        What became of each pair; None, and nothing done, where the threshold is not one of ours.
+        The outcome of each pair; None, with nothing changed, for a custom threshold.
     """
     if type(threshold) not in (Fixed, ZScore, Quantile):
         return None
@@ -124,9 +124,9 @@ class KeptBuffer:
 
     Attributes:
         layers: The layers.
-        pairs: Whose targets are kept.
-        merged: Which of them.
-        rows: What :func:`triton_launches.save` gave.
+        pairs: The pairs whose targets are saved.
+        merged: Which of the pairs merged.
+        rows: The buffer that :func:`triton_launches.save` returned.
     """
 
     layers: Layers
@@ -140,12 +140,12 @@ class KeptBuffer:
         return [layer.module for layer in self.layers]
 
     def put_back_(self) -> None:
-        """Puts the kernels back, bit for bit, where the convolutions have their weights now."""
+        """Restores the kernels, bit for bit, wherever the convolutions have their weights now."""
         stores = [store_of(module) for module in self.modules]
         if all(map(_is_alike, stores, self.layers.stores)):
             self._restore_([store.weight for store in stores])
             return
-        # Moved or converted since: unpacked into weights as they were, and from these.
+        # Moved or converted since: unpack into weights of the old form and copy from these.
         unpacked = [torch.empty_like(store.weight) for store in self.layers.stores]
         self._restore_(unpacked)
         masks = self.merged.split(self.pairs.lengths)
@@ -161,7 +161,7 @@ class KeptBuffer:
 
 
 def _is_alike(now: Store, before: Store) -> bool:
-    """Whether a weight has the device, dtype and order of entries that it had."""
+    """Returns whether a weight has the device, dtype and order of entries that it had."""
     ours, theirs = now.weight, before.weight
     return takes(now) and (ours.device, ours.dtype, ours.shape, ours.stride()) == (
         theirs.device,

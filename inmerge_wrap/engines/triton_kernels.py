@@ -1,11 +1,11 @@
 """The kernels of ``triton.py``: what runs on the device.
 
 A program (a thread block) works on one drawn pair, or in :func:`decide` on one layer. The plain
-functions of ``merging.py`` are the specification. *Kernels* are here, as everywhere in this
-library, those of a convolution; what Triton calls a kernel is a function of this module.
+functions of ``merging.py`` are the specification. As everywhere in this library,
+*kernels* are those of a convolution; what Triton calls a kernel is a function of this module.
 
 ``bfloat16`` is read and written as its 16 bits and converted with integers: GPUs before Ampere have
-no instruction for it, and Triton's interpreter cuts the bits off where it should round.
+no instruction for it, and Triton's interpreter truncates where it should round.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _BUFFER = tl.constexpr(5)  # address of the buffer's row for its first pair
 _CENTRED = tl.constexpr(6)  # whether to compare its kernels without their mean
 COLUMNS = tl.constexpr(7)
 
-# No argument is worth a variant: a compilation in mid-training costs more than it could gain.
+# No argument is specialised: compiling in mid-training costs more than a variant could gain.
 _POINTERS = ["table", "targets", "sources", "cosines", "changed", "later", "thresholds", "skip"]
 _ONE_VARIANT = {"do_not_specialize": ["layers"], "do_not_specialize_on_alignment": _POINTERS}
 
 
 @triton.jit
 def _layer_of(table: tl.tensor, layers: tl.tensor, program: tl.tensor) -> tl.tensor:
-    """Row of the table that a program works on: the last that begins at or before it."""
+    """Returns the table row that a program works on: the last that begins at or before it."""
     low = 0
     high = layers
     while high - low > 1:
@@ -45,21 +45,21 @@ def _layer_of(table: tl.tensor, layers: tl.tensor, program: tl.tensor) -> tl.ten
 
 @triton.jit
 def _row(layer: tl.tensor, kernel: tl.tensor, stored: tl.constexpr) -> tl.tensor:
-    """Pointer to the first entry of a kernel of a layer."""
+    """Returns the pointer to the first entry of a kernel of a layer."""
     weight = tl.load(layer + _ADDRESS).to(tl.pointer_type(stored))
     return weight + kernel * tl.load(layer + _FAN_IN)
 
 
 @triton.jit
 def _buffer_row(layer: tl.tensor, pair: tl.tensor, stored: tl.constexpr) -> tl.tensor:
-    """Pointer to the first entry of the buffer's row for a pair."""
+    """Returns the pointer to the first entry of the buffer's row for a pair."""
     rows = tl.load(layer + _BUFFER).to(tl.pointer_type(stored))
     return rows + (pair - tl.load(layer + _FIRST_PAIR)) * tl.load(layer + _FAN_IN)
 
 
 @triton.jit
 def _widened(values: tl.tensor) -> tl.tensor:
-    """Entries of a weight as float32."""
+    """Returns the entries of a weight as float32."""
     if values.dtype == tl.uint16:
         return (values.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -68,7 +68,7 @@ def _widened(values: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _narrowed(values: tl.tensor, stored: tl.constexpr) -> tl.tensor:
-    """float32 as a weight stores it, rounded to the nearest, ties to even."""
+    """Converts float32 to the dtype of a weight, rounding to nearest, ties to even."""
     if stored == tl.uint16:
         bits = values.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -88,7 +88,7 @@ def compare(
     stored: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """Cosine of each pair."""
+    """Returns the cosine of each pair."""
     program = tl.program_id(0)
     layer = _layer_of(table, layers, program)
     pair = tl.load(layer + _FIRST_PAIR) + program - tl.load(layer + _FIRST_PROGRAM)
@@ -122,7 +122,7 @@ def compare(
     norms = tl.sqrt_rn(tl.sum(square, axis=0)) * tl.sqrt_rn(tl.sum(partner_square, axis=0))
     cosine = tl.div_rn(tl.sum(product, axis=0), norms)
     cosine = tl.where(cosine > 1.0, 1.0, tl.where(cosine < -1.0, -1.0, cosine))
-    # 0 / 0 is NaN and stays it; anything over an infinite or undefined norm is NaN as well.
+    # 0 / 0 is NaN and stays NaN; a quotient with an infinite or undefined norm is NaN as well.
     tl.store(cosines + pair, tl.where(norms < float("inf"), cosine, float("nan")))
 
 
@@ -140,7 +140,7 @@ def decide(
     inclusive: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """Which pairs pass, and the running counts; a program works on one layer.
+    """Decides which pairs merge and updates the running counts; one program per layer.
 
     Each row of the table: the layer's first pair, the pair after its last, its row in the counts.
     """
@@ -150,7 +150,7 @@ def decide(
     threshold = tl.load(thresholds + layer).to(tl.float32)  # from float64 of the host
     if skip is not None:
         threshold = tl.where(tl.load(skip) == 0, threshold, float("inf"))
-    # Numbers of one program each, so that no order of additions is left to chance.
+    # Each number is computed by one program, so that the order of additions is deterministic.
     passed_here = tl.zeros([block], tl.int64)
     undefined_here = tl.zeros([block], tl.int64)
     sum_here = tl.zeros([block], tl.float64)
@@ -187,7 +187,7 @@ def blend(
     stored: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """Blends the kernels of the changed pairs: in place those that are no pair's source.
+    """Blends the kernels of the changed pairs, in place if they are not a source of any pair.
 
     The others go to the buffer and are marked in ``later``, to be written after this launch.
     """

@@ -1,16 +1,16 @@
 """Comparing, blending, saving and restoring the kernels of many layers in one launch, on a GPU.
 
 PyTorch launches some twenty small kernels for each layer of a pass. Here one launch works on all
-layers, whatever their number: it reads the weights through a table of their addresses, and what it
-needs of the host is one small table, sent without waiting. The launches are in
+layers, whatever their number: it reads the weights through a table of their addresses, which the
+host sends without waiting. The launches are in
 ``triton_kernels.py``; Triton is imported when it is first needed.
 
-All functions take lists of layers. The weights of a call lie on one device, as do the tensors of
-pairs, and no two of them share memory; :func:`takes` says which weights are possible. Weights of
-several dtypes are possible, and take a launch each.
+All functions take lists of layers. The weights of a call and the tensors of pairs must be on one
+device, and no two weights may share memory; :func:`takes` checks whether a weight is supported.
+Each dtype takes its own launch.
 
 Under ``TRITON_INTERPRET=1``, set before Triton is imported, the same functions run on a CPU,
-slowly: that is how the tests run them where there is no GPU.
+slowly; this is how the tests run them without a GPU.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ class Counts(NamedTuple):
 
 
 def available(device: torch.device) -> bool:
-    """Whether the functions of this module run on a device; see :func:`unavailable_reason`."""
+    """Returns whether this module's functions run on a device; see :func:`unavailable_reason`."""
     return unavailable_reason(device) is None
 
 
 @cache
 def unavailable_reason(device: torch.device) -> str | None:
-    """Why the functions of this module do not run on a device, or None where they do.
+    """Returns why the functions of this module do not run on a device, or None where they do.
 
     Tries it once for each device with a small launch, for which Triton may have to compile: it
     needs a C compiler, the headers of Python and a folder for its cache.
@@ -83,14 +83,14 @@ def unavailable_reason(device: torch.device) -> str | None:
         compare([weight], [1], target, target + 1, [False])
     except ImportError as error:
         return f"Triton cannot be imported: {error}"
-    except Exception as error:  # compilers, drivers and folders fail in ways of their own
+    except Exception as error:  # compilers, drivers and folders can fail in any way
         return f"Triton does not work on {device}: {error!r}"
     return None
 
 
 @cache
 def _interpreted() -> bool:
-    """Whether Triton runs on the CPU: asked of the environment, to import it for nobody else."""
+    """Returns whether Triton runs in interpreter mode, without importing it."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "on", "true")
 
 
@@ -103,14 +103,14 @@ def _kernels() -> ModuleType:
 
 @cache
 def _stored() -> dict[torch.dtype, Any]:
-    """How the launches read each dtype; bfloat16 as its bits."""
+    """Returns the Triton type of each dtype; bfloat16 is read as its bits."""
     import triton.language as tl
 
     return dict(zip(_DTYPES, (tl.float32, tl.uint16, tl.float16), strict=True))
 
 
 def takes(weight: Tensor) -> bool:
-    """Whether a weight can be read and written where it lies."""
+    """Returns whether a weight can be read and written in place."""
     # Subclasses (shards, quantised and fake tensors) may have no memory of their own.
     plain = type(weight) is Tensor and weight.layout is torch.strided
     here = weight.device.type == ("cpu" if _interpreted() else "cuda")
@@ -124,16 +124,16 @@ def compare(
     sources: Tensor,
     centred: Sequence[bool],
 ) -> Tensor:
-    """Cosine of each drawn pair of all layers, as :func:`inmerge_wrap.merging.pair_cosines`.
+    """Computes the cosine of each drawn pair, as :func:`inmerge_wrap.merging.pair_cosines`.
 
     Launches: a table and one kernel.
 
     Args:
         weights: Each of shape (C_out, C_in / groups, kH, kW); see :func:`takes`.
-        pairs: How many pairs each layer has.
+        pairs: Number of pairs of each layer.
         targets: int64, layer after layer, shape (sum(pairs),).
         sources: Likewise.
-        centred: Of each layer, whether to compare the kernels without their mean.
+        centred: For each layer, whether to compare the kernels without their mean.
 
     Returns:
         Shape (sum(pairs),), float32.
@@ -145,14 +145,14 @@ def compare(
 
 
 def layer_quantiles(cosines: Tensor, pairs: Sequence[int], share: float) -> Tensor:
-    """The cosine that the most alike ``share`` of each layer's pairs reach or surpass.
+    """Returns the cosine that the most similar ``share`` of each layer's pairs reach.
 
     As :func:`torch.nanquantile` of each layer, in a number of operations that does not grow with
     the layers.
 
     Args:
-        cosines: Of all layers, shape (sum(pairs),).
-        pairs: How many of them each layer has.
+        cosines: Cosines of all layers, shape (sum(pairs),).
+        pairs: Number of pairs of each layer.
         share: In (0, 1].
 
     Returns:
@@ -179,18 +179,18 @@ def decide(
     counts: Counts | None = None,
     rows: Sequence[int] | None = None,
 ) -> Tensor:
-    """Which pairs merge: those whose cosine is above the threshold of their layer (eq. 4).
+    """Decides which pairs merge: those with a cosine above the threshold of their layer (eq. 4).
 
     Launches: a table and one kernel. A NaN cosine passes no threshold, and a NaN threshold nothing.
 
     Args:
-        cosines: Of all layers, shape (sum(pairs),), float32.
-        pairs: How many of them each layer has.
-        thresholds: Of each layer: numbers, or shape (layers,), float32, on the device.
+        cosines: Cosines of all layers, shape (sum(pairs),), float32.
+        pairs: Number of pairs of each layer.
+        thresholds: Threshold of each layer: numbers, or shape (layers,), float32, on the device.
         inclusive: Whether a cosine equal to the threshold passes.
-        skip: A scalar on the device, non-zero for no merge, such as a gradient scaler's overflow.
+        skip: A scalar on the device; non-zero disables the merge, as on a gradient overflow.
         counts: Running counts to add these pairs to.
-        rows: Place of each layer in the counts; by default their order here.
+        rows: Index of each layer in the counts; by default their order here.
 
     Returns:
         Boolean mask, shape (sum(pairs),).
@@ -223,20 +223,20 @@ def blend_(
 ) -> None:
     """Blends kernels of all layers in place; all are read before any is written (eq. 3).
 
-    Launches: a table and two kernels. The first blends in place what is no pair's source, and the
-    rest into a buffer, from which the second copies. The buffer has room for all drawn
-    kernels, for how many need it is known on the device alone. An order in which each kernel is
-    read by all that blend with it before it is written, as in ``native.cpp``, would need none. But
-    it needs the sources on the host, which the most similar partners are not, and one program that
-    follows it, where a GPU has thousands.
+    Launches: a table and two kernels. The first blends in place the kernels that are not a source
+    of any pair, and the others into a buffer, from which the second copies. The buffer has room
+    for all drawn kernels, because only the device knows how many need it. An order in which each
+    kernel is read by all pairs that use it before it is written, as in ``native.cpp``, would need
+    no buffer. But it requires the sources on the host, where the most similar partners are not,
+    and a single program that follows it, while a GPU runs thousands.
 
     Args:
-        weights: As of :func:`compare`, as are ``pairs``, ``targets`` and ``sources``.
-        pairs: Of each layer.
-        targets: Without repetition in a layer.
+        weights: As in :func:`compare`.
+        pairs: Number of pairs of each layer.
+        targets: Kernels to write; none repeats in a layer.
         sources: Their partners.
         changed: Boolean mask of the pairs to blend, shape (sum(pairs),).
-        merge_weight: alpha, the share of a kernel that stays.
+        merge_weight: alpha, the weight of the kernel itself.
     """
     targets, sources, changed = (part.contiguous() for part in (targets, sources, changed))
     buffer, later = _buffer(weights, pairs), torch.empty_like(changed)
@@ -258,13 +258,13 @@ def save(
     Launches: a table and one kernel.
 
     Args:
-        weights: As of :func:`compare`, as are ``pairs`` and ``targets``.
-        pairs: Of each layer.
+        weights: As in :func:`compare`.
+        pairs: Number of pairs of each layer.
         targets: The kernels to copy.
         changed: Boolean mask, shape (sum(pairs),), of those that are needed; None copies all.
 
     Returns:
-        Bytes, in an order of this module. Those of kernels that are not needed are undefined.
+        A buffer of bytes in an internal order. Those of kernels that are not needed are undefined.
     """
     buffer = _buffer(weights, pairs)
     table = _table(weights, pairs, buffer=buffer)
@@ -285,19 +285,19 @@ def restore_(
     Launches: a table and one kernel.
 
     Args:
-        weights: As of :func:`save`, as are ``pairs`` and ``targets``.
-        pairs: Of each layer.
-        targets: Without repetition in a layer.
-        buffer: Of :func:`save`.
+        weights: As in :func:`save`.
+        pairs: Number of pairs of each layer.
+        targets: Kernels to write; none repeats in a layer.
+        buffer: The result of :func:`save`.
         changed: Which kernels to write, all of them saved; None writes all.
 
     Raises:
-        ValueError: If the buffer is not of these layers and pairs.
+        ValueError: If the buffer does not belong to these layers and pairs.
     """
     expected = _buffer_starts(weights, pairs)[-1]
     if buffer.dtype != torch.uint8 or buffer.shape != (expected,):
         raise ValueError(
-            f"the buffer must be the {expected} bytes that save() gave for these weights and "
+            f"the buffer must be the {expected} bytes that save() returned for these weights and "
             f"pairs, got {buffer.dtype} of shape {tuple(buffer.shape)}"
         )
     table = _table(weights, pairs, buffer=buffer)
@@ -321,7 +321,7 @@ def _table(
     centred: Sequence[bool] | None = None,
     buffer: Tensor | None = None,
 ) -> list[_Part]:
-    """What the launches need to know of the layers, sent to the device in one message."""
+    """Builds the table of layers that the launches read, sent to the device in one copy."""
     first_pair = list(accumulate(pairs, initial=0))
     at = 0 if buffer is None else buffer.data_ptr()
     places = [at + start for start in _buffer_starts(weights, pairs)]
@@ -367,7 +367,7 @@ def _buffer(weights: Sequence[Tensor], pairs: Sequence[int]) -> Tensor:
 
 
 def _buffer_starts(weights: Sequence[Tensor], pairs: Sequence[int]) -> list[int]:
-    """Where each layer's rows begin in a buffer, and its size, in bytes."""
+    """Returns where each layer's rows begin in a buffer, and its size, in bytes."""
     row_bytes = (_fan_in(weight) * weight.element_size() for weight in weights)
     sizes = (count * size for count, size in zip(pairs, row_bytes, strict=True))
     return list(accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
@@ -378,8 +378,8 @@ def _fan_in(weight: Tensor) -> int:
 
 
 def _written(weights: Sequence[Tensor], pairs: Sequence[int]) -> None:
-    """Tells PyTorch of a write, so that a backward pass over the old weights is refused."""
-    # All that may be: which pairs changed is known on the device.
+    """Bumps the version counter of a weight, so that autograd detects the in-place write."""
+    # All weights that may have changed: only the device knows which pairs did.
     written = [weight for weight, count in zip(weights, pairs, strict=True) if count]
     torch.autograd.graph.increment_version(written)
 

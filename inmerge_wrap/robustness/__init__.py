@@ -1,10 +1,10 @@
-"""Robustness, measured: corruptions, attacks, calibration, and the uncertainty of every figure.
+"""Robustness evaluation: corruptions, attacks, calibration, and confidence intervals.
 
     result = evaluate_robustness(model, loader, preset="dermatoscopy", mean=0.5, std=0.5)
     result.value("balanced_error", "motion_blur", severity=3)
 
-`evaluation` runs a model over images, `corruptions` and `attacks` damage them, `metrics` scores
-what came out.
+`evaluation` runs a model over images, `corruptions` and `attacks` perturb them, `metrics` scores
+the outputs.
 """
 
 from inmerge_wrap.robustness.attacks import Attack

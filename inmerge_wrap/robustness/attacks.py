@@ -1,4 +1,4 @@
-"""Adversarial attacks on pixels, through the adversarial-robustness-toolbox (extra ``attacks``)."""
+"""Adversarial attacks on pixels with the Adversarial Robustness Toolbox (extra ``attacks``)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ __all__ = ["Attack"]
 
 @dataclass(frozen=True)
 class Attack:
-    """A white-box attack of bounded largest change per pixel (L-infinity), on pixels in [0, 1].
+    """A white-box attack with a bounded change per pixel (L-infinity), on pixels in [0, 1].
 
     FGSM: one step along the sign of the gradient (I. Goodfellow et al., arXiv 1412.6572). PGD: many
-    small ones from a random start inside the bound (A. Madry et al., arXiv 1706.06083).
+    small steps from a random start inside the bound (A. Madry et al., arXiv 1706.06083).
 
     Attributes:
         name: "fgsm" or "pgd".
         eps: Largest change of a pixel, in pixel units of the [0, 1] range: 2 grey levels are 2/255.
-        steps: Steps of PGD.
-        step_size: Size of one of them, in the same unit; 2.5 eps / steps if None.
+        steps: Number of PGD steps.
+        step_size: Size of one step, in the same unit; 2.5 eps / steps if None.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Attack:
 
 
 class PixelClassifier(nn.Module):
-    """The attacked network: pixels in [0, 1] go in, so that eps means what it says."""
+    """The attacked network, which takes pixels in [0, 1], so that eps is in pixel units."""
 
     def __init__(self, model: nn.Module, normalise: Callable[[Tensor], Tensor], task: str) -> None:
         super().__init__()
@@ -65,10 +65,10 @@ class PixelClassifier(nn.Module):
 
 
 class _TrueLabels(nn.Module):
-    """Cross-entropy against the labels of the batch at hand, whatever labels ART passes.
+    """Cross-entropy against the labels of the current batch, whatever labels ART passes.
 
-    ART knows one class per image: it divides every row of labels by its sum, which spoils several
-    labels and gives NaN for none. Unknown labels (NaN) do not count.
+    ART assumes one class per image: it divides every row of labels by its sum, which is wrong for
+    several labels and NaN for none. Unknown labels (NaN) do not count.
     """
 
     def __init__(self, targets: Tensor) -> None:
@@ -91,7 +91,7 @@ def attack_batch(
     outputs: int,
     seed: int,
 ) -> Tensor:
-    """Adversarial images for one batch, through the Adversarial Robustness Toolbox."""
+    """Computes adversarial images for one batch with the Adversarial Robustness Toolbox."""
     try:
         from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescent
         from art.estimators.classification import PyTorchClassifier
@@ -128,7 +128,7 @@ def attack_batch(
                 batch_size=size,
                 verbose=False,
             )
-        # ART starts PGD from numpy's global generator; the caller puts its state back.
+        # ART starts PGD from numpy's global generator; the caller restores its state.
         np.random.seed(seed % 2**32)
         with torch.enable_grad():
             found = method.generate(
@@ -147,9 +147,9 @@ def worst_case(
     task: str,
     threshold: float | Sequence[float],
 ) -> Tensor:
-    """Logits of the attacked image, or of the clean one where the attack helped the model.
+    """Returns logits of the attacked image, or of the clean one if the attack helped the model.
 
-    The attacker may leave a picture alone, so an attack never raises the number of right answers.
+    An attacker may leave an image unchanged, so an attack never increases accuracy.
     """
     if task == "multiclass":
         better = (attacked.argmax(1) == targets) & (clean.argmax(1) != targets)

@@ -1,14 +1,14 @@
-"""Image corruptions as data: what a camera, a scanner, a slide or a file format does to a picture.
+"""A registry of image corruptions, as cameras, scanners, slides and file formats cause them.
 
 Every entry of `CORRUPTIONS` names a pure batched function and its parameters at five severities;
-`corrupt` applies one of them, and `PRESETS` says which belong to which imaging modality.
+`corrupt` applies one of them, and `PRESETS` lists those of each imaging modality.
 
 The assignment of corruptions to modalities follows MedMNIST-C: F. Di Salvo, S. Doerrich, C. Ledig,
 "MedMNIST-C: Comprehensive benchmark and improved classifier robustness by simulating realistic
 image corruptions", arXiv 2406.17536 (2024). The implementations and the severities are our own: one
-scale for every data set, and lengths as a share of the image side so that 28 px and 224 px pictures
-are damaged alike. Error rates measured here are comparable with each other, not with the tables of
-that paper.
+scale for every data set, and lengths as a share of the image side so that 28 px and 224 px images
+are corrupted alike. Error rates measured here are comparable with each other, not with the tables
+of that paper.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 
 KINDS = ("noise", "blur", "digital", "colour", "artefact")
 
-# 3 x 5 dot-matrix digits, one string of rows per digit, for text burnt into the picture.
+# 3 x 5 dot-matrix digits, one string of rows per digit, for text burnt into the image.
 _DIGITS = (
     "111101101101111",
     "010110010010111",
@@ -60,15 +60,15 @@ _STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
 class Draws:
     """Random numbers for a batch, from one independent CPU stream per image.
 
-    The stream of an image depends on the seed, the corruption's name and the image's index alone:
-    not on the batch it travels in, on the device or on the global generators, which are left
-    untouched. The severity is deliberately no part of the key. All five severities of an image
-    reuse one draw (the same noise field made stronger, the same bubble grown larger), so the step
-    from one severity to the next is the severity's doing and not that of luck.
+    The stream of an image depends only on the seed, the corruption's name and the image's index,
+    not on its batch, the device or the global generators, which are left
+    untouched. The severity is deliberately not part of the key. All five severities of an image
+    reuse one draw (the same noise field made stronger, the same bubble grown larger), so the
+    difference between two severities is due to the severity and not to chance.
     """
 
     def __init__(self, name: str, indices: Sequence[int], *, seed: int) -> None:
-        """Open the streams.
+        """Opens one random stream per image.
 
         Args:
             name: Name of the corruption.
@@ -87,32 +87,32 @@ class Draws:
         ]
 
     def normal(self, *shape: int, like: Tensor) -> Tensor:
-        """Standard normal numbers (B, *shape), on the device and in the dtype of `like`."""
+        """Draws standard normal numbers (B, *shape), on the device and in the dtype of `like`."""
         drawn = torch.stack([torch.randn(shape, generator=g) for g in self._generators])
         return drawn.to(like)
 
     def uniform(self, *shape: int, like: Tensor) -> Tensor:
-        """Uniform numbers in [0, 1) (B, *shape), on the device and in the dtype of `like`."""
+        """Draws uniform numbers in [0, 1) (B, *shape), on the device and in the dtype of `like`."""
         drawn = torch.stack([torch.rand(shape, generator=g) for g in self._generators])
         return drawn.to(like)
 
     def poisson(self, rates: Tensor) -> Tensor:
-        """Poisson counts for `rates` (B, ...), drawn on the CPU and moved back."""
+        """Draws Poisson counts for `rates` (B, ...), drawn on the CPU and moved back."""
         pairs = zip(rates.cpu(), self._generators, strict=True)
         return torch.stack([torch.poisson(rate, generator=g) for rate, g in pairs]).to(rates)
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """One way to damage a picture, at five severities.
+    """An image corruption at five severities.
 
     Attributes:
-        name: Unique name; a part of the key of the random draws.
+        name: Unique name; part of the key of the random draws.
         kind: One of noise, blur, digital, colour, artefact.
         function: Pure function `(images, draws, **parameters) -> images` on (B, C, H, W) floats in
             [0, 1]. It may overshoot the range: `corrupt` clamps.
         severities: Five mappings with the keyword arguments of `function`, mildest first.
-        about: What happens to the picture, in one sentence.
+        about: What happens to the image, in one sentence.
         random: Whether the result depends on the seed.
         rgb_only: Whether it needs colour, so that it does not apply to one-channel images.
     """
@@ -137,7 +137,7 @@ class Corruption:
 
 
 def check_images(images: Tensor) -> None:
-    """Check that a batch holds pixels as every function of this module expects them.
+    """Checks that a batch holds pixels as every function of this module expects them.
 
     Args:
         images: The batch.
@@ -148,7 +148,7 @@ def check_images(images: Tensor) -> None:
     if not isinstance(images, Tensor) or not images.is_floating_point():
         found = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(
-            f"images are {found}; a floating tensor with pixels in [0, 1] is needed "
+            f"images are {found}; a floating tensor with pixels in [0, 1] is required "
             "(for bytes: images.float() / 255)"
         )
     if images.ndim != 4 or images.shape[1] not in (1, 3):
@@ -176,17 +176,17 @@ def corrupt(
     seed: int = 0,
     indices: Sequence[int] | None = None,
 ) -> Tensor:
-    """Damage a batch of pictures.
+    """Applies a corruption to a batch of images.
 
     The result depends on the images, the corruption, the severity, the seed and each image's index.
     It does not depend on the size of the batch (up to rounding in the last digit), nor on global
-    generators, which are neither read nor moved.
+    generators, which are neither read nor advanced.
 
     Args:
         images: Pixels in [0, 1], shape (B, C, H, W), C = 1 or 3, any device and floating dtype.
         corruption: A name of `CORRUPTIONS`, or a `Corruption` of your own.
         severity: 1 (mild) to 5 (severe).
-        seed: Seed of the random ones.
+        seed: Seed of the random corruptions.
         indices: Index of each image within its data set; 0 ... B - 1 if None.
 
     Returns:
@@ -203,7 +203,7 @@ def corrupt(
     if chosen.rgb_only and images.shape[1] == 1:
         raise ValueError(
             f"corruption {chosen.name!r} needs colour and the images have one channel; choose the "
-            'preset "grey" or the one of the modality'
+            'preset "grey" or that of the modality'
         )
     if indices is None:
         indices = range(len(images))
@@ -222,7 +222,7 @@ def corrupt(
 
 
 def _kornia() -> Any:
-    """Import kornia on first use: the registry itself can be read without it."""
+    """Imports kornia on first use; the registry itself can be read without it."""
     try:
         import kornia
     except ImportError as error:
@@ -233,12 +233,12 @@ def _kornia() -> Any:
 
 
 def _side(images: Tensor) -> int:
-    """Shorter side in pixels, the unit of every length in the registry."""
+    """Returns the shorter side in pixels, the unit of every length in the registry."""
     return min(images.shape[-2:])
 
 
 def _pixel_grid(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (H, 1) and columns (1, W) of the pixel centres, in pixels from the top left corner."""
+    """Returns rows (H, 1) and columns (1, W) of the pixel centres, from the top left corner."""
     height, width = images.shape[-2:]
     rows = torch.arange(height, device=images.device, dtype=images.dtype) + 0.5
     columns = torch.arange(width, device=images.device, dtype=images.dtype) + 0.5
@@ -246,7 +246,7 @@ def _pixel_grid(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _discs(images: Tensor, places: Tensor, radii: Tensor) -> Tensor:
-    """Antialiased coverage (B, 1, H, W) of one disc per image.
+    """Returns the antialiased coverage (B, 1, H, W) of one disc per image.
 
     Args:
         images: Gives size, device and dtype.
@@ -261,7 +261,7 @@ def _discs(images: Tensor, places: Tensor, radii: Tensor) -> Tensor:
 
 
 def _blend(images: Tensor, colour: Tensor | float, opacity: Tensor) -> Tensor:
-    """Paint `colour` over the images with an opacity in [0, 1] per pixel."""
+    """Paints `colour` over the images with an opacity in [0, 1] per pixel."""
     return images + opacity * (colour - images)
 
 
@@ -385,7 +385,7 @@ def _colour_cast(images: Tensor, draws: Draws, *, strength: float) -> Tensor:
 
 
 def _stain_shift(images: Tensor, draws: Draws, *, strength: float) -> Tensor:
-    # Take the picture apart into its stains, make each stronger or weaker, put it together again.
+    # Separate the image into its stains, scale each of them, and recombine.
     stains = F.normalize(torch.tensor(_STAINS), dim=1).to(images)
     density = -torch.log(images.clamp_min(1 / 255))
     amounts = torch.einsum("bchw,cs->bshw", density, torch.linalg.inv(stains))
@@ -419,7 +419,7 @@ def _bubble(images: Tensor, draws: Draws, *, count: int, radius: float) -> Tenso
 def _dust(images: Tensor, draws: Draws, *, count: int) -> Tensor:
     lots = draws.uniform(_MOST_SPECKS, 3, like=images)
     for lot in lots.unbind(1)[:count]:
-        # Never below half a pixel, or a speck between four pixel centres would vanish.
+        # At least half a pixel, or a speck between four pixel centres would vanish.
         radii = (_side(images) * (0.01 + 0.02 * lot[:, 2])).clamp_min(0.5)
         images = _blend(images, 0.05, 0.85 * _discs(images, lot[:, :2], radii))
     return images
@@ -429,7 +429,7 @@ def _stain_deposit(images: Tensor, draws: Draws, *, area: float) -> Tensor:
     coarse = draws.normal(1, 6, 6, like=images)
     field = F.interpolate(coarse, size=images.shape[-2:], mode="bicubic", align_corners=False)
     values = field.flatten(1)
-    # The level above which `area` of the picture lies; torch.quantile refuses large inputs.
+    # The level above which `area` of the image lies; torch.quantile refuses large inputs.
     level = values.kthvalue(max(1, round((1 - area) * values.shape[1])), dim=1).values
     opacity = (4 * (field - level[:, None, None, None]) + 0.5).clamp(0, 0.9)
     purple = torch.tensor([0.23, 0.10, 0.35]).to(images)[:, None, None]
@@ -437,7 +437,7 @@ def _stain_deposit(images: Tensor, draws: Draws, *, area: float) -> Tensor:
 
 
 def _bars(images: Tensor, draws: Draws, *, count: int) -> Tensor:
-    # 28 detector stripes; the first `count` of a random order are dead.
+    # 28 detector stripes; the first `count` in a random order are dead.
     width = images.shape[-1]
     ranks = draws.uniform(_STRIPES, like=images).argsort(1).argsort(1)
     stripe = torch.arange(width, device=images.device) * _STRIPES // width
@@ -457,7 +457,7 @@ def _characters(images: Tensor, draws: Draws, *, count: int, size: float) -> Ten
     lots = draws.uniform(_MOST_CHARACTERS, 3, like=images)
     font = torch.tensor([[int(dot) for dot in digit] for digit in _DIGITS]).to(images)
     font = font.view(-1, 1, 5, 3)
-    # White on a dark picture, black on a bright one: a marker is there to be seen.
+    # White on a dark image, black on a bright one, so that the marker is visible.
     ink = (images.mean((1, 2, 3), keepdim=True) < 0.5).to(images)
     high = size * _side(images)
     rows, columns = _pixel_grid(images)
@@ -479,12 +479,12 @@ def _characters(images: Tensor, draws: Draws, *, count: int, size: float) -> Ten
 
 # --- the registry ---------------------------------------------------------------------------------
 
-# How many things are drawn per picture, whatever the severity: a higher one shows more of them.
+# How many things are drawn per image, whatever the severity: a higher one shows more of them.
 _MOST_BUBBLES, _MOST_SPECKS, _MOST_CHARACTERS, _STRIPES = 8, 32, 6, 28
 
 
 def _five(**values: tuple[float, float, float, float, float]) -> tuple[Mapping[str, float], ...]:
-    """Turn {parameter: five values} into five {parameter: value}."""
+    """Turns {parameter: five values} into five {parameter: value}."""
     return tuple(
         MappingProxyType({name: row[level] for name, row in values.items()}) for level in range(5)
     )
@@ -529,7 +529,7 @@ def _registry() -> Mapping[str, Corruption]:
         ),
         Corruption(
             "zoom_blur", "blur", _zoom_blur, _five(zoom=(0.06, 0.11, 0.16, 0.22, 0.30)),
-            "Mean of pictures magnified by 1 to 1 + zoom: movement towards the lens.",
+            "Mean of images magnified by 1 to 1 + zoom: movement towards the lens.",
         ),
         Corruption(
             "jpeg_compression", "digital", _jpeg_compression, _five(quality=(50, 30, 18, 10, 6)),
@@ -549,11 +549,11 @@ def _registry() -> Mapping[str, Corruption]:
         ),
         Corruption(
             "contrast_up", "colour", _contrast, _five(factor=(1.20, 1.40, 1.70, 2.00, 2.50)),
-            "Distance to the mean grey of the picture times the factor.",
+            "Distance to the mean grey of the image times the factor.",
         ),
         Corruption(
             "contrast_down", "colour", _contrast, _five(factor=(0.80, 0.65, 0.50, 0.38, 0.25)),
-            "Distance to the mean grey of the picture times the factor.",
+            "Distance to the mean grey of the image times the factor.",
         ),
         Corruption(
             "gamma_up", "colour", _gamma, _five(gamma=(1.20, 1.40, 1.70, 2.00, 2.50)),
@@ -595,7 +595,7 @@ def _registry() -> Mapping[str, Corruption]:
         ),
         Corruption(
             "stain_deposit", "artefact", _stain_deposit, _five(area=(0.03, 0.06, 0.10, 0.15, 0.22)),
-            "Purple blots over this share of the picture: precipitated dye.",
+            "Purple blots over this share of the image: precipitated dye.",
             random=True, rgb_only=True,
         ),
         Corruption(
@@ -658,7 +658,7 @@ PRESETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "all": tuple(CORRUPTIONS),
     }
 )  # fmt: skip
-"""Names of the corruptions that belong to a modality; "grey" is "all" without those of colour."""
+"""Corruptions of each modality, by name; "grey" is "all" without those that need colour."""
 
 DATASET_PRESETS: Mapping[str, str] = MappingProxyType(
     {
@@ -691,7 +691,7 @@ def _suggest(name: str, known: Mapping[str, Any]) -> str:
 
 
 def resolve_preset(preset: str | Sequence[str | Corruption]) -> tuple[Corruption, ...]:
-    """Turn a preset into its corruptions.
+    """Turns a preset into its corruptions.
 
     Args:
         preset: A name of `PRESETS`, a MedMNIST flag such as "bloodmnist", or a sequence of names of
@@ -701,7 +701,7 @@ def resolve_preset(preset: str | Sequence[str | Corruption]) -> tuple[Corruption
         The corruptions in order.
 
     Raises:
-        ValueError: If a name is unknown (close names are given), stands twice, or none is given.
+        ValueError: If a name is unknown (close names are given) or repeated, or none is given.
     """
     if isinstance(preset, str):
         name = DATASET_PRESETS.get(preset, preset)
@@ -716,5 +716,5 @@ def resolve_preset(preset: str | Sequence[str | Corruption]) -> tuple[Corruption
     names = [entry.name for entry in chosen]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"corruption {name!r} stands twice in the preset; name it once")
+            raise ValueError(f"corruption {name!r} occurs twice in the preset; name it once")
     return chosen

@@ -1,8 +1,8 @@
-"""One model over one set of images, clean, corrupted and attacked.
+"""Evaluation of a model on clean, corrupted and attacked images.
 
-`evaluate_robustness` runs one model over one set of images, clean and damaged, and gives plain
-rows. It takes any `nn.Module` that maps (B, C, H, W) to logits and leaves no trace: train mode per
-module, gradients, buffers and the global random generators are as they were.
+`evaluate_robustness` runs one model over one set of images, clean and corrupted, and returns plain
+rows. It takes any `nn.Module` that maps (B, C, H, W) to logits and leaves it unchanged: the mode of
+each module, gradients, buffers and the global random generators are restored.
 
     result = evaluate_robustness(model, loader, preset="dermatoscopy", mean=0.5, std=0.5)
     result.value("balanced_error", "motion_blur", severity=3)
@@ -82,18 +82,18 @@ def _normaliser(
 
 @dataclass
 class RobustnessResult:
-    """What `evaluate_robustness` found.
+    """The result of `evaluate_robustness`.
 
     Attributes:
-        rows: One plain dict per condition. `corruption` and `severity` say which: "clean" and 0, a
-            corruption and 1 ... 5 or "mean" (over its severities), "all" and "mean" (over the
+        rows: One plain dict per condition. `corruption` and `severity` identify it: "clean" and 0,
+            a corruption and 1 ... 5 or "mean" (over its severities), "all" and "mean" (over the
             corruptions), or an attack and its eps. Then `kind`, `n`, and each metric by name with
-            `_low` and `_high`. A metric that is undefined is absent; `left_out` says why, and names
-            the classes that a mean had to do without.
+            `_low` and `_high`. An undefined metric is absent; `left_out` gives the reason, and
+            names the classes that a mean leaves out.
         settings: What the figures depend on, with a fingerprint of the data.
         seconds: Wall-clock time in corruption, inference, attacks and statistics.
-        replicates: Bootstrap values of the balanced error per condition, from which intervals of
-            ratios between two models are made; not written to JSON.
+        replicates: Bootstrap values of the balanced error per condition, for intervals of
+            ratios between two models; not written to JSON.
     """
 
     rows: list[Row]
@@ -102,7 +102,7 @@ class RobustnessResult:
     replicates: dict[Condition, np.ndarray] = field(default_factory=dict, repr=False)
 
     def row(self, corruption: str = "clean", severity: int | float | str | None = None) -> Row:
-        """The row of a condition.
+        """Returns the row of a condition.
 
         Args:
             corruption: "clean", a corruption, "all" or an attack.
@@ -131,11 +131,11 @@ class RobustnessResult:
         corruption: str = "clean",
         severity: int | float | str | None = None,
     ) -> float | None:
-        """A figure of the row that `row` finds, or None where it is undefined."""
+        """Returns a figure of the row that `row` finds, or None where it is undefined."""
         return self.row(corruption, severity).get(metric)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Rows, settings and seconds as JSON text, also written to `path` if one is given."""
+        """Returns rows, settings and seconds as JSON text, also written to `path` if given."""
         content = {"settings": self.settings, "seconds": self.seconds, "rows": self.rows}
         text = json.dumps(content, indent=1, allow_nan=False)
         if path is not None:
@@ -144,7 +144,7 @@ class RobustnessResult:
 
     @classmethod
     def from_json(cls, path: str | Path) -> RobustnessResult:
-        """Read what `to_json` wrote. As a baseline it gives BE and rBE without intervals."""
+        """Reads a file of `to_json`. As a baseline it yields BE and rBE without intervals."""
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         return cls(content["rows"], content["settings"], content["seconds"])
 
@@ -168,12 +168,12 @@ def evaluate_robustness(
     device: torch.device | str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> RobustnessResult:
-    """Measure how a model fares on damaged pictures.
+    """Evaluates a model on corrupted and attacked images.
 
     The loader is read once; each batch goes through the model clean, at every corruption and
-    severity, and under every attack. Images are damaged as pixels in [0, 1] and normalised after
-    that. An image's damage depends on its place in the loader and on `seed` alone, so every model
-    that is given the same data sees the same pictures, whatever its batch size.
+    severity, and under every attack. Images are corrupted as pixels in [0, 1] and normalised after
+    that. The corruption of an image depends only on its index in the loader and on `seed`, so all
+    models that are given the same data see the same images, whatever their batch size.
 
     Against a baseline model, with E the balanced error, c a corruption and s a severity:
 
@@ -181,34 +181,33 @@ def evaluate_robustness(
         rBE_c = (mean_s E(c, s) - E(clean)) / (mean_s E_base(c, s) - E_base(clean))
 
     and BE, rBE are their means over the corruptions (F. Di Salvo et al., MedMNIST-C, arXiv
-    2406.17536, with AlexNet for a baseline; after D. Hendrycks, T. Dietterich, arXiv 1903.12261).
-    Below 1 is better than the baseline. Where the denominator is not positive (a baseline that
-    makes no error or loses nothing to the corruption) the ratio is undefined: absent, and left out
-    of the mean over the corruptions. Its interval is absent where more than 2.5 % of the resamples
-    leave it undefined: the baseline's loss cannot be told from none.
+    2406.17536, with AlexNet as the baseline; after D. Hendrycks, T. Dietterich, arXiv 1903.12261).
+    Below 1 is better than the baseline. If the denominator is not positive (a baseline that
+    makes no errors or loses nothing to the corruption), the ratio is undefined: absent, and left
+    out of the mean over the corruptions. Its interval is absent if it is undefined in more than
+    2.5 % of the resamples: the baseline's loss is not distinguishable from zero.
 
     Intervals are 95 % percentile intervals of a bootstrap over images. All conditions, and all
     models on data of the same size and the same seed, share the resamples, so those of BE and rBE
-    are paired. That of the ECE is shifted by the bootstrap's estimate of its bias, which is upward:
-    resampling adds to the scatter within the bins what the data set already has. Intervals hold
-    what the choice of test images does, not what another training seed would do: for that, compare
-    seeds with `paired_difference`.
+    are paired. That of the ECE is shifted by the bootstrap's estimate of its bias, which is upward,
+    because resampling adds to the variation within the bins. Intervals cover the choice of test
+    images, not the training seed: for that, compare seeds with `paired_difference`.
 
     Args:
         model: Maps (B, C, H, W) to logits: (B, classes); for a binary task (B,), (B, 1) or (B, 2);
-            for a multi-label one (B, labels). It runs in eval mode and is given back as it was.
+            for a multi-label one (B, labels). It runs in eval mode and is restored afterwards.
         loader: Iterable of batches (images, labels, ...), images floats in [0, 1] *before* any
             normalisation, in a fixed order.
         preset: A name of `PRESETS`, a MedMNIST flag, or a sequence of corruptions.
         task: "multiclass", "binary" or "multilabel", or a task name of MedMNIST.
-        mean: Subtracted from the pixels before the model, one or one per channel.
-        std: Divides them after that.
+        mean: Subtracted from the pixels, one value or one per channel.
+        std: Divides the pixels after that, likewise.
         normalize: Any function of (B, C, H, W) pixels, in place of mean and std.
-        severities: Which of 1 ... 5.
+        severities: Severities to evaluate, among 1 ... 5.
         seed: Seed of the corruptions, of PGD's starts and of the bootstrap.
         baseline: Result of the model to compare with, on the same data with the same settings.
         attacks: `Attack` objects, or "fgsm" and "pgd" for their defaults (eps 2/255). An attacker
-            may leave an image alone: one that the attack puts right counts as it was.
+            may leave an image unchanged: one that the attack would correct counts as clean.
         threshold: Operating point of a binary or multi-label task, one or one per label. Choose it
             on validation data: with rare labels, 0.5 predicts nothing.
         coverages: Shares of the images for the selective accuracy.
@@ -237,8 +236,8 @@ def evaluate_robustness(
         raise ValueError(f"bootstrap is {bootstrap}; it must be >= 0")
     if isinstance(getattr(loader, "sampler", None), torch.utils.data.RandomSampler):
         raise ValueError(
-            "the loader shuffles, and the damage of an image depends on its place: every model "
-            "would see other pictures; build it with shuffle=False"
+            "the loader shuffles, and the corruption of an image depends on its index: every model "
+            "would see different images; build it with shuffle=False"
         )
     chosen_attacks = [Attack(entry) if isinstance(entry, str) else entry for entry in attacks]
     names = [(attack.name, attack.eps) for attack in chosen_attacks]
@@ -292,24 +291,24 @@ def evaluate_robustness(
 
 
 def compare_results(result: RobustnessResult, baseline: RobustnessResult) -> list[Row]:
-    """Balanced error of one model minus that of another on the same images; below 0 is better.
+    """Compares the balanced error of two models on the same images; below 0 is better.
 
-    Both models are scored on the same resamples of the images, so that what an image's difficulty
-    does to both cancels in the interval: it is narrower than the two intervals would suggest.
+    Both models are scored on the same resamples of the images, so that the effect
+    of an image's difficulty on both cancels: the interval is narrower than the two would suggest.
 
     Args:
-        result: Of the model in question.
-        baseline: Of the one to compare with, on the same data with the same settings.
+        result: Result of the model in question.
+        baseline: Result of the model to compare with, on the same data with the same settings.
 
     Returns:
         One dict for each condition, in the order of `result.rows`: `corruption`, `severity`,
         `kind`, `difference`, and its 95 % percentile interval `difference_low`, `difference_high`
-        where both results were computed with a bootstrap in this process. Conditions where a
+        if both results were computed with a bootstrap in this process. Conditions where a
         balanced error is undefined are absent.
 
     Raises:
-        ValueError: If the two were measured on other data, with other settings, or under other
-            corruptions.
+        ValueError: If the two were measured on different data, with different settings, or under
+            different corruptions.
     """
     _check_baseline(baseline, result.settings)
     differences = []
@@ -332,7 +331,7 @@ def compare_results(result: RobustnessResult, baseline: RobustnessResult) -> lis
 def _drawn(
     result: RobustnessResult, corruption: str, severity: int | float | str
 ) -> np.ndarray | None:
-    """Bootstrap values of the balanced error of any row, those that are means as well."""
+    """Returns the bootstrap values of the balanced error of any row, means included."""
     if corruption == "all":
         parts = [_drawn(result, name, "mean") for name in result.settings["corruptions"]]
     elif severity == "mean":
@@ -342,7 +341,7 @@ def _drawn(
         key = str(severity) if isinstance(severity, float) else severity
         return result.replicates.get((corruption, key))
     known = [part for part in parts if part is not None]
-    # An interval is of the same mean as the value, or of nothing.
+    # An interval must belong to the same mean as the value, or be absent.
     return np.mean(known, axis=0) if known and len(known) == len(parts) else None
 
 
@@ -358,7 +357,7 @@ class _Run:
 
 @dataclass
 class _Score:
-    """Metrics of one condition: value, bootstrap values, and what is left out of which and why."""
+    """Metrics of one condition: values, bootstrap values, and what is left out and why."""
 
     values: dict[str, float]
     replicates: dict[str, np.ndarray]
@@ -379,7 +378,7 @@ def _device_of(model: nn.Module, device: torch.device | str | None) -> torch.dev
 
 @contextmanager
 def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluate in eval mode; give back modes, gradients and the global generators as they were."""
+    """Evaluates in eval mode, then restores modes, gradients and the global generators."""
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
@@ -415,7 +414,7 @@ def _run(
     device: torch.device,
     progress: Callable[[int], None],
 ) -> _Run:
-    """Pass every batch through the model, clean, damaged and attacked."""
+    """Runs every batch through the model: clean, corrupted and attacked."""
     logits: dict[Condition, list[Tensor]] = {}
     targets: list[Tensor] = []
     digest = hashlib.sha256()
@@ -441,7 +440,7 @@ def _run(
     for batch in loader:
         if not isinstance(batch, list | tuple) or len(batch) < 2:
             raise ValueError(
-                f"the loader gave a {type(batch).__name__}; batches (images, labels) are needed"
+                f"the loader yielded a {type(batch).__name__}; batches (images, labels) are needed"
             )
         images, labels = batch[0], torch.as_tensor(batch[1])
         check_images(images)
@@ -506,7 +505,7 @@ def _score(
     probabilities = to_probabilities(logits, task)
     points, left_out = metrics(None)
     values = {name: float(point) for name, point in points.items() if not point.isnan()}
-    # Resamples in portions, so that a large data set does not need them all in memory at once.
+    # Resamples in chunks, so that a large data set does not need them all in memory at once.
     portion = max(1, 20_000_000 // len(targets))
     parts = [
         metrics(torch.from_numpy(weights[:, start : start + portion]))[0]
@@ -528,7 +527,7 @@ def _rows(
     n: int,
     baseline: RobustnessResult | None,
 ) -> list[Row]:
-    """Every condition, then each corruption's mean, then the mean over all of them."""
+    """Returns one row per condition, then each corruption's mean, then the mean of all."""
     clean = scores[_CLEAN]
     rows = [_row("clean", "clean", 0, n, clean)]
     means = []
@@ -567,12 +566,12 @@ def _row(corruption: str, kind: str, severity: int | float | str, n: int, score:
 
 
 def _mean_score(scores: Sequence[_Score]) -> _Score:
-    """Mean of every figure over those conditions for which it is defined."""
+    """Returns the mean of every figure over those conditions for which it is defined."""
     values, replicates = {}, {}
     for name in dict.fromkeys(name for score in scores for name in score.values):
         defined = [score for score in scores if name in score.values]
         values[name] = float(np.mean([score.values[name] for score in defined]))
-        # An interval is of the same mean as the value, or of nothing.
+        # An interval must belong to the same mean as the value, or be absent.
         if all(name in score.replicates for score in defined):
             replicates[name] = np.mean([score.replicates[name] for score in defined], axis=0)
     reasons: dict[str, list[str]] = {}
@@ -584,7 +583,7 @@ def _mean_score(scores: Sequence[_Score]) -> _Score:
 
 
 def _add_ratios(score: _Score, corruption: str, clean: _Score, baseline: RobustnessResult) -> None:
-    """Add BE and rBE of one corruption to its mean over the severities, where they are defined."""
+    """Adds BE and rBE of one corruption to its mean over the severities, where they are defined."""
     if "balanced_error" not in score.values:
         return
     base = baseline.value("balanced_error", corruption, "mean")

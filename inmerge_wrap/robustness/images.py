@@ -1,6 +1,6 @@
-"""Labelled images for an evaluation: MedMNIST's files, and folders with one folder per class.
+"""Labelled images for an evaluation: MedMNIST files, and folders with one folder per class.
 
-Pixels are in [0, 1] and not normalised, in a fixed order: what `evaluate_robustness` reads.
+Pixels are in [0, 1] and not normalised, in a fixed order, as `evaluate_robustness` expects.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SUFFIXES = {*RASTER, *DICOM, ".webp", ".gif"}
 
 
 def read_npz(path: str | Path, split: str = "test") -> tuple[Tensor, Tensor]:
-    """Images and labels of a file in MedMNIST's layout.
+    """Reads images and labels from a file in the MedMNIST layout.
 
     Args:
         path: An .npz with `SPLIT_images`, bytes of shape (N, H, W) or (N, H, W, 3), and
@@ -42,7 +42,7 @@ def read_npz(path: str | Path, split: str = "test") -> tuple[Tensor, Tensor]:
         Images (N, C, H, W) in [0, 1], labels (N,) or (N, L).
 
     Raises:
-        ValueError: If the file is not so.
+        ValueError: If the file has another layout.
     """
     if not Path(path).is_file():
         raise ValueError(f"no such file: {path}")
@@ -66,12 +66,12 @@ def read_npz(path: str | Path, split: str = "test") -> tuple[Tensor, Tensor]:
 
 
 def fit_images(images: Tensor, channels: int, size: tuple[int, int] | None = None) -> Tensor:
-    """Images with the channels and of the size that a network reads.
+    """Converts images to the channels and size that a network takes.
 
     Args:
         images: (N, C, H, W) in [0, 1]; grey ones are repeated for a network of three channels.
-        channels: That the network reads.
-        size: Height and width to resize to, in pixels; None to leave them.
+        channels: Number of channels that the network takes.
+        size: Height and width to resize to, in pixels; None to keep it.
 
     Raises:
         ValueError: If the channels do not fit.
@@ -89,26 +89,26 @@ def fit_images(images: Tensor, channels: int, size: tuple[int, int] | None = Non
 
 
 class ImageFolder(Dataset[tuple[Tensor, int]]):
-    """The images of FOLDER/SPLIT/CLASS/*, or of FOLDER/CLASS/* where it is not split.
+    """The images of FOLDER/SPLIT/CLASS/*, or of FOLDER/CLASS/* if it is not split.
 
-    Images are resized and cropped as timm does at inference, read one by one as they are needed.
+    Images are resized and cropped as timm does at inference, read one by one on demand.
 
     Args:
         folder: Holds one folder for each class.
-        split: "train", "val" or "test", where the folder holds any of these; a folder that is not
-            split is taken whole as its test part.
-        config: Size, interpolation and crop as timm stores them; `input_size` is needed.
-        preparation: How a file becomes pixels, in place of the config: with the range of images of
-            more than 8 bits that the network was trained on, for example. Without it black is 0 in
-            these, white the largest number of 16 bits; and DICOM is shown as the file says.
+        split: "train", "val" or "test", if the folder has any of these; a folder that is not
+            split is used as the test part as a whole.
+        config: Size, interpolation and crop as timm stores them; `input_size` is required.
+        preparation: How a file becomes pixels, instead of the config: for example with the range of
+            deep images that the network was trained on. Without it, black is 0 in images of more
+            than 8 bits and white the largest 16-bit number; DICOM is shown as the file says.
         classes: Names in the order of the outputs; those of the folders, sorted, if None.
-        limit: Only so many images, evenly spaced over all classes.
+        limit: Number of images to use, evenly spaced over all classes.
 
     Attributes:
         classes: Names in the order of the labels.
-        paths: Of the images, class by class.
-        labels: (N,), the place of each image's class in `classes`.
-        part: The split, or "all" where the folder is not split.
+        paths: Paths of the images, class by class.
+        labels: (N,), the index of each image's class in `classes`.
+        part: The split, or "all" if the folder is not split.
 
     Raises:
         ValueError: If there is no such split, there are no images, or a folder is not among
@@ -145,12 +145,12 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         foreign = [name for name in found if name not in self.classes]
         if foreign:
             raise ValueError(
-                f"{root} has folders that are no class of the model: {', '.join(foreign[:5])}; its "
-                f"classes are {', '.join(self.classes)}"
+                f"{root} has folders that are not classes of the model: {', '.join(foreign[:5])}; "
+                f"its classes are {', '.join(self.classes)}"
             )
         named = [(path, self.classes.index(name)) for name in found for path in found[name]]
         if limit is not None and limit < len(named):
-            # Not the first ones, which are of one class.
+            # Not the first ones, which belong to one class.
             places = np.linspace(0, len(named) - 1, limit).round().astype(int)
             named = [named[place] for place in places]
         self.paths = [path for path, _ in named]
@@ -165,10 +165,10 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Pixels (C, H, W) in [0, 1] and the label.
+        """Returns the pixels (C, H, W) in [0, 1] and the label.
 
         Raises:
-            ValueError: If the file is no image; the message names it.
+            ValueError: If the file is not an image; the message names it.
         """
         path, label = self.paths[index], int(self.labels[index])
         if self._preparation is None:
@@ -193,7 +193,7 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 
 
 def _open(path: Path, channels: int) -> Any:
-    """The image as PIL opens it, upright, with eight bits in each of 1 or 3 channels."""
+    """Returns the image as PIL opens it, upright, with eight bits in each of 1 or 3 channels."""
     from PIL import Image, ImageOps
 
     mode = "L" if channels == 1 else "RGB"
@@ -203,7 +203,7 @@ def _open(path: Path, channels: int) -> Any:
             return Image.fromarray(shown).convert(mode)
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits, which PIL would cut off at 255
+            if upright.mode.startswith("I"):  # 16 bits, which PIL would clip at 255
                 upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
             return upright.convert(mode)
     except Exception as error:  # readers raise all sorts of things on broken files

@@ -1,7 +1,7 @@
-"""Classification metrics with weights, and the uncertainty of a figure.
+"""Weighted classification metrics, and confidence intervals.
 
-Every metric takes the images' weights, so that its value and its bootstrap replicates come from one
-piece of code. A metric that is undefined is absent, never zero.
+Every metric takes image weights, so that its value and its bootstrap replicates come from the same
+code. A metric that is undefined is absent, never zero.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TASKS = {
     "multiclass": "multiclass",
     "binary": "binary",
     "multilabel": "multilabel",
-    # The names MedMNIST uses. Grades are scored as classes, as MedMNIST and MedMNIST-C do.
+    # The names that MedMNIST uses. Grades are scored as classes, as MedMNIST and MedMNIST-C do.
     "multi-class": "multiclass",
     "ordinal-regression": "multiclass",
     "binary-class": "binary",
@@ -43,7 +43,7 @@ _MOST_EXACT_FLIPS = 13
 
 
 def bootstrap_weights(n: int, resamples: int, *, seed: int = 0) -> np.ndarray:
-    """Draw how often each of `n` images stands in each bootstrap resample.
+    """Draws how often each of `n` images occurs in each bootstrap resample.
 
     Weights rather than indices: every statistic becomes a matrix product over all resamples, and
     two models that are given the same weights are compared on the same resamples.
@@ -71,7 +71,7 @@ def bootstrap_weights(n: int, resamples: int, *, seed: int = 0) -> np.ndarray:
 def percentile_interval(
     replicates: ArrayLike, *, level: float = LEVEL
 ) -> tuple[float, float] | None:
-    """Percentile interval of bootstrap replicates.
+    """Returns the percentile interval of bootstrap replicates.
 
     Args:
         replicates: Values of the statistic; those that are not finite are left out.
@@ -84,7 +84,7 @@ def percentile_interval(
         ValueError: If `level` is not in (0, 1).
     """
     if not 0 < level < 1:
-        raise ValueError(f"level is {level}; it must lie in (0, 1), for instance 0.95")
+        raise ValueError(f"level is {level}; it must lie in (0, 1), for example 0.95")
     values = np.asarray(replicates, dtype=float)
     values = values[np.isfinite(values)]
     if values.size == 0:
@@ -96,13 +96,13 @@ def percentile_interval(
 def paired_difference(
     a: ArrayLike, b: ArrayLike, *, level: float = LEVEL, seed: int = 0
 ) -> dict[str, float]:
-    """Mean of a - b over pairs, such as two methods trained from the same seeds.
+    """Returns the mean of a - b over pairs, such as two methods trained from the same seeds.
 
     Args:
         a: One value per seed.
         b: The other method's value for the same seeds, in the same order.
         level: Confidence of the interval.
-        seed: Seed of the sign flips where there are too many to try them all.
+        seed: Seed of the sign flips if there are too many to enumerate.
 
     Returns:
         `n` and `mean`; from two pairs on `low` and `high` of the t interval, `p_t` of the paired t
@@ -122,7 +122,7 @@ def paired_difference(
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         raise ValueError("a and b must be finite; leave out the seeds where a value is undefined")
     if not 0 < level < 1:
-        raise ValueError(f"level is {level}; it must lie in (0, 1), for instance 0.95")
+        raise ValueError(f"level is {level}; it must lie in (0, 1), for example 0.95")
     differences = first - second
     summary = {"n": len(differences), "mean": float(differences.mean())}
     if len(differences) < 2:
@@ -142,14 +142,14 @@ def paired_difference(
         signs = np.array(list(itertools.product((1.0, -1.0), repeat=len(differences))))
     else:
         drawn = np.random.default_rng(seed).choice((1.0, -1.0), (9999, len(differences)))
-        # The data as they are belong to the possible outcomes.
+        # The observed data are one of the possible outcomes.
         signs = np.vstack([np.ones(len(differences)), drawn])
     extreme = np.abs(signs @ differences) >= abs(differences.sum()) - 1e-12
     summary["p_sign_flip"] = float(extreme.mean())
     return summary
 
 
-# --- metrics: every one takes weights, so that the point value and the bootstrap share one code ---
+# --- metrics: every one takes weights, so that value and bootstrap share their code ---
 
 
 def classification_metrics(
@@ -161,7 +161,7 @@ def classification_metrics(
     coverages: Sequence[float] = (0.5, 0.8, 0.9),
     weights: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Score probabilities against labels, for any number of weightings of the images at once.
+    """Scores probabilities against labels, for any number of image weightings at once.
 
     - `accuracy`, `error` = 1 - accuracy.
     - `balanced_error` = 1 - mean recall over the classes that occur (undefined with one class).
@@ -170,7 +170,7 @@ def classification_metrics(
       positive class (binary, multi-label); the conventions of torchmetrics.
     - `brier`: mean squared distance to the one-hot label, summed over classes (multi-class, 0 to
       2), or of the positive class (binary, multi-label, 0 to 1).
-    - `selective_accuracy_c`: accuracy on the share c of the images the model is surest about.
+    - `selective_accuracy_c`: accuracy on the share c of the images with the highest confidence.
 
     Multi-label figures are the mean of the binary ones over the labels. A label or class for which
     a figure is undefined (no positives, no negatives) is left out of that mean and named; where all
@@ -250,7 +250,7 @@ def _why_left_out(labels: list[int], targets: Tensor, task: str) -> str:
         among = "" if task == "binary" else f" among labels {one_sided}"
         reasons.append(f"no positives or no negatives{among}")
     if unknown:
-        reasons.append(f"nothing is known of labels {unknown}")
+        reasons.append(f"no known values of labels {unknown}")
     return "; ".join(reasons)
 
 
@@ -318,7 +318,7 @@ def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def _auroc(scores: Tensor, positive: Tensor, weights: Tensor) -> Tensor:
-    """Share of (positive, negative) pairs in the right order (Mann-Whitney), under weights."""
+    """Returns the weighted share of correctly ordered (positive, negative) pairs (Mann-Whitney)."""
     negatives, order = scores[~positive].sort()
     below = F.pad(weights[~positive][order].cumsum(0), (0, 0, 1, 0))
     # Negatives strictly below a positive count in full, those of equal score half.
@@ -362,11 +362,11 @@ def resolve_task(task: str) -> str:
 def check_coverages(coverages: Sequence[float]) -> None:
     for coverage in coverages:
         if not 0 < coverage <= 1:
-            raise ValueError(f"coverage is {coverage}; it must lie in (0, 1], for instance 0.8")
+            raise ValueError(f"coverage is {coverage}; it must lie in (0, 1], for example 0.8")
 
 
 def check_targets(targets: Tensor, shape: Sequence[int], task: str) -> Tensor:
-    """Bring labels into the shape the metrics take: (N,) classes, or (N, L) floats of 0, 1, NaN."""
+    """Converts labels to what the metrics take: (N,) classes, or (N, L) floats of 0, 1, NaN."""
     targets = torch.as_tensor(targets)
     expected = {
         "multiclass": f"({shape[0]},) or ({shape[0]}, 1) class indices",
@@ -404,11 +404,11 @@ def check_targets(targets: Tensor, shape: Sequence[int], task: str) -> Tensor:
 
 
 def check_logits(outputs: Any, images: Tensor, task: str) -> Tensor:
-    """Bring a model's answer into (B, K) logits, (B, 1) of them for a binary task."""
+    """Converts a model's output to (B, K) logits, (B, 1) for a binary task."""
     logits = getattr(outputs, "logits", outputs)
     if not isinstance(logits, Tensor):
         raise ValueError(
-            f"the model returned {type(outputs).__name__}; a tensor of logits is needed"
+            f"the model returned {type(outputs).__name__}; a tensor of logits is required"
         )
     if logits.ndim == 1 and task == "binary":
         logits = logits[:, None]
