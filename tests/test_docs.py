@@ -183,7 +183,7 @@ def test_every_public_name_says_what_it_is() -> None:
 # Whose warnings and errors people meet while they wrap, train, resume and export.
 SPEAKING = [
     "attachment", "discovery", "engines/__init__", "export", "layers", "merge_pass", "neighbours",
-    "recalibration", "replicas", "schedule", "settings", "stores", "tally", "thresholds",
+    "proxy", "recalibration", "replicas", "schedule", "settings", "stores", "tally", "thresholds",
     "unwrapping", "watch", "wrapper",
 ]  # fmt: skip
 OF_TORCH = 'Unexpected key(s) in state_dict: "_extra_state"'  # test_export.py raises it
