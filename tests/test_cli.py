@@ -217,7 +217,7 @@ def test_plan_knows_torchvision() -> None:
 
 def test_a_network_without_kernels_is_answered_in_options_not_in_python() -> None:
     told = complaint("plan", "vit_tiny_patch16_224")
-    assert "the patch embedding, which --include merges all the same" in told
+    assert "the patch embedding, which --include merges anyway" in told
     assert not re.search(r"\w+=|[\[(]\.\.\.", told)
     frozen = "nothing to merge; pass also_merge=('frozen',) or shallow_layers=0 to merge it all"
     expected = "nothing to merge; pass --also-merge frozen or --shallow-layers 0 to merge it all"
@@ -720,7 +720,7 @@ def test_evaluate_reads_images_as_the_model_was_trained_on_them(
     other = tmp_path / "other"
     export_timm(net, other, **prepared, crop_mode="center", label_names=list("abcdefg"))
     told = complaint("evaluate", model, other, "--data", tmp_path / "photos")
-    assert "cannot be compared on the same pictures: crop_mode is squash and center" in told
+    assert "cannot be compared on the same images: crop_mode is squash and center" in told
 
 
 def test_evaluate_compares_models_in_pairs(

@@ -152,11 +152,11 @@ def test_medmnist_layout_with_a_timm_folder_and_grey_repeated(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "--data", "digits"], "give label=path"),
+        (["nowhere", "--data", "digits"], "pass label=path"),
         (["a=.", "--data", "nomnist"], "unknown data set 'nomnist'; the 2D sets are"),
         (["a=.", "--data", "dermamnist", "--size", "64"], "data/dermamnist_64.npz is missing and"),
         (["a=.", "--data", "digits", "--preset", "qick"], "did you mean quick"),
-        (["a=.", "--data", "digits", "--baseline", "b"], "none of the labels"),
+        (["a=.", "--data", "digits", "--baseline", "b"], "not among the labels"),
         (["a=.", "a=.", "b=.", "--data", "digits"], "same number of seeds"),
         (["a=NET", "--data", "digits", "--size", "32", *TEST_RESNET], "give --mean and --std"),
     ],

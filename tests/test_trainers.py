@@ -605,7 +605,7 @@ def test_a_loop_without_an_optimizer_object_merges_by_hand() -> None:
 
 
 def test_the_page_names_what_is_refused() -> None:
-    refused = PAGE.read_text().partition("### What is refused")[2].partition("## Optimizers")[0]
+    refused = PAGE.read_text().partition("### Unsupported setups")[2].partition("## Optimizers")[0]
     for name in ("DeepSpeed", "Megatron-LM", "FSDP1", "XLA", "CUDA graphs", "schedule-free"):
         assert name in refused
 

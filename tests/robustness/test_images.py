@@ -64,7 +64,7 @@ def test_a_split_is_taken_where_there_is_one(folder: Path) -> None:
 def test_labels_follow_the_order_of_the_model(folder: Path) -> None:
     data = ImageFolder(folder, config=CONFIG, classes=["dog", "cat", "ant"])
     assert data.labels.tolist() == [2, 2, 1, 1, 1]
-    with pytest.raises(ValueError, match=r"no class of the model: ant.*classes are dog, cat"):
+    with pytest.raises(ValueError, match=r"not classes of the model: ant.*classes are dog, cat"):
         ImageFolder(folder, config=CONFIG, classes=["dog", "cat"])
 
 

@@ -112,7 +112,7 @@ def test_a_label_of_which_nothing_is_known_is_left_out_and_named():
     assert {name: value.item() for name, value in metrics.items()} == {
         name: value.item() for name, value in alone.items()
     }
-    assert set(left_out.values()) == {"nothing is known of labels [1]"}
+    assert set(left_out.values()) == {"no known values of labels [1]"}
 
 
 def test_a_class_without_images_is_left_out_and_named():
