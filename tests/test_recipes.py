@@ -34,7 +34,7 @@ TINY = ["--arch", "test_resnet", "--train-images", "96", "--batch-size", "32"]
 
 
 def run(*command: str, folder: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Runs in an empty folder, offline, with one thread."""
+    """Runs in an empty folder, offline, with one thread and the native code that is there."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -42,6 +42,7 @@ def run(*command: str, folder: Path, check: bool = True) -> subprocess.Completed
         "HF_HUB_OFFLINE": "1",
         "PYTHONWARNINGS": "ignore",
         "HOME": str(folder),
+        "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")),  # native
     }
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False
