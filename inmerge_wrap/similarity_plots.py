@@ -29,7 +29,7 @@ __all__ = ["plot_matrices", "plot_overview", "plot_pairs"]
 
 Theme = Literal["light", "dark"]
 
-# Okabe and Ito's colours, told apart by every kind of colour vision, and readable on both grounds.
+# Okabe and Ito's colours: distinct for every kind of colour vision, readable on both backgrounds.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MOSAIC = 16  # channels of a kernel that a picture shows
 

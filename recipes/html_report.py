@@ -454,7 +454,7 @@ def _warnings(content: dict[str, Any]) -> str:
     if not content["warnings"]:
         return ""
     items = "".join(f"<li>{escape(warning)}</li>" for warning in content["warnings"])
-    return f'<div class="notes"><b>Mind this when you read on</b><ul>{items}</ul></div>'
+    return f'<div class="notes"><b>Before you read the figures</b><ul>{items}</ul></div>'
 
 
 def _classes(content: dict[str, Any]) -> str:
@@ -684,14 +684,14 @@ def _how(content: dict[str, Any]) -> str:
     return (
         f"<h2>How to read this</h2><p>The network is a {escape(content['arch'])} with "
         f"{content['parameters'] / 1e6:.1f} million weights ({escape(content['chosen'])}). Which "
-        "run and which epoch to keep was decided on validation images; the test images had no say. "
-        "Intervals are 95%: they hold what another choice of test images from the same source "
-        f"would change, not what another training would. {grouped}Images of another scanner, "
-        "hospital or population may give other figures.</p><p><b>This is no medical device.</b> No "
-        "decision about a patient may rest on it. This page shows images of the data: hand it on "
-        "only to people who may see them.</p><h2>To use the network</h2>"
+        "run and which epoch to keep was decided on validation images, never on the test images. "
+        "Intervals are 95%: they cover the choice of test images from the same source, not the "
+        f"randomness of training. {grouped}Images of another scanner, hospital or population may "
+        "give other figures.</p><p><b>This is not a medical device.</b> Do not base a decision "
+        "about a patient on it. This page shows images of the data: share it only with people who "
+        "may see them.</p><h2>How to use the network</h2>"
         f"<pre>import timm\n\nmodel = {escape(content['load'])}.eval()</pre>"
-        "<p>The README in its folder says how images are prepared for it.</p>"
+        "<p>The README in its folder describes how to prepare images for it.</p>"
         "<details><summary>Settings, command and versions</summary>"
         f"<pre>{escape(made['command'])}</pre>{table(['Setting', 'Value'], rows, left=2)}"
         f'<p class="soft">{escape(versions)}; {escape(made["device"])}.</p></details>'

@@ -440,7 +440,7 @@ def row_of(found: dict[str, Any], corruption: str) -> dict[str, Any]:
 
 
 def choose(evaluations: dict[Run, dict[str, Any]]) -> Run:
-    """The run whose best epoch was best on validation; the test part has no say."""
+    """Returns the run with the best epoch on validation; the test part plays no role."""
 
     def best(run: Run) -> tuple[float, float]:
         return max(map(standing, evaluations[run]["training"]["history"]))

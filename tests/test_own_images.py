@@ -247,7 +247,7 @@ def test_the_page_is_self_contained_and_is_sound(
     content = results(out)
     assert len(page.loads) == len(content["test"]["mistakes"])
     balanced = 1 - content["test"]["rows"][0]["balanced_error"]
-    for shown in (f"{balanced:.3f}", "no medical device", "cannot be read", content["chosen"]):
+    for shown in (f"{balanced:.3f}", "not a medical device", "cannot be read", content["chosen"]):
         assert shown in page.text
     for query in ("prefers-color-scheme: dark", "@media print"):
         assert query in text
