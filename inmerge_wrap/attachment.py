@@ -367,8 +367,11 @@ def stepping_optimizer(optimizer: Any) -> Optimizer:
     inner = getattr(optimizer, "base_optimizer", None)
     if isinstance(inner, Optimizer):
         return stepping_optimizer(inner)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if any(type(p).__name__ == "FlatParameter" or hasattr(p, "_is_flat_param") for p in parameters):
+    flat = (
+        type(p).__name__ == "FlatParameter" or hasattr(p, "_is_flat_param")
+        for p in _parameters_of(optimizer)
+    )
+    if any(flat):
         raise RuntimeError(
             "FSDP1 flattens the weights, so that no kernel can be found in them; use FSDP2 "
             "(fully_shard, or fsdp_version: 2 in Accelerate) or DDP"

@@ -11,7 +11,8 @@ convolution, along the second. A store contains no merging arithmetic, which is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -29,6 +30,7 @@ __all__ = [
     "Transposed",
     "Unreachable",
     "WeightNormed",
+    "batched",
     "is_dense",
     "is_sharded",
     "store_of",
@@ -307,6 +309,28 @@ def tensor_store(tensor: Tensor, layout: Layout = _ROWS) -> Store:
     """
     kind = Sharded if is_sharded(tensor) else Plain
     return kind(tensor.detach(), (tensor,) if isinstance(tensor, nn.Parameter) else (), layout)
+
+
+def batched(stores: Sequence[Store], kind: Callable[[Tensor], Hashable]) -> list[list[int]]:
+    """Returns the places of stores whose weights are of one kind and share no memory.
+
+    A weight that shares memory with one before it is a batch of its own.
+
+    Args:
+        stores: Stores with their weights in memory.
+        kind: What the weights of a batch have in common.
+    """
+    found: dict[Hashable, list[int]] = defaultdict(list)
+    ends: dict[torch.device, int] = defaultdict(int)
+    alone = []
+    for place in sorted(range(len(stores)), key=lambda n: stores[n].weight.data_ptr()):
+        weight = stores[place].weight
+        if weight.data_ptr() < ends[weight.device]:
+            alone.append([place])
+            continue
+        ends[weight.device] = weight.data_ptr() + weight.nbytes
+        found[kind(weight)].append(place)
+    return [sorted(places) for places in found.values()] + alone
 
 
 def store_of(conv: nn.Module) -> Store:

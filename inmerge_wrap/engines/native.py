@@ -24,7 +24,7 @@ from inmerge_wrap.changes import Blend, Change
 from inmerge_wrap.engines.building import Build
 from inmerge_wrap.layers import Layers, stream_of
 from inmerge_wrap.pairs import Outcome, Pairs
-from inmerge_wrap.stores import Store, is_dense, store_of
+from inmerge_wrap.stores import Store, batched, is_dense, store_of
 from inmerge_wrap.thresholds import Fixed, Quantile, Threshold, ZScore
 
 __all__ = [
@@ -155,16 +155,7 @@ def makes(change: Change) -> bool:
 
 def batches(stores: Sequence[Store]) -> list[list[int]]:
     """Groups all layers of one dtype, except those that share memory."""
-    found: dict[torch.dtype, list[int]] = {}
-    alone, end = [], 0
-    for place in sorted(range(len(stores)), key=lambda n: stores[n].weight.data_ptr()):
-        weight = stores[place].weight
-        if weight.data_ptr() < end:
-            alone.append([place])
-            continue
-        end = weight.data_ptr() + weight.nbytes
-        found.setdefault(weight.dtype, []).append(place)
-    return [sorted(places) for places in found.values()] + alone
+    return batched(stores, lambda weight: weight.dtype)
 
 
 # -- the pairs -----------------------------------------------------------------------------------

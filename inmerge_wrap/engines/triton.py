@@ -18,7 +18,7 @@ from inmerge_wrap.engines import triton_launches
 from inmerge_wrap.engines.native import makes as makes
 from inmerge_wrap.layers import Layers
 from inmerge_wrap.pairs import Outcome, Pairs
-from inmerge_wrap.stores import Plain, Store, store_of
+from inmerge_wrap.stores import Plain, Store, batched, store_of
 from inmerge_wrap.thresholds import Fixed, Quantile, Threshold, ZScore
 
 __all__ = ["NAME", "KeptBuffer", "batches", "change_", "cosines", "makes", "merge_", "problem"]
@@ -39,16 +39,7 @@ def takes(store: Store) -> bool:
 
 def batches(stores: Sequence[Store]) -> list[list[int]]:
     """Groups all layers on one device, except those that share memory."""
-    found: dict[torch.device, list[int]] = {}
-    alone, ends = [], dict.fromkeys((store.weight.device for store in stores), 0)
-    for place in sorted(range(len(stores)), key=lambda n: stores[n].weight.data_ptr()):
-        weight = stores[place].weight
-        if weight.data_ptr() < ends[weight.device]:
-            alone.append([place])
-            continue
-        ends[weight.device] = weight.data_ptr() + weight.nbytes
-        found.setdefault(weight.device, []).append(place)
-    return [sorted(places) for places in found.values()] + alone
+    return batched(stores, lambda weight: weight.device)
 
 
 def cosines(stores: Sequence[Store], pairs: Pairs, centred: Sequence[bool]) -> Tensor:
