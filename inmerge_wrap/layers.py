@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import repeat
+from operator import attrgetter, getitem, is_
 from typing import Any, TypeVar, cast
 from zlib import crc32
 
@@ -49,12 +51,14 @@ class Layers(Sequence[MergedLayer]):
 
     Args:
         layers: In the order of the plan.
+        way: How the search found their modules; None for layers that no search has found.
     """
 
-    def __init__(self, layers: Sequence[MergedLayer]) -> None:
+    def __init__(self, layers: Sequence[MergedLayer], way: _Way | None = None) -> None:
         self._layers = tuple(layers)
+        self._way = way
         # Read now, because resizing a storage changes the address of every tensor found in it.
-        self._addresses = [_address(layer.store) for layer in layers]
+        self._memory = _Memory.of(layers)
         self._facts: dict[Any, Any] = {}
 
     def __len__(self) -> int:
@@ -76,9 +80,13 @@ class Layers(Sequence[MergedLayer]):
         """The store of each layer's kernels."""
         return [layer.store for layer in self]
 
-    def are_still(self, modules: Sequence[nn.Module]) -> bool:
-        """Returns whether ``modules`` are theirs and each weight still has the same memory."""
-        return all(map(_is_still, self, modules, self._addresses))
+    def are_in(self, network: nn.Module) -> bool:
+        """Returns whether a search through the network would find the same layers again."""
+        return self._way is not None and self._way.is_in(network) and self.are_still()
+
+    def are_still(self) -> bool:
+        """Returns whether the modules have the same weights, in the same memory."""
+        return self._memory is not None and self._memory.is_still()
 
     def at(self, places: Sequence[int]) -> Layers:
         """Returns some of the layers; this object itself for all of them."""
@@ -91,6 +99,82 @@ class Layers(Sequence[MergedLayer]):
         return cast(_Fact, self._facts[key])
 
 
+class _Way:
+    """The modules of a network on the way to some of them, each once, as a search found them.
+
+    Args:
+        network: The network.
+        names: Names of modules.
+    """
+
+    # Mapped builtins compare all layers in the time that a loop takes for a few.
+    def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
+        self.modules: list[nn.Module] = []
+        seen: dict[tuple[str, ...], nn.Module] = {(): network}
+        self._parents: list[nn.Module] = []
+        self._keys: list[str] = []
+        for path in map(_path, names):
+            for depth, key in enumerate(path):
+                if path[: depth + 1] not in seen:
+                    parent = seen[path[:depth]]
+                    seen[path[: depth + 1]] = _submodule(parent, key)
+                    self._parents.append(parent)
+                    self._keys.append(key)
+            self.modules.append(seen[path])
+        self._network = network
+        self._children = [*seen.values()][1:]
+
+    def is_in(self, network: nn.Module) -> bool:
+        """Returns whether the same modules are there."""
+        try:
+            found = map(getitem, map(attrgetter("_modules"), self._parents), self._keys)
+            return network is self._network and all(map(is_, found, self._children))
+        except KeyError:
+            return False
+
+
+class _Memory:
+    """The memory of the weights of some modules, all of them ordinary tensors.
+
+    Args:
+        modules: The modules.
+        weights: Their parameters ``weight``.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], weights: Sequence[nn.Parameter]) -> None:
+        self._modules, self._weights = modules, weights
+        self._found = self._look()
+
+    @classmethod
+    def of(cls, layers: Sequence[MergedLayer]) -> _Memory | None:
+        """Returns the memory of layers; None if a weight is not an ordinary tensor in memory."""
+        stores = [layer.store for layer in layers]
+        if any(type(store) is not Plain or type(store.weight) is not Tensor for store in stores):
+            return None
+        weights = [store.parameters[0] for store in stores if store.parameters]
+        if len(weights) < len(stores):
+            return None
+        if not all(weight.data_ptr() for weight in weights):
+            return None
+        return cls([layer.module for layer in layers], weights)
+
+    def is_still(self) -> bool:
+        """Returns whether nothing has changed."""
+        try:
+            now = map(getitem, map(attrgetter("_parameters"), self._modules), repeat("weight"))
+            return all(map(is_, now, self._weights)) and self._look() == self._found
+        except KeyError:
+            return False
+
+    def _look(self) -> list[list[Any]]:
+        # A store keeps the memory it found alive, so no other tensor can have taken its address.
+        return [
+            [*map(Tensor.data_ptr, self._weights)],
+            [*map(Tensor.stride, self._weights)],
+            [*map(attrgetter("shape", "dtype", "device"), self._weights)],
+        ]
+
+
 def find_layers(
     network: nn.Module, sites: Sequence[ConvSite], last: Layers | None = None
 ) -> Layers:
@@ -99,51 +183,26 @@ def find_layers(
     Args:
         network: The network.
         sites: The merged layers of its plan.
-        last: The previous result; returned itself if nothing has changed since.
+        last: The previous result for these sites; returned itself if nothing has changed since.
 
     Raises:
         RuntimeError: If kernels have another shape than in the plan, or are on an XLA device.
     """
-    modules = modules_of(network, sites)
-    if last is not None and last.are_still(modules):
+    if last is not None and last.are_in(network):
         return last
+    way = _Way(network, [site.name for site in sites])
     layers = []
-    for number, (site, module) in enumerate(zip(sites, modules, strict=True)):
+    for number, (site, module) in enumerate(zip(sites, way.modules, strict=True)):
         store = store_of(module)
         if store.parameters:
             _check(site, store)
         layers.append(MergedLayer(number, site, module, store))
-    return Layers(layers)
+    return Layers(layers, way)
 
 
 def modules_of(network: nn.Module, sites: Sequence[ConvSite]) -> list[nn.Module]:
     """Returns the modules that are now at the names of some convolutions."""
     return [_submodule(network, site.name) for site in sites]
-
-
-def _address(store: Store) -> int:
-    """Returns the address of an ordinary weight; 0 for all others."""
-    ordinary = type(store) is Plain and type(store.weight) is Tensor
-    return store.weight.data_ptr() if ordinary else 0
-
-
-def _is_still(layer: MergedLayer, module: nn.Module, address: int) -> bool:
-    """Returns whether a layer was found with this module and the current memory of its weight.
-
-    Only ordinary weights can be checked; for all others the answer is False.
-    """
-    parameter = module._parameters.get("weight")
-    if not address or module is not layer.module or parameter is not layer.store.parameters[0]:
-        return False
-    found = layer.store.weight
-    # What was found keeps its memory alive, so no other tensor can have taken its address.
-    return (
-        parameter.data_ptr() == address
-        and parameter.dtype is found.dtype
-        and parameter.shape == found.shape
-        and parameter.stride() == found.stride()
-        and parameter.device == found.device
-    )
 
 
 def check_sites(network: nn.Module, sites: Sequence[ConvSite]) -> None:

@@ -49,6 +49,7 @@ SAID = {
     "persistent, apart from a random kernel 0.3": "persistent, pushed from a random kernel by 0.3",
     "persistent, Gaussian noise 0.3": "persistent Gaussian noise, size 0.3, norms kept",
     "transient, random": "merge transiently, random partner",
+    "transient, random, a=.9": "merge transiently, random partner, α = .9",
     "transient, most similar": "merge transiently, most similar partner",
 }
 GLOSSARY = (

@@ -96,6 +96,7 @@ ARMS: dict[str, tuple[Method, ...]] = {
     "persistent, recommended": (Merge(recommended=True),),
     "persistent, most alike half": (Merge({"similarity_threshold": Quantile(0.5)}, Fade()),),
     "transient, random": transient(),
+    "transient, random, a=.9": transient(merge_weight=0.9),
     "transient, most similar": transient(partner="most_similar"),
     **{f"transient, signed {r}": transient(direction="signed", radius=r) for r in RADII},
     **{f"Gaussian noise {r}": transient(direction="gaussian", radius=r) for r in RADII},

@@ -412,7 +412,7 @@ class KeptRows:
     def put_back_(self) -> None:
         """Restores the kernels, bit for bit, wherever the convolutions have their weights now."""
         table = self.layers.fact(NAME, _Table)
-        if not self.layers.are_still(self.modules):
+        if not self.layers.are_still():
             self._put_back_elsewhere_()
             return
         columns = _Columns(self.pairs)
