@@ -76,6 +76,11 @@ class Layers(Sequence[MergedLayer]):
         return [layer.number for layer in self]
 
     @cached_property
+    def are_first(self) -> bool:
+        """Whether they are the first layers of the plan, so that numbers are places."""
+        return self.numbers == list(range(len(self)))
+
+    @cached_property
     def stores(self) -> list[Store]:
         """The store of each layer's kernels."""
         return [layer.store for layer in self]
@@ -99,6 +104,10 @@ class Layers(Sequence[MergedLayer]):
         return cast(_Fact, self._facts[key])
 
 
+# Every step asks whether anything has changed, which mapped builtins answer for all layers in the
+# time that a loop takes for a few.
+
+
 class _Way:
     """The modules of a network on the way to some of them, each once, as a search found them.
 
@@ -107,7 +116,6 @@ class _Way:
         names: Names of modules.
     """
 
-    # Mapped builtins compare all layers in the time that a loop takes for a few.
     def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
         self.modules: list[nn.Module] = []
         seen: dict[tuple[str, ...], nn.Module] = {(): network}

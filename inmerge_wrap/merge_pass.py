@@ -100,7 +100,7 @@ def draw_step(layers: Layers, settings: MergeSettings, step: int) -> Pairs:
         seeds = [mix(settings.seed, step, stream_of(layer.site)) for layer in layers]
         table, lengths = draw_layers(counts, sizes, settings.merge_probability, seeds)
         pairs = Pairs(table, tuple(lengths))
-    if layers.numbers == list(range(len(layers))):
+    if layers.are_first:
         return pairs
     number = torch.tensor(layers.numbers, dtype=torch.int64, device="cpu")
     return Pairs(

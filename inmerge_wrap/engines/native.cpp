@@ -352,10 +352,10 @@ extern "C" void mix_seeds(const int64_t *streams, int64_t count, uint64_t seed, 
 }
 
 // Draws the same numbers as PyTorch's CPU generator with the same seeds. Fills the rows of `pairs` (layer,
-// target, source; each of `room` places) from the left.
-extern "C" void draw_layers(const int64_t *kernels, const int64_t *group_sizes,
-                            const int64_t *seeds, int64_t count, float probability,
-                            int64_t *pairs, int64_t room, int64_t *lengths) {
+// target, source; each of `room` places) from the left, and returns how many pairs there are.
+extern "C" int64_t draw_layers(const int64_t *kernels, const int64_t *group_sizes,
+                               const int64_t *seeds, int64_t count, float probability,
+                               int64_t *pairs, int64_t room, int64_t *lengths) {
   int64_t *layers = pairs, *targets = pairs + room, *sources = pairs + 2 * room;
   int64_t end = 0;
   for (int64_t layer = 0; layer < count; ++layer) {
@@ -372,6 +372,7 @@ extern "C" void draw_layers(const int64_t *kernels, const int64_t *group_sizes,
     }
     lengths[layer] = end - begin;
   }
+  return end;
 }
 
 // Restores the kernels of some layers that `merge` has saved.

@@ -125,8 +125,9 @@ def _declared(made: ctypes.CDLL) -> ctypes.CDLL:
         getattr(made, f"merge_{name}").argtypes = [*layers, *merge]
         for function in (f"compare_{name}", f"merge_{name}"):
             getattr(made, function).restype = None
-    for function in ("mix_seeds", "draw_layers", "put_back"):
+    for function in ("mix_seeds", "put_back"):
         getattr(made, function).restype = None
+    made.draw_layers.restype = _WHOLE
     return made
 
 
@@ -163,22 +164,18 @@ def batches(stores: Sequence[Store]) -> list[list[int]]:
 
 def draw(layers: Layers, probability: float, seed: int, step: int) -> Pairs:
     """Draws the pairs of some layers; see :func:`inmerge_wrap.merge_pass.draw_step`."""
-    counts, sizes, streams, seeds = layers.fact("draws", _draw_columns)
-    library().mix_seeds(streams, len(streams), seed, step, seeds)
-    table, lengths = draw_layers(counts, sizes, probability, seeds)
+    streams, drawing = layers.fact("drawing", _streams_and_drawing)
+    library().mix_seeds(streams, len(streams), seed, step, drawing.seeds)
+    table, lengths = drawing.draw(probability)
     return Pairs(table, tuple(lengths))
 
 
-def _draw_columns(layers: Layers) -> tuple[Any, ...]:
-    """Returns kernel counts, group sizes and streams of layers, and a buffer for their seeds."""
+def _streams_and_drawing(layers: Layers) -> tuple[Any, _Drawing]:
     sites = [layer.site for layer in layers]
-    array = _WHOLE * len(sites)
-    return (
-        array(*(site.shape[0] for site in sites)),
-        array(*(site.shape[0] // site.pair_groups for site in sites)),
-        array(*map(stream_of, sites)),
-        array(),
-    )
+    counts = [site.shape[0] for site in sites]
+    sizes = [site.shape[0] // site.pair_groups for site in sites]
+    streams = (_WHOLE * len(sites))(*map(stream_of, sites))
+    return streams, _Drawing(counts, sizes, [0] * len(sites))
 
 
 def draw_layers(
@@ -188,29 +185,49 @@ def draw_layers(
     seeds: Sequence[int],
 ) -> tuple[Tensor, list[int]]:
     """Draws exactly what :func:`inmerge_wrap.merging.draw_layers` draws."""
-    if not _draws_like_torch():
-        return merging.draw_layers(num_kernels, group_sizes, probability, seeds)
-    return _draw([num_kernels, group_sizes, seeds], probability)
+    return _Drawing(num_kernels, group_sizes, seeds).draw(probability)
+
+
+class _Drawing:
+    """The arguments of a draw, converted once; the seeds may be exchanged in place."""
+
+    def __init__(
+        self, num_kernels: Sequence[int], group_sizes: Sequence[int], seeds: Sequence[int]
+    ) -> None:
+        array = _WHOLE * len(num_kernels)
+        self.seeds = array(*seeds)
+        self._columns = array(*num_kernels), array(*group_sizes), self.seeds
+        self._lengths = array()
+        # Reused, because a fresh one of this size would be mapped page by page in every step.
+        self._table = torch.empty(3, sum(num_kernels), dtype=torch.int64, device="cpu")
+
+    def draw(self, probability: float) -> tuple[Tensor, list[int]]:
+        """Returns what :func:`inmerge_wrap.merging.draw_layers` returns."""
+        if not _draws_like_torch():
+            counts, sizes, seeds = map(list, self._columns)
+            return merging.draw_layers(counts, sizes, probability, seeds)
+        return self.draw_natively(probability)
+
+    def draw_natively(self, probability: float) -> tuple[Tensor, list[int]]:
+        """Draws with the generator of ``native.cpp``."""
+        drawn = library().draw_layers(
+            *self._columns,
+            len(self._lengths),
+            probability,
+            self._table.data_ptr(),
+            self._table.shape[1],
+            self._lengths,
+        )
+        return self._table.narrow(1, 0, drawn).clone(), self._lengths[:]
 
 
 @cache
 def _draws_like_torch() -> bool:
     """Returns whether PyTorch's generator is still the one that ``native.cpp`` follows."""
-    kernels, sizes, seeds = [64, 640], [32, 640], [1, 2**32 - 1]
-    ours, _ = _draw([kernels, sizes, seeds], 0.5)
-    return torch.equal(ours, merging.draw_layers(kernels, sizes, 0.5, seeds)[0])
-
-
-def _draw(columns: Sequence[Sequence[int]], probability: float) -> tuple[Tensor, list[int]]:
-    array = _WHOLE * len(columns[0])
-    arrays = [each if isinstance(each, array) else array(*each) for each in columns]
-    lengths = array()
-    pairs = torch.empty(3, sum(arrays[0]), dtype=torch.int64, device="cpu")
-    library().draw_layers(
-        *arrays, len(lengths), probability, pairs.data_ptr(), pairs.shape[1], lengths
-    )
-    numbers = list(lengths)
-    return pairs[:, : sum(numbers)], numbers
+    arguments = [64, 640], [32, 640], [1, 2**32 - 1]
+    ours, _ = _Drawing(*arguments).draw_natively(0.5)
+    counts, sizes, seeds = arguments
+    return torch.equal(ours, merging.draw_layers(counts, sizes, 0.5, seeds)[0])
 
 
 # -- the steps of a pass by themselves -----------------------------------------------------------
