@@ -71,10 +71,11 @@ CHOOSING = {  # the regimes that settings are chosen on ...
     "blood-pretrained": Regime("bloodmnist", 300, 30, **FINE_TUNED),  # type: ignore[arg-type]
     "derma-pretrained": Regime("dermamnist", 500, 20, **FINE_TUNED),  # type: ignore[arg-type]
 }
+MEASURED_ON_MORE = FINE_TUNED | {"test_images": 600}
 CONFIRMING = {  # ... and those that they are confirmed on
-    "pneumonia": Regime("pneumoniamnist", 500, 60),
-    "breast": Regime("breastmnist", 0, 60),
-    "chest": Regime("chest", 0, 40, size=64),
+    "pneumonia-pretrained": Regime("pneumoniamnist", 300, 30, **MEASURED_ON_MORE),  # type: ignore[arg-type]
+    "breast-pretrained": Regime("breastmnist", 0, 20, **MEASURED_ON_MORE),  # type: ignore[arg-type]
+    "chest-pretrained": Regime("chest", 0, 12, **MEASURED_ON_MORE),  # type: ignore[arg-type]
 }
 REGIMES = CHOOSING | CONFIRMING
 
@@ -228,10 +229,11 @@ def load(regime: Regime, root: Path, chest_root: Path) -> Images:
     if regime.dataset == "chest":
         from nih import in_memory, read_release
 
-        return in_memory(read_release(chest_root, seed=0), regime.size)
-    data = load_images(regime.dataset, root, 28)
-    if regime.size != 28:
-        data = data.resized(regime.size)
+        data = in_memory(read_release(chest_root, seed=0), regime.size)
+    else:
+        data = load_images(regime.dataset, root, 28)
+        if regime.size != 28:
+            data = data.resized(regime.size)
     return data.in_colour() if regime.weights else data
 
 

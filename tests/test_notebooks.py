@@ -66,5 +66,5 @@ def test_runs_from_a_clean_kernel(
     assert told == "", "a notebook for people runs without warnings"
     pictures = sum("image/png" in out.get("data", {}) for out in outputs)
     assert (
-        pictures == {"01_quickstart": 0, "02_what_merging_does": 5, "03_robustness": 2}[path.stem]
+        pictures == {"01_quickstart": 0, "02_what_merging_does": 8, "03_robustness": 2}[path.stem]
     )
