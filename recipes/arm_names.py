@@ -50,6 +50,7 @@ SAID = {
     "persistent, Gaussian noise 0.3": "persistent Gaussian noise, size 0.3, norms kept",
     "transient, random": "merge transiently, random partner",
     "transient, random, a=.9": "merge transiently, random partner, α = .9",
+    "transient, random, a=.7": "merge transiently, random partner, α = .7",
     "transient, most similar": "merge transiently, most similar partner",
 }
 GLOSSARY = (

@@ -98,6 +98,7 @@ ARMS: dict[str, tuple[Method, ...]] = {
     "persistent, most alike half": (Merge({"similarity_threshold": Quantile(0.5)}, Fade()),),
     "transient, random": transient(),
     "transient, random, a=.9": transient(merge_weight=0.9),
+    "transient, random, a=.7": transient(merge_weight=0.7),
     "transient, most similar": transient(partner="most_similar"),
     **{f"transient, signed {r}": transient(direction="signed", radius=r) for r in RADII},
     **{f"Gaussian noise {r}": transient(direction="gaussian", radius=r) for r in RADII},
