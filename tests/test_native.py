@@ -380,7 +380,7 @@ def freed(conv: nn.Conv2d) -> None:
     storage, size = conv.weight.untyped_storage(), conv.weight.untyped_storage().nbytes()
     before = conv.weight.data_ptr()
     storage.resize_(0)
-    conv.taken = torch.empty(size // 4)
+    conv.taken = [torch.empty(size // 4) for _ in range(1000)]  # one of them in its place
     storage.resize_(size)
     assert conv.weight.data_ptr() != before
     with torch.no_grad():

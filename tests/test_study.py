@@ -267,7 +267,7 @@ def test_frozen_arms_stay(study: ModuleType, tmp_path: Path) -> None:
         study.freeze(["plain"], path)
     for kind, key, name in (
         ("arms", "transient, random + EMA .98", "merge"),
-        ("regimes", "breast", "epochs"),
+        ("regimes", "breast-pretrained", "epochs"),
     ):
         content = json.loads(path.read_text())
         before = content[kind][key][name]
