@@ -201,7 +201,7 @@ def compare(settings: Mapping[Setting, Runs], baseline: str, part: str) -> dict[
                 )
                 found[(str(setting), arm, *key)] = difference(mine, other)
     for name, members in pools(s for s in settings if baseline in settings[s]).items():
-        for key in {key[1:] for key in found if key[0] in members}:
+        for key in dict.fromkeys(key[1:] for key in found if key[0] in members):
             parts = [found.get((member, *key)) for member in members]
             if all(parts):
                 found[(name, *key)] = pool([part for part in parts if part])

@@ -332,7 +332,7 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     ] == []
     assert 'class="tabbed-set' in loops and 'class="admonition warning"' in loops
     notebook = tmp_path / "notebooks" / "02_what_merging_does"
-    assert (notebook / "index.html").read_text().count("<img") == 5
+    assert (notebook / "index.html").read_text().count("<img") == 8
     for page in tmp_path.rglob("*.html"):
         loaded = re.findall(r'(?:src|<link[^>]*href)="(https?://[^"]*)"', page.read_text())
         assert not [url for url in loaded if "fonts." in url], f"{page} loads from elsewhere"
@@ -381,3 +381,28 @@ def test_the_ablation_tables_are_made_from_the_runs_beside_them(
         assert (tmp_path / name).read_text() == (runs / name).read_text()
     shown = re.findall(r"images/(study-[^)]*)", (ROOT / "docs" / "evidence.md").read_text())
     assert len(shown) == 3 and {path.name for path in tmp_path.glob("*.png")}.issuperset(shown)
+
+
+def test_the_tables_of_the_second_study_are_made_from_the_runs_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = ROOT / "results" / "study2"
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    report = runpy.run_path(str(ROOT / "recipes" / "study_report.py"))
+    settings = report["read"](runs)
+    found = {name: report["compare"](settings, name, "test") for name in report["BASELINES"]}
+    report["write_csv"](found, tmp_path / "differences.csv")
+    assert (tmp_path / "differences.csv").read_text() == (runs / "differences.csv").read_text()
+    table = report["table"](settings, found["plain"], "test", "plain")
+    assert table == (runs / "table.md").read_text()
+    page = (ROOT / "docs" / "evidence.md").read_text()
+    shown = re.findall(r"images/(study2/[^)]*)", page)
+    assert shown and all((ROOT / "docs" / "images" / picture).exists() for picture in shown)
+    rows = [line for line in page.splitlines() if re.search(r"^\| .*\(\S+ to \S+\).* \d+ \|$", line)]
+    assert len(rows) > 10
+    assert [row for row in rows if row not in table and row not in whole_first_study()] == []
+
+
+def whole_first_study() -> str:
+    """Everything that the reports of the first study wrote."""
+    return "".join(path.read_text() for path in (ROOT / "results").rglob("*.md"))
