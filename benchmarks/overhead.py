@@ -41,6 +41,13 @@ WAYS: dict[str, dict[str, Any]] = {
         "transient": True,
         "merge_probability": 1.0,
     },
+    "transient, signed": {  # as docs/transient.md recommends for fine-tuning
+        "similarity_threshold": -1.0,
+        "transient": True,
+        "merge_probability": 1.0,
+        "shallow_layers": 0,
+        "direction": "signed",
+    },
 }
 
 parser = argparse.ArgumentParser(

@@ -11,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 WIDTH = 7.6  # inches; a page shows it at about 700 px, where 8 points are still read
 
@@ -93,6 +94,7 @@ def draw_forest(
         axis.set_xlabel(axis_label, fontsize=8.5)
         axis.tick_params(labelsize=8)
         axis.tick_params(axis="y", length=0)
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(axis="x", color="0.9", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.spines[["top", "right", "left"]].set_visible(False)
@@ -119,10 +121,22 @@ def draw_forest(
     figure.legend(
         handles=handles,
         loc="outside lower center",
-        ncols=min(len(handles), 4),
+        ncols=legend_columns([str(handle.get_label()) for handle in handles]),
         frameon=False,
         fontsize=8.5,
     )
     figure.suptitle(fill(title, 95), fontsize=9.5)
     figure.savefig(path, dpi=200, facecolor="white")
     plt.close(figure)
+
+
+def legend_columns(labels: Sequence[str], widest: int = 105) -> int:
+    """Returns the number of columns of a legend that fit into the width, in characters.
+
+    Each column is as wide as its longest label, and a marker takes the room of six characters.
+    """
+    for count in range(min(len(labels), 4), 1, -1):
+        columns = np.array_split(labels, count)
+        if sum(max(map(len, column)) + 6 for column in columns) <= widest:
+            return count
+    return 1

@@ -6,10 +6,10 @@
 
 ``power`` says, from pilot runs, how the paired differences scatter and how many pairs would find
 one of .01 in four cases of five: ``power.json`` and ``power.md``. ``report`` writes
-``differences.csv`` (every arm minus plain and minus EMA, per data set and pooled, with 95%
-intervals and adjusted p), ``table.md``, and the pictures: ``forest-*.png``, ``auroc-*.png`` and
-``calibration-*.png`` (differences with intervals), ``families-*.png`` (by family of corruption)
-and, of the dial's arms, ``dial.png``.
+``differences.csv`` (every arm minus plain, minus EMA and minus noise of the same size, per data set
+and pooled, with 95% intervals and adjusted p), ``table.md``, and the pictures: ``forest-*.png``,
+``auroc-*.png`` and ``calibration-*.png`` (differences with intervals), ``families-*.png`` (by
+family of corruption) and, of the dial's arms, ``dial.png``.
 
 Hardware and time: seconds on a CPU. Expected: results/study2/, docs/evidence.md.
 """
@@ -54,7 +54,7 @@ from matplotlib.axes import Axes
 
 # -- settings --------------------------------------------------------------------------------------
 
-BASELINES = ("plain", "EMA .98")
+BASELINES = ("plain", "EMA .98", "Gaussian noise 0.3")
 CLAIMS = [  # what the study wants to say something about, and so computes the power of
     ("balanced accuracy", "clean"),
     ("balanced accuracy", "corrupted"),
@@ -77,6 +77,7 @@ GROUPS = {
 }
 MARKERS = "osD^v<>P"
 EFFECT = 0.01
+ENOUGH_PAIRS = 3  # to be drawn
 
 
 def group_of(arm: str) -> str:
@@ -236,9 +237,14 @@ def draw_differences(
 ) -> None:
     """A forest plot of one measure: arms by rows, clean and corrupted images side by side.
 
-    The first of ``names`` is drawn large; small hollow marks are the data sets that it pools.
+    The first of ``names`` is drawn large; small hollow marks are the data sets that it pools. Arms
+    with few pairs are left out if others have enough, and a temperature where it does nothing.
     """
-    arms = in_order(list(dict.fromkeys(key[1] for key in found if key[0] == names[0])))
+    pairs = {key[1]: one.n for key, one in found.items() if (key[0], key[2]) == (names[0], measure)}
+    if measure != "calibration error":
+        pairs.pop(SCALED, None)
+    enough = min(ENOUGH_PAIRS, max(pairs.values()))
+    arms = in_order([arm for arm, count in pairs.items() if count >= enough])
     marks = [
         Mark(name, MARKERS[n % len(MARKERS)], filled=not n, size=3.5 if n else 5.5)
         for n, name in enumerate(names)

@@ -398,7 +398,7 @@ def test_the_tables_of_the_second_study_are_made_from_the_runs_beside_them(
     page = (ROOT / "docs" / "evidence.md").read_text()
     shown = re.findall(r"images/(study2/[^)]*)", page)
     assert shown and all((ROOT / "docs" / "images" / picture).exists() for picture in shown)
-    rows = [line for line in page.splitlines() if re.search(r"^\| .*\(\S+ to \S+\).* \d+ \|$", line)]
+    rows = re.findall(r"^\| .*\(\S+ to \S+\).* \d+ \|$", page, re.MULTILINE)
     assert len(rows) > 10
     assert [row for row in rows if row not in table and row not in whole_first_study()] == []
 
