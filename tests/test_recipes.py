@@ -843,7 +843,7 @@ def test_the_overhead_benchmark_runs(engine: str, tmp_path: Path) -> None:
     assert all(row["floor_ms"] > 0 for row in rows.values())
     assert all(row["quartiles"]["with merging over training step"] for row in rows.values())
     assert rows["every pair"]["merge_over_floor"] > 1
-    assert done.stdout.count("| test_resnet | 4 x 32 px |") == len(rows) == 5
+    assert done.stdout.count("| test_resnet | 4 x 32 px |") == len(rows) == 6
     if engine == "torch":
         assert rows["0.3"]["engine"].startswith("torch (")
 
