@@ -31,19 +31,15 @@ from inmerge_wrap import InMergeWrapper, Quantile
 from inmerge_wrap.merging import draw_pairs
 
 MODELS = ["resnet34", "resnet50", "densenet121", "efficientnet_b0"]
+TRANSIENT = {"similarity_threshold": -1.0, "transient": True}
 WAYS: dict[str, dict[str, Any]] = {
     "0.3": {"similarity_threshold": 0.3},
     "every pair": {"similarity_threshold": -1.0},
     "top half": {"similarity_threshold": Quantile(0.5)},
-    "transient": {"similarity_threshold": -1.0, "transient": True},
-    "transient, p = 1": {
-        "similarity_threshold": -1.0,
-        "transient": True,
-        "merge_probability": 1.0,
-    },
+    "transient": TRANSIENT,
+    "transient, p = 1": {**TRANSIENT, "merge_probability": 1.0},
     "transient, signed": {  # as docs/transient.md recommends for fine-tuning
-        "similarity_threshold": -1.0,
-        "transient": True,
+        **TRANSIENT,
         "merge_probability": 1.0,
         "shallow_layers": 0,
         "direction": "signed",

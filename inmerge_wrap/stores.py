@@ -143,8 +143,11 @@ class Store:
 
         Args:
             index: Which kernels, int64.
+
+        Raises:
+            RuntimeError: If only an opened store can read them; likewise :meth:`write_`.
         """
-        raise NotImplementedError
+        raise self._closed()
 
     def write_(self, index: Tensor, rows: Tensor, changed: Tensor | None) -> None:
         """Stores ``rows``, shape (len(index), fan_in), where ``changed``, shape (len(index),).
@@ -152,7 +155,14 @@ class Store:
         None stores all. The other rows must be those that :meth:`read` returned; they do not
         change, bit for bit.
         """
-        raise NotImplementedError
+        raise self._closed()
+
+    def _closed(self) -> RuntimeError:
+        kind = type(self).__name__
+        return RuntimeError(
+            f"{kind} kernels are not in local memory: read and write them in the store that "
+            "opened() yields, as in `with store.opened() as local:`"
+        )
 
     @property
     def written(self) -> tuple[Tensor, ...]:

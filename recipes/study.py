@@ -63,19 +63,32 @@ class Regime:
     test_images: int = 1000
 
 
-FINE_TUNED = {"arch": ARCH, "size": 64, "lr": 0.02, "weights": PACKAGE, "channels_last": True}
-FINE_TUNED |= {"validation_images": 250, "test_images": 400}
+def fine_tuned(dataset: str, train_images: int, epochs: int, test_images: int = 400) -> Regime:
+    """Returns a regime that starts from ImageNet weights."""
+    return Regime(
+        dataset,
+        train_images,
+        epochs,
+        arch=ARCH,
+        size=64,
+        lr=0.02,
+        weights=PACKAGE,
+        channels_last=True,
+        validation_images=250,
+        test_images=test_images,
+    )
+
+
 CHOOSING = {  # the regimes that settings are chosen on ...
     "blood": Regime("bloodmnist", 300, 100),
     "derma": Regime("dermamnist", 500, 60),
-    "blood-pretrained": Regime("bloodmnist", 300, 30, **FINE_TUNED),  # type: ignore[arg-type]
-    "derma-pretrained": Regime("dermamnist", 500, 20, **FINE_TUNED),  # type: ignore[arg-type]
+    "blood-pretrained": fine_tuned("bloodmnist", 300, 30),
+    "derma-pretrained": fine_tuned("dermamnist", 500, 20),
 }
-MEASURED_ON_MORE = FINE_TUNED | {"test_images": 600}
 CONFIRMING = {  # ... and those that they are confirmed on
-    "pneumonia-pretrained": Regime("pneumoniamnist", 300, 30, **MEASURED_ON_MORE),  # type: ignore[arg-type]
-    "breast-pretrained": Regime("breastmnist", 0, 20, **MEASURED_ON_MORE),  # type: ignore[arg-type]
-    "chest-pretrained": Regime("chest", 0, 12, **MEASURED_ON_MORE),  # type: ignore[arg-type]
+    "pneumonia-pretrained": fine_tuned("pneumoniamnist", 300, 30, test_images=600),
+    "breast-pretrained": fine_tuned("breastmnist", 0, 20, test_images=600),
+    "chest-pretrained": fine_tuned("chest", 0, 12, test_images=600),
 }
 REGIMES = CHOOSING | CONFIRMING
 

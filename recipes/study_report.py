@@ -94,10 +94,18 @@ def in_order(arms: Sequence[str]) -> list[str]:
     return sorted(arms, key=lambda arm: (places.get(arm.split(" + ")[0], len(places)), arm))
 
 
-def decisive_arms(found: Mapping[Key, Difference], name: str) -> list[str]:
-    """Those that may decide otherwise than plain: a temperature does not."""
-    arms = dict.fromkeys(key[1] for key in found if key[0] == name)
-    return [arm for arm in in_order(list(arms)) if arm != SCALED]
+def drawn_arms(found: Mapping[Key, Difference], name: str, measure: str) -> list[str]:
+    """The arms of a picture: those with enough pairs, if any arm has enough.
+
+    A temperature changes no decision, so it is drawn for calibration alone.
+    """
+    pairs = {
+        arm: one.n
+        for (setting, arm, what, _), one in found.items()
+        if (setting, what) == (name, measure) and (arm != SCALED or what == "calibration error")
+    }
+    enough = min(ENOUGH_PAIRS, max(pairs.values()))
+    return in_order([arm for arm, count in pairs.items() if count >= enough])
 
 
 def slug(name: str) -> str:
@@ -237,14 +245,9 @@ def draw_differences(
 ) -> None:
     """A forest plot of one measure: arms by rows, clean and corrupted images side by side.
 
-    The first of ``names`` is drawn large; small hollow marks are the data sets that it pools. Arms
-    with few pairs are left out if others have enough, and a temperature where it does nothing.
+    The first of ``names`` is drawn large; small hollow marks are the data sets that it pools.
     """
-    pairs = {key[1]: one.n for key, one in found.items() if (key[0], key[2]) == (names[0], measure)}
-    if measure != "calibration error":
-        pairs.pop(SCALED, None)
-    enough = min(ENOUGH_PAIRS, max(pairs.values()))
-    arms = in_order([arm for arm, count in pairs.items() if count >= enough])
+    arms = drawn_arms(found, names[0], measure)
     marks = [
         Mark(name, MARKERS[n % len(MARKERS)], filled=not n, size=3.5 if n else 5.5)
         for n, name in enumerate(names)
@@ -269,7 +272,7 @@ def draw_differences(
 
 def draw_families(found: Mapping[Key, Difference], name: str, title: str, path: Path) -> None:
     """Arms by rows, families of corruption by columns: differences in balanced accuracy."""
-    arms = decisive_arms(found, name)
+    arms = drawn_arms(found, name, "balanced accuracy")
     columns = ("clean", *FAMILIES)
     cells = [[found[name, arm, "balanced accuracy", where] for where in columns] for arm in arms]
     grid = np.array([[one.mean for one in row] for row in cells])
@@ -368,7 +371,7 @@ def write_report(options: argparse.Namespace) -> None:
     print(text)
     dial = {key: one for key, one in differences.items() if is_of_dial(key[1])}
     others = {key: one for key, one in differences.items() if not is_inside_of_dial(key[1])}
-    for name in dict.fromkeys(key[0] for key in others):
+    for name in dict.fromkeys(key[0] for key in others if key[1] != SCALED):
         members = pools(settings).get(name, [])
         title = f"{name}: paired differences from plain, {options.part} part, 95% intervals"
         for measure, kind in DRAWN.items():

@@ -291,6 +291,31 @@ def test_a_forest_plot_shows_each_difference_in_its_row(
     assert (corners == 1).all()  # an opaque white ground
 
 
+def test_nothing_of_a_forest_plot_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    forest = importlib.import_module("forest")
+    names = [f"{name}, from ImageNet" for name in ("pooled, confirmation", "Chest", "Pneumonia")]
+    groups = [
+        "transient merging, for the gradient alone",
+        "noise of the same size",
+        "other methods",
+    ]
+    forest.draw_forest(
+        {f"an arm of {group}": group for group in groups},
+        ["clean", "corrupted"],
+        [forest.Mark(name) for name in names],
+        {(f"an arm of {groups[0]}", "clean", names[0]): (0.1, 0.0, 0.2)},
+        dict.fromkeys(groups, "#ff0000"),
+        title="a title",
+        axis_label="minus nothing",
+        path=tmp_path / "forest.png",
+    )
+    picture = matplotlib.image.imread(tmp_path / "forest.png")
+    assert (picture[:, [0, -1]] == 1).all() and (picture[[0, -1]] == 1).all()
+
+
 def test_every_arm_has_a_name_of_its_own_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     in_words = importlib.import_module("arm_names").in_words

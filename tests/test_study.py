@@ -401,6 +401,19 @@ def report(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     runpy.run_path(str(ROOT / "recipes" / "study_report.py"), run_name="__main__")
 
 
+def test_a_data_set_without_another_arm_has_no_pictures(
+    study: ModuleType, measures: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a sweep that was stopped."""
+    write_runs(study, measures, tmp_path / "runs", ["plain", "EMA .98"])
+    for path in (tmp_path / "runs").glob("dermamnist-EMA*"):
+        path.unlink()
+    report(monkeypatch, "report", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path))
+    assert {path.stem for path in tmp_path.glob("*.png")} == {
+        f"{kind}-blood" for kind in ("forest", "auroc", "calibration", "families")
+    }
+
+
 def test_the_report_writes_tables_and_pictures(
     study: ModuleType, measures: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
