@@ -22,9 +22,8 @@ from inmerge_wrap.engines import (
     divided,
     group,
     merge_at_once_,
-    native,
+    step_at_once_,
     torch_blocks,
-    wanted,
 )
 from inmerge_wrap.layers import Layers, MergedLayer, stream_of
 from inmerge_wrap.merging import (
@@ -34,7 +33,7 @@ from inmerge_wrap.merging import (
     norm_scale,
     signed_weight,
 )
-from inmerge_wrap.pairs import Outcome, Pairs, mix
+from inmerge_wrap.pairs import Outcome, Pairs, Totals, mix
 from inmerge_wrap.settings import MergeSettings
 from inmerge_wrap.stores import Plain, Store, store_of
 from inmerge_wrap.thresholds import Fixed, Threshold
@@ -92,20 +91,52 @@ def draw_step(layers: Layers, settings: MergeSettings, step: int) -> Pairs:
     Returns:
         The pairs, on the CPU. The sources are those of ``partner="random"``.
     """
-    if wanted(settings.engine, layers[0].store.weight.device).NAME == native.NAME:
-        pairs = native.draw(layers, settings.merge_probability, settings.seed, step)
-    else:
-        counts = [layer.site.shape[0] for layer in layers]
-        sizes = [layer.site.shape[0] // layer.site.pair_groups for layer in layers]
-        seeds = [mix(settings.seed, step, stream_of(layer.site)) for layer in layers]
-        table, lengths = draw_layers(counts, sizes, settings.merge_probability, seeds)
-        pairs = Pairs(table, tuple(lengths))
+    counts = [layer.site.shape[0] for layer in layers]
+    sizes = [layer.site.shape[0] // layer.site.pair_groups for layer in layers]
+    seeds = [mix(settings.seed, step, stream_of(layer.site)) for layer in layers]
+    table, lengths = draw_layers(counts, sizes, settings.merge_probability, seeds)
+    pairs = Pairs(table, tuple(lengths))
     if layers.are_first:
         return pairs
     number = torch.tensor(layers.numbers, dtype=torch.int64, device="cpu")
     return Pairs(
         torch.stack([number[pairs.layer], pairs.targets, pairs.sources]),
         pairs.lengths,
+    )
+
+
+def merge_step(
+    layers: Layers,
+    settings: MergeSettings,
+    step: int,
+    *,
+    companions: Mapping[int, Sequence[Store]] | None = None,
+    skip: Tensor | None = None,
+    keep: list[Kept] | None = None,
+) -> Outcome | Totals:
+    """Draws and merges the pairs of some layers, in place.
+
+    Equal to :func:`draw_step` and :func:`merge_layers`, in one call where an engine has one.
+    """
+    blends = settings.direction in ("partner", "signed") and not settings.keep_norm
+    if blends and settings.partner == "random" and not companions:
+        totals = step_at_once_(
+            layers,
+            settings.engine,
+            probability=settings.merge_probability,
+            seed=settings.seed,
+            step=step,
+            threshold=settings.similarity_threshold,
+            merge_weight=settings.merge_weight,
+            radius=settings.radius if settings.direction == "signed" else None,
+            skip=skip,
+            keep=keep,
+        )
+        if totals is not None:
+            return totals
+    pairs = draw_step(layers, settings, step)
+    return merge_layers(
+        layers, pairs, settings, step=step, companions=companions, skip=skip, keep=keep
     )
 
 
@@ -211,10 +242,11 @@ def _merge_batch(
             return outcome
         parts = zip(layers, stores, pairs.split(), merged.split(pairs.lengths), strict=True)
         for layer, store, part, mask in parts:
-            part, changed = _known(part, mask)
-            change = _change_of(layer, store, part, settings, step)
-            torch_blocks.change_([store], part, changed, change)
-            _change_companions_([layer], part, changed, [change], companions, settings.engine)
+            known = _known(mask)
+            some, changed = (part, mask) if known is None else (part.at(known), None)
+            change = _change_of(layer, store, some, settings, step, len(part), known)
+            torch_blocks.change_([store], some, changed, change)
+            _change_companions_([layer], some, changed, [change], companions, settings.engine)
     return outcome
 
 
@@ -253,25 +285,40 @@ def _alike(
     return torch.cat(masks)
 
 
-def _known(pairs: Pairs, changed: Tensor) -> tuple[Pairs, Tensor | None]:
-    """Drops the pairs that do not merge, where finding them needs no device synchronisation.
+def _known(changed: Tensor) -> Tensor | None:
+    """Returns the index of the pairs that merge, where finding it does not wait for a device.
 
-    On a CPU these pairs then cost nothing; on other devices the mask decides later.
+    On a CPU the others then cost nothing; on other devices the mask decides later.
     """
-    if changed.device.type != "cpu":
-        return pairs, changed
-    return pairs.at(changed.nonzero().flatten()), None
+    return changed.nonzero().flatten() if changed.device.type == "cpu" else None
 
 
 def _copy(layer: MergedLayer, store: Store, pairs: Pairs, changed: Tensor) -> KeptKernels:
-    targets = _known(pairs, changed)[0].targets
+    known = _known(changed)
+    targets = pairs.targets if known is None else pairs.targets[known]
     return KeptKernels(layer.module, targets, store.copy_out(targets))
 
 
 def _change_of(
-    layer: MergedLayer, store: Store, pairs: Pairs, settings: MergeSettings, step: int
+    layer: MergedLayer,
+    store: Store,
+    pairs: Pairs,
+    settings: MergeSettings,
+    step: int,
+    drawn: int,
+    known: Tensor | None,
 ) -> Change:
-    """Returns the change of the kernels of one layer."""
+    """Returns the change of the kernels of one layer.
+
+    Args:
+        layer: The layer.
+        store: Its opened store.
+        pairs: The pairs to change.
+        settings: Those of this step.
+        step: The optimizer step.
+        drawn: How many pairs the layer drew.
+        known: Which of these are the pairs to change; None for all.
+    """
     device = pairs.targets.device
     if settings.direction == "partner":
         blend = Blend(settings.merge_weight)
@@ -288,7 +335,9 @@ def _change_of(
             )
             multiplicative = settings.direction == "multiplicative"
             return Noise(multiplicative, settings.radius, numbers, settings.keep_norm)
-        signs = 2 * torch.randint(0, 2, (len(pairs),), generator=generator, device=device) - 1
+        # Of all that are drawn, so that no sign depends on which of them merge.
+        signs = 2 * torch.randint(0, 2, (drawn,), generator=generator, device=device) - 1
+        signs = signs if known is None else signs[known]
         blend = Blend(
             torch.cat(
                 [

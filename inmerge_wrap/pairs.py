@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["Outcome", "Pairs", "mix"]
+__all__ = ["Outcome", "Pairs", "Totals", "mix"]
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,34 @@ class Outcome:
         cosines: Cosine of each drawn pair, shape (pairs,); NaN where it is undefined.
         merged: Whether the target changed, boolean, shape (pairs,).
         lengths: Number of pairs that each layer drew, in the order of the layers of the step.
-        sums: Of each layer, where the engine has added them up: pairs that merged, pairs without
-            a cosine, sum of the cosines, largest cosine (-2 for none); float64, shape (4, layers).
     """
 
     layer: Tensor
     cosines: Tensor
     merged: Tensor
     lengths: tuple[int, ...]
-    sums: Tensor | None = None
+
+    def has_merged(self, number: int) -> bool:
+        """Returns whether a pair of a layer merged; waits for the device."""
+        return bool(self.merged[self.layer == number].any())
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What one step did, added up by the engine.
+
+    Attributes:
+        numbers: Number of each layer in the plan.
+        sums: For each layer, in five lists: pairs drawn, pairs merged, pairs without a cosine, sum
+            of the cosines, largest cosine (-2 for none).
+    """
+
+    numbers: Sequence[int]
+    sums: Sequence[Sequence[float]]
+
+    def has_merged(self, number: int) -> bool:
+        """See :meth:`Outcome.has_merged`."""
+        return bool(self.sums[1][self.numbers.index(number)])
 
 
 def mix(*numbers: int) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from inmerge_wrap.pairs import Outcome
+from inmerge_wrap.pairs import Outcome, Totals
 from inmerge_wrap.report import LayerReport, MergeReport
 
 __all__ = ["Tally"]
@@ -28,7 +28,6 @@ class Tally:
     Attributes:
         steps: Optimizer steps that each layer has seen.
         passes: Of these, the steps in which it was merged.
-        drawn: Pairs drawn in all passes.
     """
 
     _NO_COSINE = -2.0  # below every cosine
@@ -36,14 +35,14 @@ class Tally:
     def __init__(self, layers: int) -> None:
         self.steps = [0] * layers
         self.passes = [0] * layers
-        self.drawn = [0] * layers
+        self._drawn = [0] * layers
         self._merged = torch.zeros(layers, dtype=torch.int64)
         self._undefined = torch.zeros(layers, dtype=torch.int64)
         self._cosine_sum = torch.zeros(layers, dtype=torch.float64)
         self._cosine_max = torch.full((layers,), self._NO_COSINE, dtype=torch.float32)
-        # Of the passes that are not counted yet: their pairs, or the sums of an engine.
+        # The passes that are not counted yet.
         self._pairs: list[Outcome] = []
-        self._sums: list[tuple[Sequence[int], Tensor]] = []
+        self._totals: list[Totals] = []
 
     @property
     def step(self) -> int:
@@ -65,19 +64,21 @@ class Tally:
         """Returns the number of the next step of some layers."""
         return max(self.steps[layer] for layer in layers)
 
-    def add(self, layers: Sequence[int], outcome: Outcome) -> None:
+    def add(self, layers: Sequence[int], outcome: Outcome | Totals) -> None:
         """Adds what one pass over some layers did."""
-        for layer, length in zip(layers, outcome.lengths, strict=True):
+        for layer in layers:
             self.passes[layer] += 1
-            self.drawn[layer] += length
         # A device adds up many passes in the launches that one would take, and a CPU finds what it
         # needs in its caches from the second on.
-        if outcome.sums is not None:
-            self._sums.append((layers, outcome.sums))
+        if isinstance(outcome, Totals):
+            self._totals.append(outcome)
+            is_due = False
         else:
+            for layer, length in zip(layers, outcome.lengths, strict=True):
+                self._drawn[layer] += length
             self._pairs.append(outcome)
-        full = len(self._sums) + len(self._pairs) == _PASSES_AT_ONCE
-        if full or (self._pairs and outcome.cosines.device.type == "cpu"):
+            is_due = outcome.cosines.device.type == "cpu"
+        if is_due or len(self._totals) + len(self._pairs) == _PASSES_AT_ONCE:
             self._add_waiting()
 
     def _add_waiting(self) -> None:
@@ -85,9 +86,9 @@ class Tally:
         pairs, self._pairs = self._pairs, []
         if pairs:
             self._add_pairs(pairs)
-        sums, self._sums = self._sums, []
-        for layers, of_layers in sums:
-            self._add_sums(layers, of_layers)
+        for found in self._totals:
+            self._add_totals(found)
+        self._totals = []
 
     def _add_pairs(self, outcomes: Sequence[Outcome]) -> None:
         device = outcomes[-1].cosines.device  # a network may have moved in the meantime
@@ -105,13 +106,14 @@ class Tally:
         candidates = torch.where(undefined, self._NO_COSINE, cosines).float()
         self._cosine_max.scatter_reduce_(0, layer_of_pair, candidates, "amax")
 
-    def _add_sums(self, layers: Sequence[int], sums: Tensor) -> None:
-        if self._merged.device != sums.device:
-            self._move_to(sums.device)
-        place = torch.tensor(layers, device=sums.device)
-        merged, undefined = sums[:2].long()
-        self._merged.index_add_(0, place, merged)
-        self._undefined.index_add_(0, place, undefined)
+    def _add_totals(self, totals: Totals) -> None:
+        for layer, drawn in zip(totals.numbers, totals.sums[0], strict=True):
+            self._drawn[layer] += int(drawn)
+        device = self._merged.device
+        place = torch.tensor(totals.numbers, device=device)
+        sums = torch.tensor(totals.sums[1:], dtype=self._cosine_sum.dtype, device=device)
+        self._merged.index_add_(0, place, sums[0].long())
+        self._undefined.index_add_(0, place, sums[1].long())
         self._cosine_sum.index_add_(0, place, sums[2])
         self._cosine_max.scatter_reduce_(0, place, sums[3].float(), "amax")
 
@@ -128,13 +130,13 @@ class Tally:
         layers = []
         for index, name in enumerate(names):
             undefined = int(self._undefined[index])
-            known = self.drawn[index] - undefined
+            known = self._drawn[index] - undefined
             layers.append(
                 LayerReport(
                     name=name,
                     steps=self.steps[index],
                     passes=self.passes[index],
-                    drawn=self.drawn[index],
+                    drawn=self._drawn[index],
                     merged=int(self._merged[index]),
                     undefined=undefined,
                     mean_cosine=float(self._cosine_sum[index]) / known if known else None,
@@ -146,7 +148,7 @@ class Tally:
     def to_state(self, seed: int) -> Tensor:
         """Returns the whole tally as one float64 CPU tensor (exact up to 2**53 pairs)."""
         self._add_waiting()
-        columns = [self.steps, self.passes, self.drawn, self._merged, self._undefined]
+        columns = [self.steps, self.passes, self._drawn, self._merged, self._undefined]
         columns += [self._cosine_sum, self._cosine_max]
         with torch.device("cpu"):
             table = torch.stack(
@@ -206,7 +208,7 @@ class Tally:
             )
             tally.steps = [max(steps)] * layers
             return tally
-        tally.steps, tally.passes, tally.drawn = steps, passes, drawn
+        tally.steps, tally.passes, tally._drawn = steps, passes, drawn
         tally._merged, tally._undefined = table[:, 3].long().clone(), table[:, 4].long().clone()
         tally._cosine_sum, tally._cosine_max = table[:, 5].clone(), table[:, 6].float().clone()
         return tally

@@ -33,8 +33,8 @@ from inmerge_wrap.discovery import MergePlan, Pattern, plan_merging
 from inmerge_wrap.engines import describe, require
 from inmerge_wrap.interlude import BeforeStep, Interlude
 from inmerge_wrap.layers import Layers, check_sites, find_layers
-from inmerge_wrap.merge_pass import Kept, draw_step, merge_layers
-from inmerge_wrap.pairs import Outcome, mix
+from inmerge_wrap.merge_pass import Kept, draw_step, merge_step
+from inmerge_wrap.pairs import Outcome, Totals, mix
 from inmerge_wrap.proxy import NetworkProxy
 from inmerge_wrap.recalibration import recalibrate
 from inmerge_wrap.replicas import check_replicas
@@ -178,9 +178,9 @@ class InMergeWrapper(NetworkProxy):
         self._watch = Watch()
         self._attachments = Attachments()
         self._found: Layers | None = None  # the layers of the last step, with derived values
-        self._last_merged: dict[int, Outcome] = {}  # layer -> outcome of the pairs of its last step
+        self._last_merged: dict[int, Outcome | Totals] = {}  # layer -> what its last step did
         self._interlude: Interlude | None = None
-        self._pending: dict[int, tuple[Layers, Outcome]] = {}  # of which optimizer
+        self._pending: dict[int, tuple[Layers, Outcome | Totals]] = {}  # of which optimizer
         notice_every_step(self._after_any_step)
 
     @classmethod
@@ -345,10 +345,7 @@ class InMergeWrapper(NetworkProxy):
     @property
     def statistics_lag(self) -> bool:
         """Whether BatchNorm statistics predate the last merge; waits for the device."""
-        return any(
-            bool(outcome.merged[outcome.layer == layer].any())
-            for layer, outcome in self._last_merged.items()
-        )
+        return any(outcome.has_merged(number) for number, outcome in self._last_merged.items())
 
     def report(self) -> MergeReport:
         """Returns what merging did so far, layer by layer; waits for the device."""
@@ -439,7 +436,7 @@ class InMergeWrapper(NetworkProxy):
         optimizer: Optimizer | None = None,
         skip: Tensor | None = None,
         keep: list[Kept] | None = None,
-    ) -> Outcome | None:
+    ) -> Outcome | Totals | None:
         """Draws and merges pairs of some layers; returns None where the schedule skips the step."""
         settings = self._settings_at(step)
         if settings is None:
@@ -447,12 +444,9 @@ class InMergeWrapper(NetworkProxy):
         found, problem = companions(optimizer, layers, moments=settings.merge_momentum)
         if problem is not None:
             self._watch.warn_once("momentum", f"merge_momentum has no effect: {problem}")
-        pairs = draw_step(layers, settings, step)
-        return merge_layers(
-            layers, pairs, settings, step=step, companions=found, skip=skip, keep=keep
-        )
+        return merge_step(layers, settings, step, companions=found, skip=skip, keep=keep)
 
-    def _note_merged(self, layers: Layers, outcome: Outcome) -> None:
+    def _note_merged(self, layers: Layers, outcome: Outcome | Totals) -> None:
         self._last_merged.update(dict.fromkeys(layers.numbers, outcome))
 
     def _settings_at(self, step: int) -> MergeSettings | None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
 import pytest
 import torch
 from scipy.stats import chisquare
 
 from inmerge_wrap import merge_pairs_
-from inmerge_wrap.engines import native
 from inmerge_wrap.merging import draw_layers, draw_pairs
-from tests import NEEDS_COMPILER, reference
+from tests import reference
 
 SHAPES = [  # weight shape, groups
     ((16, 3, 3, 3), 1),
@@ -161,19 +159,14 @@ def test_draws_are_sorted_distinct_and_reproducible() -> None:
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize(
-    "draw",
-    [draw_layers, pytest.param(native.draw_layers, marks=NEEDS_COMPILER)],
-    ids=["plain", "native"],
-)
-def test_layers_are_drawn_together_as_each_alone(draw: Any, probability: float) -> None:
+def test_layers_are_drawn_together_as_each_alone(probability: float) -> None:
     """Independent of the other layers and of the user's defaults."""
     counts, groups = (40, 12, 6, 64, 10), (1, 3, 6, 8, 5)
     sizes = [count // number for count, number in zip(counts, groups, strict=True)]
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            drawn, pairs = draw(counts, sizes, probability, range(len(counts)))
+            drawn, pairs = draw_layers(counts, sizes, probability, range(len(counts)))
     finally:
         torch.set_default_dtype(torch.float32)
     assert sum(pairs) == drawn.shape[1] and pairs[2] == 0  # nobody in the group to merge with

@@ -20,9 +20,9 @@ from inmerge_wrap.changes import Blend
 from inmerge_wrap.discovery import ConvSite
 from inmerge_wrap.engines import building, native, torch_blocks
 from inmerge_wrap.layers import Layers, MergedLayer, find_layers
-from inmerge_wrap.merge_pass import Kept, merge_layers
+from inmerge_wrap.merge_pass import Kept, draw_step, merge_step
 from inmerge_wrap.merging import centre, pair_cosines
-from inmerge_wrap.pairs import Outcome, Pairs
+from inmerge_wrap.pairs import Outcome, Pairs, Totals, mix
 from inmerge_wrap.settings import MergeSettings
 from inmerge_wrap.stores import tensor_store
 from inmerge_wrap.tally import Tally
@@ -220,30 +220,42 @@ def layers_of(weights: list[Tensor], centred: bool) -> Layers:
     return Layers(found)
 
 
-def drawn(probability: float, seed: int) -> Pairs:
-    counts = [shape[0] for shape in SHAPES]
-    table, lengths = merging.draw_layers(counts, counts, probability, [seed, 1, 2, 3])
-    return Pairs(table, tuple(lengths))
-
-
 @torch.no_grad()
 def one_pass(
     threshold: Any, probability: float, dtype: torch.dtype, **options: Any
-) -> tuple[list[Tensor], Outcome, list[Kept]]:
+) -> tuple[list[Tensor], Outcome | Totals, list[Kept]]:
     weights = random_layers(dtype, options.get("channels_last", False))
     weights[0][3] = 0.0
     weights[0][4, 5] = float("nan")
     weights[1][2, 1] = float("inf")
     kept: list[Kept] = []
-    settings = MergeSettings(similarity_threshold=threshold, merge_weight=0.8, engine="native")
-    outcome = merge_layers(
+    settings = MergeSettings(
+        similarity_threshold=threshold,
+        merge_weight=0.8,
+        merge_probability=probability,
+        direction=options.get("direction", "partner"),
+        seed=options.get("seed", 0),
+        engine="native",
+    )
+    outcome = merge_step(
         layers_of(weights, options.get("centred", False)),
-        drawn(probability, options.get("seed", 0)),
         settings,
+        step=3,
         skip=options.get("skip"),
         keep=kept if "keep" in options else None,
     )
     return weights, outcome, kept
+
+
+def counts(outcome: Outcome | Totals) -> Tensor:
+    """What a tally of one pass holds."""
+    tally = Tally(len(SHAPES))
+    tally.add(range(len(SHAPES)), outcome)
+    return tally.to_state(0)
+
+
+def any_merged(outcome: Outcome | Totals) -> bool:
+    return any(outcome.has_merged(number) for number in range(len(SHAPES)))
 
 
 RULES = [
@@ -267,7 +279,7 @@ def test_the_number_of_threads_changes_no_bit(threads: int) -> None:
         expected = one_pass(rule, 1.0, torch.float32)
         torch.set_num_threads(before)
         assert all(map(equal, found[0], expected[0]))
-        assert equal(found[1].cosines, expected[1].cosines)
+        assert torch.equal(counts(found[1]), counts(expected[1]))
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
@@ -284,14 +296,52 @@ def test_one_call_does_what_the_steps_do_one_by_one(
     for options in ({"seed": 5}, {"seed": 6, "centred": True, "channels_last": True}):
         weights, outcome, _ = one_pass(rule, probability, dtype, **options)
         expected, steps, _ = one_pass(InSteps(rule), probability, dtype, **options)
-        assert outcome.sums is not None and steps.sums is None
+        assert isinstance(outcome, Totals) and isinstance(steps, Outcome)
         assert all(map(equal, weights, expected))
-        assert equal(outcome.cosines, steps.cosines) and torch.equal(outcome.merged, steps.merged)
-        tallies = [Tally(len(SHAPES)) for _ in range(2)]
-        for tally, found in zip(tallies, (outcome, steps), strict=True):
-            tally.add(range(len(SHAPES)), found)
-        states = [tally.to_state(0) for tally in tallies]
-        torch.testing.assert_close(*states, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(counts(outcome), counts(steps), rtol=1e-12, atol=1e-12)
+        for number in range(len(SHAPES)):
+            assert outcome.has_merged(number) == steps.has_merged(number)
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("probability", [0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_signed_moves_go_where_those_of_plain_torch_go(
+    dtype: torch.dtype, probability: float
+) -> None:
+    for rule in (Fixed(-1.0), Fixed(0.0), Quantile(0.5)):  # a sign must not depend on who merges
+        options = {"seed": 5, "direction": "signed"}
+        weights, outcome, _ = one_pass(rule, probability, dtype, **options)
+        expected, steps, _ = one_pass(InSteps(rule), probability, dtype, **options)
+        assert isinstance(outcome, Totals) and isinstance(steps, Outcome)
+        torch.testing.assert_close(counts(outcome), counts(steps), rtol=1e-12, atol=1e-12)
+        for mine, theirs in zip(weights, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, equal_nan=True)
+    before = random_layers(dtype)
+    assert not torch.equal(weights[2], before[2])
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
+def test_native_code_draws_the_pairs_of_plain_torch(probability: float) -> None:
+    """Those of groups too, and of one kernel alone in each."""
+    convs = [nn.Conv2d(groups, 8 * groups, 1, groups=groups) for groups in (1, 4, 3)]
+    convs.append(nn.Conv2d(10, 5, 3, groups=5))
+    found = []
+    for number, conv in enumerate(convs):
+        weight = conv.weight.detach()
+        site = ConvSite(f"{number}", 7 * number + 1, tuple(weight.shape), conv.groups)
+        found.append(MergedLayer(number, site, conv, tensor_store(conv.weight)))
+    layers = Layers(found)
+    for seed, step in ((0, 0), (5, 11), (2**32 - 1, 10**6)):
+        expected = draw_step(
+            layers, MergeSettings(merge_probability=probability, seed=seed, engine="torch"), step
+        )
+        assert expected.lengths[3] == 0 and (len(expected) > 40) == (probability > 0.5)
+        run = native._Pass(layers)
+        run.draw(probability, seed, step)
+        assert torch.equal(run.pairs().table, expected.table)
+        assert run.pairs().lengths == expected.lengths
 
 
 @NEEDS_COMPILER
@@ -299,12 +349,16 @@ def test_a_cosine_at_the_threshold_passes_in_no_engine() -> None:
     """0.6 is no float32: where the comparison is made in decides."""
     weight = torch.zeros(2, 2, 1, 1)
     weight[0, 0], weight[1, 0], weight[1, 1] = 1.0, 0.6, 0.8
-    pairs = Pairs(torch.tensor([[0], [0], [1]]), (1,))
     for rule in (Fixed(0.6), InSteps(Fixed(0.6)), ZScore(0.6 * 2**0.5), Fixed(0.5999999)):
-        settings = MergeSettings(similarity_threshold=rule, engine="native")  # type: ignore
+        settings = MergeSettings(
+            similarity_threshold=rule,  # type: ignore[arg-type]
+            merge_weight=1.0,
+            merge_probability=1.0,
+            engine="native",
+        )
         with torch.no_grad():
-            outcome = merge_layers(layers_of([weight.clone()], False), pairs, settings)
-        assert outcome.merged.item() == (rule == Fixed(0.5999999))
+            outcome = merge_step(layers_of([weight.clone()], False), settings, 0)
+        assert outcome.has_merged(0) == (rule == Fixed(0.5999999))
 
 
 @NEEDS_COMPILER
@@ -313,8 +367,9 @@ def test_a_skipped_step_compares_and_merges_nothing() -> None:
     for skip in (torch.tensor(1.0), torch.tensor([1.0])):
         weights, outcome, _ = one_pass(Fixed(-1.0), 1.0, torch.float32, skip=skip)
         assert all(map(equal, weights, before))
-        assert not outcome.merged.any() and outcome.cosines.isfinite().any()
-    assert one_pass(Fixed(-1.0), 1.0, torch.float32, skip=torch.tensor(0.0))[1].merged.any()
+        assert not any_merged(outcome)
+        assert isinstance(outcome, Totals) and all(largest > -1 for largest in outcome.sums[4])
+    assert any_merged(one_pass(Fixed(-1.0), 1.0, torch.float32, skip=torch.tensor(0.0))[1])
 
 
 @NEEDS_COMPILER
@@ -328,7 +383,7 @@ def test_kept_kernels_are_put_back_bit_for_bit(
     before = one_pass(Fixed(1.0), 1.0, torch.float32, **options)[0]
     weights, outcome, (kept,) = one_pass(rule, 1.0, torch.float32, keep=True, **options)
     changed = [not equal(one, other) for one, other in zip(weights, before, strict=True)]
-    assert any(changed) == bool(outcome.merged.any())
+    assert any(changed) == any_merged(outcome)
     if exchanged:
         for module, weight in zip(kept.modules, weights, strict=True):
             module.weight = nn.Parameter(weight.clone(memory_format=torch.preserve_format))
@@ -605,15 +660,21 @@ def test_draws_follow_a_generator_that_changed(monkeypatch: pytest.MonkeyPatch) 
     def changed(counts: Any, sizes: Any, probability: float, seeds: Any) -> Any:
         return plain(counts, sizes, probability, [seed ^ 1 for seed in seeds])
 
+    run = native._Pass(layers_of(random_layers(torch.float32), False))
+    run.draw(0.5, 3, 4)
+    before = run.pairs()
     monkeypatch.setattr(merging, "draw_layers", changed)
     native._draws_like_torch.cache_clear()
-    arguments = [20, 30], [20, 10], 0.5, [3, 4]
     try:
-        drawn, pairs = native.draw_layers(*arguments)
+        run.draw(0.5, 3, 4)
     finally:
         native._draws_like_torch.cache_clear()
-    expected, expected_pairs = changed(*arguments)
-    assert torch.equal(drawn, expected) and pairs == expected_pairs
+    kernels = [shape[0] for shape in SHAPES]
+    seeds = [mix(3, 4, number + 1) for number in range(len(SHAPES))]
+    expected, lengths = changed(kernels, kernels, 0.5, seeds)
+    assert torch.equal(run.pairs().table, expected) and run.pairs().lengths == tuple(lengths)
+    assert run.pairs().lengths != before.lengths
     monkeypatch.undo()
-    assert torch.equal(native.draw_layers(*arguments)[0], plain(*arguments)[0])
     assert native._draws_like_torch()
+    run.draw(0.5, 3, 4)
+    assert torch.equal(run.pairs().table, before.table)

@@ -5,12 +5,13 @@ An engine is a module with a ``NAME``, ``takes(store)``, ``makes(change)``, ``ba
 :mod:`inmerge_wrap.engines.torch_blocks`, which is the specification. It may provide a ``merge_``
 that performs the steps of a pass in one call, with the same result. Each layer is assigned to the
 selected engine if that supports the layer's store, and to plain PyTorch otherwise.
+It may also provide a ``step_`` that draws the pairs too, in the same call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from inmerge_wrap.changes import Blend, Change
 from inmerge_wrap.engines import native, torch_blocks, triton
 from inmerge_wrap.layers import Layers
-from inmerge_wrap.pairs import Outcome, Pairs
+from inmerge_wrap.pairs import Outcome, Pairs, Totals
 from inmerge_wrap.stores import Plain, Store
 from inmerge_wrap.thresholds import Threshold
 
@@ -30,6 +31,7 @@ __all__ = [
     "group",
     "merge_at_once_",
     "require",
+    "step_at_once_",
     "wanted",
 ]
 
@@ -150,6 +152,24 @@ def merge_at_once_(
     found: Outcome | None = engine.merge_(
         layers, pairs, threshold, blend.merge_weight, skip=skip, keep=keep
     )
+    return found
+
+
+def step_at_once_(layers: Layers, name: str, **step: Any) -> Totals | None:
+    """Draws and merges in one call of the engine that handles all layers.
+
+    Args:
+        layers: At least one.
+        name: One of :data:`ENGINES`.
+        step: Arguments of :func:`inmerge_wrap.engines.native.step_`.
+
+    Returns:
+        What was done; None, with nothing changed, if there is no such call.
+    """
+    (engine, _, batch), *others = divided(layers, name)
+    if others or not hasattr(engine, "step_"):
+        return None
+    found: Totals | None = cast(Any, engine).step_(batch, **step)
     return found
 
 

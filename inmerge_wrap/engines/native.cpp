@@ -15,15 +15,24 @@
 
 namespace {
 
-struct Layer {  // five words, as native.py writes them
+struct Layer {  // seven words, as native.py writes them
   void *rows;
   int64_t kernels, fan_in;
-  int64_t centred;  // compare the kernels without their mean
-  double bound;     // a pair merges where its cosine is above it
+  int64_t group_size;  // partners are drawn among so many kernels
+  int64_t stream;      // of random numbers
+  int64_t centred;     // compare the kernels without their mean
+  double bound;        // a pair merges where its cosine is above it
 };
 
-struct Pairs {
-  const int64_t *targets, *sources;
+struct Table {  // seven words, as native.py writes them
+  const Layer *layers;
+  int64_t count;
+  int64_t *ends;               // where the pairs of each layer end; the next layer's begin there
+  int64_t *targets, *sources;  // of each pair, as the cosines and decisions
+  void *cosines;
+  bool *merged;
+
+  int64_t begin(int64_t layer) const { return layer ? ends[layer - 1] : 0; }
 };
 
 class BFloat16 {
@@ -68,8 +77,11 @@ void sum(int64_t length, Wide (&totals)[3], Term term) {
     term(n, lanes[0][q], lanes[1][q], lanes[2][q]);
   }
   for (int k = 0; k < 3; ++k) {
-    totals[k] = 0;
-    for (int64_t q = 0; q < kLanes; ++q) totals[k] += lanes[k][q];
+    for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+#pragma omp simd
+      for (int64_t q = 0; q < half; ++q) lanes[k][q] += lanes[k][q + half];
+    }
+    totals[k] = lanes[k][0];
   }
 }
 
@@ -98,19 +110,89 @@ Wide cosine(const Number *kernel, const Number *partner, int64_t fan_in, bool ce
 
 // A pair is compared by one thread, so that the result does not depend on how many there are.
 template <typename Number, typename Wide>
-void compare(const Layer *layers, int64_t count, const int64_t *ends, Pairs pairs, Wide *cosines,
-             int threads) {
+void compare(const Table &table, int threads) {
+  Wide *const cosines = static_cast<Wide *>(table.cosines);
 #pragma omp parallel num_threads(threads)
-  for (int64_t l = 0; l < count; ++l) {
-    const Layer layer = layers[l];
+  for (int64_t l = 0; l < table.count; ++l) {
+    const Layer layer = table.layers[l];
 #pragma omp for schedule(dynamic, 8) nowait
-    for (int64_t p = l ? ends[l - 1] : 0; p < ends[l]; ++p) {
-      cosines[p] = cosine<Number, Wide>(row<Number>(layer, pairs.targets[p]),
-                                        row<Number>(layer, pairs.sources[p]), layer.fan_in,
+    for (int64_t p = table.begin(l); p < table.ends[l]; ++p) {
+      cosines[p] = cosine<Number, Wide>(row<Number>(layer, table.targets[p]),
+                                        row<Number>(layer, table.sources[p]), layer.fan_in,
                                         layer.centred);
     }
   }
 }
+
+// The merge weight with which the blend moves a kernel by `step` times its norm along the line to its
+// partner: merging.signed_weight.
+template <typename Number, typename Wide>
+Wide signed_weight(const Number *kernel, const Number *partner, int64_t fan_in, Wide step) {
+  Wide totals[3];
+  sum<Wide>(fan_in, totals, [=](int64_t n, Wide &square, Wide &distance, Wide &) {
+    const Wide mine = kernel[n], between = partner[n] - mine;
+    square += mine * mine;
+    distance += between * between;
+  });
+  const Wide norm = std::sqrt(totals[0]), distance = std::sqrt(totals[1]);
+  return distance > 0 ? 1 - step * norm / distance : Wide(1);
+}
+
+// -- random numbers -------------------------------------------------------------------------------
+
+// What pairs.mix makes of (seed, step, stream).
+uint32_t mix(uint64_t seed, uint64_t step, uint64_t stream) {
+  uint64_t state = 0;
+  for (const uint64_t number : {seed, step, stream}) {
+    state += number + 0x9E3779B97F4A7C15;
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9;
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB;
+    state ^= state >> 31;
+  }
+  return state >> 32;
+}
+
+// Draws the numbers of PyTorch's CPU generator with the same seed: merging.draw_pairs. Returns how
+// many pairs there are.
+int64_t draw_pairs(int64_t kernels, int64_t group_size, float probability, uint32_t seed,
+                   int64_t *targets, int64_t *sources) {
+  std::mt19937 generator(seed);
+  const uint32_t size = group_size;
+  int64_t end = 0;
+  for (int64_t kernel = 0; kernel < kernels; ++kernel) {
+    const float chance = (static_cast<uint32_t>(generator()) & 0xFFFFFF) * 0x1p-24f;
+    targets[end] = kernel;
+    end += chance < probability && size > 1;
+  }
+  for (int64_t n = 0; n < end; ++n) {
+    const uint32_t target = targets[n], place = target % size;
+    const uint32_t moved = place + 1 + static_cast<uint32_t>(generator()) % (size - 1);
+    sources[n] = target - place + (moved < size ? moved : moved - size);
+  }
+  return end;
+}
+
+constexpr int64_t kAlone = 1 << 15;  // so few entries are done before a second thread wakes up
+// Draws the pairs of all layers, each with a generator of its own.
+void draw(const Table &table, uint64_t seed, uint64_t step, float probability, int threads) {
+  std::vector<int64_t> places(table.count), drawn(table.count);
+  for (int64_t l = 1; l < table.count; ++l) places[l] = places[l - 1] + table.layers[l - 1].kernels;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int64_t l = 0; l < table.count; ++l) {
+    const Layer &layer = table.layers[l];
+    drawn[l] = draw_pairs(layer.kernels, layer.group_size, probability,
+                          mix(seed, step, layer.stream), table.targets + places[l],
+                          table.sources + places[l]);
+  }
+  int64_t end = 0;
+  for (int64_t l = 0; l < table.count; ++l) {  // close the gaps
+    std::copy_n(table.targets + places[l], drawn[l], table.targets + end);
+    std::copy_n(table.sources + places[l], drawn[l], table.sources + end);
+    table.ends[l] = end += drawn[l];
+  }
+}
+
+// -- the pass -------------------------------------------------------------------------------------
 
 struct Move {
   int32_t target, source, pair;
@@ -122,33 +204,42 @@ struct Part {  // moves that no move of another part has to wait for
   int64_t layer, begin, end, entries;
 };
 
+constexpr int64_t kPart = 1 << 18;  // entries of a part, about: enough to outweigh handing it out
+
 // The moves of one layer in an order in which each kernel is read by all that are drawn with it
 // before it is written itself, so that nothing is copied but one kernel of each cycle of partners.
-// Kernels that no chain of pairs connects are independent; parts of them have some 2^18 entries.
+// Kernels that no chain of pairs connects are independent: a large layer is split into parts of them.
 class Order {
  public:
   std::vector<Move> moves;
   std::vector<Part> parts;
 
-  void make(const Layer &layer, int64_t number, int64_t begin, int64_t end, Pairs pairs,
-            const bool *changed) {
+  // Without `changed` all pairs move.
+  void make(const Table &table, int64_t number, const bool *changed) {
+    const Layer &layer = table.layers[number];
+    const int64_t begin = table.begin(number), end = table.ends[number];
     const int32_t kernels = static_cast<int32_t>(layer.kernels);
+    const bool splits = (end - begin) * layer.fan_in > kPart;
     pair_.assign(kernels, -1);
     readers_.assign(kernels, 0);
-    set_.resize(kernels);
-    std::iota(set_.begin(), set_.end(), 0);
+    if (splits) {
+      set_.resize(kernels);
+      std::iota(set_.begin(), set_.end(), 0);
+    }
     for (int64_t p = begin; p < end; ++p) {
       if (changed && !changed[p]) continue;
-      const int32_t target = pairs.targets[p], source = pairs.sources[p];
+      const int32_t target = table.targets[p], source = table.sources[p];
       pair_[target] = p;
       ++readers_[source];
-      const int32_t one = root(target), other = root(source);
-      set_[std::max(one, other)] = std::min(one, other);
+      if (splits) {
+        const int32_t one = root(target), other = root(source);
+        set_[std::max(one, other)] = std::min(one, other);
+      }
     }
     moves.clear();
     const auto push = [&](int32_t target, bool opens, bool closes) {
-      moves.push_back({target, static_cast<int32_t>(pairs.sources[pair_[target]]), pair_[target],
-                       opens, closes});
+      const int32_t pair = pair_[target];
+      moves.push_back({target, static_cast<int32_t>(table.sources[pair]), pair, opens, closes});
       pair_[target] = -1;
     };
     for (int32_t k = 0; k < kernels; ++k) {  // from each kernel that no pair reads, down its chain
@@ -166,8 +257,14 @@ class Order {
         moves.back().closes_cycle = target == first;
       }
     }
-    sort_by_set();
-    split(number, layer.fan_in);
+    parts.clear();
+    if (splits) {
+      sort_by_set();
+      split(number, layer.fan_in);
+    } else if (!moves.empty()) {
+      const int64_t count = moves.size();
+      parts.push_back({number, 0, count, count * layer.fan_in});
+    }
   }
 
  private:
@@ -192,14 +289,13 @@ class Order {
   }
 
   void split(int64_t number, int64_t fan_in) {
-    parts.clear();
     const int64_t total = moves.size();
     for (int64_t begin = 0; begin < total;) {
       int64_t end = begin;
       do {
         const int32_t set = root(moves[end].target);
         while (end < total && root(moves[end].target) == set) ++end;
-      } while (end < total && (end - begin) * fan_in < (1 << 18));
+      } while (end < total && (end - begin) * fan_in < kPart);
       parts.push_back({number, begin, end, (end - begin) * fan_in});
       begin = end;
     }
@@ -231,42 +327,67 @@ Wide quantile(const Wide *begin, const Wide *end, Wide share, std::vector<Wide> 
   return weight < Wide(0.5) ? low + weight * (high - low) : high - (high - low) * (1 - weight);
 }
 
-constexpr int64_t kAlone = 1 << 15;  // so few entries are done before a second thread wakes up
+// Starts to load a kernel that is needed soon; the processor itself follows a long one.
+template <typename Number>
+void fetch(const Number *kernel, int64_t fan_in) {
+  const char *place = reinterpret_cast<const char *>(kernel);
+  const char *const end = place + std::min<int64_t>(fan_in * sizeof(Number), 1024);
+  for (; place < end; place += 64) __builtin_prefetch(place);
+}
 
 enum Decision { kGiven, kBound, kQuantile };
 
-// The whole pass over some layers: each pair is compared, and blended at once if it is similar, while
-// its rows are still in the cache. `merged` is given or found, as `decision` says.
+struct Rule {
+  Decision decision;  // whether `merged` is given, or how it is found
+  double share;       // the quantile
+  bool skip;          // merge nothing
+  double alpha;
+  bool is_signed;  // instead of `alpha`, move each kernel by `radius` along the line to its partner,
+  double radius;   // toward it or away from it as its layer's generator says
+  uint64_t seed, step;
+};
+
+constexpr uint64_t kDirectionStream = uint64_t{1} << 40;
+
+// Each pair is compared, and blended at once if it is similar, while its rows are still in the cache.
 template <typename Number, typename Wide>
-void merge(const Layer *layers, int64_t count, const int64_t *ends, Pairs pairs, Wide *cosines,
-           bool *merged, Decision decision, Wide share, Wide alpha, bool skip, Number *kept,
-           int threads) {
-  if (decision == kQuantile) compare<Number, Wide>(layers, count, ends, pairs, cosines, threads);
+void merge(const Table &table, const Rule &rule, Number *kept, int threads) {
+  const Layer *const layers = table.layers;
+  const int64_t count = table.count;
+  Wide *const cosines = static_cast<Wide *>(table.cosines);
+  bool *const merged = table.merged;
+  if (rule.decision == kQuantile) compare<Number, Wide>(table, threads);
   static thread_local std::vector<Order> orders;  // their memory is reused in the next step
   static thread_local std::vector<Part> parts;
+  static thread_local std::vector<int8_t> signs;
   if (orders.size() < static_cast<size_t>(count)) orders.resize(count);
-  std::vector<int64_t> kept_at(count, 0);
-  int64_t widest = 0;
-  for (int64_t l = 0, end = 0; l < count; ++l) {
-    kept_at[l] = end;
-    end += (ends[l] - (l ? ends[l - 1] : 0)) * layers[l].fan_in;
+  if (rule.is_signed) signs.resize(table.ends[count - 1]);
+  std::vector<int64_t> kept_at(count);
+  int64_t widest = 0, entries = 0;
+  for (int64_t l = 0; l < count; ++l) {
+    kept_at[l] = entries;
+    entries += (table.ends[l] - table.begin(l)) * layers[l].fan_in;
     widest = std::max(widest, layers[l].fan_in);
-    if (l + 1 == count && end < kAlone) threads = 1;
   }
+  if (entries < kAlone) threads = 1;
   Order *const order_of = orders.data();
   std::vector<Part> &all = parts;
+  int8_t *const sign_of = signs.data();
 #pragma omp parallel num_threads(threads)
   {
     std::vector<Wide> known;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t l = 0; l < count; ++l) {
-      const int64_t begin = l ? ends[l - 1] : 0;
-      if (decision == kQuantile) {
-        const Wide bound = quantile(cosines + begin, cosines + ends[l], share, known);
-        for (int64_t p = begin; p < ends[l]; ++p) merged[p] = !skip && cosines[p] >= bound;
+      const int64_t begin = table.begin(l), end = table.ends[l];
+      if (rule.decision == kQuantile) {
+        const Wide bound = quantile<Wide>(cosines + begin, cosines + end, rule.share, known);
+        for (int64_t p = begin; p < end; ++p) merged[p] = !rule.skip && cosines[p] >= bound;
       }
-      order_of[l].make(layers[l], l, begin, ends[l], pairs,
-                       decision == kBound ? nullptr : merged);
+      if (rule.is_signed) {
+        std::mt19937 generator(mix(rule.seed, rule.step, kDirectionStream + layers[l].stream));
+        for (int64_t p = begin; p < end; ++p) sign_of[p] = generator() % 2 ? 1 : -1;
+      }
+      order_of[l].make(table, l, rule.decision == kBound ? nullptr : merged);
     }
 #pragma omp single
     {
@@ -284,18 +405,23 @@ void merge(const Layer *layers, int64_t count, const int64_t *ends, Pairs pairs,
     for (int64_t n = 0; n < static_cast<int64_t>(all.size()); ++n) {
       const Part part = all[n];
       const Layer &layer = layers[part.layer];
-      const int64_t length = layer.fan_in, begin = part.layer ? ends[part.layer - 1] : 0;
+      const Move *const moves = order_of[part.layer].moves.data();
+      const int64_t length = layer.fan_in;
       bool is_aside = false;
       for (int64_t m = part.begin; m < part.end; ++m) {
-        const Move &move = order_of[part.layer].moves[m];
+        const Move &move = moves[m];
+        if (m + 1 < part.end) {
+          fetch(row<Number>(layer, moves[m + 1].target), length);
+          fetch(row<Number>(layer, moves[m + 1].source), length);
+        }
         Number *kernel = row<Number>(layer, move.target);
         const Number *partner = row<Number>(layer, move.source);
         if (move.opens_cycle) is_aside = false;
         if (move.closes_cycle && is_aside) partner = aside.data();
-        if (decision == kBound) {
+        if (rule.decision == kBound) {
           const Wide found = cosine<Number, Wide>(kernel, partner, length, layer.centred);
           cosines[move.pair] = found;
-          merged[move.pair] = !skip && found > static_cast<Wide>(layer.bound);
+          merged[move.pair] = !rule.skip && found > static_cast<Wide>(layer.bound);
         }
         if (!merged[move.pair]) continue;
         if (move.opens_cycle) {
@@ -303,7 +429,13 @@ void merge(const Layer *layers, int64_t count, const int64_t *ends, Pairs pairs,
           is_aside = true;
         }
         if (kept) {
-          std::copy_n(kernel, length, kept + kept_at[part.layer] + (move.pair - begin) * length);
+          const int64_t place = move.pair - table.begin(part.layer);
+          std::copy_n(kernel, length, kept + kept_at[part.layer] + place * length);
+        }
+        Wide alpha = rule.alpha;
+        if (rule.is_signed) {
+          const Wide step = sign_of[move.pair] * static_cast<Wide>(rule.radius);
+          alpha = signed_weight<Number, Wide>(kernel, partner, length, step);
         }
         blend<Number, Wide>(kernel, partner, length, alpha);
       }
@@ -311,15 +443,16 @@ void merge(const Layer *layers, int64_t count, const int64_t *ends, Pairs pairs,
   }
 }
 
-// The outcome of the pairs of each layer, in four rows of `sums`: how many merged, how many have no
-// cosine, the sum of the cosines and the largest.
+// The outcome of the pairs of each layer, in five rows of `sums`: how many there are, how many merged,
+// how many have no cosine, the sum of the cosines and the largest.
 template <typename Wide>
-void add_up(int64_t count, const int64_t *ends, const Wide *cosines, const bool *merged,
-            double *sums) {
-  for (int64_t l = 0, p = 0; l < count; ++l) {
+void add_up(const Table &table, double *sums) {
+  const Wide *const cosines = static_cast<const Wide *>(table.cosines);
+  const int64_t count = table.count;
+  for (int64_t l = 0; l < count; ++l) {
     double changed = 0, undefined = 0, total = 0, largest = -2;  // below every cosine
-    for (; p < ends[l]; ++p) {
-      changed += merged[p];
+    for (int64_t p = table.begin(l); p < table.ends[l]; ++p) {
+      changed += table.merged[p];
       if (std::isnan(cosines[p])) {
         ++undefined;
       } else {
@@ -327,85 +460,55 @@ void add_up(int64_t count, const int64_t *ends, const Wide *cosines, const bool 
         largest = std::max<double>(largest, cosines[p]);
       }
     }
-    sums[l] = changed;
-    sums[count + l] = undefined;
-    sums[2 * count + l] = total;
-    sums[3 * count + l] = largest;
+    sums[l] = table.ends[l] - table.begin(l);
+    sums[count + l] = changed;
+    sums[2 * count + l] = undefined;
+    sums[3 * count + l] = total;
+    sums[4 * count + l] = largest;
   }
 }
 
 }  // namespace
 
-// The seed of each layer: what pairs.mix makes of (seed, step, stream).
-extern "C" void mix_seeds(const int64_t *streams, int64_t count, uint64_t seed, uint64_t step,
-                          int64_t *seeds) {
-  for (int64_t l = 0; l < count; ++l) {
-    uint64_t state = 0;
-    for (const uint64_t number : {seed, step, static_cast<uint64_t>(streams[l])}) {
-      state += number + 0x9E3779B97F4A7C15;
-      state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9;
-      state = (state ^ (state >> 27)) * 0x94D049BB133111EB;
-      state ^= state >> 31;
-    }
-    seeds[l] = state >> 32;
-  }
+// Draws the pairs of all layers into `table`, which has room for as many as there are kernels.
+extern "C" void draw(const Table *table, uint64_t seed, uint64_t step, float probability,
+                     int threads) {
+  draw(*table, seed, step, probability, threads);
 }
 
-// Draws the same numbers as PyTorch's CPU generator with the same seeds. Fills the rows of `pairs` (layer,
-// target, source; each of `room` places) from the left, and returns how many pairs there are.
-extern "C" int64_t draw_layers(const int64_t *kernels, const int64_t *group_sizes,
-                               const int64_t *seeds, int64_t count, float probability,
-                               int64_t *pairs, int64_t room, int64_t *lengths) {
-  int64_t *layers = pairs, *targets = pairs + room, *sources = pairs + 2 * room;
-  int64_t end = 0;
-  for (int64_t layer = 0; layer < count; ++layer) {
-    const int64_t size = group_sizes[layer], begin = end;
-    std::mt19937 generator(static_cast<uint32_t>(seeds[layer]));
-    for (int64_t kernel = 0; kernel < kernels[layer]; ++kernel) {
-      const float chance = (generator() & 0xFFFFFF) * 0x1p-24f;
-      if (chance < probability && size > 1) targets[end++] = kernel;
-    }
-    for (int64_t n = begin; n < end; ++n) {
-      const int64_t place = targets[n] % size, shift = 1 + generator() % (size - 1);
-      layers[n] = layer;
-      sources[n] = targets[n] - place + (place + shift) % size;
-    }
-    lengths[layer] = end - begin;
-  }
-  return end;
+// Draws the pairs of one layer with a generator of this seed; returns how many there are.
+extern "C" int64_t draw_layer(int64_t kernels, int64_t group_size, float probability, uint32_t seed,
+                              int64_t *targets, int64_t *sources) {
+  return draw_pairs(kernels, group_size, probability, seed, targets, sources);
 }
 
-// Restores the kernels of some layers that `merge` has saved.
-extern "C" void put_back(const Layer *layers, int64_t count, const int64_t *ends,
-                         const int64_t *targets, const bool *merged, const char *kept,
-                         int64_t entry_size, int threads) {
+// Restores the kernels of some layers that a pass has saved.
+extern "C" void put_back(const Table *table, const char *kept, int64_t entry_size, int threads) {
 #pragma omp parallel num_threads(threads) firstprivate(kept)
-  for (int64_t l = 0; l < count; ++l) {
-    const int64_t begin = l ? ends[l - 1] : 0, size = layers[l].fan_in * entry_size;
+  for (int64_t l = 0; l < table->count; ++l) {
+    const int64_t begin = table->begin(l), end = table->ends[l];
+    const int64_t size = table->layers[l].fan_in * entry_size;
 #pragma omp for schedule(dynamic, 8) nowait
-    for (int64_t p = begin; p < ends[l]; ++p) {
-      if (!merged[p]) continue;
-      std::memcpy(static_cast<char *>(layers[l].rows) + targets[p] * size, kept + (p - begin) * size,
-                  size);
+    for (int64_t p = begin; p < end; ++p) {
+      if (!table->merged[p]) continue;
+      std::memcpy(static_cast<char *>(table->layers[l].rows) + table->targets[p] * size,
+                  kept + (p - begin) * size, size);
     }
-    kept += (ends[l] - begin) * size;
+    kept += (end - begin) * size;
   }
 }
 
 #define INMERGE_FUNCTIONS(name, Number, Wide)                                                      \
-  extern "C" void compare_##name(const Layer *layers, int64_t count, const int64_t *ends,          \
-                                 const int64_t *targets, const int64_t *sources, Wide *cosines,    \
-                                 int threads) {                                                    \
-    compare<Number, Wide>(layers, count, ends, {targets, sources}, cosines, threads);              \
+  extern "C" void compare_##name(const Table *table, int threads) {                                \
+    compare<Number, Wide>(*table, threads);                                                        \
   }                                                                                                \
-  extern "C" void merge_##name(const Layer *layers, int64_t count, const int64_t *ends,            \
-                               const int64_t *targets, const int64_t *sources, Wide *cosines,      \
-                               bool *merged, int decision, double share, double alpha, bool skip,  \
-                               Number *kept, double *sums, int threads) {                            \
-    merge<Number, Wide>(layers, count, ends, {targets, sources}, cosines, merged,                  \
-                        static_cast<Decision>(decision), static_cast<Wide>(share),                 \
-                        static_cast<Wide>(alpha), skip, kept, threads);                            \
-    if (sums) add_up(count, ends, cosines, merged, sums);                                       \
+  extern "C" void change_##name(const Table *table, double alpha, int threads) {                   \
+    merge<Number, Wide>(*table, {kGiven, 0, false, alpha, false, 0, 0, 0}, nullptr, threads);      \
+  }                                                                                                \
+  extern "C" void pass_##name(const Table *table, const Rule *rule, Number *kept, double *sums,    \
+                              int threads) {                                                       \
+    merge<Number, Wide>(*table, *rule, kept, threads);                                             \
+    add_up<Wide>(*table, sums);                                                                    \
   }
 
 INMERGE_FUNCTIONS(float32, float, float)

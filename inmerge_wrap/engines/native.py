@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, compress, pairwise
 from operator import mul
 from typing import Any
 
@@ -23,7 +23,7 @@ from inmerge_wrap import merging
 from inmerge_wrap.changes import Blend, Change
 from inmerge_wrap.engines.building import Build
 from inmerge_wrap.layers import Layers, stream_of
-from inmerge_wrap.pairs import Outcome, Pairs
+from inmerge_wrap.pairs import Pairs, Totals, mix
 from inmerge_wrap.stores import Store, batched, is_dense, store_of
 from inmerge_wrap.thresholds import Fixed, Quantile, Threshold, ZScore
 
@@ -33,13 +33,11 @@ __all__ = [
     "batches",
     "change_",
     "cosines",
-    "draw",
-    "draw_layers",
     "library",
     "makes",
-    "merge_",
     "prepare",
     "problem",
+    "step_",
     "takes",
 ]
 
@@ -62,9 +60,9 @@ _DTYPES = {
     torch.float64: ("float64", torch.float64),
     torch.bfloat16: ("bfloat16", torch.float32),
 }
-_GIVEN, _BOUND, _QUANTILE = range(3)  # enum Decision
-_WHOLE, _EXACT, _PLACE = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
-_COUNT = ctypes.c_int
+_BOUND, _QUANTILE = 1, 2  # enum Decision
+_KINDS = "compare", "change", "pass"
+_WHOLE, _PLACE, _COUNT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 
 _build: Build | None = None
 _decision: list[str | None] = []  # the answer without insist, which stays the same
@@ -115,19 +113,19 @@ def library() -> ctypes.CDLL:
 @cache
 def _declared(made: ctypes.CDLL) -> ctypes.CDLL:
     """Declares the argument types of each function once, so that calls can pass plain numbers."""
-    made.mix_seeds.argtypes = [_PLACE, _WHOLE, ctypes.c_uint64, ctypes.c_uint64, _PLACE]
-    made.draw_layers.argtypes = [*[_PLACE] * 3, _WHOLE, ctypes.c_float, _PLACE, _WHOLE, _PLACE]
-    made.put_back.argtypes = [_PLACE, _WHOLE, *[_PLACE] * 4, _WHOLE, _COUNT]
-    layers = [_PLACE, _WHOLE, *[_PLACE] * 4]  # and the pairs of each, and their cosines
+    made.draw.argtypes = [_PLACE, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_float, _COUNT]
+    made.draw_layer.argtypes = [_WHOLE, _WHOLE, ctypes.c_float, ctypes.c_uint32, _PLACE, _PLACE]
+    made.draw_layer.restype = _WHOLE
+    made.put_back.argtypes = [_PLACE, _PLACE, _WHOLE, _COUNT]
+    functions = [made.draw, made.put_back]
     for name, _ in _DTYPES.values():
-        getattr(made, f"compare_{name}").argtypes = [*layers, _COUNT]
-        merge = [_PLACE, _COUNT, _EXACT, _EXACT, ctypes.c_bool, _PLACE, _PLACE, _COUNT]
-        getattr(made, f"merge_{name}").argtypes = [*layers, *merge]
-        for function in (f"compare_{name}", f"merge_{name}"):
-            getattr(made, function).restype = None
-    for function in ("mix_seeds", "put_back"):
-        getattr(made, function).restype = None
-    made.draw_layers.restype = _WHOLE
+        compare, change, run = (getattr(made, f"{kind}_{name}") for kind in _KINDS)
+        compare.argtypes = [_PLACE, _COUNT]
+        change.argtypes = [_PLACE, ctypes.c_double, _COUNT]
+        run.argtypes = [_PLACE, ctypes.POINTER(_Rule), _PLACE, _PLACE, _COUNT]
+        functions += [compare, change, run]
+    for function in functions:
+        function.restype = None
     return made
 
 
@@ -159,77 +157,6 @@ def batches(stores: Sequence[Store]) -> list[list[int]]:
     return batched(stores, lambda weight: weight.dtype)
 
 
-# -- the pairs -----------------------------------------------------------------------------------
-
-
-def draw(layers: Layers, probability: float, seed: int, step: int) -> Pairs:
-    """Draws the pairs of some layers; see :func:`inmerge_wrap.merge_pass.draw_step`."""
-    streams, drawing = layers.fact("drawing", _streams_and_drawing)
-    library().mix_seeds(streams, len(streams), seed, step, drawing.seeds)
-    table, lengths = drawing.draw(probability)
-    return Pairs(table, tuple(lengths))
-
-
-def _streams_and_drawing(layers: Layers) -> tuple[Any, _Drawing]:
-    sites = [layer.site for layer in layers]
-    counts = [site.shape[0] for site in sites]
-    sizes = [site.shape[0] // site.pair_groups for site in sites]
-    streams = (_WHOLE * len(sites))(*map(stream_of, sites))
-    return streams, _Drawing(counts, sizes, [0] * len(sites))
-
-
-def draw_layers(
-    num_kernels: Sequence[int],
-    group_sizes: Sequence[int],
-    probability: float,
-    seeds: Sequence[int],
-) -> tuple[Tensor, list[int]]:
-    """Draws exactly what :func:`inmerge_wrap.merging.draw_layers` draws."""
-    return _Drawing(num_kernels, group_sizes, seeds).draw(probability)
-
-
-class _Drawing:
-    """The arguments of a draw, converted once; the seeds may be exchanged in place."""
-
-    def __init__(
-        self, num_kernels: Sequence[int], group_sizes: Sequence[int], seeds: Sequence[int]
-    ) -> None:
-        array = _WHOLE * len(num_kernels)
-        self.seeds = array(*seeds)
-        self._columns = array(*num_kernels), array(*group_sizes), self.seeds
-        self._lengths = array()
-        # Reused, because a fresh one of this size would be mapped page by page in every step.
-        self._table = torch.empty(3, sum(num_kernels), dtype=torch.int64, device="cpu")
-
-    def draw(self, probability: float) -> tuple[Tensor, list[int]]:
-        """Returns what :func:`inmerge_wrap.merging.draw_layers` returns."""
-        if not _draws_like_torch():
-            counts, sizes, seeds = map(list, self._columns)
-            return merging.draw_layers(counts, sizes, probability, seeds)
-        return self.draw_natively(probability)
-
-    def draw_natively(self, probability: float) -> tuple[Tensor, list[int]]:
-        """Draws with the generator of ``native.cpp``."""
-        drawn = library().draw_layers(
-            *self._columns,
-            len(self._lengths),
-            probability,
-            self._table.data_ptr(),
-            self._table.shape[1],
-            self._lengths,
-        )
-        return self._table.narrow(1, 0, drawn).clone(), self._lengths[:]
-
-
-@cache
-def _draws_like_torch() -> bool:
-    """Returns whether PyTorch's generator is still the one that ``native.cpp`` follows."""
-    arguments = [64, 640], [32, 640], [1, 2**32 - 1]
-    ours, _ = _Drawing(*arguments).draw_natively(0.5)
-    counts, sizes, seeds = arguments
-    return torch.equal(ours, merging.draw_layers(counts, sizes, 0.5, seeds)[0])
-
-
 # -- the steps of a pass by themselves -----------------------------------------------------------
 
 
@@ -246,9 +173,8 @@ def cosines(stores: Sequence[Store], pairs: Pairs, centred: Sequence[bool]) -> T
     """
     name, wide = _DTYPES[stores[0].weight.dtype]
     found = torch.empty(len(pairs), dtype=wide, device="cpu")
-    compare = getattr(library(), f"compare_{name}")
-    layers, table = _table(stores, centred), _Columns(pairs)
-    compare(layers.data_ptr(), len(stores), *table.places, found.data_ptr(), _threads())
+    table = _Table.of(stores, pairs, centred=centred, cosines=found)
+    getattr(library(), f"compare_{name}")(table.address, _threads())
     return found
 
 
@@ -266,44 +192,74 @@ def change_(stores: Sequence[Store], pairs: Pairs, changed: Tensor | None, chang
     if changed is None:
         changed = torch.ones(len(pairs), dtype=torch.bool, device="cpu")
     changed = changed.contiguous()
-    layers, table = _table(stores), _Columns(pairs)
-    getattr(library(), f"merge_{name}")(
-        layers.data_ptr(),
-        len(stores),
-        *table.places,
-        None,
-        changed.data_ptr(),
-        _GIVEN,
-        0.0,
-        change.merge_weight,
-        False,
-        None,
-        None,
-        _threads(),
-    )
+    table = _Table.of(stores, pairs, merged=changed)
+    getattr(library(), f"change_{name}")(table.address, change.merge_weight, _threads())
     parts = zip(stores, changed.split(pairs.lengths), strict=True)
     _note_writes([store.weight for store, mask in parts if mask.any()])
 
 
-def _table(stores: Sequence[Store], centred: Sequence[bool] | None = None) -> Tensor:
-    """Returns an array of ``struct Layer``, see ``native.cpp``, without bounds."""
+class _Table:
+    """``struct Table`` of ``native.cpp``; it keeps the memory that it refers to alive.
+
+    Args:
+        layers: ``struct Layer`` of each layer, int64, shape (layers, 7).
+        ends: Where the pairs of each layer end.
+        targets: Of all pairs, int64, contiguous.
+        sources: Likewise.
+        cosines: Float32 or wider, for as many pairs; None if they are not written.
+        merged: Boolean, likewise.
+    """
+
+    def __init__(
+        self,
+        layers: Tensor,
+        ends: ctypes.Array[ctypes.c_int64],
+        targets: Tensor,
+        sources: Tensor,
+        cosines: Tensor | None,
+        merged: Tensor | None,
+    ) -> None:
+        tensors = targets, sources, cosines, merged
+        self._memory = layers, ends, *tensors
+        places = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        self._words = (_PLACE * 7)(layers.data_ptr(), len(layers), ctypes.addressof(ends), *places)
+        self.address = ctypes.addressof(self._words)
+
+    @classmethod
+    def of(
+        cls,
+        stores: Sequence[Store],
+        pairs: Pairs,
+        *,
+        centred: Sequence[bool] | None = None,
+        cosines: Tensor | None = None,
+        merged: Tensor | None = None,
+    ) -> _Table:
+        """Returns the table of drawn pairs."""
+        ends = (_WHOLE * len(stores))(*accumulate(pairs.lengths))
+        chosen = pairs.targets.contiguous(), pairs.sources.contiguous()
+        return cls(_rows(stores, centred), ends, *chosen, cosines, merged)
+
+
+def _rows(
+    stores: Sequence[Store],
+    centred: Sequence[bool] | None = None,
+    group_sizes: Sequence[int] | None = None,
+    streams: Sequence[int] | None = None,
+) -> Tensor:
+    """Returns an array of ``struct Layer``, without bounds; what is left out is zero."""
     weights = [store.weight for store in stores]
-    rows = [
-        (weight.data_ptr(), len(weight), weight.numel() // len(weight), mean, 0)
-        for weight, mean in zip(weights, centred or [False] * len(weights), strict=True)
+    nothing = [0] * len(weights)
+    columns = [
+        [weight.data_ptr() for weight in weights],
+        [len(weight) for weight in weights],
+        [weight.numel() // len(weight) for weight in weights],
+        group_sizes or nothing,
+        streams or nothing,
+        centred or nothing,
+        nothing,
     ]
-    return torch.tensor(rows, dtype=torch.int64, device="cpu")
-
-
-class _Columns:
-    """Where the pairs are: the end of each layer, all targets, all sources."""
-
-    def __init__(self, pairs: Pairs) -> None:
-        table = pairs.table if pairs.table.stride(1) == 1 else pairs.table.contiguous()
-        self._table = table  # alive as long as its address is in use
-        first, row = table.data_ptr(), table.stride(0) * table.element_size()
-        ends = (_WHOLE * len(pairs.lengths))(*accumulate(pairs.lengths))
-        self.places = ends, first + row, first + 2 * row
+    return torch.tensor(columns, dtype=torch.int64, device="cpu").T.contiguous()
 
 
 def _note_writes(weights: Sequence[Tensor]) -> None:
@@ -318,107 +274,168 @@ def _threads() -> int:
 # -- a whole pass in one call --------------------------------------------------------------------
 
 
-def merge_(
+def step_(
     layers: Layers,
-    pairs: Pairs,
+    *,
+    probability: float,
+    seed: int,
+    step: int,
     threshold: Threshold,
     merge_weight: float,
-    *,
+    radius: float | None = None,
     skip: Tensor | None = None,
     keep: list[Any] | None = None,
-) -> Outcome | None:
-    """Compares, decides and blends; equal to :func:`cosines`, the threshold and :func:`change_`.
+) -> Totals | None:
+    """Draws, compares, decides and blends; equal to the functions of :mod:`.torch_blocks`.
 
     Args:
         layers: The layers of one batch, see :func:`batches`.
-        pairs: Their drawn pairs, on the CPU.
+        probability: See :class:`inmerge_wrap.settings.MergeSettings`; likewise ``seed``.
+        seed: Together with ``step`` it decides what is drawn.
+        step: The optimizer step.
         threshold: The rule that decides which pairs merge.
         merge_weight: See :class:`inmerge_wrap.changes.Blend`.
+        radius: Move each kernel by this share of its norm instead, along the line to its partner
+            (:func:`inmerge_wrap.merging.signed_weight`); None for ``merge_weight``.
         skip: A scalar; non-zero disables the merge.
         keep: Receives the kernels that change, before they do.
 
     Returns:
-        The outcome of each pair; None, with nothing changed, for a custom threshold.
+        What was done; None, with nothing changed, for a custom threshold.
     """
     if type(threshold) not in (Fixed, ZScore, Quantile):
         return None
-    table = layers.fact(NAME, _Table)
-    decision, share = table.aim(threshold)
-    name, wide = _DTYPES[table.dtype]
-    columns = _Columns(pairs)
-    found = torch.empty(len(pairs), dtype=wide, device="cpu")
-    merged = torch.empty(len(pairs), dtype=torch.bool, device="cpu")
-    sums = torch.empty(4, len(layers), dtype=torch.float64, device="cpu")
-    rows = None if keep is None else table.room_for(pairs.lengths)
-    getattr(library(), f"merge_{name}")(
-        table.address,
-        len(layers),
-        *columns.places,
-        found.data_ptr(),
-        merged.data_ptr(),
-        decision,
-        share,
-        merge_weight,
-        skip is not None and bool(skip),
-        None if rows is None else rows.data_ptr(),
-        sums.data_ptr(),
-        _threads(),
-    )
-    written = sums[0].tolist()
-    _note_writes([weight for weight, count in zip(table.weights, written, strict=True) if count])
+    run = layers.fact(NAME, _Pass)
+    run.draw(probability, seed, step)
+    decision, share = run.aim(threshold)
+    skips = skip is not None and bool(skip)
+    rule = _Rule(decision, share, skips, merge_weight, radius is not None, radius or 0, seed, step)
+    rows = None if keep is None else run.room_for_kept()
+    place = None if rows is None else rows.data_ptr()
+    run.function(run.table.address, rule, place, run.sums.data_ptr(), _threads())
+    sums = run.sums.tolist()
+    _note_writes([*compress(run.weights, sums[1])])
     if rows is not None and keep is not None:
-        keep.append(KeptRows(layers, pairs, merged, rows))
-    return Outcome(pairs.layer, found, merged, pairs.lengths, sums)
+        keep.append(KeptRows(layers, rows))
+    return Totals(layers.numbers, sums)
 
 
-class _Table:
-    """The arguments of ``merge`` for some layers; valid as long as their weights are."""
+class _Rule(ctypes.Structure):
+    """``struct Rule`` of ``native.cpp``."""
+
+    _fields_ = (
+        ("decision", ctypes.c_int),
+        ("share", ctypes.c_double),
+        ("skip", ctypes.c_bool),
+        ("alpha", ctypes.c_double),
+        ("is_signed", ctypes.c_bool),
+        ("radius", ctypes.c_double),
+        ("seed", ctypes.c_uint64),
+        ("step", ctypes.c_uint64),
+    )
+
+
+class _Pass:
+    """Some layers as ``native.cpp`` finds them, with room for the pairs of a step.
+
+    Valid as long as the weights are. Each step overwrites what the step before has drawn and found:
+    after a training step, the first allocation of over a kilobyte takes longer than a small pass.
+    """
 
     def __init__(self, layers: Layers) -> None:
-        stores, sites = layers.stores, [layer.site for layer in layers]
-        self._columns = _table(stores, [site.centred for site in sites])
-        self.address = self._columns.data_ptr()
-        self.weights = [store.weight for store in stores]
-        self.dtype = stores[0].weight.dtype
+        sites = [layer.site for layer in layers]
+        self.weights = [store.weight for store in layers.stores]
+        self.dtype = self.weights[0].dtype
+        name, wide = _DTYPES[self.dtype]
+        self.function = getattr(library(), f"pass_{name}")
+        self.sums = torch.empty(5, len(layers), dtype=torch.float64, device="cpu")
+        self.spare: Tensor | None = None  # for kernels that are kept
+        self._layers = layers
+        self._kernels = [site.shape[0] for site in sites]
+        self._sizes = [site.shape[0] // site.pair_groups for site in sites]
         self._fan_ins = [site.fan_in for site in sites]
+        streams = list(map(stream_of, sites))
+        self._rows = _rows(layers.stores, [site.centred for site in sites], self._sizes, streams)
+        self._ends = (_WHOLE * len(sites))()
+        room = sum(self._kernels)
+        self._targets, self._sources = torch.empty(2, room, dtype=torch.int64, device="cpu")
+        found = torch.empty(room, dtype=wide, device="cpu")
+        self._merged = torch.empty(room, dtype=torch.bool, device="cpu")
+        self.table = _Table(
+            self._rows, self._ends, self._targets, self._sources, found, self._merged
+        )
         self._threshold: Threshold | None = None
-        self.spare: Tensor | None = None  # for saved kernels, so that no step allocates memory
+
+    def draw(self, probability: float, seed: int, step: int) -> None:
+        """Draws the pairs of a step."""
+        if _draws_like_torch():
+            library().draw(self.table.address, seed, step, probability, _threads())
+            return
+        seeds = [mix(seed, step, stream_of(layer.site)) for layer in self._layers]
+        drawn, lengths = merging.draw_layers(self._kernels, self._sizes, probability, seeds)
+        self._targets[: drawn.shape[1]], self._sources[: drawn.shape[1]] = drawn[1:]
+        self._ends[:] = list(accumulate(lengths))
+
+    def pairs(self) -> Pairs:
+        """Returns a copy of the pairs that were drawn last."""
+        lengths = self._lengths()
+        end = sum(lengths)
+        layer = torch.arange(len(lengths), device="cpu").repeat_interleave(
+            torch.tensor(lengths, device="cpu")
+        )
+        return Pairs(torch.stack([layer, self._targets[:end], self._sources[:end]]), (*lengths,))
+
+    def merged(self) -> Tensor:
+        """Returns which of these pairs merged, a boolean mask."""
+        return self._merged[: self._ends[-1]]
+
+    def _lengths(self) -> list[int]:
+        return [end - begin for begin, end in pairwise([0, *self._ends])]
 
     def aim(self, threshold: Threshold) -> tuple[int, float]:
-        """Writes the bound of each layer; returns the rule of ``merge`` and its quantile."""
+        """Writes the bound of each layer; returns the decision of ``struct Rule`` and its share."""
         if isinstance(threshold, Quantile):
             return _QUANTILE, 1.0 - threshold.share
         if threshold != self._threshold:
             assert isinstance(threshold, Fixed | ZScore)
             bounds = [threshold.bound(fan_in) for fan_in in self._fan_ins]
             exact = torch.tensor(bounds, dtype=torch.float64, device="cpu")
-            self._columns.view(torch.float64)[:, 4] = exact
+            self._rows.view(torch.float64)[:, 6] = exact
             self._threshold = threshold
         return _BOUND, 0.0
 
-    def room_for(self, lengths: Sequence[int]) -> Tensor:
-        """Allocates memory for a number of kernels of each layer."""
-        entries = sum(map(mul, lengths, self._fan_ins))
+    def room_for_kept(self) -> Tensor:
+        """Returns memory for the kernels of all drawn pairs."""
+        entries = sum(map(mul, self._lengths(), self._fan_ins))
         room, self.spare = self.spare, None
         if room is None or len(room) < entries:
             room = torch.empty(entries, dtype=self.dtype, device="cpu")
         return room
 
 
+@cache
+def _draws_like_torch() -> bool:
+    """Returns whether PyTorch's generator is still the one that ``native.cpp`` follows."""
+    for count, size, seed in ((64, 32, 1), (640, 640, 2**32 - 1)):
+        expected, (length,) = merging.draw_layers([count], [size], 0.5, [seed])
+        ours = torch.empty(2, count, dtype=torch.int64, device="cpu")
+        places = [row.data_ptr() for row in ours]
+        drawn = library().draw_layer(count, size, 0.5, seed, *places)
+        if drawn != length or not torch.equal(ours[:, :length], expected[1:]):
+            return False
+    return True
+
+
 @dataclass(frozen=True)
 class KeptRows:
-    """Kernels of several layers as they were before a pass.
+    """Kernels of several layers as they were before the last pass over these layers.
 
     Attributes:
         layers: The layers.
-        pairs: Their drawn pairs.
-        merged: Which of the pairs changed their target, boolean, shape (pairs,).
         rows: A kernel for each pair, one after the other; only those that merged are written.
     """
 
     layers: Layers
-    pairs: Pairs
-    merged: Tensor
     rows: Tensor
 
     @property
@@ -428,30 +445,21 @@ class KeptRows:
 
     def put_back_(self) -> None:
         """Restores the kernels, bit for bit, wherever the convolutions have their weights now."""
-        table = self.layers.fact(NAME, _Table)
+        run = self.layers.fact(NAME, _Pass)
         if not self.layers.are_still():
-            self._put_back_elsewhere_()
+            self._put_back_elsewhere_(run.pairs(), run.merged())
             return
-        columns = _Columns(self.pairs)
-        ends, targets, _ = columns.places
         library().put_back(
-            table.address,
-            len(self.layers),
-            ends,
-            targets,
-            self.merged.data_ptr(),
-            self.rows.data_ptr(),
-            self.rows.element_size(),
-            _threads(),
+            run.table.address, self.rows.data_ptr(), self.rows.element_size(), _threads()
         )
-        _note_writes(table.weights)
-        table.spare = self.rows
+        _note_writes(run.weights)
+        run.spare = self.rows
 
-    def _put_back_elsewhere_(self) -> None:
+    def _put_back_elsewhere_(self, pairs: Pairs, merged: Tensor) -> None:
         """Puts the kernels back where tensors were exchanged in the meantime, as SAM does."""
         begin = 0
-        masks = self.merged.split(self.pairs.lengths)
-        for layer, part, mask in zip(self.layers, self.pairs.split(), masks, strict=True):
+        masks = merged.split(pairs.lengths)
+        for layer, part, mask in zip(self.layers, pairs.split(), masks, strict=True):
             # Entries are ordered as in the weight that was merged, possibly channels_last.
             weight = layer.store.weight
             shape = len(part), *weight.shape[1:]
