@@ -22,6 +22,7 @@ from inmerge_wrap.engines import (
     divided,
     group,
     merge_at_once_,
+    native,
     step_at_once_,
     torch_blocks,
 )
@@ -91,11 +92,14 @@ def draw_step(layers: Layers, settings: MergeSettings, step: int) -> Pairs:
     Returns:
         The pairs, on the CPU. The sources are those of ``partner="random"``.
     """
-    counts = [layer.site.shape[0] for layer in layers]
-    sizes = [layer.site.shape[0] // layer.site.pair_groups for layer in layers]
-    seeds = [mix(settings.seed, step, stream_of(layer.site)) for layer in layers]
-    table, lengths = draw_layers(counts, sizes, settings.merge_probability, seeds)
-    pairs = Pairs(table, tuple(lengths))
+    if settings.engine != "torch" and native.problem() is None:
+        pairs = native.draw(layers, settings.merge_probability, settings.seed, step)
+    else:
+        counts = [layer.site.shape[0] for layer in layers]
+        sizes = [layer.site.shape[0] // layer.site.pair_groups for layer in layers]
+        seeds = [mix(settings.seed, step, stream_of(layer.site)) for layer in layers]
+        table, lengths = draw_layers(counts, sizes, settings.merge_probability, seeds)
+        pairs = Pairs(table, tuple(lengths))
     if layers.are_first:
         return pairs
     number = torch.tensor(layers.numbers, dtype=torch.int64, device="cpu")
@@ -215,9 +219,18 @@ def _merge_batch(
     blend = Blend(settings.merge_weight)
     blends = settings.direction == "partner" and not settings.keep_norm and engine.makes(blend)
     changes: list[Change] = [blend] * len(layers)
-    if blends and settings.partner == "random":
+    is_signed = settings.direction == "signed" and not settings.keep_norm and not companions
+    if (blends or is_signed) and settings.partner == "random":
+        signs = _signs(layers, pairs.lengths, settings, step) if is_signed else None
         outcome = merge_at_once_(
-            engine, layers, pairs, settings.similarity_threshold, blend, skip=skip, keep=keep
+            engine,
+            layers,
+            pairs,
+            settings.similarity_threshold,
+            settings.radius if is_signed else settings.merge_weight,
+            signs=None if signs is None else signs.to(pairs.table.device),
+            skip=skip,
+            keep=keep,
         )
         if outcome is not None:
             merged = outcome.merged
@@ -322,21 +335,17 @@ def _change_of(
     device = pairs.targets.device
     if settings.direction == "partner":
         blend = Blend(settings.merge_weight)
+    elif settings.direction != "signed":
+        numbers = torch.randn(
+            (len(pairs), layer.site.fan_in),
+            generator=_direction_generator(layer, settings, step, device),
+            device=device,
+            dtype=torch.float32,
+        )
+        multiplicative = settings.direction == "multiplicative"
+        return Noise(multiplicative, settings.radius, numbers, settings.keep_norm)
     else:
-        generator = torch.Generator(device)
-        stream = _DIRECTION_STREAM + stream_of(layer.site)
-        generator.manual_seed(mix(settings.seed, step, stream))
-        if settings.direction != "signed":
-            numbers = torch.randn(
-                (len(pairs), layer.site.fan_in),
-                generator=generator,
-                device=device,
-                dtype=torch.float32,
-            )
-            multiplicative = settings.direction == "multiplicative"
-            return Noise(multiplicative, settings.radius, numbers, settings.keep_norm)
-        # Of all that are drawn, so that no sign depends on which of them merge.
-        signs = 2 * torch.randint(0, 2, (drawn,), generator=generator, device=device) - 1
+        signs = _signs([layer], [drawn], settings, step).to(device)
         signs = signs if known is None else signs[known]
         blend = Blend(
             torch.cat(
@@ -353,6 +362,30 @@ def _change_of(
         for here, kernels, partners in torch_blocks.blocks(store, pairs)
     ]
     return Blend(blend.merge_weight, torch.cat(scales))
+
+
+def _signs(
+    layers: Sequence[MergedLayer], drawn: Sequence[int], settings: MergeSettings, step: int
+) -> Tensor:
+    """Draws 1 or -1 for each drawn pair, on the host, whether it merges or not."""
+    host = torch.device("cpu")
+    draws = [
+        torch.randint(
+            0, 2, (count,), generator=_direction_generator(layer, settings, step, host), device=host
+        )
+        for layer, count in zip(layers, drawn, strict=True)
+    ]
+    return 2 * torch.cat(draws) - 1
+
+
+def _direction_generator(
+    layer: MergedLayer, settings: MergeSettings, step: int, device: torch.device
+) -> torch.Generator:
+    """Returns the generator of a layer's directions, independent of that of its pairs."""
+    generator = torch.Generator(device)
+    return generator.manual_seed(
+        mix(settings.seed, step, _DIRECTION_STREAM + stream_of(layer.site))
+    )
 
 
 def _change_companions_(

@@ -153,6 +153,9 @@ def main() -> None:
         "--train-images", type=int, default=0, help="size of a random subset; 0 uses all"
     )
     parser.add_argument(
+        "--test-images", type=int, default=0, help="the first so many are evaluated; 0 uses all"
+    )
+    parser.add_argument(
         "--epochs", type=int, default=25, help="budget of each run (default: %(default)s)"
     )
     parser.add_argument("--batch-size", type=int, default=64, help="total over all processes")
@@ -200,6 +203,10 @@ def main() -> None:
         data = load_images(options.dataset, options.data_root, size - 2 * border)
     if border:
         data = with_border(data, border)
+    if options.test_images:
+        images, labels = data.parts["test"]
+        first = images[: options.test_images], labels[: options.test_images]
+        data = replace(data, parts={**data.parts, "test": first})
     common = {
         "dataset": options.dataset,
         "size": size,

@@ -160,6 +160,7 @@ class Normalised:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Normalises pixels, uint8 or floats in [0, 1]."""
+        pixels = pixels.to(self._mean.device)
         scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
         return (scaled - self._mean) / self._std
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from inmerge_wrap.changes import Blend, Change
+from inmerge_wrap.changes import Change
 from inmerge_wrap.engines import native, torch_blocks, triton
 from inmerge_wrap.layers import Layers
 from inmerge_wrap.pairs import Outcome, Pairs, Totals
@@ -88,8 +88,8 @@ def require(name: str, device: torch.device) -> None:
     Raises:
         RuntimeError: If it does not.
     """
-    if device.type == "cpu" and name == "auto":
-        native.prepare()  # so that it is ready for the first step
+    if name != "torch":
+        native.prepare()  # so that it is ready for the first step, for the draw on any device
     if name in ("auto", "torch") or device.type == "meta":  # a network on meta is moved later
         return
     if name == "triton":
@@ -141,8 +141,9 @@ def merge_at_once_(
     layers: Layers,
     pairs: Pairs,
     threshold: Threshold,
-    blend: Blend,
+    merge_weight: float,
     *,
+    signs: Tensor | None,
     skip: Tensor | None,
     keep: list[Any] | None,
 ) -> Outcome | None:
@@ -150,7 +151,7 @@ def merge_at_once_(
     if not hasattr(engine, "merge_"):
         return None
     found: Outcome | None = engine.merge_(
-        layers, pairs, threshold, blend.merge_weight, skip=skip, keep=keep
+        layers, pairs, threshold, merge_weight, signs=signs, skip=skip, keep=keep
     )
     return found
 

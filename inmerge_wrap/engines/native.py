@@ -160,6 +160,13 @@ def batches(stores: Sequence[Store]) -> list[list[int]]:
 # -- the steps of a pass by themselves -----------------------------------------------------------
 
 
+def draw(layers: Layers, probability: float, seed: int, step: int) -> Pairs:
+    """Draws the pairs of layers on any device; see :func:`inmerge_wrap.merge_pass.draw_step`."""
+    drawing = layers.fact((NAME, "drawing"), _Drawing)
+    drawing.draw(probability, seed, step)
+    return drawing.pairs()
+
+
 def cosines(stores: Sequence[Store], pairs: Pairs, centred: Sequence[bool]) -> Tensor:
     """Returns the cosine of each pair, see :func:`inmerge_wrap.merging.pair_cosines`.
 
@@ -241,21 +248,16 @@ class _Table:
         return cls(_rows(stores, centred), ends, *chosen, cosines, merged)
 
 
-def _rows(
-    stores: Sequence[Store],
-    centred: Sequence[bool] | None = None,
-    group_sizes: Sequence[int] | None = None,
-    streams: Sequence[int] | None = None,
-) -> Tensor:
-    """Returns an array of ``struct Layer``, without bounds; what is left out is zero."""
+def _rows(stores: Sequence[Store], centred: Sequence[bool] | None = None) -> Tensor:
+    """Returns an array of ``struct Layer``, without what a draw and a decision need."""
     weights = [store.weight for store in stores]
     nothing = [0] * len(weights)
     columns = [
         [weight.data_ptr() for weight in weights],
         [len(weight) for weight in weights],
         [weight.numel() // len(weight) for weight in weights],
-        group_sizes or nothing,
-        streams or nothing,
+        nothing,
+        nothing,
         centred or nothing,
         nothing,
     ]
@@ -335,36 +337,30 @@ class _Rule(ctypes.Structure):
     )
 
 
-class _Pass:
-    """Some layers as ``native.cpp`` finds them, with room for the pairs of a step.
+class _Drawing:
+    """Some layers as ``native.cpp`` sees them, with room for the pairs of a step.
 
-    Valid as long as the weights are. Each step overwrites what the step before has drawn and found:
-    after a training step, the first allocation of over a kilobyte takes longer than a small pass.
+    Each step overwrites what the step before has drawn: after a training step, the first allocation
+    of over a kilobyte takes longer than a small pass.
     """
 
     def __init__(self, layers: Layers) -> None:
         sites = [layer.site for layer in layers]
-        self.weights = [store.weight for store in layers.stores]
-        self.dtype = self.weights[0].dtype
-        name, wide = _DTYPES[self.dtype]
-        self.function = getattr(library(), f"pass_{name}")
-        self.sums = torch.empty(5, len(layers), dtype=torch.float64, device="cpu")
-        self.spare: Tensor | None = None  # for kernels that are kept
         self._layers = layers
         self._kernels = [site.shape[0] for site in sites]
         self._sizes = [site.shape[0] // site.pair_groups for site in sites]
-        self._fan_ins = [site.fan_in for site in sites]
-        streams = list(map(stream_of, sites))
-        self._rows = _rows(layers.stores, [site.centred for site in sites], self._sizes, streams)
+        self._rows = torch.zeros(len(sites), 7, dtype=torch.int64, device="cpu")
+        for column, values in (
+            (1, self._kernels),
+            (3, self._sizes),
+            (4, [stream_of(site) for site in sites]),
+            (5, [site.centred for site in sites]),
+        ):
+            self._rows[:, column] = torch.tensor(values, device="cpu")
         self._ends = (_WHOLE * len(sites))()
         room = sum(self._kernels)
         self._targets, self._sources = torch.empty(2, room, dtype=torch.int64, device="cpu")
-        found = torch.empty(room, dtype=wide, device="cpu")
-        self._merged = torch.empty(room, dtype=torch.bool, device="cpu")
-        self.table = _Table(
-            self._rows, self._ends, self._targets, self._sources, found, self._merged
-        )
-        self._threshold: Threshold | None = None
+        self.table = _Table(self._rows, self._ends, self._targets, self._sources, None, None)
 
     def draw(self, probability: float, seed: int, step: int) -> None:
         """Draws the pairs of a step."""
@@ -378,19 +374,46 @@ class _Pass:
 
     def pairs(self) -> Pairs:
         """Returns a copy of the pairs that were drawn last."""
-        lengths = self._lengths()
+        lengths = self.lengths()
         end = sum(lengths)
         layer = torch.arange(len(lengths), device="cpu").repeat_interleave(
             torch.tensor(lengths, device="cpu")
         )
         return Pairs(torch.stack([layer, self._targets[:end], self._sources[:end]]), (*lengths,))
 
-    def merged(self) -> Tensor:
-        """Returns which of these pairs merged, a boolean mask."""
-        return self._merged[: self._ends[-1]]
-
-    def _lengths(self) -> list[int]:
+    def lengths(self) -> list[int]:
+        """Returns how many pairs each layer has drawn."""
         return [end - begin for begin, end in pairwise([0, *self._ends])]
+
+
+class _Pass(_Drawing):
+    """The same layers with their weights and room for the outcome; valid as long as the weights."""
+
+    def __init__(self, layers: Layers) -> None:
+        super().__init__(layers)
+        self.weights = [store.weight for store in layers.stores]
+        self.dtype = self.weights[0].dtype
+        name, wide = _DTYPES[self.dtype]
+        self.function = getattr(library(), f"pass_{name}")
+        self.sums = torch.empty(5, len(layers), dtype=torch.float64, device="cpu")
+        self.spare: Tensor | None = None  # for kernels that are kept
+        self._fan_ins = [layer.site.fan_in for layer in layers]
+        for column, values in (
+            (0, [weight.data_ptr() for weight in self.weights]),
+            (2, self._fan_ins),
+        ):
+            self._rows[:, column] = torch.tensor(values, device="cpu")
+        room = sum(self._kernels)
+        found = torch.empty(room, dtype=wide, device="cpu")
+        self._merged = torch.empty(room, dtype=torch.bool, device="cpu")
+        self.table = _Table(
+            self._rows, self._ends, self._targets, self._sources, found, self._merged
+        )
+        self._threshold: Threshold | None = None
+
+    def merged(self) -> Tensor:
+        """Returns which of the pairs merged, a boolean mask."""
+        return self._merged[: self._ends[-1]]
 
     def aim(self, threshold: Threshold) -> tuple[int, float]:
         """Writes the bound of each layer; returns the decision of ``struct Rule`` and its share."""
@@ -406,7 +429,7 @@ class _Pass:
 
     def room_for_kept(self) -> Tensor:
         """Returns memory for the kernels of all drawn pairs."""
-        entries = sum(map(mul, self._lengths(), self._fan_ins))
+        entries = sum(map(mul, self.lengths(), self._fan_ins))
         room, self.spare = self.spare, None
         if room is None or len(room) < entries:
             room = torch.empty(entries, dtype=self.dtype, device="cpu")

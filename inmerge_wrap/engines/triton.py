@@ -1,7 +1,7 @@
 """The Triton engine: a pass over all layers in a few launches, on a GPU.
 
-See :mod:`inmerge_wrap.engines.triton_launches` for the launches. It has never run on a GPU of
-ours: the tests run it in Triton's interpreter, on a CPU.
+See :mod:`inmerge_wrap.engines.triton_launches` for the launches. The tests run it in Triton's
+interpreter, on a CPU, and on a GPU where there is one.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def merge_(
     threshold: Threshold,
     merge_weight: float,
     *,
+    signs: Tensor | None = None,
     skip: Tensor | None = None,
     keep: list[Any] | None = None,
 ) -> Outcome | None:
@@ -81,7 +82,7 @@ def merge_(
         layers: The layers of one batch, see :func:`batches`.
         pairs: Drawn pairs, on their device.
         threshold: The rule that decides which pairs merge.
-        merge_weight: See :class:`inmerge_wrap.changes.Blend`.
+        merge_weight: See :func:`triton_launches.blend_`; likewise ``signs``.
         skip: A scalar on the device; non-zero disables the merge.
         keep: Receives the kernels that change, before they do.
 
@@ -101,11 +102,13 @@ def merge_(
     merged = triton_launches.decide(
         found, pairs.lengths, bounds, inclusive=isinstance(threshold, Quantile), skip=skip
     )
+    weights = [store.weight for store in layers.stores]
     if keep is not None:
-        weights = [store.weight for store in layers.stores]
         rows = triton_launches.save(weights, pairs.lengths, pairs.targets, merged)
         keep.append(KeptBuffer(layers, pairs, merged, rows))
-    change_(layers.stores, pairs, merged, Blend(merge_weight))
+    triton_launches.blend_(
+        weights, pairs.lengths, pairs.targets, pairs.sources, merged, merge_weight, signs
+    )
     return Outcome(pairs.layer, found, merged, pairs.lengths)
 
 

@@ -27,6 +27,7 @@ COLUMNS = tl.constexpr(7)
 
 # No argument is specialised: compiling in mid-training costs more than a variant could gain.
 _POINTERS = ["table", "targets", "sources", "cosines", "changed", "later", "thresholds", "skip"]
+_POINTERS.append("signs")
 _ONE_VARIANT = {"do_not_specialize": ["layers"], "do_not_specialize_on_alignment": _POINTERS}
 
 
@@ -184,12 +185,14 @@ def blend(
     changed: tl.tensor,
     later: tl.tensor,
     merge_weight: tl.tensor,
+    signs: tl.tensor,
     stored: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
     """Blends the kernels of the changed pairs, in place if they are not a source of any pair.
 
-    The others go to the buffer and are marked in ``later``, to be written after this launch.
+    The others go to the buffer and are marked in ``later``, to be written after this launch. With
+    ``signs`` each kernel moves by ``merge_weight`` times its norm along the line to its partner.
     """
     program = tl.program_id(0)
     layer = _layer_of(table, layers, program)
@@ -210,15 +213,30 @@ def blend(
         partner = _row(layer, tl.load(sources + pair), stored)
         blended = tl.where(is_read, _buffer_row(layer, pair, stored), kernel)
         fan_in = tl.load(layer + _FAN_IN)
+        weight = merge_weight
+        if signs is not None:
+            square = tl.zeros([block], tl.float32)
+            distance = tl.zeros([block], tl.float32)
+            for start in range(0, fan_in, block):
+                entries = start + tl.arange(0, block)
+                inside = entries < fan_in
+                mine = _widened(tl.load(kernel + entries, mask=inside, other=0))
+                between = _widened(tl.load(partner + entries, mask=inside, other=0)) - mine
+                square += mine * mine
+                distance += between * between
+            apart = tl.sqrt_rn(tl.sum(distance, axis=0))
+            step = tl.load(signs + pair).to(tl.float32) * merge_weight
+            step = step * tl.sqrt_rn(tl.sum(square, axis=0))
+            weight = 1.0 - tl.where(apart > 0.0, tl.div_rn(step, apart), 0.0)
         for start in range(0, fan_in, block):
             entries = start + tl.arange(0, block)
             inside = entries < fan_in
             mine = _widened(tl.load(kernel + entries, mask=inside, other=0))
             theirs = _widened(tl.load(partner + entries, mask=inside, other=0))
             # The two forms of torch.lerp, each exact at its end.
-            from_theirs = theirs + merge_weight * (mine - theirs)
-            from_mine = mine - (mine - theirs) * (1.0 - merge_weight)
-            new = tl.where(merge_weight < 0.5, from_theirs, from_mine)
+            from_theirs = theirs + weight * (mine - theirs)
+            from_mine = mine - (mine - theirs) * (1.0 - weight)
+            new = tl.where(weight < 0.5, from_theirs, from_mine)
             tl.store(blended + entries, _narrowed(new, stored), mask=inside)
 
 

@@ -220,6 +220,7 @@ def blend_(
     sources: Tensor,
     changed: Tensor,
     merge_weight: float,
+    signs: Tensor | None = None,
 ) -> None:
     """Blends kernels of all layers in place; all are read before any is written (eq. 3).
 
@@ -236,13 +237,15 @@ def blend_(
         targets: Kernels to write; none repeats in a layer.
         sources: Their partners.
         changed: Boolean mask of the pairs to blend, shape (sum(pairs),).
-        merge_weight: alpha, the weight of the kernel itself.
+        merge_weight: alpha, the weight of the kernel itself; with ``signs`` the radius r of
+            :func:`inmerge_wrap.merging.signed_weight`.
+        signs: 1 or -1, shape (sum(pairs),): move each kernel toward its partner or away from it.
     """
     targets, sources, changed = (part.contiguous() for part in (targets, sources, changed))
     buffer, later = _buffer(weights, pairs), torch.empty_like(changed)
     table = _table(weights, pairs, buffer=buffer)
     kernels = _kernels()
-    _launch(kernels.blend, table, targets, sources, changed, later, merge_weight)
+    _launch(kernels.blend, table, targets, sources, changed, later, merge_weight, signs)
     _launch(kernels.copy, table, targets, later, False)
     _written(weights, pairs)
 
