@@ -14,7 +14,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -302,12 +302,19 @@ def images_per_second(loader: DataLoader, batches: int) -> float:
 class Squares(Sequence[np.ndarray]):
     """Grey squares in a file that each process maps itself; a pickled map would be a full copy."""
 
-    def __init__(self, path: Path, count: int) -> None:
-        self.path, self.count = path, count
+    def __init__(self, path: Path, count: int, holds: Mapping[str, Any]) -> None:
+        self.path, self.count, self.holds = path, count, holds
 
     @cached_property
     def _array(self) -> np.ndarray:
-        return np.load(self.path, mmap_mode="r")
+        array = np.load(self.path, mmap_mode="r")
+        # After the map, which keeps the file: a run that writes it again first deletes the note.
+        if described(self.path) != self.holds:
+            raise RuntimeError(
+                f"another run has written {self.path} again, for other images: runs at the same "
+                "time with other seeds or sizes need a --cache each"
+            )
+        return array
 
     def __len__(self) -> int:
         return self.count
@@ -316,7 +323,13 @@ class Squares(Sequence[np.ndarray]):
         return self._array[index]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "count": self.count}
+        return {"path": self.path, "count": self.count, "holds": self.holds}
+
+
+def described(path: Path) -> dict[str, Any]:
+    """Returns what the note next to a cache says of it; empty without one."""
+    note = path.with_suffix(".json")
+    return json.loads(note.read_text()) if path.exists() and note.exists() else {}
 
 
 def cached(part: Part, path: Path, source: str, side: int, workers: int) -> Part:
@@ -328,7 +341,7 @@ def cached(part: Part, path: Path, source: str, side: int, workers: int) -> Part
     note = path.with_suffix(".json")
     names = hashlib.sha256("\n".join(part.names).encode()).hexdigest()
     holds = {"source": source, "images": len(part), "names_sha256": names, "side": side}
-    before = json.loads(note.read_text()) if path.exists() and note.exists() else {}
+    before = described(path)
     if before != holds:
         if path.exists():
             now = ", ".join(
@@ -340,7 +353,7 @@ def cached(part: Part, path: Path, source: str, side: int, workers: int) -> Part
         note.unlink(missing_ok=True)  # first, so that it never describes other images
         write_squares(Radiographs(part, side, side, train=False), path, workers)
         write_json(note, holds)
-    return replace(part, images=Squares(path, len(part)))
+    return replace(part, images=Squares(path, len(part), holds))
 
 
 def write_squares(squares: Radiographs, path: Path, workers: int) -> None:

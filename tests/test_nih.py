@@ -131,6 +131,19 @@ def test_a_stale_cache_is_written_again(
     assert "stale" in capsys.readouterr().out
 
 
+def test_images_of_another_split_are_never_read(nih: ModuleType, part: Any, tmp_path: Path) -> None:
+    """Two runs with other seeds share a folder: the second writes the first one's file again."""
+    path = tmp_path / "train.npy"
+    first = nih.cached(part, path, "here", 64, 0)
+    begun = nih.cached(part, path, "here", 64, 0)
+    expected = begun.images[0].copy()
+    others = nih.Part(part.names[::-1], part.labels, part.images[::-1])
+    nih.cached(others, path, "here", 64, 0)
+    assert np.array_equal(begun.images[0], expected)  # mapped before, and so kept
+    with pytest.raises(RuntimeError, match="with other seeds or sizes need a --cache each"):
+        first.images[0]
+
+
 def test_a_cache_is_written_atomically(nih: ModuleType, part: Any, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     part.images[4].write_bytes(b"broken")
