@@ -20,6 +20,7 @@ import shlex
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -171,11 +172,7 @@ def measure(name: str, way: str, options: argparse.Namespace, speed: float) -> d
     if options.literal and way in ("0.3", "every pair"):
         tau = WAYS[way]["similarity_threshold"]
         parts["literal loop"] = lambda: literal_loop(model, tau)
-    times: dict[str, list[float]] = {
-        "training step": [],
-        "with merging": [],
-        **{p: [] for p in parts},
-    }
+    times: dict[str, list[float]] = defaultdict(list)
     for repeat in range(options.repeats + 2):
         network.load_state_dict(weights)  # merging always would make all kernels alike
         order = (False, True) if repeat % 2 else (True, False)
@@ -187,7 +184,7 @@ def measure(name: str, way: str, options: argparse.Namespace, speed: float) -> d
             taken["merge pass on the device"] = seconds_on_device(model.merge_)
         if repeat >= 2:
             for part, value in taken.items():
-                times.setdefault(part, []).append(value)
+                times[part].append(value)
     report = model.report()
     width = {site.name: site.fan_in * 4 for site in model.plan.merged}
     passes = report.layers[-1].passes

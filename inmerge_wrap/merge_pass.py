@@ -219,16 +219,18 @@ def _merge_batch(
     blend = Blend(settings.merge_weight)
     blends = settings.direction == "partner" and not settings.keep_norm and engine.makes(blend)
     changes: list[Change] = [blend] * len(layers)
-    is_signed = settings.direction == "signed" and not settings.keep_norm and not companions
-    if (blends or is_signed) and settings.partner == "random":
-        signs = _signs(layers, pairs.lengths, settings, step) if is_signed else None
+    signs = None
+    if settings.direction == "signed":
+        signs = _signs(layers, pairs.lengths, settings, step).to(pairs.table.device)
+    moves = signs is not None and not settings.keep_norm and not companions
+    if (blends or moves) and settings.partner == "random":
         outcome = merge_at_once_(
             engine,
             layers,
             pairs,
             settings.similarity_threshold,
-            settings.radius if is_signed else settings.merge_weight,
-            signs=None if signs is None else signs.to(pairs.table.device),
+            settings.merge_weight if signs is None else settings.radius,
+            signs=signs,
             skip=skip,
             keep=keep,
         )
@@ -253,11 +255,17 @@ def _merge_batch(
             engine.change_(stores, pairs, merged, blend)
             _change_companions_(layers, pairs, merged, changes, companions, settings.engine)
             return outcome
-        parts = zip(layers, stores, pairs.split(), merged.split(pairs.lengths), strict=True)
-        for layer, store, part, mask in parts:
+        masks = merged.split(pairs.lengths)
+        ways = [None] * len(layers) if signs is None else signs.split(pairs.lengths)
+        for layer, store, part, mask, way in zip(
+            layers, stores, pairs.split(), masks, ways, strict=True
+        ):
             known = _known(mask)
-            some, changed = (part, mask) if known is None else (part.at(known), None)
-            change = _change_of(layer, store, some, settings, step, len(part), known)
+            some, changed = part, mask
+            if known is not None:
+                some, changed = part.at(known), None
+                way = None if way is None else way[known]
+            change = _change_of(layer, store, some, settings, step, way)
             torch_blocks.change_([store], some, changed, change)
             _change_companions_([layer], some, changed, [change], companions, settings.engine)
     return outcome
@@ -318,24 +326,13 @@ def _change_of(
     pairs: Pairs,
     settings: MergeSettings,
     step: int,
-    drawn: int,
-    known: Tensor | None,
+    signs: Tensor | None,
 ) -> Change:
-    """Returns the change of the kernels of one layer.
-
-    Args:
-        layer: The layer.
-        store: Its opened store.
-        pairs: The pairs to change.
-        settings: Those of this step.
-        step: The optimizer step.
-        drawn: How many pairs the layer drew.
-        known: Which of these are the pairs to change; None for all.
-    """
+    """Returns the change of the kernels of one layer; ``signs`` for the signed direction."""
     device = pairs.targets.device
     if settings.direction == "partner":
         blend = Blend(settings.merge_weight)
-    elif settings.direction != "signed":
+    elif signs is None:
         numbers = torch.randn(
             (len(pairs), layer.site.fan_in),
             generator=_direction_generator(layer, settings, step, device),
@@ -345,8 +342,6 @@ def _change_of(
         multiplicative = settings.direction == "multiplicative"
         return Noise(multiplicative, settings.radius, numbers, settings.keep_norm)
     else:
-        signs = _signs([layer], [drawn], settings, step).to(device)
-        signs = signs if known is None else signs[known]
         blend = Blend(
             torch.cat(
                 [
@@ -367,7 +362,10 @@ def _change_of(
 def _signs(
     layers: Sequence[MergedLayer], drawn: Sequence[int], settings: MergeSettings, step: int
 ) -> Tensor:
-    """Draws 1 or -1 for each drawn pair, on the host, whether it merges or not."""
+    """Draws 1 or -1 for each drawn pair, on the host.
+
+    Also for those that will not merge, so that no sign depends on which of them do.
+    """
     host = torch.device("cpu")
     draws = [
         torch.randint(

@@ -302,8 +302,8 @@ def images_per_second(loader: DataLoader, batches: int) -> float:
 class Squares(Sequence[np.ndarray]):
     """Grey squares in a file that each process maps itself; a pickled map would be a full copy."""
 
-    def __init__(self, path: Path, count: int, holds: Mapping[str, Any]) -> None:
-        self.path, self.count, self.holds = path, count, holds
+    def __init__(self, path: Path, holds: Mapping[str, Any]) -> None:
+        self.path, self.holds = path, holds
 
     @cached_property
     def _array(self) -> np.ndarray:
@@ -317,13 +317,13 @@ class Squares(Sequence[np.ndarray]):
         return array
 
     def __len__(self) -> int:
-        return self.count
+        return self.holds["images"]
 
     def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
         return self._array[index]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "count": self.count, "holds": self.holds}
+        return {"path": self.path, "holds": self.holds}
 
 
 def described(path: Path) -> dict[str, Any]:
@@ -353,7 +353,7 @@ def cached(part: Part, path: Path, source: str, side: int, workers: int) -> Part
         note.unlink(missing_ok=True)  # first, so that it never describes other images
         write_squares(Radiographs(part, side, side, train=False), path, workers)
         write_json(note, holds)
-    return replace(part, images=Squares(path, len(part), holds))
+    return replace(part, images=Squares(path, holds))
 
 
 def write_squares(squares: Radiographs, path: Path, workers: int) -> None:

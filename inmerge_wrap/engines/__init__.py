@@ -3,9 +3,9 @@
 An engine is a module with a ``NAME``, ``takes(store)``, ``makes(change)``, ``batches(stores)``,
 ``cosines(stores, pairs, centred)`` and ``change_(stores, pairs, changed, change)``; see
 :mod:`inmerge_wrap.engines.torch_blocks`, which is the specification. It may provide a ``merge_``
-that performs the steps of a pass in one call, with the same result. Each layer is assigned to the
-selected engine if that supports the layer's store, and to plain PyTorch otherwise.
-It may also provide a ``step_`` that draws the pairs too, in the same call.
+that performs the steps of a pass in one call, with the same result, and a ``step_`` that draws the
+pairs as well. Each layer is assigned to the selected engine if that supports the layer's store, and
+to plain PyTorch otherwise.
 """
 
 from __future__ import annotations

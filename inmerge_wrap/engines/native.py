@@ -61,6 +61,7 @@ _DTYPES = {
     torch.bfloat16: ("bfloat16", torch.float32),
 }
 _BOUND, _QUANTILE = 1, 2  # enum Decision
+_LAYER = "rows", "kernels", "fan_in", "group_size", "stream", "centred", "bound"  # struct Layer
 _KINDS = "compare", "change", "pass"
 _WHOLE, _PLACE, _COUNT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 
@@ -209,7 +210,7 @@ class _Table:
     """``struct Table`` of ``native.cpp``; it keeps the memory that it refers to alive.
 
     Args:
-        layers: ``struct Layer`` of each layer, int64, shape (layers, 7).
+        layers: The result of :func:`_rows`.
         ends: Where the pairs of each layer end.
         targets: Of all pairs, int64, contiguous.
         sources: Likewise.
@@ -245,23 +246,21 @@ class _Table:
         """Returns the table of drawn pairs."""
         ends = (_WHOLE * len(stores))(*accumulate(pairs.lengths))
         chosen = pairs.targets.contiguous(), pairs.sources.contiguous()
-        return cls(_rows(stores, centred), ends, *chosen, cosines, merged)
+        weights = [store.weight for store in stores]
+        rows = _rows(
+            rows=[weight.data_ptr() for weight in weights],
+            kernels=[len(weight) for weight in weights],
+            fan_in=[weight.numel() // len(weight) for weight in weights],
+            centred=centred or (),
+        )
+        return cls(rows, ends, *chosen, cosines, merged)
 
 
-def _rows(stores: Sequence[Store], centred: Sequence[bool] | None = None) -> Tensor:
-    """Returns an array of ``struct Layer``, without what a draw and a decision need."""
-    weights = [store.weight for store in stores]
-    nothing = [0] * len(weights)
-    columns = [
-        [weight.data_ptr() for weight in weights],
-        [len(weight) for weight in weights],
-        [weight.numel() // len(weight) for weight in weights],
-        nothing,
-        nothing,
-        centred or nothing,
-        nothing,
-    ]
-    return torch.tensor(columns, dtype=torch.int64, device="cpu").T.contiguous()
+def _rows(**columns: Sequence[int]) -> Tensor:
+    """Returns an array of ``struct Layer`` from its columns; those left out are zero."""
+    nothing = [0] * len(columns["kernels"])
+    table = [columns.get(name) or nothing for name in _LAYER]
+    return torch.tensor(table, dtype=torch.int64, device="cpu").T.contiguous()
 
 
 def _note_writes(weights: Sequence[Tensor]) -> None:
@@ -349,14 +348,14 @@ class _Drawing:
         self._layers = layers
         self._kernels = [site.shape[0] for site in sites]
         self._sizes = [site.shape[0] // site.pair_groups for site in sites]
-        self._rows = torch.zeros(len(sites), 7, dtype=torch.int64, device="cpu")
-        for column, values in (
-            (1, self._kernels),
-            (3, self._sizes),
-            (4, [stream_of(site) for site in sites]),
-            (5, [site.centred for site in sites]),
-        ):
-            self._rows[:, column] = torch.tensor(values, device="cpu")
+        self._fan_ins = [site.fan_in for site in sites]
+        self._rows = _rows(
+            kernels=self._kernels,
+            fan_in=self._fan_ins,
+            group_size=self._sizes,
+            stream=[stream_of(site) for site in sites],
+            centred=[site.centred for site in sites],
+        )
         self._ends = (_WHOLE * len(sites))()
         room = sum(self._kernels)
         self._targets, self._sources = torch.empty(2, room, dtype=torch.int64, device="cpu")
@@ -397,12 +396,8 @@ class _Pass(_Drawing):
         self.function = getattr(library(), f"pass_{name}")
         self.sums = torch.empty(5, len(layers), dtype=torch.float64, device="cpu")
         self.spare: Tensor | None = None  # for kernels that are kept
-        self._fan_ins = [layer.site.fan_in for layer in layers]
-        for column, values in (
-            (0, [weight.data_ptr() for weight in self.weights]),
-            (2, self._fan_ins),
-        ):
-            self._rows[:, column] = torch.tensor(values, device="cpu")
+        addresses = [weight.data_ptr() for weight in self.weights]
+        self._rows[:, _LAYER.index("rows")] = torch.tensor(addresses, device="cpu")
         room = sum(self._kernels)
         found = torch.empty(room, dtype=wide, device="cpu")
         self._merged = torch.empty(room, dtype=torch.bool, device="cpu")
@@ -423,7 +418,7 @@ class _Pass(_Drawing):
             assert isinstance(threshold, Fixed | ZScore)
             bounds = [threshold.bound(fan_in) for fan_in in self._fan_ins]
             exact = torch.tensor(bounds, dtype=torch.float64, device="cpu")
-            self._rows.view(torch.float64)[:, 6] = exact
+            self._rows.view(torch.float64)[:, _LAYER.index("bound")] = exact
             self._threshold = threshold
         return _BOUND, 0.0
 
