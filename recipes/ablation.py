@@ -204,14 +204,13 @@ def main() -> None:
     if border:
         data = with_border(data, border)
     if options.test_images:
-        images, labels = data.parts["test"]
-        first = images[: options.test_images], labels[: options.test_images]
-        data = replace(data, parts={**data.parts, "test": first})
+        data = data.first_tests(options.test_images)
     common = {
         "dataset": options.dataset,
         "size": size,
         "arch": options.arch or "resnet18",
         "train_images": options.train_images,
+        "test_images": options.test_images,
         "epochs": options.epochs,
         "batch_size": options.batch_size,
         "lr": options.lr,

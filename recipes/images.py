@@ -52,6 +52,17 @@ class Images:
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
         return self.trained_on(images[chosen], labels[chosen])
 
+    def first_tests(self, count: int) -> Images:
+        """Keeps the first ``count`` of the test images.
+
+        Raises:
+            SystemExit: If there are fewer.
+        """
+        images, labels = self.parts["test"]
+        if not 1 <= count <= len(images):
+            raise SystemExit(f"--test-images must lie in [1, {len(images)}], got {count}")
+        return replace(self, parts={**self.parts, "test": (images[:count], labels[:count])})
+
     def resized(self, size: int) -> Images:
         """Resizes the images to another side, bilinearly."""
         return self._changed(

@@ -41,7 +41,7 @@ class Run:
     ``weights`` is a file of safetensors to start from, or the name of the package of pretrained.py;
     ``augmentation`` a name of AUGMENTATIONS, or ``"mixup"`` for flips and the method of that name.
     ``equal`` is the budget that all methods share: passes over the images, or epochs, which cost
-    twice as much with SAM.
+    twice as much with SAM. ``test_images`` is the number that is evaluated if it is not all (0).
     """
 
     arm: str
@@ -59,11 +59,14 @@ class Run:
     augmentation: str = "shifts"
     equal: Literal["passes", "epochs"] = "passes"
     channels_last: bool = False
+    test_images: int = 0
     method: tuple[Method, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings for the results file; methods by name."""
         fields = {name: value for name, value in vars(self).items() if name != "method"}
+        if not self.test_images:  # as in the files from before there was a choice
+            del fields["test_images"]
         return fields | {"method": {method.name: method.to_dict() for method in self.method}}
 
     @property

@@ -372,18 +372,27 @@ def test_the_figures_of_the_performance_page_come_from_results_files() -> None:
     assert [line for line in shown if line not in measured] == []
 
 
+SWEEPS = [
+    f"{sweep}{kind}"
+    for sweep in ("figure2", "figure3", "architectures")
+    for kind in ("", "-transient")
+]
+
+
+@pytest.mark.parametrize("sweep", ["study", *SWEEPS])
 def test_the_ablation_tables_are_made_from_the_runs_beside_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweep: str
 ) -> None:
-    runs = ROOT / "results" / "ablation"
+    runs = ROOT / "results" / "ablation" / ("" if sweep == "study" else sweep)
     script = ROOT / "recipes" / "ablation_report.py"
     monkeypatch.syspath_prepend(str(script.parent))
-    monkeypatch.setattr(
-        sys, "argv", [script.name, "study", "--runs", str(runs), "--out", str(tmp_path)]
-    )
+    command = [script.name, sweep.removesuffix("-transient"), "--runs", str(runs)]
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path)])
     runpy.run_path(str(script), run_name="__main__")
     for name in ("table.md", "differences.csv"):
         assert (tmp_path / name).read_text() == (runs / name).read_text()
+    if sweep != "study":
+        return
     shown = re.findall(r"images/(study-[^)]*)", (ROOT / "docs" / "evidence.md").read_text())
     assert len(shown) == 3 and {path.name for path in tmp_path.glob("*.png")}.issuperset(shown)
 

@@ -210,6 +210,20 @@ def test_every_architecture_takes_the_size_that_is_chosen_for_it(tmp_path: Path)
     assert [json.loads(path.read_text())["run"]["size"] for path in files] == [32] * 5
 
 
+def test_runs_that_are_evaluated_on_fewer_images_are_runs_of_their_own(tmp_path: Path) -> None:
+    command = [sys.executable, recipe("ablation"), "study", "--dataset", "digits", *TINY]
+    command += ["--epochs", "1", "--seeds", "1", "--arms", "plain"]
+    for extra in ([], ["--test-images", "7"]):
+        assert run(*command, *extra, folder=tmp_path).stdout.count("accuracy") == 1
+    files = (tmp_path / "runs" / "ablation").glob("*.json")
+    runs = {
+        one["run"].get("test_images", 0): one for one in map(json.loads, map(Path.read_text, files))
+    }
+    assert runs.keys() == {0, 7}
+    right = 7 * runs[7]["test"]["clean"]["accuracy"]
+    assert right == pytest.approx(round(right), abs=1e-4)
+
+
 def test_ablation_claims_runs_and_resumes(tmp_path: Path) -> None:
     command = [sys.executable, recipe("ablation"), "study", "--dataset", "digits", *TINY]
     command += ["--epochs", "1", "--seeds", "1", "--arms", "plain", "ema .98", "top half, cosine"]
@@ -868,6 +882,11 @@ def test_a_subset_of_more_images_than_there_are_is_refused(images: ModuleType) -
         message = rf"--train-images must lie in \[1, 1100\], got {count}"
         with pytest.raises(SystemExit, match=message):
             digits.first_labels(count, seed=0)
+    first = digits.first_tests(5).parts
+    assert torch.equal(first["test"][0], digits.parts["test"][0][:5]) and len(first["val"][1]) > 5
+    for count in (-1, 0, 498):
+        with pytest.raises(SystemExit, match=rf"--test-images must lie in \[1, 497\], got {count}"):
+            digits.first_tests(count)
 
 
 def test_thresholds_on_the_command_line(merging_options: ModuleType) -> None:
