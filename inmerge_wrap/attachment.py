@@ -327,7 +327,8 @@ def check_settings(
         raise RuntimeError(
             "transient=True does not work with FSDP2: a forward pass gathers the weights "
             "before the wrapper is called, so that it would not see what is merged in the "
-            "shards; train with DDP, which suits a CNN"
+            "shards; train with DDP, which suits a CNN, or merge for good "
+            "(InMergeWrapper.recommended(..., transient=False))"
         )
     noise = settings.direction in ("gaussian", "multiplicative")
     if noise and is_schedule_free(optimizer) and not settings.transient:

@@ -90,6 +90,14 @@ class MergeSettings:
         self._check_combinations()
 
     def _check_combinations(self) -> None:
+        unused = "radius" if self.direction == "partner" else "merge_weight"
+        value, default = getattr(self, unused), getattr(MergeSettings, unused)
+        if value != default:
+            used = {"radius": "merge_weight", "merge_weight": "radius"}[unused]
+            raise ValueError(
+                f"{unused}={value} has no effect with direction={self.direction!r}, where {used} "
+                f"is the size of the change: set {used}, and leave {unused} at {default}"
+            )
         if self.merge_momentum and self.transient:
             raise ValueError(
                 "merge_momentum has no effect with transient=True: the optimizer steps from the "
@@ -114,20 +122,26 @@ class MergeSettings:
         if level == 1.0:
             return self
         probability, weight = self.schedule.apply(step, self.merge_probability, self.merge_weight)
+        if self.direction == "partner":
+            return replace(self, merge_probability=probability, merge_weight=weight)
         fades = self.schedule.anneals == "strength"
         radius = self.radius * level if fades else self.radius
-        return replace(self, merge_probability=probability, merge_weight=weight, radius=radius)
+        return replace(self, merge_probability=probability, radius=radius)
 
 
-def recommended_settings(total_steps: int) -> dict[str, Any]:
+def recommended_settings(total_steps: int, *, transient: bool = True) -> dict[str, Any]:
     """Returns the settings of ``InMergeWrapper.recommended``, to be shown or changed.
 
-    Pairs merge if they are more similar than chance, in layers of any width (:class:`ZScore` of
-    2). The probability decays to zero and reaches it 5 % of the steps before the end, so that the
-    BatchNorm statistics fit the final weights.
+    They are those that docs/evidence.md confirms for fine-tuning: at each step every kernel of
+    every merged layer moves by .3 of its norm toward a random partner or away from it, for the
+    gradient alone. The move fades out along a cosine. It ends 5 % of the steps before the end of
+    training, so that the BatchNorm statistics fit the final weights.
 
     Args:
         total_steps: Optimizer steps of the whole training run.
+        transient: False returns settings for merging that stays, where transient merging is not
+            possible (FSDP2) or not wanted: deep pairs that are more similar than chance
+            (:class:`ZScore` of 2) merge as in the paper, and the probability fades out.
 
     Raises:
         ValueError: If ``total_steps`` is not positive.
@@ -135,7 +149,17 @@ def recommended_settings(total_steps: int) -> dict[str, Any]:
     if not isinstance(total_steps, Real) or total_steps < 1:
         raise ValueError(f"total_steps must be a count of steps >= 1, got {total_steps!r}")
     end = max(1, int(total_steps) - max(1, int(total_steps) // 20))
+    if not transient:
+        return {
+            "similarity_threshold": ZScore(2.0),
+            "schedule": Schedule(end=end, decay="cosine"),
+        }
     return {
-        "similarity_threshold": ZScore(2.0),
-        "schedule": Schedule(end=end, decay="cosine"),
+        "transient": True,
+        "direction": "signed",
+        "radius": 0.3,
+        "shallow_layers": 0,
+        "similarity_threshold": -1.0,
+        "merge_probability": 1.0,
+        "schedule": Schedule(end=end, decay="cosine", anneals="strength"),
     }

@@ -214,7 +214,7 @@ def _advice(threshold: Threshold) -> str:
         return (
             "Wide layers rarely reach a fixed cosine: use similarity_threshold=ZScore(2.0), "
             "which adapts to the width of a layer, or "
-            "InMergeWrapper.recommended(network, total_steps=...), which sets it"
+            "InMergeWrapper.recommended(network, total_steps=..., transient=False), which sets it"
         )
     return (
         "Use a rule that more pairs pass: a smaller z, or similarity_threshold=Quantile(0.1), "

@@ -44,7 +44,7 @@ SAID = {
     "cluster means, cosine": "merge toward cluster means, fading",
     # Merging, in the second study.
     "persistent, the paper's": "merge as in the paper (cosine > .3)",
-    "persistent, recommended": "merge as recommended (z > 2, fading)",
+    "persistent, recommended": "merge pairs with z > 2, fading",
     "persistent, most alike half": "merge the most alike half, fading",
     "persistent, apart from a random kernel 0.3": "persistent, pushed from a random kernel by 0.3",
     "persistent, Gaussian noise 0.3": "persistent Gaussian noise, size 0.3, norms kept",

@@ -19,7 +19,8 @@ spent waiting for images. ``--cache DIR`` decodes and resizes each image once (7
 Training is that of arXiv 2502.20516: SGD, lr 0.1 divided by 10 when the validation loss stalls
 for 8 epochs, 30 epochs without and 10 with merging, from the best checkpoint of the first phase.
 ``--paper`` uses the paper's merging settings as well; the default is
-``InMergeWrapper.recommended``. Ten more epochs help a network with or without merging:
+``InMergeWrapper.recommended``, and ``--persistent`` that for merging that stays, which FSDP2 needs.
+Ten more epochs help a network with or without merging:
 ``--control`` repeats the second phase without merging, from the same checkpoint with the same
 images in the same order, and reports both.
 

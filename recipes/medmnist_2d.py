@@ -267,7 +267,8 @@ def check_same_settings(
     result: dict[str, Any], options: argparse.Namespace, folder: Path, arm: str
 ) -> None:
     """Refuses to mix runs of different settings into one mean."""
-    free = {"seed", "seeds", "out", "data_root", "no_merge", "tracker"}
+    # --persistent is no setting of its own: it chooses others, which are compared.
+    free = {"seed", "seeds", "out", "data_root", "no_merge", "tracker", "persistent"}
     if arm == "plain":
         free |= {"paper", *paper_settings()}
     for key, value in vars(options).items():

@@ -1,7 +1,8 @@
 """Command-line options of a recipe for the settings of merging.
 
-An option that is left out has the value of ``InMergeWrapper.recommended``, or with ``--paper`` the
-constructor's default, which is the paper's: no default is written down a second time.
+An option that is left out has the value of ``InMergeWrapper.recommended``: for transient merging,
+or with ``--persistent`` for merging that stays. With ``--paper`` it has the constructor's default,
+which is the paper's. No default is written down a second time.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any
 
 from inmerge_wrap import Fixed, InMergeWrapper, Quantile, Schedule, ZScore, recommended_settings
 
-# The arguments of InMergeWrapper that can be given; --decay is a field of its schedule.
-GIVEN = ("merge_weight", "merge_probability", "similarity_threshold", "shallow_layers")
+# The arguments of InMergeWrapper that can be given; --decay is a field of its schedule, and
+# --persistent and --paper set the others.
+GIVEN = ("merge_weight", "radius", "merge_probability", "similarity_threshold", "shallow_layers")
 # Those that say how kernels merge, and not where, when a run repeats itself or what it records.
 _ELSEWHERE = {"module", "schedule", "example_input", "include", "exclude", "also_merge", "plan"}
 _ELSEWHERE |= {"seed", "inspect_every", "check_replicas_every", "compiled", "engine"}
@@ -34,12 +36,27 @@ def add_merging_arguments(parser: argparse.ArgumentParser, *, optional: bool = T
     if optional:
         group.add_argument("--no-merge", action="store_true", help="train plainly, without merging")
     group.add_argument(
-        "--paper",
+        "--persistent",
         action="store_true",
-        help="the paper's settings: alpha .8, p .3, fixed tau .3, merging in every step to the end",
+        help="merging that stays: deep pairs that are more similar than chance, fading out",
     )
     group.add_argument(
-        "--merge-weight", type=float, metavar="ALPHA", help="alpha: weight of the kernel itself"
+        "--paper",
+        action="store_true",
+        help="the paper's settings, which stay too: alpha .8, p .3, fixed tau .3, merging in every "
+        "step to the end",
+    )
+    group.add_argument(
+        "--merge-weight",
+        type=float,
+        metavar="ALPHA",
+        help="alpha: weight of the kernel itself, with --persistent",
+    )
+    group.add_argument(
+        "--radius",
+        type=float,
+        metavar="R",
+        help="size of the move relative to the kernel, where merging is transient",
     )
     group.add_argument(
         "--merge-probability",
@@ -72,22 +89,27 @@ def parse_run(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parses the command line of a recipe that merges, and fills in the settings of merging.
 
     The settings are those in force, for the results file: the recommended ones, the paper's, or
-    None without merging. Arguments that ``--paper`` or ``--no-merge`` would ignore are an error.
+    None without merging. Arguments that would be ignored are an error.
     """
     options = parser.parse_args()
     merges = not getattr(options, "no_merge", False)
     given = [name for name in (*GIVEN, "decay") if getattr(options, name) is not None]
-    ignored: list[str] = []
+    presets = [name for name in ("paper", "persistent") if getattr(options, name)]
+    switch, ignored = "--paper", list[str]()
     if not merges:
-        ignored = given + ["paper"] * options.paper
+        switch, ignored = "--no-merge", given + presets
     elif options.paper:
-        ignored = [name for name in given if name != "shallow_layers"]
+        ignored = [name for name in given if name != "shallow_layers"] + presets[1:]
+    elif options.persistent:
+        switch, ignored = "--persistent", [name for name in given if name == "radius"]
+    elif "merge_weight" in given:
+        parser.error("--merge-weight is for --persistent; the size of a transient move is --radius")
     if ignored:
         names = ", ".join("--" + name.replace("_", "-") for name in ignored)
-        switch = "--paper" if merges else "--no-merge"
         parser.error(f"{switch} would ignore {names}: leave out one or the other")
     if merges:
-        in_force = paper_settings() if options.paper else recommended_options()
+        transient = not options.persistent
+        in_force = paper_settings() if options.paper else recommended_options(transient=transient)
         vars(options).update({k: v for k, v in in_force.items() if k not in given})
     return options
 
@@ -99,9 +121,9 @@ def paper_settings() -> dict[str, Any]:
     return settings | {"decay": Schedule().decay}
 
 
-def recommended_options() -> dict[str, Any]:
+def recommended_options(*, transient: bool) -> dict[str, Any]:
     """Returns what ``InMergeWrapper.recommended`` chooses, and the decay of its schedule."""
-    chosen = recommended_settings(total_steps=1)
+    chosen = recommended_settings(total_steps=1, transient=transient)
     decay = chosen.pop("schedule").decay
     return paper_settings() | chosen | {"decay": decay}
 
@@ -114,7 +136,7 @@ def merging_settings(
     Merging that fades out ends at 95 % of the steps that follow ``start``.
     """
     names = [name for name in paper_settings() if name != "decay"]
-    fading = recommended_settings(total_steps - start)["schedule"]
+    fading = recommended_settings(total_steps - start, transient=options.transient)["schedule"]
     end = None if options.decay == "constant" else start + fading.end
     schedule = replace(
         Schedule() if options.paper else fading, start=start, end=end, decay=options.decay

@@ -120,12 +120,12 @@ class Fade:
 
 @dataclass(frozen=True)
 class Merge(Method):
-    """In-model merging; settings left out are the paper's, or those that the library recommends.
+    """In-model merging; settings left out are the paper's, or those recommended where it stays.
 
     Attributes:
         settings: Arguments of InMergeWrapper; not ``schedule`` and not ``seed``.
         fade: The schedule; None merges in every step to the end, or as recommended.
-        recommended: Build on ``InMergeWrapper.recommended``.
+        recommended: Build on ``InMergeWrapper.recommended(..., transient=False)``.
         recalibrate: Recompute BatchNorm's statistics after training.
     """
 
@@ -140,7 +140,9 @@ class Merge(Method):
         if self.fade is not None:
             settings["schedule"] = self.fade.schedule(total_steps)
         if self.recommended:
-            return InMergeWrapper.recommended(network, total_steps=total_steps, **settings)
+            return InMergeWrapper.recommended(
+                network, total_steps=total_steps, transient=False, **settings
+            )
         return InMergeWrapper(network, **settings)
 
     def follow(self, training: Training) -> Follower:

@@ -107,6 +107,7 @@ def transient(**settings: Any) -> tuple[Method, ...]:
 ARMS: dict[str, tuple[Method, ...]] = {
     "plain": (),
     "persistent, the paper's": (Merge(),),
+    # Recommended when the study was made; now InMergeWrapper.recommended(..., transient=False).
     "persistent, recommended": (Merge(recommended=True),),
     "persistent, most alike half": (Merge({"similarity_threshold": Quantile(0.5)}, Fade()),),
     "transient, random": transient(),

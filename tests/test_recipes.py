@@ -175,7 +175,8 @@ def test_medmnist_takes_the_files_of_earlier_runs(monkeypatch: pytest.MonkeyPatc
         result = json.loads(path.read_text())
         arm = "merged" if result["merge"] else "plain"
         _, script, *arguments = shlex.split(result["environment"]["command"])
-        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        # What was recommended then is --persistent now.
+        monkeypatch.setattr(sys, "argv", [script, *arguments, "--persistent"])
         options = medmnist["parse_run"](medmnist["parser"])
         medmnist["check_same_settings"](result, options, path, arm)
         options.merge_weight = 0.5
@@ -676,6 +677,10 @@ RUNS = {"quickstart": [], "medmnist_2d": [], "chestxray": ["--data-root", "nih"]
             for name in RUNS
         ),
         ("medmnist_2d", ["--no-merge", "--paper"], "--no-merge would ignore --paper: "),
+        ("medmnist_2d", ["--paper", "--persistent"], "--paper would ignore --persistent: "),
+        ("medmnist_2d", ["--persistent", "--radius", ".2"], "--persistent would ignore --radius: "),
+        ("quickstart", ["--merge-weight", "0.7"], "--merge-weight is for --persistent; the size of "
+         "a transient move is --radius"),
         ("chestxray", ["--no-merge", "--shallow-layers", "0"], "would ignore --shallow-layers: "),
         ("quickstart", ["--no-merge"], "unrecognized arguments: --no-merge"),
     ],
@@ -728,9 +733,16 @@ def test_a_recipe_merges_as_recommended_or_as_in_the_paper(
     recommended = InMergeWrapper.recommended(network, total_steps=100)
     assert decisive(model) == decisive(recommended)
     assert ours.similarity_threshold == recommended.similarity_threshold
-    other = settings_in_force(merging_options, monkeypatch, "--merge-weight", "0.5")
-    assert other.merge_weight == 0.5
-    assert wrapped(merging_options, other, total_steps=100).merge_weight == 0.5
+    other = settings_in_force(merging_options, monkeypatch, "--radius", "0.5")
+    assert other.radius == 0.5
+    assert wrapped(merging_options, other, total_steps=100).radius == 0.5
+    stays = settings_in_force(merging_options, monkeypatch, "--persistent")
+    model = wrapped(merging_options, stays, total_steps=100)
+    persistent = InMergeWrapper.recommended(network, total_steps=100, transient=False)
+    assert decisive(model) == decisive(persistent) != decisive(recommended)
+    both = "--persistent", "--merge-weight", "0.5"
+    stays = settings_in_force(merging_options, monkeypatch, *both)
+    assert wrapped(merging_options, stays, total_steps=100).merge_weight == 0.5
     linear = settings_in_force(merging_options, monkeypatch, "--decay", "linear")
     assert wrapped(merging_options, linear, total_steps=100).schedule.decay == "linear"
     paper = settings_in_force(merging_options, monkeypatch, "--paper", "--shallow-layers", "1")

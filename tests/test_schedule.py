@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,11 +24,14 @@ from inmerge_wrap import (
     Schedule,
     ZScore,
     recalibrate,
+    recommended_settings,
 )
 from inmerge_wrap.merging import blend_kernels, nearest_kernels, norm_scale
 from inmerge_wrap.stores import store_of
 from tests import NEEDS_COMPILER, reference
 from tests.test_wrapper import drawn, sgd, small_net, states_equal, train, wrapped
+
+ROOT = Path(__file__).parents[1]
 
 # -- schedule ------------------------------------------------------------------------------------
 
@@ -435,11 +440,35 @@ def test_momentum_is_found_inside_lookahead() -> None:
 # -- what is recommended ---------------------------------------------------------------------------
 
 
-def test_the_recommended_setting_merges_in_a_wide_layer_and_ends_with_the_training() -> None:
+def test_what_is_recommended_is_what_was_confirmed() -> None:
+    frozen = json.loads((ROOT / "results" / "study2" / "frozen.json").read_text())
+    confirmed = frozen["arms"]["transient, signed 0.3"]["merge"]
+    fade = confirmed.pop("schedule")
+    chosen = recommended_settings(1000)
+    schedule = chosen.pop("schedule")
+    assert chosen == confirmed
+    assert {name: getattr(schedule, name) for name in fade} == fade
+    # The study let it fade until the last step; what is cut off is next to nothing.
+    before = Schedule(end=1000, **fade)
+    assert schedule.end == 950 and before.level(950) < 0.01
+    model = InMergeWrapper.recommended(small_net(), total_steps=100, radius=0.2)
+    assert (model.transient, model.direction, model.radius) == (True, "signed", 0.2)
+    assert not model.plan.skipped  # the first convolutions take part
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    before_training = copy.deepcopy(model.module.state_dict())
+    train(model, optimizer, 100)  # a warning would be an error here
+    assert model.report().merged == model.report().drawn > 0
+    assert model.step == 100 and not model.statistics_lag
+    assert any((model.module.state_dict()[k] != v).any() for k, v in before_training.items())
+
+
+def test_merging_that_stays_merges_in_a_wide_layer_and_ends_with_the_training() -> None:
     torch.manual_seed(0)
     wide = nn.Sequential(nn.Conv2d(3, 128, 1), nn.Conv2d(128, 256, 3), nn.Conv2d(256, 64, 3))
     example = torch.zeros(1, 3, 8, 8)
     settings = {"total_steps": 20, "shallow_layers": 1, "example_input": example, "seed": 3}
+    settings["transient"] = False
     model = InMergeWrapper.recommended(wide, **settings)
     paper = InMergeWrapper(copy.deepcopy(wide), shallow_layers=1, example_input=example, seed=3)
     merged = []

@@ -673,6 +673,11 @@ def test_nothing_happens_silently() -> None:
         ({"transient": False, "replica_draws": True}, "replica_draws=True needs transient=True"),
         ({"direction": "north"}, "direction must be 'partner' or 'signed'"),
         ({"radius": -0.1}, r"radius must lie in \[0, 2\], got -0.1"),
+        ({"radius": 0.2}, "radius=0.2 has no effect with direction='partner', where merge_weight"),
+        (
+            {"direction": "signed", "merge_weight": 0.7},
+            "merge_weight=0.7 has no effect with direction='signed', where radius is the size",
+        ),
         (
             {"transient": False, "merge_momentum": True, "direction": "gaussian"},
             "merge_momentum needs a partner",
@@ -743,7 +748,8 @@ def test_the_threshold_decides_which_kernels_move_in_every_direction(direction: 
 
 @pytest.mark.parametrize("direction", ["partner", "signed", "gaussian", "multiplicative"])
 def test_norms_are_kept_on_demand_in_every_direction(direction: str) -> None:
-    for before, after, _ in moves(direction, keep_norm=True, radius=0.5):
+    size = {"merge_weight": 0.7} if direction == "partner" else {"radius": 0.5}
+    for before, after, _ in moves(direction, keep_norm=True, **size):
         assert not torch.equal(before, after)
         torch.testing.assert_close(after.norm(dim=1), before.norm(dim=1))
 

@@ -485,8 +485,9 @@ def test_a_threshold_that_never_fires_is_reported_with_what_works(threshold: Any
     )
     advised = eval(z_score or quantile, {"ZScore": ZScore, "Quantile": Quantile})
     again = [wrapped(similarity_threshold=advised)]
-    if "InMergeWrapper.recommended" in message:
-        again += [InMergeWrapper.recommended(small_net(), total_steps=200, shallow_layers=2)]
+    if "InMergeWrapper.recommended(network, total_steps=..., transient=False)" in message:
+        settings = {"total_steps": 200, "transient": False, "shallow_layers": 2}
+        again += [InMergeWrapper.recommended(small_net(), **settings)]
     assert len(again) == (2 if threshold == 0.999 else 1)
     for model in again:
         optimizer = sgd(model, lr=0.0)
