@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from operator import is_
+from operator import attrgetter, getitem, is_
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -67,10 +67,48 @@ class _Held:
     """Which of some layers an optimizer held, and the inputs of that decision."""
 
     layers: Layers
-    parameters: list[list[nn.Parameter]]  # of the optimizer, and of each attached later
-    free: list[bool]  # whether each layer that it holds is not frozen
+    groups: _Groups  # of the optimizer and of those attached later
     held: Layers
+    parameters: list[nn.Parameter]  # of the layers that it holds
+    free: list[bool]  # whether each of these parameters is not frozen
     trained: Layers
+
+
+class _Groups:
+    """The parameters of some optimizers, and whether they are still the same.
+
+    After a training step nothing is in the caches, so that reading every parameter of a network
+    takes longer than a small pass. Only those of merged layers are compared one by one; of the
+    others, their lists.
+
+    Args:
+        optimizers: The optimizers.
+        merged: The parameters of all merged layers.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], merged: Sequence[nn.Parameter]) -> None:
+        self._lists = _lists_of(optimizers)
+        self._lengths = [*map(len, self._lists)]
+        of_layers = set(map(id, merged))
+        found = [
+            (some, place)
+            for some in self._lists
+            for place, parameter in enumerate(some)
+            if id(parameter) in of_layers
+        ]
+        self._holders = [some for some, _ in found]
+        self._places = [place for _, place in found]
+        self._merged = [some[place] for some, place in found]
+
+    def are_still(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Returns whether these optimizers hold the same parameters as those before."""
+        lists = _lists_of(optimizers)
+        return (
+            len(lists) == len(self._lists)
+            and all(map(is_, lists, self._lists))
+            and [*map(len, lists)] == self._lengths
+            and all(map(is_, map(getitem, self._holders, self._places), self._merged))
+        )
 
 
 class Attachments:
@@ -124,22 +162,33 @@ class Attachments:
         """
         live = self.live
         later = live[live.index(optimizer) + 1 :] if optimizer in live else []
-        parameters = [_parameters_of(each) for each in (optimizer, *later)]
+        optimizers = [optimizer, *later]
         known = next((known for known in self._known if known.optimizer() is optimizer), None)
         last = known.last if known else None
-        if last is None or last.layers is not layers or not _are_same(last.parameters, parameters):
-            mine, *others = (set(map(id, each)) for each in parameters)
+        if last is None or last.layers is not layers or not last.groups.are_still(optimizers):
+            mine, *others = (set(map(id, _parameters_of(each))) for each in optimizers)
             mine = mine.difference(*others)
-            held = [
-                place
-                for place, layer in enumerate(layers)
-                if layer.parameters and all(id(p) in mine for p in layer.parameters)
-            ]
-            last = _Held(layers, parameters, [], layers.at(held), Layers([]))
-        free = [all(p.requires_grad for p in layer.parameters) for layer in last.held]
+            held = layers.at(
+                [
+                    place
+                    for place, layer in enumerate(layers)
+                    if layer.parameters and all(id(p) in mine for p in layer.parameters)
+                ]
+            )
+            groups = _Groups(optimizers, [p for layer in layers for p in layer.parameters])
+            last = _Held(
+                layers, groups, held, [p for layer in held for p in layer.parameters], [], Layers([])
+            )
+        free = [*map(attrgetter("requires_grad"), last.parameters)]
         if free != last.free:
             last.free = free
-            last.trained = last.held.at([place for place, one in enumerate(free) if one])
+            last.trained = last.held.at(
+                [
+                    place
+                    for place, layer in enumerate(last.held)
+                    if all(p.requires_grad for p in layer.parameters)
+                ]
+            )
         if known:
             known.last = last
         return last.held, last.trained
@@ -390,11 +439,9 @@ def _parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _are_same(some: list[list[nn.Parameter]], others: list[list[nn.Parameter]]) -> bool:
-    """Returns whether lists hold the same objects (``==`` would compare their entries)."""
-    return list(map(len, some)) == list(map(len, others)) and all(
-        all(map(is_, one, other)) for one, other in zip(some, others, strict=True)
-    )
+def _lists_of(optimizers: Sequence[Optimizer]) -> list[list[nn.Parameter]]:
+    """Returns the list of each parameter group of each optimizer."""
+    return [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
 
 
 def _first_moments(optimizer: Optimizer, weight: nn.Parameter) -> list[Tensor]:

@@ -338,6 +338,8 @@ void fetch(const Number *kernel, int64_t fan_in) {
 enum Decision { kGiven, kBound, kQuantile };
 
 struct Rule {
+  bool draws;         // first draw the pairs, each kernel with this probability
+  float probability;
   Decision decision;  // whether `merged` is given, or how it is found
   double share;       // the quantile
   bool skip;          // merge nothing
@@ -503,10 +505,12 @@ extern "C" void put_back(const Table *table, const char *kept, int64_t entry_siz
     compare<Number, Wide>(*table, threads);                                                        \
   }                                                                                                \
   extern "C" void change_##name(const Table *table, double alpha, int threads) {                   \
-    merge<Number, Wide>(*table, {kGiven, 0, false, alpha, false, 0, 0, 0}, nullptr, threads);      \
+    const Rule rule = {false, 0, kGiven, 0, false, alpha, false, 0, 0, 0};                         \
+    merge<Number, Wide>(*table, rule, nullptr, threads);                                           \
   }                                                                                                \
   extern "C" void pass_##name(const Table *table, const Rule *rule, Number *kept, double *sums,    \
                               int threads) {                                                       \
+    if (rule->draws) draw(*table, rule->seed, rule->step, rule->probability, threads);             \
     merge<Number, Wide>(*table, *rule, kept, threads);                                             \
     add_up<Wide>(*table, sums);                                                                    \
   }

@@ -307,11 +307,13 @@ def step_(
     if type(threshold) not in (Fixed, ZScore, Quantile):
         return None
     run = layers.fact(NAME, _Pass)
-    run.draw(probability, seed, step)
-    decision, share = run.aim(threshold)
+    draws = _draws_like_torch() and (keep is None or probability == 1.0)
+    if not draws:
+        run.draw(probability, seed, step)
+    rows = None if keep is None else run.room_for_kept(run.kernels if draws else run.lengths())
+    signed = radius is not None, radius or 0.0
     skips = skip is not None and bool(skip)
-    rule = _Rule(decision, share, skips, merge_weight, radius is not None, radius or 0, seed, step)
-    rows = None if keep is None else run.room_for_kept()
+    rule = _Rule(draws, probability, *run.aim(threshold), skips, merge_weight, *signed, seed, step)
     place = None if rows is None else rows.data_ptr()
     run.function(run.table.address, rule, place, run.sums.data_ptr(), _threads())
     sums = run.sums.tolist()
@@ -325,6 +327,8 @@ class _Rule(ctypes.Structure):
     """``struct Rule`` of ``native.cpp``."""
 
     _fields_ = (
+        ("draws", ctypes.c_bool),
+        ("probability", ctypes.c_float),
         ("decision", ctypes.c_int),
         ("share", ctypes.c_double),
         ("skip", ctypes.c_bool),
@@ -346,18 +350,18 @@ class _Drawing:
     def __init__(self, layers: Layers) -> None:
         sites = [layer.site for layer in layers]
         self._layers = layers
-        self._kernels = [site.shape[0] for site in sites]
+        self.kernels = [site.shape[0] for site in sites]
         self._sizes = [site.shape[0] // site.pair_groups for site in sites]
         self._fan_ins = [site.fan_in for site in sites]
         self._rows = _rows(
-            kernels=self._kernels,
+            kernels=self.kernels,
             fan_in=self._fan_ins,
             group_size=self._sizes,
             stream=[stream_of(site) for site in sites],
             centred=[site.centred for site in sites],
         )
         self._ends = (_WHOLE * len(sites))()
-        room = sum(self._kernels)
+        room = sum(self.kernels)
         self._targets, self._sources = torch.empty(2, room, dtype=torch.int64, device="cpu")
         self.table = _Table(self._rows, self._ends, self._targets, self._sources, None, None)
 
@@ -367,7 +371,7 @@ class _Drawing:
             library().draw(self.table.address, seed, step, probability, _threads())
             return
         seeds = [mix(seed, step, stream_of(layer.site)) for layer in self._layers]
-        drawn, lengths = merging.draw_layers(self._kernels, self._sizes, probability, seeds)
+        drawn, lengths = merging.draw_layers(self.kernels, self._sizes, probability, seeds)
         self._targets[: drawn.shape[1]], self._sources[: drawn.shape[1]] = drawn[1:]
         self._ends[:] = list(accumulate(lengths))
 
@@ -398,7 +402,7 @@ class _Pass(_Drawing):
         self.spare: Tensor | None = None  # for kernels that are kept
         addresses = [weight.data_ptr() for weight in self.weights]
         self._rows[:, _LAYER.index("rows")] = torch.tensor(addresses, device="cpu")
-        room = sum(self._kernels)
+        room = sum(self.kernels)
         found = torch.empty(room, dtype=wide, device="cpu")
         self._merged = torch.empty(room, dtype=torch.bool, device="cpu")
         self.table = _Table(
@@ -422,9 +426,9 @@ class _Pass(_Drawing):
             self._threshold = threshold
         return _BOUND, 0.0
 
-    def room_for_kept(self) -> Tensor:
-        """Returns memory for the kernels of all drawn pairs."""
-        entries = sum(map(mul, self.lengths(), self._fan_ins))
+    def room_for_kept(self, lengths: Sequence[int]) -> Tensor:
+        """Returns memory for the kernels of as many pairs of each layer."""
+        entries = sum(map(mul, lengths, self._fan_ins))
         room, self.spare = self.spare, None
         if room is None or len(room) < entries:
             room = torch.empty(entries, dtype=self.dtype, device="cpu")
