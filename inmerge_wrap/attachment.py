@@ -177,7 +177,12 @@ class Attachments:
             )
             groups = _Groups(optimizers, [p for layer in layers for p in layer.parameters])
             last = _Held(
-                layers, groups, held, [p for layer in held for p in layer.parameters], [], Layers([])
+                layers,
+                groups,
+                held,
+                [p for layer in held for p in layer.parameters],
+                [],
+                Layers([]),
             )
         free = [*map(attrgetter("requires_grad"), last.parameters)]
         if free != last.free:

@@ -16,10 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import typer.main
 import yaml
+from scipy import stats
 
 import inmerge_wrap
 from inmerge_wrap.cli import app
@@ -370,6 +372,37 @@ def test_the_figures_of_the_performance_page_come_from_results_files() -> None:
     shown = [line for line in text.splitlines() if line.startswith("|") and " px |" in line]
     assert len(shown) > 10
     assert [line for line in shown if line not in measured] == []
+
+
+def test_the_two_phases_on_the_page_are_those_of_the_runs() -> None:
+    page = (ROOT / "docs" / "evidence.md").read_text()
+    readme = " ".join((ROOT / "recipes" / "README.md").read_text().split())
+    plain: dict[str, list[float]] = {}
+    for name, label in (
+        ("paper", "merging with the paper's settings"),
+        ("signed", "merging as recommended (signed, transient)"),
+    ):
+        files = [
+            ROOT / "results" / "chestxray" / "control" / f"{name}-seed{seed}.json"
+            for seed in range(10)
+        ]
+        runs = [json.loads(file.read_text()) for file in files]
+        merged = np.array([run["test_mean_auroc"] for run in runs])
+        plain[name] = [run["control_test_mean_auroc"] for run in runs]
+        difference = merged - plain[name]
+        low, high = stats.t.interval(0.95, 9, difference.mean(), stats.sem(difference))
+        said = f"{difference.mean():+.3f} ({low:+.3f} to {high:+.3f})"
+        layers = [layer for run in runs for layer in run["merging"].values()]
+        share = sum(layer["merged"] for layer in layers) / sum(layer["drawn"] for layer in layers)
+        spread = f"{merged.mean():.3f} ({merged.std(ddof=1):.3f})"
+        shown = f"{share:.1%}".replace("100.0%", "100%")
+        assert f"| {label} | {shown} | {spread} | {said} |" in page
+        assert said in readme
+        if name == "signed":
+            assert "above the control in eight of ten pairs" in page and (difference > 0).sum() == 8
+    assert plain["paper"] == plain["signed"]  # paired to the bit: only the second phase differs
+    own = f"{np.mean(plain['paper']):.3f} ({np.std(plain['paper'], ddof=1):.3f})"
+    assert f"| plain | | {own} | |" in page
 
 
 SWEEPS = [
