@@ -561,10 +561,11 @@ def is_nested_step(optimizer: Optimizer) -> bool:
     and unlike a counter it stays right when a step raises. torch.compile runs steps under another
     code object of the same name and place.
     """
-    steps = [vars(kind)["step"] for kind in type(optimizer).__mro__ if "step" in vars(kind)]
-    patched = [_place(step.__code__) for step in steps if hasattr(step, "hooked")]
-    if len(patched) < 2:
+    steps = [vars(kind)["step"] for kind in _with_steps(type(optimizer))]
+    hooked = [step for step in steps if hasattr(step, "hooked")]
+    if len(hooked) < 2:
         return False
+    patched = [_place(step.__code__) for step in hooked]
     frame, depth = sys._getframe(), 0
     while frame is not None:
         arguments = frame.f_locals.get("args") if _place(frame.f_code) in patched else None
@@ -572,6 +573,12 @@ def is_nested_step(optimizer: Optimizer) -> bool:
             depth += 1
         frame = frame.f_back  # type: ignore[assignment]
     return depth > 1
+
+
+@cache
+def _with_steps(kind: type[Optimizer]) -> list[type]:
+    """Returns the classes that a class of optimizers inherits a step from."""
+    return [each for each in kind.__mro__ if "step" in vars(each)]
 
 
 def is_no_training_step() -> bool:
