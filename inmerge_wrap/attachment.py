@@ -561,7 +561,7 @@ def is_nested_step(optimizer: Optimizer) -> bool:
     and unlike a counter it stays right when a step raises. torch.compile runs steps under another
     code object of the same name and place.
     """
-    steps = [vars(kind)["step"] for kind in _with_steps(type(optimizer))]
+    steps = [vars(kind)["step"] for kind in _with_steps(cast(Any, type(optimizer)))]
     hooked = [step for step in steps if hasattr(step, "hooked")]
     if len(hooked) < 2:
         return False
@@ -576,7 +576,7 @@ def is_nested_step(optimizer: Optimizer) -> bool:
 
 
 @cache
-def _with_steps(kind: type[Optimizer]) -> list[type]:
+def _with_steps(kind: type) -> list[type]:
     """Returns the classes that a class of optimizers inherits a step from."""
     return [each for each in kind.__mro__ if "step" in vars(each)]
 
