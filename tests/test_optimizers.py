@@ -643,6 +643,25 @@ def test_weights_replaced_behind_the_optimizer_are_an_error_that_names_them() ->
         optimizer.step()
 
 
+@pytest.mark.parametrize("way", ["in place", "another list", "shorter"])
+def test_a_weight_that_the_optimizer_loses_is_an_error_however_it_is_lost(way: str) -> None:
+    model = wrapped()
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    train(model, optimizer, 1)
+    loss_of(model, 1).backward()
+    (group,) = optimizer.param_groups
+    place = next(i for i, p in enumerate(group["params"]) if p is model.mid.weight)
+    if way == "in place":
+        group["params"][place] = model.mid.weight.detach().clone()
+    elif way == "shorter":
+        del group["params"][place]
+    else:
+        group["params"] = [p for p in group["params"] if p is not model.mid.weight]
+    with pytest.raises(RuntimeError, match="no longer holds the weights of mid"):
+        optimizer.step()
+
+
 class Blurred(nn.Module):
     """As composer's BlurPool: a convolution inside of what took its place."""
 
