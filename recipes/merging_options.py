@@ -95,13 +95,15 @@ def parse_run(parser: argparse.ArgumentParser) -> argparse.Namespace:
     merges = not getattr(options, "no_merge", False)
     given = [name for name in (*GIVEN, "decay") if getattr(options, name) is not None]
     presets = [name for name in ("paper", "persistent") if getattr(options, name)]
-    switch, ignored = "--paper", list[str]()
+    ignored: list[str] = []
+    switch = "--paper" if options.paper else "--persistent"
     if not merges:
         switch, ignored = "--no-merge", given + presets
     elif options.paper:
-        ignored = [name for name in given if name != "shallow_layers"] + presets[1:]
+        heeded = "shallow_layers", "paper"
+        ignored = [name for name in given + presets if name not in heeded]
     elif options.persistent:
-        switch, ignored = "--persistent", [name for name in given if name == "radius"]
+        ignored = [name for name in given if name == "radius"]
     elif "merge_weight" in given:
         parser.error("--merge-weight is for --persistent; the size of a transient move is --radius")
     if ignored:
