@@ -73,6 +73,27 @@ class _Held:
     free: list[bool]  # whether each of these parameters is not frozen
     trained: Layers
 
+    @classmethod
+    def of(cls, layers: Layers, optimizers: Sequence[Optimizer]) -> _Held:
+        """Finds the layers that the first optimizer holds and none of the others does."""
+        mine, *others = (set(map(id, _parameters_of(each))) for each in optimizers)
+        mine = mine.difference(*others)
+        held = _where(
+            layers,
+            lambda layer: bool(layer.parameters) and mine.issuperset(map(id, layer.parameters)),
+        )
+        groups = _Groups(optimizers, _parameters_in(layers))
+        return cls(layers, groups, held, _parameters_in(held), [], Layers([]))
+
+    def follow_freezing(self) -> None:
+        """Finds the layers that train, if parameters were frozen or unfrozen since."""
+        free = [*map(attrgetter("requires_grad"), self.parameters)]
+        if free != self.free:
+            self.free = free
+            self.trained = _where(
+                self.held, lambda layer: all(p.requires_grad for p in layer.parameters)
+            )
+
 
 class _Groups:
     """The parameters of some optimizers, and whether they are still the same.
@@ -166,34 +187,8 @@ class Attachments:
         known = next((known for known in self._known if known.optimizer() is optimizer), None)
         last = known.last if known else None
         if last is None or last.layers is not layers or not last.groups.are_still(optimizers):
-            mine, *others = (set(map(id, _parameters_of(each))) for each in optimizers)
-            mine = mine.difference(*others)
-            held = layers.at(
-                [
-                    place
-                    for place, layer in enumerate(layers)
-                    if layer.parameters and all(id(p) in mine for p in layer.parameters)
-                ]
-            )
-            groups = _Groups(optimizers, [p for layer in layers for p in layer.parameters])
-            last = _Held(
-                layers,
-                groups,
-                held,
-                [p for layer in held for p in layer.parameters],
-                [],
-                Layers([]),
-            )
-        free = [*map(attrgetter("requires_grad"), last.parameters)]
-        if free != last.free:
-            last.free = free
-            last.trained = last.held.at(
-                [
-                    place
-                    for place, layer in enumerate(last.held)
-                    if all(p.requires_grad for p in layer.parameters)
-                ]
-            )
+            last = _Held.of(layers, optimizers)
+        last.follow_freezing()
         if known:
             known.last = last
         return last.held, last.trained
@@ -444,6 +439,16 @@ def _parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def _parameters_in(layers: Sequence[MergedLayer]) -> list[nn.Parameter]:
+    """Returns the parameters of all layers."""
+    return [p for layer in layers for p in layer.parameters]
+
+
+def _where(layers: Layers, is_wanted: Callable[[MergedLayer], bool]) -> Layers:
+    """Returns the layers for which a condition holds."""
+    return layers.at([place for place, layer in enumerate(layers) if is_wanted(layer)])
+
+
 def _lists_of(optimizers: Sequence[Optimizer]) -> list[list[nn.Parameter]]:
     """Returns the list of each parameter group of each optimizer."""
     return [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
@@ -561,7 +566,7 @@ def is_nested_step(optimizer: Optimizer) -> bool:
     and unlike a counter it stays right when a step raises. torch.compile runs steps under another
     code object of the same name and place.
     """
-    steps = [vars(kind)["step"] for kind in _with_steps(cast(Any, type(optimizer)))]
+    steps = [vars(kind)["step"] for kind in type(optimizer).__mro__ if "step" in vars(kind)]
     hooked = [step for step in steps if hasattr(step, "hooked")]
     if len(hooked) < 2:
         return False
@@ -573,12 +578,6 @@ def is_nested_step(optimizer: Optimizer) -> bool:
             depth += 1
         frame = frame.f_back  # type: ignore[assignment]
     return depth > 1
-
-
-@cache
-def _with_steps(kind: type) -> list[type]:
-    """Returns the classes that a class of optimizers inherits a step from."""
-    return [each for each in kind.__mro__ if "step" in vars(each)]
 
 
 def is_no_training_step() -> bool:
