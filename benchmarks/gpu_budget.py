@@ -168,21 +168,24 @@ def fused_pass(
         drawn += len(targets) * row
         averaged += len(targets) * row * site.centred
         late += share * int(torch.isin(targets, sources).sum()) * row
-    cost = Cost(1, 0)  # the draws are sent
-    cost += Cost(2, 2 * drawn + 2 * averaged)  # compare: a table and a kernel; means come first
-    cost += Cost(2, 0)  # decide
-    cost += Cost(3, 3 * share * drawn + 2 * late)  # blend: some by way of the buffer
-    if quantile:
+    compared = 2 * drawn + 2 * averaged  # means come first
+    cost = Cost(1, 0)  # a message
+    cost += Cost(1, compared + 3 * share * drawn + late)  # merge: some into the buffer
+    cost += Cost(1, late)  # and from there
+    if quantile:  # a launch of its own to compare
         with Ledger() as ledger:
             pairs = [len(targets) for targets, _ in draws]
-            layer_quantiles(torch.empty(sum(pairs), device="meta"), pairs, 0.5)
-        cost += ledger.cost
+            cosines = torch.empty(sum(pairs), device="meta")
+            place = torch.empty(sum(pairs), dtype=torch.int16, device="meta")
+            bounds = layer_quantiles(cosines, pairs, 0.5).index_select(0, place.int())
+            torch.ge(cosines, bounds)
+        cost += ledger.cost + Cost(1, 0)
     return cost
 
 
 def fused_transience(plan: MergePlan, draws: Draws, share: float, dtype: torch.dtype) -> Cost:
-    """Counts saving the kernels that merge and restoring them in the Triton engine."""
-    return Cost(4, 4 * share * row_bytes(plan, draws, dtype))
+    """Counts keeping the kernels that merge, as they merge, and restoring them."""
+    return Cost(1, 3 * share * row_bytes(plan, draws, dtype))
 
 
 def draw(plan: MergePlan, probability: float) -> Draws:

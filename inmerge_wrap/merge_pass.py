@@ -21,6 +21,7 @@ from inmerge_wrap.engines import (
     Engine,
     divided,
     group,
+    has_merge,
     merge_at_once_,
     native,
     step_at_once_,
@@ -187,9 +188,12 @@ def _merge_groups(
     on_device: dict[torch.device, Pairs] = {}
     for engine, places, batch in divided(layers, settings.engine):
         device = batch[0].store.weight.device
-        if device not in on_device:
-            on_device[device] = pairs.to(device)
-        theirs = on_device[device].of(places)
+        if has_merge(engine):  # which sends what it needs of the pairs itself
+            theirs = pairs.of(places)
+        else:
+            if device not in on_device:
+                on_device[device] = pairs.to(device)
+            theirs = on_device[device].of(places)
         found = _merge_batch(engine, batch, theirs, settings, step, companions, skip, keep)
         if batch is layers:  # already in order
             return found
@@ -221,7 +225,7 @@ def _merge_batch(
     changes: list[Change] = [blend] * len(layers)
     signs = None
     if settings.direction == "signed":
-        signs = _signs(layers, pairs.lengths, settings, step).to(pairs.table.device)
+        signs = _signs(layers, pairs.lengths, settings, step)
     moves = signs is not None and not settings.keep_norm and not companions
     if (blends or moves) and settings.partner == "random":
         outcome = merge_at_once_(
@@ -235,9 +239,14 @@ def _merge_batch(
             keep=keep,
         )
         if outcome is not None:
-            merged = outcome.merged
-            _change_companions_(layers, pairs, merged, changes, companions, settings.engine)
+            if companions:
+                there = pairs.to(outcome.merged.device)
+                of_all = layers, there, outcome.merged, changes, companions, settings.engine
+                _change_companions_(*of_all)
             return outcome
+    device = layers[0].store.weight.device
+    pairs = pairs.to(device)
+    signs = None if signs is None else signs.to(device)
     sites = [layer.site for layer in layers]
     with ExitStack() as stack:
         stores = [stack.enter_context(layer.store.opened()) for layer in layers]

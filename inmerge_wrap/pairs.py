@@ -76,7 +76,7 @@ class Outcome:
     """What one step did.
 
     Attributes:
-        layer: Number of each drawn pair's layer in the plan, int64, shape (pairs,).
+        layer: Number of each drawn pair's layer in the plan, of any integer type, shape (pairs,).
         cosines: Cosine of each drawn pair, shape (pairs,); NaN where it is undefined.
         merged: Whether the target changed, boolean, shape (pairs,).
         lengths: Number of pairs that each layer drew, in the order of the layers of the step.

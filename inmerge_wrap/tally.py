@@ -98,6 +98,7 @@ class Tally:
         )
         if self._merged.device != device:
             self._move_to(device)
+        layer_of_pair = layer_of_pair.long()
         undefined = cosines.isnan()
         self._merged.index_add_(0, layer_of_pair, merged.long())
         self._undefined.index_add_(0, layer_of_pair, undefined.long())

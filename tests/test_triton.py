@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -66,27 +67,25 @@ def test_every_launch_compiles_to_machine_code(
 
     def machine_code(kernel: Any, types: dict[str, str], **constants: Any) -> bytes:
         arguments = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-        source = ASTSource(kernel, arguments, {"block": 1024, **constants})
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+        source = ASTSource(kernel, arguments, {"block": 512, **constants})
+        target = GPUTarget("cuda", capability, 32)
+        return triton.compile(source, target=target, options={"num_warps": 8}).asm["cubin"]
 
-    shared = {"table": "*i64", "layers": "i32", "targets": "*i64", "sources": "*i64"}
-    shared |= {"changed": "*i1", "cosines": "*fp32"}
-    for stored in (tl.float32, tl.float16, tl.uint16):
-        assert machine_code(triton_kernels.compare, shared, stored=stored)
-        mixing = {**shared, "later": "*i1", "merge_weight": "fp32"}
-        assert machine_code(triton_kernels.blend, mixing, stored=stored)
-        for to_buffer in (False, True):
-            assert machine_code(triton_kernels.copy, shared, stored=stored, to_buffer=to_buffer)
-        every = {**shared, "changed": "constexpr"}
-        options = {"stored": stored, "to_buffer": True, "changed": None}
-        assert machine_code(triton_kernels.copy, every, **options)
-    counts = {"merged": "*i64", "undefined": "*i64", "cosine_sum": "*fp64", "cosine_max": "*fp32"}
-    for thresholds in ("*fp32", "*fp64"):
-        deciding = {**shared, **counts, "thresholds": thresholds, "skip": "*fp32"}
-        assert machine_code(triton_kernels.decide, deciding, inclusive=True, block=256)
-    nothing = dict.fromkeys(["skip", *counts])
-    deciding = {**shared, "thresholds": "*fp32"}
-    assert machine_code(triton_kernels.decide, deciding, inclusive=False, block=256, **nothing)
+    for index in ("*i16", "*i32"):
+        rows = dict.fromkeys(["place", "targets", "sources", "read", "signs"], index)
+        shared = {**rows, "table": "*i64", "dtype": "i32", "cosines": "*fp32"}
+        buffers = dict.fromkeys(["buffer", "blended", "kept"], "*u8")
+        shared |= {**buffers, "changed": "*i1", "merged": "*i1", "skip": "*fp32"}
+        shared["merge_weight"] = "fp32"
+        for stored, vector in product((tl.float32, tl.float16, tl.uint16), (1, 16)):
+            row = {"stored": stored, "vector": vector}
+            assert machine_code(triton_kernels.compare, shared, **row)
+            assert machine_code(triton_kernels.copy, shared, **row)
+            assert machine_code(triton_kernels.merge, shared, decided=False, **row)
+    blending = dict.fromkeys(["signs", "kept", "skip"], "constexpr")
+    nothing = dict.fromkeys(blending)
+    row["decided"] = True
+    assert machine_code(triton_kernels.merge, {**shared, **blending}, **nothing, **row)
 
 
 def test_nobody_waits_for_a_triton_that_is_not_used() -> None:

@@ -6,7 +6,6 @@ process of their own: under ``TRITON_INTERPRET=1`` they run on a CPU, else on a 
 
 from __future__ import annotations
 
-import math
 import os
 import runpy
 from collections.abc import Callable, Iterator, Sequence
@@ -31,9 +30,8 @@ from inmerge_wrap.merging import (
     centre,
     draw_layers,
     pair_cosines,
+    signed_weight,
 )
-from inmerge_wrap.pairs import Outcome
-from inmerge_wrap.tally import Tally
 from inmerge_wrap.thresholds import Fixed, Quantile, ZScore
 from tests import reference
 
@@ -71,6 +69,45 @@ def some_mask(length: int, share: float) -> Tensor:
     return (torch.rand(length, generator=torch.Generator().manual_seed(2)) < share).to(DEVICE)
 
 
+def compare(
+    layers: list[Tensor],
+    pairs: Sequence[int],
+    targets: Tensor,
+    sources: Tensor,
+    centred: Sequence[bool] | None = None,
+) -> Tensor:
+    return engine.compare(engine.batch_of(layers, pairs, targets, sources, centred=centred))
+
+
+def blend_(
+    layers: list[Tensor],
+    pairs: Sequence[int],
+    targets: Tensor,
+    sources: Tensor,
+    changed: Tensor,
+    merge_weight: float,
+    **options: Any,
+) -> tuple[engine.Batch, engine.Merged]:
+    batch = engine.batch_of(layers, pairs, targets, sources)
+    return batch, engine.merge_(batch, merge_weight, decided=changed, **options)
+
+
+def merge_(
+    layers: list[Tensor],
+    pairs: Sequence[int],
+    targets: Tensor,
+    sources: Tensor,
+    threshold: float,
+    merge_weight: float,
+    **options: Any,
+) -> engine.Merged:
+    places = torch.arange(len(pairs)).repeat_interleave(torch.tensor(pairs))
+    drawn = torch.stack([places, targets.cpu(), sources.cpu()])
+    thresholds = [threshold] * len(pairs)
+    batch = engine.batch_to_send(layers, pairs, drawn, thresholds=thresholds)
+    return engine.merge_(batch, merge_weight, **options)
+
+
 def bits(tensor: Tensor) -> Tensor:
     """What equality means where NaN may be."""
     return tensor.view(BITS[tensor.element_size()])
@@ -93,7 +130,7 @@ def test_cosines(dtype: torch.dtype, channels_last: bool) -> None:
     layers[1] += 100  # far from centred: the mean must go before the products are taken
     pairs, targets, sources = everyone_with_another()
     centred = [False, True, False, True]
-    found = engine.compare(layers, pairs, targets, sources, centred)
+    found = compare(layers, pairs, targets, sources, centred)
     assert found.dtype == torch.float32 and found.device == layers[0].device
     parts = zip(layers, found.split(pairs), targets.split(pairs), sources.split(pairs), strict=True)
     for number, ((layer, cosines, ours, theirs), mean) in enumerate(
@@ -114,7 +151,7 @@ def test_no_cosine_is_beyond_one(dtype: torch.dtype) -> None:
     weight = torch.randn(40, 3, 1, 1, generator=torch.Generator().manual_seed(0)).to(dtype)
     weight = torch.cat([weight, weight, -weight]).to(DEVICE)
     targets = torch.arange(80).to(DEVICE)
-    cosines = engine.compare([weight], [80], targets, targets + 40, [False])
+    cosines = compare([weight], [80], targets, targets + 40, [False])
     assert cosines.abs().max() == 1 and cosines.abs().min() > 1 - 1e-6
     assert (cosines[:40] > 0).all() and (cosines[40:] < 0).all()
 
@@ -154,7 +191,7 @@ def test_all_kernels_are_read_before_any_is_written(
         layers = random_layers(dtype)
         before = [layer.clone() for layer in layers]
         changed = some_mask(len(targets), share)
-        engine.blend_(layers, pairs, targets, sources, changed, merge_weight)
+        blend_(layers, pairs, targets, sources, changed, merge_weight)
         parts = (part.split(pairs) for part in (targets, sources, changed))
         equal = []
         for layer, old, ours, theirs, mask in zip(layers, before, *parts, strict=True):
@@ -180,7 +217,7 @@ def test_blends_of_numbers_that_are_none_equal_plain_ones() -> None:
         kernels, partners = (weight[index].flatten(1).float() for index in (targets, sources))
         blended = blend_kernels(kernels, partners, None, 0.8)
         expected[:4] = blended.to(dtype).unflatten(1, weight.shape[1:])
-        engine.blend_([weight], [4], targets, sources, some_mask(4, 1.0), 0.8)
+        blend_([weight], [4], targets, sources, some_mask(4, 1.0), 0.8)
         torch.testing.assert_close(weight, expected, equal_nan=True)
         assert weight.isnan().any() and weight.isinf().any()
 
@@ -197,9 +234,7 @@ def test_grouped_layers_in_channels_last_merge_as_the_plain_function_merges(
     plain = [torch.randn(s).to(DEVICE, dtype) for s, dtype in zip(shapes, dtypes, strict=True)]
     plain = [layer.to(memory_format=torch.channels_last) for layer in plain]
     fused = [layer.clone() for layer in plain]
-    cosines = engine.compare(fused, pairs, targets, sources, [False] * 3)
-    merged = engine.decide(cosines, pairs, [0.1] * 3)
-    engine.blend_(fused, pairs, targets, sources, merged, 0.8)
+    merged = merge_(fused, pairs, targets, sources, 0.1, 0.8).merged
     ends = zip(targets.split(pairs), sources.split(pairs), merged.split(pairs), strict=True)
     for one, other, (ours, theirs, mask) in zip(plain, fused, ends, strict=True):
         found = merge_pairs_(one, ours, theirs, merge_weight=0.8, similarity_threshold=0.1)
@@ -218,18 +253,17 @@ def test_the_literal_loop_merges_the_same_pairs() -> None:
             weight, list(zip(targets.tolist(), sources.tolist(), strict=True)), 0.8, 0.4
         )
         weight, targets, sources = (part.to(DEVICE) for part in (weight, targets, sources))
-        cosines = engine.compare([weight], [20], targets, sources, [False])
-        found = engine.decide(cosines, [20], [0.4])
-        engine.blend_([weight], [20], targets, sources, found, 0.8)
+        found = merge_([weight], [20], targets, sources, 0.4, 0.8).merged
         torch.testing.assert_close(weight.cpu(), expected)
         assert found.tolist() == merged
 
 
-@pytest.mark.parametrize("share", [None, 0.5])
-def test_saved_kernels_come_back_to_the_bit(share: float | None) -> None:
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_kept_kernels_come_back_to_the_bit(share: float, elsewhere: bool) -> None:
     """Whatever the bits: NaN of any kind, infinities, subnormal numbers, both zeros."""
-    pairs, targets, _ = everyone_with_another()
-    mask = None if share is None else some_mask(len(targets), share)
+    pairs, targets, sources = everyone_with_another()
+    mask = some_mask(len(targets), share)
     generator = torch.Generator().manual_seed(3)
     layers = []
     for number, shape in enumerate(SHAPES):
@@ -239,14 +273,14 @@ def test_saved_kernels_come_back_to_the_bit(share: float | None) -> None:
         layer = pattern.to(BITS[dtype.itemsize]).view(dtype).to(DEVICE)
         layers.append(layer.to(memory_format=torch.channels_last) if number == 0 else layer)
     before = [layer.clone() for layer in layers]
-    kept = engine.save(layers, pairs, targets, mask)
+    batch, merged = blend_(layers, pairs, targets, sources, mask, 0.8, keep=True)
     for layer in layers:
         layer.add_(1.0)
     moved = [layer.clone() for layer in layers]
-    engine.restore_(layers, pairs, targets, kept, mask)
-    of_layers = targets.split(pairs)
-    masks = [torch.ones_like(ours, dtype=torch.bool) for ours in of_layers]
-    masks = masks if mask is None else [*mask.split(pairs)]
+    if elsewhere:
+        layers = [layer.clone() for layer in layers]
+    engine.restore_(batch, merged, layers)
+    of_layers, masks = targets.split(pairs), mask.split(pairs)
     for layer, old, new, ours, back in zip(layers, before, moved, of_layers, masks, strict=True):
         assert torch.equal(bits(layer[ours[back]]), bits(old[ours[back]]))
         assert torch.equal(bits(layer[ours[~back]]), bits(new[ours[~back]]))
@@ -257,64 +291,105 @@ def test_rows_of_every_layer_begin_where_a_gpu_can_read_them() -> None:
     """Single numbers of two bytes each are followed by layers of four."""
     layers = [torch.ones(2, 1, 1, 1, device=DEVICE, dtype=dtype) for dtype in reversed(DTYPES)]
     targets = torch.zeros(3, dtype=torch.int64, device=DEVICE)
-    assert engine.save(layers, [1, 1, 1], targets).shape == (48,)
+    changed = torch.ones(3, dtype=torch.bool, device=DEVICE)
+    _, merged = blend_(layers, [1, 1, 1], targets, targets + 1, changed, 0.8, keep=True)
+    assert merged.kept is not None and merged.kept.shape == (48,)
 
 
-def test_a_buffer_of_other_layers_is_refused() -> None:
+def test_nothing_is_restored_that_was_not_kept() -> None:
     weight = torch.randn(8, 4, 3, 3, device=DEVICE)
-    targets = torch.arange(6, device=DEVICE)
-    kept = engine.save([weight], [6], targets)
-    with pytest.raises(ValueError, match="must be the 720 bytes that save"):
-        engine.restore_([weight], [5], targets[:5], kept)
-    with pytest.raises(ValueError, match=r"got torch.float32 of shape \(216,\)"):
-        engine.restore_([weight], [6], targets, kept.view(torch.float32))
+    everyone = torch.arange(8, device=DEVICE)
+    changed = torch.ones(8, dtype=torch.bool, device=DEVICE)
+    batch, merged = blend_([weight], [8], everyone, everyone.roll(1), changed, 0.8)
+    with pytest.raises(ValueError, match=r"call merge_\(\) with keep=True"):
+        engine.restore_(batch, merged)
 
 
-@pytest.mark.parametrize("rule", [Fixed(0.1), ZScore(0.5), Quantile(0.3), Quantile(1.0)], ids=str)
+@pytest.mark.parametrize("aligned", [False, True])
+def test_a_signed_move_is_that_of_the_plain_function(aligned: bool) -> None:
+    """Also in rows that begin at any byte."""
+    pairs, targets, sources = [6, 8], torch.arange(14) % 8, (torch.arange(14) + 3) % 8
+    targets[:6], sources[:6] = torch.arange(6), torch.arange(6).roll(2)
+    torch.manual_seed(0)
+    shapes = [(8, 4, 3, 3), (8, 7, 3, 3)] if not aligned else [(8, 4, 3, 3), (8, 700, 1, 1)]
+    layers = [torch.randn(shape).to(DEVICE) for shape in shapes]
+    signs = 1 - 2 * (torch.arange(14) % 2)
+    places = torch.tensor([0] * 6 + [1] * 8)
+    drawn = torch.stack([places, targets, sources])
+    expected = [layer.clone() for layer in layers]
+    targets, sources = targets.to(DEVICE), sources.to(DEVICE)
+    parts = zip(targets.split(pairs), sources.split(pairs), signs.split(pairs), strict=True)
+    for layer, (ours, theirs, way) in zip(expected, parts, strict=True):
+        kernels, partners = layer.flatten(1)[ours], layer.flatten(1)[theirs]
+        weight = signed_weight(kernels, partners, way.to(DEVICE), 0.3)
+        blended = blend_kernels(kernels, partners, None, weight)
+        layer[ours] = blended.view(len(ours), *layer.shape[1:])
+    batch = engine.batch_to_send(layers, pairs, drawn, thresholds=[-1.1, -1.1], signs=signs)
+    assert engine.merge_(batch, 0.3).merged.all()
+    for layer, wanted in zip(layers, expected, strict=True):
+        torch.testing.assert_close(layer, wanted)
+
+
+def test_many_kernels_have_indices_that_do_not_fit_in_two_bytes() -> None:
+    weight = torch.randn(40_000, 1, 1, 2, device=DEVICE)
+    before = weight.clone()
+    drawn = torch.tensor([[0, 0], [39_999, 5], [33_000, 39_999]])
+    batch = engine.batch_to_send([weight], [2], drawn, thresholds=[-1.1])
+    engine.merge_(batch, 0.5)
+    expected = before.clone()
+    expected[39_999] = (before[39_999] + before[33_000]) / 2
+    expected[5] = (before[5] + before[39_999]) / 2
+    torch.testing.assert_close(weight, expected)
+    assert torch.equal(before[6:39_999], weight[6:39_999])
+
+
+def test_positions_in_the_plan_come_back(launches: Launches) -> None:
+    layers = [torch.randn(8, 2, 1, 1, device=DEVICE) for _ in range(2)]
+    drawn = torch.tensor([[3, 3, 40_000], [0, 1, 2], [1, 0, 3]])
+    batch = engine.batch_to_send(layers, [2, 1], drawn, in_order=False)
+    assert batch.numbers.tolist() == [3, 3, 40_000] and batch.place.tolist() == [0, 0, 1]
+    assert launches.messages == 1
+
+
+@pytest.mark.parametrize("rule", [Fixed(0.1), ZScore(0.5)], ids=str)
 @pytest.mark.parametrize("overflow", [None, 0.0, 1.0])
-def test_decisions_and_counts(rule: Any, overflow: float | None) -> None:
-    """Those of the threshold's rule for each layer, and of the tally."""
-    pairs, fan_ins, rows = [5, 0, 700, 1, 3], [9, 36, 100, 1, 9], [4, 0, 1, 5, 2]
+def test_decisions(rule: Fixed | ZScore, overflow: float | None) -> None:
+    """Those of the threshold's rule for each layer; a kernel without a cosine does not merge."""
+    layers = random_layers(torch.float32)
+    layers[0][3], layers[0][4, 5] = 0.0, float("nan")
+    before = [layer.clone() for layer in layers]
+    pairs, targets, sources = everyone_with_another()
+    skip = None if overflow is None else torch.tensor([overflow], device=DEVICE)
+    fan_ins = [layer[0].numel() for layer in layers]
+    places = torch.arange(len(pairs)).repeat_interleave(torch.tensor(pairs))
+    drawn = torch.stack([places, targets.cpu(), sources.cpu()])
+    bounds = [rule.bound(fan_in) for fan_in in fan_ins]
+    batch = engine.batch_to_send(layers, pairs, drawn, thresholds=bounds)
+    done = engine.merge_(batch, 0.8, skip=skip)
+    expected = compare(before, pairs, targets, sources)
+    assert torch.equal(bits(done.cosines), bits(expected)) and expected.isnan().any()
+    rules = zip(expected.split(pairs), fan_ins, strict=True)
+    wanted = torch.cat([rule.alike(part, fan_in) for part, fan_in in rules])
+    assert wanted.any()
+    assert torch.equal(done.merged, torch.zeros_like(wanted) if overflow else wanted)
+    changed = any(not torch.equal(bits(a), bits(b)) for a, b in zip(layers, before, strict=True))
+    assert changed != bool(overflow)
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_quantiles(share: float) -> None:
+    pairs = [5, 0, 700, 1, 3]
     torch.manual_seed(0)
     cosines = (2 * torch.rand(sum(pairs)) - 1).to(DEVICE)
     cosines[[0, 100, 704]] = float("nan")
     cosines[705] = float("nan")
-    cosines[706:] = 0.1  # on the threshold
-    cosines[5:8] = cosines[8]  # and ties at a quantile
-    skip = None if overflow is None else torch.tensor([overflow], device=DEVICE)
-    tally = Tally(6)
-    counts = engine.Counts(
-        torch.zeros(6, dtype=torch.int64, device=DEVICE),
-        torch.zeros(6, dtype=torch.int64, device=DEVICE),
-        torch.zeros(6, dtype=torch.float64, device=DEVICE),
-        torch.full((6,), -2.0, device=DEVICE),
-    )
-    of_layer = torch.tensor(rows).repeat_interleave(torch.tensor(pairs)).to(DEVICE)
-    for _ in range(2):
-        if isinstance(rule, Quantile):
-            bars: Any = engine.layer_quantiles(cosines, pairs, rule.share)
-        elif isinstance(rule, ZScore):
-            bars = [rule.z / math.sqrt(fan_in) for fan_in in fan_ins]
-        else:
-            bars = [rule.tau] * len(pairs)
-        inclusive = isinstance(rule, Quantile)
-        found = engine.decide(
-            cosines, pairs, bars, inclusive=inclusive, skip=skip, counts=counts, rows=rows
-        )
-        expected = torch.cat(
-            [rule.alike(part, d) for part, d in zip(cosines.split(pairs), fan_ins, strict=True)]
-        )
-        if overflow:
-            expected = torch.zeros_like(expected)
-        assert torch.equal(found, expected) and bool(found.any()) != bool(overflow)
-        tally.add(rows, Outcome(of_layer, cosines, expected, tuple(pairs)))
-        cosines = cosines.flip(0)
-        pairs, fan_ins, rows, of_layer = pairs[::-1], fan_ins[::-1], rows[::-1], of_layer.flip(0)
-    tally.report([""] * 6)  # counts what waits
-    assert torch.equal(counts.merged, tally._merged)
-    assert torch.equal(counts.undefined, tally._undefined) and counts.undefined.sum() == 8
-    assert torch.equal(counts.cosine_max, tally._cosine_max)
-    torch.testing.assert_close(counts.cosine_sum, tally._cosine_sum)
+    cosines[5:8] = cosines[8]  # ties at a quantile
+    bounds = engine.layer_quantiles(cosines, pairs, share)
+    parts = zip(cosines.split(pairs), bounds, strict=True)
+    found = torch.cat([part >= bound for part, bound in parts])
+    rule = Quantile(share)
+    assert torch.equal(found, torch.cat([rule.alike(part, 9) for part in cosines.split(pairs)]))
+    assert bounds[[1, 3]].isnan().all() and bounds[[0, 2, 4]].isfinite().all()
 
 
 def test_a_backward_pass_over_weights_that_were_written_is_refused() -> None:
@@ -323,17 +398,20 @@ def test_a_backward_pass_over_weights_that_were_written_is_refused() -> None:
     changed = torch.ones(8, dtype=torch.bool, device=DEVICE)
     images = torch.randn(1, 4, 5, 5, requires_grad=True, device=DEVICE)
 
-    def blend(weights: list[Tensor]) -> None:
-        engine.blend_(weights, [8, 0], everyone, everyone.roll(1), changed, 0.8)
+    ends = everyone, everyone.roll(1)
+    done: list[tuple[engine.Batch, engine.Merged]] = []
 
-    def save(weights: list[Tensor]) -> Tensor:
-        return engine.save(weights, [8, 0], everyone)
+    def look(weights: list[Tensor]) -> None:
+        compare(weights, [8, 0], *ends)
+
+    def blend(weights: list[Tensor]) -> None:
+        done[:] = [blend_(weights, [8, 0], *ends, changed, 0.8, keep=True)]
 
     def restore(weights: list[Tensor]) -> None:
-        engine.restore_(weights, [8, 0], everyone, save(weights))
+        engine.restore_(*done[0], weights)
 
     calls: list[tuple[Callable[[list[Tensor]], object], bool]]
-    calls = [(blend, True), (save, False), (restore, True)]
+    calls = [(look, False), (blend, True), (restore, True)]
     for call, writes in calls:
         weights = [torch.randn(8, 4, 3, 3, requires_grad=True, device=DEVICE) for _ in range(2)]
         losses = [torch.nn.functional.conv2d(images, weight).sum() for weight in weights]
@@ -357,14 +435,12 @@ def test_arguments_that_are_not_dense_are_read_aright() -> None:
         if dense:
             targets, sources, changed = targets.clone(), sources.clone(), mask.clone()
         assert targets.is_contiguous() == changed.is_contiguous() == dense
-        cosines = engine.compare([layer], [8], targets, sources, [False])
-        kept = engine.save([layer], [8], targets, changed)
-        engine.blend_([layer], [8], targets, sources, changed, 0.8)
+        cosines = compare([layer], [8], targets, sources)
+        batch, merged = blend_([layer], [8], targets, sources, changed, 0.8, keep=True)
         blended = layer.clone()
-        engine.restore_([layer], [8], targets, kept, changed)
+        engine.restore_(batch, merged)
         assert torch.equal(layer, weight) and not torch.equal(blended, weight)
-        decided = engine.decide(cosines.repeat_interleave(2)[::2], [8], [0.0])
-        results.append([cosines, blended, decided])
+        results.append([cosines, blended])
     assert all(map(torch.equal, *results))
 
 
@@ -373,12 +449,13 @@ def test_without_pairs_nothing_happens() -> None:
     before = [layer.clone() for layer in layers]
     none = torch.empty(0, dtype=torch.int64, device=DEVICE)
     pairs = [0] * len(layers)
-    cosines = engine.compare(layers, pairs, none, none, [False] * len(layers))
+    cosines = compare(layers, pairs, none, none)
     bars = engine.layer_quantiles(cosines, pairs, 0.5)
-    changed = engine.decide(cosines, pairs, bars)
-    engine.blend_(layers, pairs, none, none, changed, 0.8)
-    engine.restore_(layers, pairs, none, engine.save(layers, pairs, none))
-    assert cosines.shape == changed.shape == (0,) and changed.dtype == torch.bool
+    batch = engine.batch_to_send(layers, pairs, torch.empty(3, 0, dtype=torch.int64))
+    merged = engine.merge_(batch, 0.8, keep=True)
+    blend_(layers, pairs, none, none, merged.merged, 0.8)
+    engine.restore_(batch, merged)
+    assert cosines.shape == merged.merged.shape == (0,) and merged.merged.dtype == torch.bool
     assert bars.isnan().all()
     assert all(map(torch.equal, layers, before))
 
@@ -405,7 +482,10 @@ class Launches(TorchDispatchMode):
         self.kernels, self.messages, self.operations = [], 0, []
         for kind in (InterpretedFunction, JITFunction):
             monkeypatch.setattr(kind, "run", self._counting(kind.run))
-        monkeypatch.setattr(engine, "_send", self._sending(engine._send))
+        monkeypatch.setattr(engine, "_send", self._on_host(engine._send, messages=1))
+        monkeypatch.setattr(engine, "_there", self._on_host(engine._there, messages=1))
+        # What the host prepares is launched nowhere.
+        monkeypatch.setattr(engine, "batch_to_send", self._on_host(engine.batch_to_send))
 
     def _counting(self, run: Any) -> Any:
         def counted(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -415,13 +495,13 @@ class Launches(TorchDispatchMode):
 
         return counted
 
-    def _sending(self, send: Any) -> Any:
-        def sent(*args: Any) -> Any:
-            self.messages += 1
+    def _on_host(self, work: Any, messages: int = 0) -> Any:
+        def done(*args: Any, **options: Any) -> Any:
+            self.messages += messages
             with torch.utils._python_dispatch._disable_current_modes():
-                return send(*args)
+                return work(*args, **options)
 
-        return sent
+        return done
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -435,21 +515,15 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     yield Launches(monkeypatch)
 
 
-def one_pass(layers: list[Tensor], pairs: list[int], drawn: Tensor, quantile: bool) -> None:
-    """As an engine makes it: what is drawn is sent, compared, decided on and blended."""
-    _, targets, sources = engine._send(drawn, DEVICE)
-    cosines = engine.compare(layers, pairs, targets, sources, [False] * len(layers))
-    bars: Any = [0.0] * len(layers)
+def one_pass(layers: list[Tensor], pairs: Sequence[int], drawn: Tensor, quantile: bool) -> Any:
+    """As an engine makes it: what is drawn is sent, compared, decided on, blended, put back."""
+    batch = engine.batch_to_send(layers, pairs, drawn, thresholds=[0.0] * len(layers))
+    decided = None
     if quantile:
-        bars = engine.layer_quantiles(cosines, pairs, 0.5)
-    counts = engine.Counts(
-        torch.empty(len(layers), dtype=torch.int64, device=DEVICE),
-        torch.empty(len(layers), dtype=torch.int64, device=DEVICE),
-        torch.empty(len(layers), dtype=torch.float64, device=DEVICE),
-        torch.empty(len(layers), device=DEVICE),
-    )
-    changed = engine.decide(cosines, pairs, bars, inclusive=quantile, counts=counts)
-    engine.blend_(layers, pairs, targets, sources, changed, 0.8)
+        cosines = engine.compare(batch)
+        bounds = engine.layer_quantiles(cosines, pairs, 0.5)
+        decided = cosines >= bounds.index_select(0, batch.place.int())
+    return batch, engine.merge_(batch, 0.8, decided=decided, keep=True)
 
 
 @pytest.mark.parametrize("dtypes", [1, 3])
@@ -462,13 +536,11 @@ def test_launches_do_not_grow_with_the_layers(launches: Launches, dtypes: int) -
         launches.kernels.clear()
         launches.messages = 0
         with launches:
-            one_pass(layers, pairs, drawn, quantile=False)
-        assert launches.kernels == (
-            ["compare"] * dtypes + ["decide"] + ["blend"] * dtypes + ["copy"] * dtypes
-        )
-        assert launches.messages == 4
+            done = one_pass(layers, pairs, drawn, quantile=False)
+            engine.restore_(*done)
+        assert launches.kernels == ["merge"] * dtypes + ["copy"] * dtypes + ["copy"] * dtypes
+        assert launches.messages == 1
         assert launches.operations == []  # nothing else is launched, and nothing is waited for
-    assert len(launches.kernels) + launches.messages <= (8 if dtypes == 1 else 14)
 
 
 def test_a_quantile_takes_as_many_operations_for_any_number_of_layers(launches: Launches) -> None:
@@ -484,29 +556,16 @@ def test_a_quantile_takes_as_many_operations_for_any_number_of_layers(launches: 
     assert "_local_scalar_dense" not in found[0] and "nonzero" not in found[0]
 
 
-def test_saving_and_restoring_are_one_launch_each(launches: Launches) -> None:
-    for number in (3, 12):
-        layers = [torch.randn(6, 2, 3, 3, device=DEVICE) for _ in range(number)]
-        drawn, pairs = draw_layers([6] * number, [6] * number, 0.6, list(range(number)))
-        targets = drawn[1].to(DEVICE)
-        launches.kernels.clear()
-        launches.messages = 0
-        with launches:
-            kept = engine.save(layers, pairs, targets)
-            engine.restore_(layers, pairs, targets, kept)
-        assert launches.kernels == ["copy", "copy"] and launches.messages == 2
-        assert launches.operations == []
-
-
 if DEVICE.type == "cuda":
 
+    @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
     def test_nothing_waits_for_the_device() -> None:
         layers = [torch.randn(6, 2, 3, 3, device=DEVICE) for _ in range(3)]
         drawn, pairs = draw_layers([6] * 3, [6] * 3, 0.6, [0, 1, 2])
         for quantile in (False, True):
             one_pass(layers, pairs, drawn, quantile)  # compiles
-            torch.cuda.set_sync_debug_mode("error")
             try:
+                torch.cuda.set_sync_debug_mode("error")
                 one_pass(layers, pairs, drawn, quantile)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
@@ -545,18 +604,18 @@ else:
 
         monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
         monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
-        drawn = engine._send(torch.stack([targets, sources]), DEVICE)
-        cosines = engine.compare(layers, pairs, *drawn, [site.centred for site in sites])
-        changed = engine.decide(cosines, pairs, [threshold] * 3)
-        moved["bytes"] -= 4 * 2 * len(cosines)  # written by the one and read by the other
-        engine.blend_(layers, pairs, *drawn, changed, 0.8)
-        expected = budget["fused_pass"](plan, draws, share, torch.float32)
-        assert (len(launches.kernels) + launches.messages, moved["bytes"]) == (
-            expected.launches,
-            expected.moved,
+        places = torch.arange(3).repeat_interleave(torch.tensor(pairs))
+        batch = engine.batch_to_send(
+            layers,
+            pairs,
+            torch.stack([places, targets, sources]),
+            centred=[site.centred for site in sites],
+            thresholds=[threshold] * 3,
         )
-        kept = engine.save(layers, pairs, drawn[0], changed)
-        engine.restore_(layers, pairs, drawn[0], kept, changed)
+        done = engine.merge_(batch, 0.8, keep=True)
+        engine.restore_(batch, done)
+        moved["bytes"] -= 4 * len(done.cosines)
+        expected = budget["fused_pass"](plan, draws, share, torch.float32)
         expected += budget["fused_transience"](plan, draws, share, torch.float32)
         assert (len(launches.kernels) + launches.messages, moved["bytes"]) == (
             expected.launches,

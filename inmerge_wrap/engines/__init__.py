@@ -29,6 +29,7 @@ __all__ = [
     "describe",
     "divided",
     "group",
+    "has_merge",
     "merge_at_once_",
     "require",
     "step_at_once_",
@@ -136,6 +137,11 @@ def divided(layers: Layers, name: str) -> list[tuple[Engine, list[int], Layers]]
     return layers.fact(("engines", name), find)
 
 
+def has_merge(engine: Engine) -> bool:
+    """Returns whether an engine performs the steps of a pass in one call."""
+    return hasattr(engine, "merge_")
+
+
 def merge_at_once_(
     engine: Any,
     layers: Layers,
@@ -147,8 +153,11 @@ def merge_at_once_(
     skip: Tensor | None,
     keep: list[Any] | None,
 ) -> Outcome | None:
-    """Runs a whole pass in one call of an engine; returns None if the engine has no such call."""
-    if not hasattr(engine, "merge_"):
+    """Runs a whole pass in one call of an engine; returns None if the engine has no such call.
+
+    The pairs and the signs are on the CPU.
+    """
+    if not has_merge(engine):
         return None
     found: Outcome | None = engine.merge_(
         layers, pairs, threshold, merge_weight, signs=signs, skip=skip, keep=keep

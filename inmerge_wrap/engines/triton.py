@@ -45,7 +45,10 @@ def batches(stores: Sequence[Store]) -> list[list[int]]:
 def cosines(stores: Sequence[Store], pairs: Pairs, centred: Sequence[bool]) -> Tensor:
     """Returns the float32 cosine of each pair; see :func:`inmerge_wrap.merging.pair_cosines`."""
     weights = [store.weight for store in stores]
-    return triton_launches.compare(weights, pairs.lengths, pairs.targets, pairs.sources, centred)
+    ends = pairs.targets, pairs.sources
+    return triton_launches.compare(
+        triton_launches.batch_of(weights, pairs.lengths, *ends, centred=centred)
+    )
 
 
 def change_(stores: Sequence[Store], pairs: Pairs, changed: Tensor | None, change: Change) -> None:
@@ -53,14 +56,9 @@ def change_(stores: Sequence[Store], pairs: Pairs, changed: Tensor | None, chang
     assert isinstance(change, Blend) and not isinstance(change.merge_weight, Tensor)
     if changed is None:
         changed = torch.ones_like(pairs.targets, dtype=torch.bool)
-    triton_launches.blend_(
-        [store.weight for store in stores],
-        pairs.lengths,
-        pairs.targets,
-        pairs.sources,
-        changed,
-        change.merge_weight,
-    )
+    weights = [store.weight for store in stores]
+    batch = triton_launches.batch_of(weights, pairs.lengths, pairs.targets, pairs.sources)
+    triton_launches.merge_(batch, change.merge_weight, decided=changed)
 
 
 def merge_(
@@ -75,14 +73,14 @@ def merge_(
 ) -> Outcome | None:
     """Compares, decides and blends; equal to :func:`cosines`, the threshold and :func:`change_`.
 
-    Launches, for any number of layers: one to compare, one to decide, two to blend, one to
-    save; a quantile takes some twenty more operations.
+    For any number of layers: one message and two launches; a quantile takes some twenty more.
 
     Args:
         layers: The layers of one batch, see :func:`batches`.
-        pairs: Drawn pairs, on their device.
+        pairs: Drawn pairs, on the CPU.
         threshold: The rule that decides which pairs merge.
-        merge_weight: See :func:`triton_launches.blend_`; likewise ``signs``.
+        merge_weight: See :func:`triton_launches.merge_`.
+        signs: 1 or -1 for each pair, on the CPU: move each kernel toward its partner or away.
         skip: A scalar on the device; non-zero disables the merge.
         keep: Receives the kernels that change, before they do.
 
@@ -92,24 +90,33 @@ def merge_(
     if type(threshold) not in (Fixed, ZScore, Quantile):
         return None
     sites = [layer.site for layer in layers]
-    found = cosines(layers.stores, pairs, [site.centred for site in sites])
-    bounds: Sequence[float] | Tensor
-    if isinstance(threshold, Quantile):
-        bounds = triton_launches.layer_quantiles(found, pairs.lengths, threshold.share)
-    else:
-        assert isinstance(threshold, Fixed | ZScore)
+    bounds = None
+    if isinstance(threshold, Fixed | ZScore):
         bounds = [threshold.bound(site.fan_in) for site in sites]
-    merged = triton_launches.decide(
-        found, pairs.lengths, bounds, inclusive=isinstance(threshold, Quantile), skip=skip
+    batch = triton_launches.batch_to_send(
+        [store.weight for store in layers.stores],
+        pairs.lengths,
+        pairs.table,
+        centred=[site.centred for site in sites],
+        thresholds=bounds,
+        signs=signs,
+        in_order=layers.are_first,
     )
-    weights = [store.weight for store in layers.stores]
+    found = decided = None
+    if isinstance(threshold, Quantile):
+        found = triton_launches.compare(batch)
+        lowest = triton_launches.layer_quantiles(found, pairs.lengths, threshold.share)
+        decided = found >= lowest.index_select(0, batch.place.int())
+        if skip is not None:
+            decided &= skip == 0
+            skip = None
+    done = triton_launches.merge_(
+        batch, merge_weight, decided=decided, skip=skip, keep=keep is not None
+    )
     if keep is not None:
-        rows = triton_launches.save(weights, pairs.lengths, pairs.targets, merged)
-        keep.append(KeptBuffer(layers, pairs, merged, rows))
-    triton_launches.blend_(
-        weights, pairs.lengths, pairs.targets, pairs.sources, merged, merge_weight, signs
-    )
-    return Outcome(pairs.layer, found, merged, pairs.lengths)
+        keep.append(KeptBuffer(layers, pairs, batch, done))
+    cosines = done.cosines if found is None else found
+    return Outcome(batch.numbers, cosines, done.merged, pairs.lengths)
 
 
 @dataclass(frozen=True)
@@ -118,15 +125,15 @@ class KeptBuffer:
 
     Attributes:
         layers: The layers.
-        pairs: The pairs whose targets are saved.
-        merged: Which of the pairs merged.
-        rows: The buffer that :func:`triton_launches.save` returned.
+        pairs: The pairs whose targets are kept, on the CPU.
+        batch: The same on the device.
+        merged: Which of them merged, and the buffer.
     """
 
     layers: Layers
     pairs: Pairs
-    merged: Tensor
-    rows: Tensor
+    batch: triton_launches.Batch
+    merged: triton_launches.Merged
 
     @property
     def modules(self) -> Sequence[nn.Module]:
@@ -137,21 +144,17 @@ class KeptBuffer:
         """Restores the kernels, bit for bit, wherever the convolutions have their weights now."""
         stores = [store_of(module) for module in self.modules]
         if all(map(_is_alike, stores, self.layers.stores)):
-            self._restore_([store.weight for store in stores])
+            weights = [store.weight for store in stores]
+            triton_launches.restore_(self.batch, self.merged, weights)
             return
         # Moved or converted since: unpack into weights of the old form and copy from these.
         unpacked = [torch.empty_like(store.weight) for store in self.layers.stores]
-        self._restore_(unpacked)
-        masks = self.merged.split(self.pairs.lengths)
-        for store, weight, part, mask in zip(
-            stores, unpacked, self.pairs.split(), masks, strict=True
-        ):
+        triton_launches.restore_(self.batch, self.merged, unpacked)
+        pairs = self.pairs.to(self.batch.place.device)
+        masks = self.merged.merged.split(self.pairs.lengths)
+        for store, weight, part, mask in zip(stores, unpacked, pairs.split(), masks, strict=True):
             index = part.targets[mask]
             store.copy_back_(index, Plain(weight).copy_out(index))
-
-    def _restore_(self, weights: Sequence[Tensor]) -> None:
-        targets, lengths = self.pairs.targets, self.pairs.lengths
-        triton_launches.restore_(weights, lengths, targets, self.rows, self.merged)
 
 
 def _is_alike(now: Store, before: Store) -> bool:

@@ -1,13 +1,12 @@
-"""Comparing, blending, saving and restoring the kernels of many layers in one launch, on a GPU.
+"""Comparing, merging and restoring the kernels of many layers in one launch each, on a GPU.
 
 PyTorch launches some twenty small kernels for each layer of a pass. Here one launch works on all
 layers, whatever their number: it reads the weights through a table of their addresses, which the
-host sends without waiting. The launches are in
+host sends with the drawn pairs in one message, without waiting. The launches are in
 ``triton_kernels.py``; Triton is imported when it is first needed.
 
-All functions take lists of layers. The weights of a call and the tensors of pairs must be on one
-device, and no two weights may share memory; :func:`takes` checks whether a weight is supported.
-Each dtype takes its own launch.
+The weights of a batch must be on one device, and no two may share memory; :func:`takes` checks
+whether a weight is supported. Each dtype takes its own launch.
 
 Under ``TRITON_INTERPRET=1``, set before Triton is imported, the same functions run on a CPU,
 slowly; this is how the tests run them without a GPU.
@@ -29,38 +28,64 @@ from torch import Tensor
 from inmerge_wrap.stores import is_dense
 
 __all__ = [
-    "Counts",
+    "Batch",
+    "Merged",
     "available",
-    "blend_",
+    "batch_of",
+    "batch_to_send",
     "compare",
-    "decide",
     "layer_quantiles",
+    "merge_",
     "restore_",
-    "save",
     "takes",
     "unavailable_reason",
 ]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_BLOCK = 1024  # entries of a kernel that a program works on at a time: eight for each thread
-_PAIRS = 256  # pairs that a program decides on at a time
+_BLOCK = 512  # entries of a kernel that a program works on at a time
+_WARPS = 8  # of 32 threads each, in a program; both chosen by timing on an H100
 _ALIGNMENT = 16  # bytes; of the layers in a buffer
 
 
-class Counts(NamedTuple):
-    """Running counts of layers, each of shape (layers,), which :func:`decide` adds to.
+class Batch(NamedTuple):
+    """Pairs of kernels of some layers, and what the launches read of them, on the device.
 
     Attributes:
-        merged: int64, pairs that passed.
-        undefined: int64, pairs without a cosine.
-        cosine_sum: float64, over the pairs that have one.
-        cosine_max: float32, the largest; below -1 before the first.
+        weights: Each of shape (C_out, C_in / groups, kH, kW); see :func:`takes`.
+        lengths: Number of pairs of each layer.
+        table: int64, a row of numbers for each layer; see ``triton_kernels.py``.
+        place: int16 or int32, shape (pairs,), as the following: the layer of each pair, by its
+            place here.
+        targets: Kernels to write; none repeats in a layer.
+        sources: Their partners.
+        read: Whether the target is a source of a pair of its layer, 0 or 1.
+        signs: Whether to move a kernel toward its partner (1) or away from it (-1); None to blend.
+        numbers: The layer of each pair, by its position in the plan.
     """
 
+    weights: Sequence[Tensor]
+    lengths: Sequence[int]
+    table: Tensor
+    place: Tensor
+    targets: Tensor
+    sources: Tensor
+    read: Tensor
+    signs: Tensor | None
+    numbers: Tensor
+
+
+class Merged(NamedTuple):
+    """What :func:`merge_` did.
+
+    Attributes:
+        cosines: Cosine of each pair, shape (pairs,), float32; undefined if given a decision.
+        merged: Whether it merged, boolean, shape (pairs,).
+        kept: The kernels that changed as they were, for :func:`restore_`; None if not wanted.
+    """
+
+    cosines: Tensor
     merged: Tensor
-    undefined: Tensor
-    cosine_sum: Tensor
-    cosine_max: Tensor
+    kept: Tensor | None
 
 
 def available(device: torch.device) -> bool:
@@ -80,7 +105,7 @@ def unavailable_reason(device: torch.device) -> str | None:
     try:
         weight = torch.ones(2, 1, 1, 1, device=device)
         target = torch.zeros(1, dtype=torch.int64, device=device)
-        compare([weight], [1], target, target + 1, [False])
+        compare(batch_of([weight], [1], target, target + 1))
     except ImportError as error:
         return f"Triton cannot be imported: {error}"
     except Exception as error:  # compilers, drivers and folders can fail in any way
@@ -117,262 +142,239 @@ def takes(weight: Tensor) -> bool:
     return plain and here and weight.dtype in _DTYPES and is_dense(weight)
 
 
-def compare(
+def batch_to_send(
     weights: Sequence[Tensor],
-    pairs: Sequence[int],
-    targets: Tensor,
-    sources: Tensor,
-    centred: Sequence[bool],
-) -> Tensor:
-    """Computes the cosine of each drawn pair, as :func:`inmerge_wrap.merging.pair_cosines`.
-
-    Launches: a table and one kernel.
+    lengths: Sequence[int],
+    pairs: Tensor,
+    *,
+    centred: Sequence[bool] | None = None,
+    thresholds: Sequence[float] | None = None,
+    signs: Tensor | None = None,
+    in_order: bool = True,
+) -> Batch:
+    """Sends pairs that the host has drawn, with the table of their layers, in one message.
 
     Args:
-        weights: Each of shape (C_out, C_in / groups, kH, kW); see :func:`takes`.
-        pairs: Number of pairs of each layer.
-        targets: int64, layer after layer, shape (sum(pairs),).
+        weights: See :class:`Batch`; likewise ``lengths``.
+        pairs: int64, on the CPU, shape (3, pairs): position in the plan, target and source.
+        centred: For each layer, whether to compare its kernels without their mean; by default no.
+        thresholds: The cosine above which the pairs of each layer merge; by default none does.
+        signs: See :class:`Batch`.
+        in_order: Whether positions in the plan are places here, so that they are not sent twice.
+    """
+    numbers, targets, sources = pairs
+    place = numbers if in_order else _places(lengths)
+    rows = {
+        "place": place,
+        "targets": targets,
+        "sources": sources,
+        "read": _is_read(weights, place, targets, sources),
+    }
+    if signs is not None:
+        rows["signs"] = signs
+    if not in_order:
+        rows["numbers"] = numbers
+    table = _table(weights, lengths, centred, thresholds)
+    table, sent = _send(table, rows, weights[0].device, _index_type(weights, numbers))
+    sent.setdefault("signs", None)
+    sent.setdefault("numbers", sent["place"])
+    return Batch(weights, lengths, table, **sent)
+
+
+def batch_of(
+    weights: Sequence[Tensor],
+    lengths: Sequence[int],
+    targets: Tensor,
+    sources: Tensor,
+    *,
+    centred: Sequence[bool] | None = None,
+) -> Batch:
+    """Describes pairs that are on the device already, as those with the most similar partner.
+
+    Takes some ten launches more than :func:`batch_to_send`, and one message.
+
+    Args:
+        weights: See :class:`Batch`; likewise ``lengths``.
+        targets: int64, shape (pairs,), layer after layer.
         sources: Likewise.
-        centred: For each layer, whether to compare the kernels without their mean.
+        centred: See :func:`batch_to_send`.
+    """
+    table = _table(weights, lengths, centred, None)
+    kind = _index_type(weights)
+    table, sent = _send(table, {"place": _places(lengths)}, weights[0].device, kind)
+    place = sent["place"]
+    read = _is_read(weights, place, targets, sources)
+    targets, sources, read = (part.to(kind).contiguous() for part in (targets, sources, read))
+    return Batch(weights, lengths, table, place, targets, sources, read, None, place)
+
+
+def compare(batch: Batch) -> Tensor:
+    """Computes the cosine of each pair, as :func:`inmerge_wrap.merging.pair_cosines`: one launch.
 
     Returns:
-        Shape (sum(pairs),), float32.
+        Shape (pairs,), float32.
     """
-    cosines = torch.empty(len(targets), dtype=torch.float32, device=targets.device)
-    table = _table(weights, pairs, centred=centred)
-    _launch(_kernels().compare, table, targets.contiguous(), sources.contiguous(), cosines)
+    cosines = torch.empty(len(batch.place), dtype=torch.float32, device=batch.place.device)
+    _launch("compare", batch, batch.table, batch.place, batch.targets, batch.sources, cosines)
     return cosines
 
 
-def layer_quantiles(cosines: Tensor, pairs: Sequence[int], share: float) -> Tensor:
+def layer_quantiles(cosines: Tensor, lengths: Sequence[int], share: float) -> Tensor:
     """Returns the cosine that the most similar ``share`` of each layer's pairs reach.
 
     As :func:`torch.nanquantile` of each layer, in a number of operations that does not grow with
     the layers.
 
     Args:
-        cosines: Cosines of all layers, shape (sum(pairs),).
-        pairs: Number of pairs of each layer.
+        cosines: Cosines of all layers, shape (pairs,).
+        lengths: Number of pairs of each layer.
         share: In (0, 1].
 
     Returns:
         Shape (layers,); NaN for a layer without a pair that has a cosine.
     """
-    width = max(pairs, default=0)
+    width = max(lengths, default=0)
     if width == 0:
-        return cosines.new_full((len(pairs),), torch.nan)
-    counts = torch.tensor(pairs, dtype=torch.int64, device="cpu")
-    unused = torch.arange(len(pairs), device="cpu") * width - (counts.cumsum(0) - counts)
+        return cosines.new_full((len(lengths),), torch.nan)
+    counts = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+    unused = torch.arange(len(lengths), device="cpu") * width - (counts.cumsum(0) - counts)
     index = torch.arange(len(cosines), device="cpu") + unused.repeat_interleave(counts)
-    rows = cosines.new_full((len(pairs) * width,), torch.nan)
-    rows.index_copy_(0, _send(index, cosines.device), cosines)
-    return torch.nanquantile(rows.view(len(pairs), width), 1.0 - share, dim=1)
+    rows = cosines.new_full((len(lengths) * width,), torch.nan)
+    rows.index_copy_(0, _there(index, cosines.device), cosines)
+    return torch.nanquantile(rows.view(len(lengths), width), 1.0 - share, dim=1)
 
 
-def decide(
-    cosines: Tensor,
-    pairs: Sequence[int],
-    thresholds: Sequence[float] | Tensor,
-    *,
-    inclusive: bool = False,
-    skip: Tensor | None = None,
-    counts: Counts | None = None,
-    rows: Sequence[int] | None = None,
-) -> Tensor:
-    """Decides which pairs merge: those with a cosine above the threshold of their layer (eq. 4).
-
-    Launches: a table and one kernel. A NaN cosine passes no threshold, and a NaN threshold nothing.
-
-    Args:
-        cosines: Cosines of all layers, shape (sum(pairs),), float32.
-        pairs: Number of pairs of each layer.
-        thresholds: Threshold of each layer: numbers, or shape (layers,), float32, on the device.
-        inclusive: Whether a cosine equal to the threshold passes.
-        skip: A scalar on the device; non-zero disables the merge, as on a gradient overflow.
-        counts: Running counts to add these pairs to.
-        rows: Index of each layer in the counts; by default their order here.
-
-    Returns:
-        Boolean mask, shape (sum(pairs),).
-    """
-    changed = torch.empty(len(cosines), dtype=torch.bool, device=cosines.device)
-    if not len(cosines):
-        return changed
-    ends = list(accumulate(pairs, initial=0))
-    places = range(len(pairs)) if rows is None else rows
-    numbers = [n for row in zip(ends[:-1], ends[1:], places, strict=True) for n in row]
-    if not isinstance(thresholds, Tensor):  # along with the table: its 64 bits as an integer
-        numbers.extend(array("q", array("d", thresholds).tobytes()))
-    table = _send(torch.tensor(numbers, dtype=torch.int64, device="cpu"), cosines.device)
-    if not isinstance(thresholds, Tensor):
-        thresholds = table[3 * len(pairs) :].view(torch.float64)
-    sums = counts or (None,) * 4
-    with torch.cuda.device_of(cosines):
-        grid = (len(pairs),)
-        _kernels().decide[grid](table, thresholds, cosines, skip, changed, *sums, inclusive, _PAIRS)
-    return changed
-
-
-def blend_(
-    weights: Sequence[Tensor],
-    pairs: Sequence[int],
-    targets: Tensor,
-    sources: Tensor,
-    changed: Tensor,
+def merge_(
+    batch: Batch,
     merge_weight: float,
-    signs: Tensor | None = None,
-) -> None:
-    """Blends kernels of all layers in place; all are read before any is written (eq. 3).
+    *,
+    decided: Tensor | None = None,
+    skip: Tensor | None = None,
+    keep: bool = False,
+) -> Merged:
+    """Compares, decides and blends in place; all kernels are read before any is written (eq. 1-4).
 
-    Launches: a table and two kernels. The first blends in place the kernels that are not a source
-    of any pair, and the others into a buffer, from which the second copies. The buffer has room
-    for all drawn kernels, because only the device knows how many need it. An order in which each
-    kernel is read by all pairs that use it before it is written, as in ``native.cpp``, would need
-    no buffer. But it requires the sources on the host, where the most similar partners are not,
-    and a single program that follows it, while a GPU runs thousands.
+    Launches: two. The first blends in place the kernels that are not a source of any pair, and the
+    others into a buffer, from which the second copies. The buffer has room for all drawn kernels,
+    because only the device knows how many need it. An order in which each kernel is read by all
+    pairs that use it before it is written, as in ``native.cpp``, would need no buffer. But it
+    requires the sources on the host, where the most similar partners are not, and a single program
+    that follows it, while a GPU runs thousands.
 
     Args:
-        weights: As in :func:`compare`.
-        pairs: Number of pairs of each layer.
-        targets: Kernels to write; none repeats in a layer.
-        sources: Their partners.
-        changed: Boolean mask of the pairs to blend, shape (sum(pairs),).
-        merge_weight: alpha, the weight of the kernel itself; with ``signs`` the radius r of
+        batch: The pairs. A NaN cosine passes no threshold.
+        merge_weight: alpha, the weight of the kernel itself; with signs the radius r of
             :func:`inmerge_wrap.merging.signed_weight`.
-        signs: 1 or -1, shape (sum(pairs),): move each kernel toward its partner or away from it.
+        decided: Boolean mask, shape (pairs,), of the pairs to blend, instead of comparing them.
+        skip: A scalar on the device; non-zero disables the merge, as on a gradient overflow. Not
+            together with ``decided``.
+        keep: Whether to keep the kernels that change.
     """
-    targets, sources, changed = (part.contiguous() for part in (targets, sources, changed))
-    buffer, later = _buffer(weights, pairs), torch.empty_like(changed)
-    table = _table(weights, pairs, buffer=buffer)
-    kernels = _kernels()
-    _launch(kernels.blend, table, targets, sources, changed, later, merge_weight, signs)
-    _launch(kernels.copy, table, targets, later, False)
-    _written(weights, pairs)
+    device = batch.place.device
+    if decided is None:
+        merged = torch.empty(len(batch.place), dtype=torch.bool, device=device)
+    else:
+        merged = decided.contiguous()
+    cosines = torch.empty(len(batch.place), dtype=torch.float32, device=device)
+    blended = _buffer(batch)
+    kept = _buffer(batch) if keep else None
+    results = cosines, merged, blended, kept
+    pairs = batch.place, batch.targets, batch.sources, batch.read, batch.signs
+    _launch("merge", batch, batch.table, *pairs, *results, skip, merge_weight, decided=decided)
+    _launch("copy", batch, batch.table, batch.place, batch.targets, merged, batch.read, blended)
+    _written(batch)
+    return Merged(cosines, merged, kept)
 
 
-def save(
-    weights: Sequence[Tensor],
-    pairs: Sequence[int],
-    targets: Tensor,
-    changed: Tensor | None = None,
-) -> Tensor:
-    """Copies kernels of all layers, bit for bit, for :func:`restore_`.
-
-    Launches: a table and one kernel.
+def restore_(batch: Batch, merged: Merged, weights: Sequence[Tensor] | None = None) -> None:
+    """Restores the kernels that :func:`merge_` kept, bit for bit: one launch.
 
     Args:
-        weights: As in :func:`compare`.
-        pairs: Number of pairs of each layer.
-        targets: The kernels to copy.
-        changed: Boolean mask, shape (sum(pairs),), of those that are needed; None copies all.
-
-    Returns:
-        A buffer of bytes in an internal order. Those of kernels that are not needed are undefined.
-    """
-    buffer = _buffer(weights, pairs)
-    table = _table(weights, pairs, buffer=buffer)
-    mask = None if changed is None else changed.contiguous()
-    _launch(_kernels().copy, table, targets.contiguous(), mask, True)
-    return buffer
-
-
-def restore_(
-    weights: Sequence[Tensor],
-    pairs: Sequence[int],
-    targets: Tensor,
-    buffer: Tensor,
-    changed: Tensor | None = None,
-) -> None:
-    """Writes back what :func:`save` copied from weights of these shapes and dtypes.
-
-    Launches: a table and one kernel.
-
-    Args:
-        weights: As in :func:`save`.
-        pairs: Number of pairs of each layer.
-        targets: Kernels to write; none repeats in a layer.
-        buffer: The result of :func:`save`.
-        changed: Which kernels to write, all of them saved; None writes all.
+        batch: The pairs.
+        merged: What :func:`merge_` returned.
+        weights: Where to write, of the same shapes, dtypes and strides; by default those of the
+            batch. Others take a message.
 
     Raises:
-        ValueError: If the buffer does not belong to these layers and pairs.
+        ValueError: If nothing was kept.
     """
-    expected = _buffer_starts(weights, pairs)[-1]
-    if buffer.dtype != torch.uint8 or buffer.shape != (expected,):
-        raise ValueError(
-            f"the buffer must be the {expected} bytes that save() returned for these weights and "
-            f"pairs, got {buffer.dtype} of shape {tuple(buffer.shape)}"
-        )
-    table = _table(weights, pairs, buffer=buffer)
-    mask = None if changed is None else changed.contiguous()
-    _launch(_kernels().copy, table, targets.contiguous(), mask, False)
-    _written(weights, pairs)
-
-
-class _Part(NamedTuple):
-    """The layers of one dtype."""
-
-    stored: Any  # of triton.language
-    table: Tensor  # shape (layers, COLUMNS), int64, on the device; see triton_kernels.py
-    pairs: int
+    if merged.kept is None:
+        raise ValueError("nothing to restore: call merge_() with keep=True")
+    if weights is not None and _addresses(weights) != _addresses(batch.weights):
+        table = _table(weights, batch.lengths, None, None)
+        batch = batch._replace(weights=weights, table=_there(table, weights[0].device))
+    changed = merged.merged
+    _launch("copy", batch, batch.table, batch.place, batch.targets, changed, None, merged.kept)
+    _written(batch)
 
 
 def _table(
     weights: Sequence[Tensor],
-    pairs: Sequence[int],
-    *,
-    centred: Sequence[bool] | None = None,
-    buffer: Tensor | None = None,
-) -> list[_Part]:
-    """Builds the table of layers that the launches read, sent to the device in one copy."""
-    first_pair = list(accumulate(pairs, initial=0))
-    at = 0 if buffer is None else buffer.data_ptr()
-    places = [at + start for start in _buffer_starts(weights, pairs)]
-    rows, ends, programs = [], [], []
-    for dtype in _DTYPES:
-        program = 0
-        for n, weight in enumerate(weights):
-            if weight.dtype == dtype:
-                rows.append(
-                    (
-                        weight.data_ptr(),
-                        _fan_in(weight),
-                        first_pair[n],
-                        pairs[n],
-                        program,
-                        places[n],
-                        centred is not None and centred[n],
-                    )
+    lengths: Sequence[int],
+    centred: Sequence[bool] | None,
+    thresholds: Sequence[float] | None,
+) -> Tensor:
+    """Builds the table of layers, on the host."""
+    layers = len(weights)
+    columns = (
+        _addresses(weights),
+        map(_fan_in, weights),
+        accumulate(lengths, initial=0),
+        _buffer_starts(weights, lengths),
+        centred or [False] * layers,
+        array("i", array("f", thresholds or [torch.inf] * layers).tobytes()),
+        [_DTYPES.index(weight.dtype) for weight in weights],
+    )
+    # Not strictly: the starts of pairs and rows go on to the end of the last layer.
+    rows = list(zip(*columns, strict=False))
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
+
+
+def _places(lengths: Sequence[int]) -> Tensor:
+    counts = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+    return torch.repeat_interleave(counts)
+
+
+def _is_read(weights: Sequence[Tensor], place: Tensor, targets: Tensor, sources: Tensor) -> Tensor:
+    """Returns whether each target is a source of a pair of its layer, where the pairs are."""
+    # A row of marks for each layer.
+    width = max(map(len, weights))
+    marks = torch.zeros(len(weights) * width, dtype=torch.bool, device=targets.device)
+    row = place.long() * width
+    marks.index_fill_(0, row + sources, True)
+    return marks.index_select(0, row + targets)
+
+
+def _launch(name: str, batch: Batch, *arguments: Any, **decided: Tensor | None) -> None:
+    kernel = getattr(_kernels(), name)
+    constants = [mask is not None for mask in decided.values()]
+    pairs = zip(batch.weights, batch.lengths, strict=True)
+    vector = _vector(batch.weights)
+    present = {weight.dtype for weight, count in pairs if count}
+    for number, dtype in enumerate(_DTYPES):
+        if dtype in present:
+            with torch.cuda.device_of(batch.table):
+                grid = (len(batch.place),)
+                kernel[grid](
+                    *arguments,
+                    number,
+                    *constants,
+                    _stored()[dtype],
+                    vector,
+                    _BLOCK,
+                    num_warps=_WARPS,
                 )
-                program += pairs[n]
-        ends.append(len(rows))
-        programs.append(program)
-    if not any(pairs):
-        return []
-    table = _send(torch.tensor(rows, dtype=torch.int64, device="cpu"), weights[0].device)
-    parts = zip(_DTYPES, [0, *ends], ends, programs, strict=False)
-    return [
-        _Part(_stored()[dtype], table[begin:end], count)
-        for dtype, begin, end, count in parts
-        if count
-    ]
 
 
-def _launch(kernel: Any, parts: list[_Part], *arguments: Any) -> None:
-    for stored, table, pairs in parts:
-        with torch.cuda.device_of(table):
-            kernel[(pairs,)](table, len(table), *arguments, stored, _BLOCK)
+def _buffer(batch: Batch) -> Tensor:
+    size = _buffer_starts(batch.weights, batch.lengths)[-1]
+    return torch.empty(size, dtype=torch.uint8, device=batch.place.device)
 
 
-def _buffer(weights: Sequence[Tensor], pairs: Sequence[int]) -> Tensor:
-    size = _buffer_starts(weights, pairs)[-1]
-    return torch.empty(size, dtype=torch.uint8, device=weights[0].device)
-
-
-def _buffer_starts(weights: Sequence[Tensor], pairs: Sequence[int]) -> list[int]:
+def _buffer_starts(weights: Sequence[Tensor], lengths: Sequence[int]) -> list[int]:
     """Returns where each layer's rows begin in a buffer, and its size, in bytes."""
     row_bytes = (_fan_in(weight) * weight.element_size() for weight in weights)
-    sizes = (count * size for count, size in zip(pairs, row_bytes, strict=True))
+    sizes = (count * size for count, size in zip(lengths, row_bytes, strict=True))
     return list(accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
 
 
@@ -380,14 +382,47 @@ def _fan_in(weight: Tensor) -> int:
     return weight.numel() // len(weight)
 
 
-def _written(weights: Sequence[Tensor], pairs: Sequence[int]) -> None:
+def _vector(weights: Sequence[Tensor]) -> int:
+    """Returns how many bytes the rows of all layers begin at a multiple of: 16, or an entry's."""
+    ends = [weight.data_ptr() | _fan_in(weight) * weight.element_size() for weight in weights]
+    return _ALIGNMENT if all(end % _ALIGNMENT == 0 for end in ends) else 1
+
+
+def _addresses(weights: Sequence[Tensor]) -> list[int]:
+    return [weight.data_ptr() for weight in weights]
+
+
+def _written(batch: Batch) -> None:
     """Bumps the version counter of a weight, so that autograd detects the in-place write."""
     # All weights that may have changed: only the device knows which pairs did.
-    written = [weight for weight, count in zip(weights, pairs, strict=True) if count]
-    torch.autograd.graph.increment_version(written)
+    pairs = zip(batch.weights, batch.lengths, strict=True)
+    torch.autograd.graph.increment_version([weight for weight, count in pairs if count])
 
 
-def _send(tensor: Tensor, device: torch.device) -> Tensor:
+def _send(
+    table: Tensor, rows: dict[str, Tensor], device: torch.device, kind: torch.dtype
+) -> tuple[Tensor, dict[str, Any]]:
+    """Sends an int64 table and rows of one length, converted, to the device in one message."""
+    sizes = [table.nbytes // kind.itemsize, *map(len, rows.values())]
+    pinned = device.type == "cuda"
+    message = torch.empty(sum(sizes), dtype=kind, device="cpu", pin_memory=pinned)
+    head, *parts = message.split(sizes)
+    head.view(torch.int64).copy_(table.flatten())
+    for part, row in zip(parts, rows.values(), strict=True):
+        part.copy_(row)
+    head, *parts = message.to(device, non_blocking=pinned).split(sizes)
+    return head.view(torch.int64).view(table.shape), dict(zip(rows, parts, strict=True))
+
+
+def _index_type(weights: Sequence[Tensor], numbers: Tensor | None = None) -> torch.dtype:
+    """Returns the smallest type of indices, since a message of many takes longer than a launch."""
+    largest = max(len(weights), *map(len, weights))
+    if numbers is not None and len(numbers):
+        largest = max(largest, int(numbers[-1]))
+    return torch.int16 if largest < 2**15 else torch.int32
+
+
+def _there(tensor: Tensor, device: torch.device) -> Tensor:
     """Copies to the device without waiting for it."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
