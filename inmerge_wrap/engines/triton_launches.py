@@ -215,7 +215,7 @@ def compare(batch: Batch) -> Tensor:
         Shape (pairs,), float32.
     """
     cosines = torch.empty(len(batch.place), dtype=torch.float32, device=batch.place.device)
-    _launch("compare", batch, batch.table, batch.place, batch.targets, batch.sources, cosines)
+    _launch("compare", batch, batch.sources, cosines)
     return cosines
 
 
@@ -279,9 +279,9 @@ def merge_(
     blended = _buffer(batch)
     kept = _buffer(batch) if keep else None
     results = cosines, merged, blended, kept
-    pairs = batch.place, batch.targets, batch.sources, batch.read, batch.signs
-    _launch("merge", batch, batch.table, *pairs, *results, skip, merge_weight, decided=decided)
-    _launch("copy", batch, batch.table, batch.place, batch.targets, merged, batch.read, blended)
+    pairs = batch.sources, batch.read, batch.signs
+    _launch("merge", batch, *pairs, *results, skip, merge_weight, decided is not None)
+    _launch("copy", batch, merged, batch.read, blended)
     _written(batch)
     return Merged(cosines, merged, kept)
 
@@ -303,8 +303,7 @@ def restore_(batch: Batch, merged: Merged, weights: Sequence[Tensor] | None = No
     if weights is not None and _addresses(weights) != _addresses(batch.weights):
         table = _table(weights, batch.lengths, None, None)
         batch = batch._replace(weights=weights, table=_there(table, weights[0].device))
-    changed = merged.merged
-    _launch("copy", batch, batch.table, batch.place, batch.targets, changed, None, merged.kept)
+    _launch("copy", batch, merged.merged, None, merged.kept)
     _written(batch)
 
 
@@ -345,25 +344,18 @@ def _is_read(weights: Sequence[Tensor], place: Tensor, targets: Tensor, sources:
     return marks.index_select(0, row + targets)
 
 
-def _launch(name: str, batch: Batch, *arguments: Any, **decided: Tensor | None) -> None:
+def _launch(name: str, batch: Batch, *arguments: Any) -> None:
+    """Launches a function of ``triton_kernels.py`` for each dtype, with a program for each pair."""
     kernel = getattr(_kernels(), name)
-    constants = [mask is not None for mask in decided.values()]
-    pairs = zip(batch.weights, batch.lengths, strict=True)
+    shared = batch.table, batch.place, batch.targets
     vector = _vector(batch.weights)
+    pairs = zip(batch.weights, batch.lengths, strict=True)
     present = {weight.dtype for weight, count in pairs if count}
     for number, dtype in enumerate(_DTYPES):
         if dtype in present:
+            last = number, _stored()[dtype], vector, _BLOCK
             with torch.cuda.device_of(batch.table):
-                grid = (len(batch.place),)
-                kernel[grid](
-                    *arguments,
-                    number,
-                    *constants,
-                    _stored()[dtype],
-                    vector,
-                    _BLOCK,
-                    num_warps=_WARPS,
-                )
+                kernel[(len(batch.place),)](*shared, *arguments, *last, num_warps=_WARPS)
 
 
 def _buffer(batch: Batch) -> Tensor:
@@ -383,7 +375,7 @@ def _fan_in(weight: Tensor) -> int:
 
 
 def _vector(weights: Sequence[Tensor]) -> int:
-    """Returns how many bytes the rows of all layers begin at a multiple of: 16, or an entry's."""
+    """Returns 16 if the rows of all layers begin at a multiple of 16 bytes, else 1."""
     ends = [weight.data_ptr() | _fan_in(weight) * weight.element_size() for weight in weights]
     return _ALIGNMENT if all(end % _ALIGNMENT == 0 for end in ends) else 1
 
