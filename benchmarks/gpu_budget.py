@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from inmerge_wrap import InMergeWrapper, MergePlan, Quantile
-from inmerge_wrap.engines.triton_launches import layer_quantiles
+from inmerge_wrap.engines.triton_launches import reach_quantiles
 from inmerge_wrap.merging import draw_layers
 
 MODELS = ["resnet18", "resnet34", "resnet50", "vgg19", "densenet121", "efficientnet_b0"]
@@ -177,8 +177,7 @@ def fused_pass(
             pairs = [len(targets) for targets, _ in draws]
             cosines = torch.empty(sum(pairs), device="meta")
             place = torch.empty(sum(pairs), dtype=torch.int16, device="meta")
-            bounds = layer_quantiles(cosines, pairs, 0.5).index_select(0, place.int())
-            torch.ge(cosines, bounds)
+            reach_quantiles(cosines, place, pairs, 0.5)
         cost += ledger.cost + Cost(1, 0)
     return cost
 

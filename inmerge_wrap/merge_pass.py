@@ -239,10 +239,8 @@ def _merge_batch(
             keep=keep,
         )
         if outcome is not None:
-            if companions:
-                there = pairs.to(outcome.merged.device)
-                of_all = layers, there, outcome.merged, changes, companions, settings.engine
-                _change_companions_(*of_all)
+            merged = outcome.merged
+            _change_companions_(layers, pairs, merged, changes, companions, settings.engine)
             return outcome
     device = layers[0].store.weight.device
     pairs = pairs.to(device)
@@ -406,6 +404,7 @@ def _change_companions_(
     """Changes the tensors that an optimizer keeps of some layers like their weights."""
     if not companions:
         return
+    pairs = pairs.to(layers[0].store.weight.device)
     masks = [None] * len(layers) if changed is None else changed.split(pairs.lengths)
     for layer, part, mask, change in zip(layers, pairs.split(), masks, changes, strict=True):
         for companion in companions.get(layer.number, ()):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["Outcome", "Pairs", "Totals", "mix"]
+__all__ = ["Outcome", "Pairs", "Totals", "mix", "places_of"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,11 @@ class Totals:
     def has_merged(self, number: int) -> bool:
         """See :meth:`Outcome.has_merged`."""
         return bool(self.sums[1][self.numbers.index(number)])
+
+
+def places_of(lengths: Sequence[int]) -> Tensor:
+    """Returns the layer of each pair by its place in ``lengths``, int64, on the CPU."""
+    return torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device="cpu"))
 
 
 def mix(*numbers: int) -> int:

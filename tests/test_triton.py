@@ -82,10 +82,14 @@ def test_every_launch_compiles_to_machine_code(
             assert machine_code(triton_kernels.compare, shared, **row)
             assert machine_code(triton_kernels.copy, shared, **row)
             assert machine_code(triton_kernels.merge, shared, decided=False, **row)
-    blending = dict.fromkeys(["signs", "kept", "skip"], "constexpr")
-    nothing = dict.fromkeys(blending)
-    row["decided"] = True
-    assert machine_code(triton_kernels.merge, {**shared, **blending}, **nothing, **row)
+    # A launch does without what it is not given.
+    absent = dict.fromkeys(["signs", "kept", "skip"], "constexpr")
+    nothing = dict.fromkeys(absent)
+    for decided in (False, True):
+        row["decided"] = decided
+        assert machine_code(triton_kernels.merge, {**shared, **absent}, **nothing, **row)
+    del row["decided"]
+    assert machine_code(triton_kernels.copy, {**shared, "read": "constexpr"}, read=None, **row)
 
 
 def test_nobody_waits_for_a_triton_that_is_not_used() -> None:

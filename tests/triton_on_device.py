@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -92,6 +93,11 @@ def blend_(
     return batch, engine.merge_(batch, merge_weight, decided=changed, **options)
 
 
+def drawn_on_host(pairs: Sequence[int], targets: Tensor, sources: Tensor) -> Tensor:
+    places = torch.arange(len(pairs)).repeat_interleave(torch.tensor(pairs))
+    return torch.stack([places, targets.cpu(), sources.cpu()])
+
+
 def merge_(
     layers: list[Tensor],
     pairs: Sequence[int],
@@ -101,9 +107,8 @@ def merge_(
     merge_weight: float,
     **options: Any,
 ) -> engine.Merged:
-    places = torch.arange(len(pairs)).repeat_interleave(torch.tensor(pairs))
-    drawn = torch.stack([places, targets.cpu(), sources.cpu()])
     thresholds = [threshold] * len(pairs)
+    drawn = drawn_on_host(pairs, targets, sources)
     batch = engine.batch_to_send(layers, pairs, drawn, thresholds=thresholds)
     return engine.merge_(batch, merge_weight, **options)
 
@@ -361,8 +366,7 @@ def test_decisions(rule: Fixed | ZScore, overflow: float | None) -> None:
     pairs, targets, sources = everyone_with_another()
     skip = None if overflow is None else torch.tensor([overflow], device=DEVICE)
     fan_ins = [layer[0].numel() for layer in layers]
-    places = torch.arange(len(pairs)).repeat_interleave(torch.tensor(pairs))
-    drawn = torch.stack([places, targets.cpu(), sources.cpu()])
+    drawn = drawn_on_host(pairs, targets, sources)
     bounds = [rule.bound(fan_in) for fan_in in fan_ins]
     batch = engine.batch_to_send(layers, pairs, drawn, thresholds=bounds)
     done = engine.merge_(batch, 0.8, skip=skip)
@@ -376,6 +380,23 @@ def test_decisions(rule: Fixed | ZScore, overflow: float | None) -> None:
     assert changed != bool(overflow)
 
 
+def test_a_cosine_on_the_threshold_does_not_merge() -> None:
+    """Of its own layer, whether or not the layer before it has drawn a pair; one below does."""
+    _, *layers = random_layers(torch.float32)
+    pairs = [5, 0, 2]
+    targets = torch.tensor([0, 1, 2, 3, 4, 0, 1]).to(DEVICE)
+    sources = torch.tensor([1, 2, 3, 4, 0, 1, 0]).to(DEVICE)
+    cosines = compare(layers, pairs, targets, sources)
+    first, last = float(cosines[2]), float(cosines[5])
+    for bound, merges in ((last, False), (float(np.nextafter(np.float32(last), -2)), True)):
+        weights = [layer.clone() for layer in layers]
+        drawn = drawn_on_host(pairs, targets, sources)
+        batch = engine.batch_to_send(weights, pairs, drawn, thresholds=[first, -1.1, bound])
+        merged = engine.merge_(batch, 0.8).merged
+        assert torch.equal(merged[:5], cosines[:5] > first) and not merged[2]
+        assert merged[5:].tolist() == [merges, merges]
+
+
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_quantiles(share: float) -> None:
     pairs = [5, 0, 700, 1, 3]
@@ -385,8 +406,8 @@ def test_quantiles(share: float) -> None:
     cosines[705] = float("nan")
     cosines[5:8] = cosines[8]  # ties at a quantile
     bounds = engine.layer_quantiles(cosines, pairs, share)
-    parts = zip(cosines.split(pairs), bounds, strict=True)
-    found = torch.cat([part >= bound for part, bound in parts])
+    places = torch.arange(len(pairs)).repeat_interleave(torch.tensor(pairs)).to(DEVICE)
+    found = engine.reach_quantiles(cosines, places, pairs, share)
     rule = Quantile(share)
     assert torch.equal(found, torch.cat([rule.alike(part, 9) for part in cosines.split(pairs)]))
     assert bounds[[1, 3]].isnan().all() and bounds[[0, 2, 4]].isfinite().all()
@@ -520,9 +541,7 @@ def one_pass(layers: list[Tensor], pairs: Sequence[int], drawn: Tensor, quantile
     batch = engine.batch_to_send(layers, pairs, drawn, thresholds=[0.0] * len(layers))
     decided = None
     if quantile:
-        cosines = engine.compare(batch)
-        bounds = engine.layer_quantiles(cosines, pairs, 0.5)
-        decided = cosines >= bounds.index_select(0, batch.place.int())
+        decided = engine.reach_quantiles(engine.compare(batch), batch.place, pairs, 0.5)
     return batch, engine.merge_(batch, 0.8, decided=decided, keep=True)
 
 
@@ -604,11 +623,10 @@ else:
 
         monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
         monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
-        places = torch.arange(3).repeat_interleave(torch.tensor(pairs))
         batch = engine.batch_to_send(
             layers,
             pairs,
-            torch.stack([places, targets, sources]),
+            drawn_on_host(pairs, targets, sources),
             centred=[site.centred for site in sites],
             thresholds=[threshold] * 3,
         )

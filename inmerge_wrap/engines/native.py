@@ -23,7 +23,7 @@ from inmerge_wrap import merging
 from inmerge_wrap.changes import Blend, Change
 from inmerge_wrap.engines.building import Build
 from inmerge_wrap.layers import Layers, stream_of
-from inmerge_wrap.pairs import Pairs, Totals, mix
+from inmerge_wrap.pairs import Pairs, Totals, mix, places_of
 from inmerge_wrap.stores import Store, batched, is_dense, store_of
 from inmerge_wrap.thresholds import Fixed, Quantile, Threshold, ZScore
 
@@ -379,10 +379,8 @@ class _Drawing:
         """Returns a copy of the pairs that were drawn last."""
         lengths = self.lengths()
         end = sum(lengths)
-        layer = torch.arange(len(lengths), device="cpu").repeat_interleave(
-            torch.tensor(lengths, device="cpu")
-        )
-        return Pairs(torch.stack([layer, self._targets[:end], self._sources[:end]]), (*lengths,))
+        table = torch.stack([places_of(lengths), self._targets[:end], self._sources[:end]])
+        return Pairs(table, (*lengths,))
 
     def lengths(self) -> list[int]:
         """Returns how many pairs each layer has drawn."""

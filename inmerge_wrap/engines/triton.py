@@ -105,8 +105,8 @@ def merge_(
     found = decided = None
     if isinstance(threshold, Quantile):
         found = triton_launches.compare(batch)
-        lowest = triton_launches.layer_quantiles(found, pairs.lengths, threshold.share)
-        decided = found >= lowest.index_select(0, batch.place.int())
+        places, share = batch.place, threshold.share
+        decided = triton_launches.reach_quantiles(found, places, pairs.lengths, share)
         if skip is not None:
             decided &= skip == 0
             skip = None
@@ -115,8 +115,9 @@ def merge_(
     )
     if keep is not None:
         keep.append(KeptBuffer(layers, pairs, batch, done))
-    cosines = done.cosines if found is None else found
-    return Outcome(batch.numbers, cosines, done.merged, pairs.lengths)
+    if found is None:
+        found = done.cosines
+    return Outcome(batch.numbers, found, done.merged, pairs.lengths)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from inmerge_wrap.pairs import places_of
 from inmerge_wrap.stores import is_dense
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "compare",
     "layer_quantiles",
     "merge_",
+    "reach_quantiles",
     "restore_",
     "takes",
     "unavailable_reason",
@@ -60,7 +62,9 @@ class Batch(NamedTuple):
         sources: Their partners.
         read: Whether the target is a source of a pair of its layer, 0 or 1.
         signs: Whether to move a kernel toward its partner (1) or away from it (-1); None to blend.
-        numbers: The layer of each pair, by its position in the plan.
+        numbers: The layer of each pair, by its position in the plan if it is known, else its place.
+        vector: All rows begin at a multiple of so many bytes, 16 or 1.
+        room: Bytes of a buffer with a row for each pair.
     """
 
     weights: Sequence[Tensor]
@@ -72,6 +76,8 @@ class Batch(NamedTuple):
     read: Tensor
     signs: Tensor | None
     numbers: Tensor
+    vector: int
+    room: int
 
 
 class Merged(NamedTuple):
@@ -163,7 +169,7 @@ def batch_to_send(
         in_order: Whether positions in the plan are places here, so that they are not sent twice.
     """
     numbers, targets, sources = pairs
-    place = numbers if in_order else _places(lengths)
+    place = numbers if in_order else places_of(lengths)
     rows = {
         "place": place,
         "targets": targets,
@@ -178,7 +184,8 @@ def batch_to_send(
     table, sent = _send(table, rows, weights[0].device, _index_type(weights, numbers))
     sent.setdefault("signs", None)
     sent.setdefault("numbers", sent["place"])
-    return Batch(weights, lengths, table, **sent)
+    room = _buffer_starts(weights, lengths)[-1]
+    return Batch(weights, lengths, table, vector=_vector(weights), room=room, **sent)
 
 
 def batch_of(
@@ -201,11 +208,13 @@ def batch_of(
     """
     table = _table(weights, lengths, centred, None)
     kind = _index_type(weights)
-    table, sent = _send(table, {"place": _places(lengths)}, weights[0].device, kind)
+    table, sent = _send(table, {"place": places_of(lengths)}, weights[0].device, kind)
     place = sent["place"]
     read = _is_read(weights, place, targets, sources)
     targets, sources, read = (part.to(kind).contiguous() for part in (targets, sources, read))
-    return Batch(weights, lengths, table, place, targets, sources, read, None, place)
+    room = _buffer_starts(weights, lengths)[-1]
+    rows = place, targets, sources, read, None, place
+    return Batch(weights, lengths, table, *rows, vector=_vector(weights), room=room)
 
 
 def compare(batch: Batch) -> Tensor:
@@ -242,6 +251,16 @@ def layer_quantiles(cosines: Tensor, lengths: Sequence[int], share: float) -> Te
     rows = cosines.new_full((len(lengths) * width,), torch.nan)
     rows.index_copy_(0, _there(index, cosines.device), cosines)
     return torch.nanquantile(rows.view(len(lengths), width), 1.0 - share, dim=1)
+
+
+def reach_quantiles(cosines: Tensor, place: Tensor, lengths: Sequence[int], share: float) -> Tensor:
+    """Returns which pairs are among the most similar ``share`` of their layer, boolean.
+
+    Args:
+        cosines: See :func:`layer_quantiles`; likewise ``lengths`` and ``share``.
+        place: See :class:`Batch`.
+    """
+    return cosines >= layer_quantiles(cosines, lengths, share).index_select(0, place.int())
 
 
 def merge_(
@@ -302,7 +321,8 @@ def restore_(batch: Batch, merged: Merged, weights: Sequence[Tensor] | None = No
         raise ValueError("nothing to restore: call merge_() with keep=True")
     if weights is not None and _addresses(weights) != _addresses(batch.weights):
         table = _table(weights, batch.lengths, None, None)
-        batch = batch._replace(weights=weights, table=_there(table, weights[0].device))
+        there = _there(table, weights[0].device)
+        batch = batch._replace(weights=weights, table=there, vector=_vector(weights))
     _launch("copy", batch, merged.merged, None, merged.kept)
     _written(batch)
 
@@ -329,11 +349,6 @@ def _table(
     return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
-def _places(lengths: Sequence[int]) -> Tensor:
-    counts = torch.tensor(lengths, dtype=torch.int64, device="cpu")
-    return torch.repeat_interleave(counts)
-
-
 def _is_read(weights: Sequence[Tensor], place: Tensor, targets: Tensor, sources: Tensor) -> Tensor:
     """Returns whether each target is a source of a pair of its layer, where the pairs are."""
     # A row of marks for each layer.
@@ -348,19 +363,17 @@ def _launch(name: str, batch: Batch, *arguments: Any) -> None:
     """Launches a function of ``triton_kernels.py`` for each dtype, with a program for each pair."""
     kernel = getattr(_kernels(), name)
     shared = batch.table, batch.place, batch.targets
-    vector = _vector(batch.weights)
     pairs = zip(batch.weights, batch.lengths, strict=True)
     present = {weight.dtype for weight, count in pairs if count}
     for number, dtype in enumerate(_DTYPES):
         if dtype in present:
-            last = number, _stored()[dtype], vector, _BLOCK
+            last = number, _stored()[dtype], batch.vector, _BLOCK
             with torch.cuda.device_of(batch.table):
                 kernel[(len(batch.place),)](*shared, *arguments, *last, num_warps=_WARPS)
 
 
 def _buffer(batch: Batch) -> Tensor:
-    size = _buffer_starts(batch.weights, batch.lengths)[-1]
-    return torch.empty(size, dtype=torch.uint8, device=batch.place.device)
+    return torch.empty(batch.room, dtype=torch.uint8, device=batch.place.device)
 
 
 def _buffer_starts(weights: Sequence[Tensor], lengths: Sequence[int]) -> list[int]:
