@@ -373,6 +373,9 @@ def _signs(
 
     Also for those that will not merge, so that no sign depends on which of them do.
     """
+    if settings.engine != "torch" and native.problem() is None:
+        streams = [stream_of(layer.site) for layer in layers]
+        return native.draw_signs(streams, drawn, settings.seed, step)
     host = torch.device("cpu")
     draws = [
         torch.randint(

@@ -322,6 +322,18 @@ def test_signed_moves_go_where_those_of_plain_torch_go(
 
 
 @NEEDS_COMPILER
+def test_native_code_draws_the_signs_of_plain_torch() -> None:
+    streams, lengths = [0, 7, 3, 10_000], [5, 0, 700, 1]
+    signs = native.draw_signs(streams, lengths, 2**63 + 1, 4)
+    expected = []
+    for stream, length in zip(streams, lengths, strict=True):
+        seed = mix(2**63 + 1, 4, 2**40 + stream)
+        generator = torch.Generator().manual_seed(seed)
+        expected.append(2 * torch.randint(0, 2, (length,), generator=generator) - 1)
+    assert signs.tolist() == torch.cat(expected).tolist() and 300 < signs.eq(1).sum() < 400
+
+
+@NEEDS_COMPILER
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
 def test_native_code_draws_the_pairs_of_plain_torch(probability: float) -> None:
     """Those of groups too, and of one kernel alone in each."""

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -55,41 +54,49 @@ def test_launches_equal_the_plain_functions(interpret: str) -> None:
 def test_every_launch_compiles_to_machine_code(
     capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the interpreter takes, the compiler may refuse; it needs no GPU to say so."""
+    """What the interpreter takes, the compiler may refuse; it needs no GPU to say so.
+
+    Where rows are aligned, a thread reads and writes several entries at a time.
+    """
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from inmerge_wrap.engines import triton_kernels
+    from inmerge_wrap.engines import triton_kernels, triton_launches
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
-    def machine_code(kernel: Any, types: dict[str, str], **constants: Any) -> bytes:
+    def assert_compiles(kernel: Any, types: dict[str, str], stored: Any, **constants: Any) -> None:
         arguments = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-        source = ASTSource(kernel, arguments, {"block": 512, **constants})
-        target = GPUTarget("cuda", capability, 32)
-        return triton.compile(source, target=target, options={"num_warps": 8}).asm["cubin"]
+        fixed = {"block": triton_launches._BLOCK, "stored": stored, **constants}
+        source = ASTSource(kernel, arguments, fixed)
+        options = {"num_warps": triton_launches._WARPS}
+        code = triton.compile(source, GPUTarget("cuda", capability, 32), options).asm
+        assert code["cubin"]
+        words = 4 if stored == tl.float32 else 2  # of 32 bits
+        assert f"ld.global.v{words}.b32" in code["ptx"]
+        writes = kernel is not triton_kernels.compare
+        assert (f"st.global.v{words}.b32" in code["ptx"]) == writes
 
     for index in ("*i16", "*i32"):
-        rows = dict.fromkeys(["place", "targets", "sources", "read", "signs"], index)
-        shared = {**rows, "table": "*i64", "dtype": "i32", "cosines": "*fp32"}
+        names = ["place", "targets", "sources", "read", "late", "signs"]
+        shared = {**dict.fromkeys(names, index), "table": "*i64", "cosines": "*fp32"}
         buffers = dict.fromkeys(["buffer", "blended", "kept"], "*u8")
         shared |= {**buffers, "changed": "*i1", "merged": "*i1", "skip": "*fp32"}
         shared["merge_weight"] = "fp32"
-        for stored, vector in product((tl.float32, tl.float16, tl.uint16), (1, 16)):
-            row = {"stored": stored, "vector": vector}
-            assert machine_code(triton_kernels.compare, shared, **row)
-            assert machine_code(triton_kernels.copy, shared, **row)
-            assert machine_code(triton_kernels.merge, shared, decided=False, **row)
+        for stored in (tl.float32, tl.float16, tl.uint16):
+            assert_compiles(triton_kernels.compare, shared, stored)
+            assert_compiles(triton_kernels.merge, shared, stored, decided=False)
     # A launch does without what it is not given.
-    absent = dict.fromkeys(["signs", "kept", "skip"], "constexpr")
-    nothing = dict.fromkeys(absent)
+    absent = dict.fromkeys(["signs", "kept", "skip"])
+    some = {name: kind for name, kind in shared.items() if name not in absent}
     for decided in (False, True):
-        row["decided"] = decided
-        assert machine_code(triton_kernels.merge, {**shared, **absent}, **nothing, **row)
-    del row["decided"]
-    assert machine_code(triton_kernels.copy, {**shared, "read": "constexpr"}, read=None, **row)
+        assert_compiles(triton_kernels.merge, some, stored, decided=decided, **absent)
+    for absent in ({"read": None}, {"late": None}, {"read": None, "late": None}):
+        some = {name: kind for name, kind in shared.items() if name not in absent}
+        for stored in (tl.float32, tl.float16, tl.uint16):
+            assert_compiles(triton_kernels.copy, some, stored, **absent)
 
 
 def test_nobody_waits_for_a_triton_that_is_not_used() -> None:

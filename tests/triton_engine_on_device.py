@@ -68,6 +68,25 @@ def test_the_engine_merges_what_plain_torch_merges(
         torch.testing.assert_close(ours, theirs)
 
 
+def test_layers_of_several_dtypes_merge_as_in_plain_torch() -> None:
+    """Each dtype in launches of its own, also where layers of the plan alternate."""
+    models = []
+    for engine in ("torch", "triton"):
+        net = network(layers=5)
+        models.append(wrapped(net, engine, similarity_threshold=0.0, merge_probability=0.8))
+        for number, dtype in ((2, torch.bfloat16), (3, torch.float16), (4, torch.bfloat16)):
+            net[number].to(dtype)
+        for _ in range(3):
+            models[-1].merge_()
+    plain, fused = models
+    assert "triton (5 layers)" in str(fused.report())
+    for ours, theirs in zip(fused.report(), plain.report(), strict=True):
+        assert (ours.drawn, ours.merged) == (theirs.drawn, theirs.merged)
+        assert ours.merged > 0
+    for ours, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_kernels_merged_for_a_gradient_are_put_back() -> None:
     for convert in (False, True):
         net = network()

@@ -192,6 +192,14 @@ void draw(const Table &table, uint64_t seed, uint64_t step, float probability, i
   }
 }
 
+constexpr uint64_t kDirectionStream = uint64_t{1} << 40;
+
+// Draws for each pair of a layer whether its kernel moves toward its partner, 1, or away, -1.
+void draw_signs(uint64_t seed, uint64_t step, int64_t stream, int64_t pairs, int8_t *signs) {
+  std::mt19937 generator(mix(seed, step, kDirectionStream + stream));
+  for (int64_t p = 0; p < pairs; ++p) signs[p] = generator() % 2 ? 1 : -1;
+}
+
 // -- the pass -------------------------------------------------------------------------------------
 
 struct Move {
@@ -349,8 +357,6 @@ struct Rule {
   uint64_t seed, step;
 };
 
-constexpr uint64_t kDirectionStream = uint64_t{1} << 40;
-
 // Each pair is compared, and blended at once if it is similar, while its rows are still in the cache.
 template <typename Number, typename Wide>
 void merge(const Table &table, const Rule &rule, Number *kept, int threads) {
@@ -386,8 +392,7 @@ void merge(const Table &table, const Rule &rule, Number *kept, int threads) {
         for (int64_t p = begin; p < end; ++p) merged[p] = !rule.skip && cosines[p] >= bound;
       }
       if (rule.is_signed) {
-        std::mt19937 generator(mix(rule.seed, rule.step, kDirectionStream + layers[l].stream));
-        for (int64_t p = begin; p < end; ++p) sign_of[p] = generator() % 2 ? 1 : -1;
+        draw_signs(rule.seed, rule.step, layers[l].stream, end - begin, sign_of + begin);
       }
       order_of[l].make(table, l, rule.decision == kBound ? nullptr : merged);
     }
@@ -482,6 +487,14 @@ extern "C" void draw(const Table *table, uint64_t seed, uint64_t step, float pro
 extern "C" int64_t draw_layer(int64_t kernels, int64_t group_size, float probability, uint32_t seed,
                               int64_t *targets, int64_t *sources) {
   return draw_pairs(kernels, group_size, probability, seed, targets, sources);
+}
+
+// Draws the signs of the pairs of several layers, one layer after the other.
+extern "C" void draw_signs(int64_t layers, const int64_t *streams, const int64_t *pairs,
+                           uint64_t seed, uint64_t step, int8_t *signs) {
+  for (int64_t l = 0; l < layers; signs += pairs[l++]) {
+    draw_signs(seed, step, streams[l], pairs[l], signs);
+  }
 }
 
 // Restores the kernels of some layers that a pass has saved.

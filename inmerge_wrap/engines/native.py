@@ -117,8 +117,10 @@ def _declared(made: ctypes.CDLL) -> ctypes.CDLL:
     made.draw.argtypes = [_PLACE, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_float, _COUNT]
     made.draw_layer.argtypes = [_WHOLE, _WHOLE, ctypes.c_float, ctypes.c_uint32, _PLACE, _PLACE]
     made.draw_layer.restype = _WHOLE
+    seeds = ctypes.c_uint64, ctypes.c_uint64
+    made.draw_signs.argtypes = [_WHOLE, _PLACE, _PLACE, *seeds, _PLACE]
     made.put_back.argtypes = [_PLACE, _PLACE, _WHOLE, _COUNT]
-    functions = [made.draw, made.put_back]
+    functions = [made.draw, made.draw_signs, made.put_back]
     for name, _ in _DTYPES.values():
         compare, change, run = (getattr(made, f"{kind}_{name}") for kind in _KINDS)
         compare.argtypes = [_PLACE, _COUNT]
@@ -166,6 +168,22 @@ def draw(layers: Layers, probability: float, seed: int, step: int) -> Pairs:
     drawing = layers.fact((NAME, "drawing"), _Drawing)
     drawing.draw(probability, seed, step)
     return drawing.pairs()
+
+
+def draw_signs(streams: Sequence[int], lengths: Sequence[int], seed: int, step: int) -> Tensor:
+    """Draws 1 or -1 for each pair of some layers, int8, layer after layer.
+
+    Args:
+        streams: Random stream of each layer, see :func:`inmerge_wrap.layers.stream_of`.
+        lengths: Number of pairs of each layer.
+        seed: See :class:`inmerge_wrap.settings.MergeSettings`.
+        step: The optimizer step.
+    """
+    rows = torch.tensor([streams, lengths], dtype=torch.int64, device="cpu")
+    signs = torch.empty(sum(lengths), dtype=torch.int8, device="cpu")
+    places = [part.data_ptr() for part in (*rows, signs)]
+    library().draw_signs(len(lengths), *places[:2], seed, step, places[2])
+    return signs
 
 
 def cosines(stores: Sequence[Store], pairs: Pairs, centred: Sequence[bool]) -> Tensor:

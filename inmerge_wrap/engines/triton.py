@@ -38,8 +38,8 @@ def takes(store: Store) -> bool:
 
 
 def batches(stores: Sequence[Store]) -> list[list[int]]:
-    """Groups all layers on one device, except those that share memory."""
-    return batched(stores, lambda weight: weight.device)
+    """Groups the layers of a device and a dtype, except those that share memory."""
+    return batched(stores, lambda weight: (weight.device, weight.dtype))
 
 
 def cosines(stores: Sequence[Store], pairs: Pairs, centred: Sequence[bool]) -> Tensor:

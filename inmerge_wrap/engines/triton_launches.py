@@ -5,8 +5,8 @@ layers, whatever their number: it reads the weights through a table of their add
 host sends with the drawn pairs in one message, without waiting. The launches are in
 ``triton_kernels.py``; Triton is imported when it is first needed.
 
-The weights of a batch must be on one device, and no two may share memory; :func:`takes` checks
-whether a weight is supported. Each dtype takes its own launch.
+The weights of a batch must be on one device and of one dtype, and no two may share memory;
+:func:`takes` checks whether a weight is supported.
 
 Under ``TRITON_INTERPRET=1``, set before Triton is imported, the same functions run on a CPU,
 slowly; this is how the tests run them without a GPU.
@@ -18,7 +18,6 @@ import os
 from array import array
 from collections.abc import Sequence
 from functools import cache
-from itertools import accumulate
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -45,7 +44,7 @@ __all__ = [
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 512  # entries of a kernel that a program works on at a time
-_WARPS = 8  # of 32 threads each, in a program; both chosen by timing on an H100
+_WARPS = 4  # of 32 threads each, in a program, so that a thread reads 16 bytes of float32
 _ALIGNMENT = 16  # bytes; of the layers in a buffer
 
 
@@ -61,9 +60,9 @@ class Batch(NamedTuple):
         targets: Kernels to write; none repeats in a layer.
         sources: Their partners.
         read: Whether the target is a source of a pair of its layer, 0 or 1.
+        late: Indices of the pairs for which it is; None if only the device knows.
         signs: Whether to move a kernel toward its partner (1) or away from it (-1); None to blend.
         numbers: The layer of each pair, by its position in the plan if it is known, else its place.
-        vector: All rows begin at a multiple of so many bytes, 16 or 1.
         room: Bytes of a buffer with a row for each pair.
     """
 
@@ -74,9 +73,9 @@ class Batch(NamedTuple):
     targets: Tensor
     sources: Tensor
     read: Tensor
+    late: Tensor | None
     signs: Tensor | None
     numbers: Tensor
-    vector: int
     room: int
 
 
@@ -170,22 +169,23 @@ def batch_to_send(
     """
     numbers, targets, sources = pairs
     place = numbers if in_order else places_of(lengths)
+    read = _is_read(weights, place, targets, sources)
     rows = {
         "place": place,
         "targets": targets,
         "sources": sources,
-        "read": _is_read(weights, place, targets, sources),
+        "read": read,
+        "late": read.nonzero().flatten(),
     }
     if signs is not None:
         rows["signs"] = signs
     if not in_order:
         rows["numbers"] = numbers
-    table = _table(weights, lengths, centred, thresholds)
+    table, room = _table(weights, lengths, centred, thresholds)
     table, sent = _send(table, rows, weights[0].device, _index_type(weights, numbers))
     sent.setdefault("signs", None)
     sent.setdefault("numbers", sent["place"])
-    room = _buffer_starts(weights, lengths)[-1]
-    return Batch(weights, lengths, table, vector=_vector(weights), room=room, **sent)
+    return Batch(weights, lengths, table, room=room, **sent)
 
 
 def batch_of(
@@ -206,15 +206,13 @@ def batch_of(
         sources: Likewise.
         centred: See :func:`batch_to_send`.
     """
-    table = _table(weights, lengths, centred, None)
+    table, room = _table(weights, lengths, centred)
     kind = _index_type(weights)
     table, sent = _send(table, {"place": places_of(lengths)}, weights[0].device, kind)
     place = sent["place"]
     read = _is_read(weights, place, targets, sources)
     targets, sources, read = (part.to(kind).contiguous() for part in (targets, sources, read))
-    room = _buffer_starts(weights, lengths)[-1]
-    rows = place, targets, sources, read, None, place
-    return Batch(weights, lengths, table, *rows, vector=_vector(weights), room=room)
+    return Batch(weights, lengths, table, place, targets, sources, read, None, None, place, room)
 
 
 def compare(batch: Batch) -> Tensor:
@@ -224,7 +222,7 @@ def compare(batch: Batch) -> Tensor:
         Shape (pairs,), float32.
     """
     cosines = torch.empty(len(batch.place), dtype=torch.float32, device=batch.place.device)
-    _launch("compare", batch, batch.sources, cosines)
+    _launch("compare", batch, len(cosines), batch.sources, cosines)
     return cosines
 
 
@@ -299,8 +297,12 @@ def merge_(
     kept = _buffer(batch) if keep else None
     results = cosines, merged, blended, kept
     pairs = batch.sources, batch.read, batch.signs
-    _launch("merge", batch, *pairs, *results, skip, merge_weight, decided is not None)
-    _launch("copy", batch, merged, batch.read, blended)
+    count = len(merged)
+    _launch("merge", batch, count, *pairs, *results, skip, merge_weight, decided is not None)
+    if batch.late is None:
+        _launch("copy", batch, count, merged, batch.read, None, blended)
+    else:
+        _launch("copy", batch, len(batch.late), merged, None, batch.late, blended)
     _written(batch)
     return Merged(cosines, merged, kept)
 
@@ -320,77 +322,62 @@ def restore_(batch: Batch, merged: Merged, weights: Sequence[Tensor] | None = No
     if merged.kept is None:
         raise ValueError("nothing to restore: call merge_() with keep=True")
     if weights is not None and _addresses(weights) != _addresses(batch.weights):
-        table = _table(weights, batch.lengths, None, None)
+        table, _ = _table(weights, batch.lengths)
         there = _there(table, weights[0].device)
-        batch = batch._replace(weights=weights, table=there, vector=_vector(weights))
-    _launch("copy", batch, merged.merged, None, merged.kept)
+        batch = batch._replace(weights=weights, table=there)
+    _launch("copy", batch, len(merged.merged), merged.merged, None, None, merged.kept)
     _written(batch)
 
 
 def _table(
     weights: Sequence[Tensor],
     lengths: Sequence[int],
-    centred: Sequence[bool] | None,
-    thresholds: Sequence[float] | None,
-) -> Tensor:
-    """Builds the table of layers, on the host."""
-    layers = len(weights)
-    columns = (
-        _addresses(weights),
-        map(_fan_in, weights),
-        accumulate(lengths, initial=0),
-        _buffer_starts(weights, lengths),
-        centred or [False] * layers,
-        array("i", array("f", thresholds or [torch.inf] * layers).tobytes()),
-        [_DTYPES.index(weight.dtype) for weight in weights],
-    )
-    # Not strictly: the starts of pairs and rows go on to the end of the last layer.
-    rows = list(zip(*columns, strict=False))
-    return torch.tensor(rows, dtype=torch.int64, device="cpu")
+    centred: Sequence[bool] | None = None,
+    thresholds: Sequence[float] | None = None,
+) -> tuple[Tensor, int]:
+    """Builds the table of layers, on the host, and counts the bytes of a buffer for all pairs."""
+    centred = centred or [False] * len(weights)
+    bounds = array("i", array("f", thresholds or [torch.inf] * len(weights)).tobytes())
+    rows = []
+    pairs = room = 0
+    for weight, length, mean, bound in zip(weights, lengths, centred, bounds, strict=True):
+        address, row_bytes = weight.data_ptr(), weight.nbytes // weight.shape[0]
+        row_0 = room - pairs * row_bytes
+        is_aligned = (address | row_bytes) % _ALIGNMENT == 0
+        fan_in = row_bytes // weight.itemsize
+        rows.append((address, fan_in, row_0, mean, bound, is_aligned))
+        pairs += length
+        room += -(-length * row_bytes // _ALIGNMENT) * _ALIGNMENT
+    return torch.tensor(rows, dtype=torch.int64, device="cpu"), room
 
 
 def _is_read(weights: Sequence[Tensor], place: Tensor, targets: Tensor, sources: Tensor) -> Tensor:
     """Returns whether each target is a source of a pair of its layer, where the pairs are."""
     # A row of marks for each layer.
-    width = max(map(len, weights))
+    width = _widest(weights)
     marks = torch.zeros(len(weights) * width, dtype=torch.bool, device=targets.device)
     row = place.long() * width
     marks.index_fill_(0, row + sources, True)
     return marks.index_select(0, row + targets)
 
 
-def _launch(name: str, batch: Batch, *arguments: Any) -> None:
-    """Launches a function of ``triton_kernels.py`` for each dtype, with a program for each pair."""
+def _launch(name: str, batch: Batch, programs: int, *arguments: Any) -> None:
+    """Launches a function of ``triton_kernels.py``, with a program for each pair."""
+    if programs == 0:
+        return
     kernel = getattr(_kernels(), name)
     shared = batch.table, batch.place, batch.targets
-    pairs = zip(batch.weights, batch.lengths, strict=True)
-    present = {weight.dtype for weight, count in pairs if count}
-    for number, dtype in enumerate(_DTYPES):
-        if dtype in present:
-            last = number, _stored()[dtype], batch.vector, _BLOCK
-            with torch.cuda.device_of(batch.table):
-                kernel[(len(batch.place),)](*shared, *arguments, *last, num_warps=_WARPS)
+    last = _stored()[batch.weights[0].dtype], _BLOCK
+    with torch.cuda.device_of(batch.table):
+        kernel[(programs,)](*shared, *arguments, *last, num_warps=_WARPS)
 
 
 def _buffer(batch: Batch) -> Tensor:
     return torch.empty(batch.room, dtype=torch.uint8, device=batch.place.device)
 
 
-def _buffer_starts(weights: Sequence[Tensor], lengths: Sequence[int]) -> list[int]:
-    """Returns where each layer's rows begin in a buffer, and its size, in bytes."""
-    row_bytes = (_fan_in(weight) * weight.element_size() for weight in weights)
-    sizes = (count * size for count, size in zip(lengths, row_bytes, strict=True))
-    return list(accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
-
-
-def _fan_in(weight: Tensor) -> int:
-    return weight.numel() // len(weight)
-
-
-def _vector(weights: Sequence[Tensor]) -> int:
-    """Returns 16 if the rows of all layers begin at a multiple of 16 bytes, else 1."""
-    ends = [weight.data_ptr() | _fan_in(weight) * weight.element_size() for weight in weights]
-    return _ALIGNMENT if all(end % _ALIGNMENT == 0 for end in ends) else 1
+def _widest(weights: Sequence[Tensor]) -> int:
+    return max(weight.shape[0] for weight in weights)
 
 
 def _addresses(weights: Sequence[Tensor]) -> list[int]:
@@ -407,23 +394,38 @@ def _written(batch: Batch) -> None:
 def _send(
     table: Tensor, rows: dict[str, Tensor], device: torch.device, kind: torch.dtype
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Sends an int64 table and rows of one length, converted, to the device in one message."""
+    """Sends an int64 table and rows of numbers, converted, to the device in one message."""
     sizes = [table.nbytes // kind.itemsize, *map(len, rows.values())]
-    pinned = device.type == "cuda"
-    message = torch.empty(sum(sizes), dtype=kind, device="cpu", pin_memory=pinned)
+    on_gpu = device.type == "cuda"
+    message = torch.empty(sum(sizes), dtype=kind, device="cpu", pin_memory=on_gpu)
     head, *parts = message.split(sizes)
     head.view(torch.int64).copy_(table.flatten())
     for part, row in zip(parts, rows.values(), strict=True):
         part.copy_(row)
-    head, *parts = message.to(device, non_blocking=pinned).split(sizes)
+    head, *parts = (_sent_ahead(message, device) if on_gpu else message).split(sizes)
     return head.view(torch.int64).view(table.shape), dict(zip(rows, parts, strict=True))
+
+
+def _sent_ahead(message: Tensor, device: torch.device) -> Tensor:
+    """Sends pinned memory to a GPU while that still does what was launched before."""
+    stream, current = _message_stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(stream):
+        sent = message.to(device, non_blocking=True)
+    current.wait_stream(stream)
+    sent.record_stream(current)  # else its memory might be used again while it is still read
+    return sent
+
+
+@cache
+def _message_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _index_type(weights: Sequence[Tensor], numbers: Tensor | None = None) -> torch.dtype:
     """Returns the smallest type of indices, since a message of many takes longer than a launch."""
-    largest = max(len(weights), *map(len, weights))
+    largest = max(len(weights), _widest(weights))
     if numbers is not None and len(numbers):
-        largest = max(largest, int(numbers[-1]))
+        largest = max(largest, len(numbers), int(numbers[-1]))
     return torch.int16 if largest < 2**15 else torch.int32
 
 
