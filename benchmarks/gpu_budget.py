@@ -10,8 +10,9 @@ follow from the plan, and a test holds them to what Triton's interpreter counts.
 
 as if launches never overlapped and caches had no effect. It leaves out Python's own time, which the
 GPU does not wait for while it is busy with the training step, and uses the manufacturer's
-bandwidth, which no program quite reaches. A message to the device counts
-as a launch. ``benchmarks/overhead.py --device cuda`` measures the cost on a GPU.
+bandwidth, which no program quite reaches. A message to the device counts as a launch, although it
+travels while the device still trains. ``benchmarks/overhead.py --device cuda`` measures the cost on
+a GPU.
 
 The floor is the time to transfer the bytes that any pass must move (each drawn kernel and its
 partner read, each merged kernel written). Writes JSON and prints a table in Markdown.

@@ -90,13 +90,13 @@ class MergeSettings:
         self._check_combinations()
 
     def _check_combinations(self) -> None:
-        unused = "radius" if self.direction == "partner" else "merge_weight"
+        unused = {"radius": "merge_weight", "merge_weight": "radius"}[self.size]
         value, default = getattr(self, unused), getattr(MergeSettings, unused)
         if value != default:
-            used = {"radius": "merge_weight", "merge_weight": "radius"}[unused]
             raise ValueError(
-                f"{unused}={value} has no effect with direction={self.direction!r}, where {used} "
-                f"is the size of the change: set {used}, and leave {unused} at {default}"
+                f"{unused}={value} has no effect with direction={self.direction!r}, where "
+                f"{self.size} is the size of the change: set {self.size}, and leave {unused} at "
+                f"{default}"
             )
         if self.merge_momentum and self.transient:
             raise ValueError(
@@ -113,6 +113,16 @@ class MergeSettings:
                 "replica_draws=True needs transient=True: replicas that merge different pairs "
                 "permanently would drift apart"
             )
+
+    @property
+    def size(self) -> str:
+        """Name of the setting that is the size of a change: ``merge_weight`` or ``radius``."""
+        return "merge_weight" if self.direction == "partner" else "radius"
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the change has size zero, so that pairs count as merged and no kernel changes."""
+        return self.merge_weight == 1.0 if self.direction == "partner" else self.radius == 0.0
 
     def at(self, step: int) -> MergeSettings | None:
         """Returns the settings of an optimizer step; None where the step does not merge."""

@@ -124,7 +124,7 @@ class Watch:
         settings: MergeSettings,
         report: Callable[[], MergeReport],
     ) -> None:
-        """Inspects layers at their first pass and every few; checks for an effect after enough.
+        """Inspects layers at their first pass and every few; checks that merging has an effect.
 
         Args:
             layers: The layers that a pass has just merged.
@@ -132,6 +132,13 @@ class Watch:
             settings: The settings of the wrapper.
             report: Returns the report; called only if needed, because it waits for the device.
         """
+        if settings.changes_nothing:
+            value = f"{settings.size}={getattr(settings, settings.size)}"
+            self.warn_once(
+                "size",
+                f"{value} leaves every kernel as it is, so that this is a plain training run: "
+                f"change {settings.size}, or train without the wrapper",
+            )
         every, passes = settings.inspect_every, tally.passes
         due = [
             layer

@@ -187,6 +187,11 @@ def main() -> None:
     print(results["merged"].pop("plan"))
     print(results["merged"].pop("report"))
     print_table(results)
+    print(
+        "One seed: chance can decide which of them is ahead. For paired seeds and intervals, run\n"
+        "  accelerate launch recipes/medmnist_2d.py --dataset digits --seeds 5\n"
+        "  on these images; docs/evidence.md has them for medical images."
+    )
     draw(results, options.out / "quickstart.png")
     settings = {key: str(value) for key, value in vars(options).items()}
     write_json(

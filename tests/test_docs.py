@@ -374,6 +374,24 @@ def test_the_figures_of_the_performance_page_come_from_results_files() -> None:
     assert [line for line in shown if line not in measured] == []
 
 
+def test_the_cost_of_transient_merging_is_that_of_the_results_files() -> None:
+    def longer(file: str, model: str, way: str) -> str:
+        rows = json.loads((ROOT / "results" / "overhead" / f"{file}.json").read_text())["rows"]
+        (row,) = (row for row in rows if (row["model"], row["way"]) == (model, way))
+        return f"{row['quartiles']['with merging over training step'][1] - 1:.0%}"
+
+    cpu, gpu = "cpu-64px", "cuda-h100-224px"
+    small = longer(f"{cpu}-signed", "tf_efficientnet_lite0", "transient, signed")
+    large = longer(f"{cpu}-signed", "resnet34", "transient, signed")
+    some, every = longer(cpu, "resnet34", "transient"), longer(cpu, "resnet34", "transient, p = 1")
+    page = " ".join((ROOT / "docs" / "transient.md").read_text().split())
+    assert f"takes {small} longer for EfficientNet-lite0 and {large} for ResNet-34 at 64" in page
+    assert f"an H100 {longer(gpu, 'resnet34', 'transient, signed')} for ResNet-34 at 224" in page
+    assert f"takes {some} longer at p = 0.3 and {every} at p = 1, on the H100" in page
+    assert f"on the H100 {longer(gpu, 'resnet34', 'transient, p = 1')} ([Performance]" in page
+    assert f"A training step takes {small} longer there" in (ROOT / "README.md").read_text()
+
+
 def test_the_two_phases_on_the_page_are_those_of_the_runs() -> None:
     page = (ROOT / "docs" / "evidence.md").read_text()
     readme = " ".join((ROOT / "recipes" / "README.md").read_text().split())

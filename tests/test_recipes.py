@@ -76,6 +76,7 @@ def test_quickstart(tmp_path: Path) -> None:
     out = tmp_path / "runs" / "quickstart"
     assert "drawn pairs were merged" in done.stdout
     assert "identical logits in plain timm" in done.stdout
+    assert "recipes/medmnist_2d.py --dataset digits --seeds 5" in done.stdout  # one is no evidence
     assert (out / "quickstart.png").stat().st_size > 10_000
     assert {"config.json", "model.safetensors"} <= {
         path.name for path in (out / "merged").iterdir()

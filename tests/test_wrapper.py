@@ -436,7 +436,7 @@ def test_settings_changed_later_are_checked_as_at_first() -> None:
 
 
 def test_going_back_to_an_earlier_checkpoint_goes_back_in_the_history() -> None:
-    model = wrapped(similarity_threshold=-1.0, merge_weight=1.0, inspect_every=5)
+    model = wrapped(similarity_threshold=-1.0, merge_weight=0.999, inspect_every=5)
     optimizer = sgd(model)
     model.attach(optimizer)
     train(model, optimizer, 8)
@@ -509,7 +509,7 @@ def test_training_long_past_the_schedule_is_reported(schedule: Schedule, last_si
     for _ in range(200):
         model.merge_()  # once
     for settings in ({}, {"schedule": Schedule(start=3)}):
-        endless = wrapped(merge_weight=1.0, inspect_every=0, **settings)
+        endless = wrapped(merge_weight=0.999, inspect_every=0, **settings)
         for _ in range(200):
             endless.merge_()
 
@@ -546,6 +546,21 @@ def test_a_probability_of_zero_is_reported() -> None:
     with pytest.warns(NoEffectWarning, match="no pair was drawn in 100 steps"):
         for _ in range(100):
             model.merge_()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"merge_weight": 1.0}, {"direction": "signed", "radius": 0.0}],
+    ids=["merge_weight", "radius"],
+)
+def test_a_change_of_size_zero_is_reported(settings: dict[str, Any]) -> None:
+    """At once: the report counts all pairs as merged, so that nothing else would show it."""
+    model = wrapped(similarity_threshold=-1.0, **settings)
+    name, value = list(settings.items())[-1]
+    with pytest.warns(NoEffectWarning, match=f"{name}={value} leaves every kernel as it is"):
+        model.merge_()
+    model.merge_()  # once
+    assert model.report().merged > 0
 
 
 def test_the_report_counts_what_happened() -> None:
