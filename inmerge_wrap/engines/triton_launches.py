@@ -273,10 +273,10 @@ def merge_(
 
     Launches: two. The first blends in place the kernels that are not a source of any pair, and the
     others into a buffer, from which the second copies. The buffer has room for all drawn kernels,
-    because only the device knows how many need it. An order in which each kernel is read by all
-    pairs that use it before it is written, as in ``native.cpp``, would need no buffer. But it
-    requires the sources on the host, where the most similar partners are not, and a single program
-    that follows it, while a GPU runs thousands.
+    because it may be that only the device knows which of them need it. An order in which each
+    kernel is read by all pairs that use it before it is written, as in ``native.cpp``, would need
+    no buffer. But it requires the sources on the host, where the most similar partners are not, and
+    a single program that follows it, while a GPU runs thousands.
 
     Args:
         batch: The pairs. A NaN cosine passes no threshold.
@@ -297,8 +297,8 @@ def merge_(
     kept = _buffer(batch) if keep else None
     results = cosines, merged, blended, kept
     pairs = batch.sources, batch.read, batch.signs
-    count = len(merged)
-    _launch("merge", batch, count, *pairs, *results, skip, merge_weight, decided is not None)
+    count, weight = len(merged), float(merge_weight)  # Triton would compile again for an integer
+    _launch("merge", batch, count, *pairs, *results, skip, weight, decided is not None)
     if batch.late is None:
         _launch("copy", batch, count, merged, batch.read, None, blended)
     else:
