@@ -93,7 +93,7 @@ def draw_step(layers: Layers, settings: MergeSettings, step: int) -> Pairs:
     Returns:
         The pairs, on the CPU. The sources are those of ``partner="random"``.
     """
-    if settings.engine != "torch" and native.problem() is None:
+    if _draws_natively(settings):
         pairs = native.draw(layers, settings.merge_probability, settings.seed, step)
     else:
         counts = [layer.site.shape[0] for layer in layers]
@@ -108,6 +108,11 @@ def draw_step(layers: Layers, settings: MergeSettings, step: int) -> Pairs:
         torch.stack([number[pairs.layer], pairs.targets, pairs.sources]),
         pairs.lengths,
     )
+
+
+def _draws_natively(settings: MergeSettings) -> bool:
+    """Returns whether native code draws, for weights on any device."""
+    return settings.engine != "torch" and native.problem() is None
 
 
 def merge_step(
@@ -373,7 +378,7 @@ def _signs(
 
     Also for those that will not merge, so that no sign depends on which of them do.
     """
-    if settings.engine != "torch" and native.problem() is None:
+    if _draws_natively(settings):
         streams = [stream_of(layer.site) for layer in layers]
         return native.draw_signs(streams, drawn, settings.seed, step)
     host = torch.device("cpu")

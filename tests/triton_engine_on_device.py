@@ -87,22 +87,25 @@ def test_layers_of_several_dtypes_merge_as_in_plain_torch() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-def test_kernels_merged_for_a_gradient_are_put_back() -> None:
-    for convert in (False, True):
-        net = network()
-        model = wrapped(net, "triton", similarity_threshold=-1.0, transient=True)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        model.attach(optimizer)
-        whole = copy.deepcopy(model.state_dict())
-        model.train()(torch.randn(2, 3, 5, 5, device=DEVICE))
-        merged = {name: p.detach().clone() for name, p in model.named_parameters()}
-        assert any(not torch.equal(merged[name], whole[name]) for name in merged)
-        if convert:
-            model.double()
-            whole = {name: value.double() for name, value in whole.items()}
-        model.eval()
-        now = {name: value for name, value in model.state_dict().items() if name in merged}
-        assert states_equal(now, {name: whole[name] for name in merged})
+@pytest.mark.parametrize("where", ["in place", "elsewhere", "converted"])
+def test_kernels_merged_for_a_gradient_are_put_back(where: str) -> None:
+    """Also if the weights were exchanged or converted in the meantime."""
+    model = wrapped(network(), "triton", similarity_threshold=-1.0, transient=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.attach(optimizer)
+    whole = copy.deepcopy(model.state_dict())
+    model.train()(torch.randn(2, 3, 5, 5, device=DEVICE))
+    merged = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert any(not torch.equal(merged[name], whole[name]) for name in merged)
+    if where == "elsewhere":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    if where == "converted":
+        model.double()
+        whole = {name: value.double() for name, value in whole.items()}
+    model.eval()
+    now = {name: value for name, value in model.state_dict().items() if name in merged}
+    assert states_equal(now, {name: whole[name] for name in merged})
 
 
 def test_launches_of_a_pass_do_not_grow_with_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -506,7 +506,6 @@ class Launches(TorchDispatchMode):
         self.kernels, self.messages, self.operations = [], 0, []
         for kind in (InterpretedFunction, JITFunction):
             monkeypatch.setattr(kind, "run", self._counting(kind.run))
-        monkeypatch.setattr(engine, "_send", self._on_host(engine._send, messages=1))
         monkeypatch.setattr(engine, "_there", self._on_host(engine._there, messages=1))
         # What the host prepares is launched nowhere.
         monkeypatch.setattr(engine, "batch_to_send", self._on_host(engine.batch_to_send))

@@ -396,24 +396,14 @@ def _send(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Sends an int64 table and rows of numbers, converted, to the device in one message."""
     sizes = [table.nbytes // kind.itemsize, *map(len, rows.values())]
-    on_gpu = device.type == "cuda"
-    message = torch.empty(sum(sizes), dtype=kind, device="cpu", pin_memory=on_gpu)
+    pinned = device.type == "cuda"
+    message = torch.empty(sum(sizes), dtype=kind, device="cpu", pin_memory=pinned)
     head, *parts = message.split(sizes)
     head.view(torch.int64).copy_(table.flatten())
     for part, row in zip(parts, rows.values(), strict=True):
         part.copy_(row)
-    head, *parts = (_sent_ahead(message, device) if on_gpu else message).split(sizes)
+    head, *parts = _there(message, device).split(sizes)
     return head.view(torch.int64).view(table.shape), dict(zip(rows, parts, strict=True))
-
-
-def _sent_ahead(message: Tensor, device: torch.device) -> Tensor:
-    """Sends pinned memory to a GPU while that still does what was launched before."""
-    stream, current = _message_stream(device), torch.cuda.current_stream(device)
-    with torch.cuda.stream(stream):
-        sent = message.to(device, non_blocking=True)
-    current.wait_stream(stream)
-    sent.record_stream(current)  # else its memory might be used again while it is still read
-    return sent
 
 
 @cache
@@ -430,7 +420,12 @@ def _index_type(weights: Sequence[Tensor], numbers: Tensor | None = None) -> tor
 
 
 def _there(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copies to the device without waiting for it."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    """Copies to the device, while that still does what was launched before, without waiting."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    stream, current = _message_stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(stream):
+        sent = tensor.pin_memory().to(device, non_blocking=True)
+    current.wait_stream(stream)
+    sent.record_stream(current)  # else its memory might be used again while it is still read
+    return sent
