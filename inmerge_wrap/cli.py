@@ -38,8 +38,8 @@ from inmerge_wrap.architectures import (
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from inmerge_wrap.card import ModelCard
     from inmerge_wrap.discovery import ConvSite, MergePlan
-    from inmerge_wrap.modelcard import ModelCard
     from inmerge_wrap.robustness import RobustnessResult
     from inmerge_wrap.similarity import LayerSimilarity
 
@@ -307,7 +307,7 @@ def similarity(
     written = [output / "similarity.json"]
     written[0].write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if pictures:
-        from inmerge_wrap.similarity_plots import plot_matrices, plot_overview, plot_pairs
+        from inmerge_wrap.plots import plot_matrices, plot_overview, plot_pairs
 
         figures = {
             "overview": plot_overview(
@@ -441,8 +441,8 @@ def export(
 
 def _card(path: Path, weights: Path, key: str | None) -> ModelCard:
     """Returns the card in a JSON file, with what the checkpoint says of merging."""
+    from inmerge_wrap.card import ModelCard
     from inmerge_wrap.checkpoints import read_merging
-    from inmerge_wrap.modelcard import ModelCard
 
     card = ModelCard.from_dict(_read_json(path))
     with warnings.catch_warnings():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from inmerge_wrap.modelcard import ModelCard
+from inmerge_wrap.card import ModelCard
 from inmerge_wrap.unwrapping import named_wrappers, unwrap
 from inmerge_wrap.watch import NoEffectWarning
 

@@ -3,7 +3,7 @@
     layers = measure_similarity(model)
     layers[0].share_above(0.3), layers[0].effective_rank
 
-``similarity_plots`` draws these results.
+``plots`` draws these results.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from inmerge_wrap import InMergeWrapper, export_timm
-from inmerge_wrap.modelcard import ModelCard, results_of
+from inmerge_wrap.card import ModelCard, results_of
 from inmerge_wrap.robustness import (
     RobustnessResult,
     evaluate_robustness,

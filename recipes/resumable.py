@@ -36,7 +36,7 @@ from tqdm import tqdm
 from tracking import merged_share
 
 from inmerge_wrap import InMergeWrapper, export_weights
-from inmerge_wrap.modelcard import merging_settings
+from inmerge_wrap.card import merging_settings
 from inmerge_wrap.robustness import classification_metrics
 
 

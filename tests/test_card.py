@@ -18,16 +18,16 @@ from huggingface_hub import ModelCard as HubCard
 from torch import nn
 
 from inmerge_wrap import InMergeWrapper, NoEffectWarning, export_timm
-from inmerge_wrap.modelcard import (
+from inmerge_wrap.card import (
     CardResult,
     ModelCard,
     merging_settings,
     push_to_hub,
     results_of,
 )
+from inmerge_wrap.plots import plot_pairs
 from inmerge_wrap.robustness import evaluate_robustness
 from inmerge_wrap.similarity import measure_similarity
-from inmerge_wrap.similarity_plots import plot_pairs
 
 ARCH = "resnet10t"
 DATA = {"input_size": (3, 32, 32), "mean": [0.5] * 3, "std": [0.25] * 3}

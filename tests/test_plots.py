@@ -15,8 +15,8 @@ from matplotlib.image import AxesImage
 from torch import nn
 
 from inmerge_wrap import Quantile, ZScore
+from inmerge_wrap.plots import plot_matrices, plot_overview, plot_pairs
 from inmerge_wrap.similarity import LayerSimilarity, measure_similarity
-from inmerge_wrap.similarity_plots import plot_matrices, plot_overview, plot_pairs
 from tests.test_similarity import TwoConvs
 
 
@@ -54,7 +54,7 @@ def test_drawing_leaves_no_global_trace(layers: list[LayerSimilarity]) -> None:
     plot_pairs(layers)
     assert dict(mpl.rcParams) == before
     code = (
-        "import sys, inmerge_wrap.similarity_plots as s; "
+        "import sys, inmerge_wrap.plots as s; "
         "from inmerge_wrap.similarity import measure_similarity; "
         "assert 'matplotlib' not in sys.modules; "
         "import torch; from torch import nn; "
