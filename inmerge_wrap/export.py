@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from inmerge_wrap.card import ModelCard
+from inmerge_wrap.files import replacing, supported_or_skipped, sync
 from inmerge_wrap.unwrapping import named_wrappers, unwrap
 from inmerge_wrap.watch import NoEffectWarning
 
@@ -107,8 +108,8 @@ def export_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     _warn_of_merging(model)
     state = plain_state_dict(model)
     if _is_writer():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace_file(path, lambda draft: _save_verified(state, draft))
+        with replacing(path) as draft:
+            _save_verified(state, draft)
     return path
 
 
@@ -218,9 +219,9 @@ def export_timm(
                     stacklevel=2,
                 )
             for name in names:
-                (draft / name).chmod(0o666 & ~_umask())
+                sync(draft / name)
                 os.replace(draft / name, directory / name)
-        _sync_directory(directory)
+        sync(directory)
     return f'timm.create_model("local-dir:{directory}", pretrained=True)'
 
 
@@ -333,13 +334,15 @@ def _with_stored_weights(network: nn.Module) -> nn.Module:
 
 
 def _save_verified(state: dict[str, Tensor], path: Path) -> None:
+    path.touch()
+    mode = path.stat().st_mode
     # One metadata key: safetensors writes several in random order, and equal weights should give
     # equal files.
     safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+    with supported_or_skipped():
+        path.chmod(mode)  # safetensors makes a file that only its owner can read
     if not _same_bits(safetensors.torch.load_file(path), state):
         raise RuntimeError(f"what was written to {path.name} reads back differently")
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _same_bits(stored: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
@@ -349,36 +352,6 @@ def _same_bits(stored: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> boo
         and torch.equal(tensor.view(-1).view(torch.uint8), stored[name].view(-1).view(torch.uint8))
         for name, tensor in state.items()
     )
-
-
-def _replace_file(path: Path, write: Any) -> None:
-    """Writes a draft next to ``path`` and renames it atomically."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    draft = Path(name)
-    try:
-        write(draft)
-        draft.chmod(0o666 & ~_umask())
-        os.replace(draft, path)
-        _sync_directory(path.parent)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_directory(directory: Path) -> None:
-    """Makes a renamed file survive a power cut, where the platform supports it."""
-    if os.name == "posix":
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _is_writer() -> bool:

@@ -1,0 +1,82 @@
+"""Files that are written whole or not at all, on local disks and on network shares."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["replacing", "supported_or_skipped", "sync", "write_json"]
+
+# What CIFS, FUSE and bucket mounts answer to calls that they do not offer.
+_UNSUPPORTED = {
+    errno.EACCES,
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.EPERM,
+}
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a draft that replaces ``path`` atomically when the block ends without an error.
+
+    The draft is an empty file in the same folder, with the mode that the process gives to new
+    files. Its name is unique: of several processes that write the same file, the last one wins, and
+    a reader sees one version whole. Missing folders are created. A symbolic link stays, and the
+    file that it points to is replaced.
+
+    Raises:
+        OSError: If a file cannot be written there. The previous file is unchanged, and no draft is
+            left.
+    """
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".draft-{secrets.token_hex(8)}{target.suffix}")
+    try:
+        draft.touch(exist_ok=False)
+        yield draft
+        sync(draft)
+        os.replace(draft, target)
+        sync(target.parent)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Writes plain data as JSON, atomically as :func:`replacing` does."""
+    with replacing(path) as draft:
+        draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Makes a file, or the names in a folder, survive a power cut where the file system can.
+
+    Raises:
+        OSError: If the device fails.
+    """
+    if path.is_dir() and os.name != "posix":  # Windows opens no folders
+        return
+    with supported_or_skipped():
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def supported_or_skipped() -> Iterator[None]:
+    """Skips the rest of the block where the file system does not offer a call, as on CIFS."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
