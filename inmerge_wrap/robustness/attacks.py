@@ -1,17 +1,15 @@
-"""Adversarial attacks on pixels with the Adversarial Robustness Toolbox (extra ``attacks``)."""
+"""Adversarial attacks on pixels: FGSM and PGD."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from inmerge_wrap.robustness.metrics import check_logits
+from inmerge_wrap.robustness.effects import Draws
 
 __all__ = ["Attack"]
 
@@ -49,95 +47,53 @@ class Attack:
             raise ValueError(f"step_size is {self.step_size}; it must be positive")
 
 
-class PixelClassifier(nn.Module):
-    """The attacked network, which takes pixels in [0, 1], so that eps is in pixel units."""
-
-    def __init__(self, model: nn.Module, normalise: Callable[[Tensor], Tensor], task: str) -> None:
-        super().__init__()
-        self.model = model
-        self.normalise = normalise
-        self.task = task
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        logits = check_logits(self.model(self.normalise(pixels)), pixels, self.task)
-        # A single logit z becomes (0, z): the same probability as a two-class softmax.
-        return F.pad(logits, (1, 0)) if self.task == "binary" else logits
-
-
-class _TrueLabels(nn.Module):
-    """Cross-entropy against the labels of the current batch, whatever labels ART passes.
-
-    ART assumes one class per image: it divides every row of labels by its sum, which is wrong for
-    several labels and NaN for none. Unknown labels (NaN) do not count.
-    """
-
-    def __init__(self, targets: Tensor) -> None:
-        super().__init__()
-        self.targets = targets
-
-    def forward(self, logits: Tensor, _: Tensor) -> Tensor:
-        truth = self.targets.to(logits)
-        return F.binary_cross_entropy_with_logits(
-            logits, truth.nan_to_num(), weight=(~truth.isnan()).to(logits), reduction="sum"
-        )
-
-
 def attack_batch(
     attack: Attack,
-    network: PixelClassifier,
+    model: Callable[[Tensor], Tensor],
     images: Tensor,
     targets: Tensor,
     *,
-    outputs: int,
-    seed: int,
+    task: str,
+    draws: Draws,
 ) -> Tensor:
-    """Computes adversarial images for one batch with the Adversarial Robustness Toolbox."""
-    try:
-        from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescent
-        from art.estimators.classification import PyTorchClassifier
-    except ImportError as error:
-        raise ImportError('attacks need ART: pip install "inmerge-wrap[attacks]"') from error
-    device = images.device
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"attacks run on cpu or cuda, not on {device}; move the model")
-    size = len(images)
-    classes = max(2, outputs)
-    loss: nn.Module = nn.CrossEntropyLoss()
-    labels = targets.reshape(-1)[:size].long()
-    if network.task == "multilabel":
-        # One batch per call, so that the labels stay in step with the images.
-        loss, labels = _TrueLabels(targets), torch.zeros(size, dtype=torch.long)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        classifier = PyTorchClassifier(
-            network,
-            loss=loss,
-            input_shape=tuple(images.shape[1:]),
-            nb_classes=classes,
-            clip_values=(0.0, 1.0),
-            device_type="gpu" if device.type == "cuda" else "cpu",
-        )
-        if attack.name == "fgsm":
-            method = FastGradientMethod(classifier, eps=attack.eps, batch_size=size)
-        else:
-            method = ProjectedGradientDescent(
-                classifier,
-                eps=attack.eps,
-                eps_step=attack.step_size or 2.5 * attack.eps / attack.steps,
-                max_iter=attack.steps,
-                num_random_init=1,
-                batch_size=size,
-                verbose=False,
-            )
-        # ART starts PGD from numpy's global generator; the caller restores its state.
-        np.random.seed(seed % 2**32)
+    """Attacks a batch of pixels.
+
+    Args:
+        attack: The attack.
+        model: Maps pixels to checked logits, with the normalisation inside, so that the bound is in
+            pixel units.
+        images: Pixels in [0, 1], shape (B, C, H, W).
+        targets: Labels as ``check_targets`` returns them, on the same device.
+        task: "multiclass", "binary" or "multilabel".
+        draws: Random numbers for the starts of PGD, one stream per image.
+
+    Returns:
+        Pixels in [0, 1] within ``attack.eps`` of the images.
+    """
+    low, high = (images - attack.eps).clamp_min(0), (images + attack.eps).clamp_max(1)
+    moved, steps, size = images.detach(), attack.steps, attack.step_size
+    if attack.name == "fgsm":
+        steps, size = 1, attack.eps
+    else:
+        start = draws.uniform(*images.shape[1:], like=images)
+        moved = (images + attack.eps * (2 * start - 1)).clamp(low, high)
+    size = 2.5 * attack.eps / steps if size is None else size
+    for _ in range(steps):
         with torch.enable_grad():
-            found = method.generate(
-                x=images.detach().float().cpu().numpy(),
-                y=F.one_hot(labels, classes).float().cpu().numpy(),
-            )
-    moved = torch.as_tensor(found).to(images)
-    # Rounding must not carry a pixel beyond what eps promises.
-    return (images + (moved - images).clamp(-attack.eps, attack.eps)).clamp(0, 1)
+            pixels = moved.requires_grad_()
+            (gradient,) = torch.autograd.grad(_loss(model(pixels), targets, task), pixels)
+        moved = (moved.detach() + size * gradient.sign()).clamp(low, high)
+    return moved
+
+
+def _loss(logits: Tensor, targets: Tensor, task: str) -> Tensor:
+    """Returns the summed cross-entropy of a batch; unknown labels (NaN) do not count."""
+    if task == "multiclass":
+        return F.cross_entropy(logits, targets, reduction="sum")
+    known = (~targets.isnan()).to(logits)
+    return F.binary_cross_entropy_with_logits(
+        logits, targets.nan_to_num().to(logits), weight=known, reduction="sum"
+    )
 
 
 def worst_case(

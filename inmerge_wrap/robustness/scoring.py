@@ -1,0 +1,166 @@
+"""From the logits of every condition to rows: metrics, intervals, means and ratios."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inmerge_wrap.robustness.corruptions import Corruption
+from inmerge_wrap.robustness.metrics import (
+    LEVEL,
+    classification_metrics,
+    percentile_interval,
+    to_probabilities,
+)
+from inmerge_wrap.robustness.results import Condition, RobustnessResult, Row
+
+CLEAN: Condition = ("clean", 0)
+
+
+@dataclass
+class Score:
+    """Metrics of one condition: values, bootstrap values, and what is left out and why."""
+
+    values: dict[str, float]
+    replicates: dict[str, np.ndarray]
+    left_out: dict[str, str]
+
+
+def score(
+    logits: Tensor,
+    targets: Tensor,
+    task: str,
+    threshold: float | Sequence[float],
+    coverages: Sequence[float],
+    weights: np.ndarray,
+) -> Score:
+    """Scores the logits of one condition, and its bootstrap resamples by ``weights`` (N, R)."""
+
+    def metrics(given: Tensor | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return classification_metrics(
+            probabilities,
+            targets,
+            task=task,
+            threshold=threshold,
+            coverages=coverages,
+            weights=given,
+        )
+
+    probabilities = to_probabilities(logits, task)
+    points, left_out = metrics(None)
+    values = {name: float(point) for name, point in points.items() if not point.isnan()}
+    # Resamples in chunks, so that a large data set does not need them all in memory at once.
+    portion = max(1, 20_000_000 // len(targets))
+    parts = [
+        metrics(torch.from_numpy(weights[:, start : start + portion]))[0]
+        for start in range(0, weights.shape[1], portion)
+    ]
+    replicates = {
+        name: np.concatenate([part[name].double().numpy() for part in parts])
+        for name in values
+        if parts
+    }
+    return Score(values, replicates, left_out)
+
+
+def rows_of(
+    scores: Mapping[Condition, Score],
+    settings: Mapping[str, Any],
+    corruptions: Sequence[Corruption],
+    baseline: RobustnessResult | None,
+) -> list[Row]:
+    """Returns one row per condition, then each corruption's mean, then the mean of all."""
+    clean, n = scores[CLEAN], settings["n"]
+    rows = [_row("clean", "clean", 0, n, clean)]
+    means = []
+    for entry in corruptions:
+        per_level = {level: scores[entry.name, level] for level in settings["severities"]}
+        rows += [_row(entry.name, entry.kind, level, n, at) for level, at in per_level.items()]
+        mean = _mean_score([*per_level.values()])
+        if baseline is not None:
+            _add_ratios(mean, entry.name, clean, baseline)
+        means.append(mean)
+        rows.append(_row(entry.name, entry.kind, "mean", n, mean))
+    rows.append(_row("all", "all", "mean", n, _mean_score(means)))
+    for attack in settings["attacks"]:
+        at = scores[attack["name"], str(attack["eps"])]
+        rows.append(_row(attack["name"], "attack", attack["eps"], n, at))
+    return rows
+
+
+def _row(corruption: str, kind: str, severity: int | float | str, n: int, score: Score) -> Row:
+    row: Row = {"corruption": corruption, "kind": kind, "severity": severity, "n": n}
+    for name, value in score.values.items():
+        row[name] = value
+        drawn = score.replicates.get(name, np.empty(0))
+        if name == "ece" and drawn.size:
+            drawn = np.maximum(0, drawn - (drawn.mean() - value))
+        interval = percentile_interval(drawn)
+        if interval is not None:
+            row[f"{name}_low"], row[f"{name}_high"] = interval
+    if score.left_out:
+        row["left_out"] = score.left_out
+    return row
+
+
+def _mean_score(scores: Sequence[Score]) -> Score:
+    """Returns the mean of every figure over those conditions for which it is defined."""
+    values, replicates = {}, {}
+    for name in dict.fromkeys(name for score in scores for name in score.values):
+        defined = [score for score in scores if name in score.values]
+        values[name] = float(np.mean([score.values[name] for score in defined]))
+        # An interval must belong to the same mean as the value, or be absent.
+        if all(name in score.replicates for score in defined):
+            replicates[name] = np.mean([score.replicates[name] for score in defined], axis=0)
+    reasons: dict[str, list[str]] = {}
+    for score in scores:
+        for name, reason in score.left_out.items():
+            if reason not in reasons.setdefault(name, []):
+                reasons[name].append(reason)
+    return Score(values, replicates, {name: "; ".join(why) for name, why in reasons.items()})
+
+
+def _add_ratios(score: Score, corruption: str, clean: Score, baseline: RobustnessResult) -> None:
+    """Adds BE and rBE of one corruption to its mean over the severities, where they are defined."""
+    if "balanced_error" not in score.values:
+        return
+    base = baseline.value("balanced_error", corruption, "mean")
+    base_clean = baseline.value("balanced_error")
+    if base is None or base_clean is None:
+        return
+    drawn, base_drawn = None, None
+    condition_means = [
+        values for (name, _), values in baseline.replicates.items() if name == corruption
+    ]
+    if condition_means and "balanced_error" in score.replicates:
+        drawn = score.replicates["balanced_error"]
+        base_drawn = np.mean(condition_means, axis=0)
+    value = score.values["balanced_error"]
+    terms = {
+        "be": (value, base, drawn, base_drawn),
+        "rbe": (
+            value - clean.values["balanced_error"],
+            base - base_clean,
+            None if drawn is None else drawn - clean.replicates["balanced_error"],
+            None if base_drawn is None else base_drawn - baseline.replicates[CLEAN],
+        ),
+    }
+    for name, (above, below, above_drawn, below_drawn) in terms.items():
+        if below <= 1e-12:
+            what = "makes no error under" if name == "be" else "loses nothing to"
+            score.left_out[name] = f"the baseline {what} {corruption}"
+            continue
+        score.values[name] = above / below
+        if above_drawn is None or below_drawn is None:
+            continue
+        defined = below_drawn > 1e-12
+        if np.mean(~defined) <= (1 - LEVEL) / 2:
+            score.replicates[name] = np.where(
+                defined, above_drawn / np.where(defined, below_drawn, 1.0), math.nan
+            )
