@@ -626,7 +626,7 @@ def _preparation(
             "of the training"
         )
     stored = tuple(config["input_size"][1:]) if config else None
-    from inmerge_wrap.robustness.image_files import Preparation
+    from inmerge_wrap.images.preparation import Preparation
 
     described = path / "preparation.json"  # of recipes/own_images.py, beside its model
     preparation = None
@@ -664,7 +664,7 @@ def _open_data(
     """Returns the batches of images and labels in a fixed order, and all labels."""
     from torch.utils.data import DataLoader, TensorDataset
 
-    from inmerge_wrap.robustness.images import ImageFolder, fit_images, read_npz
+    from inmerge_wrap.images.labelled import ImageFolder, fit_images, read_npz
 
     (first, wanted), *others = prepared.items()
     agree = ["channels", "size", "label_names"]

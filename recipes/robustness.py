@@ -32,7 +32,6 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from image_folders import read_part
 from images import Images, load_images
 from records import environment, write_json
 from rich.console import Console
@@ -41,6 +40,9 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
+from inmerge_wrap.images.files import DataError
+from inmerge_wrap.images.folders import read_part
+from inmerge_wrap.images.preparation import Preparation
 from inmerge_wrap.robustness import (
     Attack,
     RobustnessResult,
@@ -54,7 +56,6 @@ from inmerge_wrap.robustness.corruptions import (
     corrupt,
     resolve_preset,
 )
-from inmerge_wrap.robustness.image_files import DataError, Preparation
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 
 from inmerge_wrap import InMergeWrapper, __version__, export_timm, plan_merging
 from inmerge_wrap.cli import _in_options, app
+from inmerge_wrap.images.preparation import Preparation
 from inmerge_wrap.robustness import RobustnessResult, evaluate_robustness
-from inmerge_wrap.robustness.image_files import Preparation
 from inmerge_wrap.similarity import measure_similarity
 
 ARCH = "resnet10t"

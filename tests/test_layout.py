@@ -158,7 +158,13 @@ def test_what_takes_any_module_never_reaches_the_wrapper(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_nothing_imports_training_libraries_recipes_or_tests(name: str) -> None:
-    assert FOREIGN[name] & FORBIDDEN == set()
+    allowed = {"accelerate"} if inside(name, {"app"}) else set()
+    assert FOREIGN[name] & FORBIDDEN <= allowed
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if not inside(n, {"app", "cli"})])
+def test_only_the_command_line_imports_the_application(name: str) -> None:
+    assert [module for module in OWN[name] if inside(module, {"app"})] == []
 
 
 @pytest.mark.parametrize("name", sorted(LAYERS["at once"]))

@@ -33,6 +33,7 @@ _TASKS = {
     "ordinal-regression": "multiclass",
     "binary-class": "binary",
     "multi-label, binary-class": "multilabel",
+    "multi-label": "multilabel",
 }
 _ECE_BINS = 15
 LEVEL = 0.95

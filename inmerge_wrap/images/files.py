@@ -1,27 +1,18 @@
-"""One image file into pixels: PNG, JPEG, TIFF and DICOM, 8 or 16 bit, grey or colour, any size.
-
-`decode` reads a file as it is. `Preparation` says how what was read becomes what a network sees:
-uint8 of a fixed shape, and is itself plain data that can be stored beside the weights.
-"""
+"""One image file into values: PNG, JPEG, TIFF and DICOM, 8 or 16 bit, grey or colour, any size."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
-from torchvision.transforms import v2
 
 RASTER = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 DICOM = (".dcm", ".dicom")
-CROP_MODES = ("squash", "center")  # as timm names them
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 
 
@@ -297,62 +288,3 @@ def range_of(facts: list[Facts], given: tuple[float, float] | None) -> tuple[flo
         f"{len(deep):,} images hold values from {low:g} to {high:g}, and nothing says which of "
         "them are black and white: give --pixel-range BLACK WHITE"
     )
-
-
-# -- what the network sees -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """How a file becomes the pixels of a network. Calling it on a path gives uint8 (C, S, S).
-
-    On 8-bit files it equals timm's evaluation transform with ``crop_pct=1``, bicubic.
-
-    Attributes:
-        size: Side S in pixels.
-        channels: C, 1 for grey or 3 for colour. Grey is repeated, colour is turned to grey.
-        crop_mode: ``"squash"`` keeps the whole image and gives up its proportions, ``"center"``
-            the other way round.
-        pixel_range: Values that become black and white where the file does not say so.
-        override_windows: Use that range in place of the windows of DICOM files too.
-    """
-
-    size: int
-    channels: int
-    crop_mode: str = "squash"
-    pixel_range: tuple[float, float] | None = None
-    override_windows: bool = False
-
-    def __post_init__(self) -> None:
-        if self.size < 8:
-            raise DataError(f"--size must be at least 8 pixels, got {self.size}")
-        if self.channels not in (1, 3):
-            raise DataError(f"--channels must be 1 or 3, got {self.channels}")
-        if self.crop_mode not in CROP_MODES:
-            raise DataError(f"--crop-mode must be one of {CROP_MODES}, got {self.crop_mode!r}")
-        if self.pixel_range is not None:
-            black, white = self.pixel_range
-            if not (math.isfinite(black) and math.isfinite(white) and black < white):
-                raise DataError(f"--pixel-range must be BLACK < WHITE, got {black:g} {white:g}")
-
-    def __call__(self, path: Path) -> Tensor:
-        values = decode(path).to_bytes(self.pixel_range, override=self.override_windows)
-        image = Image.fromarray(values).convert("L" if self.channels == 1 else "RGB")
-        bicubic = v2.InterpolationMode.BICUBIC
-        if self.crop_mode == "squash":
-            image = v2.functional.resize(image, [self.size, self.size], bicubic)
-        else:
-            image = v2.functional.resize(image, [self.size], bicubic)
-            image = v2.functional.center_crop(image, [self.size, self.size])
-        pixels = np.array(image).reshape(self.size, self.size, self.channels)
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, from which ``from_dict`` makes the same."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> Preparation:
-        """What ``to_dict`` gave, also by way of JSON."""
-        found = content["pixel_range"]
-        return cls(**{**content, "pixel_range": tuple(found) if found is not None else None})

@@ -1,4 +1,4 @@
-"""The images of recipes/own_images.py: every format is read, every bad input is named."""
+"""Images of one's own: every format is read, every bad input is named."""
 
 from __future__ import annotations
 
@@ -13,24 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import image_collection  # noqa: E402
-import image_folders  # noqa: E402
-from image_collection import ImageCollection, ImageFile, deal  # noqa: E402
-
-from inmerge_wrap.robustness import image_files  # noqa: E402
-from inmerge_wrap.robustness.image_files import (  # noqa: E402
-    DataError,
-    Preparation,
-    decode,
-    examine,
-    range_of,
-    window,
-)
-
-sys.path.remove(str(ROOT / "recipes"))
+from inmerge_wrap.images import collection as image_collection
+from inmerge_wrap.images import files as image_files
+from inmerge_wrap.images import folders as image_folders
+from inmerge_wrap.images.collection import ImageCollection, ImageFile, deal
+from inmerge_wrap.images.files import DataError, decode, examine, range_of, window
+from inmerge_wrap.images.preparation import Deployment, Preparation, Seen
 
 
 def ramp(height: int = 12, width: int = 10, top: int = 255, dtype: Any = np.uint8) -> np.ndarray:
@@ -678,3 +666,27 @@ def test_names_are_counted_and_cut_short() -> None:
     assert image_collection.named([str(n) for n in range(8)]) == "0, 1, 2, 3, 4 and 3 more"
     assert image_collection.counted(1, "file") == "1 file"
     assert ImageFile(Path("a"), "a", (1.0, float("nan"), 1.0)).label[0] == 1
+
+
+def test_a_deployment_survives_json_and_checks_itself(tmp_path: Path) -> None:
+    seen = Seen(40, 0.0, 4095.0, 30, 200, (0.1, 0.4), (0.05, 0.2))
+    several = Deployment(
+        Preparation(32, 1, "center", (0.0, 4095.0)), (0.5,), (0.2,), "multi-label", ("a", "b"),
+        1.7, (0.2, 0.9), seen, ("0123",),
+    )  # fmt: skip
+    several.write(tmp_path)
+    assert Deployment.read(tmp_path) == several
+    content = json.loads((tmp_path / "preparation.json").read_text())
+    assert content["pixel_range"] == [0, 4095] and content["thresholds"] == [0.2, 0.9]
+    assert Preparation.from_dict(content) == several.preparation
+    logits = torch.tensor([[1.0, -2.0]])
+    assert torch.allclose(several.probabilities(logits).float(), (logits / 1.7).sigmoid())
+    one = Deployment(Preparation(32, 1), (0.5,), (0.2,), "multi-class", ("a", "b"), 0.5)
+    assert torch.allclose(one.probabilities(logits).float(), (logits * 2).softmax(1))
+    with pytest.raises(DataError, match="has one for each label"):
+        Deployment(Preparation(32, 1), (0.5,), (0.2,), "multi-label", ("a", "b"))
+    (tmp_path / "preparation.json").write_text('{"size": 32}')
+    with pytest.raises(DataError, match=r"preparation.json cannot be used: 'channels'|missing"):
+        Deployment.read(tmp_path)
+    with pytest.raises(DataError, match=r"no preparation\.json"):
+        Deployment.read(tmp_path / "nowhere")

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -27,19 +26,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from image_collection import PARTS, ImageCollection, ImageFile, check, counted, named, split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from inmerge_wrap.robustness.image_files import (
-    DataError,
-    Facts,
-    Preparation,
-    examine,
-    is_image,
-    range_of,
+from inmerge_wrap.files import replacing, write_json
+from inmerge_wrap.images.collection import (
+    PARTS,
+    ImageCollection,
+    ImageFile,
+    check,
+    counted,
+    named,
+    split,
 )
+from inmerge_wrap.images.files import DataError, Facts, examine, is_image, range_of
+from inmerge_wrap.images.preparation import Preparation
 
 _PART_LIKE = {"training": "train", "valid": "val", "validation": "val", "dev": "val"}
 _PART_LIKE |= {"testing": "test"}
@@ -308,10 +310,7 @@ def examine_all(
             raise DataError(facts)
         known[str(image.path)] = {"stamp": stamps[str(image.path)], "facts": asdict(facts)}
     if memory is not None and fresh:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        draft = memory.with_name(f".{memory.name}.draft")
-        draft.write_text(json.dumps({path: known[path] for path in stamps}))
-        os.replace(draft, memory)
+        write_json(memory, {path: known[path] for path in stamps})
     return [Facts(**known[str(image.path)]["facts"]) for image in collection.images]
 
 
@@ -428,14 +427,14 @@ def keep_pixels(images: ImageSet, path: Path, *, workers: int = 0) -> ImageSet:
                 f"the decoded images take {needed / 1e9:.1f} GB in {path.parent} and "
                 f"{free / 1e9:.1f} GB are free: pass --no-cache to decode them in every epoch"
             )
-        draft = path.with_name(f".{path.name}.draft")
-        pixels = np.lib.format.open_memmap(draft, mode="w+", dtype=np.uint8, shape=shape)
         loader = DataLoader(images, batch_size=None, num_workers=workers)
-        for index, (one, _) in enumerate(tqdm(loader, desc=f"reading {path.stem}", unit="image")):
-            pixels[index] = one.numpy()
-        pixels.flush()
-        del pixels
-        os.replace(draft, path)
+        with replacing(path) as draft:
+            pixels = np.lib.format.open_memmap(draft, mode="w+", dtype=np.uint8, shape=shape)
+            bar = tqdm(loader, desc=f"reading {path.stem}", unit="image")
+            for index, (one, _) in enumerate(bar):
+                pixels[index] = one.numpy()
+            pixels.flush()
+            del pixels
     return ImageSet(
         images.images,
         images.preparation,
@@ -601,7 +600,11 @@ def _in_order(collection: ImageCollection, classes: Sequence[str]) -> ImageColle
             )
         return collection
     places = [classes.index(name) for name in collection.classes]
-    images = tuple(replace(image, label=places[image.label]) for image in collection.images)
+    images = tuple(
+        replace(image, label=places[image.label])
+        for image in collection.images
+        if isinstance(image.label, int)
+    )
     return replace(collection, classes=tuple(classes), images=images)
 
 
@@ -609,8 +612,7 @@ def write_split(collection: ImageCollection, path: Path) -> None:
     """The images with labels, groups and parts, as a table that ``--csv`` and `read_part` take."""
     several = collection.task == "multilabel"
     names = list(collection.classes) if several else ["label"]
-    draft = path.with_name(f".{path.name}.draft")
-    with open(draft, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["path", *names, "group", "part"])
         for image in collection.images:
@@ -620,4 +622,3 @@ def write_split(collection: ImageCollection, path: Path) -> None:
             else:
                 marks = ["" if value != value else f"{value:.0f}" for value in image.label]
             writer.writerow([image.path.resolve(), *marks, image.group or "", image.part])
-    os.replace(draft, path)

@@ -213,8 +213,9 @@ def by_family(result: RobustnessResult) -> list[dict[str, Any]]:
             "balanced_accuracy": 1 - float(np.mean([row["balanced_error"] for row in rows])),
         }
         drawn = [result.replicates.get((row["corruption"], row["severity"])) for row in rows]
-        if all(values is not None for values in drawn):
-            interval = percentile_interval(1 - np.mean(drawn, axis=0))
+        known = [values for values in drawn if values is not None]
+        if len(known) == len(drawn):
+            interval = percentile_interval(1 - np.mean(known, axis=0))
             if interval is not None:
                 entry["balanced_accuracy_low"], entry["balanced_accuracy_high"] = interval
         areas = [row["auroc"] for row in rows if "auroc" in row]
