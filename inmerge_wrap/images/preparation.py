@@ -1,6 +1,6 @@
 """How a file becomes what a network sees, and what its answers mean: plain data beside the weights.
 
-`preparation.json` in an exported folder is a `Deployment` as JSON, one flat object.
+`preparation.json` in an exported folder is a `Recipe` as JSON, one flat object.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Deployment:
+class Recipe:
     """All that a trained network needs beside its weights.
 
     Attributes:
@@ -157,7 +157,7 @@ class Deployment:
         return content.pop("preparation") | content
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Deployment:
+    def from_dict(cls, content: Mapping[str, Any]) -> Recipe:
         """Reads what ``to_dict`` gave, also by way of JSON."""
         own: dict[str, Any] = {
             field.name: tuple(value) if isinstance(value, list) else value
@@ -175,7 +175,7 @@ class Deployment:
         write_json(folder / FILE, self.to_dict())
 
     @classmethod
-    def read(cls, folder: Path) -> Deployment:
+    def read(cls, folder: Path) -> Recipe:
         """Reads the ``preparation.json`` of an exported folder.
 
         Raises:

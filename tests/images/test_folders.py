@@ -18,7 +18,7 @@ from inmerge_wrap.images import files as image_files
 from inmerge_wrap.images import folders as image_folders
 from inmerge_wrap.images.collection import ImageCollection, ImageFile, deal
 from inmerge_wrap.images.files import DataError, decode, examine, range_of, window
-from inmerge_wrap.images.preparation import Deployment, Preparation, Seen
+from inmerge_wrap.images.preparation import Recipe, Preparation, Seen
 
 
 def ramp(height: int = 12, width: int = 10, top: int = 255, dtype: Any = np.uint8) -> np.ndarray:
@@ -670,23 +670,23 @@ def test_names_are_counted_and_cut_short() -> None:
 
 def test_a_deployment_survives_json_and_checks_itself(tmp_path: Path) -> None:
     seen = Seen(40, 0.0, 4095.0, 30, 200, (0.1, 0.4), (0.05, 0.2))
-    several = Deployment(
+    several = Recipe(
         Preparation(32, 1, "center", (0.0, 4095.0)), (0.5,), (0.2,), "multi-label", ("a", "b"),
         1.7, (0.2, 0.9), seen, ("0123",),
     )  # fmt: skip
     several.write(tmp_path)
-    assert Deployment.read(tmp_path) == several
+    assert Recipe.read(tmp_path) == several
     content = json.loads((tmp_path / "preparation.json").read_text())
     assert content["pixel_range"] == [0, 4095] and content["thresholds"] == [0.2, 0.9]
     assert Preparation.from_dict(content) == several.preparation
     logits = torch.tensor([[1.0, -2.0]])
     assert torch.allclose(several.probabilities(logits).float(), (logits / 1.7).sigmoid())
-    one = Deployment(Preparation(32, 1), (0.5,), (0.2,), "multi-class", ("a", "b"), 0.5)
+    one = Recipe(Preparation(32, 1), (0.5,), (0.2,), "multi-class", ("a", "b"), 0.5)
     assert torch.allclose(one.probabilities(logits).float(), (logits * 2).softmax(1))
     with pytest.raises(DataError, match="has one for each label"):
-        Deployment(Preparation(32, 1), (0.5,), (0.2,), "multi-label", ("a", "b"))
+        Recipe(Preparation(32, 1), (0.5,), (0.2,), "multi-label", ("a", "b"))
     (tmp_path / "preparation.json").write_text('{"size": 32}')
     with pytest.raises(DataError, match=r"preparation.json cannot be used: 'channels'|missing"):
-        Deployment.read(tmp_path)
+        Recipe.read(tmp_path)
     with pytest.raises(DataError, match=r"no preparation\.json"):
-        Deployment.read(tmp_path / "nowhere")
+        Recipe.read(tmp_path / "nowhere")
