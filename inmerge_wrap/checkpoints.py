@@ -10,7 +10,6 @@ import contextlib
 import json
 import pathlib
 import re
-import shlex
 import types
 import warnings
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from inmerge_wrap.architectures import build, is_timm_folder
+from inmerge_wrap.errors import ArgumentError, ArgumentWarning
 from inmerge_wrap.report import MergeReport
 from inmerge_wrap.tally import Tally
 
@@ -67,25 +67,21 @@ def load_network(
     weights = Path(weights)
     if is_timm_folder(weights):
         if arch is not None:
-            raise ValueError(f"{weights} has its own architecture: leave out --arch")
+            raise ArgumentError(f"{weights} has its own architecture: leave out <arch>")
         config = json.loads((weights / "config.json").read_text(encoding="utf-8"))
         arguments = {"num_classes": config["num_classes"], **config.get("model_args", {})}
         return build(str(weights), num_classes, in_chans), arguments
     state = read_state(weights, key=key)
     if arch is None:
-        raise ValueError(f"{weights} holds only weights: name the network with --arch")
+        raise ArgumentError(f"{weights} holds only weights: name the network with <arch>")
     network = build(arch, num_classes, in_chans)
     fitted = _without_prefix(state, network, arch)
     fitting = _fitting_arguments(fitted, network)
     asked = {"num_classes": num_classes, "in_chans": in_chans}
     if fitting:
         if any(asked[name] is not None for name in fitting):
-            options = shlex.join(
-                part
-                for name, value in fitting.items()
-                for part in (f"--{name.replace('_', '-')}", str(value))
-            )
-            raise ValueError(
+            options = " ".join(f"<{name}={value}>" for name, value in fitting.items())
+            raise ArgumentError(
                 f"{weights} does not fit {arch} with "
                 f"{', '.join(f'{n}={asked[n]}' for n in fitting if asked[n] is not None)}: "
                 f"pass {options}, or leave it out"
@@ -164,12 +160,11 @@ def _weights_of(content: Any, path: Path) -> Any:
         averages = [name for name in _AVERAGES if isinstance(content.get(name), Mapping)]
         weights = [name for name in _WEIGHTS if isinstance(content.get(name), Mapping)]
         if averages and weights:
-            warnings.warn(
+            message = ArgumentWarning(
                 f"{path} holds the weights ({weights[0]}) and their moving average "
-                f"({averages[0]}): the weights are used; for the average, pass --key "
-                f"{averages[0]}",
-                stacklevel=3,
+                f"({averages[0]}): the weights are used; for the average, pass <key={averages[0]}>"
             )
+            warnings.warn(message, stacklevel=3)
     for name in _WEIGHTS:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]

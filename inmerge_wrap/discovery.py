@@ -24,6 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
 from inmerge_wrap._constants import DEFAULT_SHALLOW_SHARE, SKIPPED_KINDS
+from inmerge_wrap.errors import ArgumentError, ArgumentWarning
 from inmerge_wrap.stores import store_of
 from inmerge_wrap.tracing import (
     Call,
@@ -179,7 +180,7 @@ def plan_merging(
     plan = _decide(sites, shallow_layers, also_merge, _patterns(include), _patterns(exclude))
     if not plan.merged:
         why = _why_empty(plan, shallow_layers)
-        raise ValueError(f"nothing to merge in {type(model).__name__}: {why}")
+        raise ArgumentError(f"nothing to merge in {type(model).__name__}: {why}")
     return replace(plan, found_by=found_by)
 
 
@@ -187,15 +188,17 @@ def _check_arguments(shallow_layers: int | float, also_merge: Collection[str]) -
     count = isinstance(shallow_layers, int) and not isinstance(shallow_layers, bool)
     share = isinstance(shallow_layers, float) and 0.0 <= shallow_layers < 1.0
     if not share and not (count and shallow_layers >= 0):
-        raise ValueError(
-            "shallow_layers must be a count (int >= 0) or a share of the depth "
+        raise ArgumentError(
+            "<shallow_layers> must be a count (int >= 0) or a share of the depth "
             f"(float in [0, 1)), got {shallow_layers!r}"
         )
     if isinstance(also_merge, str):
-        raise ValueError(f"also_merge must be a collection of kinds, got the string {also_merge!r}")
+        raise ArgumentError(
+            f"<also_merge> must be a collection of kinds, got the string {also_merge!r}"
+        )
     unknown = sorted(set(also_merge) - set(SKIPPED_KINDS))
     if unknown:
-        raise ValueError(f"also_merge must be among {sorted(SKIPPED_KINDS)}, got {unknown}")
+        raise ArgumentError(f"<also_merge> must be among {sorted(SKIPPED_KINDS)}, got {unknown}")
 
 
 def _check_model(model: nn.Module) -> None:
@@ -226,7 +229,7 @@ def _find_sites(model: nn.Module, example_input: Any) -> tuple[list[ConvSite], s
         trace, found_by, problem = first_possible_trace(network, convs, example_input)
         kinds = _kinds(network, convs, trace, example_input)
     if problem is not None:
-        warnings.warn(problem, stacklevel=3)
+        warnings.warn(ArgumentWarning(problem), stacklevel=3)
     order = list(trace.calls) if trace else list(convs)
     order += [name for name in convs if name not in order]
     sites: list[ConvSite] = []
@@ -498,8 +501,8 @@ def _matching(sites: Sequence[ConvSite], patterns: Sequence[Pattern], argument: 
         if not found:
             known = [site.name for site in sites]
             close = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4)
-            raise ValueError(
-                f"{argument}={pattern!r} matches none of the {len(known)} convolutions; "
+            raise ArgumentError(
+                f"<{argument}={pattern!r}> matches none of the {len(known)} convolutions; "
                 f"close names: {', '.join(close or known[-3:])} (* stands for any characters)"
             )
         names |= found
@@ -513,8 +516,8 @@ def _why_empty(plan: MergePlan, shallow_layers: int | float) -> str:
     shallow, frozen = kinds["shallow"], kinds["frozen"]
     if isinstance(shallow_layers, int) and shallow and shallow_layers >= shallow:
         remedy = (
-            f"shallow_layers={shallow_layers} leaves none of the {shallow} counted layers: pass a "
-            f"smaller count, or a share such as {DEFAULT_SHALLOW_SHARE}"
+            f"<shallow_layers={shallow_layers}> leaves none of the {shallow} counted layers: pass "
+            f"a smaller count, or a share such as {DEFAULT_SHALLOW_SHARE}"
         )
     elif kinds["adapter"]:
         remedy = (
@@ -522,9 +525,11 @@ def _why_empty(plan: MergePlan, shallow_layers: int | float) -> str:
             "before the adapters are added or after they are merged into it"
         )
     elif frozen:
-        remedy = "unfreeze deep layers before wrapping, or pass also_merge=('frozen',)"
+        remedy = "unfreeze deep layers before wrapping, or add 'frozen' to <also_merge>"
     elif shallow:
-        remedy = "the network is too shallow for a deep part: pass shallow_layers=0 to merge it all"
+        remedy = (
+            "the network is too shallow for a deep part: pass <shallow_layers=0> to merge it all"
+        )
     elif kinds["unwritable"]:
         remedy = (
             "merge in a training run before the weights are replaced (wrap and train the network "
@@ -533,10 +538,10 @@ def _why_empty(plan: MergePlan, shallow_layers: int | float) -> str:
     elif set(kinds) <= {"patch_embedding", "depthwise", "one_kernel"}:
         remedy = (
             "choose a convolutional network (for example resnet34); a transformer has no bank of "
-            "kernels except the patch embedding, which include=[...] merges anyway"
+            "kernels except the patch embedding, which <include> merges anyway"
             if kinds["patch_embedding"]
-            else "choose a network with other convolutions, or name layers with include=[...]"
+            else "choose a network with other convolutions, or name layers with <include>"
         )
     else:
-        remedy = "choose a convolutional network, or name layers to merge with include=[...]"
+        remedy = "choose a convolutional network, or name layers to merge with <include>"
     return f"{listed}. Remedy: {remedy}"

@@ -1,11 +1,14 @@
-"""Recalibration of BatchNorm statistics.
+"""BatchNorm's running statistics, measured again.
 
 Merging moves kernels after the forward pass that measured them, so the running statistics lag
-behind the weights. If merging runs until the last step, they must be recomputed.
+behind the weights. If merging runs until the last step, they must be measured again. The same
+function adapts a trained network to images of another site (Schneider et al. 2020, Improving
+robustness against common corruptions by covariate shift adaptation, arXiv 2006.16971).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,13 +16,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from inmerge_wrap.errors import ArgumentError
 from inmerge_wrap.unwrapping import named_wrappers
 
 __all__ = ["recalibrate"]
 
 
-def recalibrate(model: nn.Module, loader: Iterable[Any], *, max_batches: int | None = None) -> int:
-    """Recomputes the running statistics of every BatchNorm as a mean over batches.
+def recalibrate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    prior: float = 0.0,
+    max_batches: int | None = None,
+) -> int:
+    """Measures the running statistics of every BatchNorm on the images of a loader.
+
+    The new statistics are the mean of those of the batches, each weighted by its images. With
+    ``prior``, each statistic becomes ``(prior * old + n * new) / (prior + n)`` for n images.
 
     Only BatchNorm runs in train mode; dropout and stochastic depth are off, as at inference. The
     mode of every module is restored, and on failure the old statistics too.
@@ -27,6 +40,7 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
     Args:
         model: The network, or a wrapper of it, on its device.
         loader: Batches of images, or tuples that begin with them, preprocessed as in training.
+        prior: Number of images that the old statistics count as; 0 forgets them.
         max_batches: Number of batches to use; None for all.
 
     Returns:
@@ -34,43 +48,47 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
 
     Raises:
         TypeError: If a batch is neither a tensor nor a sequence that begins with one.
-        ValueError: If the loader yields no batch, or ``max_batches`` is not positive.
+        ValueError: If the loader yields no batch, ``prior`` is negative or not finite, or
+            ``max_batches`` is not positive.
     """
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches must be a count >= 1 or None, got {max_batches}")
+    if not (math.isfinite(prior) and prior >= 0):
+        raise ArgumentError(f"<prior> must be a number of images >= 0, got {prior}")
     norms = [
         module
         for module in model.modules()
         if isinstance(module, _BatchNorm) and module.track_running_stats
     ]
-    batches = _measure(model, norms, loader, max_batches) if norms else 0
+    batches = _measure(model, norms, loader, prior, max_batches) if norms else 0
     for _, wrapper in named_wrappers(model):
         wrapper.statistics_measured()  # type: ignore[operator]  # or its export would warn
     return batches
 
 
 def _measure(
-    model: nn.Module, norms: list[_BatchNorm], loader: Iterable[Any], max_batches: int | None
+    model: nn.Module,
+    norms: list[_BatchNorm],
+    loader: Iterable[Any],
+    prior: float,
+    max_batches: int | None,
 ) -> int:
-    device = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
     momenta = [norm.momentum for norm in norms]
     before = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
-    batches = 0
     try:
         model.eval()
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # a plain mean over the batches
             norm.train()
-        with torch.no_grad():
-            for batch in loader:
-                if max_batches is not None and batches >= max_batches:
-                    break
-                model(_images(batch).to(device))
-                batches += 1
+        batches, images = _run(model, norms, loader, max_batches)
         if not batches:
             raise ValueError("the loader yielded no batch, so there are no statistics to measure")
+        for norm, old in zip(norms, before, strict=True):
+            for name in ("running_mean", "running_var"):
+                # An exact 0 keeps nothing, not even an old value that is not finite.
+                kept = prior / (prior + images) * old[name] if prior else 0.0
+                norm.get_buffer(name).mul_(images / (prior + images)).add_(kept)
     except BaseException:
         for norm, buffers in zip(norms, before, strict=True):
             for name, value in buffers.items():
@@ -82,6 +100,24 @@ def _measure(
         for module, training in modes:
             module.training = training
     return batches
+
+
+def _run(
+    model: nn.Module, norms: list[_BatchNorm], loader: Iterable[Any], max_batches: int | None
+) -> tuple[int, int]:
+    """Runs the batches; returns how many there were and their images."""
+    device = next(model.parameters()).device
+    batches = images = 0
+    with torch.no_grad():
+        for batch in loader:
+            if max_batches is not None and batches >= max_batches:
+                break
+            pixels = _images(batch).to(device)
+            batches, images = batches + 1, images + len(pixels)
+            for norm in norms:
+                norm.momentum = len(pixels) / images  # the mean so far, weighted by images
+            model(pixels)
+    return batches, images
 
 
 def _images(batch: Any) -> Tensor:

@@ -449,7 +449,7 @@ def first_possible_trace(
         "registration",
         "no forward pass was possible, so the convolutions are taken in the order in which they "
         "were registered, and squeeze-excite layers and heads are not recognised. Pass "
-        "example_input, as for a training step. The forward pass failed with: "
+        "<example_input>, as for a training step. The forward pass failed with: "
         f"{_cause(really or on_meta)}",
     )
 

@@ -81,7 +81,7 @@ def test_an_average_next_to_the_weights_is_named_and_can_be_chosen(
         changed(net)
         path = tmp_path / "checkpoint.pth"
         torch.save({"model": net.state_dict(), key: averaged.state_dict()}, path)
-    with pytest.warns(UserWarning, match=f"moving average.*--key {key}"):
+    with pytest.warns(UserWarning, match=f"moving average.*pass key={key}"):
         assert equal(load_network(path, ARCH)[0], net)
     average = load_network(path, ARCH, key=key)[0]
     assert equal(average, averaged.module) and not equal(average, net)

@@ -48,6 +48,18 @@ class Decoded:
         """Whether the channels differ: grey images are often stored as colour."""
         return self.values.ndim == 3 and bool((self.values != self.values[..., :1]).any())
 
+    @property
+    def kind(self) -> str:
+        """``"bytes"``; ``"integers"`` or ``"floats"``, which need a range; or DICOM.
+
+        DICOM is ``"windowed"`` or ``"unwindowed"``, unless it holds colours, which are bytes.
+        """
+        if self.window is not None:
+            return "windowed" if self.windowed else "unwindowed"
+        if self.values.dtype == np.uint8:
+            return "bytes"
+        return "floats" if self.values.dtype.kind == "f" else "integers"
+
     def to_bytes(self, pixel_range: tuple[float, float] | None, *, override: bool) -> np.ndarray:
         """The values as uint8.
 
@@ -241,25 +253,25 @@ def examine(path: Path) -> Facts:
         values = decoded.values
         if decoded.window is not None:
             decoded.to_bytes(None, override=False)  # a window may be impossible
-            kind = "windowed" if decoded.windowed else "unwindowed"
-        elif values.dtype == np.uint8:
-            kind = "bytes"
-        else:
-            kind = "floats" if values.dtype.kind == "f" else "integers"
         return Facts(
             digest=decoded.digest,
             colour=decoded.colour,
             height=values.shape[0],
             width=values.shape[1],
-            kind=kind,
+            kind=decoded.kind,
             low=float(values.min()),
             high=float(values.max()),
         )
     except DataError:
         raise
     except Exception as error:  # readers raise all sorts of things on files that are not sound
-        reason = " ".join(str(error).split()).replace(str(path), "the file")
-        return Facts(error=f"{reason[:200] or 'no reason given'} ({type(error).__name__})")
+        return Facts(error=failure(error, path))
+
+
+def failure(error: Exception, path: Path) -> str:
+    """Returns in one line why a file could not be read."""
+    reason = " ".join(str(error).split()).replace(str(path), "the file")
+    return f"{reason[:200] or 'no reason given'} ({type(error).__name__})"
 
 
 def range_of(facts: list[Facts], given: tuple[float, float] | None) -> tuple[float, float] | None:

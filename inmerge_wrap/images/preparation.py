@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from inmerge_wrap.files import write_json
-from inmerge_wrap.images.files import DataError, decode
+from inmerge_wrap.images.files import DataError, Decoded, decode
 
 FILE = "preparation.json"
 TASKS = ("multi-class", "multi-label")
@@ -60,7 +60,11 @@ class Preparation:
                 raise DataError(f"--pixel-range must be BLACK < WHITE, got {black:g} {white:g}")
 
     def __call__(self, path: Path) -> Tensor:
-        values = decode(path).to_bytes(self.pixel_range, override=self.override_windows)
+        return self.pixels_of(decode(path))
+
+    def pixels_of(self, decoded: Decoded) -> Tensor:
+        """The same of a file that is read already."""
+        values = decoded.to_bytes(self.pixel_range, override=self.override_windows)
         image = Image.fromarray(values).convert("L" if self.channels == 1 else "RGB")
         bicubic = v2.InterpolationMode.BICUBIC
         if self.crop_mode == "squash":
@@ -89,6 +93,8 @@ class Seen:
 
     Attributes:
         images: How many were looked at.
+        kinds: Kinds of file among them, as `Decoded.kind` calls them.
+        colour: Share of them that showed colours.
         low: The smallest value in a file, before the preparation.
         high: The largest value in a file.
         smallest: Shortest side of a file, in pixels.
@@ -99,6 +105,8 @@ class Seen:
     """
 
     images: int
+    kinds: tuple[str, ...]
+    colour: float
     low: float
     high: float
     smallest: int
@@ -150,6 +158,16 @@ class Recipe:
         """The outputs (N, classes) as probabilities, in double precision."""
         scaled = logits.double() / self.temperature
         return scaled.sigmoid() if self.task == "multi-label" else scaled.softmax(1)
+
+    def named(self, probabilities: Tensor) -> Tensor:
+        """Whether each class is part of the answer, (N, classes).
+
+        It is the most probable class, or each label above its threshold.
+        """
+        if self.thresholds is not None:
+            return probabilities > torch.tensor(self.thresholds, dtype=probabilities.dtype)
+        best = probabilities.argmax(1, keepdim=True)
+        return torch.zeros_like(probabilities, dtype=torch.bool).scatter(1, best, True)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, flat but for ``seen``."""

@@ -18,7 +18,7 @@ from inmerge_wrap.images import files as image_files
 from inmerge_wrap.images import folders as image_folders
 from inmerge_wrap.images.collection import ImageCollection, ImageFile, deal
 from inmerge_wrap.images.files import DataError, decode, examine, range_of, window
-from inmerge_wrap.images.preparation import Recipe, Preparation, Seen
+from inmerge_wrap.images.preparation import Preparation, Recipe, Seen
 
 
 def ramp(height: int = 12, width: int = 10, top: int = 255, dtype: Any = np.uint8) -> np.ndarray:

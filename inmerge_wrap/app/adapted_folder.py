@@ -1,0 +1,108 @@
+"""The folder of an adapted network: plain weights, preparation.json and a card that says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+
+from inmerge_wrap.app.adapting import Adaptation
+from inmerge_wrap.app.snippet import snippet
+from inmerge_wrap.errors import ArgumentError
+from inmerge_wrap.export import export_timm
+
+__all__ = ["check_out", "write_adapted"]
+
+_PLACE = "local-dir:path/to/this/folder"
+
+
+def check_out(out: Path) -> None:
+    """Raises an error if there is something in the way of a new folder.
+
+    Raises:
+        ArgumentError: If it is a file, or a folder that is not empty.
+    """
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ArgumentError(f"<out> {out} exists: give another folder, or remove it")
+
+
+def write_adapted(adaptation: Adaptation, source: Path, out: Path, *, site: str) -> str:
+    """Writes an adapted network beside which plain timm needs nothing; whole or not at all.
+
+    Args:
+        adaptation: The network and what changed.
+        source: Folder of the network before, for its card.
+        out: New folder.
+        site: What the images are called, for the card.
+
+    Returns:
+        The line of code that loads the network.
+
+    Raises:
+        ArgumentError: If ``out`` is in use.
+    """
+    check_out(out)
+    recipe = adaptation.model.recipe
+    size = recipe.preparation.size
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".draft-") as drafts:
+        draft = Path(drafts) / out.name
+        export_timm(
+            adaptation.model.network,
+            draft,
+            input_size=(recipe.preparation.channels, size, size),
+            mean=recipe.mean,
+            std=recipe.std,
+            crop_pct=config.get("crop_pct", 1.0),
+            crop_mode=recipe.preparation.crop_mode,
+            interpolation=config.get("interpolation", "bicubic"),
+            label_names=recipe.classes,
+        )
+        recipe.write(draft)
+        if (source / "README.md").is_file():
+            text = (source / "README.md").read_text(encoding="utf-8")
+            (draft / "README.md").write_text(_card(text, adaptation, site), encoding="utf-8")
+        if out.is_dir():
+            out.rmdir()
+        os.replace(draft, out)
+    return f'timm.create_model("local-dir:{out}", pretrained=True)'
+
+
+def _card(text: str, adaptation: Adaptation, site: str) -> str:
+    """The card of the network before, with the adaptation, and without results as its own."""
+    card = ModelCard(text)
+    card.data.pop("eval_results", None)
+    code = f"```python\n{snippet(adaptation.model.recipe, _PLACE)}```"
+    body = re.sub(r"^```python\n.*?^```", lambda _: code, card.text, count=1, flags=re.M | re.S)
+    body = body.replace("## Results\n", f"## Results\n\n{_BEFORE}\n", 1)
+    body = body.replace("## Use\n", f"{_section(adaptation, site)}\n## Use\n", 1)
+    return f"---\n{card.data.to_yaml()}\n---\n{body}"
+
+
+_BEFORE = "**These figures were measured before the adaptation** and do not hold for these weights."
+
+
+def _section(adaptation: Adaptation, site: str) -> str:
+    lines = [
+        "## Adaptation",
+        "",
+        f"Adapted to {adaptation.images} images of {site}: BatchNorm's statistics were "
+        "re-estimated on them without labels, with a prior of "
+        f"{adaptation.prior:g} images (Schneider et al. 2020). All other weights are as they were.",
+    ]
+    if adaptation.labelled:
+        recipe = adaptation.model.recipe
+        what = "The temperature" if recipe.thresholds is None else "Temperature and thresholds"
+        lines += ["", f"{what}: chosen on {adaptation.labelled} labelled images of {site}."]
+    lines += ["", "| class | predicted before | predicted after |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {before:.1%} | {after:.1%} |"
+        for name, (before, after) in adaptation.shares.items()
+    ]
+    lines += ["", *(f"- {warning}" for warning in adaptation.warnings)]
+    return "\n".join(lines) + "\n"

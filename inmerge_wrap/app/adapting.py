@@ -1,0 +1,276 @@
+"""A trained network at another site: BatchNorm's statistics re-estimated on unlabelled images.
+
+Another scanner or stain shifts what every layer sees, while BatchNorm normalises with the
+statistics of the training. Their re-estimation needs no label and changes no weight (Schneider et
+al. 2020, arXiv 2006.16971). It assumes the mix of classes of the training: where a site shows one
+disease only, it can do harm (Vianna et al. 2025, arXiv 2402.04958).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from inmerge_wrap.app.model import TrainedModel, read_files
+from inmerge_wrap.app.operating import balanced_accuracy, operating_point
+from inmerge_wrap.errors import ArgumentError
+from inmerge_wrap.images.looks import Look, seen_of
+from inmerge_wrap.images.preparation import Recipe, digest_of
+from inmerge_wrap.recalibration import recalibrate
+
+__all__ = ["Adaptation", "Site", "adapt", "check_norms", "read_site"]
+
+_BATCH = 64  # statistics of smaller batches are noisier
+_FEW = 32  # images, below which a warning is given
+_MOST = 0.8  # share of one class among the predictions, likewise
+_MOVED = 0.2  # change of a share, likewise
+
+Progress = Callable[[int], None] | None
+
+
+@dataclass(frozen=True)
+class Site:
+    """Images of another site.
+
+    Attributes:
+        names: Of the images that can be read.
+        pixels: uint8 (N, C, S, S), prepared as in training.
+        looks: What each image is like.
+        digests: Of each file's values.
+        errors: Reason by name, of files that cannot be read.
+    """
+
+    names: tuple[str, ...]
+    pixels: Tensor
+    looks: tuple[Look, ...]
+    digests: tuple[str, ...]
+    errors: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """An adapted network and what changed.
+
+    Attributes:
+        model: The network with its new statistics, and its recipe.
+        prior: As it was given.
+        images: Number of images.
+        labelled: Number of labelled images among them.
+        shares: For each class, the share of images in which it was named, before and after.
+        balanced_accuracy: On the labelled images, before and after; None without labels.
+        warnings: What can have gone wrong.
+    """
+
+    model: TrainedModel
+    prior: float
+    images: int
+    labelled: int
+    shares: Mapping[str, tuple[float, float]]
+    balanced_accuracy: tuple[float, float] | None
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without the network."""
+        return {
+            "prior": self.prior,
+            "images": self.images,
+            "labelled": self.labelled,
+            "shares": {name: list(pair) for name, pair in self.shares.items()},
+            "balanced_accuracy": self.balanced_accuracy,
+            "temperature": self.model.recipe.temperature,
+            "thresholds": self.model.recipe.thresholds,
+            "warnings": list(self.warnings),
+        }
+
+
+def read_site(
+    model: TrainedModel,
+    files: Sequence[tuple[str, Path]],
+    *,
+    limit: int | None = None,
+    workers: int = 0,
+    progress: Progress = None,
+) -> Site:
+    """Reads images of another site into memory, prepared as in training.
+
+    Args:
+        model: For its preparation.
+        files: Name and path of each image.
+        limit: Number of files to read, evenly spaced; None for all.
+        workers: Processes that read.
+        progress: Called with the number of files after each batch.
+
+    Raises:
+        ArgumentError: If no file can be read.
+    """
+    if limit is not None and limit < len(files):
+        places = np.linspace(0, len(files) - 1, limit).round().astype(int)
+        files = [files[place] for place in places]
+    loader = read_files([path for _, path in files], model.recipe.preparation, workers=workers)
+    names, pixels, looks, digests, errors = [], [], [], [], {}
+    place = 0
+    for batch in loader:
+        for entry in batch:
+            name = files[place][0]
+            place += 1
+            if entry.pixels is None or entry.look is None:
+                errors[name] = str(entry.error)
+                continue
+            names.append(name)
+            pixels.append(entry.pixels)
+            looks.append(entry.look)
+            digests.append(entry.digest)
+        if progress is not None:
+            progress(len(batch))
+    if not pixels:
+        name, error = next(iter(errors.items()))
+        raise ArgumentError(f"none of {len(files)} files can be read, for example {name}: {error}")
+    return Site(tuple(names), torch.stack(pixels), tuple(looks), tuple(digests), errors)
+
+
+def adapt(
+    model: TrainedModel,
+    site: Site,
+    *,
+    prior: float = 16.0,
+    labels: Mapping[str, Any] | None = None,
+    progress: Progress = None,
+) -> Adaptation:
+    """Returns a copy of a network with BatchNorm's statistics re-estimated on a site's images.
+
+    Each statistic becomes ``(prior * old + n * new) / (prior + n)`` for n images. With labels, the
+    temperature and, of a multi-label task, the thresholds are chosen on them afterwards.
+
+    Args:
+        model: The network; it is left as it was.
+        site: Images of the site, of which no label is needed.
+        prior: Number of images that the statistics of the training count as.
+        labels: By the name of an image, the index of its class; or for a multi-label task a 0, 1 or
+            NaN for each label. Images without an entry are not labelled.
+        progress: Called with the number of images after each batch; each image passes three times.
+
+    Raises:
+        ArgumentError: If the network has no BatchNorm, or ``prior`` is out of range.
+    """
+    check_norms(model.network)
+    adapted = replace(model, network=copy.deepcopy(model.network))
+    before = _scores(model, site.pixels, progress)
+    recalibrate(adapted.network, _batches(adapted, site.pixels, progress), prior=prior)
+    after = _scores(adapted, site.pixels, progress)
+    recipe, accuracy = model.recipe, None
+    notes: list[str] = []
+    shares = {
+        name: (first, last)
+        for name, first, last in zip(
+            recipe.classes, _shares(before, recipe), _shares(after, recipe), strict=True
+        )
+    }
+    kept = [place for place, name in enumerate(site.names) if name in (labels or {})]
+    if labels and kept:
+        known = torch.tensor([labels[site.names[place]] for place in kept])
+        accuracy = (
+            balanced_accuracy(recipe, before[kept], known),
+            balanced_accuracy(recipe, after[kept], known),
+        )
+        recipe, notes = operating_point(recipe, after[kept], known)
+    trained_on = {*recipe.trained_on, *(digest_of(site.digests[place]) for place in kept)}
+    recipe = replace(recipe, seen=seen_of(site.looks), trained_on=tuple(sorted(trained_on)))
+    return Adaptation(
+        model=replace(adapted, recipe=recipe),
+        prior=prior,
+        images=len(site.names),
+        labelled=len(kept),
+        shares=shares,
+        balanced_accuracy=accuracy,
+        warnings=(*_cautions(site, prior, shares, recipe, accuracy), *notes),
+    )
+
+
+def check_norms(network: torch.nn.Module) -> None:
+    """Raises an error if a network has no statistics to re-estimate.
+
+    Raises:
+        ArgumentError: If no BatchNorm of it keeps statistics.
+    """
+    if any(isinstance(m, _BatchNorm) and m.track_running_stats for m in network.modules()):
+        return
+    raise ArgumentError(
+        f"{type(network).__name__} has no BatchNorm, so there are no statistics to re-estimate: "
+        "fine-tune it on labelled images of the site, or train a network with BatchNorm, such as "
+        "resnet18"
+    )
+
+
+def _scores(model: TrainedModel, pixels: Tensor, progress: Progress) -> Tensor:
+    found = []
+    for part in pixels.split(_BATCH):
+        found.append(model.scores(part))
+        if progress is not None:
+            progress(len(part))
+    return torch.cat(found)
+
+
+def _batches(model: TrainedModel, pixels: Tensor, progress: Progress) -> Iterator[Tensor]:
+    """Shuffled, because files are often in the order of their classes; of equal sizes."""
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
+    for places in order.tensor_split(-(-len(pixels) // _BATCH)):
+        yield model.normalised(pixels[places])
+        if progress is not None:
+            progress(len(places))
+
+
+def _shares(scores: Tensor, recipe: Recipe) -> list[float]:
+    return recipe.named(recipe.probabilities(scores)).double().mean(0).tolist()
+
+
+def _cautions(
+    site: Site,
+    prior: float,
+    shares: Mapping[str, tuple[float, float]],
+    recipe: Recipe,
+    accuracy: tuple[float, float] | None,
+) -> list[str]:
+    """What can have gone wrong, in sentences."""
+    count = len(site.names)
+    found = []
+    if site.errors:
+        found.append(
+            f"{len(site.errors)} files cannot be read and were left out, for example "
+            + ": ".join(next(iter(site.errors.items())))
+        )
+    if count < _FEW:
+        found.append(
+            f"{count} images are few to estimate statistics on: use {_FEW} or more, or raise "
+            f"the prior above {prior:g}"
+        )
+    name, (before, after) = max(shares.items(), key=lambda entry: entry[1][1])
+    if recipe.task == "multi-class" and after >= _MOST:
+        found.append(
+            f"{after:.0%} of the images are now taken for {name} ({before:.0%} before). If that is "
+            "the mix of cases here (a ward with one disease), do not adapt on them: re-estimated "
+            "statistics assume the mix of the training, and can make the network worse"
+        )
+    moved = [
+        f"{label} from {first:.0%} to {last:.0%}"
+        for label, (first, last) in shares.items()
+        if abs(last - first) >= _MOVED
+    ]
+    if moved:
+        found.append(
+            f"the share of predictions moved: {', '.join(moved)}. Check a sample of the images "
+            "against their labels before you use the adapted network"
+        )
+    if accuracy is not None and accuracy[1] < accuracy[0]:
+        found.append(
+            f"balanced accuracy on the labelled images fell from {accuracy[0]:.3f} to "
+            f"{accuracy[1]:.3f}: keep the network as it was"
+        )
+    return found

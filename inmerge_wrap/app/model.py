@@ -1,0 +1,111 @@
+"""A trained network with all that it needs: the folder that a training wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from inmerge_wrap.errors import ArgumentError
+from inmerge_wrap.images.files import decode, failure
+from inmerge_wrap.images.looks import Look, look_at
+from inmerge_wrap.images.preparation import Preparation, Recipe
+
+__all__ = ["Read", "TrainedModel", "read_files"]
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A network in eval mode and its recipe.
+
+    Attributes:
+        network: Maps normalised images (N, C, S, S) to scores (N, classes).
+        recipe: How images become its input, and what its scores mean.
+    """
+
+    network: nn.Module
+    recipe: Recipe
+
+    @classmethod
+    def read(cls, folder: Path, device: str = "cpu") -> TrainedModel:
+        """Reads the folder ``model/`` of a training.
+
+        Raises:
+            ValueError: If it is none.
+        """
+        recipe = Recipe.read(folder)
+        network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(device)
+        if getattr(network, "num_classes", len(recipe.classes)) != len(recipe.classes):
+            raise ValueError(
+                f"{folder} has {len(recipe.classes)} classes in preparation.json and "
+                f"{network.num_classes} outputs: they are of different trainings"
+            )
+        return cls(network, recipe)
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Pixels uint8 (N, C, S, S) as input of the network, on its device."""
+        device = next(self.network.parameters()).device
+        mean, std = (
+            torch.tensor(values, device=device).view(-1, 1, 1)
+            for values in (self.recipe.mean, self.recipe.std)
+        )
+        return (pixels.to(device).float() / 255 - mean) / std
+
+    def scores(self, pixels: Tensor) -> Tensor:
+        """The network's outputs (N, classes) for pixels uint8 (N, C, S, S), on the CPU."""
+        with torch.no_grad():
+            return self.network(self.normalised(pixels)).float().cpu()
+
+
+@dataclass(frozen=True)
+class Read:
+    """One file: its pixels uint8 (C, S, S) and its look, or why it cannot be read."""
+
+    pixels: Tensor | None
+    look: Look | None
+    digest: str = ""
+    error: str | None = None
+
+
+class _Files(Dataset[Any]):
+    def __init__(self, paths: Sequence[Path], preparation: Preparation) -> None:
+        self.paths, self.preparation = paths, preparation
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Read:
+        path = self.paths[index]
+        try:
+            decoded = decode(path)
+            pixels = self.preparation.pixels_of(decoded)
+            return Read(pixels, look_at(decoded, pixels), decoded.digest)
+        except Exception as error:  # readers raise all sorts of things on files that are not sound
+            return Read(None, None, error=failure(error, path))
+
+
+def read_files(
+    paths: Sequence[Path],
+    preparation: Preparation,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+) -> Iterable[list[Read]]:
+    """Returns batches of files in their order, read as in training.
+
+    A file that cannot be read becomes a `Read` with its reason.
+
+    Raises:
+        ArgumentError: If there is no file.
+    """
+    if not paths:
+        raise ArgumentError("there is no image to read")
+    return DataLoader(
+        _Files(paths, preparation), batch_size=batch_size, num_workers=workers, collate_fn=list
+    )

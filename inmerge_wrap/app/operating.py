@@ -1,0 +1,82 @@
+"""Temperature and thresholds of a network, chosen on labelled images."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+from inmerge_wrap.app.findings import chosen_thresholds
+from inmerge_wrap.images.preparation import Recipe
+from inmerge_wrap.robustness import classification_metrics
+
+__all__ = ["balanced_accuracy", "operating_point"]
+
+_FEW = 20  # labelled images, below which a warning is given
+_BOUNDS = (math.log(0.05), math.log(20.0))  # of the temperature's logarithm
+
+
+def balanced_accuracy(recipe: Recipe, scores: Tensor, labels: Tensor) -> float:
+    """Returns the balanced accuracy, of several labels the mean over the labels.
+
+    Args:
+        recipe: For the thresholds.
+        scores: (N, classes), outputs of the network.
+        labels: Class indices (N,); or 0, 1 and NaN (N, labels).
+    """
+    found, _ = classification_metrics(
+        recipe.probabilities(scores),
+        labels,
+        task=recipe.task.replace("-", ""),
+        threshold=recipe.thresholds or 0.5,
+    )
+    return 1 - float(found["balanced_error"])
+
+
+def operating_point(recipe: Recipe, scores: Tensor, labels: Tensor) -> tuple[Recipe, list[str]]:
+    """Returns the recipe with the temperature, and thresholds if it has any, of these images.
+
+    The temperature minimises the cross-entropy (Guo et al. 2017, arXiv 1706.04599); a threshold
+    has the best balanced accuracy of its label.
+
+    Args:
+        recipe: Of the network.
+        scores: (N, classes), its outputs.
+        labels: Class indices (N,); or 0, 1 and NaN (N, labels).
+
+    Returns:
+        The recipe, and warnings.
+    """
+    found = minimize_scalar(
+        lambda log: _cross_entropy(recipe, scores.double() / math.exp(log), labels),
+        bounds=_BOUNDS,
+        method="bounded",
+    )
+    recipe = replace(recipe, temperature=math.exp(found.x))
+    what = "a temperature" if recipe.thresholds is None else "a temperature and thresholds"
+    notes = []
+    if len(labels) < _FEW:
+        notes.append(f"{len(labels)} labelled images are few to choose {what} on")
+    if recipe.thresholds is None:
+        return recipe, notes
+    thresholds = list(recipe.thresholds)
+    chosen = chosen_thresholds(recipe.probabilities(scores), labels)
+    for place, (name, answers) in enumerate(zip(recipe.classes, labels.T, strict=True)):
+        if bool((answers == 1).any()) and bool((answers == 0).any()):
+            thresholds[place] = chosen[place]
+        else:
+            notes.append(
+                f"{name} keeps its threshold of {thresholds[place]:.3f}: the labelled images do "
+                "not hold both answers"
+            )
+    return replace(recipe, thresholds=tuple(thresholds)), notes
+
+
+def _cross_entropy(recipe: Recipe, scores: Tensor, labels: Tensor) -> float:
+    if recipe.thresholds is None:
+        return float(F.cross_entropy(scores, labels.long()))
+    known = ~labels.isnan()
+    return float(F.binary_cross_entropy_with_logits(scores[known], labels.double()[known]))

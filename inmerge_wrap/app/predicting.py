@@ -1,0 +1,171 @@
+"""New images through the preparation of the training: a row of probabilities for each file."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from inmerge_wrap.app.model import Read, TrainedModel, read_files
+from inmerge_wrap.errors import ArgumentError
+from inmerge_wrap.files import replacing
+from inmerge_wrap.images.files import is_image
+from inmerge_wrap.images.looks import Look, unlike, warnings_about
+from inmerge_wrap.images.preparation import Recipe
+from inmerge_wrap.images.tables import read_table
+
+__all__ = ["Prediction", "find_files", "predict", "warnings_of", "write_predictions"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the network says of one file.
+
+    Attributes:
+        name: As it was given, below its folder.
+        probabilities: One for each class; None if the file could not be read.
+        said: The most probable class, or the labels above their thresholds.
+        unlike: In which respects the image differs from those of the training, as words.
+        look: What the image is like.
+        error: Why the file could not be read, or None.
+    """
+
+    name: str
+    probabilities: tuple[float, ...] | None = None
+    said: tuple[str, ...] = ()
+    unlike: tuple[str, ...] = ()
+    look: Look | None = None
+    error: str | None = None
+
+
+def find_files(sources: Sequence[Path], path_column: str = "path") -> list[tuple[str, Path]]:
+    """Returns name and path of each image.
+
+    Args:
+        sources: Image files, folders of images (with the folders in them), or one CSV file with a
+            column of paths relative to its own folder.
+        path_column: That column.
+
+    Raises:
+        ArgumentError: If a source does not exist, or there is no image in it.
+    """
+    found: list[tuple[str, Path]] = []
+    for source in sources:
+        if source.is_dir():
+            images = [
+                path
+                for path in sorted(source.rglob("*"))
+                if path.is_file() and not _hidden(path.relative_to(source)) and is_image(path)
+            ]
+            if not images:
+                raise ArgumentError(f"no image in {source}: PNG, JPEG, TIFF, BMP or DICOM")
+            found += [(path.relative_to(source).as_posix(), path) for path in images]
+        elif source.suffix.lower() == ".csv":
+            rows = read_table(source, needed=[path_column], option="path_column")
+            names = [row[path_column].strip() for row in rows]
+            found += [(name, source.parent / name) for name in names]
+        elif source.exists():
+            found.append((str(source), source))
+        else:
+            raise ArgumentError(f"no such file or folder: {source}")
+    return found
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
+def predict(
+    model: TrainedModel,
+    files: Sequence[tuple[str, Path]],
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> list[Prediction]:
+    """Returns the network's answer to each file; a file that cannot be read has its reason.
+
+    Args:
+        model: The network and its recipe.
+        files: Name and path of each.
+        batch_size: Images at a time.
+        workers: Processes that read; 0 for this one.
+        progress: Called with the number of files after each batch.
+    """
+    loader = read_files(
+        [path for _, path in files],
+        model.recipe.preparation,
+        batch_size=batch_size,
+        workers=workers,
+    )
+    found: list[Prediction] = []
+    for batch in loader:
+        names = [name for name, _ in files[len(found) : len(found) + len(batch)]]
+        found += _answers(model, names, batch)
+        if progress is not None:
+            progress(len(batch))
+    return found
+
+
+def _answers(model: TrainedModel, names: Sequence[str], batch: Sequence[Read]) -> list[Prediction]:
+    pixels = [entry.pixels for entry in batch if entry.pixels is not None]
+    recipe, seen = model.recipe, model.recipe.seen
+    rows = recipe.probabilities(model.scores(torch.stack(pixels))) if pixels else torch.empty(0, 1)
+    answers = zip(rows, recipe.named(rows), strict=True)
+    found = []
+    for name, entry in zip(names, batch, strict=True):
+        if entry.look is None:
+            found.append(Prediction(name, error=entry.error))
+            continue
+        row, named = next(answers)
+        found.append(
+            Prediction(
+                name,
+                probabilities=tuple(row.tolist()),
+                said=tuple(n for n, is_so in zip(recipe.classes, named, strict=True) if is_so),
+                unlike=tuple(unlike(entry.look, seen)) if seen is not None else (),
+                look=entry.look,
+            )
+        )
+    return found
+
+
+def warnings_of(found: Sequence[Prediction], recipe: Recipe) -> list[str]:
+    """Returns what a reader of the predictions must know first."""
+    said = []
+    broken = sum(entry.error is not None for entry in found)
+    if broken:
+        said.append(f"{broken} of {len(found)} files cannot be read: see the column error")
+    if recipe.seen is None:
+        said.append(
+            "preparation.json does not say what the training images were like, so it cannot be "
+            "checked whether these images resemble them"
+        )
+        return said
+    looks = [entry.look for entry in found if entry.look is not None]
+    differences = warnings_about(looks, recipe.seen)
+    return said + [f"{sentence}; the network may be wrong on them" for sentence in differences]
+
+
+def write_predictions(found: Sequence[Prediction], recipe: Recipe, path: Path) -> None:
+    """Writes a CSV file with one row a file: its name, the answer, the probability of each class.
+
+    Labels that are named together are separated by a semicolon.
+    """
+    with replacing(path) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "said", *recipe.classes, "unlike training", "error"])
+        for entry in found:
+            values = entry.probabilities or ("",) * len(recipe.classes)
+            writer.writerow(
+                [
+                    entry.name,
+                    "; ".join(entry.said),
+                    *(f"{value:.7f}" if value != "" else "" for value in values),
+                    "; ".join(entry.unlike),
+                    entry.error or "",
+                ]
+            )

@@ -1,0 +1,121 @@
+"""``inmerge adapt``: a trained network at another site."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from inmerge_wrap.cli.options import AsJson, Device, Workers, check_there
+from inmerge_wrap.cli.shell import command, print_json, progress, say, warn
+from inmerge_wrap.cli.tables import KEPT, Column, print_table
+
+if TYPE_CHECKING:
+    from inmerge_wrap.app.adapting import Adaptation
+
+
+@command(
+    "inmerge adapt runs/mine/model other_hospital/ --out runs/mine/other_hospital",
+    "inmerge adapt runs/mine/model images/ --labels some.csv --out adapted",
+    "inmerge evaluate before=runs/mine/model after=adapted --data labelled.csv",
+)
+def adapt(
+    model: Annotated[
+        Path, typer.Argument(help="The folder `model/` that a training wrote.", show_default=False)
+    ],
+    images: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder of images of the other site, or a CSV file with a column of paths. "
+            "They need no labels.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the adapted network.")],
+    prior: Annotated[
+        float,
+        typer.Option(
+            min=0, metavar="N", help="Number of images that the training's statistics count as."
+        ),
+    ] = 16.0,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CSV",
+            help="Labels of some of the images: columns path and label, or path and one of 0 and 1 "
+            "for each label. Temperature and thresholds are chosen on them.",
+        ),
+    ] = None,
+    site: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of the site, for the card; default: the folder's."),
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Images to use, evenly spaced over all.")
+    ] = 2000,
+    path_column: Annotated[
+        str, typer.Option(metavar="NAME", help="Column of the paths in CSV files.")
+    ] = "path",
+    workers: Workers = 0,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Adapt a trained network to unlabelled images of another site.
+
+    BatchNorm's statistics are re-estimated; no other weight changes. The images must show about
+    the same mix of classes as those of the training.
+    """
+    for path in (model, images, *([labels] if labels else [])):
+        check_there(path)
+    from inmerge_wrap.app.adapted_folder import check_out, write_adapted
+    from inmerge_wrap.app.adapting import adapt as adapted_to
+    from inmerge_wrap.app.adapting import check_norms, read_site
+    from inmerge_wrap.app.marks import read_labels
+    from inmerge_wrap.app.model import TrainedModel
+    from inmerge_wrap.app.predicting import find_files
+
+    check_out(out)
+    trained = TrainedModel.read(model, device)
+    check_norms(trained.network)
+    files = find_files([images], path_column)
+    marks = read_labels(labels, trained.recipe, path_column) if labels else None
+    used = min(limit, len(files))
+    with progress(4 * used) as show:
+        read = read_site(
+            trained,
+            files,
+            limit=limit,
+            workers=workers,
+            progress=lambda count: show("reading", count),
+        )
+        found = adapted_to(
+            trained,
+            read,
+            prior=prior,
+            labels=marks,
+            progress=lambda count: show("adapting", count),
+        )
+    load = write_adapted(found, model, out, site=site or images.resolve().stem)
+    for warning in found.warnings:
+        warn(warning)
+    if as_json:
+        print_json({"output": str(out), "load": load, **found.to_dict()})
+    else:
+        _print(found, out, load)
+
+
+def _print(found: Adaptation, out: Path, load: str) -> None:
+    columns = [
+        Column("class", list(found.shares), KEPT, justify="left"),
+        Column("before", [f"{before:.1%}" for before, _ in found.shares.values()], KEPT),
+        Column("after", [f"{after:.1%}" for _, after in found.shares.values()], KEPT),
+    ]
+    print_table(f"Share of {found.images} images in which each class is predicted", columns)
+    if found.balanced_accuracy is not None:
+        before, after = found.balanced_accuracy
+        say(
+            f"Balanced accuracy on {found.labelled} labelled images, before temperature and "
+            f"thresholds: {before:.3f} before, {after:.3f} after."
+        )
+    say(f"written: {out}\nload it with: {load}")

@@ -1,0 +1,129 @@
+"""Options that several commands share, and the network that they name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from inmerge_wrap.architectures import known_models, resolve
+from inmerge_wrap.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Returns the models that begin like this, for shell completion."""
+    known = known_models("timm") | known_models("torchvision")
+    return sorted(name for name in known if name.startswith(incomplete))
+
+
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        "--arch",
+        metavar="MODEL",
+        help="Model name in timm or torchvision, or `timm:NAME`, `torchvision:NAME`. Not needed "
+        "for a folder written by `inmerge export`.",
+        autocompletion=complete_model,
+    ),
+]
+NumClasses = Annotated[
+    int | None, typer.Option(min=1, help="Number of outputs; default: that of the weights.")
+]
+InChans = Annotated[
+    int | None, typer.Option(min=1, help="Image channels; default: those of the weights.")
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Use exactly the convolutions that match (`*` is a wildcard). Repeatable.",
+    ),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Leave out convolutions that match. Repeatable."),
+]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Checkpoint entry that holds the weights, such as `state_dict_ema`.",
+    ),
+]
+InputSize = Annotated[
+    tuple[int, int, int] | None,
+    typer.Option(metavar="C H W", help="Channels, height and width of an image."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Weights = Annotated[
+    Path,
+    typer.Argument(
+        help="A .safetensors file, a state dict (.pt, .pth), a checkpoint folder of Accelerate, or "
+        "a timm folder.",
+        show_default=False,
+    ),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Does not affect the results.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that read; 0 for this one.")]
+
+
+def load(
+    weights: Path,
+    arch: str | None = None,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    key: str | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Loads a network; usage errors are reported before torch is imported, which takes seconds.
+
+    Raises:
+        ValueError: If there is no such file or model, or the weights do not fit.
+    """
+    check_there(weights)
+    if arch is not None:
+        resolve(arch)
+    from inmerge_wrap.checkpoints import load_network
+
+    return load_network(weights, arch, num_classes=num_classes, in_chans=in_chans, key=key)
+
+
+def check_there(path: Path) -> None:
+    """Raises an error that names files with a similar name, if there is no such file."""
+    if path.exists():
+        return
+    there = [entry.name for entry in path.parent.glob("*")] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, there, n=3, cutoff=0.5)
+    hint = f"; in {path.parent} there is {', '.join(close)}" if close else ""
+    raise ValueError(f"no such file or folder: {path}{hint}")
+
+
+def check_image(input_size: tuple[int, int, int] | None) -> None:
+    """Raises an error for an image without pixels."""
+    if input_size is not None and min(input_size) < 1:
+        given = " ".join(map(str, input_size))
+        raise ArgumentError(
+            f"<input_size> is {given}: channels, height and width are each at least 1, for "
+            "example <input_size=3 224 224>"
+        )
+
+
+def check_pixels(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Raises an error for a mean or standard deviation of pixels that are not in [0, 1]."""
+    for name, values, wanted in (("mean", mean, "[0, 1]"), ("std", std, "(0, 1]")):
+        for value in values or ():
+            if not 0 <= value <= 1 or (value == 0 and name == "std"):
+                remedy = (
+                    f"for grey levels up to 255, pass {value / 255:.4g}"
+                    if 1 < value <= 255
+                    else "pass the values used in training"
+                )
+                raise ArgumentError(
+                    f"<{name}> is {value:g}, but pixels in [0, 1] need {wanted}: {remedy}"
+                )

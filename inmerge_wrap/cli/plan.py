@@ -1,0 +1,149 @@
+"""``inmerge plan``: which convolutions would be merged."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from inmerge_wrap._constants import DEFAULT_SHALLOW_SHARE, SKIPPED_KINDS
+from inmerge_wrap.architectures import build
+from inmerge_wrap.cli.options import (
+    AsJson,
+    Exclude,
+    Include,
+    InputSize,
+    check_image,
+    complete_model,
+)
+from inmerge_wrap.cli.shell import command, print_json
+from inmerge_wrap.cli.tables import KEPT, Column, print_table
+from inmerge_wrap.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from inmerge_wrap.discovery import ConvSite, MergePlan
+
+
+@command(
+    "inmerge plan resnet34",
+    "inmerge plan torchvision:vgg19 --shallow-layers 10",
+    "inmerge plan efficientnet_b0 --also-merge depthwise --json",
+    "inmerge plan resnet50 --include 'layer4.*' --exclude '*downsample*'",
+)
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A timm or torchvision model, or a timm folder.",
+            autocompletion=complete_model,
+            show_default=False,
+        ),
+    ],
+    shallow_layers: Annotated[
+        str,
+        typer.Option(help="First convolutions not to merge: a count, or a share such as 0.5."),
+    ] = str(DEFAULT_SHALLOW_SHARE),
+    include: Include = None,
+    exclude: Exclude = None,
+    also_merge: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Also merge this kind: {', '.join(SKIPPED_KINDS)}. Repeatable."),
+    ] = None,
+    input_size: InputSize = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which convolutions would be merged, and why the others would not."""
+    check_image(input_size)
+    share = _count_or_share(shallow_layers)
+    network = build(model, in_chans=None if input_size is None else input_size[0])
+    import torch
+
+    from inmerge_wrap.discovery import plan_merging
+
+    found = plan_merging(
+        network,
+        shallow_layers=share,
+        include=include,
+        exclude=exclude or (),
+        also_merge=also_merge or (),
+        example_input=None if input_size is None else torch.zeros(2, *input_size),
+    )
+    if as_json:
+        print_json({"model": model, **_plan_content(found)})
+    else:
+        _print_plan(model, found)
+
+
+def _plan_content(found: MergePlan) -> dict[str, Any]:
+    def listed(sites: Any) -> list[dict[str, Any]]:
+        return [{**dataclasses.asdict(site), "fan_in": site.fan_in} for site in sites]
+
+    return {
+        "merged": listed(found.merged),
+        "skipped": listed(found.skipped),
+        "found_by": found.found_by,
+    }
+
+
+def _print_plan(model: str, found: MergePlan) -> None:
+    sites = sorted(
+        found.merged + found.skipped, key=lambda site: (site.depth is None, site.depth or 0)
+    )
+    columns = [
+        Column("depth", ["-" if site.depth is None else str(site.depth) for site in sites], 2),
+        Column("convolution", [site.name for site in sites], KEPT, justify="left"),
+        Column("weight", [_shape(site) for site in sites], 1),
+        Column(
+            "chance",
+            [f"{1 / math.sqrt(site.fan_in):.3f}" if site.shape else "-" for site in sites],
+            0,
+        ),
+        Column(
+            "",
+            ["merged" if site.reason is None else _short_reason(site) for site in sites],
+            KEPT,
+            justify="left",
+            wraps=True,
+        ),
+    ]
+    styles = ["bold green" if site.reason is None else "dim" for site in sites]
+    print_table(f"Convolutions of {model}", columns, styles)
+    console = Console()
+    kinds = {site.reason_kind for site in found.skipped}
+    for kind, reason in SKIPPED_KINDS.items():
+        if kind in kinds:
+            kind = kind.replace("_", " ")
+            console.print(f"{kind}: {reason.removeprefix(f'{kind}: ')}", highlight=False)
+    weights = sum(math.prod(site.shape) for site in found.merged)
+    console.print(
+        f"{len(found.merged)} of {len(sites)} convolutions are merged, {weights:,} weights. "
+        "chance: standard deviation of the cosine of two random kernels; only where training made "
+        "kernels similar do pairs pass a threshold far above it.",
+        highlight=False,
+    )
+
+
+def _shape(site: ConvSite) -> str:
+    groups = f" /{site.groups}" if site.groups > 1 else ""
+    return ("x".join(map(str, site.shape)) or "?") + groups
+
+
+def _short_reason(site: ConvSite) -> str:
+    """Returns a short reason: the kind alone, without its explanation."""
+    shared = site.reason_kind in SKIPPED_KINDS
+    return str(site.reason_kind).replace("_", " ") if shared else str(site.reason)
+
+
+def _count_or_share(text: str) -> int | float:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    raise ArgumentError(
+        f"<shallow_layers> is a count such as 10 or a share such as {DEFAULT_SHALLOW_SHARE}, "
+        f"not {text!r}"
+    )

@@ -1,0 +1,99 @@
+"""``inmerge predict``: what a trained network says of new images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from inmerge_wrap.cli.options import AsJson, BatchSize, Device, Workers, check_there
+from inmerge_wrap.cli.shell import command, print_json, progress, say, warn
+
+if TYPE_CHECKING:
+    from inmerge_wrap.app.predicting import Prediction
+
+Model = Annotated[
+    Path,
+    typer.Argument(help="The folder `model/` that a training wrote.", show_default=False),
+]
+
+
+@command(
+    "inmerge predict runs/mine/model new_images/",
+    "inmerge predict runs/mine/model one.png two.dcm --out two.csv",
+    "inmerge predict runs/mine/model patients.csv --path-column file --json",
+)
+def predict(
+    model: Model,
+    images: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="IMAGES...",
+            help="Files, folders, or a CSV file with a column of paths relative to its folder.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="CSV", help="File with one row for each image.")
+    ] = Path("predictions.csv"),
+    path_column: Annotated[
+        str, typer.Option(metavar="NAME", help="Column of the paths in a CSV file.")
+    ] = "path",
+    batch_size: BatchSize = 64,
+    workers: Workers = 0,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Say what a trained network sees in new images.
+
+    Images are read and prepared as in training. A file that cannot be read gets a row with the
+    reason, and images that differ from those of the training a note.
+    """
+    for path in (model, *images):
+        check_there(path)
+    from inmerge_wrap.app.model import TrainedModel
+    from inmerge_wrap.app.predicting import find_files, warnings_of, write_predictions
+    from inmerge_wrap.app.predicting import predict as answers_to
+
+    trained = TrainedModel.read(model, device)
+    files = find_files(images, path_column)
+    with progress(len(files)) as show:
+        found = answers_to(
+            trained,
+            files,
+            batch_size=batch_size,
+            workers=workers,
+            progress=lambda count: show("images", count),
+        )
+    write_predictions(found, trained.recipe, out)
+    notes = warnings_of(found, trained.recipe)
+    for note in notes:
+        warn(note)
+    if as_json:
+        print_json(_content(found, trained.recipe.classes, notes, out))
+    else:
+        counts = Counter(name for entry in found for name in entry.said)
+        shown = ", ".join(f"{name} {counts[name]}" for name in trained.recipe.classes)
+        say(f"{len(found)} images: {shown}\nwritten: {out}")
+
+
+def _content(
+    found: list[Prediction], classes: tuple[str, ...], notes: list[str], out: Path
+) -> dict[str, Any]:
+    return {
+        "output": str(out),
+        "classes": list(classes),
+        "warnings": notes,
+        "images": [
+            {
+                "image": entry.name,
+                "said": list(entry.said),
+                "probabilities": entry.probabilities,
+                "unlike_training": list(entry.unlike),
+                "error": entry.error,
+            }
+            for entry in found
+        ],
+    }

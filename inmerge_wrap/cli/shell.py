@@ -1,0 +1,149 @@
+"""The application itself: how commands are registered, report errors, and show progress."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+# Only modules that do not import torch: help, completion and usage errors must not wait for it.
+from inmerge_wrap import __version__
+from inmerge_wrap.cli.help import Command, Group
+from inmerge_wrap.errors import ArgumentError, ArgumentWarning, as_option
+
+app = typer.Typer(
+    name="inmerge",
+    cls=Group,
+    help="In-model merging (InMerge) for CNNs, and classifiers for your own images.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+)
+
+# Arguments of Python whose option has another name.
+_OPTIONS = {"example_input": "--input-size"}
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a function as the command of its name.
+
+    Args:
+        examples: Lines for the help.
+    """
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        guarded = _reports_errors(function)
+        app.command(cls=Command, epilog="\n".join(examples))(guarded)
+        return guarded
+
+    return register
+
+
+def _reports_errors(function: Callable[..., None]) -> Callable[..., None]:
+    """Reports user errors on stderr with exit code 1; lets any other exception through."""
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            Console(stderr=True).print(
+                f"error: {_told(error)}", style="red", markup=False, soft_wrap=True
+            )
+            raise typer.Exit(1) from error
+
+    return guarded
+
+
+def _told(message: Exception | str) -> str:
+    """Returns a message with options in place of arguments, where it names any."""
+    if isinstance(message, ArgumentError | ArgumentWarning):
+        return message.with_options(lambda name: _OPTIONS.get(name, as_option(name)))
+    return str(message)
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[str, int], None]]:
+    """Shows a progress bar on stderr if it is a terminal.
+
+    Args:
+        total: Number of images.
+
+    Yields:
+        A function that takes what is being done and how many images were done.
+    """
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not sys.stderr.isatty()
+    ) as bar:
+        whole = bar.add_task("", total=total)
+        yield lambda name, images: bar.update(whole, advance=images, description=name)
+
+
+def warn(text: str) -> None:
+    """Prints a warning on stderr."""
+    Console(stderr=True).print(f"warning: {text}", soft_wrap=True, highlight=False, markup=False)
+
+
+def say(text: str) -> None:
+    """Prints a line for people."""
+    Console().print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def read_json(path: Path) -> Any:
+    """Returns the content of a JSON file.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def print_json(content: Any) -> None:
+    """Prints the result of a command for programs."""
+    print(json.dumps(content, indent=1, allow_nan=False))
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Prints warnings as one line, without the source line that raised them."""
+    shown = warnings.showwarning
+
+    def show(message: Any, *_: Any) -> None:
+        warn(_told(message))
+
+    warnings.showwarning = show  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
+
+
+def main() -> None:
+    """Runs the command."""
+    with _plain_warnings():
+        app(prog_name="inmerge")

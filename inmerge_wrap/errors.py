@@ -1,0 +1,51 @@
+"""Errors and warnings about arguments, which name each argument as its reader writes it.
+
+A message marks an argument as ``<name>`` or ``<name=value>``. Python shows ``name`` and
+``name=value``; the command line shows ``--name`` and ``--name value``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+__all__ = ["ArgumentError", "ArgumentWarning", "as_option"]
+
+_MARK = re.compile(r"<([a-z][a-z_]*)(?:=([^<>]*))?>")
+
+
+class _NamesArguments(Exception):
+    """A message with marks; ``str`` of it is the message for Python."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+    def __str__(self) -> str:
+        return _MARK.sub(lambda found: found[0][1:-1], self.message)
+
+    def with_options(self, option_of: Callable[[str], str]) -> str:
+        """Returns the message for the command line.
+
+        Args:
+            option_of: Gives the option of an argument, ``"--size"`` for ``"size"``.
+        """
+
+        def option(found: re.Match[str]) -> str:
+            name, value = option_of(found[1]), found[2]
+            return name if value in (None, "True") else f"{name} {value}"
+
+        return _MARK.sub(option, self.message)
+
+
+class ArgumentError(_NamesArguments, ValueError):
+    """An argument that cannot be used, or the argument that would help."""
+
+
+class ArgumentWarning(_NamesArguments, UserWarning):
+    """A warning that names arguments."""
+
+
+def as_option(argument: str) -> str:
+    """Returns the option that an argument has by default: ``--pixel-range`` for pixel_range."""
+    return f"--{argument.replace('_', '-')}"

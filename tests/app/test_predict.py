@@ -1,0 +1,153 @@
+"""New images through a trained network: equal to plain Python, whatever the form of the files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from inmerge_wrap.app.predicting import find_files, predict, warnings_of
+from tests.app.trained import code_of, pictures, trained
+from tests.cli.common import complaint, run, run_json
+
+
+def rows_of(path: Path) -> dict[str, dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return {row["image"]: row for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize("form", ["png8", "png16", "dicom", "dicom without windows", "multilabel"])
+def test_the_lines_of_the_card_give_what_predict_gives(form: str, tmp_path: Path) -> None:
+    """In a process that cannot import this library."""
+    images, folder = tmp_path / "images", tmp_path / "model"
+    pictures(images, form, count=6)
+    recipe = trained(folder, form, images).recipe
+    run("predict", folder, images, "--out", tmp_path / "predictions.csv")
+    rows = rows_of(tmp_path / "predictions.csv")
+    code = code_of(recipe, folder)
+    program = f"""
+import sys
+sys.modules["inmerge_wrap"] = None
+import json, pathlib
+found = {{}}
+for path in sorted(pathlib.Path({str(images)!r}).iterdir()):
+    space = {{}}
+    exec({code!r}.replace("image.png", str(path)).replace("image.dcm", str(path)), space)
+    found[path.name] = space["probabilities"].tolist()
+print("found:" + json.dumps(found))
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    *said, last = done.stdout.splitlines()
+    found = json.loads(last.removeprefix("found:"))
+    assert found.keys() == rows.keys() and len(found) == 6
+    for name, probabilities in found.items():
+        told = [float(rows[name][label]) for label in "abc"]
+        assert told == pytest.approx(probabilities, abs=1e-5)
+        assert max(abs(value - told[0]) for value in told) > 1e-3  # a constant would agree too
+        if form == "multilabel":
+            expected = [n for n, p, t in zip("abc", told, (0.45, 0.5, 0.55), strict=True) if p > t]
+            assert rows[name]["said"] == "; ".join(expected)
+        else:
+            assert rows[name]["said"] == "abc"[int(np.argmax(told))]
+    if form == "multilabel":
+        assert [eval(line) for line in said] == [
+            rows[name]["said"].split("; ") if rows[name]["said"] else [] for name in sorted(rows)
+        ]
+
+
+def test_deep_images_are_not_clipped(tmp_path: Path) -> None:
+    """Pillow's convert("L") makes 255 of all that is above: every image would look the same."""
+    images, folder = tmp_path / "images", tmp_path / "model"
+    pictures(images, "png16", count=6)
+    model = trained(folder, "png16", images)
+    found = predict(model, find_files([images]))
+    assert len({round(entry.probabilities[0], 4) for entry in found if entry.probabilities}) == 6
+    code = code_of(model.recipe, folder)
+    assert "4095" in code and ".open" in code
+
+
+def test_a_broken_file_is_a_row_with_its_reason(tmp_path: Path) -> None:
+    images, folder = tmp_path / "images", tmp_path / "model"
+    pictures(images, "png8", count=4)
+    trained(folder, "png8", images)
+    (images / "broken.png").write_bytes(b"\x89PNG nothing")
+    Image.fromarray(np.full((40, 40), 3000, np.uint16)).save(images / "deep.png")
+    (images / "notes.txt").write_text("no image")
+    out = tmp_path / "out" / "predictions.csv"
+    result = run("predict", folder, images, "--out", out)
+    assert "2 of 6 files cannot be read" in result.stderr
+    rows = rows_of(out)
+    assert set(rows) == {"00.png", "01.png", "02.png", "03.png", "broken.png", "deep.png"}
+    assert "cannot identify image file" in rows["broken.png"]["error"]
+    assert "need a pixel_range" in rows["deep.png"]["error"]
+    assert (
+        rows["broken.png"]["a"] == rows["broken.png"]["said"] == "" and not rows["00.png"]["error"]
+    )
+    content = run_json("predict", folder, images, "--out", out)
+    assert content["images"][4]["probabilities"] is None and content["output"] == str(out)
+
+
+def test_files_and_tables_of_spreadsheets_are_read(tmp_path: Path) -> None:
+    images, folder = tmp_path / "images", tmp_path / "model"
+    pictures(images, "png8", count=3)
+    trained(folder, "png8", images)
+    (images / "00.png").rename(images / "Zürich.png")
+    everything = run_json("predict", folder, images, "--out", tmp_path / "p.csv")["images"]
+    answers = {entry["image"]: entry["probabilities"] for entry in everything}
+    for encoding in ("utf-8-sig", "cp1252", "utf-16"):
+        text = "Datei;Alter\r\nimages/Zürich.png;40\r\nimages/02.png;\r\n"
+        (tmp_path / "list.csv").write_bytes(text.encode(encoding))
+        options = ("--path-column", "Datei", "--out", tmp_path / "p.csv")
+        listed = run_json("predict", folder, tmp_path / "list.csv", *options)["images"]
+        assert [entry["image"] for entry in listed] == ["images/Zürich.png", "images/02.png"]
+        assert listed[0]["probabilities"] == answers["Zürich.png"]
+    told = complaint("predict", folder, tmp_path / "list.csv", "--out", tmp_path / "p.csv")
+    assert "no column 'path': name it with --path-column; it has Datei, Alter" in told
+    two = (images / "02.png", images / "01.png")
+    assert len(run_json("predict", folder, *two, "--out", tmp_path / "p.csv")["images"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("form", "other", "options", "told"),
+    [
+        ("png8", "png8", {"seed": 1}, None),
+        ("png16", "png16", {"seed": 1, "high": 60000}, "hold values outside of 0 to"),
+        ("png16", "png16", {"seed": 1, "high": 256}, "up to a quarter of"),
+        ("png16", "png8", {"seed": 1}, "show colours, and no training image did"),
+        ("png16", "dicom", {"seed": 1}, "of a kind that training did not see (it saw integers)"),
+    ],
+)
+def test_images_unlike_those_of_the_training_are_told(
+    form: str, other: str, options: dict, told: str | None, tmp_path: Path
+) -> None:
+    pictures(tmp_path / "images", form, count=30)
+    pictures(tmp_path / "new", other, count=30, **options)
+    model = trained(tmp_path / "model", form, tmp_path / "images")
+    found = predict(model, find_files([tmp_path / "new"]))
+    said = warnings_of(found, model.recipe)
+    if told is None:
+        assert said == []
+    else:
+        assert any(told in sentence for sentence in said), said
+        assert all(entry.unlike for entry in found if "quarter" in told or "colours" in told)
+
+
+def test_predict_answers_mistakes(tmp_path: Path) -> None:
+    pictures(tmp_path / "images", "png8", count=2)
+    assert "no such file" in complaint("predict", tmp_path / "modle", tmp_path / "images")
+    (tmp_path / "model").mkdir()
+    told = complaint("predict", tmp_path / "model", tmp_path / "images")
+    assert "has no preparation.json" in told and "give the folder model/" in told
+    trained(tmp_path / "model", "png8", tmp_path / "images")
+    (tmp_path / "empty").mkdir()
+    assert "no image in" in complaint("predict", tmp_path / "model", tmp_path / "empty")
+    assert not Path("predictions.csv").exists()
