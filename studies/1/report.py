@@ -1,0 +1,390 @@
+"""Tables and figures of the runs that recipes/ablation.py wrote.
+
+    python recipes/ablation_report.py study --runs results/ablation/study
+    python recipes/ablation_report.py figure2 --runs results/ablation/figure2
+    python recipes/ablation_report.py figure3 --runs results/ablation/figure3
+    python recipes/ablation_report.py architectures --runs results/ablation/architectures
+
+Every arm is compared with the plain run of the same seed and setting, and with EMA and SWA.
+``differences.csv`` holds all paired differences with their 95% t interval and the p-value, adjusted
+for the number of arms (Benjamini and Hochberg); ``table.md`` the most important of those from plain
+training; the PNG files show them. Metrics under corruption are means over the corruptions of a run.
+
+Hardware and time: seconds on a CPU. Expected: results/ablation/, docs/evidence.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib
+import numpy as np
+from arm_names import GLOSSARY, in_words
+from forest import Mark, draw_forest
+from records import difference_text, spread
+from scipy.stats import false_discovery_control
+
+from inmerge_wrap.robustness.metrics import paired_difference
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+# -- settings --------------------------------------------------------------------------------------
+
+METRICS = {  # shown, higher is better -> field of a run
+    "accuracy": "accuracy",
+    "balanced accuracy": "balanced_error",
+    "AUROC": "auroc",
+}
+WHERE = ("clean", "corrupted")
+SETTING = {  # field of a run -> how a title names it
+    "dataset": "{}",
+    "arch": "{}",
+    "size": "{} px",
+    "train_images": "{} images",
+    "epochs": "{} epochs",
+    "batch_size": "batch {}",
+    "lr": "lr {:g}",
+    "weight_decay": "weight decay {:g}",
+    "label_noise": "{:.0%} random labels",
+    "weights": "from {}",
+}
+ALTERNATIVES = ("ema .98", "swa")  # what costs the same and is in every toolbox
+SILENT = {"label_noise": 0.0, "weights": "", "weight_decay": 5e-4}
+COLOURS = {"merging": "#D55E00", "other methods": "#0072B2"}
+DRAWN = ("balanced accuracy", "AUROC")  # in the picture of a study
+
+Runs = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> result
+Row = dict[str, Any]
+
+
+# -- numbers ---------------------------------------------------------------------------------------
+
+
+def read(folder: Path, *, by_architecture: bool = True) -> dict[str, Runs]:
+    """Setting -> arm -> seed -> result.
+
+    Raises:
+        SystemExit: If there is no run, or two of the same arm, seed and setting.
+    """
+    settings: dict[str, Runs] = defaultdict(lambda: defaultdict(dict))
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise SystemExit(
+            f"{folder} holds no runs: make some with recipes/ablation.py --out {folder}"
+        )
+    for path in paths:
+        result = json.loads(path.read_text())
+        run = result["run"]
+        shown = {name: run[name] for name in SETTING if run[name] != SILENT.get(name)}
+        if not by_architecture:
+            del shown["arch"]
+        setting = ", ".join(SETTING[name].format(value) for name, value in shown.items())
+        arm, seed = settings[setting][run["arm"]], run["seed"]
+        if seed in arm:
+            raise SystemExit(f"{path}: a second run of {run['arm']!r}, seed {seed}, in {setting}")
+        arm[seed] = result
+    return settings
+
+
+def slug(setting: str) -> str:
+    """The setting as part of a file name."""
+    return "-".join(re.findall(r"[a-z0-9.]+", setting.lower()))
+
+
+def best_first(runs: Runs) -> Runs:
+    """Plain, then the others by their mean AUROC on clean images."""
+
+    def place(arm: str) -> tuple[bool, float]:
+        return arm != "plain", -mean(value(run, "AUROC", "clean") for run in runs[arm].values())
+
+    return {arm: runs[arm] for arm in sorted(runs, key=place)}
+
+
+def value(result: dict[str, Any], metric: str, where: str) -> float:
+    """A metric of one run, higher is better; under corruption the mean over the corruptions."""
+    rows = [row for name, row in result["test"].items() if (name == "clean") == (where == "clean")]
+    found = mean(row[METRICS[metric]] for row in rows)
+    return 1.0 - found if metric == "balanced accuracy" else found
+
+
+def merged_share(done: dict[int, dict[str, Any]]) -> float | None:
+    """Merged over drawn pairs of all runs of an arm; None where it drew none."""
+    found = [run["merging"] for run in done.values() if "merging" in run]
+    drawn = sum(run["drawn"] for run in found)
+    return sum(run["merged"] for run in found) / drawn if drawn else None
+
+
+def compare(runs: Runs, setting: str, baseline: str) -> list[Row]:
+    """Each arm against the baseline's runs of the same seeds, with adjusted p-values.
+
+    Raises:
+        SystemExit: If the baseline has no run.
+    """
+    if baseline not in runs:
+        raise SystemExit(f"{setting}: there is no run of {baseline!r} to compare with")
+    rows: list[Row] = []
+    for metric in METRICS:
+        for where in WHERE:
+            block: list[Row] = []
+            for arm, done in runs.items():
+                seeds = sorted(set(done) & set(runs[baseline]))
+                if arm == baseline or not seeds:
+                    continue
+                mine, plain = (
+                    [value(runs[name][seed], metric, where) for seed in seeds]
+                    for name in (arm, baseline)
+                )
+                row = {"setting": setting, "arm": arm, "baseline": baseline, "metric": metric}
+                row |= {"images": where, "mean": mean(mine)}
+                block.append(row | {"difference": paired_difference(mine, plain)})
+            tested = [row for row in block if "p_t" in row["difference"]]
+            if tested:
+                adjusted = false_discovery_control([row["difference"]["p_t"] for row in tested])
+                for row, p in zip(tested, adjusted, strict=True):
+                    row["p_adjusted"] = float(p)
+            rows += block
+    return rows
+
+
+def write_csv(rows: list[Row], path: Path) -> None:
+    fields = ["setting", "arm", "baseline", "metric", "images", "n", "mean", "difference"]
+    fields += ["low", "high", "p_t", "p_adjusted"]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            found = row["difference"]
+            flat = {**found, **row, "difference": found["mean"]}
+            writer.writerow(
+                {
+                    name: f"{flat[name]:.5f}" if isinstance(flat.get(name), float) else flat[name]
+                    for name in fields
+                    if name in flat
+                }
+            )
+
+
+def table(settings: dict[str, Runs], rows: list[Row], baseline: str) -> str:
+    """Markdown, for each setting: differences from the baseline, and what each arm cost."""
+    found = {
+        (row["setting"], row["arm"], row["metric"], row["images"]): row
+        for row in rows
+        if row["baseline"] == baseline
+    }
+
+    def cell(setting: str, arm: str, metric: str, where: str) -> str:
+        if arm == baseline:
+            done = settings[setting][arm].values()
+            return spread([value(run, metric, where) for run in done])
+        row = found[setting, arm, metric, where]
+        text = difference_text(row["difference"])
+        return f"**{text}**" if row.get("p_adjusted", 1.0) < 0.05 else text
+
+    lines = []
+    for setting, runs in settings.items():
+        lines += [f"### {setting}", ""]
+        for metric in ("balanced accuracy", "AUROC"):
+            heads = ["arm", *(f"{metric}, {where}" for where in WHERE)]
+            lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+            for arm in runs:
+                cells = [in_words(arm), *(cell(setting, arm, metric, where) for where in WHERE)]
+                lines.append(f"| {' | '.join(cells)} |")
+            lines.append("")
+        heads = ["arm", "seeds", "passes: train, test", "pairs merged", "accuracy, clean"]
+        lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        for arm, done in runs.items():
+            some, share = next(iter(done.values())), merged_share(done)
+            passes = f"{some['training_passes']:g}, {some['inference_passes']}"
+            cells = [in_words(arm), str(len(done)), passes]
+            cells.append("" if share is None else f"{share:.1%}")
+            cells.append(spread([value(run, "accuracy", "clean") for run in done.values()]))
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    lines.append(
+        f"The row of {in_words(baseline)}: means over the seeds, ± their standard deviation. The "
+        "other rows: paired differences from it, with 95% intervals. Bold: an adjusted p below "
+        f"0.05. {GLOSSARY}"
+    )
+    return "\n".join(lines) + "\n"
+
+
+# -- figures ---------------------------------------------------------------------------------------
+
+
+def draw_study(setting: str, runs: Runs, rows: list[Row], path: Path) -> None:
+    """A forest plot: each arm's paired differences from plain, clean and corrupted."""
+    groups, cells = {}, {}
+    for row in rows:
+        if row["metric"] not in DRAWN:
+            continue
+        arm, found = in_words(row["arm"]), row["difference"]
+        method = next(iter(runs[row["arm"]].values()))["run"]["method"]
+        merging = "merge" in method or "variant" in method
+        groups[arm] = "merging" if merging else "other methods"
+        interval = (found["mean"], found.get("low"), found.get("high"))
+        cells[arm, f"{row['images']} images", row["metric"]] = interval
+    balanced, area = DRAWN
+    draw_forest(
+        {in_words(arm): groups[in_words(arm)] for arm in runs if in_words(arm) in groups},
+        [f"{where} images" for where in WHERE],
+        [Mark(balanced, below=-0.14), Mark(area, filled=False, size=4, below=0.2)],
+        cells,
+        COLOURS,
+        title=f"{setting}: paired differences from plain training, 95% intervals",
+        axis_label="minus plain training\n← worse      better →",
+        path=path,
+    )
+
+
+def draw_grid(runs: Runs, rows: list[Row], path: Path, *, x: str, y: str, names: Row) -> None:
+    """A map of the AUROC's difference from plain over two settings of merging."""
+    places = {}
+    for arm, done in runs.items():
+        merge = next(iter(done.values()))["run"]["method"].get("merge")
+        if merge:
+            places[arm] = (merge[x], merge[y])
+    xs, ys = (sorted({place[axis] for place in places.values()}) for axis in (0, 1))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    for axis, where in zip(axes, WHERE, strict=False):
+        grid = np.full((len(ys), len(xs)), np.nan)
+        for row in rows:
+            if row["metric"] == "AUROC" and row["images"] == where and row["arm"] in places:
+                column, line = places[row["arm"]]
+                grid[ys.index(line), xs.index(column)] = row["difference"]["mean"]
+        reach = max(1e-3, float(np.nanmax(np.abs(grid))))
+        draw_map(axis, grid, "{:+.3f}", cmap="PuOr", vmin=-reach, vmax=reach)
+        axis.set_title(f"AUROC minus plain, {where}", fontsize=10)
+    shares = np.full((len(ys), len(xs)), np.nan)
+    for arm, (column, line) in places.items():
+        shares[ys.index(line), xs.index(column)] = merged_share(runs[arm]) or 0.0
+    draw_map(axes[2], shares, "{:.1%}", cmap="Greys", vmin=0, vmax=1)
+    axes[2].set_title("share of the drawn pairs that merged", fontsize=10)
+    for axis in axes:
+        axis.set_xticks(range(len(xs)), [f"{place:g}" for place in xs])
+        axis.set_yticks(range(len(ys)), [f"{place:g}" for place in ys])
+        axis.set(xlabel=names[x], ylabel=names[y])
+    figure.savefig(path, dpi=150, facecolor="white")
+    plt.close(figure)
+
+
+def draw_map(axis: Axes, grid: np.ndarray, form: str, **colours: Any) -> None:
+    """A grid of numbers, each written into its square."""
+    image = axis.imshow(grid, origin="lower", aspect=0.6, **colours)
+    for line, column in np.ndindex(grid.shape):
+        red, green, blue, _ = image.to_rgba(grid[line, column])
+        axis.text(
+            *(column, line, form.format(grid[line, column])),
+            fontsize=8,
+            ha="center",
+            va="center",
+            color="black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white",
+        )
+    axis.figure.colorbar(image, ax=axis, shrink=0.75)
+
+
+def draw_architectures(runs: Runs, rows: list[Row], path: Path) -> None:
+    """One bar per architecture and kind of merging: AUROC minus its own plain run."""
+    kinds = sorted({row["arm"].split(": ")[1] for row in rows})
+    archs = list(dict.fromkeys(arm.split(": ")[0] for arm in runs))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True, layout="constrained")
+    for axis, where in zip(axes, WHERE, strict=True):
+        for place, kind in enumerate(kinds):
+            found = {
+                row["arm"].split(": ")[0]: row["difference"]
+                for row in rows
+                if row["arm"].endswith(f": {kind}")
+                and (row["metric"], row["images"]) == ("AUROC", where)
+            }
+            positions = [archs.index(arch) + 0.38 * place for arch in found]
+            reach = [d.get("high", d["mean"]) - d["mean"] for d in found.values()]
+            colour = ("#56B4E9", "#D55E00", "#009E73", "#0072B2")[place % 4]
+            heights = [d["mean"] for d in found.values()]
+            axis.bar(
+                *(positions, heights),
+                width=0.36,
+                yerr=reach,
+                color=colour,
+                label=in_words(kind),
+                capsize=2,
+            )
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_xticks(np.arange(len(archs)) + 0.19 * (len(kinds) - 1), archs, rotation=20)
+        axis.set_title(f"{where} test images")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("AUROC minus plain, 95% interval")
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=150, facecolor="white")
+    plt.close(figure)
+
+
+# -- what is asked for -----------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "sweep",
+        choices=["study", "figure2", "figure3", "architectures"],
+        help="what recipes/ablation.py ran",
+    )
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs' JSON files")
+    parser.add_argument("--out", type=Path, help="where to write (default: into --runs)")
+    parser.add_argument("--pictures", type=Path, help="where the PNG files go (default: --out)")
+    options = parser.parse_args()
+    out = options.out or options.runs
+    pictures = options.pictures or out
+    for folder in (out, pictures):
+        folder.mkdir(parents=True, exist_ok=True)
+    settings = read(options.runs, by_architecture=options.sweep != "architectures")
+    rows: list[Row] = []
+    text = []
+    for setting, runs in settings.items():
+        picture = pictures / f"{options.sweep}-{slug(setting)}.png"
+        if options.sweep == "architectures":
+            here: list[Row] = []
+            for arch in dict.fromkeys(arm.split(": ")[0] for arm in runs):
+                own = {arm: done for arm, done in runs.items() if arm.startswith(f"{arch}: ")}
+                found = compare(own, f"{setting}, {arch}", f"{arch}: plain")
+                text.append(table({f"{setting}, {arch}": own}, found, f"{arch}: plain"))
+                here += found
+            draw_architectures(runs, here, picture)
+        else:
+            runs = best_first(runs)
+            here = compare(runs, setting, "plain")
+            text.append(table({setting: runs}, here, "plain"))
+            if options.sweep == "study":
+                draw_study(setting, runs, here, picture)
+            elif options.sweep == "figure2":
+                names = {"merge_weight": "merge weight α", "merge_probability": "probability p"}
+                draw_grid(runs, here, picture, x="merge_weight", y="merge_probability", names=names)
+            else:
+                names = {
+                    "similarity_threshold": "threshold τ",
+                    "shallow_layers": "first layers left alone, share $L_s$",
+                }
+                draw_grid(
+                    runs, here, picture, x="similarity_threshold", y="shallow_layers", names=names
+                )
+            for baseline in ALTERNATIVES:
+                if baseline in runs:
+                    rows += compare(runs, setting, baseline)
+        rows += here
+    write_csv(rows, out / "differences.csv")
+    (out / "table.md").write_text("\n".join(text))
+    print("\n".join(text))
+    print(f"Written: differences.csv and table.md to {out}, {len(settings)} figures to {pictures}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""Paired differences of a study: each arm minus a baseline of the same seed, on each data set.
+
+Pure functions of the results of study.py; tables and figures are in study_report.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import floor, sqrt
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from measures import FAMILIES, by_family
+from scipy import stats
+from study import CONFIRMING
+
+MEASURES = {  # display name -> metric of a run
+    "balanced accuracy": "balanced_error",
+    "AUROC": "auroc",
+    "calibration error": "ece",
+    "calibration error, scaled": "scaled_ece",
+    "log loss": "nll",
+    "retained": "balanced_error",
+}
+BETTER_BELOW = ("calibration error", "calibration error, scaled", "log loss")
+WHERE = ("clean", "corrupted", *FAMILIES)
+POOLED = "pooled"
+SCALED = "plain, temperature scaled"  # derived from the plain runs, and compared like an arm
+
+Runs = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> result
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The settings that runs must share to be compared."""
+
+    dataset: str
+    pretrained: bool
+    augmentation: str
+
+    def __str__(self) -> str:
+        name = self.dataset.removesuffix("mnist").capitalize()
+        parts = [name, "from ImageNet" if self.pretrained else "", self.augmentation]
+        return ", ".join(part for part in parts if part and part != "flips")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An arm minus the baseline: a mean with its 95% t interval, and what it was computed from.
+
+    ``n`` is the number of pairs; for a pooled one, the smallest of its data sets. Interval, ``sd``
+    and ``p`` are None for a single pair. ``p_adjusted`` is set by ``adjust``.
+    """
+
+    mean: float
+    n: int
+    sd: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    p_adjusted: float | None = None
+
+
+Key = tuple[str, str, str, str]  # setting or POOLED, arm, measure, where
+
+
+def read(folder: Path) -> dict[Setting, Runs]:
+    """Reads the runs of a folder.
+
+    Raises:
+        SystemExit: If there is none, two of the same arm and seed in a setting, or two of a setting
+            that were measured on different images.
+    """
+    settings: dict[Setting, Runs] = defaultdict(lambda: defaultdict(dict))
+    measured: dict[Setting, Any] = {}
+    paths = sorted(folder.glob("*.json"))
+    for path in paths:
+        result = json.loads(path.read_text())
+        if "validation" not in result:
+            continue
+        run = result["run"]
+        setting = Setting(run["dataset"], bool(run["weights"]), run["augmentation"])
+        seeds = settings[setting][run["arm"]]
+        if run["seed"] in seeds:
+            raise SystemExit(f"{path}: a second run of {run['arm']!r}, seed {run['seed']}")
+        seeds[run["seed"]] = result
+        images = result.get("measured_images")  # the first runs did not record it
+        if images and measured.setdefault(setting, images) != images:
+            raise SystemExit(f"{path} was measured on {images} images, not {measured[setting]}")
+        if run["arm"] == "plain":
+            settings[setting][SCALED][run["seed"]] = temperature_scaled(result)
+    if not settings:
+        raise SystemExit(
+            f"{folder} holds no runs: create some with recipes/study.py --out {folder}"
+        )
+    return settings
+
+
+def temperature_scaled(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the run with its logits divided by the temperature fitted on validation.
+
+    The decisions do not change; the AUROC, which may change slightly, is left out.
+    """
+    kept = ("accuracy", "balanced_error", "scaled_ece", "scaled_nll")
+
+    def scaled(row: Mapping[str, float]) -> dict[str, float]:
+        return {name: row[name] for name in kept} | {
+            name: row[f"scaled_{name}"] for name in ("ece", "nll")
+        }
+
+    parts = {
+        part: {name: scaled(row) for name, row in result[part].items()}
+        for part in ("validation", "test")
+    }
+    return {**result, **parts}
+
+
+def values(result: Mapping[str, Any], part: str) -> dict[tuple[str, str], float]:
+    """Returns every measure of one run on a part: clean, corrupted and by family.
+
+    ``retained`` is the share of the clean balanced accuracy that is left under corruption.
+    """
+    found: dict[tuple[str, str], float] = {}
+    for measure, metric in MEASURES.items():
+        rows = {name: row for name, row in result[part].items() if metric in row}
+        if "clean" not in rows:
+            continue
+        for where, value in by_family(rows, metric).items():
+            found[measure, where] = 1.0 - value if metric == "balanced_error" else value
+    clean = found["retained", "clean"]
+    for where in WHERE:
+        found["retained", where] /= clean
+    del found["retained", "clean"]
+    return found
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """Returns the mean of first - second over pairs."""
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    n, center = len(differences), mean(differences)
+    if n < 2:
+        return Difference(center, n)
+    sd = stdev(differences)
+    return _with_interval(center, n, sd, sd / sqrt(n), n - 1)
+
+
+def _with_interval(center: float, n: int, sd: float, error: float, freedom: float) -> Difference:
+    if error == 0:
+        return Difference(center, n, sd, center, center)
+    reach = error * float(stats.t.ppf(0.975, freedom))
+    p = 2 * float(stats.t.sf(abs(center) / error, freedom))
+    return Difference(center, n, sd, center - reach, center + reach, p)
+
+
+def pool(parts: Sequence[Difference]) -> Difference:
+    """Returns the mean over these data sets, equally weighted.
+
+    Its error comes from the variation over seeds within each set, with degrees of freedom after
+    Welch and Satterthwaite. ``sd`` is that of one pair on every data set.
+    """
+    center, n = mean(part.mean for part in parts), min(part.n for part in parts)
+    if any(part.sd is None for part in parts):
+        return Difference(center, n)
+    squares = [part.sd**2 / part.n for part in parts if part.sd is not None]
+    total = sum(squares)
+    sd = sqrt(sum(part.sd**2 for part in parts if part.sd is not None)) / len(parts)
+    if total == 0:
+        return Difference(center, n, sd, center, center)
+    freedom = total**2 / sum(
+        square**2 / (part.n - 1) for square, part in zip(squares, parts, strict=True)
+    )
+    return _with_interval(center, n, sd, sqrt(total) / len(parts), freedom)
+
+
+def compare(settings: Mapping[Setting, Runs], baseline: str, part: str) -> dict[Key, Difference]:
+    """Returns every arm minus the baseline, by setting and, for several data sets, pooled.
+
+    ``pools`` defines what is pooled. The p-values of a setting, measure and kind of images are
+    adjusted for the number of arms.
+    """
+    found: dict[Key, Difference] = {}
+    for setting, runs in settings.items():
+        if baseline not in runs:
+            continue
+        scores = {
+            arm: {seed: values(result, part) for seed, result in done.items()}
+            for arm, done in runs.items()
+        }
+        for arm in runs:
+            seeds = sorted(set(scores[arm]) & set(scores[baseline]))
+            if arm == baseline or not seeds:
+                continue
+            for key in scores[arm][seeds[0]]:
+                mine, other = (
+                    [scores[name][seed][key] for seed in seeds] for name in (arm, baseline)
+                )
+                found[(str(setting), arm, *key)] = difference(mine, other)
+    for name, members in pools(s for s in settings if baseline in settings[s]).items():
+        for key in dict.fromkeys(key[1:] for key in found if key[0] in members):
+            parts = [found.get((member, *key)) for member in members]
+            if all(parts):
+                found[(name, *key)] = pool([part for part in parts if part])
+    return adjust(found)
+
+
+def pools(settings: Iterable[Setting]) -> dict[str, list[str]]:
+    """Returns named groups of settings that differ only in their data set, to be pooled.
+
+    The data sets of the confirmation form their own pool, since nothing was chosen on them.
+    """
+    groups: dict[str, list[str]] = defaultdict(list)
+    for setting in settings:
+        confirming = setting.dataset in {regime.dataset for regime in CONFIRMING.values()}
+        parts = [POOLED, "confirmation" if confirming else ""]
+        parts += ["from ImageNet" if setting.pretrained else "", setting.augmentation]
+        groups[", ".join(part for part in parts if part and part != "flips")].append(str(setting))
+    return {name: members for name, members in groups.items() if len(members) > 1}
+
+
+def adjust(found: Mapping[Key, Difference]) -> dict[Key, Difference]:
+    """Adjusts p-values over the arms of each setting, measure and kind of images.
+
+    The method is Benjamini and Hochberg's, which controls the false discovery rate.
+    """
+    families: dict[tuple[str, str, str], list[Key]] = defaultdict(list)
+    for key, one in found.items():
+        if one.p is not None:
+            families[key[0], key[2], key[3]].append(key)
+    adjusted = dict(found)
+    for keys in families.values():
+        ps = stats.false_discovery_control([found[key].p for key in keys])
+        for key, p in zip(keys, ps, strict=True):
+            adjusted[key] = Difference(**{**vars(found[key]), "p_adjusted": float(p)})
+    return adjusted
+
+
+@cache
+def pairs_needed(sd: float, effect: float = 0.01, power: float = 0.8) -> int | None:
+    """Returns how many pairs a two-sided paired t test at 5% needs for this power.
+
+    Returns None if more than 10,000 would be needed.
+    """
+    if sd <= 0:
+        return 2
+
+    def chance(n: int) -> float:
+        shift, critical = effect / sd * sqrt(n), stats.t.ppf(0.975, n - 1)
+        return float(stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift))
+
+    # The normal distribution's answer is a little too low: count up from there.
+    normal = (stats.norm.ppf(0.975) + stats.norm.ppf(power)) * sd / effect
+    if normal**2 > 10_000:
+        return None
+    n = max(2, floor(normal**2))
+    while chance(n) < power:
+        n += 1
+    return n

@@ -1,0 +1,202 @@
+"""The third study: for whom does merging per image help? protocol.md says what is asked.
+
+    python -m studies.3.run choose --data-root DIR    # length and rate of plain training
+    python -m studies.3.run arms --data-root DIR      # all arms, BloodMNIST, 600 images
+    python -m studies.3.run map --data-root DIR       # augmentation x images x plain and merging
+    python -m studies.3.run freeze                    # then commit studies/3/frozen.json
+    python -m studies.3.run confirm --data-root DIR --chest-root NIH --laboratories wbc_labs.npz
+    python -m studies.3.run collect                   # adds finished runs to runs.jsonl.gz
+
+Every run writes one JSON file to ``--out``, and the logits of the test images beside it. A run that
+is there or in ``runs.jsonl.gz`` is not repeated: the same command continues a stopped sweep, and
+several processes may share the folder. Options narrow a sweep: ``--arms plain "channel noise"``.
+
+Hardware and time: one thread; EfficientNet-lite0 takes .25 s a step of 32 images at 64 px on an
+idle core, and a minute for the full exam. See README.md for the hours of each command.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache, partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from studies.common.chest import load_chest
+from studies.common.contributions import contributions
+from studies.common.exams import Exam, answers, make_exam, scored
+from studies.common.freezing import check_frozen, freeze
+from studies.common.images import Images, Normalised, load_images
+from studies.common.laboratories import in_laboratories, read_laboratories
+from studies.common.records import add_runs, name_of, read_runs
+from studies.common.running import make_accelerator, one_line_if_out_of_memory
+from studies.common.sweeping import sweep
+from studies.common.training import Run, train
+
+from .arms import (
+    ARMS,
+    CHOOSING,
+    CONFIRMING,
+    FIRST_CONFIRMING_SEED,
+    IMAGES,
+    LENGTHS,
+    LITE0,
+    RATES,
+    TRAINING,
+    Cell,
+    Length,
+    frozen_content,
+    run_of,
+    runs_of,
+)
+
+HERE = Path(__file__).parent
+FROZEN, RUNS = HERE / "frozen.json", HERE / "runs.jsonl.gz"
+FEW, ALL = (3,), (1, 3, 5)  # severities: for choices, and for the confirmation
+
+
+def planned(options: argparse.Namespace) -> list[Run]:
+    """Returns the runs of a command, narrowed by the options, the most valuable first."""
+    if options.command == "confirm":
+        seeds = range(FIRST_CONFIRMING_SEED, FIRST_CONFIRMING_SEED + (options.seeds or 20))
+        archs = options.archs or [LITE0]
+        cells = [
+            cell
+            for cell in CONFIRMING
+            if cell.arch in archs
+            and cell.dataset in (options.datasets or [cell.dataset])
+            and cell.augmentation in (options.augmentations or [cell.augmentation])
+        ]
+        return list(runs_of(cells, options.arms or list(ARMS), seeds))
+    defaults = {
+        "choose": (CHOOSING[:1], [600], list(TRAINING), ["plain"], 2),
+        "arms": (CHOOSING[:1], [600], ["flips", "trivial"], list(ARMS), 5),
+        "map": (CHOOSING, IMAGES, list(TRAINING), ["plain", "merging per image"], 5),
+    }
+    datasets, images, augmentations, arms, count = defaults[options.command]
+    cells = [
+        Cell(dataset, number, augmentation, arch)
+        for dataset, number, augmentation, arch in product(
+            options.datasets or datasets,
+            options.images or images,
+            options.augmentations or augmentations,
+            options.archs or [LITE0],
+        )
+    ]
+    seeds = range(options.first_seed, options.first_seed + (options.seeds or count))
+    if options.command != "choose":
+        return list(runs_of(cells, options.arms or arms, seeds))
+    lengths = [Length(steps) for steps in options.steps or LENGTHS]
+    lengths += [replace(TRAINING[cell.augmentation], lr=lr) for cell in cells for lr in RATES]
+    return [
+        run_of(cell, "plain", seed, length)
+        for seed in seeds
+        for length in dict.fromkeys(lengths)
+        for cell in cells
+    ]
+
+
+def load(dataset: str, options: argparse.Namespace) -> Images:
+    """Loads 28 px images, enlarged to 64 as in the second study; grey ones three times."""
+    if dataset == "chest":
+        return load_chest(options.chest_root, 64).in_colour()
+    return load_images(dataset, options.data_root, 28).resized(64).in_colour()
+
+
+def exams_of(data: Images, severities: tuple[int, ...]) -> dict[str, Exam]:
+    """Returns the exams: validation at middle severity, test at the severities given."""
+    return {
+        "validation": make_exam(data, "val", 250, (3,)),
+        "test": make_exam(data, "test", 400, severities),
+    }
+
+
+def measured(
+    run: Run,
+    exams: dict[str, Exam],
+    options: argparse.Namespace,
+    network: nn.Module,
+    data: Images,
+    normalise: Normalised,
+) -> dict[str, Any]:
+    """Returns the scores, what each test image contributed to them, and keeps the logits."""
+    logits, exam = answers(network, exams, normalise), exams["test"]
+    path = options.out / "logits" / f"{name_of(run.to_dict())}.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, **{k: x.half().numpy() for k, x in logits["test"].items()})
+    found = scored(logits, exams, data.task)
+    found["contributions"] = contributions(logits["test"], exam.labels, exam.weights, data.task)
+    if options.command == "confirm" and run.dataset == "bloodmnist":
+        laboratories = read_laboratories(options.laboratories, run.size)
+        found["laboratories"] = in_laboratories(network, laboratories, normalise)
+    return found
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = ["choose", "arms", "map", "freeze", "confirm", "collect"]
+    parser.add_argument("command", choices=commands, help="what to run, see above")
+    parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder of npz files")
+    parser.add_argument("--chest-root", type=Path, default=Path("data-nih"), help="an NIH release")
+    parser.add_argument(
+        "--laboratories", type=Path, default=Path("data/wbc_labs.npz"), help="for confirm"
+    )
+    parser.add_argument("--datasets", nargs="+", help="MedMNIST flags, or chest")
+    parser.add_argument("--images", nargs="+", type=int, help="training images, 0 for all")
+    parser.add_argument("--augmentations", nargs="+", choices=list(TRAINING))
+    parser.add_argument("--archs", nargs="+", help=f"networks (default: {LITE0})")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS))
+    parser.add_argument("--steps", nargs="+", type=int, help="of choose: lengths to compare")
+    parser.add_argument("--seeds", type=int, help="paired runs of each arm")
+    parser.add_argument("--first-seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads of a run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/3"), help="folder (default: %(default)s)"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(options: argparse.Namespace) -> None:
+    if options.command == "freeze":
+        freeze(frozen_content(), FROZEN)
+        print(f"Written: {FROZEN}. Commit it before the confirmation runs.")
+        return
+    if options.command == "collect":
+        print(f"{add_runs(RUNS, options.out)} new runs in {RUNS}")
+        return
+    if options.command == "confirm":
+        check_frozen(frozen_content(), FROZEN)
+    torch.set_num_threads(options.threads)
+    severities = ALL if options.command == "confirm" else FEW
+
+    @cache
+    def prepared(dataset: str) -> tuple[Images, dict[str, Exam]]:
+        data = load(dataset, options)
+        exams = exams_of(data, severities)
+        return replace(data, parts={"train": data.parts["train"]}), exams
+
+    accelerator = make_accelerator()
+
+    def carry_out(run: Run) -> dict[str, Any]:
+        data, exams = prepared(run.dataset)
+        return train(run, data, accelerator, partial(measured, run, exams, options))
+
+    done = {name_of(run["run"]) for run in read_runs(RUNS)}
+    sweep(planned(options), options.out, accelerator, carry_out, done)
+
+
+if __name__ == "__main__":
+    with one_line_if_out_of_memory():
+        main(parse())

