@@ -1,23 +1,20 @@
-"""Tables and figures of the runs that recipes/ablation.py wrote.
+"""Tables and figures of the first study's runs.
 
-    python recipes/ablation_report.py study --runs results/ablation/study
-    python recipes/ablation_report.py figure2 --runs results/ablation/figure2
-    python recipes/ablation_report.py figure3 --runs results/ablation/figure3
-    python recipes/ablation_report.py architectures --runs results/ablation/architectures
+    python -m studies.1.report
+    python -m studies.1.report --sweep study --runs DIR --out DIR    # of JSON files in a folder
 
 Every arm is compared with the plain run of the same seed and setting, and with EMA and SWA.
 ``differences.csv`` holds all paired differences with their 95% t interval and the p-value, adjusted
 for the number of arms (Benjamini and Hochberg); ``table.md`` the most important of those from plain
 training; the PNG files show them. Metrics under corruption are means over the corruptions of a run.
 
-Hardware and time: seconds on a CPU. Expected: results/ablation/, docs/evidence.md.
+Hardware and time: a minute on a CPU. Expected: docs/evidence.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -26,12 +23,14 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from arm_names import GLOSSARY, in_words
-from forest import Mark, draw_forest
-from records import difference_text, spread
 from scipy.stats import false_discovery_control
 
 from inmerge_wrap.robustness.metrics import paired_difference
+from studies.common.forest import Mark, draw_forest
+from studies.common.names import GLOSSARY, in_words
+from studies.common.records import difference_text, name_of, raw_runs, read_runs, spread
+
+from .run import RUNS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -69,20 +68,16 @@ Row = dict[str, Any]
 # -- numbers ---------------------------------------------------------------------------------------
 
 
-def read(folder: Path, *, by_architecture: bool = True) -> dict[str, Runs]:
+def by_setting(results: list[Row], *, by_architecture: bool = True) -> dict[str, Runs]:
     """Setting -> arm -> seed -> result.
 
     Raises:
         SystemExit: If there is no run, or two of the same arm, seed and setting.
     """
     settings: dict[str, Runs] = defaultdict(lambda: defaultdict(dict))
-    paths = sorted(folder.glob("*.json"))
-    if not paths:
-        raise SystemExit(
-            f"{folder} holds no runs: make some with recipes/ablation.py --out {folder}"
-        )
-    for path in paths:
-        result = json.loads(path.read_text())
+    if not results:
+        raise SystemExit("there are no runs: make some with python -m studies.1.run")
+    for result in sorted(results, key=lambda result: name_of(result["run"])):
         run = result["run"]
         shown = {name: run[name] for name in SETTING if run[name] != SILENT.get(name)}
         if not by_architecture:
@@ -90,7 +85,7 @@ def read(folder: Path, *, by_architecture: bool = True) -> dict[str, Runs]:
         setting = ", ".join(SETTING[name].format(value) for name, value in shown.items())
         arm, seed = settings[setting][run["arm"]], run["seed"]
         if seed in arm:
-            raise SystemExit(f"{path}: a second run of {run['arm']!r}, seed {seed}, in {setting}")
+            raise SystemExit(f"{setting}: there is a second run of {run['arm']!r}, seed {seed}")
         arm[seed] = result
     return settings
 
@@ -156,7 +151,7 @@ def compare(runs: Runs, setting: str, baseline: str) -> list[Row]:
 
 
 def write_csv(rows: list[Row], path: Path) -> None:
-    fields = ["setting", "arm", "baseline", "metric", "images", "n", "mean", "difference"]
+    fields = ["sweep", "setting", "arm", "baseline", "metric", "images", "n", "mean", "difference"]
     fields += ["low", "high", "p_t", "p_adjusted"]
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, fields, lineterminator="\n")
@@ -328,30 +323,33 @@ def draw_architectures(runs: Runs, rows: list[Row], path: Path) -> None:
 
 # -- what is asked for -----------------------------------------------------------------------------
 
+SWEEPS = {  # as the runs name them -> heading of the table
+    "study": "All arms",
+    "figure2": "Merge weight and probability",
+    "figure2-transient": "Merge weight and probability, no merge stays",
+    "figure3": "Merged depth and threshold",
+    "figure3-transient": "Merged depth and threshold, no merge stays",
+    "architectures": "Architectures",
+    "architectures-transient": "Architectures, no merge stays",
+}
+AXES = {  # of a sweep's map
+    "figure2": {"merge_weight": "merge weight α", "merge_probability": "probability p"},
+    "figure3": {
+        "similarity_threshold": "threshold τ",
+        "shallow_layers": "first layers left alone, share $L_s$",
+    },
+}
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "sweep",
-        choices=["study", "figure2", "figure3", "architectures"],
-        help="what recipes/ablation.py ran",
-    )
-    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs' JSON files")
-    parser.add_argument("--out", type=Path, help="where to write (default: into --runs)")
-    parser.add_argument("--pictures", type=Path, help="where the PNG files go (default: --out)")
-    options = parser.parse_args()
-    out = options.out or options.runs
-    pictures = options.pictures or out
-    for folder in (out, pictures):
-        folder.mkdir(parents=True, exist_ok=True)
-    settings = read(options.runs, by_architecture=options.sweep != "architectures")
+
+def report(sweep: str, results: list[Row], pictures: Path) -> tuple[str, list[Row]]:
+    """Draws the pictures of a sweep; returns its tables and its differences."""
+    kind = sweep.removesuffix("-transient")
+    settings = by_setting(results, by_architecture=kind != "architectures")
     rows: list[Row] = []
     text = []
     for setting, runs in settings.items():
-        picture = pictures / f"{options.sweep}-{slug(setting)}.png"
-        if options.sweep == "architectures":
+        picture = pictures / f"{sweep}-{slug(setting)}.png"
+        if kind == "architectures":
             here: list[Row] = []
             for arch in dict.fromkeys(arm.split(": ")[0] for arm in runs):
                 own = {arm: done for arm, done in runs.items() if arm.startswith(f"{arch}: ")}
@@ -363,27 +361,47 @@ def main() -> None:
             runs = best_first(runs)
             here = compare(runs, setting, "plain")
             text.append(table({setting: runs}, here, "plain"))
-            if options.sweep == "study":
+            if kind == "study":
                 draw_study(setting, runs, here, picture)
-            elif options.sweep == "figure2":
-                names = {"merge_weight": "merge weight α", "merge_probability": "probability p"}
-                draw_grid(runs, here, picture, x="merge_weight", y="merge_probability", names=names)
             else:
-                names = {
-                    "similarity_threshold": "threshold τ",
-                    "shallow_layers": "first layers left alone, share $L_s$",
-                }
-                draw_grid(
-                    runs, here, picture, x="similarity_threshold", y="shallow_layers", names=names
-                )
+                x, y = AXES[kind]
+                draw_grid(runs, here, picture, x=x, y=y, names=AXES[kind])
             for baseline in ALTERNATIVES:
                 if baseline in runs:
                     rows += compare(runs, setting, baseline)
         rows += here
-    write_csv(rows, out / "differences.csv")
-    (out / "table.md").write_text("\n".join(text))
-    print("\n".join(text))
-    print(f"Written: differences.csv and table.md to {out}, {len(settings)} figures to {pictures}")
+    return "\n".join(text), [{"sweep": sweep, **row} for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sweep", nargs="+", choices=list(SWEEPS), default=list(SWEEPS), help="(default: all)"
+    )
+    parser.add_argument(
+        "--runs", type=Path, help="folder of JSON files of one sweep (default: runs.jsonl.gz)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RUNS.parent, help="where to write (default: the study's folder)"
+    )
+    parser.add_argument("--pictures", type=Path, help="where the PNG files go (default: --out)")
+    options = parser.parse_args()
+    pictures = options.pictures or options.out
+    for folder in (options.out, pictures):
+        folder.mkdir(parents=True, exist_ok=True)
+    kept = [] if options.runs else read_runs(RUNS)
+    rows: list[Row] = []
+    text = []
+    for sweep in options.sweep:
+        own = raw_runs(options.runs) if options.runs else [r for r in kept if r["sweep"] == sweep]
+        tables, found = report(sweep, own, pictures)
+        text.append(f"## {SWEEPS[sweep]}\n\n{tables}")
+        rows += found
+    write_csv(rows, options.out / "differences.csv")
+    (options.out / "table.md").write_text("\n".join(text))
+    print(f"Written: differences.csv and table.md to {options.out}, pictures to {pictures}")
 
 
 if __name__ == "__main__":

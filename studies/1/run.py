@@ -1,19 +1,19 @@
-"""Which settings of merging help? Resumable sweeps over arms and paired seeds.
+"""Which settings of merging that stays help? Resumable sweeps over arms and paired seeds.
 
-    python recipes/ablation.py study --data-root DIR            # the study of docs/evidence.md
-    python recipes/ablation.py figure2 --data-root DIR          # merge weight x probability
-    python recipes/ablation.py figure3 --data-root DIR          # merged depth, threshold
-    python recipes/ablation.py architectures --data-root DIR
+    python -m studies.1.run study --data-root DIR            # the arms of README.md
+    python -m studies.1.run figure2 --data-root DIR          # merge weight x probability
+    python -m studies.1.run figure3 --data-root DIR          # merged depth, threshold
+    python -m studies.1.run architectures --data-root DIR
+    python -m studies.1.run figure2 --transient ...          # the same, no merge stays
+    python -m studies.1.report                               # tables and pictures
 
-Every run writes one JSON file to ``--out``. A finished run is not repeated, and several processes
-or machines that share the folder never do the same run twice: a file in ``.locks/`` locks each run,
-and the system releases the lock when the process ends, however it ends. The same command therefore
-continues a stopped sweep, and speeds it up when it is also started elsewhere.
-``python recipes/ablation_report.py`` turns the files into tables and figures. All arms have the
-same budget of forward and backward passes over the training images (recipes/training.py).
+Every run writes one JSON file to ``--out``; a run that is there or in runs.jsonl.gz is not
+repeated, and several processes that share the folder never do the same run twice. ``--collect``
+adds the files to runs.jsonl.gz. All arms have the same budget of forward and backward passes over
+the training images (studies/common/training.py).
 
 Hardware and time: ResNet-18 at 28 px takes 4 seconds an epoch of 1,000 images on one CPU core, and
-then 10 seconds for the evaluation. Expected: docs/evidence.md, from results/ablation/.
+then 10 seconds for the evaluation. Expected: README.md, docs/evidence.md.
 """
 
 from __future__ import annotations
@@ -26,13 +26,21 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
-from images import Images, load_images
-from methods import EMA, SAM, SWA, Dropout, Ensemble, Fade, Merge, Method, Soup, Variant
-from running import make_accelerator, one_line_if_out_of_memory
-from sweeping import sweep
-from training import Run, train
+from torch import nn
 
 from inmerge_wrap import Quantile, ZScore
+from studies.common.evaluation import CORRUPTIONS, evaluate
+from studies.common.images import Images, Normalised, load_images
+from studies.common.merging import Fade, Merge
+from studies.common.methods import EMA, SAM, SWA, Dropout, Ensemble, Method, Soup
+from studies.common.records import name_of, raw_runs, read_runs, write_runs
+from studies.common.running import make_accelerator, one_line_if_out_of_memory
+from studies.common.sweeping import sweep
+from studies.common.training import Run, train
+
+from .variants import Variant
+
+RUNS = Path(__file__).parent / "runs.jsonl.gz"
 
 # -- settings --------------------------------------------------------------------------------------
 
@@ -129,6 +137,20 @@ def with_border(data: Images, width: int) -> Images:
     return replace(data, parts=parts)
 
 
+def under_corruption(network: nn.Module, data: Images, normalise: Normalised) -> dict[str, Any]:
+    """Evaluates the test part, clean and under four corruptions."""
+    return {"test": evaluate(network, data, normalise, corruptions=CORRUPTIONS)}
+
+
+def collect(name: str, folder: Path) -> int:
+    """Adds the runs of a folder to runs.jsonl.gz as a sweep; returns how many were new."""
+    kept = read_runs(RUNS)
+    done = {name_of(run["run"]) for run in kept if run["sweep"] == name}
+    new = [run for run in raw_runs(folder) if name_of(run["run"]) not in done]
+    write_runs(RUNS, [*kept, *({"sweep": name, **run} for run in new)])
+    return len(new)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -180,8 +202,11 @@ def main() -> None:
         help=f"of study and architectures: {', '.join(ARMS)} (default: all of them; plain, paper "
         "and top half)".replace("%", "%%"),
     )
+    parser.add_argument("--out", type=Path, help="folder (default: runs/1/ and the sweep)")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/ablation"), help="folder (default: %(default)s)"
+        "--collect",
+        action="store_true",
+        help="train nothing: add the finished runs to runs.jsonl.gz",
     )
     options = parser.parse_args()
     unknown = sorted(set(options.arms) - set(ARMS))
@@ -195,6 +220,12 @@ def main() -> None:
         parser.error(
             "--size 28 is too small for architectures: leave out --size, or pass 32 or more"
         )
+
+    name = options.sweep + "-transient" * options.transient
+    folder = options.out or Path("runs/1") / name
+    if options.collect:
+        print(f"{collect(name, folder)} new runs in {RUNS}")
+        return
 
     accelerator = make_accelerator()
     size = options.size or (32 if options.sweep == "architectures" else 28)
@@ -221,7 +252,12 @@ def main() -> None:
     runs = list(experiment(options.sweep, common, options.seeds, options.arms))
     if options.transient:
         runs = [replace(run, method=transient(run.method)) for run in runs]
-    sweep(runs, options.out, accelerator, lambda run: train(run, data, accelerator))
+    done = {name_of(run["run"]) for run in read_runs(RUNS) if run["sweep"] == name}
+
+    def carry_out(run: Run) -> dict[str, Any]:
+        return train(run, data, accelerator, under_corruption)
+
+    sweep(runs, folder, accelerator, carry_out, done)
 
 
 if __name__ == "__main__":

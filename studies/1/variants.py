@@ -1,6 +1,21 @@
+"""Two variants of merging that the first study tried, and that are not part of the library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inmerge_wrap import Schedule, plan_merging
+from studies.common.methods import Follower, Method, Training
+
+
 @dataclass(frozen=True)
 class Variant(Method):
-    """Two variants of merging that the first study tried, and that are not part of the library."""
+    """Merges toward cluster means, or blends directions alone."""
 
     name: ClassVar[str] = "variant"
     toward: Literal["clusters", "unit"]
@@ -45,19 +60,19 @@ def merge_variant_(
     kernels = weight.flatten(1)
     norms = kernels.norm(dim=1, keepdim=True).clamp_min(1e-12)
     unit = kernels / norms
+    drawn = (torch.rand(len(kernels), generator=generator) < probability).nonzero().flatten()
     if toward == "clusters":
-        drawn = (torch.rand(len(kernels), generator=generator) < probability).nonzero().flatten()
         centres = torch.randperm(len(kernels), generator=generator)[: max(1, len(kernels) // 8)]
         cluster = (unit @ unit[centres].T).argmax(dim=1)
         sums = kernels.new_zeros(len(centres), kernels.shape[1]).index_add_(0, cluster, kernels)
         means = sums / cluster.bincount(minlength=len(centres)).clamp_min(1).unsqueeze(1)
         blended = torch.lerp(means[cluster[drawn]], kernels[drawn], merge_weight)
     else:
-        drawn, partners = draw_pairs(len(kernels), probability, generator)
-        cosines = pair_cosines(kernels[drawn], kernels[partners])
-        alike = cosines >= cosines.median()
-        drawn, partners = drawn[alike], partners[alike]
-        pair = unit[drawn], unit[partners]
-        scale = norm_scale(*pair, merge_weight)
-        blended = norms[drawn] * blend_kernels(*pair, None, merge_weight, scale)
+        partners = torch.randint(len(kernels) - 1, (len(drawn),), generator=generator)
+        partners += partners >= drawn  # never the kernel itself
+        cosines = (unit[drawn] * unit[partners]).sum(1)
+        similar = cosines >= (cosines.median() if len(cosines) else 0.0)
+        drawn, partners = drawn[similar], partners[similar]
+        mixed = F.normalize(torch.lerp(unit[partners], unit[drawn], merge_weight), dim=1)
+        blended = norms[drawn] * mixed
     weight.index_copy_(0, drawn, blended.unflatten(1, weight.shape[1:]))

@@ -1,23 +1,24 @@
 """Paired differences of a study: each arm minus a baseline of the same seed, on each data set.
 
-Pure functions of the results of study.py; tables and figures are in study_report.py.
+Pure functions of the results of run.py; tables and figures are in report.py.
 """
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import floor, sqrt
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from measures import FAMILIES, by_family
 from scipy import stats
-from study import CONFIRMING
+
+from studies.common.exams import FAMILIES, by_family
+from studies.common.records import name_of
+
+from .run import CONFIRMING
 
 MEASURES = {  # display name -> metric of a run
     "balanced accuracy": "balanced_error",
@@ -69,8 +70,8 @@ class Difference:
 Key = tuple[str, str, str, str]  # setting or POOLED, arm, measure, where
 
 
-def read(folder: Path) -> dict[Setting, Runs]:
-    """Reads the runs of a folder.
+def by_setting(results: Sequence[Mapping[str, Any]]) -> dict[Setting, Runs]:
+    """Groups results by setting, arm and seed; adds the temperature-scaled plain runs.
 
     Raises:
         SystemExit: If there is none, two of the same arm and seed in a setting, or two of a setting
@@ -78,26 +79,21 @@ def read(folder: Path) -> dict[Setting, Runs]:
     """
     settings: dict[Setting, Runs] = defaultdict(lambda: defaultdict(dict))
     measured: dict[Setting, Any] = {}
-    paths = sorted(folder.glob("*.json"))
-    for path in paths:
-        result = json.loads(path.read_text())
-        if "validation" not in result:
-            continue
+    for result in sorted(results, key=lambda result: name_of(result["run"])):
         run = result["run"]
         setting = Setting(run["dataset"], bool(run["weights"]), run["augmentation"])
+        said = f"{setting}: {run['arm']!r}, seed {run['seed']}"
         seeds = settings[setting][run["arm"]]
         if run["seed"] in seeds:
-            raise SystemExit(f"{path}: a second run of {run['arm']!r}, seed {run['seed']}")
-        seeds[run["seed"]] = result
+            raise SystemExit(f"{said}: there is a second run")
+        seeds[run["seed"]] = dict(result)
         images = result.get("measured_images")  # the first runs did not record it
         if images and measured.setdefault(setting, images) != images:
-            raise SystemExit(f"{path} was measured on {images} images, not {measured[setting]}")
+            raise SystemExit(f"{said} was measured on {images} images, not {measured[setting]}")
         if run["arm"] == "plain":
             settings[setting][SCALED][run["seed"]] = temperature_scaled(result)
     if not settings:
-        raise SystemExit(
-            f"{folder} holds no runs: create some with recipes/study.py --out {folder}"
-        )
+        raise SystemExit("there are no runs: create some with python -m studies.2.run")
     return settings
 
 

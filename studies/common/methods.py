@@ -3,8 +3,8 @@
 Each method is a small frozen class that changes one or two parts of the loop in training.py: how
 the network is created, what a batch holds, how a gradient is computed, what follows the weights. A
 new method is one more class, and its name in an arm. Methods combine in a tuple:
-``(Merge({"partner": "most_similar"}), EMA(0.98))``. Merging is in merging.py, what disturbs channels
-and pixels for each image in channels.py.
+``(Merge({"partner": "most_similar"}), EMA(0.98))``. Merging is in merging.py; channels.py disturbs
+channels and pixels for each image.
 """
 
 from __future__ import annotations
