@@ -25,8 +25,10 @@ from scipy import stats
 
 import inmerge_wrap
 from inmerge_wrap.cli import app
+from studies.common.records import read_runs
 
 ROOT = Path(__file__).parents[1]
+STUDIES = ROOT / "studies"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN_ELSEWHERE = {"training-loops.md": "test_trainers.py", "what-is-merged.md": "test_zoo.py"}
 NOT_EXECUTED = re.compile(r"<!-- not executed: \S.* -->\s*$")
@@ -349,10 +351,10 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
 
 
 def written_lines() -> set[str]:
-    """The lines of all tables that recipes wrote."""
+    """The lines of all tables that studies wrote."""
     return {
         line.strip()
-        for path in (ROOT / "results").rglob("*.md")
+        for path in (ROOT / "studies").rglob("*.md")
         for line in path.read_text().splitlines()
     }
 
@@ -373,7 +375,7 @@ def test_the_figures_of_the_performance_page_come_from_results_files() -> None:
     benchmark = runpy.run_path(str(ROOT / "benchmarks" / "overhead.py"))
     measured = [
         benchmark["markdown"](row)
-        for path in (ROOT / "results" / "overhead").glob("*.json")
+        for path in (ROOT / "benchmarks" / "results" / "overhead").glob("*.json")
         for row in json.loads(path.read_text())["rows"]
     ]
     text = (ROOT / "docs" / "performance.md").read_text()
@@ -384,7 +386,9 @@ def test_the_figures_of_the_performance_page_come_from_results_files() -> None:
 
 def test_the_cost_of_transient_merging_is_that_of_the_results_files() -> None:
     def longer(file: str, model: str, way: str) -> str:
-        rows = json.loads((ROOT / "results" / "overhead" / f"{file}.json").read_text())["rows"]
+        rows = json.loads(
+            (ROOT / "benchmarks" / "results" / "overhead" / f"{file}.json").read_text()
+        )["rows"]
         (row,) = (row for row in rows if (row["model"], row["way"]) == (model, way))
         return f"{row['quartiles']['with merging over training step'][1] - 1:.0%}"
 
@@ -404,15 +408,14 @@ def test_the_two_phases_on_the_page_are_those_of_the_runs() -> None:
     page = (ROOT / "docs" / "evidence.md").read_text()
     readme = " ".join((ROOT / "recipes" / "README.md").read_text().split())
     plain: dict[str, list[float]] = {}
+    done = [run for run in read_runs(STUDIES / "1" / "runs.jsonl.gz") if "arm" in run]
     for name, label in (
         ("paper", "merging with the paper's settings"),
         ("signed", "merging as recommended (signed, transient)"),
     ):
-        files = [
-            ROOT / "results" / "chestxray" / "control" / f"{name}-seed{seed}.json"
-            for seed in range(10)
-        ]
-        runs = [json.loads(file.read_text()) for file in files]
+        runs = [run for run in done if run["arm"] == name]
+        runs.sort(key=lambda run: run["seed"])
+        assert [run["seed"] for run in runs] == list(range(10))
         merged = np.array([run["test_mean_auroc"] for run in runs])
         plain[name] = [run["control_test_mean_auroc"] for run in runs]
         difference = merged - plain[name]
@@ -431,29 +434,16 @@ def test_the_two_phases_on_the_page_are_those_of_the_runs() -> None:
     assert f"| plain | | {own} | |" in page
 
 
-SWEEPS = [
-    f"{sweep}{kind}"
-    for sweep in ("figure2", "figure3", "architectures")
-    for kind in ("", "-transient")
-]
-
-
-@pytest.mark.parametrize("sweep", ["study", *SWEEPS])
-def test_the_ablation_tables_are_made_from_the_runs_beside_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweep: str
+def test_the_tables_of_the_first_study_are_made_from_the_runs_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = ROOT / "results" / "ablation" / ("" if sweep == "study" else sweep)
-    script = ROOT / "recipes" / "ablation_report.py"
-    monkeypatch.syspath_prepend(str(script.parent))
-    command = [script.name, sweep.removesuffix("-transient"), "--runs", str(runs)]
-    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path)])
-    runpy.run_path(str(script), run_name="__main__")
+    report = importlib.import_module("studies.1.report")
+    monkeypatch.setattr(sys, "argv", ["report.py", "--out", str(tmp_path)])
+    report.main()
     for name in ("table.md", "differences.csv"):
-        assert (tmp_path / name).read_text() == (runs / name).read_text()
-    if sweep != "study":
-        return
+        assert (tmp_path / name).read_text() == (STUDIES / "1" / name).read_text()
     shown = re.findall(r"images/(study-[^)]*)", (ROOT / "docs" / "evidence.md").read_text())
-    assert len(shown) == 3 and {path.name for path in tmp_path.glob("*.png")}.issuperset(shown)
+    assert {path.name for path in tmp_path.glob("*.png")}.issuperset(shown)
 
 
 AUGMENTATIONS = {  # rows of a table of the page -> sections of the results
@@ -464,18 +454,15 @@ AUGMENTATIONS = {  # rows of a table of the page -> sections of the results
 }
 
 
-def test_the_tables_of_the_second_study_are_made_from_the_runs_beside_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs = ROOT / "results" / "study2"
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    report = runpy.run_path(str(ROOT / "recipes" / "study_report.py"))
-    settings = report["read"](runs)
-    found = {name: report["compare"](settings, name, "test") for name in report["BASELINES"]}
-    report["write_csv"](found, tmp_path / "differences.csv")
-    assert (tmp_path / "differences.csv").read_text() == (runs / "differences.csv").read_text()
-    table = report["table"](settings, found["plain"], "test", "plain")
-    assert table == (runs / "table.md").read_text()
+def test_the_tables_of_the_second_study_are_made_from_the_runs_beside_them(tmp_path: Path) -> None:
+    study = STUDIES / "2"
+    report = importlib.import_module("studies.2.report")
+    settings = report.by_setting(read_runs(study / "runs.jsonl.gz"))
+    found = {name: report.compare(settings, name, "test") for name in report.BASELINES}
+    report.write_csv(found, tmp_path / "differences.csv")
+    assert (tmp_path / "differences.csv").read_text() == (study / "differences.csv").read_text()
+    table = report.table(settings, found["plain"], "test", "plain")
+    assert table == (study / "table.md").read_text()
     page = (ROOT / "docs" / "evidence.md").read_text()
     shown = re.findall(r"images/(study2/[^)]*)", page)
     assert shown and all((ROOT / "docs" / "images" / picture).exists() for picture in shown)

@@ -441,7 +441,7 @@ def test_momentum_is_found_inside_lookahead() -> None:
 
 
 def test_what_is_recommended_is_what_was_confirmed() -> None:
-    frozen = json.loads((ROOT / "results" / "study2" / "frozen.json").read_text())
+    frozen = json.loads((ROOT / "studies" / "2" / "frozen.json").read_text())
     confirmed = frozen["arms"]["transient, signed 0.3"]["merge"]
     fade = confirmed.pop("schedule")
     chosen = recommended_settings(1000)

@@ -1,8 +1,8 @@
 """Every model of timm and torchvision: is it planned, and does it come back from a file?
 
-    python -m tests.zoo                 # plans every model, writes results/zoo.csv
+    python -m tests.zoo                 # plans every model, writes benchmarks/results/zoo.csv
     python -m tests.zoo --round-trip    # trains, exports and reloads one model of each family,
-                                        # writes results/zoo_round_trip.csv
+                                        # writes benchmarks/results/zoo_round_trip.csv
 
 Both take some 10 minutes on two CPU processes and need no weights. The first builds on the meta
 device, where tensors have shapes and no memory, but for detection networks, whose boxes depend on
@@ -41,7 +41,7 @@ from inmerge_wrap import InMergeWrapper, export_timm, export_weights, plan_mergi
 from inmerge_wrap.discovery import SKIPPED_KINDS, MergePlan
 
 TIMM_OF_THE_TABLE = "1.0.31"
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 # For training: at its own 1024 pixels this one takes 16 GB.
 _SETTINGS: dict[str, dict[str, Any]] = {"samvit_base_patch16": {"img_size": 256}}
 
@@ -62,7 +62,7 @@ class Entry:
 
 @dataclass
 class Outcome(Entry):
-    """What planning one model gave; one line of results/zoo.csv."""
+    """What planning one model gave; one line of benchmarks/results/zoo.csv."""
 
     parameters: int = 0
     convolutions: int = 0
@@ -340,7 +340,7 @@ def _equal(model: nn.Module, images: Any, expected: Sequence[Tensor]) -> bool:
 
 
 def smallest_of_families() -> list[Entry]:
-    """The smallest model of each family with something to merge, as results/zoo.csv knows it."""
+    """The smallest model of each family with something to merge, as zoo.csv knows it."""
     best: dict[tuple[str, str], dict[str, str]] = {}
     for row in read(RESULTS / "zoo.csv"):
         key = row["source"], row["family"]
@@ -362,7 +362,7 @@ def outcome_rows(outcomes: Iterable[Entry]) -> list[dict[str, str]]:
 
 
 def summaries(rows: Sequence[dict[str, str]] | None = None) -> list[str]:
-    """The tables of docs/what-is-merged.md, from results/zoo.csv."""
+    """The tables of docs/what-is-merged.md, from benchmarks/results/zoo.csv."""
     rows = read(RESULTS / "zoo.csv") if rows is None else rows
     planned = [row for row in rows if int(row["merged"])]
     refused = [row for row in rows if row["refusal"]]
@@ -395,7 +395,7 @@ def summaries(rows: Sequence[dict[str, str]] | None = None) -> list[str]:
 
 
 def other_networks() -> str:
-    """The table of other libraries in docs/what-is-merged.md, from results/other_networks.csv."""
+    """The table of other libraries in docs/what-is-merged.md, from its file of results."""
     lines: dict[tuple[str, ...], list[str]] = {}
     for row in read(RESULTS / "other_networks.csv"):
         merged = f"{row['merged']} of {row['convolutions']}"

@@ -1,6 +1,6 @@
 """Networks of MONAI and segmentation_models_pytorch: planned, trained, exported, loaded again.
 
-    python -m tests.clients.networks    # writes results/other_networks.csv
+    python -m tests.clients.networks    # writes benchmarks/results/other_networks.csv
 
 Each takes two steps with every pair merged, at 64 pixels a side or 32 of a volume; the exported
 weights then give the same answers in a network of the same class, bit for bit.

