@@ -9,7 +9,7 @@ scale of BloodMNIST's cells. All go through 28 px, as the images that the networ
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inmerge_wrap import recalibrate
 from studies.common.contributions import contributions
 from studies.common.evaluation import metrics, predict
 from studies.common.images import Normalised
@@ -63,28 +64,14 @@ def read_laboratories(path: Path, size: int) -> dict[str, Laboratory]:
     return found
 
 
-@torch.no_grad()
-def adapted(network: nn.Module, batches: Callable[[], Iterable[Tensor]], prior: int) -> nn.Module:
+def adapted(network: nn.Module, batches: Iterable[Tensor], prior: int) -> nn.Module:
     """Returns a copy whose BatchNorm statistics are those of unlabelled images, mixed with its own.
 
     Each statistic becomes ``(prior * old + n * new) / (prior + n)`` for ``n`` images (arXiv
-    2006.16971), layer by layer in one pass, so that later layers see adapted earlier ones.
+    2006.16971).
     """
-    changed = copy.deepcopy(network).eval()
-    norms = [m for m in changed.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    images = torch.cat([batch for batch in batches()])
-
-    def adapt(norm: Any, inputs: tuple[Tensor]) -> None:
-        count, (x,) = len(images), inputs
-        axes = [axis for axis in range(x.ndim) if axis != 1]
-        share = count / (prior + count)
-        norm.running_mean.lerp_(x.mean(axes), share)
-        norm.running_var.lerp_(x.var(axes, correction=0), share)
-
-    hooks = [norm.register_forward_pre_hook(adapt) for norm in norms]
-    changed(images)
-    for hook in hooks:
-        hook.remove()
+    changed = copy.deepcopy(network)
+    recalibrate(changed, batches, prior=prior)
     return changed
 
 
@@ -94,10 +81,7 @@ def in_laboratories(
     """Returns scores and contributions in each laboratory, ``as trained`` and ``adapted``."""
     found: dict[str, Any] = {}
     for name, laboratory in laboratories.items():
-
-        def batches(pixels: Tensor = laboratory.pixels) -> Iterable[Tensor]:
-            return normalise.batches(pixels)
-
+        batches = normalise.batches(laboratory.pixels)
         ways = {"as trained": network, "adapted": adapted(network, batches, PRIOR)}
         found[name] = {}
         for way, one in ways.items():
