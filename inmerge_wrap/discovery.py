@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from inmerge_wrap._constants import DEFAULT_SHALLOW_SHARE, SKIPPED_KINDS
 from inmerge_wrap.errors import ArgumentError, ArgumentWarning
@@ -295,6 +295,7 @@ def _kinds(
         heads |= trace.unread & training.predictions.keys()
     calls = _calls_on_large_maps(network, convs, trace, example_input)
     channels = _image_channels(convs, trace)
+    dropped = _only_for_dropped_scores(network, convs, trace, example_input)
 
     def kind(name: str, conv: _ConvNd) -> str:
         call, size = calls.get(name), conv.kernel_size
@@ -302,6 +303,8 @@ def _kinds(
             return "adapter"
         if trace is not None and call is None:
             return "auxiliary" if name in in_training else "unused"
+        if name in dropped:
+            return "auxiliary"
         if conv.groups == conv.in_channels > 1:
             return "depthwise"
         if name in heads:
@@ -319,6 +322,39 @@ def _kinds(
         return "kernels"
 
     return {name: kind(name, conv) for name, conv in convs.items()}
+
+
+def _only_for_dropped_scores(
+    network: nn.Module,
+    convs: Mapping[str, _ConvNd],
+    trace: Trace | None,
+    example_input: Any,
+) -> set[str]:
+    """Returns the convolutions of a timm model that serve none of the first class scores.
+
+    timm's Inception returns the scores of its auxiliary head in evaluation as well, where timm's
+    own scripts drop all but the first. A layer serves the first if their gradient reaches it.
+    """
+    scores = trace.outputs if trace and timm_config(network) else []
+    if trace is None or len(scores) < 2 or len(set(scores)) > 1 or len(scores[0]) != 2:
+        return set()
+    for arguments in call_arguments(network, convs, example_input):
+        twin = meta_copy(network).requires_grad_(True)
+        for module in twin.modules():
+            module.training = False
+        given, named = to_meta(arguments)
+        try:
+            with torch.enable_grad():
+                tree_leaves(twin(*given, **named))[0].sum().backward()
+        except Exception:  # another size suits the network
+            continue
+        reached = dict(twin.named_modules())
+        return {
+            name
+            for name in trace.calls
+            if all(parameter.grad is None for parameter in reached[name].parameters())
+        }
+    return set()
 
 
 def _image_channels(convs: Mapping[str, _ConvNd], trace: Trace | None) -> int:

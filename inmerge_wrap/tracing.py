@@ -87,6 +87,8 @@ class Trace:
     """Convolutions of either whose output passes an activation of hidden layers."""
     unread: set[str] = field(default_factory=set)
     """Convolutions whose output was neither read nor returned, as far as could be seen."""
+    outputs: list[torch.Size] = field(default_factory=list)
+    """Shapes of the tensors that the network returned."""
 
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -168,8 +170,9 @@ class _Watch(TorchFunctionMode):
 
     def note_predictions(self, output: Any) -> None:
         """Finds the convolutions whose outputs are the network's."""
-        for leaf in tree_leaves(output):
-            for name in self._sources([leaf]) if isinstance(leaf, Tensor) else ():
+        for leaf in (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
+            self._trace.outputs.append(leaf.shape)
+            for name in self._sources([leaf]):
                 self._trace.predictions[name] = leaf.ndim == 2
         for name in self._cut:
             self._trace.predictions.setdefault(name, False)

@@ -665,6 +665,10 @@ def test_gates_are_vectors(name: str, gates: list[str]) -> None:
             {"AuxLogits.conv0.conv": "auxiliary", "AuxLogits.conv1.conv": "auxiliary"},
         ),
         (
+            lambda: timm_model("inception_v3", aux_logits=True),
+            {"AuxLogits.conv0.conv": "auxiliary", "AuxLogits.conv1.conv": "auxiliary"},
+        ),
+        (
             lambda: timm_model("gcresnet33ts"),
             {},  # its one-kernel attention convolutions are kernels by kind
         ),
