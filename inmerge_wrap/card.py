@@ -14,16 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from inmerge_wrap.markdown import one_line, template
 from inmerge_wrap.report import MergeReport
+from inmerge_wrap.thresholds import Fixed, Quantile, ZScore
 from inmerge_wrap.unwrapping import find_wrapper
 
 if TYPE_CHECKING:
     from inmerge_wrap.robustness import RobustnessResult
+    from inmerge_wrap.settings import MergeSettings
 
-__all__ = ["CardResult", "ModelCard", "merging_settings", "push_to_hub", "results_of"]
+__all__ = ["PLACE", "CardResult", "ModelCard", "merging_settings", "push_to_hub", "results_of"]
 
-PAPER = "https://arxiv.org/abs/2502.20516"
-_PLACE = "local-dir:path/to/this/folder"  # push_to_hub puts the repository here
+PLACE = "local-dir:path/to/this/folder"
+"""Where the code of a card loads the model from; ``push_to_hub`` puts the repository there."""
 _PICTURE = "robustness"
 _UPLOADED = ("README.md", "config.json", "model.safetensors", f"{_PICTURE}.*")
 
@@ -39,6 +42,9 @@ _LIMITS = (
     "It returns scores for every image, even one that shows none of its classes or no patient.",
     "Differences in performance between groups of patients were not examined, unless stated above.",
 )
+_IN_WORDS = "in words"  # the entry of the settings that is a sentence, not a row of the table
+_TASKS = ("multiclass", "multilabel", "binary")
+_DECIDED = ("accuracy", "balanced_error")  # metrics that depend on a threshold
 _METRIC_NAMES = {
     "accuracy": "Accuracy",
     "auroc": "AUROC",
@@ -76,6 +82,11 @@ class CardResult:
         """Display name of the metric."""
         return _METRIC_NAMES.get(self.metric, self.metric)
 
+    @property
+    def shown_dataset(self) -> str:
+        """Display name of the data, with its variant."""
+        return self.dataset if self.config is None else f"{self.dataset} ({self.config})"
+
 
 def results_of(
     result: RobustnessResult,
@@ -97,13 +108,18 @@ def results_of(
     Returns:
         The clean figures, then their means over all corruptions and severities.
     """
+    settings = result.settings
+    corrupted = (
+        f"mean of {len(settings['corruptions'])} corruptions at severities "
+        f"{_numbers(settings['severities'])}"
+    )
+    at_threshold = "" if settings["task"] == "multiclass" else _at(settings["threshold"])
     found = []
     for condition, config in (("clean", None), ("all", "corrupted")):
         row = result.row(condition)
-        for metric in metrics:
-            if metric not in row:
-                continue
+        for metric in (metric for metric in metrics if metric in row):
             low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
+            notes = [corrupted if config else "", at_threshold if metric in _DECIDED else ""]
             found.append(
                 CardResult(
                     metric=metric,
@@ -113,10 +129,15 @@ def results_of(
                     config=config,
                     split=split,
                     interval=None if low is None or high is None else (low, high),
-                    note="" if config is None else _corruption_note(result),
+                    note="; ".join(filter(None, notes)),
                 )
             )
     return found
+
+
+def _at(threshold: float | Sequence[float]) -> str:
+    values = {threshold} if isinstance(threshold, int | float) else set(threshold)
+    return f"at threshold {values.pop():.4g}" if len(values) == 1 else "at each class's threshold"
 
 
 @dataclass(frozen=True)
@@ -134,6 +155,12 @@ class ModelCard:
         datasets: Ids of the training data on the Hub, for its search.
         base_model: Id on the Hub of the model whose weights training started from.
         training: How it was trained: optimizer, epochs, augmentation, hardware.
+        task: ``"multiclass"``, ``"multilabel"``, or ``"binary"`` for a single output.
+        thresholds: Probabilities above which a class counts as found, one for each class or one
+            for all; 0.5 if empty. Not for ``"multiclass"``.
+        code: Python code that reads an image as the training did and computes ``scores``; timm's
+            transform of an 8-bit image if empty. It loads the model from
+            :data:`PLACE`, which :func:`push_to_hub` replaces.
         intended_use: What it is for.
         limits: What it cannot do.
         results: What was measured.
@@ -155,6 +182,9 @@ class ModelCard:
     datasets: Sequence[str] = ()
     base_model: str | None = None
     training: str = ""
+    task: str = "multiclass"
+    thresholds: Sequence[float] = ()
+    code: str = ""
     intended_use: str = _INTENDED_USE
     limits: Sequence[str] = _LIMITS
     results: Sequence[CardResult] = ()
@@ -175,6 +205,19 @@ class ModelCard:
             )
         if self.license == "other" and not self.license_name:
             raise ValueError("license 'other' needs a license_name")
+        if self.license_link and not re.fullmatch(r"(https?://)?[^\s()<>:]+", self.license_link):
+            raise ValueError(
+                f"license_link {self.license_link!r} is neither a web address nor a file name"
+            )
+        if self.task not in _TASKS:
+            raise ValueError(f"task must be one of {', '.join(_TASKS)}, got {self.task!r}")
+        if self.thresholds and self.task == "multiclass":
+            raise ValueError("thresholds have no effect with task 'multiclass': leave them out")
+        for value in self.thresholds:
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"thresholds are probabilities in [0, 1], got {value}")
+        if self.code and PLACE not in self.code:
+            raise ValueError(f"code of the card must load the model from {PLACE!r}")
         for name in ("datasets", "limits", "tags"):
             if isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} of the card must be a list, got one string")
@@ -222,6 +265,7 @@ class ModelCard:
         data_config: Mapping[str, Any],
         label_names: Sequence[str] | None = None,
         picture: str | None = None,
+        several_outputs: bool = False,
     ) -> str:
         """Renders the card as Markdown with the Hub's metadata on top.
 
@@ -230,64 +274,39 @@ class ModelCard:
             data_config: ``input_size``, ``mean`` and ``std`` of the images.
             label_names: Names of the classes.
             picture: Name of the image file next to the card.
+            several_outputs: Whether the network returns other tensors after its class scores.
+
+        Raises:
+            ValueError: If there are more or fewer thresholds than classes.
         """
-        description = f"A {architecture} for image classification"
-        description += ", trained with in-model merging." if self._claims_merging else "."
-        citations = [self.citation.strip()] if self.citation else []
-        citations += [_BIBTEX] if self._claims_merging else []
-        return f"---\n{self._metadata()}\n---\n\n" + "\n".join(
-            [
-                f"# {_one_line(self.title)}",
-                "",
-                self.description or description,
-                "",
-                "## Use",
-                "",
-                _SNIPPET.format(
-                    place=_PLACE,
-                    mode="L" if data_config["input_size"][0] == 1 else "RGB",
-                    size=" x ".join(map(str, data_config["input_size"])),
-                    mean=_numbers(data_config["mean"]),
-                    std=_numbers(data_config["std"]),
-                    trace=_NO_TRACE if self._claims_merging else "",
-                ),
-                *_classes(label_names),
-                "## Intended use",
-                "",
-                self.intended_use,
-                "",
-                "## Limits",
-                "",
-                *(f"- {limit}" for limit in self.limits),
-                "",
-                "## Results",
-                "",
-                *_result_table(self.results),
-                *([f"![Robustness]({picture})", ""] if picture else []),
-                "## Training",
-                "",
-                *([self.training, ""] if self.training else []),
-                "**Data.** " + self.training_data,
-                "",
-                *_merging_table(self.merging, had_effect=self._claims_merging),
-                "## Licence",
-                "",
-                self._licence_text(),
-                "",
-                *_citation_section(citations),
-            ]
+        thresholds = list(self.thresholds) or [0.5]
+        thresholds *= len(label_names or "1") if len(thresholds) == 1 else 1
+        if label_names and len(thresholds) != len(label_names):
+            raise ValueError(
+                f"the card has {len(thresholds)} thresholds for {len(label_names)} classes"
+            )
+        return f"---\n{self._metadata()}\n---\n\n" + template("card.md.jinja").render(
+            card=self,
+            architecture=architecture,
+            channels=data_config["input_size"][0],
+            size=" x ".join(map(str, data_config["input_size"])),
+            mean=_numbers(data_config["mean"]),
+            std=_numbers(data_config["std"]),
+            labels=list(label_names or ()),
+            thresholds=[f"{value:.4g}" for value in thresholds],
+            picture=picture,
+            several_outputs=several_outputs,
+            claims_merging=self._claims_merging,
+            place=PLACE,
         )
 
-    def write(
-        self,
-        directory: Path,
-        *,
-        model: nn.Module,
-        architecture: str,
-        data_config: Mapping[str, Any],
-        label_names: Sequence[str] | None = None,
-    ) -> list[str]:
+    def write(self, directory: Path, *, model: nn.Module, **facts: Any) -> list[str]:
         """Writes README.md and the image to a folder.
+
+        Args:
+            directory: The folder.
+            model: The network that is exported; a wrapper tells how it was merged.
+            facts: As for :meth:`render`, without the picture.
 
         Returns:
             The names of the files.
@@ -300,12 +319,7 @@ class ModelCard:
         if wrapper is not None:
             card = self.with_report(wrapper.report(), merging_settings(model))
         picture = self._write_picture(directory)
-        text = card.render(
-            architecture=architecture,
-            data_config=data_config,
-            label_names=label_names,
-            picture=picture,
-        )
+        text = card.render(picture=picture, **facts)
         (directory / "README.md").write_text(text, encoding="utf-8")
         return ["README.md", *([picture] if picture else [])]
 
@@ -320,7 +334,7 @@ class ModelCard:
             EvalResult(
                 task_type="image-classification",
                 dataset_type=entry.dataset_id or _slug(entry.dataset),
-                dataset_name=entry.dataset,
+                dataset_name=one_line(entry.dataset),
                 dataset_config=entry.config,
                 dataset_split=entry.split,
                 metric_type=entry.metric,
@@ -330,6 +344,7 @@ class ModelCard:
             for entry in self.results
         ]
         own = ["in-model-merging"] if self._claims_merging else []
+        own += ["multi-label"] if self.task == "multilabel" else []
         tags = ["image-classification", "timm", "medical", *own, *self.tags]
         data = ModelCardData(
             license=self.license,
@@ -340,15 +355,10 @@ class ModelCard:
             base_model=self.base_model,
             datasets=list(self.datasets) or None,
             tags=list(dict.fromkeys(tags)),
-            model_name=_one_line(self.title) if results else None,
+            model_name=one_line(self.title) if results else None,
             eval_results=results or None,
         )
         return data.to_yaml()
-
-    def _licence_text(self) -> str:
-        name = self.license_name or self.license
-        shown = f"[{name}]({self.license_link})" if self.license_link else name
-        return f"The weights: {shown}. The licence of the training data applies as well."
 
     def _write_picture(self, directory: Path) -> str | None:
         picture = self.robustness_picture
@@ -377,6 +387,7 @@ def merging_settings(model: nn.Module) -> dict[str, Any]:
     report = wrapper.report()
     plan = wrapper.plan
     return {
+        _IN_WORDS: _in_words(wrapper.settings),
         "merge_weight (alpha)": wrapper.merge_weight,
         "similarity_threshold (tau)": wrapper.similarity_threshold,
         "merge_probability (p)": wrapper.merge_probability,
@@ -392,6 +403,34 @@ def merging_settings(model: nn.Module) -> dict[str, Any]:
         "seed": wrapper.seed,
         **_outcome(report),
     }
+
+
+def _in_words(settings: MergeSettings) -> str:
+    """Returns what merging did to the kernels, in one or two sentences."""
+    rule = settings.similarity_threshold
+    match rule:
+        case Fixed(tau=-1.0):
+            which = "however similar"
+        case Fixed():
+            which = f"with a cosine above {rule}"
+        case ZScore():
+            which = f"{rule.z:g} standard deviations more similar than chance"
+        case Quantile():
+            which = f"the most similar {rule.share:.0%} of those drawn"
+        case _:
+            which = f"that {rule} lets pass"
+    toward = "away from" if settings.merge_weight > 1 else "toward"
+    how = {
+        "partner": f"a kernel moved {toward} its partner",
+        "signed": "a kernel moved toward its partner or away from it, as the draw said",
+        "gaussian": "a kernel moved in a random direction, by a share of its norm",
+        "multiplicative": "the weights of a kernel were multiplied by random factors near 1",
+    }.get(settings.direction, f"a kernel changed by {settings.direction}")
+    when, kept = {
+        False: ("After each optimizer step", "The changed kernels stayed in the weights."),
+        True: ("In each forward pass of the training", "The optimizer stepped from the others."),
+    }[settings.transient]
+    return f"{when}, pairs of kernels of a layer were drawn; in pairs {which}, {how}. {kept}"
 
 
 def _outcome(report: MergeReport) -> dict[str, Any]:
@@ -431,11 +470,7 @@ def push_to_hub(
     from huggingface_hub import HfApi
 
     source = Path(directory)
-    missing = [
-        name
-        for name in ("README.md", "config.json", "model.safetensors")
-        if not (source / name).is_file()
-    ]
+    missing = [name for name in _UPLOADED[:3] if not (source / name).is_file()]
     if missing:
         raise ValueError(
             f"{source} has no {', '.join(missing)}: write the folder with "
@@ -451,108 +486,14 @@ def push_to_hub(
             for path in source.glob(pattern):
                 shutil.copyfile(path, staged / path.name)
         card = staged / "README.md"
-        text = card.read_text(encoding="utf-8").replace(_PLACE, f"hf-hub:{repo_id}")
+        text = card.read_text(encoding="utf-8").replace(PLACE, f"hf-hub:{repo_id}")
         card.write_text(text, encoding="utf-8")
         api.upload_folder(repo_id=repo_id, folder_path=staged, commit_message=message)
     return f'timm.create_model("hf-hub:{repo_id}", pretrained=True)'
 
 
-# --- the parts of the text ------------------------------------------------------------------------
-
-_SNIPPET = """\
-```python
-import timm
-import torch
-from PIL import Image
-
-# Without pretrained=True the weights are random, without a warning.
-model = timm.create_model("{place}", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-
-image = Image.open("image.png").convert("{mode}")
-with torch.no_grad():
-    scores = model(transform(image)[None])
-```
-
-Images are {size} (channels, height, width), pixels in [0, 1], normalised with mean {mean} and
-standard deviation {std}; the transform above does this. Only timm is needed{trace}.
-"""
-_NO_TRACE = "; merging happened in training\nand left no extra code or weights"
-
-_BIBTEX = """\
-@article{wang2025inmodel,
-  title   = {In-Model Merging for Enhancing the Robustness of Medical Imaging Classification
-             Models},
-  author  = {Wang, Hu and Almakky, Ibrahim and Ma, Congbo and Saeed, Numan and Yaqub, Mohammad},
-  journal = {arXiv preprint arXiv:2502.20516},
-  year    = {2025}
-}"""
-
-
-def _classes(label_names: Sequence[str] | None) -> list[str]:
-    if not label_names:
-        return []
-    listed = ", ".join(f"{index} {name}" for index, name in enumerate(label_names))
-    return [f"Outputs: {listed}.", ""]
-
-
-def _result_table(results: Sequence[CardResult]) -> list[str]:
-    if not results:
-        return ["No results were measured for this card.", ""]
-    lines = ["| Data | Split | Metric | Value | 95 % interval | |", "|---|---|---|---|---|---|"]
-    for entry in results:
-        interval = "" if entry.interval is None else f"{entry.interval[0]:.4f} to "
-        interval += "" if entry.interval is None else f"{entry.interval[1]:.4f}"
-        data = entry.dataset if entry.config is None else f"{entry.dataset} ({entry.config})"
-        cells = [data, entry.split, entry.metric_name, f"{entry.value:.4f}", interval]
-        lines.append("| " + " | ".join(_cell(text) for text in [*cells, entry.note]) + " |")
-    lines += [
-        "",
-        "Intervals cover the choice of test images, not the training seed.",
-        "",
-    ]
-    return lines
-
-
-def _merging_table(settings: Mapping[str, Any] | None, *, had_effect: bool) -> list[str]:
-    if not settings:
-        return []
-    said = (
-        "While the network trained, similar kernels inside a layer were merged:"
-        if had_effect
-        else "It was set up but had no effect: this is a plain training run."
-    )
-    return [
-        f"**In-model merging** ([paper]({PAPER})). {said}",
-        "",
-        "| Setting | Value |",
-        "|---|---|",
-        *(f"| {_cell(str(name))} | {_cell(str(value))} |" for name, value in settings.items()),
-        "",
-    ]
-
-
-def _citation_section(entries: Sequence[str]) -> list[str]:
-    if not entries:
-        return []
-    return ["## Citation", "", "```bibtex", "\n\n".join(entries), "```", ""]
-
-
-def _corruption_note(result: RobustnessResult) -> str:
-    corruptions, severities = result.settings["corruptions"], result.settings["severities"]
-    return f"mean of {len(corruptions)} corruptions at severities {_numbers(severities)}"
-
-
 def _numbers(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _cell(text: str) -> str:
-    return _one_line(text).replace("|", "\\|")
 
 
 def _slug(text: str) -> str:

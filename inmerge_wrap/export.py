@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 from inmerge_wrap.card import ModelCard
 from inmerge_wrap.files import replacing, supported_or_skipped, sync
@@ -272,13 +273,13 @@ def _check_timm_draft(
     ours.to(memory_format=torch.contiguous_format)
     image = torch.rand(2, *data_config["input_size"], generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected, actual = ours(image), fresh(image)
-    if not bool(expected.isfinite().all()):
+        expected, actual = tree_leaves(ours(image)), tree_leaves(fresh(image))
+    if not all(bool(output.isfinite().all()) for output in expected):
         raise RuntimeError(
             f"this {type(network).__name__} returns NaN or Inf, its training has diverged: "
             "export an earlier checkpoint (export_weights stores these weights anyway)"
         )
-    if not torch.equal(expected, actual):
+    if len(expected) != len(actual) or not all(map(torch.equal, expected, actual)):
         raise RuntimeError(
             f"the reloaded {type(network).__name__} gives other outputs. If it was created with "
             "arguments that change its computation, pass them as model_args"

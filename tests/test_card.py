@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import warnings
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,14 @@ import torch
 import yaml
 from huggingface_hub import HfApi, metadata_load
 from huggingface_hub import ModelCard as HubCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from torch import nn
 
-from inmerge_wrap import InMergeWrapper, NoEffectWarning, export_timm
+from inmerge_wrap import InMergeWrapper, NoEffectWarning, Quantile, ZScore, export_timm
 from inmerge_wrap.card import (
+    PLACE,
     CardResult,
     ModelCard,
     merging_settings,
@@ -103,12 +108,141 @@ def test_titles_and_cells_can_not_break_the_card(model: nn.Module, tmp_path: Pat
     assert "| a\\|b | test | Accuracy | 0.5000 |  | two lines |" in text
 
 
+def html_of(card: ModelCard, labels: list[str] | None = None) -> str:
+    """The card as a renderer of GitHub's Markdown shows it, without its metadata."""
+    text = card.render(architecture=ARCH, data_config=DATA, label_names=labels)
+    return MarkdownIt("commonmark").enable("table").render(text.split("\n---\n", 1)[1])
+
+
+def shown(html: str) -> str:
+    """What a reader sees of a page."""
+    return " ".join(unescape(re.sub(r"<[^>]*>", "", html)).split())
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "![x](https://example.org/pixel.png)",
+    "<img src=https://example.org/pixel.png>",
+    "two\n\n# lines\r- x",
+    "[x][y]\n\n[y]: https://example.org",
+    "a | b `c` *d* _e_ __f__ ~~g~~ &lt;h&gt; \\< i_j",
+    "\x1b[31mred",
+    "\u2028sep\u0085arated",
+]
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_from_folders_of_strangers_are_shown_and_not_run(name: str, task: str) -> None:
+    card = small_card(
+        title=name,
+        task=task,
+        merging={"in words": name, name: name},
+        results=[CardResult("accuracy", 0.5, name, split=name, note=name)],
+    )
+    html = html_of(card, ["first", name])
+    plain = html_of(
+        small_card(
+            title="x",
+            task=task,
+            merging={"in words": "x", "x": "x"},
+            results=[CardResult("accuracy", 0.5, "x", split="x", note="x")],
+        ),
+        ["first", "x"],
+    )
+    tags = re.compile(r"<[^>]*>")
+    assert tags.findall(html) == tags.findall(plain)
+    wanted = " ".join("".join(c if c >= " " else " " for c in name).split())
+    assert shown(html).count(wanted) == 8
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(st.characters(codec=None), max_size=40))
+def test_any_class_name_is_shown_as_it_is(name: str) -> None:
+    html = html_of(small_card(task="multilabel"), ["before", name, "after"])
+    cells = re.findall(r"<td>(.*?)</td>", html, re.DOTALL)
+    readable = name.encode("utf-8", "replace").decode()
+    wanted = " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", readable).split())
+    assert [unescape(cell) for cell in cells[:9]] == [
+        *("0", "before", "0.5"), "1", wanted, "0.5", *("2", "after", "0.5"),
+    ]  # fmt: skip
+
+
+def test_prose_keeps_its_markdown_but_neither_html_nor_pictures() -> None:
+    text = "**Bold**, [a page](https://example.org), 3 < 4 & 5.\n\n<b>N</b> ![p](https://e.org/p)"
+    html = html_of(small_card(training_data=text, description=text))
+    assert html.count("<strong>Bold</strong>") == 2
+    assert html.count('<a href="https://example.org">a page</a>, 3 &lt; 4 &amp; 5.</p>') == 2
+    assert "<img" not in html and "<b>" not in html
+
+
+@pytest.mark.parametrize("link", ["javascript:alert(1)", "https://e.org/a) <script>", "x y"])
+def test_a_link_that_is_none_is_refused(link: str) -> None:
+    with pytest.raises(ValueError, match="neither a web address nor a file name"):
+        small_card(license_link=link)
+
+
 def test_the_licence_other_carries_its_name(model: nn.Module, tmp_path: Path) -> None:
     card = small_card(license="other", license_name="ward-7", license_link="https://example.org/l")
     text = write(model, tmp_path, card)
     metadata = metadata_load(tmp_path / "README.md")
     assert (metadata["license"], metadata["license_name"]) == ("other", "ward-7")
     assert "[ward-7](https://example.org/l)" in text
+
+
+# -- tasks ---------------------------------------------------------------------------------------
+
+
+def test_a_card_of_several_labels_names_sigmoid_and_thresholds(tmp_path: Path) -> None:
+    net = timm.create_model("test_resnet", num_classes=3)
+    card = small_card(task="multilabel", thresholds=[0.145, 0.388, 0.5])
+    text = write(net, tmp_path, card, label_names=["edema", "mass", "nodule"])
+    assert "for multi-label image classification" in text and "torch.sigmoid(scores)" in text
+    assert "| 0 | edema | 0.145 |\n| 1 | mass | 0.388 |\n| 2 | nodule | 0.5 |" in text
+    assert "softmax" not in text and "multi-label" in metadata_load_text(text)["tags"]
+    with pytest.raises(ValueError, match="3 thresholds for 2 classes"):
+        card.render(architecture=ARCH, data_config=DATA, label_names=["edema", "mass"])
+
+
+def test_a_card_says_what_its_scores_mean() -> None:
+    one = small_card(task="binary").render(architecture=ARCH, data_config=DATA)
+    assert "torch.sigmoid(scores)" in one and "counts as found above 0.5" in one
+    several = small_card().render(architecture=ARCH, data_config=DATA)
+    assert "scores.softmax(-1)" in several and "sigmoid" not in several
+
+
+def test_figures_say_at_which_thresholds_they_were_measured() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    labels = torch.tensor([[n % 2, n // 2 % 2] for n in range(16)])
+    data = [(torch.rand(16, 3, 2, 2), labels)]
+    notes = {}
+    for threshold in (0.25, [0.25, 0.75]):
+        result = evaluate_robustness(
+            net,
+            data,
+            preset="quick",
+            task="multilabel",
+            severities=[1],
+            bootstrap=0,
+            threshold=threshold,
+        )
+        for entry in results_of(result, dataset="D"):
+            notes.setdefault(entry.metric, []).append(entry.note)
+    each, several = "at each class's threshold", "mean of 5 corruptions at severities 1"
+    assert notes["accuracy"] == [
+        "at threshold 0.25", f"{several}; at threshold 0.25", each, f"{several}; {each}",
+    ]  # fmt: skip
+    assert set(notes["auroc"]) == {"", several}
+
+
+def test_code_of_ones_own_replaces_that_of_timm(tmp_path: Path) -> None:
+    code = f'import timm\nmodel = timm.create_model("{PLACE}", pretrained=True)  # ```'
+    text = write(timm.create_model("test_resnet", num_classes=3), tmp_path, small_card(code=code))
+    (block,) = re.findall(r"^(`{4,})python\n(.*?)\n\1$", text, re.DOTALL | re.MULTILINE)
+    assert block[1] == code and "images of 8 bits" not in text
+    with pytest.raises(ValueError, match="must load the model from"):
+        small_card(code="model = None")
 
 
 # -- text ----------------------------------------------------------------------------------------
@@ -153,7 +287,8 @@ def test_merging_settings_are_those_of_the_wrapper(model: InMergeWrapper, tmp_pa
     settings = merging_settings(nn.Sequential(model))
     text = write(model, tmp_path / "a", small_card())
     for name, value in settings.items():
-        assert f"| {name} | {value} |" in text
+        assert (f"| {name} | {value} |" in text) == (name != "in words")
+    assert settings["in words"] in text
     report = model.report()
     assert settings["merge_probability (p)"] == 0.7
     assert settings["optimizer steps"] == 2 and settings["seed"] == 5
@@ -235,6 +370,38 @@ def test_the_card_tells_what_kind_of_merging_it_was() -> None:
     assert (settings["transient"], settings["direction"], settings["radius"]) == (
         True, "gaussian", 0.2,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            {},
+            "After each optimizer step, pairs of kernels of a layer were drawn; in pairs with a "
+            "cosine above 0.3, a kernel moved toward its partner. The changed kernels stayed",
+        ),
+        (
+            {"similarity_threshold": -1.0, "transient": True, "direction": "signed"},
+            "In each forward pass of the training, pairs of kernels of a layer were drawn; in "
+            "pairs however similar, a kernel moved toward its partner or away from it, as the",
+        ),
+        ({"similarity_threshold": ZScore(2.0)}, "2 standard deviations more similar than chance"),
+        ({"similarity_threshold": Quantile(0.1)}, "pairs the most similar 10% of those drawn"),
+        ({"merge_weight": 1.2}, "moved away from its partner"),
+        ({"direction": "gaussian"}, "moved in a random direction"),
+        ({"direction": "multiplicative"}, "multiplied by random factors"),
+    ],
+)
+def test_the_sentence_on_merging_follows_from_the_settings(
+    given: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    model = steps_of(
+        InMergeWrapper(timm.create_model("test_resnet", num_classes=3), **given), count=1
+    )
+    stored = json.loads(json.dumps({k: str(v) for k, v in merging_settings(model).items()}))
+    card = small_card(merging=stored, merged=True)
+    assert told in card.render(architecture=ARCH, data_config=DATA)
+    assert "in words" not in card.render(architecture=ARCH, data_config=DATA)
 
 
 def test_robustness_results_and_picture(model: nn.Module, tmp_path: Path) -> None:
