@@ -7,8 +7,9 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from typing import cast
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 from inmerge_wrap.app.adapting import Adaptation
 from inmerge_wrap.app.snippet import snippet
@@ -76,7 +77,7 @@ def write_adapted(adaptation: Adaptation, source: Path, out: Path, *, site: str)
 def _card(text: str, adaptation: Adaptation, site: str) -> str:
     """The card of the network before, with the adaptation, and without results as its own."""
     card = ModelCard(text)
-    card.data.pop("eval_results", None)
+    cast(ModelCardData, card.data).eval_results = None
     code = f"```python\n{snippet(adaptation.model.recipe, _PLACE)}```"
     body = re.sub(r"^```python\n.*?^```", lambda _: code, card.text, count=1, flags=re.M | re.S)
     body = body.replace("## Results\n", f"## Results\n\n{_BEFORE}\n", 1)

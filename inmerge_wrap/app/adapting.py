@@ -158,7 +158,8 @@ def adapt(
         progress: Called with the number of images after each batch; each image passes three times.
 
     Raises:
-        ArgumentError: If the network has no BatchNorm, or ``prior`` is out of range.
+        ArgumentError: If the network has no BatchNorm, ``prior`` is out of range, or no label
+            belongs to an image.
     """
     check_norms(model.network)
     adapted = replace(model, network=copy.deepcopy(model.network))
@@ -174,7 +175,13 @@ def adapt(
         )
     }
     kept = [place for place, name in enumerate(site.names) if name in (labels or {})]
-    if labels and kept:
+    if labels and not kept:
+        raise ArgumentError(
+            f"none of the {len(labels)} labelled images is among the {len(site.names)} images, "
+            f"for example {next(iter(labels))!r} and {site.names[0]!r}: name them as below the "
+            "folder"
+        )
+    if labels:
         known = torch.tensor([labels[site.names[place]] for place in kept])
         accuracy = (
             balanced_accuracy(recipe, before[kept], known),

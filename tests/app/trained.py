@@ -14,7 +14,7 @@ from PIL import Image
 from inmerge_wrap import export_timm
 from inmerge_wrap.app.model import TrainedModel
 from inmerge_wrap.app.snippet import snippet
-from inmerge_wrap.card import ModelCard
+from inmerge_wrap.card import CardResult, ModelCard
 from inmerge_wrap.images.files import decode
 from inmerge_wrap.images.looks import look_at, seen_of
 from inmerge_wrap.images.preparation import Preparation, Recipe
@@ -95,7 +95,12 @@ def trained(folder: Path, form: str, images: Path, arch: str = "test_resnet") ->
         std=recipe.std,
         crop_mode=recipe.preparation.crop_mode,
         label_names=recipe.classes,
-        card=ModelCard("Three classes", "mit", "Random numbers."),
+        card=ModelCard(
+            "Three classes",
+            "mit",
+            "Random numbers.",
+            results=[CardResult("accuracy", 0.987, "Noise")],
+        ),
     )
     recipe.write(folder)
     return model

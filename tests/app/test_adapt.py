@@ -1,0 +1,159 @@
+"""A trained network at another site: what changes, what stays, and what is said of it."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from inmerge_wrap.app.adapting import adapt, read_site
+from inmerge_wrap.app.model import TrainedModel
+from inmerge_wrap.app.operating import operating_point
+from inmerge_wrap.app.predicting import find_files
+from inmerge_wrap.images.preparation import Recipe
+from tests.app.trained import pictures, trained
+from tests.cli.common import complaint, run, run_json
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network that was trained on 12-bit images, and darker images of another site."""
+    root = tmp_path_factory.mktemp("site")
+    pictures(root / "images", "png16", count=12)
+    pictures(root / "other", "png16", count=40, seed=1, high=1500)
+    trained(root / "model", "png16", root / "images")
+    return root
+
+
+def test_only_the_statistics_change_and_by_the_formula(site: Path) -> None:
+    model = TrainedModel.read(site / "model")
+    before = {name: value.clone() for name, value in model.network.state_dict().items()}
+    read = read_site(model, find_files([site / "other"]))
+    found = adapt(model, read, prior=16)
+    after = found.model.network.state_dict()
+    for name, value in model.network.state_dict().items():
+        assert torch.equal(value, before[name])
+        statistic = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+        assert torch.equal(after[name], value) is not statistic
+    pixels = read.pixels
+    with torch.no_grad():
+        first = model.network.conv1[0](model.normalised(pixels))
+    expected = (16 * before["conv1.1.running_mean"] + 40 * first.mean((0, 2, 3))) / 56
+    torch.testing.assert_close(after["conv1.1.running_mean"], expected)
+    expected = (16 * before["conv1.1.running_var"] + 40 * first.var((0, 2, 3))) / 56
+    torch.testing.assert_close(after["conv1.1.running_var"], expected)
+    named = model.recipe.probabilities(model.scores(pixels)).argmax(1)
+    assert [first for first, _ in found.shares.values()] == [
+        pytest.approx((named == index).double().mean().item()) for index in range(3)
+    ]
+
+
+def test_adapt_writes_a_folder_that_plain_timm_loads(site: Path, tmp_path: Path) -> None:
+    out = tmp_path / "adapted"
+    options = ("--site", "St Elsewhere", "--out", out)
+    content = run_json("adapt", site / "model", site / "other", *options)
+    assert content["images"] == 40 and content["output"] == str(out)
+    network = eval(content["load"], {"timm": timm}).eval()
+    model = TrainedModel.read(out)
+    pixels = torch.stack([model.recipe.preparation(path) for path in (site / "other").iterdir()])
+    with torch.no_grad():
+        assert torch.equal(network(model.normalised(pixels)), model.scores(pixels))
+    assert model.recipe.seen is not None and model.recipe.seen.high < 1500
+    assert replace(model.recipe, seen=None) == replace(Recipe.read(site / "model"), seen=None)
+    card = (out / "README.md").read_text()
+    assert "Adapted to 40 images of St Elsewhere" in card and "prior of 16 images" in card
+    assert "measured before the adaptation" in card and "\nlicense: mit\n" in card
+    metadata = card.split("---\n")[1]
+    assert "0.987" in card and "0.987" not in metadata and "model-index" not in metadata
+    assert "4095" in card, "the lines that read these images"
+    assert "exists: give another folder" in complaint(
+        "adapt", site / "model", site / "other", "--out", out
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapted"]
+
+
+def test_what_can_go_wrong_is_said(site: Path, tmp_path: Path) -> None:
+    """Few images, a broken one, and predictions that are all of one class."""
+    images = tmp_path / "few"
+    pictures(images, "png16", count=3, seed=2)
+    (images / "broken.png").write_bytes(b"nothing")
+    result = run("adapt", site / "model", images, "--prior", 0, "--out", tmp_path / "out")
+    said = " ".join(result.stderr.split())
+    assert "3 images are few to estimate statistics on" in said
+    assert "1 files cannot be read and were left out, for example broken.png" in said
+    model = TrainedModel.read(site / "model")
+    with torch.no_grad():
+        model.network.get_classifier().bias[1] += 1000
+    found = adapt(model, read_site(model, find_files([site / "other"])))
+    assert found.shares["b"] == (1.0, 1.0)
+    assert any("100% of the images are now taken for b" in said for said in found.warnings)
+
+
+def test_a_network_without_batch_norm_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    pictures(tmp_path / "images", "png8", count=3)
+    trained(tmp_path / "model", "png8", tmp_path / "images", arch="test_convnext")
+    out = tmp_path / "out"
+    told = complaint("adapt", tmp_path / "model", tmp_path / "images", "--out", out)
+    assert "has no BatchNorm" in told and "fine-tune it on labelled images" in told
+    assert not out.exists()
+
+
+def test_labels_give_temperature_and_accuracy(site: Path, tmp_path: Path) -> None:
+    model = TrainedModel.read(site / "model")
+    names = [name for name, _ in find_files([site / "other"])]
+    with open(tmp_path / "labels.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label"])
+        writer.writerows([name, "abc"[index % 3]] for index, name in enumerate(names[:30]))
+        writer.writerow([names[30], ""])
+    out = tmp_path / "out"
+    options = ("--labels", tmp_path / "labels.csv", "--out", out)
+    content = run_json("adapt", site / "model", site / "other", *options)
+    adapted = TrainedModel.read(out)
+    labels = torch.arange(30) % 3
+    pixels = torch.stack([model.recipe.preparation(site / "other" / name) for name in names[:30]])
+    assert content["labelled"] == 30
+    for number, network in enumerate((model, adapted)):
+        right = network.scores(pixels).argmax(1) == labels
+        recalls = [right[labels == index].double().mean() for index in range(3)]
+        assert content["balanced_accuracy"][number] == pytest.approx(float(sum(recalls) / 3))
+    losses = {
+        scale: torch.nn.functional.cross_entropy(adapted.scores(pixels) / scale, labels)
+        for scale in (0.9 * adapted.recipe.temperature, adapted.recipe.temperature)
+    }
+    assert losses[adapted.recipe.temperature] == min(losses.values())
+    assert len(adapted.recipe.trained_on) == 30
+    there = ("adapt", site / "model", site / "other", "--out", tmp_path / "other")
+    assert "no such file" in complaint(*there, "--labels", site / "no.csv")
+    (tmp_path / "labels.csv").write_text("path,label\n00.png,d\n")
+    told = complaint(*there, *options[:2])
+    assert "row 2: label 'd' is no class of the network; its classes are a, b, c" in told
+
+
+def test_labels_that_name_no_image_are_an_error(site: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("path,label\nelsewhere.png,a\n")
+    options = ("--labels", tmp_path / "labels.csv", "--out", tmp_path / "out")
+    told = complaint("adapt", site / "model", site / "other", *options)
+    assert "none of the 1 labelled images is among the 40 images" in told
+
+
+def test_thresholds_are_chosen_where_both_answers_are_known() -> None:
+    recipe = Recipe.from_dict(
+        {
+            "size": 32, "channels": 1, "mean": [0.5], "std": [0.5], "task": "multi-label",
+            "classes": ["a", "b"], "thresholds": [0.5, 0.3],
+        }
+    )  # fmt: skip
+    torch.manual_seed(0)
+    labels = torch.stack([torch.arange(40) % 2, torch.ones(40)], 1).float()
+    labels[0, 0] = float("nan")
+    scores = 4 * labels.nan_to_num(0) - 5 + torch.rand(40, 2)
+    found, notes = operating_point(recipe, scores, labels)
+    assert found.thresholds is not None and found.thresholds[1] == 0.3
+    named = found.named(found.probabilities(scores))
+    assert torch.equal(named[1:, 0], labels[1:, 0] == 1)
+    assert notes == ["b keeps its threshold of 0.300: the labelled images do not hold both answers"]
