@@ -67,6 +67,8 @@ def options_of_commands() -> str:
     lines = []
     for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
         lines += [f"### inmerge {name}", "", str(command.help), ""]
+        if not command.params:  # its options are those of a program of its own
+            continue
         lines += ['<div class="options" markdown>', "", "| option | meaning |", "|---|---|"]
         for parameter in command.params:
             if parameter.param_type_name == "argument":

@@ -11,7 +11,7 @@ except ImportError as error:
     ) from error
 
 # Each import registers its command, in the order of `inmerge --help`.
-from inmerge_wrap.cli import plan, similarity, export, predict, adapt, evaluate  # noqa: F401, I001
+from inmerge_wrap.cli import train, predict, adapt, evaluate, plan, similarity, export  # noqa: F401, I001
 from inmerge_wrap.cli.shell import app, main
 
 __all__ = ["app", "main"]

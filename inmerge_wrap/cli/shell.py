@@ -42,16 +42,19 @@ def _root(
         raise typer.Exit
 
 
-def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(
+    *examples: str, **settings: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a function as the command of its name.
 
     Args:
         examples: Lines for the help.
+        settings: Of typer's command.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         guarded = _reports_errors(function)
-        app.command(cls=Command, epilog="\n".join(examples))(guarded)
+        app.command(cls=Command, epilog="\n".join(examples), **settings)(guarded)
         return guarded
 
     return register

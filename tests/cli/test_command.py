@@ -31,7 +31,7 @@ def test_the_command_runs_as_a_program_and_tells_mistakes_without_a_traceback() 
 def test_help_has_examples_for_every_command() -> None:
     assert __version__ in run("--version").stdout
     overview = run("--help").stdout
-    for command in ("plan", "similarity", "export", "evaluate"):
+    for command in ("predict", "adapt", "evaluate", "plan", "similarity", "export"):
         assert command in overview
         text = run(command, "--help").stdout
         assert "Examples" in text and f"inmerge {command} " in text
@@ -124,6 +124,8 @@ def test_help_fits_any_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("COLUMNS", str(width))
     group = typer.main.get_command(app)
     for name, entry in group.commands.items():  # type: ignore[attr-defined]
+        if name == "train":  # its options are those of the program that it calls
+            continue
         text = run(name, "--help").stdout
         assert "<" not in text and "…" not in text
         for parameter in entry.params:
@@ -163,3 +165,14 @@ class NeedsAMask(nn.Module):
 
     def forward(self, image: Tensor, mask: Tensor) -> Tensor:
         return self.second(self.first(image) * mask)
+
+
+def test_train_is_the_program_of_the_recipe() -> None:
+    command = [sys.executable, "-m", "inmerge_wrap.cli", "train"]
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0 and "usage: inmerge train" in shown.stdout
+    assert "--data-dir" in shown.stdout
+    missing = [*command, "--data-dir", "no-such-folder"]
+    failed = subprocess.run(missing, capture_output=True, text=True, timeout=120)
+    assert failed.returncode != 0 and "no-such-folder" in failed.stderr
+    assert "Traceback" not in failed.stderr

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from inmerge_wrap import export_timm
-from inmerge_wrap.images.preparation import Preparation
+from inmerge_wrap.images.preparation import Preparation, Recipe
 from inmerge_wrap.robustness import RobustnessResult, evaluate_robustness
 from tests.cli.common import ARCH, PREPARED, complaint, run, run_json
 
@@ -198,7 +198,10 @@ def test_evaluate_reads_images_as_the_model_was_trained_on_them(
         Image.fromarray(generator.integers(0, 4096, (32, 64)).astype(np.uint16)).save(path)
         pictures.append(preparation(path) / 255)
         labels.append(index // 4)
-    (model / "preparation.json").write_text(json.dumps(preparation.to_dict()))
+    recipe = Recipe(
+        preparation, mean=(0.3,) * 3, std=(0.2,) * 3, task="multi-class", classes=tuple("abcdefg")
+    )
+    recipe.write(model)
     content = run_json("evaluate", model, "--data", tmp_path / "photos", *QUICKLY)
     batch = (torch.stack(pictures), torch.tensor(labels))
     expected = evaluate_robustness(

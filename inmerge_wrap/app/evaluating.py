@@ -1,0 +1,316 @@
+"""Trained networks on the same labelled images: how they are prepared, read and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from inmerge_wrap.architectures import is_timm_folder
+from inmerge_wrap.errors import ArgumentError
+from inmerge_wrap.images.folders import read_part
+from inmerge_wrap.images.labelled import ImageFolder, fit_images, read_npz
+from inmerge_wrap.images.preparation import FILE, Preparation, Recipe, digest_of
+from inmerge_wrap.robustness import RobustnessResult, evaluate_robustness
+
+__all__ = ["Contender", "LabelledImages", "contender", "evaluate_all", "open_data"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A network to evaluate.
+
+    Attributes:
+        name: In the tables.
+        path: Its weights.
+        network: Itself.
+        mean: Subtracted from pixels in [0, 1].
+        std: Divides them after that.
+        size: Height and width, if they are known.
+        config: timm's crop mode, share and interpolation.
+        classes: Names in the order of the outputs, if they are known.
+        recipe: Of a training of the application; None of other networks.
+    """
+
+    name: str
+    path: Path
+    network: nn.Module
+    mean: Sequence[float]
+    std: Sequence[float]
+    size: tuple[int, ...] | None
+    config: Mapping[str, Any]
+    classes: Sequence[str] | None
+    recipe: Recipe | None
+
+    @property
+    def channels(self) -> int:
+        """Channels that the network reads."""
+        return next(m.in_channels for m in self.network.modules() if isinstance(m, nn.Conv2d))
+
+    @property
+    def preparation(self) -> Preparation | None:
+        """How training read its files."""
+        return None if self.recipe is None else self.recipe.preparation
+
+    @property
+    def calibrated(self) -> nn.Module:
+        """The network with its outputs divided by the temperature."""
+        if self.recipe is None or self.recipe.temperature == 1:
+            return self.network
+        return _Calibrated(self.network, self.recipe.temperature)
+
+
+class _Calibrated(nn.Module):
+    def __init__(self, network: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.network, self.temperature = network, temperature
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images) / self.temperature
+
+
+def contender(
+    name: str,
+    path: Path,
+    network: nn.Module,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: int | None = None,
+) -> Contender:
+    """Returns a network with its preprocessing: from its folder, unless arguments override it.
+
+    Raises:
+        ArgumentError: If neither says how images were normalised.
+    """
+    config: Mapping[str, Any] = network.pretrained_cfg if is_timm_folder(path) else {}  # type: ignore[assignment]
+    mean, std = mean or list(config.get("mean", [])), std or list(config.get("std", []))
+    if not mean or not std:
+        raise ArgumentError(
+            f"{path} does not record how its images were preprocessed: give <mean> and <std> "
+            "of the training"
+        )
+    recipe = Recipe.read(path) if config and (path / FILE).is_file() else None
+    if recipe is not None and size is not None:
+        recipe = replace(recipe, preparation=replace(recipe.preparation, size=size))
+    stored = tuple(config["input_size"][1:]) if config else None
+    crop = {"crop_mode": "center", "crop_pct": 1.0, "interpolation": "bicubic"}
+    return Contender(
+        name=name,
+        path=path,
+        network=network,
+        mean=mean,
+        std=std,
+        size=(size, size) if size is not None else stored,
+        config={key: config.get(key, default) for key, default in crop.items()},
+        classes=config.get("label_names"),
+        recipe=recipe,
+    )
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images in a fixed order, in [0, 1] and not normalised.
+
+    Attributes:
+        loader: Batches of images and labels.
+        labels: Class indices (N,), or marks (N, labels).
+        part: train, val, test or all.
+        digests: Of each image's file, where files were read.
+    """
+
+    loader: Iterable[Any]
+    labels: Tensor
+    part: str
+    digests: Sequence[str] = ()
+
+
+def open_data(
+    data: Path,
+    contenders: Sequence[Contender],
+    *,
+    part: str,
+    limit: int | None,
+    batch_size: int,
+) -> LabelledImages:
+    """Opens an .npz file, a folder of classes or a CSV file for networks that read it alike.
+
+    Raises:
+        ValueError: If the networks prepare images differently, or the data do not fit them.
+    """
+    _check_same_images(contenders, files=data.suffix != ".npz")
+    first = contenders[0]
+    size = next((each.size for each in contenders if each.size is not None), None)
+    preparation = next((each.preparation for each in contenders if each.preparation), None)
+    classes = next((each.classes for each in contenders if each.classes), None)
+    if data.suffix == ".csv" or (data.is_dir() and preparation is not None):
+        if preparation is None:
+            raise ArgumentError(
+                f"{first.path} has no {FILE}, which says how files are read: of such networks a "
+                "folder of classes or an .npz file is read, not a table"
+            )
+        return _read_part(data, preparation, classes, part, limit, batch_size)
+    if not data.is_dir():
+        images, labels = read_npz(data, part)
+        images = fit_images(images[:limit], first.channels, size)  # type: ignore[arg-type]
+        dataset = TensorDataset(images, labels[:limit])
+        return LabelledImages(DataLoader(dataset, batch_size=batch_size), labels[:limit], part)
+    if size is None:
+        raise ArgumentError(f"{data} holds images of any size: pass <size>, the side in training")
+    config = {**first.config, "input_size": (first.channels, *size)}
+    folder = ImageFolder(data, config=config, split=part, classes=classes, limit=limit)
+    loader = DataLoader(folder, batch_size=batch_size)
+    for each in contenders:
+        _check_classes(data, folder.classes, each.name, outputs_of(each.network, loader))
+    return LabelledImages(loader, folder.labels, folder.part)
+
+
+def _check_same_images(contenders: Sequence[Contender], *, files: bool) -> None:
+    def facts(each: Contender) -> dict[str, Any]:
+        found = {"channels": each.channels, "size": each.size, "classes": each.classes}
+        return found | {**each.config, "preparation": each.preparation} if files else found
+
+    first, *others = contenders
+    wanted = facts(first)
+    for other in others:
+        for what, theirs in facts(other).items():
+            if theirs != wanted[what] and None not in (theirs, wanted[what]):
+                raise ArgumentError(
+                    f"{first.name} and {other.name} cannot be compared on the same images: {what} "
+                    f"is {wanted[what]} and {theirs}"
+                    + ("; <size> makes them equal" if what == "size" else "")
+                )
+
+
+def _check_classes(data: Path, classes: Sequence[str], name: str, outputs: int) -> None:
+    if max(outputs, 2) != len(classes):
+        raise ArgumentError(
+            f"{data} has the classes {', '.join(classes)}, and {name} has {outputs} outputs: "
+            "rename or add folders, or export the model with <label_names>, which map outputs to "
+            "classes"
+        )
+
+
+def _read_part(
+    data: Path,
+    preparation: Preparation,
+    classes: Sequence[str] | None,
+    part: str,
+    limit: int | None,
+    batch_size: int,
+) -> LabelledImages:
+    pixels, labels, collection = read_part(
+        data, part, size=preparation.size, preparation=preparation, classes=classes
+    )
+    places = torch.arange(len(pixels))
+    if limit is not None and limit < len(pixels):  # not the first ones, which are of one class
+        places = torch.from_numpy(np.linspace(0, len(pixels) - 1, limit).round().astype(int))
+    pixels, labels = pixels[places], labels[places]
+    split = any(image.part is not None for image in collection.images)
+    return LabelledImages(
+        DataLoader(TensorDataset(pixels, labels), batch_size=batch_size, collate_fn=_as_floats),
+        labels,
+        part if split or (data / part).is_dir() else "all",
+        [collection.images[int(place)].digest or "" for place in places],
+    )
+
+
+def _as_floats(batch: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    pixels, labels = zip(*batch, strict=True)
+    return torch.stack(pixels).float() / 255, torch.stack(labels)
+
+
+def outputs_of(network: nn.Module, loader: Any) -> int:
+    """Returns the number of a classifier's outputs.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    images, _ = next(iter(loader))
+    device = next(network.parameters()).device
+    with torch.no_grad():
+        answer = network.eval()(images[:1].to(device))
+    if not isinstance(answer, Tensor) or answer.ndim > 2:
+        raise ValueError(
+            f"{type(network).__name__} returns {type(answer).__name__}, not class scores: choose "
+            "a classifier"
+        )
+    return answer.shape[-1]
+
+
+def seen_in_training(contenders: Sequence[Contender], images: LabelledImages) -> list[str]:
+    """Returns a warning for each network that was trained on some of the images."""
+    found = []
+    for each in contenders:
+        known = set(each.recipe.trained_on) if each.recipe is not None else set()
+        count = sum(digest_of(digest) in known for digest in images.digests if digest)
+        if count:
+            found.append(
+                f"{count} of {len(images.digests)} images were used in the training of "
+                f"{each.name}, so its figures are too good: give the split.csv of that training, "
+                "of which the test part alone is used"
+            )
+    return found
+
+
+def evaluate_all(
+    contenders: Sequence[Contender],
+    images: LabelledImages,
+    *,
+    task: str | None,
+    progress: Callable[[str, int], None],
+    **settings: Any,
+) -> dict[str, RobustnessResult]:
+    """Evaluates networks on the same images, each at its own temperature and thresholds.
+
+    Args:
+        contenders: The networks; the first is what the others are compared with.
+        images: The images.
+        task: See `evaluate_robustness`; by the recipe or the labels if None.
+        progress: Called with a network's name and a number of images.
+        settings: Of `evaluate_robustness`.
+
+    Returns:
+        Results by name.
+    """
+    results: dict[str, RobustnessResult] = {}
+    for each in contenders:
+
+        def show(count: int, name: str = each.name) -> None:
+            progress(name, count)
+
+        outputs = outputs_of(each.network, images.loader)
+        recipe = each.recipe
+        results[each.name] = evaluate_robustness(
+            each.calibrated,
+            images.loader,
+            task=task or _guess_task(images.labels, outputs),
+            mean=each.mean,
+            std=each.std,
+            baseline=next(iter(results.values()), None),
+            threshold=0.5 if recipe is None else recipe.thresholds or 0.5,
+            progress=show,
+            **settings,
+        )
+        results[each.name].settings |= {"weights": str(each.path), "split": images.part} | {
+            "mean": list(each.mean),
+            "std": list(each.std),
+        }
+        if recipe is not None:
+            results[each.name].settings |= {
+                "temperature": recipe.temperature,
+                "thresholds": recipe.thresholds,
+            }
+    return results
+
+
+def _guess_task(labels: Tensor, outputs: int) -> str:
+    if labels.ndim == 2:
+        return "multilabel"
+    return "binary" if outputs == 1 else "multiclass"
