@@ -13,12 +13,11 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from inmerge_wrap.app.adapting import Adaptation
 from inmerge_wrap.app.snippet import snippet
+from inmerge_wrap.card import PLACE
 from inmerge_wrap.errors import ArgumentError
 from inmerge_wrap.export import export_timm
 
 __all__ = ["check_out", "write_adapted"]
-
-_PLACE = "local-dir:path/to/this/folder"
 
 
 def check_out(out: Path) -> None:
@@ -78,8 +77,13 @@ def _card(text: str, adaptation: Adaptation, site: str) -> str:
     """The card of the network before, with the adaptation, and without results as its own."""
     card = ModelCard(text)
     cast(ModelCardData, card.data).eval_results = None
-    code = f"```python\n{snippet(adaptation.model.recipe, _PLACE)}```"
+    recipe = adaptation.model.recipe
+    code = f"```python\n{snippet(recipe, PLACE)}```"
     body = re.sub(r"^```python\n.*?^```", lambda _: code, card.text, count=1, flags=re.M | re.S)
+    if recipe.thresholds is not None:
+        for place, threshold in enumerate(recipe.thresholds):
+            row = rf"^(\| {place} \| .* \|) [\d.]+ \|$"
+            body = re.sub(row, rf"\g<1> {threshold:.4g} |", body, count=1, flags=re.M)
     body = body.replace("## Results\n", f"## Results\n\n{_BEFORE}\n", 1)
     body = body.replace("## Use\n", f"{_section(adaptation, site)}\n## Use\n", 1)
     return f"---\n{card.data.to_yaml()}\n---\n{body}"

@@ -15,7 +15,7 @@ from inmerge_wrap.app.model import TrainedModel
 from inmerge_wrap.app.operating import operating_point
 from inmerge_wrap.app.predicting import find_files
 from inmerge_wrap.images.preparation import Recipe
-from tests.app.trained import pictures, trained
+from tests.app.trained import code_of, pictures, trained
 from tests.cli.common import complaint, run, run_json
 
 
@@ -157,3 +157,23 @@ def test_thresholds_are_chosen_where_both_answers_are_known() -> None:
     named = found.named(found.probabilities(scores))
     assert torch.equal(named[1:, 0], labels[1:, 0] == 1)
     assert notes == ["b keeps its threshold of 0.300: the labelled images do not hold both answers"]
+
+
+def test_the_card_of_several_labels_shows_the_new_thresholds(tmp_path: Path) -> None:
+    pictures(tmp_path / "images", "multilabel", count=12)
+    pictures(tmp_path / "other", "multilabel", count=40, seed=1)
+    trained(tmp_path / "model", "multilabel", tmp_path / "images")
+    names = [name for name, _ in find_files([tmp_path / "other"])]
+    rows = [f"{name},{index % 2},{index // 20},0" for index, name in enumerate(names)]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,a,b,c", *rows]))
+    out = tmp_path / "out"
+    options = ("--labels", tmp_path / "labels.csv", "--out", out)
+    run("adapt", tmp_path / "model", tmp_path / "other", *options)
+    recipe = Recipe.read(out)
+    assert recipe.thresholds is not None and recipe.thresholds[2] == 0.55
+    assert recipe.thresholds[:2] != (0.45, 0.5)
+    card = (out / "README.md").read_text()
+    for place, (name, threshold) in enumerate(zip("abc", recipe.thresholds, strict=True)):
+        assert f"| {place} | {name} | {threshold:.4g} |" in card
+    code = code_of(out)
+    assert repr(list(recipe.thresholds)) in code and repr(recipe.temperature) in code

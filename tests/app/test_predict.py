@@ -27,10 +27,10 @@ def test_the_lines_of_the_card_give_what_predict_gives(form: str, tmp_path: Path
     """In a process that cannot import this library."""
     images, folder = tmp_path / "images", tmp_path / "model"
     pictures(images, form, count=6)
-    recipe = trained(folder, form, images).recipe
+    trained(folder, form, images)
     run("predict", folder, images, "--out", tmp_path / "predictions.csv")
     rows = rows_of(tmp_path / "predictions.csv")
-    code = code_of(recipe, folder)
+    code = code_of(folder)
     program = f"""
 import sys
 sys.modules["inmerge_wrap"] = None
@@ -71,7 +71,7 @@ def test_deep_images_are_not_clipped(tmp_path: Path) -> None:
     model = trained(folder, "png16", images)
     found = predict(model, find_files([images]))
     assert len({round(entry.probabilities[0], 4) for entry in found if entry.probabilities}) == 6
-    code = code_of(model.recipe, folder)
+    code = code_of(folder)
     assert "4095" in code and ".open" in code
 
 

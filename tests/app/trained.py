@@ -14,7 +14,7 @@ from PIL import Image
 from inmerge_wrap import export_timm
 from inmerge_wrap.app.model import TrainedModel
 from inmerge_wrap.app.snippet import snippet
-from inmerge_wrap.card import CardResult, ModelCard
+from inmerge_wrap.card import PLACE, CardResult, ModelCard
 from inmerge_wrap.images.files import decode
 from inmerge_wrap.images.looks import look_at, seen_of
 from inmerge_wrap.images.preparation import Preparation, Recipe
@@ -100,12 +100,18 @@ def trained(folder: Path, form: str, images: Path, arch: str = "test_resnet") ->
             "mit",
             "Random numbers.",
             results=[CardResult("accuracy", 0.987, "Noise")],
+            task=recipe.task.replace("-", ""),
+            thresholds=recipe.thresholds or (),
+            code=snippet(recipe, PLACE),
         ),
     )
     recipe.write(folder)
     return model
 
 
-def code_of(recipe: Recipe, folder: Path) -> str:
-    """The snippet for a folder on this machine."""
-    return snippet(recipe, f"local-dir:{folder}")
+def code_of(folder: Path) -> str:
+    """The lines of Python in the card of a folder, with its place on this machine."""
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    return (
+        card.partition("```python\n")[2].partition("```")[0].replace(PLACE, f"local-dir:{folder}")
+    )
