@@ -4,14 +4,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inmerge_wrap.discovery import ConvSite, MergePlan, plan_merging
+    from inmerge_wrap.discovery import plan_merging
     from inmerge_wrap.export import export_timm, export_weights
-    from inmerge_wrap.merge_pass import merge_pairs_
-    from inmerge_wrap.merging import draw_pairs
+    from inmerge_wrap.merging import blend_kernels, draw_pairs, mix_channels, pair_cosines
+    from inmerge_wrap.plan import ConvSite, MergePlan
     from inmerge_wrap.recalibration import recalibrate
     from inmerge_wrap.report import LayerReport, LayerSnapshot, MergeReport
     from inmerge_wrap.schedule import Schedule
-    from inmerge_wrap.settings import MergeSettings, recommended_settings
+    from inmerge_wrap.settings import (
+        DirectionRule,
+        MergeSettings,
+        PartnerRule,
+        recommended_settings,
+    )
     from inmerge_wrap.thresholds import Fixed, Quantile, Threshold, ZScore
     from inmerge_wrap.wrapper import CollapseWarning, InMergeWrapper, NoEffectWarning
 
@@ -20,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CollapseWarning",
     "ConvSite",
+    "DirectionRule",
     "Fixed",
     "InMergeWrapper",
     "LayerReport",
@@ -28,28 +34,31 @@ __all__ = [
     "MergeReport",
     "MergeSettings",
     "NoEffectWarning",
+    "PartnerRule",
     "Quantile",
     "Schedule",
     "Threshold",
     "ZScore",
+    "blend_kernels",
     "draw_pairs",
     "export_timm",
     "export_weights",
-    "merge_pairs_",
+    "mix_channels",
+    "pair_cosines",
     "plan_merging",
     "recalibrate",
     "recommended_settings",
 ]
 
 _HOMES = {
-    "discovery": ("ConvSite", "MergePlan", "plan_merging"),
+    "discovery": ("plan_merging",),
     "export": ("export_timm", "export_weights"),
-    "merge_pass": ("merge_pairs_",),
-    "merging": ("draw_pairs",),
+    "merging": ("blend_kernels", "draw_pairs", "mix_channels", "pair_cosines"),
+    "plan": ("ConvSite", "MergePlan"),
     "recalibration": ("recalibrate",),
     "report": ("LayerReport", "LayerSnapshot", "MergeReport"),
     "schedule": ("Schedule",),
-    "settings": ("MergeSettings", "recommended_settings"),
+    "settings": ("DirectionRule", "MergeSettings", "PartnerRule", "recommended_settings"),
     "thresholds": ("Fixed", "Quantile", "Threshold", "ZScore"),
     "wrapper": ("CollapseWarning", "InMergeWrapper", "NoEffectWarning"),
 }

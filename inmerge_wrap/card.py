@@ -395,7 +395,7 @@ def merging_settings(model: nn.Module) -> dict[str, Any]:
         "partner": wrapper.partner,
         "direction": wrapper.direction,
         "radius": wrapper.radius,
-        "transient": wrapper.transient,
+        "mode": wrapper.mode,
         "keep_norm": wrapper.keep_norm,
         "merge_momentum": wrapper.merge_momentum,
         "merged layers": f"{len(plan.merged)} of {len(plan.merged) + len(plan.skipped)}: "
@@ -425,11 +425,16 @@ def _in_words(settings: MergeSettings) -> str:
         "signed": "a kernel moved toward its partner or away from it, as the draw said",
         "gaussian": "a kernel moved in a random direction, by a share of its norm",
         "multiplicative": "the weights of a kernel were multiplied by random factors near 1",
-    }.get(settings.direction, f"a kernel changed by {settings.direction}")
+    }.get(str(settings.direction), f"a kernel moved as {settings.direction} says")
     when, kept = {
-        False: ("After each optimizer step", "The changed kernels stayed in the weights."),
-        True: ("In each forward pass of the training", "The optimizer stepped from the others."),
-    }[settings.transient]
+        "step": ("After each optimizer step", "The changed kernels stayed in the weights."),
+        "outputs": (
+            "In each forward pass of the training, on the outputs of the convolutions and for "
+            "each image",
+            "No weight was written.",
+        ),
+        "weights": ("In each forward pass of the training", "No weight was written."),
+    }[settings.mode]
     return f"{when}, pairs of kernels of a layer were drawn; in pairs {which}, {how}. {kept}"
 
 

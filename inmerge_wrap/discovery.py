@@ -14,7 +14,7 @@ import difflib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -25,7 +25,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from inmerge_wrap._constants import DEFAULT_SHALLOW_SHARE, SKIPPED_KINDS
 from inmerge_wrap.errors import ArgumentError, ArgumentWarning
-from inmerge_wrap.stores import store_of
+from inmerge_wrap.kernels import kernel_shape, store_of
+from inmerge_wrap.plan import ConvSite, MergePlan
+from inmerge_wrap.settings import Mode
 from inmerge_wrap.tracing import (
     Call,
     Trace,
@@ -41,97 +43,13 @@ from inmerge_wrap.tracing import (
 )
 from inmerge_wrap.unwrapping import check_network
 
-__all__ = ["DEFAULT_SHALLOW_SHARE", "SKIPPED_KINDS", "ConvSite", "MergePlan", "plan_merging"]
+__all__ = ["DEFAULT_SHALLOW_SHARE", "SKIPPED_KINDS", "plan_merging"]
 
-Pattern = str | Callable[["ConvSite"], bool]
+Pattern = str | Callable[[ConvSite], bool]
 
 # Modules inside a layer that peft adapts to a task: the two factors of a low-rank update.
 _ADAPTERS = {"lora_A", "lora_B"}
 _WEIGHT_STANDARDISED = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"}
-
-
-@dataclass(frozen=True)
-class ConvSite:
-    """One convolution of a network and what merging does with it.
-
-    Attributes:
-        name: Its name in ``model.named_modules()``.
-        depth: Its position in the order of execution among all convolutions, from 1; None if it
-            never ran.
-        shape: Shape of its kernels, (C_out, C_in / groups, *kernel size), one per output channel.
-            It is the shape of the weight, except for transposed convolutions, which store
-            (C_in, C_out / groups, *kernel size). Empty where there is no weight to write.
-        groups: The convolution's groups.
-        kind: ``"kernels"``, or a key of :data:`SKIPPED_KINDS`.
-        centred: Whether kernels are compared without their mean, because the forward pass
-            standardises them (StdConv2d, ScaledStdConv2d). Their gain is a scale of the output
-            channel, like BatchNorm's, and takes no part in the comparison.
-        reason: Why it is skipped; None if it is merged.
-        reason_kind: The reason as an identifier: the ``kind`` if that is the reason; ``"shallow"``,
-            ``"excluded"``, ``"not_included"``; ``"unwritable"`` (a weight that is computed or has
-            no shape yet), ``"shared"`` (with an earlier layer), ``"one_kernel"`` (alone, or
-            in its group).
-    """
-
-    name: str
-    depth: int | None
-    shape: tuple[int, ...]
-    groups: int = 1
-    kind: str = "kernels"
-    centred: bool = False
-    reason: str | None = None
-    reason_kind: str | None = None
-
-    @property
-    def pair_groups(self) -> int:
-        """The groups inside which kernels are paired; a depthwise layer pairs across groups."""
-        depthwise = self.shape[:1] == (self.groups,) and self.shape[1] == 1
-        return 1 if depthwise else self.groups
-
-    @property
-    def fan_in(self) -> int:
-        """Entries of one kernel."""
-        return int(torch.Size(self.shape[1:]).numel())
-
-
-@dataclass(frozen=True)
-class MergePlan:
-    """Which convolutions are merged and why the others are not; print it to see a table.
-
-    Attributes:
-        merged: Convolutions to merge, in depth order.
-        skipped: All the others, in depth order, each with its reason.
-        found_by: How the order was found: ``"trace"`` (meta tensors), ``"forward"`` (a real
-            forward pass), or ``"registration"`` (no forward pass was possible).
-    """
-
-    merged: tuple[ConvSite, ...]
-    skipped: tuple[ConvSite, ...]
-    found_by: str = "trace"
-
-    def __str__(self) -> str:
-        sites = sorted(
-            self.merged + self.skipped, key=lambda site: (site.depth is None, site.depth or 0)
-        )
-        rows = [("depth", "convolution", "weight", "groups", "")]
-        rows += [
-            (
-                "-" if site.depth is None else str(site.depth),
-                site.name,
-                "x".join(map(str, site.shape)) or "?",
-                str(site.groups),
-                "merged" if site.reason is None else f"skipped ({site.reason})",
-            )
-            for site in sites
-        ]
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = [
-            f"{row[0]:>{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:<{widths[2]}}  "
-            f"{row[3]:>{widths[3]}}  {row[4]}".rstrip()
-            for row in rows
-        ]
-        lines.append(f"{len(self.merged)} of {len(sites)} convolutions are merged.")
-        return "\n".join(lines)
 
 
 def plan_merging(
@@ -142,6 +60,7 @@ def plan_merging(
     include: Pattern | Sequence[Pattern] | None = None,
     exclude: Pattern | Sequence[Pattern] = (),
     also_merge: Collection[str] = (),
+    mode: Mode = "step",
 ) -> MergePlan:
     """Finds every convolution of ``model`` in depth order and decides which are merged.
 
@@ -164,6 +83,10 @@ def plan_merging(
             function of :class:`ConvSite`. Depth and kind are ignored then.
         exclude: Of the convolutions that would be merged, leave out those that match.
         also_merge: Kinds of :data:`SKIPPED_KINDS` to treat like any other convolution.
+        mode: How :class:`InMergeWrapper` will merge. After each step (``"step"``) a weight must be
+            one that can be written, and one that two layers share is merged once. In the forward
+            pass a convolution must be called as a module, and on the outputs a depthwise one
+            cannot be merged: its channels read different inputs.
 
     Returns:
         The plan, with at least one merged convolution.
@@ -176,7 +99,7 @@ def plan_merging(
     """
     _check_arguments(shallow_layers, also_merge)
     _check_model(model)
-    sites, found_by = _find_sites(model, example_input)
+    sites, found_by = _find_sites(model, example_input, mode)
     plan = _decide(sites, shallow_layers, also_merge, _patterns(include), _patterns(exclude))
     if not plan.merged:
         why = _why_empty(plan, shallow_layers)
@@ -214,7 +137,7 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _find_sites(model: nn.Module, example_input: Any) -> tuple[list[ConvSite], str]:
+def _find_sites(model: nn.Module, example_input: Any, mode: Mode) -> tuple[list[ConvSite], str]:
     """Returns every convolution with depth and kind, in depth order, and how these were found."""
     network, prefix = model, ""
     while isinstance(getattr(network, "_orig_mod", None), nn.Module):  # made by torch.compile
@@ -236,38 +159,66 @@ def _find_sites(model: nn.Module, example_input: Any) -> tuple[list[ConvSite], s
     first_owner: dict[int, str] = {}
     for place, name in enumerate(order, start=1):
         conv = convs[name]
-        store = store_of(conv)
-        reason = store.reason
-        if is_quantised(conv):
-            reason = "quantised: integers, which no optimizer trains"
-        reason_kind = None if reason is None else "unwritable"
-        weight = next(iter(store.parameters), None) if reason is None else None
         call = trace.calls.get(name) if trace else None
         centred = type(conv).__name__ in _WEIGHT_STANDARDISED
-        stored = conv._parameters.get("weight")
-        if call and stored is not None and not call.used_own_weight and not centred:
-            reason = reason or f"{_class_name(conv)} computes its weight in its forward pass"
-            reason_kind = "unwritable"
-        if weight is not None and id(weight) in first_owner:
-            reason = f"shares its weight with {prefix}{first_owner[id(weight)]}"
-            reason_kind = "shared"
-        elif weight is not None:
-            first_owner[id(weight)] = name
+        if mode == "step":
+            reason = _why_unwritable(conv, call, centred, prefix, name, first_owner)
+        else:
+            reason = _why_out_of_reach(conv, call, kinds[name], mode)
         if reason is None and conv.out_channels == 1:
-            reason, reason_kind = "one kernel: there is nothing to pair it with", "one_kernel"
+            reason = "one kernel: there is nothing to pair it with", "one_kernel"
         sites.append(
             ConvSite(
                 name=prefix + name,
                 depth=place if call or trace is None else None,
-                shape=() if weight is None else tuple(store.shape),
+                shape=kernel_shape(conv),
                 groups=conv.groups,
                 kind=kinds[name],
                 centred=centred,
-                reason=reason,
-                reason_kind=reason_kind,
+                reason=reason and reason[0],
+                reason_kind=reason and reason[1],
             )
         )
     return sites, found_by
+
+
+def _why_unwritable(
+    conv: _ConvNd,
+    call: Call | None,
+    centred: bool,
+    prefix: str,
+    name: str,
+    first_owner: dict[int, str],
+) -> tuple[str, str] | None:
+    """Returns why a step cannot merge the weight of a convolution, in words and as a kind."""
+    store = store_of(conv)
+    reason = store.reason
+    if is_quantised(conv):
+        reason = "quantised: integers, which no optimizer trains"
+    weight = next(iter(store.parameters), None) if reason is None else None
+    stored = conv._parameters.get("weight")
+    if call and stored is not None and not call.used_own_weight and not centred:
+        reason = reason or f"{_class_name(conv)} computes its weight in its forward pass"
+    if weight is not None and id(weight) in first_owner:
+        return f"shares its weight with {prefix}{first_owner[id(weight)]}", "shared"
+    if weight is not None:
+        first_owner[id(weight)] = name
+    return None if reason is None else (reason, "unwritable")
+
+
+def _why_out_of_reach(
+    conv: _ConvNd, call: Call | None, kind: str, mode: Mode
+) -> tuple[str, str] | None:
+    """Returns why the forward pass cannot merge a convolution, in words and as a kind."""
+    if is_quantised(conv):
+        return "quantised: integers, which no optimizer trains", "unwritable"
+    if isinstance(conv._parameters.get("weight"), nn.parameter.UninitializedParameter):
+        return "lazy: its weight has no shape before the first forward pass", "unwritable"
+    if call is not None and not call.is_called:
+        return "its weight is used without calling the module, so that no hook runs", "functional"
+    if mode == "outputs" and kind == "depthwise":
+        return "depthwise: its channels read different inputs, which outputs cannot mix", kind
+    return None
 
 
 def _class_name(conv: _ConvNd) -> str:

@@ -6,19 +6,48 @@ the source into the target if they are similar (eq. 3, 4)::
 
     cos(K_i, K_j) > tau   =>   K_i <- alpha K_i + (1 - alpha) K_j
 
+A convolution is linear in its kernels, so the same blend can be made on its outputs, with other
+pairs for each image and without a write to the weights (:func:`mix_channels`)::
+
+    y_i <- y_i + c_i (y_j - y_i),   c = 1 - alpha
+
 No function here waits for the device, so each can run in every training step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["draw_pairs"]
+__all__ = [
+    "blend_kernels",
+    "cyclic_sources",
+    "draw_bits",
+    "draw_pairs",
+    "draw_shift",
+    "fingerprint",
+    "mix",
+    "mix_channels",
+    "nearest_kernels",
+    "pair_cosines",
+    "relative_weight",
+]
+
+# -- which kernels are drawn -----------------------------------------------------------------------
+
+
+def mix(*numbers: int) -> int:
+    """Hashes integers to 32 bits, all that torch's CPU generator reads of a seed (splitmix64)."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+        state ^= state >> 31
+    return state >> 32
 
 
 def draw_pairs(
@@ -49,62 +78,80 @@ def draw_pairs(
     if groups < 1 or num_kernels < 1 or num_kernels % groups:
         raise ValueError(f"{num_kernels} kernels cannot be divided into {groups} equal groups")
     size = num_kernels // groups
+    # Explicit, because a user's default device or dtype must not change the draws.
     chances = torch.empty(num_kernels, dtype=torch.float32, device="cpu")
     chances.uniform_(generator=generator)
     # A kernel alone in its group has no partner, so it is never a target.
     targets = (chances < (probability if size > 1 else 0.0)).nonzero().flatten()
     shifts = torch.empty_like(targets).random_(1, max(2, size), generator=generator)
-    return targets, _shifted(targets, shifts, size)
+    return targets, cyclic_sources(targets, shifts, size)
 
 
-def draw_layers(
-    num_kernels: Sequence[int],
-    group_sizes: Sequence[int],
-    probability: float,
-    seeds: Sequence[int],
-) -> tuple[Tensor, list[int]]:
-    """Draws for several layers in a few operations.
-
-    Each layer draws what :func:`draw_pairs` draws with a generator of its seed, so that no layer
-    affects the draws of another.
+def draw_shift(num_kernels: int, groups: int, *key: int) -> int:
+    """Draws one cyclic shift for all kernels of a layer: each kernel's partner is uniform.
 
     Args:
-        num_kernels: C_out of each layer.
-        group_sizes: How many kernels are in each group of a layer.
-        probability: p, in [0, 1].
-        seeds: Seed of each layer, in [0, 2**32).
+        num_kernels: C_out of the convolution.
+        groups: As in :func:`draw_pairs`.
+        *key: The integers that decide the draw (seed, step, layer).
 
     Returns:
-        The drawn pairs, layer after layer, int64, shape (3, pairs) on the CPU: index of the layer
-        in the arguments, target, source; and the number of pairs of each layer.
+        A shift in [1, C_out / groups); 0 where a group has one kernel and no pair exists.
     """
-    generator = torch.Generator("cpu")
-    # Explicit, because a user's default device or dtype must not change the draws.
-    host: dict[str, Any] = {"generator": generator, "device": "cpu"}
-    chances, shifts = [], []
-    for count, size, seed in zip(num_kernels, group_sizes, seeds, strict=True):
-        generator.manual_seed(seed)
-        chances.append(torch.rand(count, dtype=torch.float32, **host))
-        # More than will be used: how many are needed is known only when all layers are drawn.
-        shifts.append(torch.randint(1, max(2, size), (count,), dtype=torch.int64, **host))
-    chance, shift = torch.cat(chances), torch.cat(shifts)
-    counts, size_of = torch.tensor([num_kernels, group_sizes], dtype=torch.int64, device="cpu")
-    begins = counts.cumsum(0) - counts
-    layer = torch.zeros_like(shift).index_fill_(0, begins[1:], 1).cumsum(0)  # of each kernel
-    drawn = ((chance < probability) & (size_of > 1)[layer]).nonzero().flatten()
-    layer = layer[drawn]
-    pairs = layer.bincount(minlength=len(counts))
-    first = begins[layer]
-    rank = torch.arange(len(drawn), device="cpu") - (pairs.cumsum(0) - pairs)[layer]
-    targets = drawn - first
-    sources = _shifted(targets, shift[first + rank], size_of[layer])
-    return torch.stack([layer, targets, sources]), pairs.tolist()
+    size = num_kernels // groups
+    return 1 + mix(*key) % (size - 1) if size > 1 else 0
 
 
-def _shifted(targets: Tensor, shifts: Tensor, size: int | Tensor) -> Tensor:
-    """Returns the indices shifted by some places, cyclically within each group of ``size``."""
+def cyclic_sources(targets: Tensor, shifts: Tensor | int, size: int) -> Tensor:
+    """Returns the partners that lie some places further, cyclically within each group.
+
+    Args:
+        targets: Indices of kernels, int64, any shape.
+        shifts: By how many places, int64, broadcast with ``targets``.
+        size: Kernels of one group.
+    """
     place = targets % size
     return targets - place + (place + shifts) % size
+
+
+def draw_bits(rows: Tensor, columns: Tensor) -> Tensor:
+    """Draws 32 random bits for each row and column, as a function of nothing but their keys.
+
+    A counter-based generator: it has no state that a recomputation, a replica or a graph could get
+    out of step with, and gives the same bits on every device, eager and compiled. Products stay
+    below 2**63, because signed overflow is undefined in compiled code.
+
+    Args:
+        rows: Keys of the images, int64, shape (rows,).
+        columns: Keys of the channels, int64, shape (columns,).
+
+    Returns:
+        Integers in [0, 2**32), int64, shape (rows, columns).
+    """
+    bits = (rows.unsqueeze(1) + columns.unsqueeze(0)) & 0xFFFFFFFF
+    bits = _scramble(_scramble(bits, 16, 0x7FEB352D), 15, 0x5A5B3D97)
+    return bits ^ (bits >> 16)
+
+
+def _scramble(bits: Tensor, shift: int, factor: int) -> Tensor:
+    return ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
+
+
+def fingerprint(inputs: Tensor) -> Tensor:
+    """Returns an integer that identifies the content of a batch, int64, a scalar on its device.
+
+    The sum over the bits does not depend on the order of summation, so that it is the same on
+    every device. It tells micro-batches apart without a counter: a pass that is run again for
+    activation checkpointing finds the draws of the first.
+    """
+    inputs = torch.view_as_real(inputs) if inputs.is_complex() else inputs
+    if inputs.is_floating_point():
+        whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(inputs.element_size())
+        inputs = inputs.view(whole) if whole else inputs.float().view(torch.int32)
+    if inputs.element_size() == 8:
+        inputs = inputs >> 24  # else the sum could overflow
+    total = inputs.sum(dtype=torch.int64)
+    return (total ^ (total >> 32)) & 0xFFFFFFFF
 
 
 def nearest_kernels(kernels: Tensor, targets: Tensor, groups: int = 1) -> Tensor:
@@ -131,6 +178,9 @@ def nearest_kernels(kernels: Tensor, targets: Tensor, groups: int = 1) -> Tensor
     return cosines.argmax(dim=1)
 
 
+# -- how similar they are (eq. 1, 2) ---------------------------------------------------------------
+
+
 def pair_cosines(kernels: Tensor, partners: Tensor) -> Tensor:
     """Returns the cosine similarity of each kernel with its partner (eq. 1, 2).
 
@@ -143,13 +193,9 @@ def pair_cosines(kernels: Tensor, partners: Tensor) -> Tensor:
         or holds NaN or Inf; NaN passes no threshold.
     """
     norms = torch.linalg.vector_norm(kernels, dim=1) * torch.linalg.vector_norm(partners, dim=1)
-    return cosines_of((kernels * partners).sum(dim=1), norms)
-
-
-def cosines_of(products: Tensor, norms: Tensor) -> Tensor:
-    """Computes cosines, shape (pairs,), from inner products and products of norms."""
+    cosines = ((kernels * partners).sum(dim=1) / norms).clamp(-1.0, 1.0)
     # 0 / 0 is NaN, and so is a quotient with an infinite norm: broken kernels drop out.
-    return torch.where(torch.isfinite(norms), (products / norms).clamp(-1.0, 1.0), math.nan)
+    return torch.where(torch.isfinite(norms), cosines, math.nan)
 
 
 def centre(kernels: Tensor) -> Tensor:
@@ -161,64 +207,54 @@ def centre(kernels: Tensor) -> Tensor:
     return kernels - kernels.mean(dim=-1, keepdim=True)
 
 
-def blend_kernels(
-    kernels: Tensor,
-    partners: Tensor,
-    merged: Tensor | None,
-    merge_weight: float | Tensor,
-    scale: Tensor | None = None,
-) -> Tensor:
-    """Blends the kernels of the merged pairs with their partners (eq. 3), leaving the others.
+# -- how they blend (eq. 3, 4) ---------------------------------------------------------------------
+
+
+def blend_kernels(kernels: Tensor, partners: Tensor, merge_weight: float | Tensor) -> Tensor:
+    """Blends kernels with their partners (eq. 3); which of them is decided by eq. 4.
 
     Args:
         kernels: Shape (pairs, fan_in).
         partners: Their partners, of the same shape and dtype.
-        merged: Boolean mask, shape (pairs,): which pairs are blended; None blends all.
         merge_weight: alpha, the weight of the kernel itself; above 1 it moves away from its
             partner. A number, or one for each pair, shape (pairs, 1).
-        scale: Factor of each blend, shape (pairs, 1), see :func:`norm_scale`; none by default.
 
     Returns:
-        ``alpha * kernels + (1 - alpha) * partners`` where ``merged``, else ``kernels``.
+        ``alpha * kernels + (1 - alpha) * partners``.
     """
-    blended = torch.lerp(partners, kernels, merge_weight)
-    if scale is not None:
-        blended = blended * scale
-    return blended if merged is None else torch.where(merged.unsqueeze(1), blended, kernels)
+    return torch.lerp(partners, kernels, merge_weight)
 
 
-def norm_scale(kernels: Tensor, partners: Tensor, merge_weight: float | Tensor) -> Tensor:
-    """Returns the factor that brings each blend back to the norm of its kernel, shape (pairs, 1).
+def norm_scale(kernels: Tensor, changed: Tensor) -> Tensor:
+    """Returns the factor that brings changed kernels back to their norm, shape (pairs, 1).
 
     The paper does not rescale: a blend of orthogonal kernels is shorter, by 18% at alpha = 0.8.
     """
-    blended = torch.lerp(partners, kernels, merge_weight)
     norms = torch.linalg.vector_norm(kernels, dim=1, keepdim=True)
-    return (norms / torch.linalg.vector_norm(blended, dim=1, keepdim=True)).nan_to_num(1.0, 1.0)
+    return (norms / torch.linalg.vector_norm(changed, dim=1, keepdim=True)).nan_to_num(1.0, 1.0)
 
 
-def signed_weight(kernels: Tensor, partners: Tensor, signs: Tensor, radius: float) -> Tensor:
+def relative_weight(kernels: Tensor, partners: Tensor, radius: float | Tensor) -> Tensor:
     """Returns the merge weight that moves each kernel by ``radius`` of its norm.
 
-    With it :func:`blend_kernels` returns ``K_i + s r |K_i| (K_j - K_i) / |K_j - K_i|``: a step of a
-    fixed relative size along the difference, toward the partner (s = 1) or away from it (s = -1).
+    With it :func:`blend_kernels` returns ``K_i + r |K_i| (K_j - K_i) / |K_j - K_i|``: a step of a
+    fixed relative size along the difference.
 
     Args:
         kernels: Shape (pairs, fan_in).
         partners: Their partners, of the same shape and dtype.
-        signs: 1 or -1, shape (pairs,).
-        radius: r, the size of the step relative to the kernel's norm.
+        radius: r, the size of the step relative to the kernel's norm; negative moves away from
+            the partner. A number, or one for each pair, shape (pairs, 1).
 
     Returns:
         Shape (pairs, 1); 1, which leaves the kernel unchanged, if both are equal.
     """
     norms = torch.linalg.vector_norm(kernels, dim=1, keepdim=True)
     distance = torch.linalg.vector_norm(partners - kernels, dim=1, keepdim=True)
-    step = signs.to(kernels.dtype).unsqueeze(1) * (radius * norms / distance)
-    return 1.0 - torch.where(distance > 0, step, 0.0)
+    return 1.0 - torch.where(distance > 0, radius * norms / distance, 0.0)
 
 
-def add_gaussian(kernels: Tensor, noise: Tensor, radius: float) -> Tensor:
+def add_gaussian(kernels: Tensor, noise: Tensor, radius: float | Tensor) -> Tensor:
     """Moves each kernel by ``radius`` of its norm in a random direction (LPF-SGD's filter noise).
 
     Args:
@@ -231,7 +267,7 @@ def add_gaussian(kernels: Tensor, noise: Tensor, radius: float) -> Tensor:
     return kernels + noise * (radius * norms / lengths)
 
 
-def multiply_gaussian(kernels: Tensor, noise: Tensor, radius: float) -> Tensor:
+def multiply_gaussian(kernels: Tensor, noise: Tensor, radius: float | Tensor) -> Tensor:
     """Scales each entry by ``1 + r z`` (DAMP, arXiv 2406.16540).
 
     The step has ``radius`` times the norm of its kernel in expectation.
@@ -242,6 +278,130 @@ def multiply_gaussian(kernels: Tensor, noise: Tensor, radius: float) -> Tensor:
         radius: r, the size of the step relative to the kernel's norm.
     """
     return kernels * (1.0 + radius * noise)
+
+
+# -- the same blend on the outputs of a convolution ------------------------------------------------
+
+
+def mix_channels(
+    outputs: Tensor,
+    shares: Tensor,
+    shift: Tensor | int,
+    groups: int = 1,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Blends the channels of a convolution's output as if its kernels had been blended (eq. 3).
+
+    ``y_i + c_i (y_j - y_i)`` is the output of the kernel ``K_i + c_i (K_j - K_i)``, because a
+    convolution is linear in its kernels; a bias is not blended. The partner ``j`` of channel ``i``
+    lies ``shift`` places further in its group. The gradient is that of the expression, to any
+    order. For the backward pass only the shares and the shift are kept.
+
+    Args:
+        outputs: y, shape (N, C, *map), floating point, in any memory format, which is kept.
+        shares: c = 1 - alpha, shape (N, C), or (1, C) for all images together.
+        shift: A number in [1, C / groups); or a tensor, int64, shape (1, 1) for all images or
+            (N, 1) for a partner of its own in each image.
+        groups: Groups of the convolution.
+        bias: Its bias b, shape (C,); adds ``c_i (b_i - b_j)``.
+
+    Returns:
+        A new tensor of the shape, dtype and memory format of ``outputs``.
+    """
+    shares = shares.to(outputs.dtype)
+    mixed: Tensor = _MixChannels.apply(outputs, _over_map(shares, outputs), shift, groups)
+    if bias is None:
+        return mixed
+    places = _sources(shift, len(bias), groups, outputs.device)
+    return mixed + _over_map(shares * (bias - bias[places]).to(shares), outputs)
+
+
+class _MixChannels(torch.autograd.Function):
+    """The blend of channels, with the blend in the other direction as its gradient.
+
+    Autograd's own would keep the whole output and scatter the gradient, which is slow and, on a
+    GPU, not repeatable.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, shares: Tensor, shift: Any, groups: int) -> Tensor:
+        ctx.save_for_backward(shares)
+        ctx.shift, ctx.groups = shift, groups
+        if isinstance(shift, Tensor):
+            return torch.lerp(outputs, _shifted(outputs, shift, groups), shares)
+        mixed = torch.empty_like(outputs)
+        for here, there in _halves(outputs.shape[1], shift, groups):
+            part = _part(mixed, here, groups)
+            torch.lerp(
+                _part(outputs, here, groups),
+                _part(outputs, there, groups),
+                _part(shares, here, groups),
+                out=part,
+            )
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (shares,) = ctx.saved_tensors
+        return _Transposed.apply(gradients[0], shares, ctx.shift, ctx.groups), None, None, None
+
+
+class _Transposed(torch.autograd.Function):
+    """The gradient of :class:`_MixChannels`, whose own gradient is that blend again."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, shares: Tensor, shift: Any, groups: int) -> Tensor:
+        ctx.save_for_backward(shares)
+        ctx.shift, ctx.groups = shift, groups
+        found = torch.addcmul(gradient, shares, gradient, value=-1)
+        if isinstance(shift, Tensor):
+            return found + _shifted(shares * gradient, -shift, groups)
+        for here, there in _halves(gradient.shape[1], shift, groups):
+            _part(found, there, groups).addcmul_(
+                _part(shares, here, groups), _part(gradient, here, groups)
+            )
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (shares,) = ctx.saved_tensors
+        return _MixChannels.apply(gradients[0], shares, ctx.shift, ctx.groups), None, None, None
+
+
+def _halves(channels: int, shift: int, groups: int) -> tuple[tuple[slice, slice], ...]:
+    """Returns a cyclic shift as two ranges of channels of a group, and the ranges they read."""
+    size = channels // groups
+    wrapped = size - shift
+    return (
+        (slice(0, wrapped), slice(shift, size)),
+        (slice(wrapped, size), slice(0, shift)),
+    )
+
+
+def _part(tensor: Tensor, channels: slice, groups: int) -> Tensor:
+    """Returns a view of some channels of each group."""
+    if groups == 1:
+        return tensor[:, channels]
+    return tensor.unflatten(1, (groups, -1))[:, :, channels]
+
+
+def _sources(shift: Tensor | int, channels: int, groups: int, device: torch.device) -> Tensor:
+    """Returns the partner of each channel, int64, shape (1, C) or (N, C); (C,) for a number."""
+    everyone = torch.arange(channels, device=device)
+    return cyclic_sources(everyone, shift, channels // groups)
+
+
+def _shifted(values: Tensor, shift: Tensor, groups: int) -> Tensor:
+    """Returns each channel's partner in the memory format of ``values``."""
+    places = _sources(shift, values.shape[1], groups, values.device)
+    if len(places) == 1:
+        return values[:, places[0]]
+    return torch.take_along_dim(values, _over_map(places, values).expand_as(values), 1)
+
+
+def _over_map(per_channel: Tensor, outputs: Tensor) -> Tensor:
+    """Returns a view of (N, C) that broadcasts over the map of a convolution."""
+    return per_channel.reshape(*per_channel.shape, *[1] * (outputs.ndim - 2))
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

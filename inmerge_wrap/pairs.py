@@ -1,126 +1,232 @@
-"""The pairs of kernels that one step draws, and their outcome."""
+"""The draw and the move of one layer: what the settings make of the formulas.
+
+Merging after a step and in the forward pass both call these functions.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Outcome", "Pairs", "Totals", "mix", "places_of"]
+from inmerge_wrap.kernels import stream_of
+from inmerge_wrap.merging import (
+    add_gaussian,
+    blend_kernels,
+    centre,
+    draw_pairs,
+    draw_shift,
+    mix,
+    multiply_gaussian,
+    nearest_kernels,
+    norm_scale,
+    pair_cosines,
+    relative_weight,
+)
+from inmerge_wrap.plan import ConvSite
+from inmerge_wrap.settings import MergeSettings
 
+__all__ = [
+    "Move",
+    "Outcome",
+    "choose_sources",
+    "compare",
+    "draw_layer",
+    "draw_noise",
+    "draw_signs",
+    "move",
+    "shared_shift",
+]
 
-@dataclass(frozen=True)
-class Pairs:
-    """Ordered pairs of kernels of several layers, layer after layer.
-
-    Attributes:
-        table: int64, shape (3, pairs): number of the layer, target, source. Within a layer no
-            target repeats.
-        lengths: Number of pairs of each layer.
-    """
-
-    table: Tensor
-    lengths: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return self.table.shape[1]
-
-    @property
-    def layer(self) -> Tensor:
-        """Number of each pair's layer in the plan, shape (pairs,)."""
-        return self.table[0]
-
-    @property
-    def targets(self) -> Tensor:
-        """The kernels that may change, shape (pairs,)."""
-        return self.table[1]
-
-    @property
-    def sources(self) -> Tensor:
-        """Their partners, shape (pairs,)."""
-        return self.table[2]
-
-    def to(self, device: torch.device) -> Pairs:
-        """Returns the pairs on a device, without waiting for it."""
-        if self.table.device == device:
-            return self
-        table = self.table.pin_memory() if device.type == "cuda" else self.table
-        return replace(self, table=table.to(device, non_blocking=device.type == "cuda"))
-
-    def split(self) -> list[Pairs]:
-        """Splits the pairs by layer."""
-        parts = self.table.split(self.lengths, dim=1)
-        return [Pairs(part, (part.shape[1],)) for part in parts]
-
-    def of(self, places: Sequence[int]) -> Pairs:
-        """Returns the pairs of some of the layers, by their positions in :attr:`lengths`."""
-        if len(places) == len(self.lengths):
-            return self
-        parts = self.table.split(self.lengths, dim=1)
-        table = torch.cat([parts[place] for place in places], dim=1)
-        return Pairs(table, tuple(self.lengths[place] for place in places))
-
-    def at(self, index: Tensor) -> Pairs:
-        """Returns some pairs of a single layer, by position."""
-        return Pairs(self.table[:, index], (len(index),))
-
-    def toward(self, sources: Tensor) -> Pairs:
-        """Returns the same targets with other sources, shape (pairs,)."""
-        return replace(self, table=torch.stack([self.layer, self.targets, sources]))
+# They separate the random streams of directions and of shared partners from that of the pairs.
+_DIRECTION_STREAM, _PARTNER_STREAM = 2**40, 2**41
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one step did.
+    """What one pass over some layers did.
 
     Attributes:
-        layer: Number of each drawn pair's layer in the plan, of any integer type, shape (pairs,).
-        cosines: Cosine of each drawn pair, shape (pairs,); NaN where it is undefined.
-        merged: Whether the target changed, boolean, shape (pairs,).
-        lengths: Number of pairs that each layer drew, in the order of the layers of the step.
-    """
-
-    layer: Tensor
-    cosines: Tensor
-    merged: Tensor
-    lengths: tuple[int, ...]
-
-    def has_merged(self, number: int) -> bool:
-        """Returns whether a pair of a layer merged; waits for the device."""
-        return bool(self.merged[self.layer == number].any())
-
-
-@dataclass(frozen=True)
-class Totals:
-    """What one step did, added up by the engine.
-
-    Attributes:
-        numbers: Number of each layer in the plan.
-        sums: For each layer, in five lists: pairs drawn, pairs merged, pairs without a cosine, sum
-            of the cosines, largest cosine (-2 for none).
+        numbers: Position of each layer in the plan.
+        lengths: Pairs that each layer drew.
+        cosines: Cosine of each drawn pair, layer after layer, shape (pairs,); NaN where undefined.
+        merged: Whether the pair merged, boolean, shape (pairs,).
     """
 
     numbers: Sequence[int]
-    sums: Sequence[Sequence[float]]
+    lengths: Sequence[int]
+    cosines: Tensor
+    merged: Tensor
 
-    def has_merged(self, number: int) -> bool:
-        """See :meth:`Outcome.has_merged`."""
-        return bool(self.sums[1][self.numbers.index(number)])
+    @property
+    def layer(self) -> Tensor:
+        """Position of each pair's layer in the plan, int64, shape (pairs,)."""
+        device = self.cosines.device
+        numbers, lengths = torch.tensor([[*self.numbers], [*self.lengths]], device=device)
+        return numbers.repeat_interleave(lengths, output_size=len(self.cosines))
 
 
-def places_of(lengths: Sequence[int]) -> Tensor:
-    """Returns the layer of each pair by its place in ``lengths``, int64, on the CPU."""
-    return torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device="cpu"))
+@dataclass(frozen=True)
+class Move:
+    """How some kernels move, so that what follows them can move likewise.
+
+    Attributes:
+        rows: The new kernels, shape (pairs, fan_in).
+        merge_weight: alpha, for all pairs or for each, shape (pairs, 1); None for noise.
+        scale: The factor that kept the norm, shape (pairs, 1); None if the norm is not kept.
+    """
+
+    rows: Tensor
+    merge_weight: float | Tensor | None
+    scale: Tensor | None
+
+    def follow(self, rows: Tensor, partners: Tensor) -> Tensor:
+        """Blends what an optimizer keeps of the same kernels, shape (pairs, fan_in), likewise."""
+        assert self.merge_weight is not None, "noise has no partner to blend with"
+        weight = self.merge_weight
+        weight = weight.to(rows.dtype) if isinstance(weight, Tensor) else weight
+        blended = blend_kernels(rows, partners, weight)
+        return blended if self.scale is None else blended * self.scale.to(rows.dtype)
 
 
-def mix(*numbers: int) -> int:
-    """Hashes integers to 32 bits, all that torch's CPU generator reads of a seed (splitmix64)."""
-    state = 0
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) % 2**64
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
-        state ^= state >> 31
-    return state >> 32
+def draw_layer(site: ConvSite, probability: float, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Draws the pairs of a layer from the seed, the step and the layer alone.
+
+    Returns:
+        ``(targets, sources)`` on the CPU, see :func:`inmerge_wrap.merging.draw_pairs`.
+    """
+    generator = torch.Generator("cpu").manual_seed(mix(seed, step, stream_of(site)))
+    return draw_pairs(site.shape[0], probability, generator, site.pair_groups)
+
+
+def shared_shift(site: ConvSite, seed: int, step: int) -> int:
+    """Draws the shift that gives all kernels of a layer their partners on the outputs."""
+    return draw_shift(
+        site.shape[0], site.pair_groups, seed, step, _PARTNER_STREAM + stream_of(site)
+    )
+
+
+def draw_signs(site: ConvSite, count: int, seed: int, step: int) -> Tensor:
+    """Draws 1 or -1 for each of the drawn pairs of a layer, int64, shape (count, 1), on the CPU.
+
+    Also for those that will not merge, so that no sign depends on which of them do.
+    """
+    generator = _direction_generator(site, seed, step, torch.device("cpu"))
+    return 2 * torch.randint(0, 2, (count, 1), generator=generator, device="cpu") - 1
+
+
+def draw_noise(site: ConvSite, count: int, seed: int, step: int, device: torch.device) -> Tensor:
+    """Draws standard normal numbers for kernels of a layer, float32, shape (count, fan_in)."""
+    generator = _direction_generator(site, seed, step, device)
+    shape = (count, site.fan_in)
+    return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+
+
+def _direction_generator(
+    site: ConvSite, seed: int, step: int, device: torch.device
+) -> torch.Generator:
+    stream = _DIRECTION_STREAM + stream_of(site)
+    return torch.Generator(device).manual_seed(mix(seed, step, stream))
+
+
+def choose_sources(
+    kernels: Tensor, targets: Tensor, sources: Tensor, site: ConvSite, settings: MergeSettings
+) -> Tensor:
+    """Returns the partners of the drawn kernels: the drawn ones, or those that a rule chooses.
+
+    Args:
+        kernels: All kernels of the layer, shape (C_out, fan_in), float32 or wider.
+        targets: The drawn kernels, int64, shape (pairs,).
+        sources: Their drawn partners.
+        site: The layer.
+        settings: The settings of the wrapper.
+
+    Raises:
+        ValueError: If a user's rule returns indices of another shape or dtype.
+    """
+    if settings.partner == "random":
+        return sources
+    bank = centre(kernels) if site.centred else kernels
+    if settings.partner == "most_similar":
+        return nearest_kernels(bank, targets, site.pair_groups)
+    rule = settings.partner
+    found = rule.sources(bank, targets, site.pair_groups)
+    if found.shape != targets.shape or found.dtype != torch.int64:
+        raise ValueError(
+            f"partner={rule!r} must return one int64 index for each of the {len(targets)} "
+            f"targets, got {found.dtype} of shape {tuple(found.shape)}"
+        )
+    return found
+
+
+def compare(
+    kernels: Tensor, partners: Tensor, settings: MergeSettings, *, centred: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns the cosine of each pair (eq. 1, 2) and whether it passes the threshold (eq. 4)."""
+    if centred:
+        kernels, partners = centre(kernels), centre(partners)
+    cosines = pair_cosines(kernels, partners)
+    similar = settings.similarity_threshold.alike(cosines, kernels.shape[1])
+    if similar.shape != cosines.shape or similar.dtype != torch.bool:
+        raise TypeError(
+            f"similarity_threshold={settings.similarity_threshold} must decide on each pair: its "
+            f"alike() gave a {similar.dtype} of shape {tuple(similar.shape)} for {len(cosines)} "
+            "cosines instead of as many booleans"
+        )
+    return cosines, similar
+
+
+def weight_of(
+    kernels: Tensor,
+    partners: Tensor,
+    signs: Tensor | None,
+    size: float | Tensor,
+    settings: MergeSettings,
+) -> float | Tensor:
+    """Returns alpha, the weight of the kernel itself, for all pairs or for each, (pairs, 1).
+
+    Args:
+        kernels: Shape (pairs, fan_in).
+        partners: Of the same shape.
+        signs: 1 or -1, shape (pairs, 1), of the signed direction; None toward the partner.
+        size: The size of the move at this step, see :class:`Strength`.
+        settings: The settings of the wrapper.
+    """
+    if not isinstance(settings.direction, str):
+        return 1.0 - size * (1.0 - settings.direction.weight(kernels, partners))
+    ways = None if signs is None else signs.to(kernels.dtype)
+    if settings.size == "radius":
+        return relative_weight(kernels, partners, size if ways is None else ways * size)
+    return size if ways is None else 1.0 - ways * (1.0 - size)
+
+
+def move(
+    kernels: Tensor,
+    partners: Tensor,
+    signs: Tensor | None,
+    noise: Tensor | None,
+    size: float | Tensor,
+    settings: MergeSettings,
+) -> Move:
+    """Moves kernels toward their partners (eq. 3), or in the direction that is set.
+
+    Args:
+        kernels: Shape (pairs, fan_in), float32 or wider.
+        partners: Of the same shape.
+        signs: See :func:`weight_of`.
+        noise: Standard normal numbers of the same shape, for a direction that needs them.
+        size: See :func:`weight_of`.
+        settings: The settings of the wrapper.
+    """
+    if noise is None:
+        weight = weight_of(kernels, partners, signs, size, settings)
+        rows = blend_kernels(kernels, partners, weight)
+    else:
+        add = add_gaussian if settings.direction == "gaussian" else multiply_gaussian
+        weight, rows = None, add(kernels, noise.to(kernels.dtype), size)
+    if not settings.keep_norm:
+        return Move(rows, weight, None)
+    scale = norm_scale(kernels, rows)
+    return Move(rows * scale, weight, scale)

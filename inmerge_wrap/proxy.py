@@ -10,7 +10,7 @@ from torch import nn
 
 from inmerge_wrap import neighbours
 from inmerge_wrap.schedule import Schedule
-from inmerge_wrap.settings import MergeSettings
+from inmerge_wrap.settings import DirectionRule, MergeSettings, Mode, PartnerRule
 from inmerge_wrap.thresholds import Threshold
 
 __all__ = ["NetworkProxy"]
@@ -30,18 +30,19 @@ class NetworkProxy(nn.Module):
     """
 
     # The settings, for type checkers: a frozen object holds them, and __getattr__ returns them.
+    mode: Mode
     merge_weight: float
+    radius: float | None
     similarity_threshold: Threshold
     merge_probability: float
     schedule: Schedule
-    partner: str
-    direction: str
-    radius: float
+    partner: str | PartnerRule
+    direction: str | DirectionRule
+    shared_partner: bool
+    shared_sign: bool
     keep_norm: bool
     merge_momentum: bool
-    transient: bool
-    replica_draws: bool
-    engine: str
+    compiled: bool | None
     seed: int
     inspect_every: int
     check_replicas_every: int

@@ -25,10 +25,12 @@ class LayerReport:
         name: The convolution.
         steps: Optimizer steps that the layer has seen.
         passes: Of these, the steps in which its pairs were drawn.
-        drawn: Pairs drawn in all passes.
+        drawn: Pairs drawn in all passes; on the outputs, images x channels of all forward passes.
         merged: Of these, the pairs that passed the threshold and were blended.
         undefined: Of these, the pairs without a cosine: a kernel was zero or held NaN or Inf.
-        mean_cosine: Mean over the drawn pairs that have a cosine; None before the first.
+        compared: Of these, the pairs with a cosine. Without a threshold (tau = -1) nothing is
+            compared on the outputs.
+        mean_cosine: Mean over the compared pairs; None before the first.
         max_cosine: The largest cosine drawn; None before the first.
     """
 
@@ -38,6 +40,7 @@ class LayerReport:
     drawn: int
     merged: int
     undefined: int
+    compared: int
     mean_cosine: float | None
     max_cosine: float | None
 
@@ -90,7 +93,7 @@ def pairs_between(earlier: LayerReport | None, later: LayerReport) -> tuple[int,
     """
 
     def sums(layer: LayerReport) -> tuple[int, int, int, float]:
-        known = layer.drawn - layer.undefined
+        known = layer.compared
         return layer.drawn, layer.merged, known, (layer.mean_cosine or 0.0) * known
 
     drawn, merged, known, cosines = sums(later)
@@ -108,13 +111,14 @@ class MergeReport:
         layers: One report per layer, in the order of the plan.
         ended: The step at which the schedule ended merging, if training went on after it.
         idle: Why no step was seen although training ran; None otherwise.
-        engine: The engines in use, with their number of layers; empty if unknown.
+        unit: What is counted: ``"drawn pairs"`` of kernels, or on the outputs
+            ``"images x channels"``.
     """
 
     layers: tuple[LayerReport, ...]
     ended: int | None = None
     idle: str | None = None
-    engine: str = ""
+    unit: str = "drawn pairs"
 
     def __iter__(self) -> Iterator[LayerReport]:
         return iter(self.layers)
@@ -174,10 +178,8 @@ class MergeReport:
                 f"{number(layer.max_cosine):>7}{broken}"
             )
         lines.append(
-            f"{self.merged:,} of {self.drawn:,} drawn pairs were merged ({self.share:.2%})."
+            f"{self.merged:,} of {self.drawn:,} {self.unit} were merged ({self.share:.2%})."
         )
-        if self.engine:
-            lines.append(f"Engine: {self.engine}.")
         if self.ended is not None:
             lines.append(
                 f"Merging ended at step {self.ended:,}, as its schedule says; training has run to "

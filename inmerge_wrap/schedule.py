@@ -56,12 +56,3 @@ class Schedule:
             return 1.0
         done = (step - self.start) / (self.end - self.start)
         return 1.0 - done if self.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-
-    def apply(
-        self, step: int, merge_probability: float, merge_weight: float
-    ) -> tuple[float, float]:
-        """Returns (p, alpha) at an optimizer step; p is 0 where the step does not merge."""
-        level = self.level(step)
-        if self.anneals == "probability" or level == 0.0:
-            return merge_probability * level, merge_weight
-        return merge_probability, 1.0 - (1.0 - merge_weight) * level

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import wraps
 from numbers import Real
-from typing import Any, Literal, ParamSpec
+from typing import Any, Literal, ParamSpec, Protocol
 
-from inmerge_wrap.engines import ENGINES
+import torch
+from torch import Tensor
+
 from inmerge_wrap.merging import check_range
 from inmerge_wrap.schedule import Schedule
 from inmerge_wrap.thresholds import Fixed, Threshold, ZScore, as_threshold
 
-__all__ = ["MergeSettings", "recommended_settings"]
+__all__ = [
+    "DirectionRule",
+    "MergeSettings",
+    "Mode",
+    "PartnerRule",
+    "Strength",
+    "recommended_settings",
+]
 
+Mode = Literal["step", "outputs", "weights"]
+MODES = ("step", "outputs", "weights")
 PARTNERS = ("random", "most_similar")
 DIRECTIONS = ("partner", "signed", "gaussian", "multiplicative")
-_CHOICES = {"partner": PARTNERS, "direction": DIRECTIONS, "engine": ENGINES}
+NOISE = ("gaussian", "multiplicative")
 # The symbols of the paper and the documentation, and the arguments that they denote.
 _SYMBOLS = {
     "alpha": ("merge_weight", "in [0, 2]"),
@@ -26,6 +37,33 @@ _SYMBOLS = {
     "L_s": ("shallow_layers", "a count of layers, or a share of the depth in [0, 1)"),
 }
 _P = ParamSpec("_P")
+
+
+class PartnerRule(Protocol):
+    """A user's own choice of each kernel's partner."""
+
+    def sources(self, kernels: Tensor, targets: Tensor, groups: int) -> Tensor:
+        """Returns the partner of each target, int64, shape (pairs,).
+
+        Args:
+            kernels: All kernels of the layer, shape (C_out, fan_in), float32 or wider.
+            targets: The drawn kernels, int64, shape (pairs,).
+            groups: Groups of the layer; a partner must be in the group of its target.
+        """
+        ...
+
+
+class DirectionRule(Protocol):
+    """A user's own way and size of the move, along the line between a kernel and its partner."""
+
+    def weight(self, kernels: Tensor, partners: Tensor) -> Tensor:
+        """Returns the merge weight alpha of each pair at full strength, shape (pairs, 1).
+
+        Args:
+            kernels: Shape (pairs, fan_in), float32 or wider.
+            partners: Of the same shape.
+        """
+        ...
 
 
 def explains_symbols(function: Callable[_P, None]) -> Callable[_P, None]:
@@ -44,27 +82,44 @@ def explains_symbols(function: Callable[_P, None]) -> Callable[_P, None]:
     return explained
 
 
+@dataclass(frozen=True)
+class Strength:
+    """How strongly one step merges.
+
+    Attributes:
+        probability: p at this step.
+        size: At this step alpha, or the radius, or for a :class:`DirectionRule` the share of its
+            full move.
+    """
+
+    probability: float
+    size: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class MergeSettings:
     """The settings of an :class:`inmerge_wrap.InMergeWrapper`, which documents each attribute.
 
     Raises:
         ValueError: If a setting is out of range, or two contradict each other.
-        TypeError: If a number, threshold or schedule is of another type.
+        TypeError: If a number, threshold, rule or schedule is of another type.
     """
 
+    mode: Mode = "step"
     merge_weight: float = 0.8
+    radius: float | None = None
     similarity_threshold: Threshold = field(default_factory=lambda: Fixed(0.3))
     merge_probability: float = 0.3
     schedule: Schedule = field(default_factory=Schedule)
-    partner: Literal["random", "most_similar"] = "random"
-    direction: Literal["partner", "signed", "gaussian", "multiplicative"] = "partner"
-    radius: float = 0.3
+    partner: Literal["random", "most_similar"] | PartnerRule = "random"
+    direction: Literal["partner", "signed", "gaussian", "multiplicative"] | DirectionRule = (
+        "partner"
+    )
+    shared_partner: bool = True
+    shared_sign: bool = False
     keep_norm: bool = False
     merge_momentum: bool = False
-    transient: bool = False
-    replica_draws: bool = False
-    engine: str = "auto"
+    compiled: bool | None = None
     seed: int = 0
     inspect_every: int = 100
     check_replicas_every: int = 0
@@ -72,104 +127,148 @@ class MergeSettings:
     def __post_init__(self) -> None:
         check_range("merge_weight", self.merge_weight, 0.0, 2.0)
         check_range("merge_probability", self.merge_probability, 0.0, 1.0)
-        check_range("radius", self.radius, 0.0, 2.0)
+        if self.radius is not None:
+            check_range("radius", self.radius, 0.0, 2.0)
         object.__setattr__(self, "similarity_threshold", as_threshold(self.similarity_threshold))
         if not isinstance(self.schedule, Schedule):
             raise TypeError(f"schedule must be a Schedule, got {self.schedule!r}")
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                listed = " or ".join(map(repr, choices))
-                raise ValueError(f"{name} must be {listed}, got {value!r}")
+        _check_choice("mode", self.mode, MODES)
+        _check_choice("partner", self.partner, PARTNERS, rule="sources")
+        _check_choice("direction", self.direction, DIRECTIONS, rule="weight")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be an integer in [0, 2**32), got {self.seed!r}")
         for name in ("inspect_every", "check_replicas_every"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} must be a count of steps >= 0, got {value!r}")
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
-        unused = {"radius": "merge_weight", "merge_weight": "radius"}[self.size]
-        value, default = getattr(self, unused), getattr(MergeSettings, unused)
-        if value != default:
-            raise ValueError(
-                f"{unused}={value} has no effect with direction={self.direction!r}, where "
-                f"{self.size} is the size of the change: set {self.size}, and leave {unused} at "
-                f"{default}"
-            )
-        if self.merge_momentum and self.transient:
-            raise ValueError(
-                "merge_momentum has no effect with transient=True: the optimizer steps from the "
-                "unmerged kernels; leave one of them out"
-            )
-        if self.merge_momentum and self.direction in ("gaussian", "multiplicative"):
-            raise ValueError(
-                f"merge_momentum needs a partner to blend with, and direction={self.direction!r} "
-                "has none; leave one of them out"
-            )
-        if self.replica_draws and not self.transient:
-            raise ValueError(
-                "replica_draws=True needs transient=True: replicas that merge different pairs "
-                "permanently would drift apart"
-            )
+        for problem in _contradictions(self):
+            raise ValueError(problem)
 
     @property
     def size(self) -> str:
-        """Name of the setting that is the size of a change: ``merge_weight`` or ``radius``."""
-        return "merge_weight" if self.direction == "partner" else "radius"
+        """Name of the setting that is the size of a change."""
+        if not isinstance(self.direction, str):
+            return "direction"
+        return "merge_weight" if self.radius is None else "radius"
 
     @property
     def changes_nothing(self) -> bool:
         """Whether the change has size zero, so that pairs count as merged and no kernel changes."""
-        return self.merge_weight == 1.0 if self.direction == "partner" else self.radius == 0.0
+        return {"merge_weight": self.merge_weight == 1.0, "radius": self.radius == 0.0}.get(
+            self.size, False
+        )
 
-    def at(self, step: int) -> MergeSettings | None:
-        """Returns the settings of an optimizer step; None where the step does not merge."""
+    @property
+    def compares(self) -> bool:
+        """Whether the merge looks at cosines: a threshold of -1 lets every pair pass."""
+        return self.similarity_threshold != Fixed(-1.0)
+
+    def strength(self, step: int) -> Strength | None:
+        """Returns how strongly an optimizer step merges; None where it does not merge."""
         level = self.schedule.level(step)
         if level == 0.0:
             return None
-        if level == 1.0:
-            return self
-        probability, weight = self.schedule.apply(step, self.merge_probability, self.merge_weight)
-        if self.direction == "partner":
-            return replace(self, merge_probability=probability, merge_weight=weight)
         fades = self.schedule.anneals == "strength"
-        radius = self.radius * level if fades else self.radius
-        return replace(self, merge_probability=probability, radius=radius)
+        full = {
+            "merge_weight": 1.0 - (1.0 - self.merge_weight) * level if fades else self.merge_weight,
+            "radius": (self.radius or 0.0) * (level if fades else 1.0),
+            "direction": level if fades else 1.0,
+        }
+        probability = self.merge_probability * (1.0 if fades else level)
+        return Strength(probability, full[self.size])
 
 
-def recommended_settings(total_steps: int, *, transient: bool = True) -> dict[str, Any]:
+def _check_choice(name: str, value: Any, choices: tuple[str, ...], rule: str = "") -> None:
+    """Raises an error that lists the values of a setting, and the method of a rule."""
+    if value in choices if isinstance(value, str) else rule and callable(getattr(value, rule, "")):
+        return
+    listed = " or ".join(map(repr, choices))
+    other = f", or an object with a method {rule}()" if rule else ""
+    raise ValueError(f"{name} must be {listed}{other}, got {value!r}")
+
+
+def _contradictions(of: MergeSettings) -> list[str]:
+    """Returns what does not go together, each as a message with the remedy."""
+    default = MergeSettings.merge_weight
+    noise = of.direction in NOISE if isinstance(of.direction, str) else False
+    rule = not isinstance(of.direction, str)
+    outputs, forward = of.mode == "outputs", of.mode != "step"
+    found = {
+        f"direction={of.direction!r} needs a size relative to the kernel: set radius, for "
+        "example radius=0.3": noise and of.radius is None,
+        f"merge_weight={of.merge_weight} has no effect with radius={of.radius}, which is the size "
+        f"of the change: set one of the two, and leave merge_weight at {default}": (
+            of.radius is not None and of.merge_weight != default
+        ),
+        f"direction={of.direction!r} decides the size itself: leave merge_weight and radius at "
+        "their defaults": rule and (of.radius is not None or of.merge_weight != default),
+        f"direction={of.direction!r} has no form on the outputs of a convolution: use "
+        "mode='weights', or direction='partner' or 'signed'": outputs and noise,
+        f"partner={of.partner!r} needs mode='step' or 'weights': on the outputs the partners of "
+        "all kernels are one cyclic shift": outputs and of.partner != "random",
+        "shared_partner=False needs mode='outputs': only there each image can have its own "
+        "pairs": not outputs and not of.shared_partner,
+        "shared_sign=True needs mode='outputs', where signs are drawn for each image": (
+            not outputs and of.shared_sign
+        ),
+        "keep_norm=True needs mode='step' or 'weights': on the outputs no kernel is there to be "
+        "rescaled": outputs and of.keep_norm,
+        f"merge_momentum has no effect with mode={of.mode!r}, where no weight is written: leave "
+        "one of them out": forward and of.merge_momentum,
+        f"merge_momentum needs a partner to blend with, and direction={of.direction!r} has none; "
+        "leave one of them out": of.merge_momentum and noise,
+        f"compiled={of.compiled} has no effect with mode={of.mode!r}, which compiles with the "
+        "network: use torch.compile(model)": forward and of.compiled is not None,
+    }
+    return [problem for problem, is_so in found.items() if is_so]
+
+
+def recommended_settings(total_steps: int, *, mode: Mode = "outputs") -> dict[str, Any]:
     """Returns the settings of ``InMergeWrapper.recommended``, to be shown or changed.
 
-    They are those that docs/evidence.md confirms for fine-tuning: at each step every kernel of
-    every merged layer moves by .3 of its norm toward a random partner or away from it, for the
-    gradient alone. The move fades out along a cosine. It ends 5 % of the steps before the end of
-    training, so that the BatchNorm statistics fit the final weights.
+    In the forward pass (``mode="outputs"``): in every merged layer of the whole depth the channels
+    of each image move by a fifth toward a partner or away from it. The move fades out along a
+    cosine. It ends 5% of the steps before the end of training, so that the BatchNorm statistics
+    fit the final weights.
 
     Args:
         total_steps: Optimizer steps of the whole training run.
-        transient: False returns settings for merging that stays, where transient merging is not
-            possible (FSDP2) or not wanted: deep pairs that are more similar than chance
-            (:class:`ZScore` of 2) merge as in the paper, and the probability fades out.
+        mode: ``"step"`` returns settings for merging after each step: deep pairs that are more
+            similar than chance (:class:`ZScore` of 2) merge as in the paper, and the probability
+            fades out. ``"weights"`` returns those of ``"outputs"`` with a move of 0.3 of the
+            kernel's norm, which all images share.
 
     Raises:
-        ValueError: If ``total_steps`` is not positive.
+        ValueError: If ``total_steps`` is not positive, or the mode unknown.
     """
     if not isinstance(total_steps, Real) or total_steps < 1:
         raise ValueError(f"total_steps must be a count of steps >= 1, got {total_steps!r}")
+    _check_choice("mode", mode, MODES)
     end = max(1, int(total_steps) - max(1, int(total_steps) // 20))
-    if not transient:
+    if mode == "step":
         return {
+            "mode": "step",
             "similarity_threshold": ZScore(2.0),
             "schedule": Schedule(end=end, decay="cosine"),
         }
+    size = {"merge_weight": 0.8} if mode == "outputs" else {"radius": 0.3}
     return {
-        "transient": True,
+        "mode": mode,
         "direction": "signed",
-        "radius": 0.3,
+        **size,
         "shallow_layers": 0,
         "similarity_threshold": -1.0,
         "merge_probability": 1.0,
         "schedule": Schedule(end=end, decay="cosine", anneals="strength"),
     }
+
+
+def compiles(compiled: bool | None, device: torch.device) -> bool:
+    """Returns whether a pass after a step runs compiled: as set, or on a GPU with Triton."""
+    if compiled is not None:
+        return compiled
+    if device.type != "cuda":
+        return False
+    from torch.utils._triton import has_triton
+
+    return has_triton()

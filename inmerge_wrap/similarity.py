@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inmerge_wrap.discovery import SKIPPED_KINDS, ConvSite, Pattern, plan_merging
+from inmerge_wrap.discovery import SKIPPED_KINDS, Pattern, plan_merging
+from inmerge_wrap.kernels import store_of
 from inmerge_wrap.merging import centre
-from inmerge_wrap.stores import store_of
+from inmerge_wrap.plan import ConvSite
 from inmerge_wrap.unwrapping import unwrap
 
 __all__ = [

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from inmerge_wrap.pairs import Outcome, Totals
+from inmerge_wrap.pairs import Outcome
 from inmerge_wrap.report import LayerReport, MergeReport
 
 __all__ = ["Tally"]
 
-_FORMAT = 1
-_COLUMNS = 7
-_PASSES_AT_ONCE = 32
+_FORMAT = 2
+_COLUMNS = 8
+_NO_COSINE = -2.0  # below every cosine
 
 
 class Tally:
@@ -30,19 +31,14 @@ class Tally:
         passes: Of these, the steps in which it was merged.
     """
 
-    _NO_COSINE = -2.0  # below every cosine
-
     def __init__(self, layers: int) -> None:
         self.steps = [0] * layers
         self.passes = [0] * layers
         self._drawn = [0] * layers
-        self._merged = torch.zeros(layers, dtype=torch.int64)
-        self._undefined = torch.zeros(layers, dtype=torch.int64)
+        # Pairs that merged, without and with a cosine.
+        self._counts = torch.zeros(layers, 3, dtype=torch.int64)
         self._cosine_sum = torch.zeros(layers, dtype=torch.float64)
-        self._cosine_max = torch.full((layers,), self._NO_COSINE, dtype=torch.float32)
-        # The passes that are not counted yet.
-        self._pairs: list[Outcome] = []
-        self._totals: list[Totals] = []
+        self._cosine_max = torch.full((layers,), _NO_COSINE, dtype=torch.float32)
 
     @property
     def step(self) -> int:
@@ -55,101 +51,76 @@ class Tally:
         A layer that was frozen or joined later adopts the count of the others: the schedule
         follows the training run, not the layer.
         """
-        step = self.next_step(layers)
+        step = max((self.steps[layer] for layer in layers), default=self.step)
         for layer in layers:
             self.steps[layer] = step + 1
         return step
 
-    def next_step(self, layers: Sequence[int]) -> int:
-        """Returns the number of the next step of some layers."""
-        return max(self.steps[layer] for layer in layers)
-
-    def add(self, layers: Sequence[int], outcome: Outcome | Totals) -> None:
-        """Adds what one pass over some layers did."""
-        for layer in layers:
-            self.passes[layer] += 1
-        # A device adds up many passes in the launches that one would take, and a CPU finds what it
-        # needs in its caches from the second on.
-        if isinstance(outcome, Totals):
-            self._totals.append(outcome)
-            is_due = False
-        else:
-            for layer, length in zip(layers, outcome.lengths, strict=True):
-                self._drawn[layer] += length
-            self._pairs.append(outcome)
-            is_due = outcome.cosines.device.type == "cpu"
-        if is_due or len(self._totals) + len(self._pairs) == _PASSES_AT_ONCE:
-            self._add_waiting()
-
-    def _add_waiting(self) -> None:
-        """Adds up the passes that are not counted yet."""
-        pairs, self._pairs = self._pairs, []
-        if pairs:
-            self._add_pairs(pairs)
-        for found in self._totals:
-            self._add_totals(found)
-        self._totals = []
-
-    def _add_pairs(self, outcomes: Sequence[Outcome]) -> None:
-        device = outcomes[-1].cosines.device  # a network may have moved in the meantime
-        layer_of_pair, cosines, merged = (
-            torch.cat([getattr(outcome, name).to(device) for outcome in outcomes])
-            for name in ("layer", "cosines", "merged")
-        )
-        if self._merged.device != device:
-            self._move_to(device)
-        layer_of_pair = layer_of_pair.long()
+    def add(self, outcome: Outcome) -> None:
+        """Adds what one pass after a step did."""
+        for number, drawn in zip(outcome.numbers, outcome.lengths, strict=True):
+            self.passes[number] += 1
+            self._drawn[number] += drawn
+        layer, cosines = outcome.layer, outcome.cosines
+        self._move_to(cosines.device)
         undefined = cosines.isnan()
-        self._merged.index_add_(0, layer_of_pair, merged.long())
-        self._undefined.index_add_(0, layer_of_pair, undefined.long())
+        columns = torch.stack([outcome.merged, undefined, ~undefined], dim=1)
+        self._counts.index_add_(0, layer, columns.long())
         known = torch.where(undefined, 0.0, cosines).to(self._cosine_sum.dtype)
-        self._cosine_sum.index_add_(0, layer_of_pair, known)
-        candidates = torch.where(undefined, self._NO_COSINE, cosines).float()
-        self._cosine_max.scatter_reduce_(0, layer_of_pair, candidates, "amax")
+        self._cosine_sum.index_add_(0, layer, known)
+        candidates = torch.where(undefined, _NO_COSINE, cosines).float()
+        self._cosine_max.scatter_reduce_(0, layer, candidates, "amax")
 
-    def _add_totals(self, totals: Totals) -> None:
-        for layer, drawn in zip(totals.numbers, totals.sums[0], strict=True):
-            self._drawn[layer] += int(drawn)
-        device = self._merged.device
-        place = torch.tensor(totals.numbers, device=device)
-        sums = torch.tensor(totals.sums[1:], dtype=self._cosine_sum.dtype, device=device)
-        self._merged.index_add_(0, place, sums[0].long())
-        self._undefined.index_add_(0, place, sums[1].long())
-        self._cosine_sum.index_add_(0, place, sums[2])
-        self._cosine_max.scatter_reduce_(0, place, sums[3].float(), "amax")
+    def add_totals(self, counts: Tensor, cosines: Tensor, passes: int) -> None:
+        """Adds what forward passes did, see :meth:`ForwardMerge.take_counts`.
+
+        Args:
+            counts: int64, shape (layers, 4).
+            cosines: float64, shape (layers, 2).
+            passes: Steps in which they merged; they count for the layers that acted.
+        """
+        for number, drawn in enumerate(counts[:, 0].tolist()):
+            self._drawn[number] += drawn
+            self.passes[number] += passes if drawn else 0
+        device = self._counts.device
+        self._counts += counts[:, 1:].to(device)
+        self._cosine_sum += cosines[:, 0].to(self._cosine_sum)
+        self._cosine_max = torch.maximum(self._cosine_max, cosines[:, 1].to(self._cosine_max))
 
     def _move_to(self, device: torch.device) -> None:
+        if self._counts.device == device:
+            return
         wide = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
-        self._merged = self._merged.to(device)
-        self._undefined = self._undefined.to(device)
+        self._counts = self._counts.to(device)
         self._cosine_sum = self._cosine_sum.to(device, wide)
         self._cosine_max = self._cosine_max.to(device)
 
     def report(self, names: Sequence[str]) -> MergeReport:
         """Reads the counts back from the device."""
-        self._add_waiting()
         layers = []
+        counts, sums, highest = (
+            values.tolist() for values in (self._counts, self._cosine_sum, self._cosine_max)
+        )
         for index, name in enumerate(names):
-            undefined = int(self._undefined[index])
-            known = self._drawn[index] - undefined
+            merged, undefined, known = counts[index]
             layers.append(
                 LayerReport(
                     name=name,
                     steps=self.steps[index],
                     passes=self.passes[index],
                     drawn=self._drawn[index],
-                    merged=int(self._merged[index]),
+                    merged=merged,
                     undefined=undefined,
-                    mean_cosine=float(self._cosine_sum[index]) / known if known else None,
-                    max_cosine=float(self._cosine_max[index]) if known else None,
+                    compared=known,
+                    mean_cosine=sums[index] / known if known else None,
+                    max_cosine=highest[index] if known else None,
                 )
             )
         return MergeReport(tuple(layers))
 
     def to_state(self, seed: int) -> Tensor:
         """Returns the whole tally as one float64 CPU tensor (exact up to 2**53 pairs)."""
-        self._add_waiting()
-        columns = [self.steps, self.passes, self._drawn, self._merged, self._undefined]
+        columns: list[Any] = [self.steps, self.passes, self._drawn, *self._counts.T]
         columns += [self._cosine_sum, self._cosine_max]
         with torch.device("cpu"):
             table = torch.stack(
@@ -210,6 +181,6 @@ class Tally:
             tally.steps = [max(steps)] * layers
             return tally
         tally.steps, tally.passes, tally._drawn = steps, passes, drawn
-        tally._merged, tally._undefined = table[:, 3].long().clone(), table[:, 4].long().clone()
-        tally._cosine_sum, tally._cosine_max = table[:, 5].clone(), table[:, 6].float().clone()
+        tally._counts = table[:, 3:6].long().clone()
+        tally._cosine_sum, tally._cosine_max = table[:, 6].clone(), table[:, 7].float().clone()
         return tally

@@ -61,6 +61,8 @@ class Call:
     inputs: list[torch.Size] = field(default_factory=list)
     outputs: list[torch.Size] = field(default_factory=list)
     used_own_weight: bool = False
+    is_called: bool = False
+    """Whether it ran as a module, so that its hooks ran too."""
 
     def is_vector(self, dims: int) -> bool:
         """Returns whether all maps, with that many dimensions, have a single position."""
@@ -162,6 +164,7 @@ class _Watch(TorchFunctionMode):
         """Records input and output, whatever the convolution's forward pass computed."""
         self._running = ""
         call = self._trace.calls.setdefault(name, Call())
+        call.is_called = True
         if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
             call.inputs.append(inputs[0].shape)
             call.outputs.append(output.shape)

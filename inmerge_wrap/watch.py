@@ -5,12 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 
-from inmerge_wrap.layers import MergedLayer
+from inmerge_wrap.kernels import MergedLayer
 from inmerge_wrap.report import LayerSnapshot, MergeReport
 from inmerge_wrap.schedule import Schedule
 from inmerge_wrap.settings import MergeSettings
 from inmerge_wrap.similarity import effective_rank, read_kernels
-from inmerge_wrap.tally import Tally
 from inmerge_wrap.thresholds import Fixed, Threshold
 
 __all__ = ["CollapseWarning", "NoEffectWarning", "Watch"]
@@ -53,7 +52,11 @@ class Watch:
         """Warns once for each key."""
         if key not in self._warned:
             self._warned.add(key)
-            warnings.warn(message, category, stacklevel=3)
+            self.warn(message, category)
+
+    def warn(self, message: str, category: type[Warning] = NoEffectWarning) -> None:
+        """Warns."""
+        warnings.warn(message, category, stacklevel=4)
 
     def rewind(self, step: int) -> None:
         """Discards snapshots after the step that a loaded checkpoint goes back to."""
@@ -120,7 +123,7 @@ class Watch:
     def after_pass(
         self,
         layers: Sequence[MergedLayer],
-        tally: Tally,
+        passes: Sequence[int],
         settings: MergeSettings,
         report: Callable[[], MergeReport],
     ) -> None:
@@ -128,7 +131,7 @@ class Watch:
 
         Args:
             layers: The layers that a pass has just merged.
-            tally: The counts, including this pass.
+            passes: Passes of each layer of the plan, including this one.
             settings: The settings of the wrapper.
             report: Returns the report; called only if needed, because it waits for the device.
         """
@@ -139,7 +142,7 @@ class Watch:
                 f"{value} leaves every kernel as it is, so that this is a plain training run: "
                 f"change {settings.size}, or train without the wrapper",
             )
-        every, passes = settings.inspect_every, tally.passes
+        every = settings.inspect_every
         due = [
             layer
             for layer in layers
@@ -147,7 +150,7 @@ class Watch:
             and (layer.site.name not in self._snapshots or (passes[layer.number] - 1) % every == 0)
         ]
         if due:
-            self._inspect(due, report(), merges_for_good=not settings.transient)
+            self._inspect(due, report(), merges_for_good=settings.mode == "step")
         if max(passes[layer.number] for layer in layers) == _PATIENCE:
             self._judge(report(), settings)
 
@@ -186,7 +189,11 @@ class Watch:
             return
         if not report.drawn:
             found = f"no pair was drawn in {_PATIENCE} steps"
-            remedy = "raise merge_probability"
+            remedy = (
+                "raise merge_probability"
+                if settings.mode == "step"
+                else "call the wrapper itself, in train mode, as its convolutions must be too"
+            )
         else:
             found = (
                 f"{report.merged or 'none'} of {report.drawn:,} drawn pairs passed "
@@ -221,7 +228,7 @@ def _advice(threshold: Threshold) -> str:
         return (
             "Wide layers rarely reach a fixed cosine: use similarity_threshold=ZScore(2.0), "
             "which adapts to the width of a layer, or "
-            "InMergeWrapper.recommended(network, total_steps=..., transient=False), which sets it"
+            "InMergeWrapper.recommended(network, total_steps=..., mode='step'), which sets it"
         )
     return (
         "Use a rule that more pairs pass: a smaller z, or similarity_threshold=Quantile(0.1), "

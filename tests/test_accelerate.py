@@ -174,10 +174,10 @@ def test_a_run_saved_in_mid_epoch_continues_bit_for_bit(tmp_path: Path, safe: bo
 
 
 def test_transient_merging_continues_bit_for_bit(tmp_path: Path) -> None:
-    run = Run(seed=0, transient=True)
+    run = Run(seed=0, mode="outputs")
     straight = run.train(tmp_path)
     assert run.model.step == WHOLE and run.model.report().merged > 10
-    assert Run(seed=1, transient=True).resume(tmp_path) == straight
+    assert Run(seed=1, mode="outputs").resume(tmp_path) == straight
 
 
 @pytest.mark.parametrize("of_the_optimizer", [True, False])

@@ -365,9 +365,9 @@ def test_the_card_of_an_average_leaves_open_what_its_copy_cannot_know(tmp_path: 
 
 def test_the_card_tells_what_kind_of_merging_it_was() -> None:
     net = timm.create_model("test_resnet", num_classes=3)
-    model = InMergeWrapper(net, transient=True, direction="gaussian", radius=0.2)
+    model = InMergeWrapper(net, mode="weights", direction="gaussian", radius=0.2)
     settings = merging_settings(model)
-    assert (settings["transient"], settings["direction"], settings["radius"]) == (
+    assert (settings["mode"], settings["direction"], settings["radius"]) == (
         True, "gaussian", 0.2,
     )  # fmt: skip
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from inmerge_wrap import merge_pairs_
-from inmerge_wrap.merging import draw_layers, draw_pairs
+from inmerge_wrap.kernels import Plain
+from inmerge_wrap.merging import draw_pairs
+from inmerge_wrap.persistent import merge_pairs_
+from inmerge_wrap.settings import MergeSettings
 from tests import reference
 
 SHAPES = [  # weight shape, groups
@@ -35,6 +37,23 @@ def alike_kernels(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
     return noise + common * torch.randn(shape[0], 1, 1, 1, generator=generator(seed + 2))
 
 
+def merge_on(
+    weight: Tensor,
+    targets: Tensor,
+    sources: Tensor,
+    *,
+    merge_weight: float,
+    similarity_threshold: float,
+) -> Tensor:
+    """What a step does to a weight for which it drew these pairs; returns which merged."""
+    settings = MergeSettings(
+        merge_weight=merge_weight,
+        similarity_threshold=similarity_threshold,  # type: ignore[arg-type]
+    )
+    with torch.no_grad():
+        return merge_pairs_(Plain(weight.detach()), targets, sources, settings, merge_weight)[1]
+
+
 @pytest.mark.parametrize("shape,groups", SHAPES)
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize(
@@ -53,7 +72,7 @@ def test_a_hundred_steps_in_lockstep_with_the_paper(
         expected += step
         targets, sources = draw_pairs(shape[0], probability, draws, groups)
         before = weight.clone()
-        merged = merge_pairs_(
+        merged = merge_on(
             weight, targets, sources, merge_weight=merge_weight, similarity_threshold=threshold
         )
         pairs = list(zip(targets.tolist(), sources.tolist(), strict=True))
@@ -81,7 +100,7 @@ def test_other_dtypes_round_once_and_keep_their_layout(
     strides, storage = weight.stride(), weight.data_ptr()
     before = weight.detach().clone()
     targets, sources = draw_pairs(32, 0.5, generator())
-    merged = merge_pairs_(weight, targets, sources, merge_weight=0.7, similarity_threshold=0.1)
+    merged = merge_on(weight, targets, sources, merge_weight=0.7, similarity_threshold=0.1)
     pairs = list(zip(targets.tolist(), sources.tolist(), strict=True))
     expected, decided = reference.merge(before.double(), pairs, 0.7, 0.1)
     assert merged.tolist() == decided
@@ -93,7 +112,7 @@ def test_other_dtypes_round_once_and_keep_their_layout(
 
 def test_all_kernels_are_read_before_any_is_written() -> None:
     weight = torch.stack([torch.full((1, 2, 2), float(i + 1)) for i in range(3)])
-    merge_pairs_(
+    merge_on(
         weight,
         torch.tensor([0, 1, 2]),
         torch.tensor([1, 2, 0]),
@@ -112,9 +131,7 @@ def test_broken_kernels_neither_merge_nor_spread(broken: float, threshold: float
         weight[1, 0, 0, 0] = 1.0  # one bad entry among good ones is enough
     before = weight.clone()
     targets, sources = torch.tensor([0, 1, 2]), torch.tensor([1, 0, 3])
-    merged = merge_pairs_(
-        weight, targets, sources, merge_weight=0.5, similarity_threshold=threshold
-    )
+    merged = merge_on(weight, targets, sources, merge_weight=0.5, similarity_threshold=threshold)
     assert merged.tolist() == [False, False, True]
     assert torch.equal(weight[[0, 2, 3]], torch.ones(3, 2, 3, 3))
     torch.testing.assert_close(weight[1], before[1], rtol=0, atol=0, equal_nan=True)
@@ -124,7 +141,7 @@ def test_a_threshold_of_one_never_fires_even_for_equal_kernels() -> None:
     weight = torch.randn(1, 16, 3, 3, generator=generator()).repeat(8, 1, 1, 1)
     targets, sources = draw_pairs(8, 1.0, generator())
     kwargs = {"merge_weight": 0.5, "similarity_threshold": 1.0}
-    assert not merge_pairs_(weight, targets, sources, **kwargs).any()
+    assert not merge_on(weight, targets, sources, **kwargs).any()
 
 
 @pytest.mark.parametrize(
@@ -156,24 +173,6 @@ def test_draws_are_sorted_distinct_and_reproducible() -> None:
     assert (targets.diff() > 0).all()
     other = draw_pairs(100, 0.5, generator(4))
     assert not torch.equal(targets, other[0])
-
-
-@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
-def test_layers_are_drawn_together_as_each_alone(probability: float) -> None:
-    """Independent of the other layers and of the user's defaults."""
-    counts, groups = (40, 12, 6, 64, 10), (1, 3, 6, 8, 5)
-    sizes = [count // number for count, number in zip(counts, groups, strict=True)]
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.device("meta"):
-            drawn, pairs = draw_layers(counts, sizes, probability, range(len(counts)))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert sum(pairs) == drawn.shape[1] and pairs[2] == 0  # nobody in the group to merge with
-    assert probability == 0.3 or pairs == [int(probability) * n for n in (40, 12, 0, 64, 10)]
-    for place, part in enumerate(drawn.split(pairs, dim=1)):
-        alone = draw_pairs(counts[place], probability, generator(place), groups[place])
-        assert torch.equal(part, torch.stack([torch.full_like(alone[0], place), *alone]))
 
 
 def test_draws_leave_the_global_generator_alone() -> None:
@@ -208,4 +207,4 @@ def test_bad_draw_arguments_are_named(arguments: tuple[float, ...], message: str
 def test_bad_settings_are_named(name: str, value: float) -> None:
     settings = {"merge_weight": 0.8, "similarity_threshold": 0.3, name: value}
     with pytest.raises(ValueError, match=f"{name} must lie in .* got {value}"):
-        merge_pairs_(torch.ones(2, 1, 1, 1), torch.tensor([0]), torch.tensor([1]), **settings)
+        merge_on(torch.ones(2, 1, 1, 1), torch.tensor([0]), torch.tensor([1]), **settings)

@@ -781,16 +781,16 @@ STATEFUL = {
 }
 
 
-@pytest.mark.parametrize("transient", [False, True])
+@pytest.mark.parametrize("mode", ["step", "outputs"])
 @pytest.mark.parametrize("name", STATEFUL)
-def test_an_optimizers_state_resumes_merging(name: str, transient: bool) -> None:
-    straight = wrapped(transient=transient)
+def test_an_optimizers_state_resumes_merging(name: str, mode: str) -> None:
+    straight = wrapped(mode=mode)
     optimizer = STATEFUL[name](straight)
     straight.attach(optimizer)
     train(straight, optimizer, 3)
     saved = on_disk((straight.module.state_dict(), optimizer.state_dict()))
     train(straight, optimizer, 3, start=3)
-    resumed, optimizer = resumed_from(*saved, STATEFUL[name], transient=transient)
+    resumed, optimizer = resumed_from(*saved, STATEFUL[name], mode=mode)
     assert resumed.step == 3
     train(resumed, optimizer, 3, start=3)
     assert digest(resumed.state_dict()) == digest(straight.state_dict())  # the statistics, too

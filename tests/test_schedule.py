@@ -26,9 +26,9 @@ from inmerge_wrap import (
     recalibrate,
     recommended_settings,
 )
+from inmerge_wrap.kernels import store_of
 from inmerge_wrap.merging import blend_kernels, nearest_kernels, norm_scale
-from inmerge_wrap.stores import store_of
-from tests import NEEDS_COMPILER, reference
+from tests import reference
 from tests.test_wrapper import drawn, sgd, small_net, states_equal, train, wrapped
 
 ROOT = Path(__file__).parents[1]
@@ -148,14 +148,13 @@ def test_the_wrapper_merges_the_pairs_that_the_rule_passes(rule: Quantile | ZSco
         torch.testing.assert_close(model.module.get_submodule(site.name).weight, expected)
 
 
-@pytest.mark.parametrize("engine", ["torch", pytest.param("native", marks=NEEDS_COMPILER)])
-def test_a_rule_made_of_the_fixed_one_is_asked_in_each_layer(engine: Any) -> None:
+def test_a_rule_made_of_the_fixed_one_is_asked_in_each_layer() -> None:
     class Wide(Fixed):
         def alike(self, cosines: torch.Tensor, fan_in: int) -> torch.Tensor:
             return super().alike(cosines, fan_in) & (fan_in > 30)
 
     net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3))
-    model = InMergeWrapper(net, shallow_layers=0, similarity_threshold=Wide(-1.0), engine=engine)
+    model = InMergeWrapper(net, shallow_layers=0, similarity_threshold=Wide(-1.0))
     model.merge_()
     narrow, wide = model.report()
     assert narrow.merged == 0 < wide.merged == wide.drawn
@@ -440,19 +439,24 @@ def test_momentum_is_found_inside_lookahead() -> None:
 # -- what is recommended ---------------------------------------------------------------------------
 
 
-def test_what_is_recommended_is_what_was_confirmed() -> None:
+def test_what_was_confirmed_is_still_there_as_the_mode_of_the_weights() -> None:
     frozen = json.loads((ROOT / "studies" / "2" / "frozen.json").read_text())
     confirmed = frozen["arms"]["transient, signed 0.3"]["merge"]
     fade = confirmed.pop("schedule")
-    chosen = recommended_settings(1000)
+    del confirmed["transient"]
+    chosen = recommended_settings(1000, mode="weights")
     schedule = chosen.pop("schedule")
-    assert chosen == confirmed
+    assert chosen == confirmed | {"mode": "weights"}
     assert {name: getattr(schedule, name) for name in fade} == fade
     # The study let it fade until the last step; what is cut off is next to nothing.
     before = Schedule(end=1000, **fade)
     assert schedule.end == 950 and before.level(950) < 0.01
-    model = InMergeWrapper.recommended(small_net(), total_steps=100, radius=0.2)
-    assert (model.transient, model.direction, model.radius) == (True, "signed", 0.2)
+
+
+@pytest.mark.parametrize("mode", ["outputs", "weights"])
+def test_what_is_recommended_merges_everywhere_and_fades_out(mode: Any) -> None:
+    model = InMergeWrapper.recommended(small_net(), total_steps=100, mode=mode)
+    assert (model.mode, model.direction) == (mode, "signed")
     assert not model.plan.skipped  # the first convolutions take part
     optimizer = sgd(model)
     model.attach(optimizer)
@@ -469,7 +473,7 @@ def test_merging_that_stays_merges_in_a_wide_layer_and_ends_with_the_training() 
     wide = nn.Sequential(nn.Conv2d(3, 128, 1), nn.Conv2d(128, 256, 3), nn.Conv2d(256, 64, 3))
     example = torch.zeros(1, 3, 8, 8)
     settings = {"total_steps": 20, "shallow_layers": 1, "example_input": example, "seed": 3}
-    settings["transient"] = False
+    settings["mode"] = "step"
     model = InMergeWrapper.recommended(wide, **settings)
     paper = InMergeWrapper(copy.deepcopy(wide), shallow_layers=1, example_input=example, seed=3)
     merged = []

@@ -209,9 +209,9 @@ def test_every_block_is_run() -> None:
 class Module(lightning.LightningModule):
     """Batches in a fixed order and no dropout: Lightning restores no random state."""
 
-    def __init__(self, transient: bool = False) -> None:
+    def __init__(self, mode: str = "step") -> None:
         super().__init__()
-        self.model = wrapped(transient=transient)
+        self.model = wrapped(mode=mode)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return F.cross_entropy(self.model(batch[0]), batch[1])
@@ -223,7 +223,7 @@ class Module(lightning.LightningModule):
 
 
 def fit(
-    epochs: int, checkpoint: str | None = None, transient: bool = False, **options: Any
+    epochs: int, checkpoint: str | None = None, mode: str = "step", **options: Any
 ) -> tuple[Module, Any]:
     trainer = lightning.Trainer(
         max_epochs=epochs,
@@ -234,20 +234,20 @@ def fit(
         enable_checkpointing=False,
         **options,
     )
-    module = Module(transient)
+    module = Module(mode)
     loader = DataLoader(TensorDataset(*batch(0, size=16)), batch_size=4)
     trainer.fit(module, loader, ckpt_path=checkpoint)
     return module, trainer
 
 
 @quiet
-@pytest.mark.parametrize("transient", [False, True])
-def test_lightning_resumes_bit_for_bit(transient: bool) -> None:
-    straight, _ = fit(4, transient=transient)
+@pytest.mark.parametrize("mode", ["step", "outputs"])
+def test_lightning_resumes_bit_for_bit(mode: str) -> None:
+    straight, _ = fit(4, mode=mode)
     assert straight.model.step == 16 and straight.model.report().merged > 0
-    _, trainer = fit(2, transient=transient)
+    _, trainer = fit(2, mode=mode)
     trainer.save_checkpoint("half.ckpt")
-    second, _ = fit(4, checkpoint="half.ckpt", transient=transient)
+    second, _ = fit(4, checkpoint="half.ckpt", mode=mode)
     assert digest(second.model.state_dict()) == digest(straight.model.state_dict())
 
 
@@ -272,12 +272,12 @@ class Classifier(nn.Module):
 
 
 def hf_train(
-    resume: str | None = None, transient: bool = False, **options: Any
+    resume: str | None = None, mode: str = "step", **options: Any
 ) -> tuple[InMergeWrapper, Trainer]:
     images, labels = batch(0, size=16)
     dataset = [{"pixel_values": i, "labels": n} for i, n in zip(images, labels, strict=True)]
     settings = {"remove_unused_columns": False, "label_names": ["labels"], **options}
-    model = InMergeWrapper(Classifier(), **SETTINGS, transient=transient)
+    model = InMergeWrapper(Classifier(), **SETTINGS, mode=mode)
     trainer = Trainer(
         model=model, args=arguments(**settings), train_dataset=dataset, eval_dataset=dataset
     )
@@ -294,13 +294,11 @@ def test_trainer_takes_the_wrapper_of_any_network_and_evaluates_it() -> None:
     assert equal(before, weights_of(model))
 
 
-@pytest.mark.parametrize("transient", [False, True])
-def test_trainer_resumes_bit_for_bit(transient: bool) -> None:
-    straight, _ = hf_train(
-        transient=transient, save_strategy="steps", save_steps=3, num_train_epochs=2
-    )
+@pytest.mark.parametrize("mode", ["step", "outputs"])
+def test_trainer_resumes_bit_for_bit(mode: str) -> None:
+    straight, _ = hf_train(mode=mode, save_strategy="steps", save_steps=3, num_train_epochs=2)
     assert straight.step == 8
-    resumed, _ = hf_train("trainer/checkpoint-3", transient, num_train_epochs=2)
+    resumed, _ = hf_train("trainer/checkpoint-3", mode, num_train_epochs=2)
     assert resumed.step == 8
     assert digest(resumed.state_dict()) == digest(straight.state_dict())
 
@@ -386,11 +384,9 @@ def test_timm_tasks_take_the_wrapper() -> None:
         torch.testing.assert_close(average.get_parameter(name).detach(), value)
 
 
-def timm_task(
-    ema: bool, transient: bool = False
-) -> tuple[InMergeWrapper, Any, Any, CheckpointSaver]:
+def timm_task(ema: bool, mode: str = "step") -> tuple[InMergeWrapper, Any, Any, CheckpointSaver]:
     """What timm's train.py makes of a wrapped model."""
-    model = wrapped(transient=transient)
+    model = wrapped(mode=mode)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-2)
     model.attach(optimizer)
     task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
@@ -407,17 +403,17 @@ def run_task(task: Any, optimizer: Any, steps: int, start: int = 0) -> None:
         task.update_ema()
 
 
-@pytest.mark.parametrize("transient", [False, True])
+@pytest.mark.parametrize("mode", ["step", "outputs"])
 @pytest.mark.parametrize("ema", [False, True])
 def test_timm_tasks_resume_bit_for_bit_and_a_plain_run_loads_their_checkpoints(
-    ema: bool, transient: bool
+    ema: bool, mode: str
 ) -> None:
-    straight, optimizer, task, _ = timm_task(ema, transient)
+    straight, optimizer, task, _ = timm_task(ema, mode)
     run_task(task, optimizer, 6)
-    _, optimizer, task, saver = timm_task(ema, transient)
+    _, optimizer, task, saver = timm_task(ema, mode)
     run_task(task, optimizer, 3)
     saver.save_checkpoint(0, metric=1.0)
-    resumed, optimizer, task, _ = timm_task(ema, transient)
+    resumed, optimizer, task, _ = timm_task(ema, mode)
     resume_task_checkpoint(task, "last.pth.tar", optimizer)
     if ema:
         load_task_ema_checkpoint(task, "last.pth.tar")
@@ -432,13 +428,13 @@ def test_timm_tasks_resume_bit_for_bit_and_a_plain_run_loads_their_checkpoints(
 
 
 def kept_network(
-    resume: str | None = None, attach: bool = True, transient: bool = False, **options: Any
+    resume: str | None = None, attach: bool = True, mode: str = "step", **options: Any
 ) -> tuple[InMergeWrapper, Any]:
     """The Trainer has the network itself, and the wrapper merges beside it."""
     torch.manual_seed(0)
     network = ResNetForImageClassification(hf_config())
     example = torch.zeros(1, 3, 32, 32)
-    merging = InMergeWrapper(network, **{**SETTINGS, "example_input": example}, transient=transient)
+    merging = InMergeWrapper(network, **{**SETTINGS, "example_input": example}, mode=mode)
     trainer = Trainer(
         model=network,
         args=arguments(**options),
@@ -464,12 +460,12 @@ def test_a_trainer_that_keeps_the_network_and_a_forgotten_attach() -> None:
     with pytest.warns(NoEffectWarning, match="10 steps of AdamW without merging"):
         kept_network(attach=False, num_train_epochs=4)
     with pytest.warns(NoEffectWarning, match="no training forward pass of this model"):
-        kept_network(transient=True)
+        kept_network(mode="outputs")
 
 
 @quiet
-@pytest.mark.parametrize("transient", [False, True])
-def test_lightnings_stray_step_after_averaging_does_not_merge(transient: bool) -> None:
+@pytest.mark.parametrize("mode", ["step", "outputs"])
+def test_lightnings_stray_step_after_averaging_does_not_merge(mode: str) -> None:
     """StochasticWeightAveraging steps once more after it measured BatchNorm."""
     averages = []
 
@@ -481,9 +477,7 @@ def test_lightnings_stray_step_after_averaging_does_not_merge(transient: bool) -
     class Sure(Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = wrapped(
-                similarity_threshold=-1.0, merge_probability=1.0, transient=transient
-            )
+            self.model = wrapped(similarity_threshold=-1.0, merge_probability=1.0, mode=mode)
 
         def configure_optimizers(self) -> Any:
             optimizer = sgd(self.model, lr=1e-3)
@@ -509,15 +503,15 @@ def test_lightnings_stray_step_after_averaging_does_not_merge(transient: bool) -
 
 
 @quiet
-@pytest.mark.parametrize("transient", [False, True])
-def test_lightnings_weight_average_follows_the_unmerged_weights(transient: bool) -> None:
+@pytest.mark.parametrize("mode", ["step", "outputs"])
+def test_lightnings_weight_average_follows_the_unmerged_weights(mode: str) -> None:
     """EMAWeightAveraging puts the average in the model's place in the end."""
     expected: dict[str, Tensor] = {}
 
     class Watching(Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = wrapped(similarity_threshold=-1.0, transient=transient)
+            self.model = wrapped(similarity_threshold=-1.0, mode=mode)
 
         def on_train_batch_end(self, *_: Any) -> None:
             for name, weight in weights_of(self.model).items():
@@ -542,9 +536,9 @@ def test_lightnings_weight_average_follows_the_unmerged_weights(transient: bool)
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("transient", [False, True])
-def test_torchs_averaging_measures_batch_norm_on_unmerged_weights(transient: bool) -> None:
-    model = wrapped(similarity_threshold=-1.0, transient=transient)
+@pytest.mark.parametrize("mode", ["step", "outputs"])
+def test_torchs_averaging_measures_batch_norm_on_unmerged_weights(mode: str) -> None:
+    model = wrapped(similarity_threshold=-1.0, mode=mode)
     optimizer = sgd(model)
     model.attach(optimizer)
     average = AveragedModel(model)
@@ -568,9 +562,9 @@ def test_torchs_averaging_measures_batch_norm_on_unmerged_weights(transient: boo
     torch.testing.assert_close(average.module.norm.running_mean, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("transient", [False, True])
-def test_torch_export_gives_what_the_wrapper_computes(transient: bool) -> None:
-    model = wrapped(transient=transient)
+@pytest.mark.parametrize("mode", ["step", "outputs"])
+def test_torch_export_gives_what_the_wrapper_computes(mode: str) -> None:
+    model = wrapped(mode=mode)
     optimizer = sgd(model)
     model.attach(optimizer)
     train(model, optimizer, 2)

@@ -7,7 +7,6 @@ import itertools
 import pickle
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,9 +22,8 @@ from inmerge_wrap import (
     ZScore,
     plan_merging,
 )
-from inmerge_wrap.layers import Layers, find_layers
-from inmerge_wrap.merge_pass import draw_step
-from tests import NEEDS_COMPILER, reference
+from inmerge_wrap.pairs import draw_layer
+from tests import reference
 
 
 class SmallNet(nn.Module):
@@ -84,9 +82,7 @@ def states_equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 def drawn(model: InMergeWrapper, layer: int, step: int, probability: float) -> Tensor:
     """What a layer draws in a step: targets and sources, shape (2, pairs)."""
-    site = find_layers(model.module, model.plan.merged)[layer]
-    drawn = draw_step(Layers([site]), replace(model.settings, merge_probability=probability), step)
-    return torch.stack([drawn.targets, drawn.sources])
+    return torch.stack(draw_layer(model.plan.merged[layer], probability, model.seed, step))
 
 
 # -- merging in the hook is the paper's merging --------------------------------------------------
@@ -485,8 +481,8 @@ def test_a_threshold_that_never_fires_is_reported_with_what_works(threshold: Any
     )
     advised = eval(z_score or quantile, {"ZScore": ZScore, "Quantile": Quantile})
     again = [wrapped(similarity_threshold=advised)]
-    if "InMergeWrapper.recommended(network, total_steps=..., transient=False)" in message:
-        settings = {"total_steps": 200, "transient": False, "shallow_layers": 2}
+    if "InMergeWrapper.recommended(network, total_steps=..., mode='step')" in message:
+        settings = {"total_steps": 200, "mode": "step", "shallow_layers": 2}
         again += [InMergeWrapper.recommended(small_net(), **settings)]
     assert len(again) == (2 if threshold == 0.999 else 1)
     for model in again:
@@ -657,10 +653,9 @@ def test_wrapping_twice_is_refused(outer: Callable[[nn.Module], nn.Module], plac
     InMergeWrapper(once.get_submodule(place), shallow_layers=2)  # the remedy
 
 
-@pytest.mark.parametrize("engine", ["torch", pytest.param("native", marks=NEEDS_COMPILER)])
-def test_a_layer_that_was_replaced_is_reported(engine: Any) -> None:
+def test_a_layer_that_was_replaced_is_reported() -> None:
     net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3))
-    model = InMergeWrapper(net, shallow_layers=0, engine=engine)
+    model = InMergeWrapper(net, shallow_layers=0)
     net[1] = nn.Conv2d(16, 8, 3)
     with pytest.raises(RuntimeError, match=r"1 have the shape \(8, 16, 3, 3\) instead of"):
         model.merge_()

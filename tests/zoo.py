@@ -38,7 +38,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
 from inmerge_wrap import InMergeWrapper, export_timm, export_weights, plan_merging
-from inmerge_wrap.discovery import SKIPPED_KINDS, MergePlan
+from inmerge_wrap.discovery import SKIPPED_KINDS
+from inmerge_wrap.plan import MergePlan
 
 TIMM_OF_THE_TABLE = "1.0.31"
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"

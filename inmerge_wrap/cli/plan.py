@@ -24,7 +24,7 @@ from inmerge_wrap.cli.tables import KEPT, Column, print_table
 from inmerge_wrap.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from inmerge_wrap.discovery import ConvSite, MergePlan
+    from inmerge_wrap.plan import ConvSite, MergePlan
 
 
 @command(

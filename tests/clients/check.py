@@ -18,9 +18,9 @@ from tests.scripts.common import SETTINGS, batch, tiny_net
 SURE = {"similarity_threshold": -1.0, "merge_probability": 0.5}  # all drawn pairs merge
 
 
-def wrapped(transient: bool = False, seed: int = 0) -> InMergeWrapper:
+def wrapped(mode: str = "step", seed: int = 0) -> InMergeWrapper:
     """A wrapped tiny network of which half of the kernels merge in each step."""
-    return InMergeWrapper(tiny_net(seed), **{**SETTINGS, **SURE, "transient": transient})
+    return InMergeWrapper(tiny_net(seed), **{**SETTINGS, **SURE, "mode": mode})
 
 
 def loader(size: int = 16) -> DataLoader:
@@ -48,8 +48,8 @@ def run(packages: tuple[str, ...], *cases: Callable[[Path, bool], None]) -> None
     print(", ".join(versions))
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    for transient in (False, True):
+    for mode in ("step", "outputs"):
         for case in cases:
-            print(f"{case.__name__}, transient={transient}")
+            print(f"{case.__name__}, transient={mode}")
             with tempfile.TemporaryDirectory() as folder:
-                case(Path(folder), transient)
+                case(Path(folder), mode)

@@ -20,8 +20,8 @@ from tests.clients.check import SURE, check, loader, merged, run, wrapped
 from tests.scripts.common import digest, sgd
 
 
-def trainer(transient: bool, epochs: int, seed: int = 0, **options: Any) -> tuple[Any, Trainer]:
-    model = wrapped(transient, seed)  # InMerge
+def trainer(mode: str, epochs: int, seed: int = 0, **options: Any) -> tuple[Any, Trainer]:
+    model = wrapped(mode, seed)  # InMerge
     optimizer = sgd(model)
     model.attach(optimizer)  # InMerge
     return model, Trainer(
@@ -35,27 +35,27 @@ def trainer(transient: bool, epochs: int, seed: int = 0, **options: Any) -> tupl
     )
 
 
-def resumes(folder: Path, transient: bool) -> None:
-    straight, training = trainer(transient, 4)
+def resumes(folder: Path, mode: str) -> None:
+    straight, training = trainer(mode, 4)
     training.fit()
     merged(straight, 16)
-    _, training = trainer(transient, 2, save_folder=str(folder), save_interval="2ep")
+    _, training = trainer(mode, 2, save_folder=str(folder), save_interval="2ep")
     training.fit()
     (file,) = folder.glob("ep2*.pt")
-    second, training = trainer(transient, 4, seed=1, load_path=str(file))
+    second, training = trainer(mode, 4, seed=1, load_path=str(file))
     training.fit()
     check("resumed to the bit", digest(second.state_dict()) == digest(straight.state_dict()))
 
 
-def averages(folder: Path, transient: bool) -> None:
-    model, training = trainer(transient, 2, algorithms=[EMA(half_life="4ba")])
+def averages(folder: Path, mode: str) -> None:
+    model, training = trainer(mode, 2, algorithms=[EMA(half_life="4ba")])
     training.fit()
     merged(model, 8)
 
 
-def surgery_comes_first(folder: Path, transient: bool) -> None:
+def surgery_comes_first(folder: Path, mode: str) -> None:
     network = timm.create_model("resnet10t", num_classes=3)
-    model = InMergeWrapper(network, shallow_layers=0, transient=transient)
+    model = InMergeWrapper(network, shallow_layers=0, mode=mode)
     optimizer = sgd(model)
     model.attach(optimizer)
     images = torch.utils.data.TensorDataset(torch.randn(8, 3, 32, 32), torch.arange(8) % 3)
@@ -75,10 +75,10 @@ def surgery_comes_first(folder: Path, transient: bool) -> None:
         check("BlurPool after attach is an error", False)
 
 
-def functional_surgery_before_wrapping(folder: Path, transient: bool) -> None:
+def functional_surgery_before_wrapping(folder: Path, mode: str) -> None:
     network = timm.create_model("resnet10t", num_classes=3)
     apply_blurpool(network, min_channels=1)
-    model = InMergeWrapper(network, shallow_layers=0, transient=transient, **SURE)
+    model = InMergeWrapper(network, shallow_layers=0, mode=mode, **SURE)
     optimizer = sgd(model)
     model.attach(optimizer)
     for _ in range(3):

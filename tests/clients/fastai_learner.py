@@ -38,12 +38,12 @@ TORCH_SGD = partial(OptimWrapper, opt=torch.optim.SGD, momentum=0.9)
 
 
 def learner(
-    folder: Path, transient: bool, seed: int = 0, callback: Callable[[], Callback] = Merging
+    folder: Path, mode: str, seed: int = 0, callback: Callable[[], Callback] = Merging
 ) -> Learner:
     options = {"opt_func": TORCH_SGD} if callback is Merging else {}
     learn = Learner(
         DataLoaders(loader(), loader(), device=torch.device("cpu")),
-        wrapped(transient, seed),  # InMerge
+        wrapped(mode, seed),  # InMerge
         loss_func=nn.CrossEntropyLoss(),
         lr=0.05,
         path=folder,
@@ -59,14 +59,14 @@ def learner(
     return learn
 
 
-def resumes(folder: Path, transient: bool) -> None:
-    straight = learner(folder, transient)
+def resumes(folder: Path, mode: str) -> None:
+    straight = learner(folder, mode)
     straight.fit(4)
     merged(straight.model, 16)
-    first = learner(folder, transient)
+    first = learner(folder, mode)
     first.fit(2)
     first.save("half")
-    second = learner(folder, transient, seed=1)
+    second = learner(folder, mode, seed=1)
     second.load("half")
     second.fit(2)
     check(
@@ -75,15 +75,15 @@ def resumes(folder: Path, transient: bool) -> None:
     )
 
 
-def replaces_its_optimizer(folder: Path, transient: bool) -> None:
-    learn = learner(folder, transient)
+def replaces_its_optimizer(folder: Path, mode: str) -> None:
+    learn = learner(folder, mode)
     learn.fit(1)
     learn.fit(1, reset_opt=True)
     merged(learn.model, 8)
 
 
-def freezes_and_unfreezes(folder: Path, transient: bool) -> None:
-    learn = learner(folder, transient)
+def freezes_and_unfreezes(folder: Path, mode: str) -> None:
+    learn = learner(folder, mode)
     before = weights_of(learn.model.mid)
     learn.freeze()
     learn.fit(1)
@@ -95,10 +95,10 @@ def freezes_and_unfreezes(folder: Path, transient: bool) -> None:
     check("8 steps were seen", learn.model.step == 8)
 
 
-def merges_by_hand(folder: Path, transient: bool) -> None:
-    if transient:
+def merges_by_hand(folder: Path, mode: str) -> None:
+    if mode != "step":
         return  # there is no step to put the kernels back at
-    learn = learner(folder, transient, callback=MergingByHand)
+    learn = learner(folder, mode, callback=MergingByHand)
     learn.fit(2)
     merged(learn.model, 8)
 

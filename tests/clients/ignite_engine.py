@@ -18,31 +18,31 @@ from tests.clients.check import check, loader, merged, run, wrapped
 from tests.scripts.common import digest, sgd
 
 
-def parts(transient: bool, seed: int = 0) -> tuple[InMergeWrapper, Any, Engine]:
-    model = wrapped(transient, seed)  # InMerge
+def parts(mode: str, seed: int = 0) -> tuple[InMergeWrapper, Any, Engine]:
+    model = wrapped(mode, seed)  # InMerge
     optimizer = sgd(model)
     model.attach(optimizer)  # InMerge
     return model, optimizer, create_supervised_trainer(model, optimizer, nn.CrossEntropyLoss())
 
 
-def resumes(folder: Path, transient: bool) -> None:
-    straight, _, trainer = parts(transient)
+def resumes(folder: Path, mode: str) -> None:
+    straight, _, trainer = parts(mode)
     trainer.run(loader(), max_epochs=4)
     merged(straight, 16)
-    first, optimizer, trainer = parts(transient)
+    first, optimizer, trainer = parts(mode)
     trainer.run(loader(), max_epochs=2)
     objects = {"model": first, "optimizer": optimizer}
     saver = Checkpoint(objects, str(folder))
     saver(trainer)
     saved = torch.load(folder / str(saver.last_checkpoint), weights_only=True)
-    second, optimizer, trainer = parts(transient, seed=1)
+    second, optimizer, trainer = parts(mode, seed=1)
     Checkpoint.load_objects({"model": second, "optimizer": optimizer}, saved)
     trainer.run(loader(), max_epochs=2)
     check("resumed to the bit", digest(second.state_dict()) == digest(straight.state_dict()))
 
 
-def averages(folder: Path, transient: bool) -> None:
-    model, _, trainer = parts(transient)
+def averages(folder: Path, mode: str) -> None:
+    model, _, trainer = parts(mode)
     handler = EMAHandler(model, momentum=0.1)
     handler.attach(trainer)
     trainer.run(loader(), max_epochs=2)

@@ -32,12 +32,12 @@ def network(seed: int) -> nn.Module:
 
 
 def train(
-    epochs: int, transient: bool, seed: int = 0, save: Path | None = None, load: Path | None = None
+    epochs: int, mode: str, seed: int = 0, save: Path | None = None, load: Path | None = None
 ) -> InMergeWrapper:
     images, labels = batch(0, size=16)
     data = [{"image": i, "label": n} for i, n in zip(images, labels, strict=True)]
     model = InMergeWrapper(  # InMerge
-        network(seed), example_input=images[:1], transient=transient, **SURE
+        network(seed), example_input=images[:1], mode=mode, **SURE
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     model.attach(optimizer)  # InMerge
@@ -60,12 +60,12 @@ def train(
     return model
 
 
-def resumes(folder: Path, transient: bool) -> None:
-    straight = train(4, transient)
+def resumes(folder: Path, mode: str) -> None:
+    straight = train(4, mode)
     merged(straight, 16)
-    train(2, transient, save=folder)
+    train(2, mode, save=folder)
     (file,) = folder.glob("*.pt")
-    second = train(2, transient, seed=1, load=file)
+    second = train(2, mode, seed=1, load=file)
     check("resumed to the bit", digest(second.state_dict()) == digest(straight.state_dict()))
 
 

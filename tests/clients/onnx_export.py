@@ -15,8 +15,8 @@ from tests.clients.check import check, run, wrapped
 from tests.scripts.common import batch, sgd, train
 
 
-def exports(folder: Path, transient: bool) -> None:
-    model = wrapped(transient)
+def exports(folder: Path, mode: str) -> None:
+    model = wrapped(mode)
     optimizer = sgd(model)
     model.attach(optimizer)
     train(model, optimizer, 3)

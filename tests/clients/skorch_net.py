@@ -26,9 +26,9 @@ class MergingClassifier(NeuralNetClassifier):
         return self
 
 
-def classifier(transient: bool, seed: int = 0) -> MergingClassifier:
+def classifier(mode: str, seed: int = 0) -> MergingClassifier:
     return MergingClassifier(
-        wrapped(transient, seed),  # InMerge
+        wrapped(mode, seed),  # InMerge
         criterion=nn.CrossEntropyLoss,
         optimizer=torch.optim.SGD,
         optimizer__momentum=0.9,
@@ -46,14 +46,14 @@ def fit(net: MergingClassifier, epochs: int) -> InMergeWrapper:
     return net.module_
 
 
-def resumes(folder: Path, transient: bool) -> None:
-    straight = fit(classifier(transient), 4)
+def resumes(folder: Path, mode: str) -> None:
+    straight = fit(classifier(mode), 4)
     merged(straight, 16)
-    first = classifier(transient)
+    first = classifier(mode)
     fit(first, 2)
     files = {"f_params": folder / "params.pt", "f_optimizer": folder / "optimizer.pt"}
     first.save_params(**files)
-    second = classifier(transient, seed=1)
+    second = classifier(mode, seed=1)
     second.load_params(**files)
     check(
         "resumed to the bit", digest(fit(second, 2).state_dict()) == digest(straight.state_dict())

@@ -60,17 +60,17 @@ def write_images(folder: Path) -> None:
                 Image.fromarray(pixels.numpy()).save(folder / part / label / f"{number}.png")
 
 
-def with_our_lines(name: str, script: Path, transient: bool) -> Path:
+def with_our_lines(name: str, script: Path, mode: str) -> Path:
     text = script.read_text()
     for line, ours in LINES[name].items():
         text, found = re.subn(
             line,
-            lambda match, ours=ours: match[0] + "\n" + ours.replace("TRANSIENT", str(transient)),
+            lambda match, ours=ours: match[0] + "\n" + ours.replace("TRANSIENT", str(mode)),
             text,
             flags=re.MULTILINE,
         )
         check(f"one place for {ours.strip()}", found == 1)
-    copy = script.with_name(f"train_inmerge_{transient}.py")
+    copy = script.with_name(f"train_inmerge_{mode}.py")
     copy.write_text(text)
     return copy
 
@@ -95,10 +95,10 @@ def counters(checkpoint: Path) -> list[list[float]]:
     return torch.tensor(entry[3:]).reshape(-1, 7)[:, :4].tolist()
 
 
-def trains_and_resumes(folder: Path, transient: bool) -> None:
+def trains_and_resumes(folder: Path, mode: str) -> None:
     name, script = sys.argv[1], Path(sys.argv[2]).resolve()
     write_images(folder / "data")
-    copy = with_our_lines(name, script, transient)
+    copy = with_our_lines(name, script, mode)
     files = {}
     try:
         for run_name in ("straight", "resumed"):

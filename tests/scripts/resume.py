@@ -26,7 +26,7 @@ HALF, WHOLE = 5, 12
 class Run:
     """Shuffled data, dropout, momentum, a scheduler: everything that a checkpoint must hold."""
 
-    def __init__(self, seed: int, transient: bool = False) -> None:
+    def __init__(self, seed: int, mode: str = "step") -> None:
         set_seed(0)  # orders the batches; what else is random shall come from the checkpoint
         torch.rand(1 + seed)
         self.accelerator = Accelerator(
@@ -38,7 +38,7 @@ class Run:
             shallow_layers=1,
             similarity_threshold=0.0,
             example_input=EXAMPLE,
-            transient=transient,
+            mode=mode,
         )
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.model.attach(optimizer)

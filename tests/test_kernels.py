@@ -14,13 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from inmerge_wrap import MergePlan, plan_merging
-from inmerge_wrap.discovery import ConvSite
-from inmerge_wrap.engines import native
-from inmerge_wrap.layers import Layers, MergedLayer, find_layers
-from inmerge_wrap.merge_pass import merge_layers
-from inmerge_wrap.pairs import Outcome, Pairs
+from inmerge_wrap.kernels import find_layers, store_of
+from inmerge_wrap.persistent import merge_pairs_
 from inmerge_wrap.settings import MergeSettings
-from inmerge_wrap.stores import store_of
 from tests import reference
 
 PAIRS = [(0, 1), (1, 0), (2, 7), (5, 3), (6, 4)]
@@ -100,13 +96,21 @@ def planned(layer: nn.Conv2d) -> tuple[nn.Sequential, MergePlan]:
     return network, plan_merging(network, include=["2"])
 
 
-@torch.no_grad()
-def merge(layer: nn.Conv2d, threshold: float = -1.0) -> Outcome:
-    """Merges PAIRS of a convolution, as a training step would that drew them."""
+def merge(layer: nn.Conv2d, threshold: float = -1.0) -> Tensor:
+    """Merges PAIRS of a convolution, as a step would that drew them; returns which merged."""
     network, plan = planned(layer)
-    pairs = Pairs(torch.tensor([(0, *pair) for pair in PAIRS]).T, (len(PAIRS),))
-    settings = MergeSettings(merge_weight=ALPHA, similarity_threshold=threshold)
-    return merge_layers(find_layers(network, plan.merged), pairs, settings)
+    return merge_planned(network, plan, PAIRS, threshold)
+
+
+@torch.no_grad()
+def merge_planned(
+    network: nn.Module, plan: MergePlan, pairs: list[tuple[int, int]], threshold: float
+) -> Tensor:
+    (found,) = find_layers(network, plan.merged)
+    settings = MergeSettings(merge_weight=ALPHA, similarity_threshold=threshold)  # type: ignore
+    targets, sources = torch.tensor(pairs).T
+    with found.store.opened() as store:
+        return merge_pairs_(store, targets, sources, settings, ALPHA, centred=found.site.centred)[1]
 
 
 def halfway(kernels: Tensor) -> float:
@@ -186,14 +190,11 @@ def responses(layer: Any) -> Tensor:
     return found.flatten(1).T.reshape(layer.out_channels, *shape).clone()
 
 
-@torch.no_grad()
-def merge_in_groups(layer: Any, threshold: float = -1.0) -> Outcome:
+def merge_in_groups(layer: Any, threshold: float = -1.0) -> Tensor:
     first = getattr(nn, f"Conv{len(layer.kernel_size)}d")(3, layer.in_channels, 1)
     network = nn.Sequential(first, layer)
     plan = plan_merging(network, include="1")
-    pairs = Pairs(torch.tensor([(0, *pair) for pair in IN_GROUPS]).T, (len(IN_GROUPS),))
-    settings = MergeSettings(merge_weight=ALPHA, similarity_threshold=threshold)  # type: ignore
-    return merge_layers(find_layers(network, plan.merged), pairs, settings)
+    return merge_planned(network, plan, IN_GROUPS, threshold)
 
 
 @pytest.mark.parametrize("form", ANY_RANK)
@@ -202,13 +203,13 @@ def test_any_rank_is_merged_as_the_paper_says(form: str) -> None:
     before = responses(layer)
     stored = [parameter.detach().clone() for parameter in store_of(layer).parameters]
     formats = [parameter.stride() for parameter in store_of(layer).parameters]
-    assert not merge_in_groups(layer, threshold=1.0).merged.any()
+    assert not merge_in_groups(layer, threshold=1.0).any()
     for parameter, old in zip(store_of(layer).parameters, stored, strict=True):
         assert torch.equal(parameter, old)
     cosines = sorted(reference.cosine(before[i], before[j]) for i, j in IN_GROUPS)
     threshold = (cosines[0] + cosines[-1]) / 2
     expected, alike = reference.merge(before, IN_GROUPS, ALPHA, threshold)
-    assert merge_in_groups(layer, threshold).merged.tolist() == alike
+    assert merge_in_groups(layer, threshold).tolist() == alike
     assert 0 < sum(alike) < len(alike)
     after = responses(layer)
     if "pruned" in form:
@@ -219,39 +220,15 @@ def test_any_rank_is_merged_as_the_paper_says(form: str) -> None:
     assert [parameter.stride() for parameter in store_of(layer).parameters] == formats
 
 
-@pytest.mark.parametrize("form", ANY_RANK)
-def test_what_is_copied_out_comes_back_bit_for_bit(form: str) -> None:
-    layer = ANY_RANK[form]()
-    stored = [parameter.detach().clone() for parameter in store_of(layer).parameters]
-    targets = torch.tensor([target for target, _ in IN_GROUPS])
-    kept = store_of(layer).copy_out(targets)
-    merge_in_groups(layer)
-    now = store_of(layer).parameters
-    assert not all(map(torch.equal, now, stored))
-    store_of(layer).copy_back_(targets, kept)
-    assert all(map(torch.equal, now, stored))
-
-
 def test_half_precision_of_a_transposed_layer_is_rounded_once() -> None:
     layer = made("ConvTranspose", 1, groups=2).bfloat16()
     before = responses(copy.deepcopy(layer).float())
+    settings = MergeSettings(merge_weight=ALPHA, similarity_threshold=-1.0)  # type: ignore[arg-type]
     with torch.no_grad():
-        pairs = Pairs(torch.tensor([(0, *pair) for pair in IN_GROUPS]).T, (len(IN_GROUPS),))
-        site = ConvSite("layer", 1, (12, 4, 3), groups=2)
-        merge_layers(
-            Layers([MergedLayer(0, site, layer, store_of(layer))]),
-            pairs,
-            MergeSettings(merge_weight=ALPHA, similarity_threshold=-1.0),  # type: ignore[arg-type]
-        )
+        merge_pairs_(store_of(layer), *torch.tensor(IN_GROUPS).T, settings, ALPHA)
     expected, _ = reference.merge(before, IN_GROUPS, ALPHA, -1.0)
     assert layer.weight.dtype == torch.bfloat16
     assert torch.equal(responses(copy.deepcopy(layer).float()), expected.bfloat16().float())
-
-
-def test_native_code_takes_what_is_a_matrix_of_kernels_in_memory() -> None:
-    taken = {name for name, make in ANY_RANK.items() if native.takes(store_of(make()))}
-    matrices = {f"Conv{dims}d, groups={groups}" for dims in (1, 2, 3) for groups in (1, 2)}
-    assert taken == matrices | {"channels_last_3d", "spectral_norm 3d"}
 
 
 @pytest.mark.parametrize(
@@ -285,7 +262,7 @@ def up_to_scale(weight: Tensor) -> Tensor:
 def test_a_forced_merge_is_the_papers_on_the_kernels_in_use(form: str) -> None:
     layer = FORMS[form]().eval()
     before = effective(layer)
-    assert merge(layer).merged.tolist() == [True] * len(PAIRS)
+    assert merge(layer).tolist() == [True] * len(PAIRS)
     after = effective(layer)
     expected, _ = reference.merge(before, PAIRS, ALPHA, -1.0)
     if "prune" in form:  # what is pruned stays so
@@ -304,7 +281,7 @@ def test_the_threshold_is_applied_to_the_kernels_in_use(form: str) -> None:
     outcome = merge(layer, threshold)
     after = effective(layer)
     alike = {i for i, j in PAIRS if reference.cosine(before[i], before[j]) > threshold}
-    assert outcome.merged.sum() == len(alike) in {2, 3}
+    assert outcome.sum() == len(alike) in {2, 3}
     if "spectral" in form:
         scale = after[8].norm() / before[8].norm()  # no pair holds kernel 8
         after = after / scale
@@ -373,7 +350,7 @@ def test_standardised_kernels_are_compared_as_the_forward_pass_uses_them(
     outcome = merge(layer, threshold)
     assert planned(layer)[1].merged[0].centred
     alike = [(i, j) for i, j in PAIRS if reference.cosine(used[i], used[j]) > threshold]
-    assert outcome.merged.sum() == len(alike) in {2, 3}
+    assert outcome.sum() == len(alike) in {2, 3}
     expected, _ = reference.merge(stored, alike, ALPHA, -1.0)
     torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-5, atol=1e-6)
 

@@ -6,23 +6,27 @@ write to ``weight`` is then lost without an error. A *store* refers to the tenso
 weight, so that the compared and blended kernels are those that the forward pass uses, and writes
 persist. A store of FSDP2 shards is gathered when it is opened and scattered when it is closed. A
 *layout* defines where in these tensors a kernel is: along the first dimension, or, for a transposed
-convolution, along the second. A store contains no merging arithmetic, which is in the engines.
+convolution, along the second.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrizations, parametrize
+
+from inmerge_wrap.plan import ConvSite
 
 __all__ = [
     "Layout",
+    "MergedLayer",
     "Plain",
     "Pruned",
     "Sharded",
@@ -30,10 +34,13 @@ __all__ = [
     "Transposed",
     "Unreachable",
     "WeightNormed",
-    "batched",
-    "is_dense",
+    "check_sites",
+    "find_layers",
     "is_sharded",
+    "layout_of",
+    "modules_of",
     "store_of",
+    "stream_of",
     "tensor_store",
 ]
 
@@ -128,11 +135,6 @@ class Store:
         """Why the kernels cannot be written; None where they can."""
         return None
 
-    @property
-    def rows_in_memory(self) -> Tensor | None:
-        """The weight, if ``weight[i]`` is kernel ``i`` as the forward pass uses it, else None."""
-        return None
-
     @contextmanager
     def opened(self) -> Iterator[Store]:
         """Yields a store whose kernels are all local, for reading and writing."""
@@ -164,23 +166,6 @@ class Store:
             "opened() yields, as in `with store.opened() as local:`"
         )
 
-    @property
-    def written(self) -> tuple[Tensor, ...]:
-        """The tensors that :meth:`write_` changes."""
-        return (self.weight,)
-
-    def copy_out(self, index: Tensor) -> tuple[Tensor, ...]:
-        """Copies everything that :meth:`write_` would change for these kernels."""
-        return tuple(self.layout.select(tensor, index) for tensor in self.written)
-
-    def copy_back_(self, index: Tensor, kept: tuple[Tensor, ...]) -> None:
-        """Restores, bit for bit, what :meth:`copy_out` returned.
-
-        If the weight was moved or converted since, the kernels are converted likewise.
-        """
-        for tensor, kernels in zip(self.written, kept, strict=True):
-            self.layout.put_(tensor, index.to(tensor.device), kernels.to(tensor))
-
 
 @dataclass(frozen=True)
 class Plain(Store):
@@ -189,10 +174,6 @@ class Plain(Store):
     Spectral normalisation divides all kernels by one number, which changes neither cosines nor
     blends, so the stored kernels represent those in use.
     """
-
-    @property
-    def rows_in_memory(self) -> Tensor | None:
-        return self.weight if type(self.layout) is Layout else None
 
     def read(self, index: Tensor) -> Tensor:
         return self.layout.rows(self.weight, index)
@@ -211,10 +192,6 @@ class WeightNormed(Store):
     """
 
     magnitude: Tensor = _NOTHING
-
-    @property
-    def written(self) -> tuple[Tensor, ...]:
-        return self.weight, self.magnitude
 
     def read(self, index: Tensor) -> Tensor:
         rows = self.layout.rows(self.weight, index)
@@ -302,14 +279,6 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def is_dense(weight: Tensor) -> bool:
-    """Returns whether a weight is a matrix of kernels in memory, in any order of entries."""
-    if weight.is_contiguous():
-        return True
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return weight.ndim in formats and weight.is_contiguous(memory_format=formats[weight.ndim])
-
-
 def tensor_store(tensor: Tensor, layout: Layout = _ROWS) -> Store:
     """Returns the store of kernels that are parts of a tensor, which FSDP2 may have sharded.
 
@@ -321,32 +290,15 @@ def tensor_store(tensor: Tensor, layout: Layout = _ROWS) -> Store:
     return kind(tensor.detach(), (tensor,) if isinstance(tensor, nn.Parameter) else (), layout)
 
 
-def batched(stores: Sequence[Store], kind: Callable[[Tensor], Hashable]) -> list[list[int]]:
-    """Returns the places of stores whose weights are of one kind and share no memory.
-
-    A weight that shares memory with one before it is a batch of its own.
-
-    Args:
-        stores: Stores with their weights in memory.
-        kind: What the weights of a batch have in common.
-    """
-    found: dict[Hashable, list[int]] = defaultdict(list)
-    ends: dict[torch.device, int] = defaultdict(int)
-    alone = []
-    for place in sorted(range(len(stores)), key=lambda n: stores[n].weight.data_ptr()):
-        weight = stores[place].weight
-        if weight.data_ptr() < ends[weight.device]:
-            alone.append([place])
-            continue
-        ends[weight.device] = weight.data_ptr() + weight.nbytes
-        found[kind(weight)].append(place)
-    return [sorted(places) for places in found.values()] + alone
+def layout_of(conv: nn.Module) -> Layout:
+    """Returns where a convolution has its kernels in its weight."""
+    return Transposed(cast(int, conv.groups)) if getattr(conv, "transposed", False) else _ROWS
 
 
 def store_of(conv: nn.Module) -> Store:
     """Returns the store of a convolution's kernels; :class:`Unreachable` if it has none."""
     own = conv._parameters
-    layout = Transposed(cast(int, conv.groups)) if getattr(conv, "transposed", False) else _ROWS
+    layout = layout_of(conv)
     plain = own.get("weight")
     if plain is not None:  # first, because it is by far the most common and checked in every step
         if isinstance(plain, nn.parameter.UninitializedParameter):
@@ -405,3 +357,106 @@ def _parametrized(chain: nn.Module, layout: Layout) -> Store:
         assert original is not None
         return tensor_store(original, layout)
     return Unreachable(why=f"a weight computed by the parametrization {type(first).__name__}")
+
+
+# -- the merged layers of a network ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MergedLayer:
+    """One merged convolution as a step finds it.
+
+    Attributes:
+        number: Its position in the plan.
+        site: Its entry in the plan.
+        module: The convolution.
+        store: Where its kernels are.
+    """
+
+    number: int
+    site: ConvSite
+    module: nn.Module
+    store: Store
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that an optimizer must train for merging to act."""
+        return self.store.parameters
+
+
+def find_layers(network: nn.Module, sites: Sequence[ConvSite]) -> list[MergedLayer]:
+    """Returns the layers of a plan as they are now; weights can be moved, sharded or frozen."""
+    return [
+        MergedLayer(number, site, module, store_of(module))
+        for number, (site, module) in enumerate(zip(sites, modules_of(network, sites), strict=True))
+    ]
+
+
+def modules_of(network: nn.Module, sites: Sequence[ConvSite]) -> list[nn.Module]:
+    """Returns the modules that are now at the names of some convolutions."""
+    found = []
+    for site in sites:
+        module: Any = network
+        for part in site.name.split("."):
+            module = module._modules[part]  # a fifth of the time that get_submodule takes
+        found.append(module)
+    return found
+
+
+def check_layers(layers: Sequence[MergedLayer]) -> None:
+    """Checks that the weights of some layers can be merged where they are now.
+
+    Raises:
+        RuntimeError: If kernels have another shape than in the plan, or are on an XLA device.
+    """
+    for layer in layers:
+        if layer.store.parameters and layer.store.shape != layer.site.shape:
+            raise RuntimeError(
+                f"the kernels of {layer.site.name} have the shape {tuple(layer.store.shape)} "
+                f"instead of {layer.site.shape}. A layer that was replaced needs a new wrapper; "
+                "FSDP1 and DeepSpeed ZeRO-3 flatten the weights, so that no kernel can be found "
+                "in them: use FSDP2 (fully_shard, or fsdp_version: 2 in Accelerate) or DDP"
+            )
+        if layer.store.weight.device.type == "xla":
+            raise RuntimeError(
+                "on XLA devices parameters are swapped without torch noticing, so that what is "
+                "merged is lost; train on CUDA or CPU, or merge in the forward pass "
+                "(mode='outputs')"
+            )
+
+
+def check_sites(network: nn.Module, sites: Sequence[ConvSite]) -> None:
+    """Checks that a plan belongs to this network.
+
+    Raises:
+        ValueError: If it does not, or merges nothing.
+    """
+    if not sites:
+        raise ValueError("the plan merges no convolution")
+    modules = dict(network.named_modules())
+    for site in sites:
+        conv = modules.get(site.name)
+        if not isinstance(conv, _ConvNd) or kernel_shape(conv) != site.shape:
+            raise ValueError(
+                f"the plan belongs to another network: this one has no convolution {site.name!r} "
+                f"with kernels of shape {site.shape}; make a plan with plan_merging(network)"
+            )
+
+
+def kernel_shape(conv: _ConvNd) -> tuple[int, ...]:
+    """Returns (C_out, C_in / groups, *kernel size) from the weight, or else as declared.
+
+    Empty for a lazy layer, whose weight has no shape yet.
+    """
+    if isinstance(conv._parameters.get("weight"), nn.parameter.UninitializedParameter):
+        return ()
+    store = store_of(conv)
+    if store.reason is None:
+        return tuple(store.shape)
+    return conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size
+
+
+def stream_of(site: ConvSite) -> int:
+    """Returns a layer's random stream, which does not depend on which layers are merged."""
+    # The depth, not the position in the plan; the name for a convolution that never ran.
+    return site.depth if site.depth is not None else 2**32 + crc32(site.name.encode())

@@ -1,0 +1,408 @@
+"""What happens in each step: counts it, merges after it or prepares the next forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from inmerge_wrap.forward import ForwardMerge
+from inmerge_wrap.kernels import MergedLayer, check_layers, check_sites, find_layers
+from inmerge_wrap.merging import cyclic_sources
+from inmerge_wrap.optimizers import (
+    Attachment,
+    Attachments,
+    carry_counter,
+    check_settings,
+    check_still_held,
+    companions,
+    fsdp_modules,
+    is_nested_step,
+    is_no_training_step,
+    notice_every_step,
+    parameters_of,
+    refuse_capture,
+    refuse_second,
+    remedy_for_none_held,
+    replaced,
+    stepped_of,
+    stepping_optimizer,
+    trained_of,
+    trains_any,
+)
+from inmerge_wrap.pairs import Outcome, draw_layer, shared_shift
+from inmerge_wrap.persistent import merge_step
+from inmerge_wrap.plan import MergePlan
+from inmerge_wrap.replicas import check_replicas
+from inmerge_wrap.report import MergeReport
+from inmerge_wrap.settings import MergeSettings, Strength
+from inmerge_wrap.tally import Tally
+from inmerge_wrap.watch import Watch
+
+__all__ = ["Driver"]
+
+
+class Driver:
+    """Drives the merging of one network from the steps of its optimizers.
+
+    The settings belong to the wrapper and are passed to every method that reads them.
+
+    Args:
+        network: The network.
+        plan: Its plan.
+        settings: The settings of the wrapper.
+
+    Attributes:
+        tally: The running counts.
+        watch: The history and the warnings.
+        pauses: Blocks of ``paused()`` that are open.
+        last_pass: What merged with the last step, None for nothing.
+    """
+
+    def __init__(self, network: nn.Module, plan: MergePlan, settings: MergeSettings) -> None:
+        check_sites(network, plan.merged)
+        depthwise = [site.name for site in plan.merged if site.kind == "depthwise"]
+        if settings.mode == "outputs" and depthwise:
+            raise ValueError(
+                f"the plan merges depthwise convolutions ({depthwise[0]}, ...), which mode="
+                "'outputs' cannot: make it with plan_merging(network, mode='outputs')"
+            )
+        self._network, self._plan = network, plan
+        self.tally = Tally(len(plan.merged))
+        self.watch = Watch()
+        self.pauses = 0
+        self.last_pass: Outcome | Strength | None = None
+        self._attachments = Attachments()
+        self._forward = ForwardMerge(plan.merged)
+        self._passes = 0  # steps that merged
+        self._uncounted = 0  # of these, since the counts of the forward pass were last read
+        self._ran = False  # whether a forward pass merged since the last step
+        self._sharded: list[Any] | None = None  # modules of FSDP2
+        notice_every_step(self._after_any_step)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is driven by no optimizer, and must not drag the original's along.
+        return vars(self) | {"_attachments": Attachments(), "_sharded": None}
+
+    # -- the forward pass -------------------------------------------------------------------------
+
+    def forward(self, wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls the network of the wrapper, and merges on the way where the mode says so."""
+        network: Any = wrapper.module
+        compiling = torch.compiler.is_compiling()
+        # A counter would make torch.compile specialise on its value and compile every step.
+        if wrapper.training and torch.is_grad_enabled() and not (compiling and self._forward.is_on):
+            self._watch_forward()
+        merges = self._forward.is_on and not self.pauses and (wrapper.training or network.training)
+        if not merges or not (compiling or self._attachments.live):
+            return network(*args, **kwargs)
+        if vars(wrapper).get("_is_replica"):
+            raise RuntimeError(
+                "nn.DataParallel runs copies of the network in threads, which would share one "
+                "draw: train with DistributedDataParallel"
+            )
+        self._ran = True
+        self._forward.begin((args, kwargs))
+        outputs = None
+        try:
+            outputs = network(*args, **kwargs)
+        finally:
+            self._forward.end(outputs)
+        return outputs
+
+    @torch.compiler.disable
+    def _watch_forward(self) -> None:
+        if not self.pauses:
+            self.watch.before_forward(attached=bool(self._attachments.live))
+
+    def prepare(self, settings: MergeSettings) -> None:
+        """Prepares the next forward pass, if it is to merge."""
+        if settings.mode != "step" and len(self._attachments):
+            step = self.tally.step
+            self._forward.set_step(step, settings.strength(step), settings)
+
+    # -- the optimizers ---------------------------------------------------------------------------
+
+    def attach(
+        self,
+        given: Any,
+        settings: MergeSettings,
+        hook: Callable[..., None],
+        wrapper: Any,
+    ) -> Attachment:
+        """Makes an optimizer drive the merging; see :meth:`InMergeWrapper.attach`."""
+        optimizer = stepping_optimizer(given, to_write=settings.mode == "step")
+        known = self._attachments.of(optimizer)
+        if known is not None:
+            return known
+        layers = self._layers()
+        held = self._attachments.held_by(optimizer, layers)
+        self._check_held(optimizer, held, layers, settings)
+        refuse_second(optimizer, wrapper)
+        check_settings(settings, optimizer)
+        end = settings.schedule.end
+        if end is not None and self.tally.step >= end:
+            self.watch.warn(
+                f"the schedule ended at step {end:,} and {self.tally.step:,} steps are counted, so "
+                "that nothing merges with this optimizer: call model.reset() to begin again"
+            )
+        if not getattr(type(optimizer).step, "hooked", False):
+            # timm's Lookahead skips Optimizer.__init__, without which step() runs no hooks.
+            optimizer._patch_step_function()
+        handles = [
+            optimizer.register_step_post_hook(hook),
+            *carry_counter([given, optimizer], wrapper.get_extra_state, wrapper.set_extra_state),
+        ]
+        attachment = Attachment(optimizer, handles)
+        self._attachments.add(attachment)
+        now = self.tally.step
+        for layer in held:  # a training run that goes on with another optimizer keeps its schedule
+            self.tally.steps[layer.number] = now
+        if settings.mode != "step":
+            self._forward.install(self._network)
+            self.prepare(settings)
+        return attachment
+
+    def _check_held(
+        self,
+        optimizer: Optimizer,
+        held: Sequence[MergedLayer],
+        layers: Sequence[MergedLayer],
+        settings: MergeSettings,
+    ) -> None:
+        if settings.mode == "step" and not held:
+            raise ValueError(
+                f"the optimizer holds none of the {len(layers)} weights to merge "
+                f"({layers[0].site.name}, ...): {remedy_for_none_held(layers)}"
+            )
+        mine = set(map(id, parameters_of(optimizer)))
+        if mine.isdisjoint(map(id, self._network.parameters())):
+            raise ValueError(
+                "the optimizer holds none of the parameters of this network: build it from "
+                "model.parameters()"
+            )
+        if not trained_of(held if settings.mode == "step" else layers):
+            self._warn_of_frozen_weights()
+
+    def check_change(self, old: MergeSettings, new: MergeSettings) -> None:
+        """Checks that settings can be replaced by others."""
+        if old.mode != new.mode:
+            raise ValueError(
+                f"mode={old.mode!r} cannot become {new.mode!r}, because the plan depends on it: "
+                "wrap the bare network, model.module, again"
+            )
+        for optimizer in self._attachments.live:
+            check_settings(new, optimizer)
+
+    # -- one step ---------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer, settings: MergeSettings) -> None:
+        """Counts a step of an attached optimizer, and merges after it or prepares the next."""
+        if is_nested_step(optimizer) or is_no_training_step():
+            return
+        if self.pauses:
+            self.watch.idle_forwards = self.watch.missed_steps = 0
+            return
+        if settings.mode == "step":
+            refuse_capture("optimizer.step()")
+            self._reshard()
+        layers = self._layers()
+        held = self._attachments.held_by(optimizer, layers)
+        attachment = self._attachments.of(optimizer)
+        if settings.mode == "step" and attachment is not None:
+            check_still_held(attachment, trained_of(held), layers)
+            check_layers(held)
+        elif (found := self._forward.replaced(self._network)) is not None:
+            raise RuntimeError(replaced(*found))
+        if held:
+            self._step(held, layers, settings, optimizer)
+        if not trained_of(layers):
+            self._warn_of_frozen_weights()
+
+    def merge_(self, settings: MergeSettings) -> None:
+        """Runs one pass over all merged layers; see :meth:`InMergeWrapper.merge_`."""
+        if settings.mode != "step":
+            raise RuntimeError(
+                f"merge_() writes merged weights, and mode={settings.mode!r} merges in the forward "
+                "pass: attach the optimizer, or wrap the network with mode='step'"
+            )
+        self._reshard()
+        layers = self._layers()
+        check_layers(layers)
+        self._step(layers, layers, settings)
+
+    def _step(
+        self,
+        held: Sequence[MergedLayer],
+        layers: Sequence[MergedLayer],
+        settings: MergeSettings,
+        optimizer: Optimizer | None = None,
+    ) -> None:
+        """Counts a step of some layers, and merges those that train."""
+        step = self.tally.begin([layer.number for layer in held])
+        self.watch.idle_forwards = self.watch.missed_steps = 0
+        self.last_pass = None
+        strength = settings.strength(step)
+        in_step = settings.mode == "step"
+        trained = trained_of(held if in_step else layers)
+        if strength is not None and trained:
+            self._passes += 1
+            if in_step:
+                self._merge(trained, settings, strength, step, optimizer)
+            else:
+                self._note_forward(strength)
+            passes = self.tally.passes if in_step else [self._passes] * len(layers)
+            self.watch.after_pass(trained, passes, settings, lambda: self.report(settings))
+        self.watch.after_step(step, settings.schedule)
+        every = settings.check_replicas_every
+        # Counted here, not by the schedule or a checkpoint, so that all replicas get here even
+        # if their step counters are what differs.
+        if every and self.watch.steps % every == 0:
+            self._check_replicas(settings)
+        self.watch.steps += 1
+        self.prepare(settings)
+
+    def _merge(
+        self,
+        trained: Sequence[MergedLayer],
+        settings: MergeSettings,
+        strength: Strength,
+        step: int,
+        optimizer: Optimizer | None,
+    ) -> None:
+        """Merges after a step the layers that it moved."""
+        if optimizer is not None:
+            trained = stepped_of(trained)
+        found, problem = companions(optimizer, trained, moments=settings.merge_momentum)
+        if problem is not None:
+            self.watch.warn_once("momentum", f"merge_momentum has no effect: {problem}")
+        # A fused optimizer runs its hooks even on a step that the scaler skips for overflow.
+        skip = getattr(optimizer, "found_inf", None)
+        outcome = merge_step(trained, settings, strength, step, companions=found, skip=skip)
+        self.tally.add(outcome)
+        self.last_pass = outcome
+
+    def _note_forward(self, strength: Strength) -> None:
+        """Notes that the forward passes before this step merged, or warns that none came."""
+        self._uncounted += 1
+        if not self._ran:
+            self.watch.warn_once(
+                "forward",
+                "no training forward pass of this model came before the step, so nothing was "
+                "merged for its gradient: call the wrapper itself, in train mode, and attach "
+                "the optimizer before the first pass",
+            )
+        elif strength.size:
+            self.last_pass = strength
+        self._ran = False
+
+    # -- what is known of it ----------------------------------------------------------------------
+
+    def report(self, settings: MergeSettings) -> MergeReport:
+        """Returns what merging did so far, layer by layer; waits for the device."""
+        self._read_counts()
+        found = self.tally.report([site.name for site in self._plan.merged])
+        end = settings.schedule.end
+        return MergeReport(
+            found.layers,
+            ended=end if end is not None and self.tally.step > end else None,
+            idle=self.watch.why_never(self.tally.step, attached=bool(self._attachments.live)),
+            unit="images x channels" if settings.mode == "outputs" else "drawn pairs",
+        )
+
+    def _read_counts(self) -> None:
+        counts = self._forward.take_counts()
+        if counts is not None:
+            self.tally.add_totals(*counts, passes=self._uncounted)
+            self._uncounted = 0
+
+    @property
+    def statistics_lag(self) -> bool:
+        """Whether BatchNorm statistics do not fit the weights as they are; waits for the device."""
+        if isinstance(self.last_pass, Outcome):
+            return bool(self.last_pass.merged.any())
+        return self.last_pass is not None
+
+    def next_pairs(self, settings: MergeSettings) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Returns the pairs that the next step draws; see :meth:`InMergeWrapper.next_pairs`."""
+        step, found = self.tally.step, {}
+        strength = settings.strength(step)
+        for site in self._plan.merged:
+            sources: Tensor | None
+            if settings.mode == "outputs":
+                if not settings.shared_partner:
+                    raise RuntimeError(
+                        "with shared_partner=False each image draws its own pairs from its content"
+                    )
+                targets = torch.arange(0 if strength is None else site.shape[0])
+                size = site.shape[0] // site.pair_groups
+                shift = shared_shift(site, settings.seed, step)
+                sources = cyclic_sources(targets, shift, size)
+            else:
+                probability = 0.0 if strength is None else strength.probability
+                targets, drawn = draw_layer(site, probability, settings.seed, step)
+                sources = drawn if settings.partner == "random" else None
+            found[site.name] = targets, sources
+        return found
+
+    def _layers(self) -> list[MergedLayer]:
+        return find_layers(self._network, self._plan.merged)
+
+    def _reshard(self) -> None:
+        if self._sharded is None or not self.watch.steps:
+            is_distributed = dist.is_available() and dist.is_initialized()
+            self._sharded = fsdp_modules(self._network) if is_distributed else []
+        for module in self._sharded:
+            module.reshard()
+
+    def _check_replicas(self, settings: MergeSettings) -> None:
+        weights = [layer for layer in self._layers() if layer.parameters]
+        check_replicas(
+            {f"{layer.site.name}.weight": layer.parameters[0] for layer in weights},
+            {"the seed": settings.seed, "the step counter of merging": self.tally.step},
+        )
+
+    def _after_any_step(self, optimizer: Optimizer) -> None:
+        """Counts steps of optimizers that train the merged weights without being attached."""
+        if self.watch.steps and not len(self._attachments):  # merged by hand
+            return
+        if self._attachments.miss(optimizer) and not self.pauses:
+            if trains_any(optimizer, self._network, self._plan.merged):
+                self.watch.after_missed_step(type(optimizer).__name__)
+
+    def _warn_of_frozen_weights(self) -> None:
+        self.watch.warn_once(
+            "frozen",
+            "all weights to merge are frozen: nothing is merged until requires_grad is True again",
+        )
+
+    # -- state ------------------------------------------------------------------------------------
+
+    def state(self, seed: int) -> Tensor:
+        """Returns the step counter and the statistics as a tensor."""
+        self._read_counts()
+        return self.tally.to_state(seed)
+
+    def load(self, state: Tensor, settings: MergeSettings) -> None:
+        """Continues from a step counter and statistics."""
+        self._begin(Tally.from_state(state, layers=len(self._plan.merged), seed=settings.seed))
+        # The totals may have gone back: what came after them no longer belongs to this run.
+        self.watch.rewind(self.tally.step)
+        self.prepare(settings)
+
+    def reset(self, settings: MergeSettings) -> None:
+        """Begins again at step 0."""
+        self._begin(Tally(len(self._plan.merged)))
+        self.watch = Watch()
+        self.prepare(settings)
+
+    def _begin(self, tally: Tally) -> None:
+        self._forward.take_counts()
+        self.tally, self._passes, self._uncounted = tally, max(tally.passes), 0
+        self.last_pass = None

@@ -1,0 +1,441 @@
+"""Merging in the forward pass: hooks on the merged convolutions, and no weight is written.
+
+On the *outputs*, a convolution being linear in its kernels, each image can have its own pairs, and
+the gradient is the exact one::
+
+    y_i <- y_i + c_i (y_j - y_i)   is the output of   K_i + c_i (K_j - K_i)          (eq. 3)
+
+In the *weights*, the merged weight stands in for the parameter while its convolution runs, and the
+gradient goes to the parameter as it falls (straight through).
+
+All numbers that change from step to step are tensors, so that a compiled network does not compile
+again, and draws are functions of the seed, the step, the content of the batch, the layer, the image
+and the channel: a pass that is run again in the backward pass finds the draws of the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
+
+from inmerge_wrap.kernels import layout_of, modules_of, stream_of
+from inmerge_wrap.merging import cyclic_sources, draw_bits, fingerprint, mix, mix_channels
+from inmerge_wrap.pairs import (
+    choose_sources,
+    compare,
+    draw_layer,
+    draw_noise,
+    draw_signs,
+    move,
+    shared_shift,
+    weight_of,
+)
+from inmerge_wrap.plan import ConvSite
+from inmerge_wrap.settings import NOISE, MergeSettings, Strength
+
+__all__ = ["ForwardMerge"]
+
+_NOTHING = object()
+
+_IMAGES = 0x3C6EF35F  # an odd factor that sets the keys of the images of a batch apart
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """What one forward pass drew on the outputs.
+
+    Attributes:
+        key: Of the step and the content of the batch, int64, a scalar.
+        rows: Images of the batch.
+        shares: ``c`` at full size, of all layers, shape (images or 1, channels of all layers).
+        shifts: The shared shift of each layer.
+    """
+
+    key: Tensor
+    rows: int
+    shares: Tensor
+    shifts: Sequence[int]
+
+
+class _State:
+    """The numbers of a step on the device of the network; from step to step their content changes.
+
+    Args:
+        sites: The merged layers.
+        device: Where the network is.
+    """
+
+    def __init__(self, sites: Sequence[ConvSite], device: torch.device) -> None:
+        self.device = device
+        channels = sum(site.shape[0] for site in sites)
+        keys = [mix(stream_of(site), number) for site in sites for number in range(site.shape[0])]
+        with torch.device(device):
+            self.columns = torch.tensor(keys, dtype=torch.int64)
+            self.clock = torch.zeros((), dtype=torch.int64)
+            self.size = torch.zeros((), dtype=torch.float32)
+            self.probability = torch.zeros((), dtype=torch.float32)
+            self.shifts = torch.zeros(len(sites), dtype=torch.int64)
+            # In the weights: the partner of each kernel, whether it was drawn, its sign.
+            self.sources = torch.zeros(channels, dtype=torch.int64)
+            self.drawn = torch.zeros(channels, dtype=torch.bool)
+            self.signs = torch.ones((channels, 1), dtype=torch.int64)
+            self.noise: list[Tensor] = []
+            # Of each layer: drawn, merged, pairs without and with a cosine; then sum and maximum.
+            self.counts = [[torch.zeros((), dtype=torch.int64) for _ in range(4)] for _ in sites]
+            wide = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
+            self.cosines = [
+                (torch.zeros((), dtype=wide), torch.full((), -2.0, dtype=torch.float32))
+                for _ in sites
+            ]
+
+
+class ForwardMerge:
+    """Merges in the forward pass of one network.
+
+    Args:
+        sites: The merged layers.
+
+    Attributes:
+        is_on: Whether the current step merges.
+    """
+
+    def __init__(self, sites: Sequence[ConvSite]) -> None:
+        self.is_on = False
+        self._sites = sites
+        counts = [site.shape[0] for site in sites]
+        self._spans = [slice(sum(counts[:n]), sum(counts[: n + 1])) for n in range(len(counts))]
+        self._settings = MergeSettings()
+        self._modules: list[nn.Module] = []
+        self._state: _State | None = None
+        self._shifts: list[int] = []
+        self._trains = [True] * len(sites)
+        self._draw: _Draw | None = None  # of the forward pass that runs
+        self._replayed: _Draw | None = None  # of the one whose backward pass runs
+        self._shares: dict[int, Tensor] = {}  # of a layer from before its convolution to after it
+        self._shadowed: dict[int, Any] = {}  # what a stand-in hides until its convolution has run
+
+    def install(self, network: nn.Module) -> None:
+        """Puts the hooks on the convolutions of the plan, once."""
+        if self._modules:
+            return
+        self._modules = modules_of(network, self._sites)
+        for number, module in enumerate(self._modules):
+            module.register_forward_pre_hook(partial(self._before, number))
+            module.register_forward_hook(partial(self._after, number), always_call=True)
+            if parametrize.is_parametrized(module, "weight"):
+                computed: Any = module.parametrizations["weight"]  # type: ignore[index]
+                computed.register_forward_hook(partial(self._computed, number))
+
+    def replaced(self, network: nn.Module) -> tuple[str, nn.Module] | None:
+        """Returns the name of a convolution that another module has replaced, and that module."""
+        now = modules_of(network, self._sites) if self._modules else []
+        for site, module, current in zip(self._sites, self._modules, now, strict=False):
+            if current is not module:
+                return site.name, current
+        return None
+
+    # -- from step to step ------------------------------------------------------------------------
+
+    def set_step(self, step: int, strength: Strength | None, settings: MergeSettings) -> None:
+        """Prepares the next step: draws what does not depend on the images, and sets the strength.
+
+        Args:
+            step: The number of the step.
+            strength: None where the step does not merge.
+            settings: The settings of the wrapper.
+        """
+        self._settings = settings
+        self.is_on = strength is not None and settings.mode != "step"
+        if not self.is_on or strength is None:
+            return
+        state = self._state_on(next(self._modules[0].parameters()).device)
+        state.clock.fill_(mix(settings.seed, step))
+        state.size.fill_(strength.size)
+        state.probability.fill_(strength.probability)
+        self._trains = [next(module.parameters()).requires_grad for module in self._modules]
+        if settings.mode == "outputs":
+            self._shifts = [shared_shift(site, settings.seed, step) for site in self._sites]
+            state.shifts.copy_(torch.tensor(self._shifts, device="cpu"))
+        else:
+            self._draw_kernels(step, strength, settings, state)
+
+    def _state_on(self, device: torch.device) -> _State:
+        if self._state is None or self._state.device != device:
+            self._state = _State(self._sites, device)
+        return self._state
+
+    def _draw_kernels(
+        self, step: int, strength: Strength, settings: MergeSettings, state: _State
+    ) -> None:
+        """Draws the pairs of a step in the weights, as merging after that step would."""
+        sources, drawn, signs = [], [], []
+        for site in self._sites:
+            targets, partners = draw_layer(site, strength.probability, settings.seed, step)
+            everyone = torch.arange(site.shape[0], device="cpu")
+            sources.append(everyone.index_copy(0, targets, partners))
+            drawn.append(torch.zeros_like(everyone, dtype=torch.bool).index_fill(0, targets, True))
+            ways = torch.ones((site.shape[0], 1), dtype=torch.int64, device="cpu")
+            if settings.direction == "signed":
+                ways[targets] = draw_signs(site, len(targets), settings.seed, step)
+            signs.append(ways)
+        state.sources.copy_(torch.cat(sources))
+        state.drawn.copy_(torch.cat(drawn))
+        state.signs.copy_(torch.cat(signs))
+        if settings.direction in NOISE:
+            state.noise = [
+                draw_noise(site, site.shape[0], settings.seed, step, state.device)
+                for site in self._sites
+            ]
+
+    # -- one forward pass -------------------------------------------------------------------------
+
+    def begin(self, inputs: Any) -> None:
+        """Draws for a forward pass of the network on these inputs."""
+        assert self._state is not None, "set_step comes first"
+        state = self._state
+        tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        batch = next((t for t in tensors if t.ndim), torch.zeros(1, device=state.device))
+        key = state.clock ^ fingerprint(batch.detach()).to(state.device)
+        self._draw = self._drawn(key, len(batch), self._shifts)
+
+    def end(self, outputs: Any) -> None:
+        """Ends a forward pass; the passes that its backward pass repeats will draw the same."""
+        draw, self._draw = self._draw, None
+        if draw is None or torch.compiler.is_compiling():  # a compiled graph repeats what it drew
+            return
+        for leaf in tree_leaves(outputs):
+            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                leaf.grad_fn.register_prehook(partial(self._replay, draw))
+
+    def _replay(self, draw: _Draw, _: Any) -> None:
+        self._replayed = draw
+
+    def _current(self) -> _Draw | None:
+        """Returns the draw of the pass that runs, or of the one that a checkpoint repeats."""
+        return self._replayed if self._draw is None and _in_backward() else self._draw
+
+    def _drawn(self, key: Tensor, rows: int, shifts: Sequence[int]) -> _Draw:
+        """Returns the draw of a batch on the outputs; in the weights there is nothing to draw."""
+        state, settings = self._state, self._settings
+        assert state is not None
+        if settings.mode != "outputs":
+            return _Draw(key, rows, state.size, shifts)
+        ways = torch.ones((1, len(state.columns)), device=state.device)
+        if settings.direction == "signed" or settings.merge_probability < 1.0 or self._fades:
+            images = 1 if settings.shared_sign else rows
+            bits = draw_bits(_image_keys(key, images), state.columns)
+            if settings.direction == "signed":
+                ways = (1 - 2 * (bits & 1)).float()
+            ways = ways * ((bits >> 8) < state.probability * 2**24)
+        share = 1.0 - state.size if settings.size == "merge_weight" else 1.0
+        return _Draw(key, rows, ways * share, shifts)
+
+    @property
+    def _fades(self) -> bool:
+        schedule = self._settings.schedule
+        return schedule.decay != "constant" and schedule.anneals == "probability"
+
+    # -- the hooks of a convolution ---------------------------------------------------------------
+
+    def _before(self, number: int, module: nn.Module, _: Any) -> None:
+        """Does what needs the weight, where it is whole (FSDP2 gathers it only for the module)."""
+        if self._current() is None or not module.training or not self._trains[number]:
+            return
+        settings = self._settings
+        if settings.mode == "weights":
+            is_computed = parametrize.is_parametrized(module, "weight")
+            self._shadowed[number] = vars(module).get("weight", _NOTHING)
+            if not is_computed:
+                vars(module)["weight"] = self._stand_in(number, module.weight, module)
+        elif settings.compares or settings.size != "merge_weight":
+            self._shares[number] = self._shares_of(number, module)
+
+    def _after(self, number: int, module: nn.Module, _: Any, output: Any) -> Tensor | None:
+        """Removes the stand-in, or blends the channels of the output."""
+        if number in self._shadowed:
+            before = self._shadowed.pop(number)
+            vars(module).pop("weight", None)
+            if before is not _NOTHING:
+                vars(module)["weight"] = before
+            return None
+        draw = self._current()
+        if draw is None or not module.training or not self._trains[number]:
+            return None
+        if self._settings.mode != "outputs" or not isinstance(output, Tensor):  # it raised
+            return None
+        dims = len(self._sites[number].shape) - 2
+        batched = output if output.ndim == dims + 2 else output.unsqueeze(0)
+        mixed = self._mixed(number, draw, module, batched)
+        return mixed.reshape(output.shape) if batched is not output else mixed
+
+    def _mixed(self, number: int, draw: _Draw, module: nn.Module, output: Tensor) -> Tensor:
+        """Blends the channels of a layer's output, (N, C, *map)."""
+        site, state = self._sites[number], self._state
+        assert state is not None
+        rows = len(output)
+        if draw.rows != rows:  # a network that folds time or views into the batch
+            draw = self._drawn(draw.key, rows, draw.shifts)
+        shares = draw.shares[:, self._spans[number]].to(output.device)
+        local = self._shares.pop(number, None)
+        shares = shares if local is None else shares * local
+        shift: Tensor | int = draw.shifts[number]
+        if not self._settings.shared_partner:
+            bits = draw_bits(_image_keys(draw.key, rows), state.columns[self._spans[number]][:1])
+            shift = 1 + (bits >> 8).to(output.device) % (site.shape[0] // site.pair_groups - 1)
+        elif torch.compiler.is_compiling():  # a number would compile every step
+            shift = state.shifts[number].to(output.device).reshape(1, 1)
+        self._count(number, rows, shares)
+        bias = module._parameters.get("bias")
+        return mix_channels(output, shares, shift, site.pair_groups, bias)
+
+    def _shares_of(self, number: int, module: nn.Module) -> Tensor:
+        """Returns what the weights say of the shares of a layer, float32, shape (C,)."""
+        site, settings, state = self._sites[number], self._settings, self._state
+        assert state is not None
+        with torch.no_grad(), _no_autocast(module):
+            kernels = self._rows(module, module.weight)
+            everyone = torch.arange(len(kernels), device=kernels.device)
+            shift = state.shifts[number].to(kernels.device)
+            partners = kernels[cyclic_sources(everyone, shift, len(kernels) // site.pair_groups)]
+            shares = torch.ones_like(kernels[:, 0])
+            if settings.size != "merge_weight":
+                weight = weight_of(kernels, partners, None, state.size.to(kernels), settings)
+                shares = 1.0 - torch.as_tensor(weight).to(kernels).expand(len(kernels), 1)[:, 0]
+            if settings.compares:
+                cosines, similar = compare(kernels, partners, settings, centred=site.centred)
+                self._count_cosines(number, cosines, self._images())
+                shares = shares * similar
+        return shares
+
+    def _stand_in(self, number: int, weight: Any, module: nn.Module) -> Tensor:
+        """Returns the merged weight of a layer, whose gradient goes to ``weight`` as it falls."""
+        site, settings, state = self._sites[number], self._settings, self._state
+        assert state is not None
+        span = self._spans[number]
+        with torch.no_grad(), _no_autocast(module):
+            kernels = self._rows(module, weight)
+            device = kernels.device
+            sources, drawn, signs = (
+                values[span].to(device) for values in (state.sources, state.drawn, state.signs)
+            )
+            everyone = torch.arange(len(kernels), device=device)
+            sources = choose_sources(kernels, everyone, sources, site, settings)
+            partners = kernels[sources]
+            cosines, similar = compare(kernels, partners, settings, centred=site.centred)
+            merged = similar & drawn
+            noise = state.noise[number] if settings.direction in NOISE else None
+            ways = signs if settings.direction == "signed" else None
+            size = state.size.to(kernels)
+            rows = move(kernels, partners, ways, noise, size, settings).rows
+            rows = torch.where(merged.unsqueeze(1), rows, kernels)
+            new = weight.detach().clone()
+            layout_of(module).put_rows_(new, everyone, rows)
+            self._count_merged(number, drawn.sum(), merged.sum())
+            self._count_cosines(number, torch.where(drawn, cosines, 0.0), 1, drawn)
+        stand_in: Tensor = _StraightThrough.apply(weight, new)
+        return stand_in
+
+    def _computed(self, number: int, module: nn.Module, _: Any, weight: Tensor) -> Tensor | None:
+        """Returns the stand-in of a weight that a parametrization computes."""
+        if number not in self._shadowed:  # somebody reads the weight, no convolution runs
+            return None
+        return self._stand_in(number, weight, self._modules[number])
+
+    def _rows(self, module: nn.Module, weight: Any) -> Tensor:
+        """Returns the kernels of a layer, shape (C_out, fan_in), float32 or wider, detached."""
+        layout, stored = layout_of(module), weight.detach()
+        everyone = torch.arange(layout.shape(stored)[0], device=stored.device)
+        return layout.rows(stored, everyone)
+
+    # -- what acted -------------------------------------------------------------------------------
+
+    def _images(self) -> int:
+        draw = self._current()
+        return 1 if draw is None else draw.rows
+
+    def _count(self, number: int, rows: int, shares: Tensor) -> None:
+        """Counts images x channels of a layer that acted, and those whose channel moved."""
+        settings, channels = self._settings, self._sites[number].shape[0]
+        moves_all = not settings.compares and settings.merge_probability == 1.0 and not self._fades
+        moved: int | Tensor = rows * channels
+        if not moves_all:
+            moved = (shares != 0).sum() * (rows // len(shares))
+        self._count_merged(number, rows * channels, moved)
+
+    def _count_merged(self, number: int, drawn: int | Tensor, merged: int | Tensor) -> None:
+        if _in_backward():  # a pass that is repeated has been counted
+            return
+        assert self._state is not None
+        counts = self._state.counts[number]
+        counts[0].add_(drawn)
+        counts[1].add_(merged)
+
+    def _count_cosines(
+        self, number: int, cosines: Tensor, images: int, drawn: Tensor | None = None
+    ) -> None:
+        if _in_backward():
+            return
+        assert self._state is not None
+        undefined = cosines.isnan()
+        known = ~undefined if drawn is None else drawn & ~undefined
+        counts, (total, largest) = self._state.counts[number], self._state.cosines[number]
+        counts[2].add_(undefined.sum() * images)
+        counts[3].add_(known.sum() * images)
+        total.add_(torch.where(known, cosines, 0.0).sum() * images)
+        highest = torch.where(known, cosines, -2.0).max()
+        largest.copy_(torch.maximum(largest, highest))
+
+    def take_counts(self) -> tuple[Tensor, Tensor] | None:
+        """Returns what acted since the last call, and begins to count anew; waits for the device.
+
+        Returns:
+            int64, shape (layers, 4): images x channels (in the weights: kernels) that were drawn
+            and that merged, pairs without and with a cosine; float64, shape (layers, 2): sum and
+            largest of the cosines, -2 for none. On the CPU; None if nothing ever ran.
+        """
+        state = self._state
+        if state is None:
+            return None
+        counts = torch.stack([torch.stack(layer) for layer in state.counts]).cpu()
+        cosines = torch.stack([torch.stack([t.double(), m.double()]) for t, m in state.cosines])
+        for layer in state.counts:
+            for count in layer:
+                count.zero_()
+        for total, largest in state.cosines:
+            total.zero_()
+            largest.fill_(-2.0)
+        return counts, cosines.cpu()
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Another tensor in the place of a weight, with the gradient to the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, stand_in: Tensor) -> Tensor:
+        return stand_in.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def _image_keys(key: Tensor, images: int) -> Tensor:
+    """Returns a key for each image of a batch, int64, shape (images,)."""
+    return (key + torch.arange(images, device=key.device) * _IMAGES) & 0xFFFFFFFF
+
+
+def _in_backward() -> bool:
+    """Returns whether autograd runs a backward pass, in which checkpoints repeat forward passes."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _no_autocast(module: nn.Module) -> Any:
+    """Disables autocast, inside which kernels would be compared in half precision."""
+    return torch.autocast(next(module.parameters()).device.type, enabled=False)

@@ -1,0 +1,537 @@
+"""The attached optimizers: which one steps which layer, and what the library must know of it."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from functools import cache
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+from inmerge_wrap.kernels import MergedLayer, Sharded, Store, modules_of, tensor_store
+from inmerge_wrap.plan import ConvSite
+from inmerge_wrap.settings import NOISE, MergeSettings
+from inmerge_wrap.unwrapping import unwrap
+
+__all__ = [
+    "Attachment",
+    "Attachments",
+    "carry_counter",
+    "check_settings",
+    "check_still_held",
+    "companions",
+    "fsdp_modules",
+    "is_nested_step",
+    "is_no_training_step",
+    "notice_every_step",
+    "refuse_capture",
+    "refuse_second",
+    "remedy_for_none_held",
+    "replaced",
+    "stepped_of",
+    "stepping_optimizer",
+    "trained_of",
+    "trains_any",
+]
+
+# By name, so that nothing is imported: they write the weights from copies of their own.
+_STEPS_COPIES = {"DeepSpeedOptimizerWrapper", "MegatronLMOptimizerWrapper", "DummyOptim"}
+
+_COUNTERS = "inmerge"  # key in an optimizer's state dict: one entry for each wrapper attached to it
+
+
+class Attachment:
+    """An optimizer whose steps merge: the handle that ``attach`` returns.
+
+    Args:
+        optimizer: No strong reference is kept, or a copy of the wrapper would take it along.
+        handles: The hooks that make up the attachment, that of the steps first.
+    """
+
+    def __init__(self, optimizer: Optimizer, handles: Sequence[RemovableHandle]) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._handles = handles
+        self.merged: set[int] = set()  # numbers of all layers that its steps ever merged
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer, as long as it exists."""
+        return self._optimizer()
+
+    @property
+    def is_live(self) -> bool:
+        """Whether its steps still merge; anyone may have removed the hook."""
+        hooks = self._handles[0].hooks_dict_ref()
+        return self.optimizer is not None and hooks is not None and self._handles[0].id in hooks
+
+    def remove(self) -> None:
+        """Stops merging with the steps of this optimizer."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+class Attachments:
+    """The optimizers whose steps merge, in the order in which they were attached.
+
+    If two hold the same layer, the one attached last merges it.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[Attachment] = []
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def add(self, attachment: Attachment) -> None:
+        """Records an attachment, and forgets those whose optimizers are gone."""
+        self._known = [known for known in self._known if known.optimizer is not None]
+        self._known.append(attachment)
+
+    def of(self, optimizer: Optimizer) -> Attachment | None:
+        """Returns the attachment of an optimizer that is attached."""
+        return next((k for k in self._known if k.optimizer is optimizer and k.is_live), None)
+
+    @property
+    def live(self) -> list[Optimizer]:
+        """The optimizers that still exist and whose hooks have not been removed."""
+        return [known.optimizer for known in self._known if known.is_live and known.optimizer]
+
+    def miss(self, optimizer: Optimizer) -> bool:
+        """Returns whether an optimizer was never attached and none was detached on purpose."""
+        detached = any(k.optimizer is not None and not k.is_live for k in self._known)
+        return not detached and all(k.optimizer is not optimizer for k in self._known)
+
+    def held_by(self, optimizer: Optimizer, layers: Sequence[MergedLayer]) -> list[MergedLayer]:
+        """Returns the layers that the optimizer holds and no optimizer attached later does."""
+        live = self.live
+        later = live[live.index(optimizer) + 1 :] if optimizer in live else []
+        mine = set(map(id, parameters_of(optimizer)))
+        mine = mine.difference(*(map(id, parameters_of(other)) for other in later))
+        return [
+            layer
+            for layer in layers
+            if layer.parameters and mine.issuperset(map(id, layer.parameters))
+        ]
+
+
+def trained_of(layers: Sequence[MergedLayer]) -> list[MergedLayer]:
+    """Returns the layers that are not frozen."""
+    return [layer for layer in layers if all(p.requires_grad for p in layer.parameters)]
+
+
+def stepped_of(layers: Sequence[MergedLayer]) -> list[MergedLayer]:
+    """Returns the layers that a step has just moved: those whose weights have a gradient.
+
+    A branch that did not run has none. Some optimizers drop all gradients in their step; then
+    nothing can be known, and all layers count.
+    """
+    moved = [layer for layer in layers if any(p.grad is not None for p in layer.parameters)]
+    return moved or list(layers)
+
+
+def check_still_held(
+    attachment: Attachment, merging: Sequence[MergedLayer], layers: Sequence[MergedLayer]
+) -> None:
+    """Checks that an attached optimizer still holds the weights that it merged before.
+
+    Args:
+        attachment: That of the optimizer.
+        merging: The layers that merge with this step.
+        layers: All layers of the plan.
+
+    Raises:
+        RuntimeError: If it lost some, so that its steps no longer train them.
+    """
+    attachment.merged.update(layer.number for layer in merging)
+    optimizer = attachment.optimizer
+    if optimizer is None or len(attachment.merged) == len(merging):
+        return
+    held = set(map(id, parameters_of(optimizer)))
+    lost = [
+        layer
+        for layer in layers
+        if layer.number in attachment.merged
+        and (
+            not layer.parameters
+            or any(p.requires_grad and id(p) not in held for p in layer.parameters)
+        )
+    ]
+    if not lost:
+        return
+    names = ", ".join(layer.site.name for layer in lost)
+    # FSDP1 takes the weight out of a convolution but keeps its class.
+    others = [layer for layer in lost if not isinstance(layer.module, _ConvNd)]
+    if others:
+        raise RuntimeError(replaced(names, others[0].module))
+    if any(isinstance(layer.store, Sharded) for layer in lost):
+        remedy = (
+            "With FSDP2 (fully_shard) create the optimizer after sharding; with Accelerate "
+            "prepare model and optimizer in one call"
+        )
+    else:
+        remedy = (
+            "If the network was changed, wrap it and create the optimizer afterwards; if "
+            "the optimizer was, attach it again. DeepSpeed, Megatron-LM and FSDP1 step copies "
+            "of the weights: train with DDP or FSDP2 instead"
+        )
+    raise RuntimeError(
+        f"the attached optimizer no longer holds the weights of {names}: they were replaced "
+        f"after attach(). {remedy}"
+    )
+
+
+def replaced(names: str, by: nn.Module) -> str:
+    """Returns the message for convolutions whose place another module took."""
+    return (
+        f"{names}: after attach() a {type(by).__name__} took the place of the convolution. Change "
+        "the network first (BlurPool and other surgery, quantisation, adapters), then wrap it "
+        "and create the optimizer"
+    )
+
+
+def carry_counter(
+    optimizers: Sequence[Any],
+    save: Callable[[], Tensor],
+    load: Callable[[Tensor], None],
+) -> list[RemovableHandle]:
+    """Makes the state dict of an optimizer carry the step counter and statistics of a wrapper.
+
+    Code that resumes an optimizer then resumes merging, even if the network's weights are saved
+    without the wrapper (timm, Hugging Face's Trainer). A state dict without them loads too, and
+    one with them loads into any optimizer. They are plain numbers, because libraries cast and move
+    the tensors of such a state.
+
+    Args:
+        optimizers: The one that steps and those around it; other objects are ignored.
+        save: A bound method that returns the state; no strong reference to its object is kept.
+        load: A bound method that takes such a state, likewise.
+    """
+    state, restore = weakref.WeakMethod(save), weakref.WeakMethod(load)
+
+    def after_save(_: Optimizer, state_dict: dict[str, Any]) -> None:
+        if (current := state()) is not None:
+            state_dict.setdefault(_COUNTERS, []).append(current().tolist())
+
+    def before_load(_: Optimizer, state_dict: dict[str, Any]) -> None:
+        if (current := state()) is None or not state_dict.get(_COUNTERS):
+            return
+        # A copy made for the hooks. Those of the next wrapper find the next entry.
+        first, *state_dict[_COUNTERS] = state_dict[_COUNTERS]
+        take = restore()
+        if take is not None and first != current().tolist():  # else the statistics stay
+            take(torch.tensor(first, dtype=torch.float64, device="cpu"))
+
+    inner = [getattr(optimizer, "_base_optimizer", None) for optimizer in optimizers]  # Lookahead
+    handles = []
+    for optimizer in {id(found): found for found in (*optimizers, *inner)}.values():
+        # Some subclasses never call Optimizer.__init__; their state is that of another optimizer.
+        if isinstance(optimizer, Optimizer) and "_optimizer_state_dict_post_hooks" in vars(
+            optimizer
+        ):
+            handles.append(optimizer.register_state_dict_post_hook(after_save))
+            handles.append(optimizer.register_load_state_dict_pre_hook(before_load))
+    return handles
+
+
+_listeners: set[weakref.WeakMethod[Callable[[Optimizer], None]]] = set()
+
+
+def notice_every_step(listener: Callable[[Optimizer], None]) -> None:
+    """Calls ``listener(optimizer)`` after each step of any optimizer in this process.
+
+    This detects a loop that forgot to attach its optimizer, or that replaced it.
+
+    Args:
+        listener: A bound method; no strong reference to its object is kept.
+    """
+    _register_once()
+    _listeners.add(weakref.WeakMethod(listener, _listeners.discard))
+
+
+@cache
+def _register_once() -> None:
+    register_optimizer_step_post_hook(_after_any_step)
+
+
+def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    for reference in tuple(_listeners):
+        listener = reference()
+        if listener is not None:
+            listener(optimizer)
+
+
+def trains_any(optimizer: Optimizer, network: nn.Module, sites: Sequence[ConvSite]) -> bool:
+    """Returns whether an optimizer trains a weight of the modules at some convolution names."""
+    held = set(map(id, parameters_of(optimizer)))
+    return any(
+        id(parameter) in held and parameter.requires_grad
+        for module in modules_of(network, sites)
+        for parameter in module.parameters()
+    )
+
+
+def remedy_for_none_held(layers: Sequence[MergedLayer]) -> str:
+    """Returns the remedy for an optimizer that holds no weight of some layers."""
+    if any(p.requires_grad for layer in layers for p in layer.parameters):
+        return "build it from the parameters of this model"
+    return (
+        "they are frozen, and it was built from the other parameters. Attach the optimizer that "
+        "trains them once they are unfrozen, or build this one from all parameters of the model"
+    )
+
+
+def refuse_second(optimizer: Optimizer, wrapper: nn.Module) -> None:
+    """Raises a ValueError if the optimizer merges for another wrapper of the same network."""
+    for hook in optimizer._optimizer_step_post_hooks.values():
+        other = getattr(hook, "__self__", None)
+        if isinstance(other, type(wrapper)) and unwrap(other) is unwrap(wrapper):
+            raise ValueError(
+                "the optimizer already merges for another InMergeWrapper of this network, and "
+                "both would merge in each step: create a new optimizer, or detach the other "
+                "wrapper with handle.remove(), where handle is what its attach() returned"
+            )
+
+
+def check_settings(settings: MergeSettings, optimizer: Optimizer) -> None:
+    """Checks that settings work with an optimizer.
+
+    Raises:
+        RuntimeError: If they do not.
+    """
+    if settings.mode == "step" and settings.direction in NOISE and is_schedule_free(optimizer):
+        raise RuntimeError(
+            f"the averages of {type(optimizer).__name__} cannot follow "
+            f"direction={settings.direction!r}: use direction='partner', or mode='weights'"
+        )
+
+
+def stepping_optimizer(optimizer: Any, *, to_write: bool = True) -> Optimizer:
+    """Returns the torch optimizer whose step() writes the weights, inside any other wrappers.
+
+    Args:
+        optimizer: A torch optimizer or something around one.
+        to_write: Whether weights are written after its steps; without, steps are only counted, and
+            optimizers that write the weights from copies of their own work too.
+    """
+    kinds = type(optimizer).__mro__
+    names = {kind.__name__ for kind in kinds}
+    inner = getattr(optimizer, "optimizer", None)
+    if to_write:
+        _refuse_copies(optimizer)
+    elif names & _STEPS_COPIES and isinstance(inner, Optimizer):
+        return stepping_optimizer(inner, to_write=False)
+    if names & {"AcceleratedOptimizer", "LightningOptimizer"}:
+        return stepping_optimizer(inner, to_write=to_write)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"attach needs a torch.optim.Optimizer, got {type(optimizer).__name__}; where another "
+            "object wraps the optimizer, attach the wrapped one, or call model.merge_() after "
+            "each step"
+        )
+    base = getattr(optimizer, "base_optimizer", None)
+    if isinstance(base, Optimizer):
+        return stepping_optimizer(base, to_write=to_write)
+    if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        raise TypeError(
+            f"{type(optimizer).__name__} never called Optimizer.__init__, so its steps run no "
+            "hooks; attach the optimizer inside it, or call model.merge_() after each step"
+        )
+    return optimizer
+
+
+def _refuse_copies(optimizer: Any) -> None:
+    """Raises a RuntimeError for an optimizer that writes the weights from copies of its own."""
+    kinds = type(optimizer).__mro__
+    names = {kind.__name__ for kind in kinds}
+    packages = {kind.__module__.partition(".")[0] for kind in kinds}
+    forward = "or merge in the forward pass, which writes no weight (mode='outputs')"
+    if packages & {"deepspeed", "megatron"} or names & _STEPS_COPIES:
+        raise RuntimeError(
+            f"{type(optimizer).__name__} steps copies of the weights and overwrites what is "
+            f"merged; train with DDP or FSDP2 (fully_shard) instead, {forward}"
+        )
+    if any("ScheduleFree" in name for name in names) and not (
+        isinstance(optimizer, Optimizer) and "schedulefree" in packages
+    ):
+        raise RuntimeError(
+            f"{type(optimizer).__name__} keeps a second sequence of weights that cannot be merged "
+            "too; use SGDScheduleFree, AdamWScheduleFree or RAdamScheduleFree of the package "
+            f"schedulefree, {forward}"
+        )
+    if isinstance(optimizer, Optimizer) and any(
+        type(p).__name__ == "FlatParameter" or hasattr(p, "_is_flat_param")
+        for p in parameters_of(optimizer)
+    ):
+        raise RuntimeError(
+            "FSDP1 flattens the weights, so that no kernel can be found in them; use FSDP2 "
+            f"(fully_shard, or fsdp_version: 2 in Accelerate) or DDP, {forward}"
+        )
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Returns the parameters in the optimizer's groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _first_moments(optimizer: Optimizer, weight: nn.Parameter) -> list[Tensor]:
+    """Returns SGD's momentum or Adam's first moment of a weight, if it exists yet."""
+    # timm's Lookahead keeps the moments in the optimizer that it wraps.
+    state = getattr(optimizer, "_base_optimizer", optimizer).state
+    of_weight = state.get(weight, {})
+    moments = (of_weight.get(key) for key in ("momentum_buffer", "exp_avg"))
+    # Some optimizers keep their moments in fewer dimensions, where no kernel can be found.
+    return [m for m in moments if m is not None and m.shape == weight.shape]
+
+
+def companions(
+    optimizer: Optimizer | None, layers: Sequence[MergedLayer], *, moments: bool
+) -> tuple[dict[int, list[Store]], str | None]:
+    """Returns the tensors of an optimizer that change like the weights.
+
+    Args:
+        optimizer: The optimizer that steps, if any.
+        layers: The layers that merge.
+        moments: Whether to include first moments; the averages of a schedule-free optimizer
+            are always included.
+
+    Returns:
+        Number of each layer -> its tensors; and why a layer's moments cannot follow, if so.
+
+    Raises:
+        RuntimeError: If a schedule-free optimizer averages the tensors that a weight is computed
+            from.
+    """
+    found: dict[int, list[Store]] = {}
+    problem = None
+    if optimizer is None or not (moments or is_schedule_free(optimizer)):
+        return found, problem
+    for layer in layers:
+        tensors = _averaged_sequences(optimizer, layer.module)
+        if moments:
+            weight, *magnitude = layer.parameters
+            first = [] if magnitude else _first_moments(optimizer, weight)
+            tensors = first + tensors
+            if not first and problem is None:
+                problem = (
+                    f"the weight of {layer.site.name} is computed from a direction and a "
+                    "magnitude, whose moments cannot be blended"
+                    if magnitude
+                    else f"{type(optimizer).__name__} keeps no momentum_buffer or exp_avg of "
+                    f"the shape of {layer.site.name}.weight"
+                )
+        found[layer.number] = [tensor_store(tensor, layer.store.layout) for tensor in tensors]
+    return found, problem
+
+
+def refuse_capture(what: str) -> None:
+    """Raises a RuntimeError where a CUDA graph is being captured."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"a CUDA graph would repeat the pairs drawn at capture in every replay: run {what} "
+            "outside the graph"
+        )
+
+
+def is_schedule_free(optimizer: Optimizer) -> bool:
+    """Returns whether an optimizer is one of the package ``schedulefree``."""
+    return any(kind.__module__.startswith("schedulefree.") for kind in type(optimizer).__mro__)
+
+
+def _averaged_sequences(optimizer: Optimizer, conv: nn.Module) -> list[Tensor]:
+    """Returns the weight sequences that a schedule-free optimizer averages.
+
+    Its steps are linear in them: if the same kernels are blended in each, the average that is
+    evaluated at the end is merged exactly like the weights that are trained.
+
+    Raises:
+        RuntimeError: If the weight is computed from other tensors.
+    """
+    if not is_schedule_free(optimizer):
+        return []
+    weight = conv._parameters.get("weight")
+    if weight is None:
+        raise RuntimeError(
+            "schedule-free optimizers average the stored tensors of a weight that is computed "
+            "(weight_norm, spectral_norm, pruning), which merging cannot follow; remove the "
+            "parametrisation or use another optimizer"
+        )
+    state = optimizer.state.get(weight, {})
+    return [state[key] for key in ("x", "y", "z") if key in state]
+
+
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """Returns the modules that FSDP2 shards.
+
+    After a forward pass without a backward pass, as in evaluation, FSDP2 leaves the weights of its
+    root unsharded, where they would not show the step that the optimizer took: call ``reshard()``.
+    """
+    return [
+        module
+        for module in model.modules()
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+    ]
+
+
+def is_nested_step(optimizer: Optimizer) -> bool:
+    """Returns whether this hook runs inside another step() of the same optimizer.
+
+    If a subclass calls super().step(), torch runs the hooks in both. The call stack shows this,
+    and unlike a counter it stays right when a step raises. torch.compile runs steps under another
+    code object of the same name and place.
+    """
+    steps = [vars(kind)["step"] for kind in type(optimizer).__mro__ if "step" in vars(kind)]
+    hooked = [step for step in steps if hasattr(step, "hooked")]
+    if len(hooked) < 2:
+        return False
+    patched = [_place(step.__code__) for step in hooked]
+    frame, depth = sys._getframe(), 0
+    while frame is not None:
+        arguments = frame.f_locals.get("args") if _place(frame.f_code) in patched else None
+        if arguments and arguments[0] is optimizer:
+            depth += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return depth > 1
+
+
+def is_no_training_step() -> bool:
+    """Returns whether this hook runs in a step that a library takes for another purpose.
+
+    Two such steps are known. Only their callers identify them: a learning rate of 0 does not,
+    because warm-ups begin with it, and neither does a gradient that was used before.
+
+    - ``torch.distributed.checkpoint.state_dict.get_optimizer_state_dict`` and its ``set_`` twin
+      (and with them Accelerate's FSDP2 resume) create a fresh optimizer's state with a step
+      of zero gradients and a learning rate of 0 before they load.
+    - Lightning's StochasticWeightAveraging steps once at the end of the epoch in which it
+      recalibrates BatchNorm and skips all backward passes.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        name = frame.f_code.co_name
+        if name == "_init_optim_state" or (
+            name == "_optimizer_step"
+            and getattr(frame.f_locals.get("self"), "_skip_backward", False) is True
+        ):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _place(code: CodeType) -> tuple[str, str, int]:
+    return code.co_filename, code.co_name, code.co_firstlineno

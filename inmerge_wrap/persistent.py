@@ -1,0 +1,246 @@
+"""Merging after an optimizer step: the only code of the library that writes a weight.
+
+For each drawn pair ``(i, j)`` of a layer, all kernels being read before any is written::
+
+    cos(K_i, K_j) > tau   =>   K_i <- alpha K_i + (1 - alpha) K_j          (eq. 1-4)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inmerge_wrap.kernels import MergedLayer, Plain, Store, Transposed
+from inmerge_wrap.pairs import (
+    Move,
+    Outcome,
+    choose_sources,
+    compare,
+    draw_layer,
+    draw_noise,
+    draw_signs,
+    move,
+)
+from inmerge_wrap.settings import NOISE, MergeSettings, Strength, compiles
+
+__all__ = ["merge_pairs_", "merge_step"]
+
+
+@torch.no_grad()
+def merge_step(
+    layers: Sequence[MergedLayer],
+    settings: MergeSettings,
+    strength: Strength,
+    step: int,
+    *,
+    companions: Mapping[int, Sequence[Store]] | None = None,
+    skip: Tensor | None = None,
+) -> Outcome:
+    """Draws and merges the pairs of some layers, in place.
+
+    Half precision weights are compared and blended in float32 and rounded once. Kernels that are
+    zero or hold NaN or Inf neither merge nor spread.
+
+    Args:
+        layers: At least one.
+        settings: The settings of the wrapper.
+        strength: Those that this step changes, see :meth:`MergeSettings.strength`.
+        step: The optimizer step; with the seed it decides the draws.
+        companions: Number of a layer -> tensors of an optimizer that change like its weight.
+        skip: A scalar on the device; non-zero disables the merge.
+
+    Returns:
+        The outcome of each pair, on the device of the first layer.
+    """
+    cosines, merged = [], []
+    for layer in layers:
+        device = layer.store.weight.device
+        with _without_autocast(device), layer.store.opened() as store:
+            found = _merge_layer_(
+                layer,
+                store,
+                settings,
+                strength,
+                step,
+                (companions or {}).get(layer.number, ()),
+                None if skip is None else skip.to(device),
+            )
+        cosines.append(found[0])
+        merged.append(found[1])
+    first = cosines[0].device
+    return Outcome(
+        [layer.number for layer in layers],
+        [len(part) for part in cosines],
+        torch.cat([part.to(first) for part in cosines]),
+        torch.cat([part.to(first) for part in merged]),
+    )
+
+
+def _merge_layer_(
+    layer: MergedLayer,
+    store: Store,
+    settings: MergeSettings,
+    strength: Strength,
+    step: int,
+    companions: Sequence[Store],
+    skip: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Draws and merges the pairs of one layer; see :func:`merge_pairs_`."""
+    site, device = layer.site, store.weight.device
+    targets, sources = draw_layer(site, strength.probability, settings.seed, step)
+    signs = None
+    if settings.direction == "signed":
+        signs = _sent(draw_signs(site, len(targets), settings.seed, step), device)
+    targets, sources = _sent(targets, device), _sent(sources, device)
+    if settings.partner != "random":
+        everyone = torch.arange(site.shape[0], device=device)
+        sources = choose_sources(store.read(everyone), targets, sources, site, settings)
+    is_plain = isinstance(store, Plain) and not isinstance(store.layout, Transposed)
+    is_usual = isinstance(settings.direction, str) and settings.direction not in NOISE
+    if is_plain and is_usual and not companions and compiles(settings.compiled, device):
+        size = torch.tensor(strength.size, device=device)
+        bank = _bank(store.weight)
+        return _compiled()(bank, targets, sources, signs, size, skip, site.centred, settings)
+
+    def noise(count: int) -> Tensor | None:
+        if settings.direction not in NOISE:
+            return None
+        return draw_noise(site, count, settings.seed, step, device)
+
+    return merge_pairs_(
+        store,
+        targets,
+        sources,
+        settings,
+        strength.size,
+        signs=signs,
+        noise=noise,
+        centred=site.centred,
+        companions=companions,
+        skip=skip,
+    )
+
+
+def merge_pairs_(
+    store: Store,
+    targets: Tensor,
+    sources: Tensor,
+    settings: MergeSettings,
+    size: float,
+    *,
+    signs: Tensor | None = None,
+    noise: Callable[[int], Tensor | None] = lambda count: None,
+    centred: bool = False,
+    companions: Sequence[Store] = (),
+    skip: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Merges the drawn pairs of one weight, in place (eq. 1-4).
+
+    All kernels are read before any is written, as the paper's simultaneous update requires, and
+    only the rows in ``targets`` are touched.
+
+    Args:
+        store: Where the kernels are, opened.
+        targets: Kernels to blend, int64, shape (pairs,), without repetition.
+        sources: Their partners, int64, shape (pairs,).
+        settings: The settings of the wrapper.
+        size: The size of the move, see :class:`Strength`.
+        signs: 1 or -1, shape (pairs, 1), of the signed direction.
+        noise: Returns the noise for a number of kernels, for a direction that needs it.
+        centred: Whether kernels are compared without their mean.
+        companions: Tensors of an optimizer that change like the weight.
+        skip: A scalar; non-zero disables the merge.
+
+    Returns:
+        The cosine of each pair and whether it merged, shape (pairs,), on the weight's device.
+    """
+    kernels, partners = store.read(targets), store.read(sources)
+    cosines, merged = compare(kernels, partners, settings, centred=centred)
+    if skip is not None:
+        merged &= skip == 0
+    mask: Tensor | None = merged
+    if merged.device.type == "cpu":  # finding the merged pairs waits for nothing there
+        (known,) = merged.nonzero(as_tuple=True)
+        mask = None
+        if len(known) < len(targets):
+            targets, sources = targets[known], sources[known]
+            kernels, partners = kernels[known], partners[known]
+            signs = None if signs is None else signs[known]
+    moved = move(kernels, partners, signs, noise(len(targets)), size, settings)
+    _write_(store, targets, moved.rows, kernels, mask)
+    for companion in companions:
+        _follow_(companion, targets, sources, moved, mask)
+    return cosines, merged
+
+
+def _write_(
+    store: Store, targets: Tensor, rows: Tensor, before: Tensor, mask: Tensor | None
+) -> None:
+    if mask is not None:
+        rows = torch.where(mask.unsqueeze(1), rows, before)
+    store.write_(targets, rows, mask)
+
+
+def _follow_(
+    companion: Store, targets: Tensor, sources: Tensor, moved: Move, mask: Tensor | None
+) -> None:
+    """Changes what an optimizer keeps of the merged kernels like the kernels."""
+    with companion.opened() as store:
+        rows = store.read(targets)
+        _write_(store, targets, moved.follow(rows, store.read(sources)), rows, mask)
+
+
+def _merge_bank_(
+    bank: Tensor,
+    targets: Tensor,
+    sources: Tensor,
+    signs: Tensor | None,
+    size: Tensor,
+    skip: Tensor | None,
+    centred: bool,
+    settings: MergeSettings,
+) -> tuple[Tensor, Tensor]:
+    """Merges kernels that are the rows of a matrix, (C_out, fan_in): what is compiled as one."""
+    wide = torch.promote_types(bank.dtype, torch.float32)
+    kernels, partners = bank[targets].to(wide), bank[sources].to(wide)
+    cosines, merged = compare(kernels, partners, settings, centred=centred)
+    if skip is not None:
+        merged = merged & (skip == 0)
+    moved = move(kernels, partners, signs, None, size, settings)
+    rows = torch.where(merged.unsqueeze(1), moved.rows, kernels)
+    bank.index_copy_(0, targets, rows.to(bank.dtype))
+    return cosines, merged
+
+
+@cache
+def _compiled() -> Any:
+    """Returns the compiled pass over a layer; layers of all sizes share its code."""
+    return torch.compile(_merge_bank_, dynamic=True)
+
+
+def _bank(weight: Tensor) -> Tensor:
+    """Returns the kernels as rows of a matrix that shares the memory of the weight."""
+    if weight.is_contiguous():
+        return weight.flatten(1)
+    places = sorted(range(1, weight.ndim), key=weight.stride, reverse=True)
+    return weight.permute(0, *places).view(len(weight), -1)
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """Sends drawn numbers to a device without waiting for it."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Disables autocast, inside which kernels would be compared in half precision."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
