@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 from scipy.stats import chisquare
 
 from inmerge_wrap.kernels import Plain
