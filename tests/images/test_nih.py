@@ -1,12 +1,9 @@
-"""The data of recipes/chestxray.py: its sources agree, and the cache holds the same pixels."""
+"""ChestX-ray14: its sources agree, and the cache holds the same pixels."""
 
 from __future__ import annotations
 
-import importlib
 import pickle
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,19 +12,11 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from inmerge_wrap.images import nih
+
 datasets = pytest.importorskip("datasets")
 
 LABELS = ["No Finding", "Mass|Edema", "Hernia", "Effusion"]
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture
-def nih(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "recipes")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
-    for name in ("nih", "records"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    return importlib.import_module("nih")
 
 
 def picture(seed: int, width: int = 60, height: int = 60, mode: str = "L") -> Image.Image:
@@ -50,7 +39,7 @@ def row(patient: int, **other: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def part(nih: ModuleType, tmp_path: Path) -> Any:
+def part(tmp_path: Path) -> Any:
     """Square, wide, high and RGBA files, larger and smaller than what is made of them."""
     pictures = [
         picture(0, 80, 80),
@@ -65,25 +54,23 @@ def part(nih: ModuleType, tmp_path: Path) -> Any:
     return nih.Part([path.name for path in paths], torch.eye(5, 14), paths)
 
 
-def test_pixels_are_those_of_torchvisions_transforms(nih: ModuleType, part: Any) -> None:
+def test_pixels_are_those_of_torchvisions_transforms(part: Any) -> None:
     direct = v2.Compose(
         [
-            *(v2.Resize(64), v2.CenterCrop(56), v2.RandomHorizontalFlip(), v2.ToImage()),
-            *(v2.ToDtype(torch.float32, scale=True), v2.Normalize(nih.MEAN, nih.STD)),
+            *(v2.Resize(64), v2.CenterCrop(56), v2.RandomHorizontalFlip(), v2.PILToTensor()),
         ]
     )
-    ours = nih.Radiographs(part, 56, nih.resized_side(56), train=True)
+    ours = nih.Radiographs(part, 56, train=True)
     square = [0, 3, 4]
     torch.manual_seed(0)
     pixels = torch.stack([ours[index][0] for index in square])
     assert pixels.dtype == torch.uint8 and pixels.shape == (3, 1, 56, 56)
     torch.manual_seed(0)
-    expected = [direct(Image.open(part.images[i]).convert("L").convert("RGB")) for i in square]
-    made = nih.Standardised(torch.device("cpu"))(pixels)
-    torch.testing.assert_close(made, torch.stack(expected), rtol=0, atol=1e-6)
+    expected = [direct(Image.open(part.images[i]).convert("L")) for i in square]
+    assert torch.equal(pixels, torch.stack(expected))
 
 
-def test_of_a_wide_image_the_middle_is_kept(nih: ModuleType) -> None:
+def test_of_a_wide_image_the_middle_is_kept() -> None:
     pixels = np.zeros((40, 80), dtype=np.uint8)
     pixels[:, 20:60] = 200
     assert (nih.grey_square(Image.fromarray(pixels), 40) == 200).all()
@@ -91,15 +78,12 @@ def test_of_a_wide_image_the_middle_is_kept(nih: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_the_cache_gives_the_same_pixels(
-    nih: ModuleType, part: Any, tmp_path: Path, train: bool
-) -> None:
-    side = nih.resized_side(56)
-    cached = nih.cached(part, tmp_path / "cache" / "train.npy", "here", side, workers=0)
+def test_the_cache_gives_the_same_pixels(part: Any, tmp_path: Path, train: bool) -> None:
+    cached = nih.cached(part, tmp_path / "cache" / "train.npy", "here", 56)
     seen = []
     for source in (part, cached):
         torch.manual_seed(0)
-        images = nih.Radiographs(source, 56, side, train=train)
+        images = nih.Radiographs(source, 56, train=train)
         seen.append([images[index] for index in range(len(part))])
     for (direct, label), (read, same) in zip(*seen, strict=True):
         assert torch.equal(direct, read) and torch.equal(label, same)
@@ -109,46 +93,46 @@ def test_the_cache_gives_the_same_pixels(
 
 
 def test_a_stale_cache_is_written_again(
-    nih: ModuleType, part: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    part: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "train.npy"
-    nih.cached(part, path, "here", 64, 0)
+    nih.cached(part, path, "here", 56)
     before = path.stat().st_mtime_ns, path.read_bytes()
-    nih.cached(part, path, "here", 64, 0)
+    nih.cached(part, path, "here", 56)
     assert path.stat().st_mtime_ns == before[0] and capsys.readouterr().out == ""
     others = nih.Part(part.names[::-1], part.labels, part.images[::-1])
-    for changed, source, side, told in [
-        (part, "there", 64, "source here, not there"),
-        (part, "there", 32, "side 64, not 32"),
-        (others, "there", 32, "names_sha256"),
+    for changed, source, size, told in [
+        (part, "there", 56, "source here, not there"),
+        (part, "there", 28, "side 64, not 32"),
+        (others, "there", 28, "names_sha256"),
     ]:
-        read = nih.cached(changed, path, source, side, 0)
+        read = nih.cached(changed, path, source, size)
         assert told in capsys.readouterr().out
-        assert read.images[0].shape == (side, side)
+        assert read.images[0].shape == (size * 8 // 7,) * 2
     assert np.array_equal(read.images[0], nih.grey_square(others.images[0], 32)[0])
     path.with_suffix(".json").unlink()  # as if the writing had ended between the two files
-    nih.cached(others, path, "there", 32, 0)
+    nih.cached(others, path, "there", 28)
     assert "stale" in capsys.readouterr().out
 
 
-def test_images_of_another_split_are_never_read(nih: ModuleType, part: Any, tmp_path: Path) -> None:
+def test_images_of_another_split_are_never_read(part: Any, tmp_path: Path) -> None:
     """Two runs with other seeds share a folder: the second writes the first one's file again."""
     path = tmp_path / "train.npy"
-    first = nih.cached(part, path, "here", 64, 0)
-    begun = nih.cached(part, path, "here", 64, 0)
+    first = nih.cached(part, path, "here", 56)
+    begun = nih.cached(part, path, "here", 56)
     expected = begun.images[0].copy()
     others = nih.Part(part.names[::-1], part.labels, part.images[::-1])
-    nih.cached(others, path, "here", 64, 0)
+    nih.cached(others, path, "here", 56)
     assert np.array_equal(begun.images[0], expected)  # mapped before, and so kept
     with pytest.raises(RuntimeError, match="with other seeds or sizes need a --cache each"):
         first.images[0]
 
 
-def test_a_cache_is_written_atomically(nih: ModuleType, part: Any, tmp_path: Path) -> None:
+def test_a_cache_is_written_atomically(part: Any, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     part.images[4].write_bytes(b"broken")
     with pytest.raises(OSError):
-        nih.cached(part, folder / "train.npy", "here", 64, 0)
+        nih.cached(part, folder / "train.npy", "here", 56)
     assert list(folder.iterdir()) == []
 
 
@@ -161,6 +145,10 @@ def write_parquet(folder: Path, splits: dict[str, Any]) -> str:
         table = rows if isinstance(rows, datasets.Dataset) else datasets.Dataset.from_list(rows)
         table.to_parquet(folder / f"{name}-00000-of-00001.parquet")
     return str(folder)
+
+
+def load(folder: str, cache: Path) -> Any:
+    return datasets.load_dataset(folder, cache_dir=str(cache / "hf"))
 
 
 def write_image_folder(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> str:
@@ -200,13 +188,13 @@ FORMS = {
 
 @pytest.mark.filterwarnings("ignore:unclosed file .*metadata.csv:ResourceWarning")  # of datasets
 @pytest.mark.parametrize("form", [*FORMS, "image folder"])
-def test_every_form_says_the_same(nih: ModuleType, tmp_path: Path, form: str) -> None:
+def test_every_form_says_the_same(tmp_path: Path, form: str) -> None:
     splits = {"train": [row(p) for p in range(1, 31)], "test": [row(p) for p in range(31, 35)]}
     if form == "image folder":
         name = write_image_folder(tmp_path / "set", splits)
     else:
         name = write_parquet(tmp_path / "set", {k: FORMS[form](v) for k, v in splits.items()})
-    parts = nih.read_dataset(name, None, seed=0)
+    parts = nih.read_dataset(load(name, tmp_path), seed=0)
     release = nih.split({"train_val": [str(p) for p in range(1, 31)], "test": ["31"]}, seed=0)
     rows = {"train": release["train"][1], "val": release["val"][1], "test": range(30, 34)}
     assert 1 <= len(rows["val"]) <= 6
@@ -218,17 +206,17 @@ def test_every_form_says_the_same(nih: ModuleType, tmp_path: Path, form: str) ->
             assert np.array_equal(seen, np.asarray(picture(index + 1)))
 
 
-def test_a_given_validation_split_is_used(nih: ModuleType, tmp_path: Path) -> None:
+def test_a_given_validation_split_is_used(tmp_path: Path) -> None:
     splits = {"train": range(1, 9), "validation": range(9, 12), "test": range(12, 14)}
     made = {k: FORMS["lists"]([row(p) for p in v]) for k, v in splits.items()}
-    parts = nih.read_dataset(write_parquet(tmp_path / "set", made), None, seed=0)
+    parts = nih.read_dataset(load(write_parquet(tmp_path / "set", made), tmp_path), seed=0)
     assert {name: len(part) for name, part in parts.items()} == {"train": 8, "val": 3, "test": 2}
 
 
 @pytest.mark.parametrize(
     "drop,change,message",
     [
-        ("image", {}, r"split train, has the columns label \(List\), Patient ID \(Value\)"),
+        ("image", {}, r"split train has the columns label \(List\), Patient ID \(Value\)"),
         ("label", {}, "it needs image .* one of label, labels or 'Finding Labels'"),
         ("Patient ID", {}, "and 'Patient ID' or patient_id or else names such as"),
         ("", {"Patient ID": None}, "and 'Patient ID' or patient_id or else names such as"),
@@ -237,42 +225,27 @@ def test_a_given_validation_split_is_used(nih: ModuleType, tmp_path: Path) -> No
     ],
 )
 def test_what_is_missing_is_said_in_one_line(
-    nih: ModuleType, tmp_path: Path, drop: str, change: dict[str, Any], message: str
+    tmp_path: Path, drop: str, change: dict[str, Any], message: str
 ) -> None:
     splits = {}
     for split, patients in (("train", range(1, 31)), ("test", range(31, 33))):
         rows = [entry | change for entry in FORMS["lists"]([row(p) for p in patients])]
         splits[split] = [{k: v for k, v in entry.items() if k != drop} for entry in rows]
-    with pytest.raises(SystemExit, match=message) as stop:
-        nih.read_dataset(write_parquet(tmp_path / "set", splits), None, seed=0)
+    with pytest.raises(ValueError, match=message) as stop:
+        nih.read_dataset(load(write_parquet(tmp_path / "set", splits), tmp_path), seed=0)
     assert "\n" not in str(stop.value)
 
 
-def test_a_missing_split_and_splits_of_other_columns(nih: ModuleType, tmp_path: Path) -> None:
-    lists, joined = (FORMS[form]([row(p) for p in range(1, 5)]) for form in ("lists", "joined"))
-    with pytest.raises(SystemExit, match=r"has the splits \['test'\]: \['train'\] is missing"):
-        nih.read_dataset(write_parquet(tmp_path / "one", {"test": lists}), None, seed=0)
-    unlike = write_parquet(tmp_path / "two", {"train": joined, "test": lists})
-    with pytest.raises(SystemExit, match=r"two cannot be loaded: .* names don't match") as stop:
-        nih.read_dataset(unlike, None, seed=0)
-    assert "\n" not in str(stop.value)
+def test_a_missing_split_is_named(tmp_path: Path) -> None:
+    lists = FORMS["lists"]([row(p) for p in range(1, 5)])
+    with pytest.raises(ValueError, match=r"has the splits \['test'\]: \['train'\] is missing"):
+        nih.read_dataset(load(write_parquet(tmp_path / "one", {"test": lists}), tmp_path), seed=0)
 
 
 @pytest.mark.parametrize("part", ["validation", "test"])
-def test_a_patient_in_two_splits_is_refused(nih: ModuleType, tmp_path: Path, part: str) -> None:
+def test_a_patient_in_two_splits_is_refused(tmp_path: Path, part: str) -> None:
     splits = {"train": range(1, 9), "validation": range(9, 12), "test": range(12, 14)}
     splits[part] = range(8, 9 + len(splits[part]))
     made = {k: FORMS["lists"]([row(p) for p in v]) for k, v in splits.items()}
-    with pytest.raises(SystemExit, match=r"patients \['8'\] are in both train"):
-        nih.read_dataset(write_parquet(tmp_path / "set", made), None, seed=0)
-
-
-@pytest.mark.parametrize("revision", [None, "main", COMMIT[:12]])
-def test_a_hub_name_needs_a_commit(nih: ModuleType, revision: str | None) -> None:
-    with pytest.raises(SystemExit, match="can change: pass --revision COMMIT"):
-        nih.read_dataset("owner/name", revision, seed=0)
-
-
-def test_a_folder_has_no_revision(nih: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="--revision is for a data set of the Hub"):
-        nih.read_dataset(str(tmp_path), COMMIT, seed=0)
+    with pytest.raises(ValueError, match=r"patients \['8'\] are in both train"):
+        nih.read_dataset(load(write_parquet(tmp_path / "set", made), tmp_path), seed=0)

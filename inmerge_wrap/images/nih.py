@@ -1,8 +1,13 @@
-"""ChestX-ray14 (NIH) for ``chestxray.py``: the parts of the data, and fast reading.
+"""ChestX-ray14 (NIH): the parts of the data, and fast reading.
 
-It reads the official release as downloaded, or a Hugging Face data set of the same images from the
-Hub or a folder. In both, a tenth of the training patients, drawn by a hash of seed and patient, is
+`read_release` takes the official release as downloaded, `read_dataset` a Hugging Face data set of
+the same images. In both, a tenth of the training patients, drawn by a hash of seed and patient, is
 the validation part if none is given, and no patient is in two parts.
+
+    parts = read_release(Path("nih"), seed=0)
+    images, findings = Radiographs(parts["train"], size=224, train=True)[0]
+
+A cache of decoded images (`cached`) is read much faster than PNG files of 1024 px.
 """
 
 from __future__ import annotations
@@ -10,11 +15,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 import re
-import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,22 +24,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from images import Images
 from PIL import Image
-from records import write_json
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
+from inmerge_wrap.files import replacing, write_json
+
+__all__ = ["FINDINGS", "Part", "Radiographs", "cached", "read_dataset", "read_release"]
+
 FINDINGS = (  # in the column order of the paper's table
     *("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia"),
     *("Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening"),
     "Hernia",
 )
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-NAME = re.compile(r"(\d{8})_\d{3}\.\w+")  # patient_visit.png, the release's names
+_NAME = re.compile(r"(\d{8})_\d{3}\.\w+")  # patient_visit.png, the release's names
 
 
 @dataclass(frozen=True)
@@ -59,24 +62,29 @@ class Part:
 
 
 def read_release(root: Path, seed: int) -> dict[str, Part]:
-    """Returns the three parts of the NIH release.
+    """Returns the parts ``train``, ``val`` and ``test`` of the NIH release.
+
+    Args:
+        root: Holds ``images*/`` folders with the PNG files, at any depth, ``Data_Entry_2017*.csv``,
+            ``train_val_list.txt`` and ``test_list.txt``.
+        seed: Seed of the validation patients.
 
     Raises:
-        SystemExit: If something is missing or a patient is in two parts.
+        ValueError: If something is missing or a patient is in two parts.
     """
-    tables = sorted(root.glob("Data_Entry_2017*.csv"))
+    table = max(root.glob("Data_Entry_2017*.csv"), default=root / "Data_Entry_2017_v2020.csv")
     lists = {name: root / f"{name}_list.txt" for name in ("train_val", "test")}
-    for path in [*tables[:1], *lists.values()] if tables else [root / "Data_Entry_2017_v2020.csv"]:
+    for path in (table, *lists.values()):
         if not path.is_file():
-            raise SystemExit(f"{path} is missing: --data-root must hold the NIH release")
-    with open(tables[-1], newline="") as file:
+            raise ValueError(f"{path} is missing: the folder must hold the NIH release")
+    with open(table, newline="") as file:
         entries = {row["Image Index"]: row for row in csv.DictReader(file)}
     paths = {path.name: path for path in root.glob("images*/**/*.png")}
     listed = {name: path.read_text().split() for name, path in lists.items()}
     for name in (image for images in listed.values() for image in images):
         if name not in entries or name not in paths:
-            where = tables[-1].name if name not in entries else f"{root}/images*/"
-            raise SystemExit(
+            where = table.name if name not in entries else f"{root}/images*/"
+            raise ValueError(
                 f"{name} is listed but not found in {where}: the release is incomplete"
             )
     patients = {
@@ -94,7 +102,7 @@ def split(patients: dict[str, list[str]], seed: int) -> dict[str, tuple[str, lis
     """Maps each part to its source and rows; a source ``train_val`` is split by patient.
 
     Raises:
-        SystemExit: If a part is empty or a patient is in two of them.
+        ValueError: If a part is empty or a patient is in two of them.
     """
     parts: dict[str, tuple[str, list[int]]] = {}
     for source, column in patients.items():
@@ -113,10 +121,10 @@ def split(patients: dict[str, list[str]], seed: int) -> dict[str, tuple[str, lis
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
         shared = people[one] & people[other]
         if shared:
-            raise SystemExit(f"patients {sorted(shared)[:5]} are in both {one} and {other}")
+            raise ValueError(f"patients {sorted(shared)[:5]} are in both {one} and {other}")
     for part, members in people.items():
         if not members:
-            raise SystemExit(f"the part {part} has no patients")
+            raise ValueError(f"the part {part} has no patients")
     return {part: parts[part] for part in ("train", "val", "test")}
 
 
@@ -125,45 +133,36 @@ def label_matrix(names: Sequence[str], findings: Sequence[Sequence[str]]) -> Ten
     for name, found in zip(names, findings, strict=True):
         unknown = {*found} - {*FINDINGS, "No Finding"}
         if unknown:
-            raise SystemExit(f"{name} has the unknown findings {sorted(unknown)}")
+            raise ValueError(f"{name} has the unknown findings {sorted(unknown)}")
     return torch.tensor([[float(one in found) for one in FINDINGS] for found in findings])
 
 
 # -- a data set of Hugging Face --------------------------------------------------------------------
 
 
-def read_dataset(name: str, revision: str | None, seed: int) -> dict[str, Part]:
-    """Returns the three parts of a data set of the Hub, or of a folder of parquet files or images.
+def read_dataset(loaded: Mapping[str, Any], seed: int) -> dict[str, Part]:
+    """Returns the parts of a data set that ``datasets.load_dataset`` returned.
 
-    ``datasets`` copies it once into its own cache and maps those Arrow files into memory; only
-    labels and patients are read here.
+    Only labels and patients are read here; an image is decoded when it is needed.
+
+    Args:
+        loaded: Needs the splits train and test, and may have validation. Columns: image (Image);
+            label, labels or "Finding Labels" (names in a list or joined by |, or ClassLabel);
+            "Patient ID" or patient_id, or else file names such as 00000061_012.png.
+        seed: Seed of the validation patients, if there is no validation split.
 
     Raises:
-        SystemExit: If it is not available or does not fit.
+        ValueError: If it does not fit, or a patient is in two parts.
     """
-    import datasets
-
-    local = Path(name).is_dir()
-    if local and revision:
-        raise SystemExit(f"--revision is for a data set of the Hub, but {name} is a folder")
-    if not local and not re.fullmatch("[0-9a-f]{40}", revision or ""):
-        raise SystemExit(
-            f"{name} is not a folder, and a data set of the Hub can change: pass "
-            f"--revision COMMIT, 40 hex digits from https://huggingface.co/datasets/{name}/commits"
-        )
-    try:
-        loaded = datasets.load_dataset(name, revision=revision)
-    except Exception as error:  # hub, network and each file format raise their own errors
-        cause = " ".join(str(error.__cause__ or error).split())
-        raise SystemExit(f"{name} cannot be loaded: {type(error).__name__}: {cause}") from error
     missing = {"train", "test"} - {*loaded}
     if missing:
-        raise SystemExit(f"{name} has the splits {sorted(loaded)}: {sorted(missing)} is missing")
-    own_validation = "validation" in loaded
-    sources = {"train" if own_validation else "train_val": "train", "test": "test"}
-    if own_validation:
-        sources["val"] = "validation"
-    columns = {source: Columns(loaded[key], name, key) for source, key in sources.items()}
+        raise ValueError(
+            f"the data set has the splits {sorted(loaded)}: {sorted(missing)} is missing"
+        )
+    sources = {"train_val": "train", "test": "test"}
+    if "validation" in loaded:
+        sources = {"train": "train", "val": "validation", "test": "test"}
+    columns = {source: _Columns(loaded[key], key) for source, key in sources.items()}
     patients = {source: column.patients for source, column in columns.items()}
     parts = {}
     for part, (source, rows) in split(patients, seed).items():
@@ -174,22 +173,20 @@ def read_dataset(name: str, revision: str | None, seed: int) -> dict[str, Part]:
     return parts
 
 
-class Columns:
+class _Columns:
     """The names, findings and patients of one split, row by row."""
 
-    def __init__(self, table: Any, name: str, split: str) -> None:
-        import datasets
-
+    def __init__(self, table: Any, split: str) -> None:
         self.table = table
         self._complaint = (
-            f"{name}, split {split}, has the columns "
+            f"split {split} has the columns "
             f"{', '.join(f'{key} ({type(kind).__name__})' for key, kind in table.features.items())}"
             ": it needs image (Image), one of label, labels or 'Finding Labels' (names in a list "
             "or joined by |, or ClassLabel), and 'Patient ID' or patient_id or else names such as "
             "00000061_012.png in 'Image Index' or as the images' file names"
         )
-        if not isinstance(table.features.get("image"), datasets.Image):
-            raise SystemExit(self._complaint)
+        if type(table.features.get("image")).__name__ != "Image":
+            raise ValueError(self._complaint)
         self.names = self._read_names(split)
         self.findings = self._read_findings()
         self.patients = self._read_patients()
@@ -200,23 +197,18 @@ class Columns:
     def _read_names(self, split: str) -> list[str]:
         if self._first("Image Index"):
             return self.table["Image Index"][:]
-        import pyarrow.compute
-
         # Only the stored path: reading the column from the data set would read the images.
-        paths = pyarrow.compute.struct_field(self.table.data.column("image"), "path").to_pylist()
+        chunks = self.table.data.column("image").chunks
+        paths = [path for chunk in chunks for path in chunk.field("path").to_pylist()]
         return [Path(path).name if path else f"{split} {row}" for row, path in enumerate(paths)]
 
     def _read_findings(self) -> list[list[str]]:
-        import datasets
-
         key = self._first("label", "labels", "Finding Labels")
         kind = self.table.features[key] if key else None
         inner = getattr(kind, "feature", kind)  # of a list
-        to_text: Callable[[Any], str] = str
-        if isinstance(inner, datasets.ClassLabel):
-            to_text = inner.int2str
-        elif getattr(inner, "dtype", "") not in ("string", "large_string"):
-            raise SystemExit(self._complaint)  # numbers without names could be any finding
+        to_text = getattr(inner, "int2str", str)  # of a ClassLabel
+        if to_text is str and getattr(inner, "dtype", "") not in ("string", "large_string"):
+            raise ValueError(self._complaint)  # numbers without names could be any finding
         values = self.table[key][:]
         rows = [value if isinstance(value, list) else [value] for value in values]
         return [[one for value in row for one in to_text(value).split("|")] for row in rows]
@@ -226,10 +218,10 @@ class Columns:
         if key:
             patients = self.table[key][:]
         else:
-            found = [NAME.fullmatch(name) for name in self.names]
+            found = [_NAME.fullmatch(name) for name in self.names]
             patients = [int(match[1]) if match else None for match in found]
         if None in patients:
-            raise SystemExit(self._complaint)
+            raise ValueError(self._complaint)
         return [str(patient) for patient in patients]
 
 
@@ -251,11 +243,23 @@ def grey_square(image: Path | Image.Image | np.ndarray, side: int) -> Tensor:
     return F.pil_to_tensor(small)
 
 
-class Radiographs(Dataset):
-    """Grey images, uint8 (1, size, size) of a square of ``side`` pixels, with their 14 labels."""
+class Radiographs(Dataset[tuple[Tensor, Tensor]]):
+    """Grey images, uint8 (1, size, size), with their 14 labels.
 
-    def __init__(self, part: Part, size: int, side: int, *, train: bool) -> None:
-        self.part, self.side = part, side
+    The centre of the image, resized so that ``size`` of 256 / 224 ``size`` pixels are seen; in
+    training half of the images are flipped.
+
+    Args:
+        part: The part of the data.
+        size: Side of the crop in pixels.
+        train: Whether to flip.
+        side: Side before the crop; that of ``resized_side`` if None.
+    """
+
+    def __init__(
+        self, part: Part, size: int, *, train: bool = False, side: int | None = None
+    ) -> None:
+        self.part, self.side = part, side or resized_side(size)
         self.transform = v2.Compose([v2.CenterCrop(size), v2.RandomHorizontalFlip(0.5 * train)])
 
     def __len__(self) -> int:
@@ -264,36 +268,6 @@ class Radiographs(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         square = grey_square(self.part.images[index], self.side)
         return self.transform(square), self.part.labels[index]
-
-
-def in_memory(parts: dict[str, Part], size: int) -> Images:
-    """Returns all parts as ``Images``, centre-cropped and read once, for a small release."""
-    read = {}
-    for name, part in parts.items():
-        radiographs = Radiographs(part, size, resized_side(size), train=False)
-        read[name] = torch.stack([image for image, _ in radiographs]), part.labels
-    return Images("chest", "multilabel", FINDINGS, read)
-
-
-class Standardised:
-    """Turns uint8 (N, 1, H, W) into floats (N, 3, H, W) for ImageNet networks, on a device.
-
-    On the device, because grey bytes are a twelfth of the data that workers would have to transfer.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._mean, self._std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD))
-
-    def __call__(self, grey: Tensor) -> Tensor:
-        return (grey / 255 - self._mean) / self._std
-
-
-def images_per_second(loader: DataLoader, batches: int) -> float:
-    """Measures the speed of the loader alone, including the start of its workers."""
-    began, count = time.perf_counter(), 0
-    for _, (images, _labels) in zip(range(batches), loader, strict=False):
-        count += len(images)
-    return count / (time.perf_counter() - began)
 
 
 # -- the cache -------------------------------------------------------------------------------------
@@ -332,13 +306,20 @@ def described(path: Path) -> dict[str, Any]:
     return json.loads(note.read_text()) if path.exists() and note.exists() else {}
 
 
-def cached(part: Part, path: Path, source: str, side: int, workers: int) -> Part:
+def cached(part: Part, path: Path, source: str, size: int, workers: int = 0) -> Part:
     """Returns the part with its images from ``path``, written first if it does not match.
 
     A ``.json`` next to it describes the content. Images that changed under the same name and source
     are not detected: delete the cache after such a change.
+
+    Args:
+        part: The part, whose images are read once if they are not in the cache.
+        path: An .npy file of all images, resized for a crop of ``size``.
+        source: Where the images come from, such as their folder.
+        size: Side of the later crop, in pixels.
+        workers: Processes that decode.
     """
-    note = path.with_suffix(".json")
+    note, side = path.with_suffix(".json"), resized_side(size)
     names = hashlib.sha256("\n".join(part.names).encode()).hexdigest()
     holds = {"source": source, "images": len(part), "names_sha256": names, "side": side}
     before = described(path)
@@ -351,26 +332,17 @@ def cached(part: Part, path: Path, source: str, side: int, workers: int) -> Part
             )
             print(f"{path} is stale ({now}): writing it again")
         note.unlink(missing_ok=True)  # first, so that it never describes other images
-        write_squares(Radiographs(part, side, side, train=False), path, workers)
+        _write_squares(Radiographs(part, side, side=side), path, workers)
         write_json(note, holds)
     return replace(part, images=Squares(path, holds))
 
 
-def write_squares(squares: Radiographs, path: Path, workers: int) -> None:
-    """Decodes and resizes every image once, into a file that is written atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".draft-")
-    try:
-        # Written, not mapped: on a full disk, a map ends the process without an error message.
-        with os.fdopen(handle, "wb") as file:
-            shape = (len(squares), squares.side, squares.side)
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            for images, _ in tqdm(
-                DataLoader(squares, batch_size=64, num_workers=workers), desc=f"writing {path}"
-            ):
-                file.write(images.numpy().tobytes())
-        os.chmod(draft, 0o644)  # temporary files are for their owner alone
-        os.replace(draft, path)
-    finally:
-        Path(draft).unlink(missing_ok=True)
+def _write_squares(squares: Radiographs, path: Path, workers: int) -> None:
+    # Written, not mapped: on a full disk, a map ends the process without an error message.
+    with replacing(path) as draft, open(draft, "wb") as file:
+        shape = (len(squares), squares.side, squares.side)
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        loader = DataLoader(squares, batch_size=64, num_workers=workers)
+        for images, _ in tqdm(loader, desc=f"writing {path}"):
+            file.write(images.numpy().tobytes())
