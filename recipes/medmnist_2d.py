@@ -1,15 +1,16 @@
 """Compares plain training and in-model merging on a MedMNIST data set, paired by seed.
 
     accelerate launch recipes/medmnist_2d.py --dataset bloodmnist --data-root DIR --seeds 5
+    accelerate launch recipes/medmnist_2d.py --dataset digits --seeds 5    # without a download
 
-Uses the official splits; the epoch is chosen by validation AUROC alone, and the test part is used
-once per run. Each run writes one JSON file and the weights as a timm folder, and is not repeated,
-so that a stopped command can be continued. Prints mean and standard deviation over the seeds, the
-paired difference with its 95% interval, and the paper's figures next to them; also writes this
-table in Markdown.
+What it does: for each seed, trains the same network on the same batches twice, with and without
+merging. The epoch is chosen by validation AUROC alone; the test part is used once per run, clean
+and under four corruptions. Each run writes ``result.json`` and its weights as a timm folder, and is
+not repeated: a stopped command can be continued. Prints mean and standard deviation over the seeds
+and the paired difference with its 95% interval, and writes the table in Markdown.
 
-Hardware and time: ResNet-18, 28 px, 5 epochs on one CPU core of a busy machine take 2 minutes a run
-on DermaMNIST and 4 to 5 on BloodMNIST. Expected: docs/evidence.md, files results/medmnist/.
+Cost: COST
+Expected: SCORE
 """
 
 from __future__ import annotations
@@ -17,271 +18,307 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
+import medmnist
 import timm
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from augmentation import augment
-from evaluation import CORRUPTIONS, evaluate, metrics, predict
-from images import Images, Normalised, load_images
-from merging_options import add_merging_arguments, merging_settings, paper_settings, parse_run
-from records import difference_text, environment, spread, write_json
-from running import add_run_arguments, batches, loss_of, one_line_if_out_of_memory, start
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchvision.transforms import v2
 from tqdm import tqdm
-from tracking import merged_share
 
 from inmerge_wrap import InMergeWrapper, export_timm
-from inmerge_wrap.robustness import paired_difference
+from inmerge_wrap.app.records import environment
+from inmerge_wrap.files import write_json
+from inmerge_wrap.robustness import (
+    classification_metrics,
+    evaluate_robustness,
+    paired_difference,
+)
 
-# -- settings --------------------------------------------------------------------------------------
+# -- options ---------------------------------------------------------------------------------------
 
+CORRUPTIONS = ["gaussian_noise", "gaussian_blur", "contrast_down", "brightness_up"]
 SHOWN = {"accuracy": "accuracy", "balanced_error": "balanced error", "auroc": "AUROC"}
-PUBLISHED = {  # arXiv 2502.20516, accuracy: baseline, InMerge (mean, standard deviation)
-    "pathmnist": ((0.898, 0.010), (0.924, 0.002)),
-    "dermamnist": ((0.745, 0.009), (0.760, 0.005)),
-    "bloodmnist": ((0.941, 0.005), (0.948, 0.004)),
+PUBLISHED = {  # arXiv 2502.20516, test accuracy: baseline, InMerge (mean ± standard deviation)
+    "pathmnist": ["0.898 ± 0.010", "0.924 ± 0.002"],
+    "dermamnist": ["0.745 ± 0.009", "0.760 ± 0.005"],
+    "bloodmnist": ["0.941 ± 0.005", "0.948 ± 0.004"],
 }
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
-parser.add_argument("--dataset", default="bloodmnist", help="a 2D MedMNIST flag, or digits")
-parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder of npz files")
-parser.add_argument(
-    "--size",
-    type=int,
-    default=28,
-    choices=[28, 64, 128, 224],
-    help="side of the images in pixels (default: %(default)s)",
-)
-parser.add_argument("--arch", default="resnet18", help="any timm CNN (default: %(default)s)")
-parser.add_argument(
-    "--epochs", type=int, default=10, help="epochs of each run (default: %(default)s)"
-)
-parser.add_argument("--batch-size", type=int, default=64, help="total over all processes")
-parser.add_argument("--lr", type=float, default=0.05, help="peak of the one-cycle schedule")
-parser.add_argument("--weight-decay", type=float, default=5e-4, help="L2 penalty of SGD")
-parser.add_argument("--seed", type=int, default=0, help="the first seed")
-parser.add_argument("--seeds", type=int, default=1, help="number of paired runs")
-parser.add_argument(
-    "--train-images", type=int, default=0, help="size of a random subset; 0 uses all"
-)
-parser.add_argument(
-    "--out", type=Path, default=Path("runs/medmnist"), help="folder (default: %(default)s)"
-)
-add_run_arguments(parser)
-add_merging_arguments(parser)
+add = parser.add_argument
+add("--dataset", default="bloodmnist", help="a 2D MedMNIST flag, or digits")
+add("--data-root", type=Path, default=Path("data"), help="folder of npz files")
+add("--size", type=int, default=28, choices=[28, 64, 128, 224], help="side of the images in pixels")
+add("--arch", default="resnet18", help="any timm CNN (default: %(default)s)")
+add("--mode", choices=["outputs", "step", "none"], help="merge inside the forward pass, for each "
+    "image (outputs, the default), in the weights after each optimizer step (step), or not at all, "
+    "without pairs (none)")  # fmt: skip
+add("--paper", action="store_true", help="--mode step with the constants of arXiv 2502.20516")
+add("--epochs", type=int, default=10, help="of each run (default: %(default)s)")
+add("--batch-size", type=int, default=64, help="over all processes (default: %(default)s)")
+add("--lr", type=float, default=0.05, help="peak of the one-cycle schedule (default: %(default)s)")
+add("--train-images", type=int, help="train on a random subset of this size")
+add("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
+add("--seeds", type=int, default=1, help="number of pairs (default: %(default)s)")
+add("--out", type=Path, default=Path("runs/medmnist"), help="folder (default: %(default)s)")
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Data:
+    """A data set in memory: three parts of uint8 pixels (N, C, H, W) and labels."""
+
+    parts: dict[str, tuple[Tensor, Tensor]]
+    task: str
+    classes: list[str]
+
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Returns mean and standard deviation of each channel of the training pixels in [0, 1]."""
+        pixels = self.parts["train"][0].float() / 255
+        return pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist()
+
+    def normaliser(self, device: torch.device) -> v2.Transform:
+        """Returns the function from pixels, uint8 or floats in [0, 1], to the network's input."""
+        move = v2.Lambda(lambda pixels: pixels.to(device))
+        scale = v2.ToDtype(torch.float32, scale=True)
+        return v2.Compose([move, scale, v2.Normalize(*self.statistics())])
+
+
+def read_digits(size: int) -> Data:
+    digits = load_digits()
+    small = torch.from_numpy(digits.images)[:, None].float() / 16
+    pixels = (F.interpolate(small, size=(size, size), mode="bilinear") * 255).round().byte()
+    labels = torch.from_numpy(digits.target)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    rows = zip(("train", "val", "test"), order.split([1100, 200, 497]), strict=True)
+    parts = {part: (pixels[row], labels[row]) for part, row in rows}
+    return Data(parts, "multiclass", [str(digit) for digit in range(10)])
+
+
+def read_medmnist(flag: str, root: Path, size: int) -> Data:
+    flat = [name for name in medmnist.INFO if "3d" not in name]
+    if flag not in flat:
+        raise SystemExit(f"unknown data set {flag!r}; the 2D sets are {', '.join(flat)}, digits")
+    info, suffix = medmnist.INFO[flag], "" if size == 28 else f"_{size}"
+    path = root / f"{flag}{suffix}.npz"
+    root.mkdir(parents=True, exist_ok=True)
+    parts = {}
+    for part in ("train", "val", "test"):
+        settings = {"root": root, "size": size, "download": not path.exists()}
+        try:
+            read = getattr(medmnist, info["python_class"])(split=part, **settings)
+        except Exception as error:  # medmnist hides the cause of a failed download
+            raise SystemExit(
+                f"{path} is missing and cannot be downloaded: get it from {info['url' + suffix]}, "
+                "or pass its folder as --data-root"
+            ) from error
+        pixels, labels = torch.from_numpy(read.imgs), torch.from_numpy(read.labels)
+        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+        several = info["task"].startswith("multi-label")
+        parts[part] = pixels, labels.float() if several else labels.long().flatten()
+    names = [info["label"][str(index)] for index in range(len(info["label"]))]
+    return Data(parts, "multilabel" if several else "multiclass", names)
+
+
+class Augmented(Dataset[tuple[Tensor, Tensor]]):
+    """Training images, each shifted by up to a fourteenth of its side and perhaps mirrored."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor, flip: bool) -> None:
+        self.pixels, self.labels, side = pixels, labels, pixels.shape[-1]
+        shift = v2.RandomCrop(side, padding=max(1, side // 14), padding_mode="edge")
+        self.transform = v2.Compose([shift, v2.RandomHorizontalFlip(0.5 * flip)])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.transform(self.pixels[index]), self.labels[index]
 
 
 # -- one run ---------------------------------------------------------------------------------------
 
 
 def train(
-    accelerator: Accelerator,
-    data: Images,
-    options: argparse.Namespace,
-    seed: int,
-    merge: bool,
-    folder: Path,
-) -> dict[str, Any]:
-    """Trains, selects the best validation epoch, tests it once and exports it."""
-    set_seed(seed, deterministic=options.deterministic)
-    if options.train_images:
-        data = data.first_labels(options.train_images, seed)
-    data = data.to(accelerator.device)
-    images, labels = data.parts["train"]
-    normalise, loss_function = Normalised(data, accelerator.device), loss_of(data.task)
+    accelerator: Accelerator, data: Data, options: argparse.Namespace, seed: int, merge: bool
+) -> tuple[nn.Module, nn.Module, list[float]]:
+    """Returns the network of the best validation epoch, its wrapper and the AUROC of each epoch."""
+    set_seed(seed)
+    pixels, labels = data.parts["train"]
     network = timm.create_model(
-        options.arch, num_classes=len(data.classes), in_chans=data.input_size[0]
+        options.arch, num_classes=len(data.classes), in_chans=pixels.shape[1]
     )
-    loader = batches(accelerator, len(images), options.batch_size, seed)
+    loader = DataLoader(
+        Augmented(pixels, labels, flip=options.dataset != "digits"),
+        batch_size=options.batch_size // accelerator.num_processes,
+        shuffle=True,
+        drop_last=True,  # BatchNorm cannot train on a last batch of one image
+    )
+    loader = accelerator.prepare(loader)
     total_steps = options.epochs * len(loader)
-
-    model: torch.nn.Module = network
-    if merge:
-        settings = merging_settings(options, total_steps)
-        model = InMergeWrapper.recommended(network, total_steps=total_steps, seed=seed, **settings)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=options.lr,
-        momentum=0.9,
-        weight_decay=options.weight_decay,
-        fused=True,
-    )
+    model: nn.Module = network
+    if merge and options.paper:
+        model = InMergeWrapper(network, seed=seed)
+    elif merge:
+        model = InMergeWrapper.recommended(
+            network, total_steps=total_steps, mode=options.mode, seed=seed
+        )
+    optimizer = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9, weight_decay=5e-4)
     if isinstance(model, InMergeWrapper):
         model.attach(optimizer)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=total_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
-    trained = accelerator.unwrap_model(model)
+    normalise = data.normaliser(accelerator.device)
+    several = data.task == "multilabel"
+    loss_function = F.binary_cross_entropy_with_logits if several else F.cross_entropy
 
-    augmentation = torch.Generator().manual_seed(seed)
-    flip = data.name != "digits"
-    best: dict[str, Any] = {"auroc": -1.0}
-    began = time.perf_counter()
-    bar = tqdm(
-        range(1, options.epochs + 1),
-        desc=f"{'merged' if merge else 'plain '} seed {seed}",
-        disable=not accelerator.is_main_process,
-    )
-    for epoch in bar:
+    aurocs, best = [], {}
+    name = f"{'merged' if merge else 'plain '} seed {seed}"
+    bar = tqdm(range(options.epochs), desc=name, disable=not accelerator.is_main_process)
+    for _ in bar:
         model.train()
-        total_loss = torch.zeros((), device=accelerator.device)
-        for (index,) in loader:
-            pixels = normalise(augment(images[index], augmentation, flip=flip))
-            loss = loss_function(model(pixels), labels[index])
-            accelerator.backward(loss)
-            total_loss += loss.detach()  # stays on the device: .item() would wait for each step
+        for batch, truth in loader:
+            accelerator.backward(loss_function(model(normalise(batch)), truth))
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        val_images, val_labels = data.parts["val"]
-        validation = metrics(predict(network, val_images, normalise, 500), val_labels, data.task)
-        bar.set_postfix(val_auroc=f"{validation['auroc']:.3f}")
-        if options.tracker:
-            values = {
-                "train_loss": accelerator.reduce(total_loss, "mean").item() / len(loader),
-                "lr": schedule.get_last_lr()[0],
-                **{f"val_{name}": value for name, value in validation.items()},
-                **merged_share(trained),
-            }
-            accelerator.log({f"{folder.name}/{k}": v for k, v in values.items()}, step=epoch)
-        if validation["auroc"] > best["auroc"]:
-            state = {name: value.clone() for name, value in network.state_dict().items()}
-            best = {"auroc": validation["auroc"], "epoch": epoch, "state": state}
-    seconds = time.perf_counter() - began
+        aurocs.append(validation_auroc(network, data, normalise))
+        bar.set_postfix(val_auroc=f"{aurocs[-1]:.3f}")
+        if aurocs[-1] == max(aurocs):
+            best = {key: value.clone() for key, value in network.state_dict().items()}
+    network.load_state_dict(best)
+    return network, accelerator.unwrap_model(model), aurocs
 
-    network.load_state_dict(best["state"])
+
+@torch.no_grad()
+def validation_auroc(network: nn.Module, data: Data, normalise: v2.Transform) -> float:
+    pixels, labels = data.parts["val"]
+    network.eval()
+    logits = torch.cat([network(normalise(some)).float().cpu() for some in pixels.split(500)])
+    scores = logits.sigmoid() if data.task == "multilabel" else logits.softmax(1)
+    return float(classification_metrics(scores, labels, task=data.task)[0]["auroc"])
+
+
+def test(network: nn.Module, data: Data, normalise: v2.Transform) -> dict[str, dict[str, float]]:
+    """Returns the metrics on clean test images and under each corruption at severity 3."""
+    pixels, labels = data.parts["test"]
+    loader = DataLoader(TensorDataset(pixels.float() / 255, labels), batch_size=500)
+    settings: dict[str, Any] = {"preset": CORRUPTIONS, "severities": [3], "bootstrap": 0}
+    result = evaluate_robustness(network, loader, task=data.task, normalize=normalise, **settings)
+    rows = {"clean": result.row()} | {name: result.row(name, 3) for name in CORRUPTIONS}
+    return {name: {metric: row[metric] for metric in SHOWN} for name, row in rows.items()}
+
+
+def run(
+    accelerator: Accelerator, data: Data, options: argparse.Namespace, seed: int, folder: Path
+) -> None:
+    """Trains, tests and exports one network, and writes its result."""
+    began, merge = time.perf_counter(), "-merged-" in folder.name
+    if options.train_images:
+        pixels, labels = data.parts["train"]
+        generator = torch.Generator().manual_seed(seed)
+        few = torch.randperm(len(labels), generator=generator)[: options.train_images]
+        data = replace(data, parts={**data.parts, "train": (pixels[few], labels[few])})
+    network, model, aurocs = train(accelerator, data, options, seed, merge)
+    if not accelerator.is_main_process:
+        return
     result = {
-        "settings": {key: str(value) for key, value in vars(options).items()},
-        "seed": seed,
-        "merge": merge,
-        "epoch": best["epoch"],
-        "val_auroc": best["auroc"],
-        "test": evaluate(network, data, normalise, corruptions=CORRUPTIONS),
-        "seconds": seconds,
+        "settings": settings_of(options, merge),
+        "val_auroc": aurocs,
+        "test": test(network, data, data.normaliser(accelerator.device)),
+        "seconds": time.perf_counter() - began,
         "environment": environment(),
     }
-    if merge:
-        report = trained.report()
+    if isinstance(model, InMergeWrapper):
+        print(report := model.report())
         result["merging"] = report.to_dict()
-        accelerator.print(report)
-    if accelerator.is_main_process:
-        mean, std = data.statistics()
-        result["load"] = export_timm(
-            trained,
-            folder,
-            input_size=data.input_size,
-            mean=mean,
-            std=std,
-            label_names=data.classes,
-        )
-        write_json(folder / "result.json", result)
-    return result
+    size, (center, spread) = tuple(data.parts["test"][0].shape[1:]), data.statistics()
+    about = {"input_size": size, "mean": center, "std": spread, "label_names": data.classes}
+    result["load"] = export_timm(network, folder, **about)
+    write_json(folder / "result.json", result)
 
 
 # -- all runs, and their results -------------------------------------------------------------------
 
 
-def compare(dataset: str, runs: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
-    """Returns heads and rows of the table: mean and SD over seeds, paired difference."""
-    lines = [["images", "metric", *runs]]
-    if len(runs) == 2:
-        lines[0].append("difference (95% interval)")
-    for condition in next(iter(runs.values()))[0]["test"]:
-        for metric, name in SHOWN.items():
-            values = {
-                arm: [run["test"][condition][metric] for run in done] for arm, done in runs.items()
-            }
-            cells = [spread(v) for v in values.values()]
-            if len(values) == 2:
-                cells.append(difference_text(paired_difference(values["merged"], values["plain"])))
-            lines.append([condition, name, *cells])
-    if dataset in PUBLISHED:
-        (before, before_sd), (after, after_sd) = PUBLISHED[dataset]
-        published = {"plain": f"{before:.3f} ± {before_sd:.3f}"}
-        published["merged"] = f"{after:.3f} ± {after_sd:.3f}"
-        lines.append(["published", "accuracy", *(published[arm] for arm in runs)])
-        if len(runs) == 2:
-            lines[-1].append(f"{after - before:+.3f}")
-    return lines
+def settings_of(options: argparse.Namespace, merge: bool) -> dict[str, str]:
+    """Returns what decides the outcome of a run, besides its seed."""
+    free = {"seed", "seeds", "out", "data_root"} | (set() if merge else {"mode", "paper"})
+    return {name: str(value) for name, value in vars(options).items() if name not in free}
 
 
-def print_comparison(lines: list[list[str]], title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title)
-    for column in lines[0]:
-        table.add_column(column, justify="left" if column in ("images", "metric") else "right")
-    for line in lines[1:]:
-        table.add_row(*line)
-    Console(width=110).print(table)
+def read_result(folder: Path, settings: dict[str, str]) -> dict[str, Any]:
+    """Reads a run; refuses to mix runs of different settings into one mean."""
+    result = json.loads((folder / "result.json").read_text())
+    for name, value in settings.items():
+        if (before := result["settings"].get(name)) != value:
+            raise SystemExit(f"{folder} has {name}={before}, not {value}: pass another --out")
+    return result
 
 
-def write_markdown(lines: list[list[str]], title: str, path: Path) -> None:
-    """The table for a page: few columns, the difference before what it is of."""
-    heads, *rows = (
-        [f"{condition.replace('_', ' ')}, {metric}", *cells[2:], *cells[:2]]
-        for condition, metric, *cells in lines
-    )
-    text = [f"| {' | '.join(row)} |" for row in rows]
-    heads = [head.replace("difference", "merged minus plain") for head in heads]
-    head = f"| {' | '.join(heads)} |"
-    path.write_text("\n".join([title, "", head, "|---" * len(heads) + "|", *text, ""]))
+def table_of(dataset: str, runs: dict[str, list[dict[str, Any]]]) -> str:
+    """Returns a Markdown table: mean and SD over the seeds, and the paired difference."""
+    heads = ["images, metric", *runs, *["merged minus plain (95% interval)"][: len(runs) - 1]]
+    rows = [heads, ["---"] * len(heads)]
+    for condition in runs["plain"][0]["test"]:
+        for metric, title in SHOWN.items():
+            scores = [[one["test"][condition][metric] for one in done] for done in runs.values()]
+            cells = [f"{mean(v):.3f}" + (f" ± {stdev(v):.3f}" if v[1:] else "") for v in scores]
+            if len(scores) == 2:
+                found = paired_difference(scores[1], scores[0])
+                ends = f" ({found['low']:+.3f} to {found['high']:+.3f})" if "low" in found else ""
+                cells.append(f"{found['mean']:+.3f}{ends}")
+            rows.append([f"{condition.replace('_', ' ')}, {title}", *cells])
+    if dataset in PUBLISHED and len(runs) == 2:
+        rows.append(["published, accuracy", *PUBLISHED[dataset], ""])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main() -> None:
-    options = parse_run(parser)
-    accelerator = start(options, "medmnist")
+    options = parser.parse_args()
+    if options.paper and options.mode not in (None, "step"):
+        parser.error(f"--paper merges after each step: leave out --mode {options.mode}")
+    options.mode = "step" if options.paper else options.mode or "outputs"
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if options.batch_size < 1 or options.batch_size % accelerator.num_processes:
+        parser.error(f"--batch-size must be a multiple of {accelerator.num_processes} processes")
     with accelerator.main_process_first():  # one process downloads, the others find the file
-        data = load_images(options.dataset, options.data_root, options.size)
+        if options.dataset == "digits":
+            data = read_digits(options.size)
+        else:
+            data = read_medmnist(options.dataset, options.data_root, options.size)
+    most = len(data.parts["train"][1])
+    if options.train_images is not None and not 1 <= options.train_images <= most:
+        parser.error(f"--train-images must lie in [1, {most}], got {options.train_images}")
     runs: dict[str, list[dict[str, Any]]] = {}
+    name = f"{options.dataset}-{options.size}-{options.arch}"
     for seed in range(options.seed, options.seed + options.seeds):
-        for arm in ("plain",) if options.no_merge else ("plain", "merged"):
-            name = f"{options.dataset}-{options.size}-{options.arch}-{arm}-seed{seed}"
-            folder = options.out / name
-            if (folder / "result.json").exists():
-                result = json.loads((folder / "result.json").read_text())
-                check_same_settings(result, options, folder, arm)
-            else:
-                result = train(accelerator, data, options, seed, arm == "merged", folder)
+        for arm in ("plain",) if options.mode == "none" else ("plain", "merged"):
+            folder = options.out / f"{name}-{arm}-seed{seed}"
+            if not (folder / "result.json").exists():
+                run(accelerator, data, options, seed, folder)
                 accelerator.wait_for_everyone()
+            result = read_result(folder, settings_of(options, arm == "merged"))
             runs.setdefault(arm, []).append(result)
-    accelerator.end_training()
     if accelerator.is_main_process:
-        lines = compare(options.dataset, runs)
-        title = (
-            f"{options.dataset}, {options.size} px, {options.arch}: test part, "
-            f"{options.seeds} seed(s), mean ± standard deviation"
-        )
-        print_comparison(lines, title)
-        name = f"{options.dataset}-{options.size}-{options.arch}.md"
-        write_markdown(lines, title, options.out / name)
-        print(f"Results and weights: {options.out}/; the table: {name}")
-
-
-def check_same_settings(
-    result: dict[str, Any], options: argparse.Namespace, folder: Path, arm: str
-) -> None:
-    """Refuses to mix runs of different settings into one mean."""
-    # --persistent is no setting of its own: it chooses others, which are compared.
-    free = {"seed", "seeds", "out", "data_root", "no_merge", "tracker", "persistent"}
-    if arm == "plain":
-        free |= {"paper", *paper_settings()}
-    for key, value in vars(options).items():
-        # A run from before an argument was added used what is now its default.
-        default = paper_settings().get(key, parser.get_default(key))
-        before = result["settings"].get(key, str(default))
-        if key not in free and before != str(value):
-            raise SystemExit(
-                f"{folder} holds a run with {key}={before}, not {value}: "
-                "choose another folder with --out"
-            )
+        title = f"{name}: test part, {options.seeds} seed(s), mean ± standard deviation"
+        page, table = options.out / f"{name}.md", table_of(options.dataset, runs)
+        page.write_text(f"{title}\n\n{table}\n")
+        print(title, table, f"Results and weights: {options.out}/; the table: {page}", sep="\n\n")
 
 
 if __name__ == "__main__":
-    with one_line_if_out_of_memory():
-        main()
+    main()
