@@ -1,85 +1,61 @@
-"""ChestX-ray14 with the paper's two phases: training, then fine-tuning with in-model merging.
+"""ChestX-ray14 in the paper's two phases: training, then fine-tuning with in-model merging.
 
     accelerate launch recipes/chestxray.py --data-root DIR
-    accelerate launch recipes/chestxray.py --data-root DIR --arch densenet121 --no-merge   # CheXNet
+    accelerate launch recipes/chestxray.py --data-root DIR --arch densenet121 --mode none  # CheXNet
     accelerate launch recipes/chestxray.py --dataset OWNER/NAME --revision COMMIT
 
-``DIR`` is the NIH release as downloaded: ``images*/`` folders with the PNG files (those of
-``images_001/images/`` are found as well), ``Data_Entry_2017*.csv``, ``train_val_list.txt`` and
-``test_list.txt``. A data set of Hugging Face, from the hub or a folder, needs the splits train and
-test, the columns image and label, and patients: a column Patient ID, or file names such as
-00000061_012.png. Without a validation split, a tenth of the training patients is used for it. No
-patient may be in two parts, which is checked. After each epoch the state is saved; ``--resume``
-continues from it with the same settings.
+What it does: trains as arXiv 2502.20516 does, with SGD whose learning rate is divided by 10 when
+the validation loss stalls for 8 epochs: 30 epochs without merging, then 10 with merging, from the
+best network of the first phase. Ten more epochs help any network: ``--control`` also trains a
+second phase without merging, with the same images in the same order. Every epoch ends in a
+checkpoint, from which ``--resume`` continues.
 
-Decoding 1024 px PNG files is slower than training on a GPU; each epoch prints the share of its time
-spent waiting for images. ``--cache DIR`` decodes and resizes each image once (7.3 GB for all at
-224 px) and reads the results from then on, with the same pixels.
+``DIR`` is the NIH release as downloaded; inmerge_wrap/images/nih.py says what a Hugging Face data
+set needs. Validation patients are a tenth of the training patients; no patient may be in two parts.
+``--cache DIR`` decodes each image once (7.3 GB for all at 224 px), later epochs read the results.
 
-Training is that of arXiv 2502.20516: SGD, lr 0.1 divided by 10 when the validation loss stalls
-for 8 epochs, 30 epochs without and 10 with merging, from the best checkpoint of the first phase.
-``--paper`` uses the paper's merging settings as well; the default is
-``InMergeWrapper.recommended``, and ``--persistent`` that for merging that stays, which FSDP2 needs.
-Ten more epochs help a network with or without merging:
-``--control`` repeats the second phase without merging, from the same checkpoint with the same
-images in the same order, and reports both.
-
-Hardware: meant for GPUs (112,120 images of 1024 px); a small folder runs on a CPU with
-``--size 64``. Expected: a mean AUROC around the .80 to .83 of the published systems that the table
-lists. We have not run it on the whole data set.
+Cost: meant for GPUs (112,120 images of 1024 px); a small folder runs on a CPU with ``--size 64``.
+Expected: a mean test AUROC of .80 to .83, as the published systems that the table lists. We have
+not run it on the whole data set.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
-import shutil
-import statistics
 import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
-from evaluation import evaluating
-from merging_options import add_merging_arguments, merging_settings, parse_run
-from nih import (
-    FINDINGS,
-    MEAN,
-    STD,
-    Part,
-    Radiographs,
-    Standardised,
-    cached,
-    images_per_second,
-    read_dataset,
-    read_release,
-    resized_side,
-)
-from records import environment, write_json
-from running import (
-    Waited,
-    add_run_arguments,
-    one_line_if_out_of_memory,
-    per_process,
-    start,
-)
 from safetensors.torch import load_file
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 from tqdm import tqdm
-from tracking import merged_share
 
-from inmerge_wrap import InMergeWrapper, Schedule, export_timm
+from inmerge_wrap import InMergeWrapper, export_timm
+from inmerge_wrap.app.records import environment
+from inmerge_wrap.app.starting_weights import start_network
+from inmerge_wrap.app.training import make_accelerator, one_line_if_out_of_memory, per_process
+from inmerge_wrap.files import replacing, write_json
+from inmerge_wrap.images import nih
+from inmerge_wrap.images.nih import FINDINGS, Part, Radiographs
+from inmerge_wrap.robustness import classification_metrics
 
-# -- settings --------------------------------------------------------------------------------------
+Parts, Options, Areas = dict[str, Part], argparse.Namespace, dict[str, float | None]
 
-SHORT = "Atel Card Effu Infi Mass Nodu Pnma Pntx Cons Edem Emph Fibr P_T Hern".split()
-PUBLISHED = {  # AUROC in the same order, then their mean, as the paper lists them
+# -- options ---------------------------------------------------------------------------------------
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+SHORT = "Atel Card Effu Infi Mass Nodu Pnma Pntx Cons Edem Emph Fibr P_T Hern mean".split()
+PUBLISHED = {  # test AUROC in the same order, as the paper lists them
     "U-DCNN": ".700 .810 .759 .661 .693 .669 .658 .799 .703 .805 .833 .786 .684 .872 .745",
     "LSTM": ".733 .856 .806 .673 .718 .777 .684 .805 .711 .806 .842 .743 .724 .775 .761",
     "AGCL": ".756 .887 .819 .689 .814 .755 .729 .850 .728 .848 .906 .818 .765 .875 .803",
@@ -92,453 +68,241 @@ PUBLISHED = {  # AUROC in the same order, then their mean, as the paper lists th
     "CheXGCN": ".786 .893 .832 .699 .840 .800 .739 .876 .751 .850 .944 .834 .795 .929 .826",
     "InMerge": ".805 .895 .881 .710 .842 .750 .770 .878 .801 .888 .915 .818 .773 .903 .830",
 }
-
 OFFICIAL_TEST_IMAGES = 25_596  # in the release's test_list.txt
 
-# What may differ from the run that --resume continues.
-FREE = {"resume", "out", "tracker", "workers", "cache", "time_loading", "data_root"}
-
-AUROCs = dict[str, float | None]  # of each finding; None where it is undefined
+# Of grey bytes on the device, a twelfth of the data that workers would have to transfer.
+prepare = v2.Compose([v2.RGB(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
 source = parser.add_mutually_exclusive_group(required=True)
 source.add_argument("--data-root", type=Path, help="the NIH release")
-source.add_argument(
-    "--dataset", help="a Hugging Face data set instead: a name on the Hub, or a folder"
-)
-parser.add_argument("--revision", help="commit of a --dataset on the Hub, 40 hex digits")
-parser.add_argument("--cache", type=Path, help="folder of decoded images, created if needed")
-parser.add_argument("--arch", default="resnet34", help="any timm CNN (default: %(default)s)")
-parser.add_argument(
-    "--weights",
-    default="imagenet",
-    help="imagenet (downloaded by timm), none, or a file of weights (default: %(default)s)",
-)
-parser.add_argument("--size", type=int, default=224, help="side of the centre crop, in pixels")
-parser.add_argument(
-    "--epochs",
-    type=int,
-    nargs=2,
-    default=[30, 10],
-    metavar=("PLAIN", "MERGED"),
-    help="epochs of the two phases (default: 30 10)",
-)
-parser.add_argument(
-    "--control",
-    action="store_true",
-    help="also train the second phase without merging, from the same checkpoint and in the same "
-    "order",
-)
-parser.add_argument("--batch-size", type=int, default=324, help="total over all processes")
-parser.add_argument(
-    "--lr", type=float, default=0.1, help="initial learning rate (default: %(default)s)"
-)
-parser.add_argument("--weight-decay", type=float, default=1e-4, help="L2 penalty of SGD")
-parser.add_argument("--workers", type=int, default=4, help="loader workers per process")
-parser.add_argument(
-    "--time-loading", type=int, default=0, metavar="N", help="time N batches of the loader first"
-)
-parser.add_argument(
-    "--mixed-precision",
-    default="no",
-    choices=["no", "bf16", "fp16"],
-    help="number format of the forward pass (default: float32)",
-)
-parser.add_argument("--seed", type=int, default=0, help="seed of split, network, order and merging")
-parser.add_argument("--resume", action="store_true", help="continue from the last saved epoch")
-parser.add_argument(
-    "--out", type=Path, default=Path("runs/chestxray"), help="folder (default: %(default)s)"
-)
-add_run_arguments(parser)
-add_merging_arguments(parser)
+source.add_argument("--dataset", help="a Hugging Face data set: a name on the hub, or a folder")
+add = parser.add_argument
+add("--revision", help="commit of a --dataset on the hub, 40 hex digits")
+add("--cache", type=Path, help="folder of decoded images, created if needed")
+add("--arch", default="resnet34", help="any timm CNN (default: %(default)s)")
+add("--weights", default="imagenet", help="imagenet (downloaded by timm), none, or a file")
+add("--size", type=int, default=224, help="side of the images in pixels (default: %(default)s)")
+add("--mode", choices=["outputs", "step", "none"], help="in the second phase, merge inside the "
+    "forward pass, for each image (outputs, the default), in the weights after each optimizer step "
+    "(step), or not at all (none)")  # fmt: skip
+add("--paper", action="store_true", help="--mode step with the constants of the paper")
+add("--control", action="store_true", help="also train the second phase without merging")
+add("--epochs", type=int, nargs=2, default=[30, 10], metavar=("FIRST", "SECOND"), help="epochs of "
+    "the two phases (default: 30 10)")  # fmt: skip
+add("--batch-size", type=int, default=324, help="over all processes (default: %(default)s)")
+add("--lr", type=float, default=0.1, help="at the start (default: %(default)s)")
+add("--workers", type=int, default=4, help="loader workers of each process (default: %(default)s)")
+add("--seed", type=int, default=0, help="of validation patients, network, order and merging")
+add("--resume", action="store_true", help="continue the run in --out from its last epoch")
+add("--out", type=Path, default=Path("runs/chestxray"), help="folder (default: %(default)s)")
 
 
 # -- data ------------------------------------------------------------------------------------------
 
 
-def read_parts(options: argparse.Namespace) -> dict[str, Part]:
-    if options.dataset:
-        parts = read_dataset(options.dataset, options.revision, options.seed)
-    else:
-        parts = read_release(options.data_root, options.seed)
-    if not options.cache:
+def read_parts(options: Options) -> Parts:
+    try:
+        if options.dataset:
+            source = f"{options.dataset} {options.revision or ''}".strip()
+            parts = nih.read_hub(options.dataset, options.revision, options.seed)
+        else:
+            source = str(options.data_root.resolve())
+            parts = nih.read_release(options.data_root, options.seed)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    if options.cache is None:
         return parts
-    source = str(Path(options.dataset or options.data_root).resolve())
-    if options.revision:
-        source = f"{options.dataset} {options.revision}"
-    side, workers = resized_side(options.size), options.workers
+    size, workers = options.size, options.workers
     return {
-        name: cached(part, options.cache / f"{name}.npy", source, side, workers)
+        name: nih.cached(part, options.cache / f"{name}.npy", source, size, workers)
         for name, part in parts.items()
     }
 
 
-# -- model -----------------------------------------------------------------------------------------
-
-
-def create_network(arch: str, weights: str) -> nn.Module:
-    if weights == "none":
-        return timm.create_model(arch, num_classes=len(FINDINGS))
-    if weights == "imagenet":
-        try:
-            return timm.create_model(arch, num_classes=len(FINDINGS), pretrained=True)
-        except Exception as error:  # hub, network and cache each raise their own errors
-            raise SystemExit(
-                f"the ImageNet weights of {arch} are not available ({type(error).__name__}): pass "
-                "--weights FILE with a local copy, or --weights none"
-            ) from error
-    if not Path(weights).is_file():
-        raise SystemExit(f"--weights {weights}: there is no such file")
-    overlay = {"file": weights}
-    return timm.create_model(
-        arch, num_classes=len(FINDINGS), pretrained=True, pretrained_cfg_overlay=overlay
-    )
-
-
-# -- training and evaluation -----------------------------------------------------------------------
-
-
-class Progress:
-    """The settings and progress of a run; saved and loaded with Accelerate's state."""
-
-    def __init__(self, run: dict[str, str]) -> None:
-        self.run = run
-        self.epoch, self.best_loss, self.history = 0, float("inf"), []  # type: ignore[var-annotated]
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-
-
-def saved_epochs(folder: Path) -> list[Path]:
-    """Returns the states that were saved completely, the newest last."""
-    return sorted(folder.glob("epoch-*"))
-
-
-def save(accelerator: Accelerator, folder: Path, epoch: int) -> None:
-    """Saves the state of an epoch atomically, then deletes the previous one."""
-    draft = folder / "draft"
-    if accelerator.is_main_process:
-        shutil.rmtree(draft, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(draft))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        older = saved_epochs(folder)
-        draft.rename(folder / f"epoch-{epoch:04d}")
-        for path in older:
-            shutil.rmtree(path)
-    accelerator.wait_for_everyone()
-
-
-def keep_state(accelerator: Accelerator, states: Path, folder: Path) -> None:
-    """Copies the newest state, which the next epoch would delete."""
-    if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(saved_epochs(states)[-1], folder)
-    accelerator.wait_for_everyone()
-
-
-def go_back(accelerator: Accelerator, progress: Progress, folder: Path) -> None:
-    """Loads a kept state, but not the progress of the run."""
-    so_far = progress.state_dict()
-    accelerator.load_state(str(folder))
-    progress.load_state_dict(so_far)
-
-
-def check_same_run(saved: Path, run: dict[str, str]) -> None:
-    """Refuses to continue a run with other settings or images.
-
-    Raises:
-        SystemExit: If there are differences, each with both values.
-    """
-    # Progress is the first object that is registered for checkpointing.
-    before = torch.load(saved / "custom_checkpoint_0.pkl")["run"]
-    differences = [
-        f"{key}={before.get(key)}, not {value}"
-        for key, value in run.items()
-        if key not in FREE and before.get(key) != value
-    ]
-    if differences:
-        raise SystemExit(
-            f"--resume: {saved} belongs to a run with {'; '.join(differences)}: "
-            "pass the same settings, or start again with another --out"
-        )
+# -- evaluation ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def predict(
-    accelerator: Accelerator, model: nn.Module, loader: DataLoader, standardise: Standardised
-) -> tuple[Tensor, Tensor]:
-    """Returns the logits and labels of a whole part, on every process."""
+def predict(accelerator: Accelerator, model: nn.Module, loader: DataLoader) -> list[Tensor]:
+    """Returns the logits and labels of a part, on the CPU of every process."""
+    model.eval()
     outputs = []
-    with evaluating(model):
-        for images, labels in loader:
-            logits = model(standardise(images)).float()
-            outputs.append([x.cpu() for x in accelerator.gather_for_metrics((logits, labels))])
-    logits, labels = (torch.cat(column) for column in zip(*outputs, strict=True))
-    return logits, labels
+    for images, labels in loader:
+        pair = model(prepare(images)).float(), labels
+        outputs.append([column.cpu() for column in accelerator.gather_for_metrics(pair)])
+    return [torch.cat(column) for column in zip(*outputs, strict=True)]
 
 
-def aurocs(logits: Tensor, labels: Tensor) -> AUROCs:
-    """Returns the AUROC of each finding; None where a part lacks positives or negatives."""
-    values: AUROCs = {}
+def aurocs(logits: Tensor, labels: Tensor) -> Areas:
+    """Returns the AUROC of each finding, None without positives or negatives, and their mean."""
+    found: Areas = {}
     for column, finding in enumerate(FINDINGS):
-        target = labels[:, column].numpy()
-        defined = 0 < target.sum() < len(target)
-        values[finding] = float(roc_auc_score(target, logits[:, column])) if defined else None
-    return values
+        scores, truth = logits[:, column].sigmoid(), labels[:, column]
+        area = float(classification_metrics(scores, truth, task="binary")[0]["auroc"])
+        found[finding] = None if math.isnan(area) else area
+    known = [area for area in found.values() if area is not None]
+    return found | {"mean": sum(known) / len(known) if known else None}
 
 
-def mean_of(values: AUROCs) -> float | None:
-    """Returns the mean over the findings that have an AUROC."""
-    known = [value for value in values.values() if value is not None]
-    return sum(known) / len(known) if known else None
+def print_tables(official: bool, rows: dict[str, Areas]) -> None:
+    lines = [f"{'system':16} {' '.join(SHORT)}"]
+    for name, areas in rows.items():
+        cells = ["  - " if area is None else f"{area:.3f}".lstrip("0") for area in areas.values()]
+        lines.append(f"{name:16} {' '.join(cells)}")
+    if not official:
+        lines.append(f"\nNOT COMPARABLE: published for {OFFICIAL_TEST_IMAGES:,} official images")
+    print(*lines, *(f"{name:16} {row}" for name, row in PUBLISHED.items()), sep="\n")
 
 
-def print_tables(test_images: int, official: bool, rows: dict[str, AUROCs]) -> None:
-    """Prints the AUROC of this run's networks and the published ones, apart if not comparable."""
-    from rich.console import Console
-    from rich.table import Table
+# -- training --------------------------------------------------------------------------------------
 
-    def cell(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}".lstrip("0")
 
-    def table(title: str, **style: str) -> Table:
-        empty = Table(title=title, **style)  # type: ignore[arg-type]
-        empty.add_column("system")
-        for heading in (*SHORT, "mean"):
-            empty.add_column(heading, justify="right")
-        return empty
+def loader_of(accelerator: Accelerator, parts: Parts, options: Options, part: str) -> DataLoader:
+    size = per_process(options.batch_size, accelerator.num_processes)
+    train, settings = part == "train", {"num_workers": options.workers, "pin_memory": True}
+    images = Radiographs(parts[part], options.size, train=train)
+    return accelerator.prepare(DataLoader(images, size, shuffle=train, drop_last=train, **settings))
 
-    console = Console(width=140)
-    own = table(f"AUROC on the {test_images:,} test images")
-    comparable = official and test_images == OFFICIAL_TEST_IMAGES
-    published = own
-    if not comparable:
-        published = table(
-            f"NOT COMPARABLE with the above: published for the official {OFFICIAL_TEST_IMAGES:,} "
-            "test images",
-            style="dim",
-        )
-    for system, row in PUBLISHED.items():
-        published.add_row(system, *row.split())
-    own.add_section()
-    for label, values in rows.items():
-        own.add_row(label, *(cell(values[finding]) for finding in FINDINGS), cell(mean_of(values)))
-    console.print(own)
-    undefined = [finding for finding, value in values.items() if value is None]
-    if undefined:
-        print(
-            f"No AUROC, and not in the mean, without positives or negatives: {', '.join(undefined)}"
-        )
-    if not comparable:
-        console.print(published)
+
+def wrap(network: nn.Module, options: Options, steps: int) -> InMergeWrapper:
+    if options.paper:
+        return InMergeWrapper(network, seed=options.seed)
+    settings = {"mode": options.mode, "seed": options.seed}
+    return InMergeWrapper.recommended(network, total_steps=steps, **settings)
+
+
+def train_epoch(
+    accelerator: Accelerator, model: nn.Module, loader: DataLoader, optimizer: Any, title: str
+) -> float:
+    """Returns the mean loss over the epoch and all processes."""
+    model.train()
+    losses = torch.zeros((), device=accelerator.device)
+    for images, labels in tqdm(loader, title, disable=not accelerator.is_main_process):
+        loss = F.binary_cross_entropy_with_logits(model(prepare(images)), labels)
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses += loss.detach()  # stays on the device: .item() would wait for each step
+    return accelerator.reduce(losses, "mean").item() / len(loader)
+
+
+def train(
+    accelerator: Accelerator, parts: Parts, options: Options, phase: str, start: str, lr: float
+) -> dict[str, Any]:
+    """Trains a phase (first, control or merged) from its last saved epoch, and tests its best one.
+
+    Every epoch draws from seeds of its own: a resumed phase equals an uninterrupted one, and
+    control and merged see the same images in the same order.
+    """
+    epochs, folder = options.epochs[phase != "first"], options.out / phase
+    set_seed(options.seed)
+    train_loader, val_loader, test_loader = (
+        loader_of(accelerator, parts, options, part) for part in ("train", "val", "test")
+    )
+    network, *_ = start_network(options.arch, start, num_classes=len(FINDINGS), channels=3)
+    model: nn.Module = network
+    if phase == "merged":
+        model = wrap(network, options, epochs * len(train_loader))
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
+    if isinstance(model, InMergeWrapper):
+        model.attach(optimizer)
+    stall = ReduceLROnPlateau(optimizer, factor=0.1, patience=8)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    trained = accelerator.unwrap_model(model)
+    saved = {"model": trained, "optimizer": optimizer, "stall": stall}
+    history: list[dict[str, Any]] = []
+    if (checkpoint := folder / "checkpoint.pt").exists():
+        stored = torch.load(checkpoint, map_location=accelerator.device, weights_only=True)
+        history = stored.pop("history")
+        for name, state in stored.items():
+            saved[name].load_state_dict(state)
+
+    for epoch in range(len(history), epochs):
+        began = time.perf_counter()
+        set_seed(1000 * epoch + options.seed, device_specific=True)
+        train_loader.set_epoch(epoch)
+        row = {"lr": optimizer.param_groups[0]["lr"]}
+        title = f"{phase}, epoch {epoch + 1}"
+        row["train_loss"] = train_epoch(accelerator, model, train_loader, optimizer, title)
+        logits, labels = predict(accelerator, model, val_loader)
+        row["val_loss"] = F.binary_cross_entropy_with_logits(logits, labels).item()
+        if not math.isfinite(row["val_loss"]):
+            raise SystemExit(f"{title}: the loss is {row['val_loss']}: lower --lr {options.lr:g}")
+        row |= {"val_auroc": aurocs(logits, labels)["mean"], "seconds": time.perf_counter() - began}
+        stall.step(row["val_loss"])
+        history.append(row)
+        accelerator.print(f"{title}: {row}")
+        if accelerator.is_main_process:
+            if row["val_loss"] == min(one["val_loss"] for one in history):
+                about = {"input_size": (3, options.size, options.size), "crop_pct": 224 / 256}
+                export_timm(network, folder, mean=MEAN, std=STD, label_names=FINDINGS, **about)
+            with replacing(checkpoint) as draft:
+                states = {name: part.state_dict() for name, part in saved.items()}
+                torch.save(states | {"history": history}, draft)
+        accelerator.wait_for_everyone()
+
+    network.load_state_dict(load_file(folder / "model.safetensors"))
+    found = {"history": history, "test_auroc": aurocs(*predict(accelerator, model, test_loader))}
+    if isinstance(trained, InMergeWrapper):
+        accelerator.print(trained.plan, trained.report(), sep="\n")
+        found["merging"] = trained.report().to_dict()
+    accelerator.free_memory()
+    return found | {"lr": optimizer.param_groups[0]["lr"]}
+
+
+# -- the phases ------------------------------------------------------------------------------------
+
+
+def check_run(options: Options, parts: Parts) -> dict[str, str]:
+    """Returns what decides the outcome; refuses to overwrite a run or to mix two."""
+    free = {"resume", "out", "workers", "cache", "data_root"}
+    run = {name: str(value) for name, value in vars(options).items() if name not in free}
+    run |= {f"{name} images": str(len(part)) for name, part in parts.items()}
+    path = options.out / "run.json"
+    if options.resume != path.exists():
+        state = "holds a run: continue it with --resume" if path.exists() else "holds no run"
+        raise SystemExit(f"{options.out} {state}, or choose another --out")
+    before = json.loads(path.read_text()) if options.resume else run
+    if different := [f"{k}={before.get(k)}, not {v}" for k, v in run.items() if before.get(k) != v]:
+        raise SystemExit(f"--resume: {options.out} holds a run with {'; '.join(different)}")
+    return run
 
 
 def main() -> None:
-    options = parse_run(parser)
-    if not options.no_merge and options.epochs[1] < 1:
-        parser.error(f"--epochs {options.epochs[0]} 0 leaves no epoch that merges: pass --no-merge")
-    plain_epochs, second_epochs = options.epochs
-    if options.control and (options.no_merge or plain_epochs < 1):
-        parser.error("--control compares two second phases: pass --epochs 1 1 or more, and merge")
-    state, best_of_phase_1 = options.out / "state", options.out / "best-of-phase-1"
-    end_of_phase_1 = options.out / "end-of-phase-1"
-    # The second phase, after its control if there is one, and where the best network of each goes.
-    branches = {"control": options.out / "best-control"} if options.control else {}
-    branches["plain" if options.no_merge else "merged"] = options.out / "best"
-    saved = saved_epochs(state)
-    if options.resume and not saved:
-        raise SystemExit(f"--resume: {state} holds no epoch: start again with another --out")
-    used = [*saved, *branches.values(), best_of_phase_1, options.out / "results.json"]
-    if not options.resume and any(path.exists() for path in used):
-        raise SystemExit(
-            f"{options.out} already holds a run: continue it with --resume, or choose another --out"
-        )
+    options = parser.parse_args()
+    if options.paper and options.mode not in (None, "step"):
+        parser.error(f"--paper merges after each step: leave out --mode {options.mode}")
+    options.mode = "step" if options.paper else options.mode or "outputs"
+    if options.epochs[1] < 1 and (options.mode != "none" or options.control):
+        parser.error(f"--epochs {options.epochs[0]} 0 leaves no second phase: pass --mode none")
     # The others wait while one process writes the cache, far longer than the default ten minutes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
-    accelerator = start(
-        options, "chestxray", mixed_precision=options.mixed_precision, kwargs_handlers=[patience]
-    )
-    batch_size = per_process(options.batch_size, accelerator.num_processes)
-    with accelerator.local_main_process_first():  # one process of a machine downloads and writes
+    accelerator = make_accelerator(kwargs_handlers=[patience])
+    with accelerator.local_main_process_first():  # one process downloads and writes the cache
         parts = read_parts(options)
-    # After that: the one process that writes a cache has used random numbers for its loader.
-    set_seed(options.seed, deterministic=options.deterministic)
-    accelerator.print({name: len(part) for name, part in parts.items()})
-    settings = {key: str(value) for key, value in vars(options).items()}
-    run = settings | {f"{name} images": str(len(part)) for name, part in parts.items()}
-    if options.resume:
-        check_same_run(saved[-1], run)
-    loaders = {
-        name: DataLoader(
-            Radiographs(part, options.size, resized_side(options.size), train=name == "train"),
-            batch_size=batch_size,
-            shuffle=name == "train",
-            drop_last=name == "train",
-            num_workers=options.workers,
-            persistent_workers=options.workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
-        for name, part in parts.items()
-    }
-    if not len(loaders["train"]):
-        raise SystemExit(f"--batch-size {options.batch_size} exceeds {len(parts['train'])} images")
-    loading = None
-    if options.time_loading:
-        with torch.random.fork_rng(devices=[]):  # so that training does not change
-            loading = images_per_second(loaders["train"], options.time_loading)
-        accelerator.print(f"the loader of one process, alone: {loading:.0f} images/s")
-    loaders = dict(zip(loaders, accelerator.prepare(*loaders.values()), strict=True))
-    steps = len(loaders["train"])
-    network = create_network(options.arch, options.weights)
-    model = network
-    if not options.no_merge:
-        total_steps = (plain_epochs + second_epochs) * steps
-        merging = merging_settings(options, total_steps, start=plain_epochs * steps)
-        model = InMergeWrapper.recommended(
-            network, total_steps=total_steps, seed=options.seed, **merging
-        )
-        accelerator.print(model.plan)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=options.lr,
-        momentum=0.9,
-        weight_decay=options.weight_decay,
-        fused=True,
-    )
-    if isinstance(model, InMergeWrapper):
-        model.attach(optimizer)
-        schedule = model.schedule
-        # What the wrapper counts is the same as in the merged phase, which it never reaches.
-        never = Schedule(start=2 * total_steps)
-    stall = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=8)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    unwrapped = accelerator.unwrap_model(model)
-    progress = Progress(run)
-    accelerator.register_for_checkpointing(progress, stall)
-    if options.resume:
-        accelerator.load_state(str(saved[-1]))
-    standardise, loss_function = Standardised(accelerator.device), nn.BCEWithLogitsLoss()
-    began = time.perf_counter()
-    for epoch in range(progress.epoch, plain_epochs + len(branches) * second_epochs):
-        branch, since = divmod(max(0, epoch - plain_epochs), second_epochs or 1)
-        name = list(branches)[branch]
-        if isinstance(unwrapped, InMergeWrapper):
-            unwrapped.schedule = never if name == "control" else schedule
-        if epoch >= plain_epochs > 0 and since == 0:
-            if branch == 0 and options.control:
-                keep_state(accelerator, state, end_of_phase_1)
-            elif branch > 0:
-                go_back(accelerator, progress, end_of_phase_1)
-            # The second phase starts from the best of the first, as in the paper.
-            network.load_state_dict(load_file(best_of_phase_1 / "model.safetensors"))
-            progress.best_loss = float("inf")
-        model.train()
-        loaders["train"].set_epoch(plain_epochs + since if epoch >= plain_epochs else epoch)
-        waited, total_loss = Waited(loaders["train"]), torch.zeros((), device=accelerator.device)
-        bar = tqdm(
-            waited,
-            desc=f"epoch {epoch + 1}",
-            total=steps,
-            disable=not accelerator.is_main_process,
-        )
-        epoch_began = time.perf_counter()
-        for images, labels in bar:
-            loss = loss_function(model(standardise(images)), labels)
-            accelerator.backward(loss)
-            total_loss += loss.detach()  # stays on the device: .item() would wait for each step
-            optimizer.step()
-            optimizer.zero_grad()
-        train_loss = accelerator.reduce(total_loss, "mean").item() / steps
-        epoch_seconds = time.perf_counter() - epoch_began
-        logits, labels = predict(accelerator, model, loaders["val"], standardise)
-        val_loss = loss_function(logits, labels).item()
-        if not math.isfinite(val_loss):
-            raise SystemExit(
-                f"epoch {epoch + 1}: the validation loss is {val_loss}: start again with another "
-                f"--out and an --lr below {options.lr:g}"
-            )
-        progress.epoch = epoch + 1
-        figures = {
-            "train_loss": train_loss,
-            "val_loss": val_loss,
-            "val_auroc": mean_of(aurocs(logits, labels)),
-            "lr": optimizer.param_groups[0]["lr"],
-            "images_per_second": steps * batch_size * accelerator.num_processes / epoch_seconds,
-            "share_waiting": waited.seconds / epoch_seconds,
-        }
-        stall.step(val_loss)
-        progress.history.append(figures)
-        accelerator.print(f"epoch {epoch + 1}: {figures}")
-        if options.tracker:
-            shown = {key: value for key, value in figures.items() if value is not None}
-            shown |= merged_share(unwrapped)
-            accelerator.log(shown, step=epoch + 1)
-        if val_loss < progress.best_loss:
-            progress.best_loss = val_loss
-            if accelerator.is_main_process:
-                # Not the wrapper, which would warn each time of statistics that lag while merging
-                # is on: this is the network whose loss was measured.
-                export_timm(
-                    network,
-                    branches[name]
-                    if epoch >= plain_epochs or not second_epochs
-                    else best_of_phase_1,
-                    input_size=(3, options.size, options.size),
-                    mean=MEAN,
-                    std=STD,
-                    crop_pct=224 / 256,
-                    interpolation="bilinear",
-                    label_names=FINDINGS,
-                )
-        save(accelerator, state, epoch + 1)
+    run = check_run(options, parts)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_json(options.out / "run.json", run)
 
-    seconds = time.perf_counter() - began
-    values: dict[str, AUROCs] = {}
-    for name, folder in branches.items():
-        network.load_state_dict(load_file(folder / "model.safetensors"))
-        values[name] = aurocs(*predict(accelerator, model, loaders["test"], standardise))
-    means = {name: mean_of(of_branch) for name, of_branch in values.items()}
-    accelerator.end_training()
+    found, start, lr = {}, options.weights, options.lr
+    if options.epochs[0]:
+        found["first"] = train(accelerator, parts, options, "first", start, lr)
+        start, lr = str(options.out / "first"), found["first"]["lr"]
+    if options.epochs[1] and (options.control or options.mode == "none"):
+        found["control"] = train(accelerator, parts, options, "control", start, lr)
+    if options.mode != "none":
+        found["merged"] = train(accelerator, parts, options, "merged", start, lr)
     if not accelerator.is_main_process:
         return
-    result = {
-        "settings": settings,
-        "split": f"splits of {options.dataset}; without one, a tenth of train for validation"
-        if options.dataset
-        else "official test list; validation patients are a tenth of train_val_list.txt",
-        "images": {name: len(part) for name, part in parts.items()},
-        "images_per_second": statistics.median(x["images_per_second"] for x in progress.history),
-        "share_waiting": statistics.median(x["share_waiting"] for x in progress.history),
-        "loader_images_per_second": loading,
-        "history": progress.history,
-        "test_auroc": values[name],
-        "test_mean_auroc": means[name],
-        "seconds": seconds,
-        "environment": environment(),
-    }
-    if isinstance(unwrapped, InMergeWrapper):
-        report = unwrapped.report()
-        print(report)
-        result["merging"] = report.to_dict()
-    if options.control:
-        result["control_test_auroc"] = values["control"]
-        result["control_test_mean_auroc"] = means["control"]
-        shutil.rmtree(end_of_phase_1)
-    write_json(options.out / "results.json", result)
-    rows = {f"{options.arch}, {name}": of_branch for name, of_branch in values.items()}
-    print_tables(len(parts["test"]), options.dataset is None, rows)
-    if None not in means.values() and options.control:
-        print(
-            f"merged minus control, mean AUROC: {means['merged'] - means['control']:+.4f}, 1 pair"
-        )
-    print(f"Results: {options.out}/results.json; weights: {branches[name]}/")
+    results = {"settings": run, **found, "environment": environment()}
+    write_json(options.out / "results.json", results)
+    rows = {f"{options.arch}, {phase}": row["test_auroc"] for phase, row in found.items()}
+    print_tables(not options.dataset and len(parts["test"]) == OFFICIAL_TEST_IMAGES, rows)
+    print(f"Results: {options.out}/results.json; weights: {options.out}/{list(found)[-1]}/")
 
 
 if __name__ == "__main__":

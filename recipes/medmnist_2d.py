@@ -31,18 +31,14 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from inmerge_wrap import InMergeWrapper, export_timm
 from inmerge_wrap.app.records import environment
 from inmerge_wrap.files import write_json
-from inmerge_wrap.robustness import (
-    classification_metrics,
-    evaluate_robustness,
-    paired_difference,
-)
+from inmerge_wrap.robustness import classification_metrics, evaluate_robustness, paired_difference
 
 # -- options ---------------------------------------------------------------------------------------
 
@@ -134,21 +130,6 @@ def read_medmnist(flag: str, root: Path, size: int) -> Data:
     return Data(parts, "multilabel" if several else "multiclass", names)
 
 
-class Augmented(Dataset[tuple[Tensor, Tensor]]):
-    """Training images, each shifted by up to a fourteenth of its side and perhaps mirrored."""
-
-    def __init__(self, pixels: Tensor, labels: Tensor, flip: bool) -> None:
-        self.pixels, self.labels, side = pixels, labels, pixels.shape[-1]
-        shift = v2.RandomCrop(side, padding=max(1, side // 14), padding_mode="edge")
-        self.transform = v2.Compose([shift, v2.RandomHorizontalFlip(0.5 * flip)])
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.transform(self.pixels[index]), self.labels[index]
-
-
 # -- one run ---------------------------------------------------------------------------------------
 
 
@@ -158,11 +139,13 @@ def train(
     """Returns the network of the best validation epoch, its wrapper and the AUROC of each epoch."""
     set_seed(seed)
     pixels, labels = data.parts["train"]
-    network = timm.create_model(
-        options.arch, num_classes=len(data.classes), in_chans=pixels.shape[1]
-    )
+    channels, side = pixels.shape[1], pixels.shape[3]
+    network = timm.create_model(options.arch, num_classes=len(data.classes), in_chans=channels)
+    shift = v2.RandomCrop(side, padding=side // 14, padding_mode="edge")
+    augment = v2.Compose([shift, v2.RandomHorizontalFlip(0.5 * (options.dataset != "digits"))])
     loader = DataLoader(
-        Augmented(pixels, labels, flip=options.dataset != "digits"),
+        TensorDataset(pixels, labels),
+        collate_fn=lambda rows: default_collate([(augment(image), truth) for image, truth in rows]),
         batch_size=options.batch_size // accelerator.num_processes,
         shuffle=True,
         drop_last=True,  # BatchNorm cannot train on a last batch of one image

@@ -1,7 +1,7 @@
 """ChestX-ray14 (NIH): the parts of the data, and fast reading.
 
-`read_release` takes the official release as downloaded, `read_dataset` a Hugging Face data set of
-the same images. In both, a tenth of the training patients, drawn by a hash of seed and patient, is
+`read_release` takes the official release as downloaded, `read_hub` a Hugging Face data set of the
+same images. In both, a tenth of the training patients, drawn by a hash of seed and patient, is
 the validation part if none is given, and no patient is in two parts.
 
     parts = read_release(Path("nih"), seed=0)
@@ -33,7 +33,15 @@ from tqdm import tqdm
 
 from inmerge_wrap.files import replacing, write_json
 
-__all__ = ["FINDINGS", "Part", "Radiographs", "cached", "read_dataset", "read_release"]
+__all__ = [
+    "FINDINGS",
+    "Part",
+    "Radiographs",
+    "cached",
+    "read_dataset",
+    "read_hub",
+    "read_release",
+]
 
 FINDINGS = (  # in the column order of the paper's table
     *("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia"),
@@ -171,6 +179,35 @@ def read_dataset(loaded: Mapping[str, Any], seed: int) -> dict[str, Part]:
         labels = label_matrix(names, [column.findings[row] for row in rows])
         parts[part] = Part(names, labels, column.table.select(rows)["image"])
     return parts
+
+
+def read_hub(name: str, revision: str | None, seed: int) -> dict[str, Part]:
+    """Loads a data set of the Hugging Face hub, or of a local folder, and returns its parts.
+
+    Args:
+        name: OWNER/NAME on the hub, or a folder of parquet files or images.
+        revision: Commit of a data set on the hub, 40 hex digits; None for a folder.
+        seed: See :func:`read_dataset`.
+
+    Raises:
+        ValueError: If it cannot be loaded, or as :func:`read_dataset` does.
+    """
+    import datasets
+
+    local = Path(name).is_dir()
+    if local and revision:
+        raise ValueError(f"--revision is for a data set of the hub, but {name} is a folder")
+    if not local and not re.fullmatch("[0-9a-f]{40}", revision or ""):
+        raise ValueError(
+            f"{name} is not a folder, and a data set of the hub can change: pass --revision "
+            f"COMMIT, 40 hex digits from https://huggingface.co/datasets/{name}/commits"
+        )
+    try:
+        loaded = datasets.load_dataset(name, revision=revision)
+    except Exception as error:  # hub, network and each file format raise their own errors
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"{name} cannot be loaded: {type(error).__name__}: {cause}") from error
+    return read_dataset(loaded, seed)
 
 
 class _Columns:
