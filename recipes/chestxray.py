@@ -70,15 +70,15 @@ PUBLISHED = {  # test AUROC in the same order, as the paper lists them
 }
 OFFICIAL_TEST_IMAGES = 25_596  # in the release's test_list.txt
 
-# Of grey bytes on the device, a twelfth of the data that workers would have to transfer.
+# On the device: workers transfer grey bytes, a twelfth of the data.
 prepare = v2.Compose([v2.RGB(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
-source = parser.add_mutually_exclusive_group(required=True)
-source.add_argument("--data-root", type=Path, help="the NIH release")
-source.add_argument("--dataset", help="a Hugging Face data set: a name on the hub, or a folder")
+one = parser.add_mutually_exclusive_group(required=True)
+one.add_argument("--data-root", type=Path, help="the NIH release")
+one.add_argument("--dataset", help="a Hugging Face data set: a name on the hub, or a folder")
 add = parser.add_argument
 add("--revision", help="commit of a --dataset on the hub, 40 hex digits")
 add("--cache", type=Path, help="folder of decoded images, created if needed")
@@ -115,11 +115,8 @@ def read_parts(options: Options) -> Parts:
         raise SystemExit(str(error)) from error
     if options.cache is None:
         return parts
-    size, workers = options.size, options.workers
-    return {
-        name: nih.cached(part, options.cache / f"{name}.npy", source, size, workers)
-        for name, part in parts.items()
-    }
+    about = source, options.size, options.workers
+    return {k: nih.cached(v, options.cache / f"{k}.npy", *about) for k, v in parts.items()}
 
 
 # -- evaluation ------------------------------------------------------------------------------------
@@ -139,8 +136,7 @@ def predict(accelerator: Accelerator, model: nn.Module, loader: DataLoader) -> l
 def aurocs(logits: Tensor, labels: Tensor) -> Areas:
     """Returns the AUROC of each finding, None without positives or negatives, and their mean."""
     found: Areas = {}
-    for column, finding in enumerate(FINDINGS):
-        scores, truth = logits[:, column].sigmoid(), labels[:, column]
+    for finding, scores, truth in zip(FINDINGS, logits.sigmoid().T, labels.T, strict=True):
         area = float(classification_metrics(scores, truth, task="binary")[0]["auroc"])
         found[finding] = None if math.isnan(area) else area
     known = [area for area in found.values() if area is not None]
@@ -148,30 +144,26 @@ def aurocs(logits: Tensor, labels: Tensor) -> Areas:
 
 
 def print_tables(official: bool, rows: dict[str, Areas]) -> None:
-    lines = [f"{'system':16} {' '.join(SHORT)}"]
+    lines = [f"{'test AUROC':12} {' '.join(SHORT)}"]
     for name, areas in rows.items():
         cells = ["  - " if area is None else f"{area:.3f}".lstrip("0") for area in areas.values()]
-        lines.append(f"{name:16} {' '.join(cells)}")
+        lines.append(f"{name:12} {' '.join(cells)}")
     if not official:
         lines.append(f"\nNOT COMPARABLE: published for {OFFICIAL_TEST_IMAGES:,} official images")
-    print(*lines, *(f"{name:16} {row}" for name, row in PUBLISHED.items()), sep="\n")
+    print(*lines, *(f"{name:12} {row}" for name, row in PUBLISHED.items()), sep="\n")
 
 
 # -- training --------------------------------------------------------------------------------------
 
 
-def loader_of(accelerator: Accelerator, parts: Parts, options: Options, part: str) -> DataLoader:
-    size = per_process(options.batch_size, accelerator.num_processes)
-    train, settings = part == "train", {"num_workers": options.workers, "pin_memory": True}
-    images = Radiographs(parts[part], options.size, train=train)
-    return accelerator.prepare(DataLoader(images, size, shuffle=train, drop_last=train, **settings))
-
-
-def wrap(network: nn.Module, options: Options, steps: int) -> InMergeWrapper:
-    if options.paper:
-        return InMergeWrapper(network, seed=options.seed)
-    settings = {"mode": options.mode, "seed": options.seed}
-    return InMergeWrapper.recommended(network, total_steps=steps, **settings)
+def loaders_of(accelerator: Accelerator, parts: Parts, options: Options) -> list[DataLoader]:
+    loaders = []
+    for name in ("train", "val", "test"):
+        images = Radiographs(parts[name], options.size, train=name == "train")
+        size = per_process(options.batch_size, accelerator.num_processes)
+        about = {"shuffle": name == "train", "drop_last": name == "train", "pin_memory": True}
+        loaders.append(DataLoader(images, size, num_workers=options.workers, **about))
+    return accelerator.prepare(*loaders)
 
 
 def train_epoch(
@@ -199,21 +191,21 @@ def train(
     """
     epochs, folder = options.epochs[phase != "first"], options.out / phase
     set_seed(options.seed)
-    train_loader, val_loader, test_loader = (
-        loader_of(accelerator, parts, options, part) for part in ("train", "val", "test")
-    )
+    train_loader, val_loader, test_loader = loaders_of(accelerator, parts, options)
     network, *_ = start_network(options.arch, start, num_classes=len(FINDINGS), channels=3)
     model: nn.Module = network
-    if phase == "merged":
-        model = wrap(network, options, epochs * len(train_loader))
+    if phase == "merged" and options.paper:
+        model = InMergeWrapper(network, seed=options.seed)
+    elif phase == "merged":
+        about = {"mode": options.mode, "seed": options.seed}
+        model = InMergeWrapper.recommended(network, total_steps=epochs * len(train_loader), **about)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
     if isinstance(model, InMergeWrapper):
         model.attach(optimizer)
     stall = ReduceLROnPlateau(optimizer, factor=0.1, patience=8)
     model, optimizer = accelerator.prepare(model, optimizer)
     trained = accelerator.unwrap_model(model)
-    saved = {"model": trained, "optimizer": optimizer, "stall": stall}
-    history: list[dict[str, Any]] = []
+    saved, history = {"model": trained, "optimizer": optimizer, "stall": stall}, []
     if (checkpoint := folder / "checkpoint.pt").exists():
         stored = torch.load(checkpoint, map_location=accelerator.device, weights_only=True)
         history = stored.pop("history")
@@ -224,8 +216,7 @@ def train(
         began = time.perf_counter()
         set_seed(1000 * epoch + options.seed, device_specific=True)
         train_loader.set_epoch(epoch)
-        row = {"lr": optimizer.param_groups[0]["lr"]}
-        title = f"{phase}, epoch {epoch + 1}"
+        row, title = {"lr": optimizer.param_groups[0]["lr"]}, f"{phase}, epoch {epoch + 1}"
         row["train_loss"] = train_epoch(accelerator, model, train_loader, optimizer, title)
         logits, labels = predict(accelerator, model, val_loader)
         row["val_loss"] = F.binary_cross_entropy_with_logits(logits, labels).item()
@@ -278,8 +269,7 @@ def main() -> None:
     options.mode = "step" if options.paper else options.mode or "outputs"
     if options.epochs[1] < 1 and (options.mode != "none" or options.control):
         parser.error(f"--epochs {options.epochs[0]} 0 leaves no second phase: pass --mode none")
-    # The others wait while one process writes the cache, far longer than the default ten minutes.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one writes the cache
     accelerator = make_accelerator(kwargs_handlers=[patience])
     with accelerator.local_main_process_first():  # one process downloads and writes the cache
         parts = read_parts(options)
@@ -300,7 +290,7 @@ def main() -> None:
         return
     results = {"settings": run, **found, "environment": environment()}
     write_json(options.out / "results.json", results)
-    rows = {f"{options.arch}, {phase}": row["test_auroc"] for phase, row in found.items()}
+    rows = {phase: row["test_auroc"] for phase, row in found.items()}
     print_tables(not options.dataset and len(parts["test"]) == OFFICIAL_TEST_IMAGES, rows)
     print(f"Results: {options.out}/results.json; weights: {options.out}/{list(found)[-1]}/")
 

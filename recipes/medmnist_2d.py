@@ -6,8 +6,7 @@
 What it does: for each seed, trains the same network on the same batches twice, with and without
 merging. The epoch is chosen by validation AUROC alone; the test part is used once per run, clean
 and under four corruptions. Each run writes ``result.json`` and its weights as a timm folder, and is
-not repeated: a stopped command can be continued. Prints mean and standard deviation over the seeds
-and the paired difference with its 95% interval, and writes the table in Markdown.
+not repeated: a stopped command can be continued. Prints means and paired differences as a table.
 
 Cost: COST
 Expected: SCORE
@@ -37,6 +36,7 @@ from tqdm import tqdm
 
 from inmerge_wrap import InMergeWrapper, export_timm
 from inmerge_wrap.app.records import environment
+from inmerge_wrap.app.training import make_accelerator, one_line_if_out_of_memory, per_process
 from inmerge_wrap.files import write_json
 from inmerge_wrap.robustness import classification_metrics, evaluate_robustness, paired_difference
 
@@ -89,15 +89,14 @@ class Data:
 
     def normaliser(self, device: torch.device) -> v2.Transform:
         """Returns the function from pixels, uint8 or floats in [0, 1], to the network's input."""
-        move = v2.Lambda(lambda pixels: pixels.to(device))
-        scale = v2.ToDtype(torch.float32, scale=True)
-        return v2.Compose([move, scale, v2.Normalize(*self.statistics())])
+        scale, normalise = v2.ToDtype(torch.float32, scale=True), v2.Normalize(*self.statistics())
+        return v2.Compose([v2.Lambda(lambda pixels: pixels.to(device)), scale, normalise])
 
 
 def read_digits(size: int) -> Data:
     digits = load_digits()
-    small = torch.from_numpy(digits.images)[:, None].float() / 16
-    pixels = (F.interpolate(small, size=(size, size), mode="bilinear") * 255).round().byte()
+    pixels = torch.from_numpy(digits.images)[:, None] * 255 / 16
+    pixels = F.interpolate(pixels, size=(size, size), mode="bilinear").round().byte()
     labels = torch.from_numpy(digits.target)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     rows = zip(("train", "val", "test"), order.split([1100, 200, 497]), strict=True)
@@ -105,7 +104,10 @@ def read_digits(size: int) -> Data:
     return Data(parts, "multiclass", [str(digit) for digit in range(10)])
 
 
-def read_medmnist(flag: str, root: Path, size: int) -> Data:
+def read(flag: str, root: Path, size: int) -> Data:
+    """Reads a 2D MedMNIST data set, downloading it if it is missing, or the digits."""
+    if flag == "digits":
+        return read_digits(size)
     flat = [name for name in medmnist.INFO if "3d" not in name]
     if flag not in flat:
         raise SystemExit(f"unknown data set {flag!r}; the 2D sets are {', '.join(flat)}, digits")
@@ -114,15 +116,15 @@ def read_medmnist(flag: str, root: Path, size: int) -> Data:
     root.mkdir(parents=True, exist_ok=True)
     parts = {}
     for part in ("train", "val", "test"):
-        settings = {"root": root, "size": size, "download": not path.exists()}
+        about = {"root": root, "size": size, "download": not path.exists()}
         try:
-            read = getattr(medmnist, info["python_class"])(split=part, **settings)
+            images = getattr(medmnist, info["python_class"])(split=part, **about)
         except Exception as error:  # medmnist hides the cause of a failed download
             raise SystemExit(
                 f"{path} is missing and cannot be downloaded: get it from {info['url' + suffix]}, "
                 "or pass its folder as --data-root"
             ) from error
-        pixels, labels = torch.from_numpy(read.imgs), torch.from_numpy(read.labels)
+        pixels, labels = torch.from_numpy(images.imgs), torch.from_numpy(images.labels)
         pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
         several = info["task"].startswith("multi-label")
         parts[part] = pixels, labels.float() if several else labels.long().flatten()
@@ -146,7 +148,7 @@ def train(
     loader = DataLoader(
         TensorDataset(pixels, labels),
         collate_fn=lambda rows: default_collate([(augment(image), truth) for image, truth in rows]),
-        batch_size=options.batch_size // accelerator.num_processes,
+        batch_size=per_process(options.batch_size, accelerator.num_processes),
         shuffle=True,
         drop_last=True,  # BatchNorm cannot train on a last batch of one image
     )
@@ -156,20 +158,17 @@ def train(
     if merge and options.paper:
         model = InMergeWrapper(network, seed=seed)
     elif merge:
-        model = InMergeWrapper.recommended(
-            network, total_steps=total_steps, mode=options.mode, seed=seed
-        )
+        mode = options.mode
+        model = InMergeWrapper.recommended(network, total_steps=total_steps, mode=mode, seed=seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9, weight_decay=5e-4)
     if isinstance(model, InMergeWrapper):
         model.attach(optimizer)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=total_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
-    normalise = data.normaliser(accelerator.device)
-    several = data.task == "multilabel"
+    normalise, several = data.normaliser(accelerator.device), data.task == "multilabel"
     loss_function = F.binary_cross_entropy_with_logits if several else F.cross_entropy
 
-    aurocs, best = [], {}
-    name = f"{'merged' if merge else 'plain '} seed {seed}"
+    aurocs, best, name = [], {}, f"{'merged' if merge else 'plain '} seed {seed}"
     bar = tqdm(range(options.epochs), desc=name, disable=not accelerator.is_main_process)
     for _ in bar:
         model.train()
@@ -199,8 +198,8 @@ def test(network: nn.Module, data: Data, normalise: v2.Transform) -> dict[str, d
     """Returns the metrics on clean test images and under each corruption at severity 3."""
     pixels, labels = data.parts["test"]
     loader = DataLoader(TensorDataset(pixels.float() / 255, labels), batch_size=500)
-    settings: dict[str, Any] = {"preset": CORRUPTIONS, "severities": [3], "bootstrap": 0}
-    result = evaluate_robustness(network, loader, task=data.task, normalize=normalise, **settings)
+    about: dict[str, Any] = {"preset": CORRUPTIONS, "severities": [3], "bootstrap": 0}
+    result = evaluate_robustness(network, loader, task=data.task, normalize=normalise, **about)
     rows = {"clean": result.row()} | {name: result.row(name, 3) for name in CORRUPTIONS}
     return {name: {metric: row[metric] for metric in SHOWN} for name, row in rows.items()}
 
@@ -218,19 +217,15 @@ def run(
     network, model, aurocs = train(accelerator, data, options, seed, merge)
     if not accelerator.is_main_process:
         return
-    result = {
-        "settings": settings_of(options, merge),
-        "val_auroc": aurocs,
-        "test": test(network, data, data.normaliser(accelerator.device)),
-        "seconds": time.perf_counter() - began,
-        "environment": environment(),
-    }
+    result = {"settings": settings_of(options, merge), "val_auroc": aurocs}
+    result["test"] = test(network, data, data.normaliser(accelerator.device))
+    result |= {"seconds": time.perf_counter() - began, "environment": environment()}
     if isinstance(model, InMergeWrapper):
         print(report := model.report())
         result["merging"] = report.to_dict()
-    size, (center, spread) = tuple(data.parts["test"][0].shape[1:]), data.statistics()
-    about = {"input_size": size, "mean": center, "std": spread, "label_names": data.classes}
-    result["load"] = export_timm(network, folder, **about)
+    (center, spread), names = data.statistics(), data.classes
+    about = {"input_size": tuple(data.parts["test"][0].shape[1:]), "label_names": names}
+    result["load"] = export_timm(network, folder, mean=center, std=spread, **about)
     write_json(folder / "result.json", result)
 
 
@@ -275,14 +270,9 @@ def main() -> None:
     if options.paper and options.mode not in (None, "step"):
         parser.error(f"--paper merges after each step: leave out --mode {options.mode}")
     options.mode = "step" if options.paper else options.mode or "outputs"
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    if options.batch_size < 1 or options.batch_size % accelerator.num_processes:
-        parser.error(f"--batch-size must be a multiple of {accelerator.num_processes} processes")
+    accelerator = make_accelerator()
     with accelerator.main_process_first():  # one process downloads, the others find the file
-        if options.dataset == "digits":
-            data = read_digits(options.size)
-        else:
-            data = read_medmnist(options.dataset, options.data_root, options.size)
+        data = read(options.dataset, options.data_root, options.size)
     most = len(data.parts["train"][1])
     if options.train_images is not None and not 1 <= options.train_images <= most:
         parser.error(f"--train-images must lie in [1, {most}], got {options.train_images}")
@@ -304,4 +294,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_if_out_of_memory():
+        main()

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from inmerge_wrap import InMergeWrapper, export_timm
 from inmerge_wrap.app.records import environment
+from inmerge_wrap.app.training import make_accelerator, one_line_if_out_of_memory, per_process
 from inmerge_wrap.files import write_json
 
 # -- options ---------------------------------------------------------------------------------------
@@ -86,7 +87,7 @@ def train(accelerator: Accelerator, options: argparse.Namespace) -> tuple[nn.Mod
     """Returns the trained model, wrapped if it merges, and the validation accuracy by epoch."""
     set_seed(options.seed)
     network = timm.create_model(options.arch, num_classes=10, in_chans=1)
-    batch_size = options.batch_size // accelerator.num_processes
+    batch_size = per_process(options.batch_size, accelerator.num_processes)
     loader = DataLoader(Digits("train"), batch_size, shuffle=True, drop_last=True)
     loader = accelerator.prepare(loader)
     total_steps = options.epochs * len(loader)
@@ -148,9 +149,7 @@ def export(model: nn.Module, folder: Path, device: torch.device) -> str:
 
 def main() -> None:
     options = parser.parse_args()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    if options.batch_size < 1 or options.batch_size % accelerator.num_processes:
-        parser.error(f"--batch-size must be a multiple of {accelerator.num_processes} processes")
+    accelerator = make_accelerator()
     model, accuracies = train(accelerator, options)
     if not accelerator.is_main_process:
         return
@@ -176,4 +175,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_if_out_of_memory():
+        main()

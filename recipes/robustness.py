@@ -27,11 +27,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import medmnist
 import numpy as np
 import timm
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -44,16 +44,8 @@ from inmerge_wrap.images.files import DataError
 from inmerge_wrap.images.folders import read_part
 from inmerge_wrap.images.labelled import fit_images, read_npz
 from inmerge_wrap.images.preparation import Preparation
-from inmerge_wrap.robustness import (
-    Attack,
-    RobustnessResult,
-    evaluate_robustness,
-    paired_difference,
-)
+from inmerge_wrap.robustness import Attack, RobustnessResult, evaluate_robustness, paired_difference
 from inmerge_wrap.robustness.corruptions import CORRUPTIONS, DATASET_PRESETS, resolve_preset
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 # -- options ---------------------------------------------------------------------------------------
 
@@ -245,20 +237,16 @@ def draw_curves(results: Results, path: Path) -> None:
     names, levels = settings["corruptions"], [0, *settings["severities"]]
     columns = min(5, len(names))
     rows = -(-len(names) // columns)
-    size = (1.2 + 1.75 * columns, 1.0 + 1.65 * rows)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(1.2 + 1.75 * columns, 1.0 + 1.65 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axis, name in zip(axes.flat, names, strict=False):
         for colour, (label, runs) in zip(COLOURS, results.items(), strict=False):
-            points = [
-                (level, summarise(runs, "balanced_error", name if level else "clean", level))
-                for level in levels
-            ]
-            x, y = zip(*((level, point) for level, point in points if point), strict=True)
-            middle, low, high = zip(*y, strict=True)
-            axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-            axis.plot(x, middle, color=colour, marker="o", markersize=3, linewidth=1.3, label=label)
+            at = {v: summarise(runs, "balanced_error", name if v else "clean", v) for v in levels}
+            known = {level: point for level, point in at.items() if point}
+            if known:
+                middle, low, high = zip(*known.values(), strict=True)
+                axis.fill_between([*known], low, high, color=colour, alpha=0.15, linewidth=0)
+                axis.plot([*known], middle, "o-", color=colour, markersize=3, label=label)
         axis.set_title(name.replace("_", " "), fontsize=9)
         axis.set_xticks(levels, ["clean" if level == 0 else str(level) for level in levels])
         axis.tick_params(labelsize=7.5, labelbottom=True)
@@ -270,7 +258,6 @@ def draw_curves(results: Results, path: Path) -> None:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     figure.savefig(path, dpi=200, facecolor="white")
-    plt.close(figure)
 
 
 def main() -> None:
