@@ -1,0 +1,159 @@
+"""recipes/robustness.py: exported networks on corrupted images, several seeds of each."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import medmnist
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from inmerge_wrap import export_timm
+from tests.recipes.running import recipe, refusal
+
+TINY = ["--preset", "gaussian_noise", "bars", "--severities", "1", "5", "--bootstrap", "20"]
+
+
+def export(
+    folder: Path, seed: int, classes: int, channels: int = 3, **about: Any
+) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    network = timm.create_model("test_resnet", num_classes=classes, in_chans=channels).eval()
+    about = {"mean": [0.3] * channels, "std": [0.4] * channels} | about
+    export_timm(network, folder, input_size=(channels, 28, 28), **about)
+    return network
+
+
+def start(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> dict[str, Any]:
+    """Runs the recipe in this process; returns what it wrote."""
+    monkeypatch.setattr(sys, "argv", [recipe("robustness"), *map(str, arguments)])
+    runpy.run_path(recipe("robustness"), run_name="__main__")
+    out = Path(arguments[[*arguments].index("--out") + 1])  # type: ignore[arg-type]
+    assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    return json.loads((out / "robustness.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_two_methods_two_seeds_and_attacks(
+    blood: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = []
+    for seed in (0, 1):
+        for label in ("plain", "merged"):  # the same weights under both labels
+            export(blood / f"{label}{seed}", seed, classes=8)
+            entries.append(f"{label}={blood / f'{label}{seed}'}")
+    monkeypatch.setenv("COLUMNS", "160")
+    content = start(
+        monkeypatch, *entries, "--data", "bloodmnist", "--data-root", blood, *TINY, "--attacks",
+        "fgsm", "--eps", "4", "--out", blood / "out",
+    )  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "40 images, with one SD over the seeds" in shown
+    assert "merged - plain, clean images, accuracy: +0.0000 (+0.0000 to +0.0000), 2 pairs" in shown
+    assert {label: len(runs) for label, runs in content["models"].items()} == {
+        "plain": 2,
+        "merged": 2,
+    }
+    assert "recipes/robustness.py" in content["environment"]["command"]
+    plain, merged = (content["models"][label][1]["rows"] for label in ("plain", "merged"))
+    named = ["clean"] + 3 * ["gaussian_noise"] + 3 * ["bars"] + ["all", "fgsm"]
+    assert [row["corruption"] for row in plain] == named
+    assert plain[-1]["severity"] == pytest.approx(4 / 255)
+    assert merged[-2]["balanced_error"] == plain[-2]["balanced_error"]
+    assert merged[-2]["be"] == pytest.approx(1)
+    assert len(content["paired_differences"]) == 8
+    assert all(entry["mean"] == 0 for entry in content["paired_differences"])
+
+
+def test_grey_images_are_prepared_as_the_folder_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (12, 28, 28), dtype=np.uint8)
+    labels = np.arange(12, dtype=np.uint8)[:, None] % 2
+    np.savez(tmp_path / "pneumoniamnist.npz", test_images=pixels, test_labels=labels)
+    about = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    network = export(tmp_path / "net", 0, classes=2, **about)
+    content = start(
+        monkeypatch, f"net={tmp_path / 'net'}", "--data", "pneumoniamnist", "--data-root",
+        tmp_path, "--severities", "3", "--bootstrap", "0", "--out", tmp_path / "out",
+    )  # fmt: skip
+    (result,) = content["models"]["net"]
+    assert (
+        result["settings"]["task"] == "binary" and "gamma_up" in result["settings"]["corruptions"]
+    )
+    mean, std = (torch.tensor(about[name]).view(3, 1, 1) for name in ("mean", "std"))
+    images = torch.from_numpy(pixels)[:, None].expand(-1, 3, -1, -1) / 255
+    with torch.no_grad():
+        scores = network((images - mean) / std).softmax(1)[:, 1]
+    brier = (scores - torch.from_numpy(labels).flatten()).square().mean().item()
+    assert result["rows"][0]["brier"] == pytest.approx(brier, abs=1e-5)
+
+
+def test_a_folder_of_images_and_a_split_of_own_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = ["path,label,group,part"]
+    for n in range(24):
+        part, label = ("train", "test")[n % 2], "ab"[n // 12]
+        path = tmp_path / "data" / part / label / f"{n:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = np.random.default_rng(n).integers(0, 255, (20, 26), dtype=np.uint8)
+        Image.fromarray(values).save(path)
+        rows.append(f"{path},{label},,{part}")
+    (tmp_path / "split.csv").write_text("\n".join(rows))
+    export(tmp_path / "net", 0, classes=2, channels=1, label_names=["a", "b"])
+    digests = []
+    for data in (tmp_path / "data", tmp_path / "split.csv"):
+        out = tmp_path / f"out-{data.name}"
+        content = start(
+            monkeypatch, f"net={tmp_path / 'net'}", "--data", data, "--size", "28", *TINY, "--out",
+            out,
+        )  # fmt: skip
+        settings = content["models"]["net"][0]["settings"]
+        assert settings["n"] == 12
+        digests.append(settings["data_sha256"])
+    assert digests[0] == digests[1]
+    alone = tmp_path / "data" / "train" / "a"
+    stopped = refusal(monkeypatch, "robustness", f"net={tmp_path / 'net'}", "--data", alone)
+    assert "holds no images in class folders" in str(stopped)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "--data", "bloodmnist"], "pass label=path with an existing folder"),
+        (["a=.", "--data", "bloodmnist"], ". is no timm folder with config.json"),
+        (["a=net", "--data", "nomnist"], "--data nomnist is neither a folder, a file nor a Med"),
+        (["a=net", "--data", "dermamnist", "--size", "64"], "data/dermamnist_64.npz is missing"),
+        (["a=net", "--data", "bloodmnist", "--preset", "qick"], "did you mean quick"),
+        (["a=net", "--data", "bloodmnist", "--baseline", "b"], "not among the labels"),
+        (["a=net", "a=net", "b=net", "--data", "bloodmnist"], "same number of seeds"),
+    ],
+)
+def test_mistakes_end_with_one_sentence(
+    blood: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(medmnist, "DermaMNIST", offline)
+    monkeypatch.chdir(blood)
+    export(blood / "net", 0, classes=8)
+    if "bloodmnist" in arguments:
+        arguments = [*arguments, "--data-root", "."]
+    assert message in str(refusal(monkeypatch, "robustness", *arguments))
+
+
+def test_of_several_processes_one_evaluates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sys, "argv", ["robustness.py", "a=nowhere", "--data", "nowhere"])
+    runpy.run_path(recipe("robustness"), run_name="__main__")
