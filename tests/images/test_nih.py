@@ -249,3 +249,20 @@ def test_a_patient_in_two_splits_is_refused(tmp_path: Path, part: str) -> None:
     made = {k: FORMS["lists"]([row(p) for p in v]) for k, v in splits.items()}
     with pytest.raises(ValueError, match=r"patients \['8'\] are in both train"):
         nih.read_dataset(load(write_parquet(tmp_path / "set", made), tmp_path), seed=0)
+
+
+@pytest.mark.parametrize("revision", [None, "main", "0123456789ab"])
+def test_a_hub_name_needs_a_commit(revision: str | None) -> None:
+    with pytest.raises(ValueError, match="can change: pass --revision COMMIT"):
+        nih.read_hub("owner/name", revision, seed=0)
+
+
+def test_a_folder_has_no_revision(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--revision is for a data set of the hub"):
+        nih.read_hub(str(tmp_path), 40 * "0", seed=0)
+
+
+def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be loaded: ") as stop:
+        nih.read_hub(str(tmp_path), None, seed=0)
+    assert "\n" not in str(stop.value)
