@@ -29,7 +29,7 @@ def test_it_ends_with_what_is_certain(tmp_path: Path, launcher: list[str]) -> No
     assert {layer["steps"] for layer in result["merging"].values()} == {34}
     assert any(layer["merged"] for layer in result["merging"].values())
     loaded = timm.create_model(f"local-dir:{out / 'model'}", pretrained=True)
-    assert loaded.num_classes == 10 and loaded.pretrained_cfg["input_size"] == [1, 32, 32]
+    assert loaded.num_classes == 10 and loaded.pretrained_cfg["input_size"] == (1, 32, 32)
 
 
 def test_without_merging_nothing_is_said_of_it(tmp_path: Path) -> None:
