@@ -1,0 +1,98 @@
+"""inmerge evaluate on networks of the application: their thresholds, temperature and images."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from inmerge_wrap.app.model import TrainedModel
+from inmerge_wrap.images.files import decode
+from inmerge_wrap.images.preparation import Recipe, digest_of
+from tests.app.trained import pictures, trained
+from tests.cli.common import complaint, run, run_json
+
+QUICKLY = ("--severity", 3, "--bootstrap", 0, "--preset", "quick")
+
+
+def table(path: Path, images: Path, *, several: bool, part: str | None = None) -> list[list[str]]:
+    """Writes a CSV file of labels; returns its rows."""
+    rows = []
+    for index, image in enumerate(sorted(images.iterdir())):
+        marks = [str(index % 2), str(index // 4 % 2), "" if index == 3 else str(index % 3 // 2)]
+        labels = marks if several else ["abc"[index % 3]]
+        rows.append([image.relative_to(path.parent).as_posix(), *labels, part or ""])
+    with open(path, "w", newline="") as file:
+        header = ["a", "b", "c"] if several else ["label"]
+        csv.writer(file).writerows([["path", *header, "part"], *rows])
+    return rows
+
+
+def test_several_labels_are_evaluated_at_the_thresholds_of_the_training(tmp_path: Path) -> None:
+    pictures(tmp_path / "images", "multilabel", count=16)
+    trained(tmp_path / "model", "multilabel", tmp_path / "images")
+    model = TrainedModel.read(tmp_path / "model")
+    pixels = torch.stack(
+        [model.recipe.preparation(p) for p in sorted((tmp_path / "images").iterdir())]
+    )
+    answers = model.recipe.probabilities(model.scores(pixels))
+    middle = answers.quantile(0.5, dim=0, interpolation="midpoint")
+    recipe = replace(model.recipe, thresholds=tuple(middle.tolist()))
+    recipe.write(tmp_path / "model")
+    rows = table(tmp_path / "list.csv", tmp_path / "images", several=True)
+    content = run_json("evaluate", tmp_path / "model", "--data", tmp_path / "list.csv", *QUICKLY)
+    named = recipe.named(recipe.probabilities(model.scores(pixels)))
+    errors = []
+    for place in range(3):
+        known = [index for index, row in enumerate(rows) if row[1 + place]]
+        truth = torch.tensor([rows[index][1 + place] == "1" for index in known])
+        said = named[known, place]
+        recalls = [said[truth].double().mean(), (~said[~truth]).double().mean()]
+        errors.append(1 - sum(recalls) / 2)
+    clean = content["rows"][0]
+    assert clean["balanced_error"] == pytest.approx(float(sum(errors) / 3), abs=1e-6)
+    assert 0.1 < clean["balanced_error"] < 0.9
+    assert content["settings"]["temperature"] == 1.7
+
+
+def test_the_temperature_counts(tmp_path: Path) -> None:
+    pictures(tmp_path / "images", "png16", count=12)
+    trained(tmp_path / "model", "png16", tmp_path / "images")
+    model = TrainedModel.read(tmp_path / "model")
+    table(tmp_path / "list.csv", tmp_path / "images", several=False)
+    options = ("--data", tmp_path / "list.csv", *QUICKLY)
+    found = run_json("evaluate", tmp_path / "model", *options)["rows"][0]["brier"]
+    pixels = torch.stack(
+        [model.recipe.preparation(p) for p in sorted((tmp_path / "images").iterdir())]
+    )
+    probabilities = model.recipe.probabilities(model.scores(pixels))
+    truth = torch.nn.functional.one_hot(torch.arange(12) % 3, 3)
+    assert found == pytest.approx(float(((probabilities - truth) ** 2).sum(1).mean()), abs=1e-5)
+
+
+def test_before_and_after_are_compared_and_training_images_are_told(tmp_path: Path) -> None:
+    pictures(tmp_path / "images", "png16", count=12)
+    trained(tmp_path / "model", "png16", tmp_path / "images")
+    run("adapt", tmp_path / "model", tmp_path / "images", "--out", tmp_path / "adapted")
+    table(tmp_path / "list.csv", tmp_path / "images", several=False, part="test")
+    digests = [decode(path).digest for path in sorted((tmp_path / "images").iterdir())]
+    recipe = Recipe.read(tmp_path / "model")
+    known = tuple(digest_of(digest) for digest in digests[:5])
+    replace(recipe, trained_on=known).write(tmp_path / "model")
+    models = (f"before={tmp_path / 'model'}", f"after={tmp_path / 'adapted'}")
+    result = run("evaluate", *models, "--data", tmp_path / "list.csv", *QUICKLY)
+    said = " ".join(result.stderr.split())
+    assert "5 of 12 images were used in the training of before" in said and "of after" not in said
+    assert "after - before" in result.stdout
+
+
+def test_a_table_needs_a_preparation(tmp_path: Path) -> None:
+    pictures(tmp_path / "images", "png8", count=6)
+    trained(tmp_path / "model", "png8", tmp_path / "images")
+    table(tmp_path / "list.csv", tmp_path / "images", several=False)
+    (tmp_path / "model" / "preparation.json").unlink()
+    told = complaint("evaluate", tmp_path / "model", "--data", tmp_path / "list.csv", *QUICKLY)
+    assert "has no preparation.json" in told
