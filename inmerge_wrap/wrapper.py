@@ -274,12 +274,14 @@ class InMergeWrapper(NetworkProxy):
         """
         return self._driver.next_pairs(self.settings)
 
-    def recalibrate(self, loader: Iterable[Any], *, max_batches: int | None = None) -> int:
+    def recalibrate(
+        self, loader: Iterable[Any], *, prior: float = 0.0, max_batches: int | None = None
+    ) -> int:
         """Measures BatchNorm's running statistics again; see :func:`recalibrate`.
 
         Call it before evaluation or export if merging runs until the last step.
         """
-        return recalibrate(self, loader, max_batches=max_batches)
+        return recalibrate(self, loader, prior=prior, max_batches=max_batches)
 
     def statistics_measured(self) -> None:
         """Records that BatchNorm was recalibrated after the last step by other means."""

@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 from scipy.stats import chisquare
+from torch import Tensor
 
 from inmerge_wrap.kernels import Plain
 from inmerge_wrap.merging import draw_pairs

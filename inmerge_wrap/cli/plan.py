@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 @command(
     "inmerge plan resnet34",
+    "inmerge plan resnet34 --recommended",
     "inmerge plan torchvision:vgg19 --shallow-layers 10",
     "inmerge plan efficientnet_b0 --also-merge depthwise --json",
     "inmerge plan resnet50 --include 'layer4.*' --exclude '*downsample*'",
@@ -42,10 +43,21 @@ def plan(
             show_default=False,
         ),
     ],
+    recommended: Annotated[
+        bool,
+        typer.Option(
+            "--recommended",
+            help="The plan of `InMergeWrapper.recommended`, which merges inside the forward pass; "
+            "otherwise that of the paper, which merges after each step.",
+        ),
+    ] = False,
     shallow_layers: Annotated[
-        str,
-        typer.Option(help="First convolutions not to merge: a count, or a share such as 0.5."),
-    ] = str(DEFAULT_SHALLOW_SHARE),
+        str | None,
+        typer.Option(
+            help="First convolutions not to merge: a count, or a share such as 0.5. Default: "
+            f"{DEFAULT_SHALLOW_SHARE}; with `--recommended` 0."
+        ),
+    ] = None,
     include: Include = None,
     exclude: Exclude = None,
     also_merge: Annotated[
@@ -57,24 +69,29 @@ def plan(
 ) -> None:
     """Show which convolutions would be merged, and why the others would not."""
     check_image(input_size)
-    share = _count_or_share(shallow_layers)
+    share = None if shallow_layers is None else _count_or_share(shallow_layers)
     network = build(model, in_chans=None if input_size is None else input_size[0])
     import torch
 
     from inmerge_wrap.discovery import plan_merging
+    from inmerge_wrap.settings import recommended_settings
 
+    settings: dict[str, Any] = {"mode": "step", "shallow_layers": DEFAULT_SHALLOW_SHARE}
+    if recommended:
+        settings = {key: recommended_settings(1)[key] for key in settings}
     found = plan_merging(
         network,
-        shallow_layers=share,
+        mode=settings["mode"],
+        shallow_layers=settings["shallow_layers"] if share is None else share,
         include=include,
         exclude=exclude or (),
         also_merge=also_merge or (),
         example_input=None if input_size is None else torch.zeros(2, *input_size),
     )
     if as_json:
-        print_json({"model": model, **_plan_content(found)})
+        print_json({"model": model, "mode": settings["mode"], **_plan_content(found)})
     else:
-        _print_plan(model, found)
+        _print_plan(model, found, recommended)
 
 
 def _plan_content(found: MergePlan) -> dict[str, Any]:
@@ -88,7 +105,15 @@ def _plan_content(found: MergePlan) -> dict[str, Any]:
     }
 
 
-def _print_plan(model: str, found: MergePlan) -> None:
+_LAST_WORDS = {
+    True: "The outputs of these convolutions are merged in each forward pass of the training; "
+    "their weights stay as they are. chance: standard deviation of the cosine of two random kernels.",
+    False: "chance: standard deviation of the cosine of two random kernels; only where training "
+    "made kernels similar do pairs pass a threshold far above it.",
+}
+
+
+def _print_plan(model: str, found: MergePlan, recommended: bool) -> None:
     sites = sorted(
         found.merged + found.skipped, key=lambda site: (site.depth is None, site.depth or 0)
     )
@@ -120,8 +145,7 @@ def _print_plan(model: str, found: MergePlan) -> None:
     weights = sum(math.prod(site.shape) for site in found.merged)
     console.print(
         f"{len(found.merged)} of {len(sites)} convolutions are merged, {weights:,} weights. "
-        "chance: standard deviation of the cosine of two random kernels; only where training made "
-        "kernels similar do pairs pass a threshold far above it.",
+        f"{_LAST_WORDS[recommended]}",
         highlight=False,
     )
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 
 import pytest
 from torch import nn
 
-from inmerge_wrap import plan_merging
+from inmerge_wrap import InMergeWrapper, plan_merging
 from tests.cli.common import ARCH, complaint, run, run_json
 
 
@@ -45,6 +46,18 @@ def test_plan_takes_kinds_patterns_shares_and_image_sizes() -> None:
     assert [site["name"] for site in named["merged"]] == ["layer1.0.conv1", "layer4.0.conv2"]
     grey = run_json("plan", ARCH, "--input-size", 1, 28, 28)
     assert grey["skipped"][0]["shape"][1] == 1
+
+
+def test_the_recommended_plan_is_that_of_the_recommended_wrapper(net: nn.Module) -> None:
+    content = run_json("plan", ARCH, "--recommended")
+    expected = InMergeWrapper.recommended(copy.deepcopy(net), total_steps=10).plan
+    assert [site["name"] for site in content["merged"]] == [site.name for site in expected.merged]
+    assert content["mode"] == "outputs" and run_json("plan", ARCH)["mode"] == "step"
+    assert len(content["merged"]) > len(run_json("plan", ARCH)["merged"])
+    text = " ".join(run("plan", ARCH, "--recommended").stdout.split())
+    assert "in each forward pass of the training" in text
+    fewer = run_json("plan", ARCH, "--recommended", "--shallow-layers", 5)
+    assert len(fewer["merged"]) == len(content["merged"]) - 5
 
 
 def test_plan_knows_torchvision() -> None:
