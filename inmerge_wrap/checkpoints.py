@@ -6,17 +6,19 @@ Pickles are opened with ``weights_only=True``: they cannot run code.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
+import datetime
 import json
-import pathlib
 import re
 import types
 import warnings
+import zipfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-import safetensors
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -30,8 +32,35 @@ __all__ = ["load_network", "read_merging", "read_state"]
 
 _WEIGHTS = ("state_dict", "model_state_dict", "model")  # where training scripts put weights
 _AVERAGES = ("state_dict_ema", "model_ema")  # where timm and torchvision put their average
-# Settings that scripts save with the weights. They hold values and run no code.
-_SETTINGS: list[Any] = [argparse.Namespace, types.SimpleNamespace, type(pathlib.Path())]
+# What scripts save with the weights: settings, scores, times. They hold values and run no code.
+_DTYPES = {type(np.dtype(code)) for code in np.typecodes["All"]}
+_PATHS = [
+    (kind, f"{module}.{name}")  # whatever system and version of Python wrote the path
+    for module in ("pathlib", "pathlib._local")
+    for name, kind in (("PosixPath", PurePosixPath), ("WindowsPath", PureWindowsPath))
+]
+_RECONSTRUCT = np.ndarray(0).__reduce__()[0]
+_SCALAR = np.float64(0).__reduce__()[0]
+_NUMPYS = [
+    (function, f"{module}.{name}")  # of numpy 1 and 2
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+    for name, function in (("_reconstruct", _RECONSTRUCT), ("scalar", _SCALAR))
+]
+
+
+def _dict_for_default(*_: Any) -> collections.OrderedDict[Any, Any]:
+    """Stands in for a defaultdict, whose items torch's restricted unpickler does not set."""
+    return collections.OrderedDict()
+
+
+_VALUES: list[Any] = [
+    *(argparse.Namespace, types.SimpleNamespace),
+    (_dict_for_default, "collections.defaultdict"),
+    *(int, float, str, list, dict, tuple, set),  # what a defaultdict begins with
+    *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone),
+    *(np.ndarray, np.dtype, *_DTYPES, *_NUMPYS, *_PATHS),
+]
+_FOLDER = 0x10  # an attribute in a zip file; torch leaves the memory of such a record as it was
 _TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -68,9 +97,7 @@ def load_network(
     if is_timm_folder(weights):
         if arch is not None:
             raise ArgumentError(f"{weights} has its own architecture: leave out <arch>")
-        config = json.loads((weights / "config.json").read_text(encoding="utf-8"))
-        arguments = {"num_classes": config["num_classes"], **config.get("model_args", {})}
-        return build(str(weights), num_classes, in_chans), arguments
+        return _load_timm_folder(weights, num_classes, in_chans)
     state = read_state(weights, key=key)
     if arch is None:
         raise ArgumentError(f"{weights} holds only weights: name the network with <arch>")
@@ -111,10 +138,7 @@ def read_state(path: str | Path, *, key: str | None = None) -> dict[str, Tensor]
     if not path.exists():
         raise ValueError(f"no such file or folder: {path}")
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file ({error})") from error
+        return _read_safetensors(path)
     content = _unpickled(path)
     if key is not None:
         if not isinstance(content, Mapping) or key not in content:
@@ -131,6 +155,44 @@ def read_state(path: str | Path, *, key: str | None = None) -> dict[str, Tensor]
     if not state:
         raise ValueError(f"{path} holds no state dict but a {type(content).__name__}")
     return state
+
+
+def _load_timm_folder(
+    folder: Path, num_classes: int | None, in_chans: int | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    config = _read_json(folder / "config.json")
+    arguments = config.get("model_args") or {}
+    if not isinstance(config.get("architecture"), str) or not isinstance(arguments, dict):
+        raise ArgumentError(
+            f"{folder / 'config.json'} names no architecture, so timm cannot load the folder: "
+            "write it again with export_timm, or pass its model.safetensors and <arch>"
+        )
+    _read_safetensors(folder / "model.safetensors")  # timm names neither the file nor the fault
+    try:
+        network: Any = build(str(folder), num_classes, in_chans)
+    except Exception as error:  # whatever timm raises, the cause is a file of the folder
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"timm cannot load {folder} ({type(error).__name__}: {reason})") from error
+    return network, {**arguments, "num_classes": network.num_classes}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not names with values")
+    return content
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except OSError:
+        raise
+    except Exception as error:  # besides its own error, KeyError for types that torch lacks
+        raise ValueError(f"{path} is not a safetensors file ({error})") from error
 
 
 def read_merging(path: str | Path, *, key: str | None = None) -> MergeReport | None:
@@ -172,8 +234,9 @@ def _weights_of(content: Any, path: Path) -> Any:
 
 
 def _unpickled(path: Path) -> Any:
+    _check_sums(path)
     try:
-        with torch.serialization.safe_globals(_SETTINGS):
+        with torch.serialization.safe_globals(_VALUES):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle can raise anything
         raise ValueError(
@@ -182,9 +245,30 @@ def _unpickled(path: Path) -> Any:
         ) from error
 
 
+def _check_sums(path: Path) -> None:
+    """Raises a ValueError if a file of torch.save does not fit its checksums.
+
+    torch itself reads such a file without a word, and a flipped bit becomes another weight.
+    """
+    try:
+        if not zipfile.is_zipfile(path):  # of a torch before 1.6, without checksums
+            return
+        with zipfile.ZipFile(path) as archive:
+            folders = [entry for entry in archive.infolist() if entry.external_attr & _FOLDER]
+            damaged = folders[0].filename if folders else archive.testzip()
+    except Exception as error:  # of a damaged directory anything
+        raise ValueError(f"{path} is damaged ({error}): copy it again") from error
+    if damaged is not None:
+        raise ValueError(
+            f"{path} is damaged: {damaged} does not fit its checksum. Copy it again (a file that "
+            "was written after torch.serialization.set_crc32_options(False) has none: write it "
+            "again with torch.save)"
+        )
+
+
 def _why_unreadable(path: Path, error: Exception) -> str:
     try:
-        with torch.serialization.safe_globals(_SETTINGS):
+        with torch.serialization.safe_globals(_VALUES):
             foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # not a file of torch.save, or an old one
         foreign = []
@@ -199,10 +283,7 @@ def _read_folder(path: Path) -> dict[str, Tensor]:
     """Returns the weights of a folder that Accelerate wrote, in one file or in shards."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return {
-            name: tensor for shard in shards for name, tensor in read_state(path / shard).items()
-        }
+        return _read_shards(path, index)
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (path / name).is_file():
             return read_state(path / name)
@@ -210,6 +291,30 @@ def _read_folder(path: Path) -> dict[str, Tensor]:
     raise ValueError(
         f"{path} holds no model.safetensors (it holds {found}); name the file of the weights"
     )
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
+    """Returns the weights that an index assigns to files beside it."""
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index} has no weight_map, which says which file holds which weight")
+    for shard in places.values():
+        # A path would lead out of the folder, and another index to itself.
+        plain = isinstance(shard, str) and Path(shard).name == shard
+        if not plain or not shard.endswith(".safetensors"):
+            raise ValueError(f"{index} names {shard!r}, which is not a .safetensors file beside it")
+    shards = {}
+    for shard in sorted(set(places.values())):
+        if not (folder / shard).is_file():
+            raise ValueError(f"{index} names {shard}, which is not in {folder}: copy it there")
+        shards[shard] = _read_safetensors(folder / shard)
+    missing = [name for name, shard in places.items() if name not in shards[shard]]
+    if missing:
+        raise ValueError(
+            f"{folder} is incomplete: {places[missing[0]]} does not hold {missing[0]}, as {index} "
+            "says; copy all files of one checkpoint"
+        )
+    return {name: shards[shard][name] for name, shard in places.items()}
 
 
 def _without_prefix(
@@ -280,9 +385,19 @@ def _check_shapes(
         for name, mine in own.items()
         if name in state and state[name].shape != mine.shape
     ]
+    foreign = [
+        f"{name} is {state[name].dtype} instead of {mine.dtype}"
+        for name, mine in own.items()
+        if name in state and state[name].is_floating_point() != mine.is_floating_point()
+    ]
     problems = [
         f"{what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-        for what, names in (("missing", missing), ("not in it", unexpected), ("shapes", wrong))
+        for what, names in (
+            ("missing", missing),
+            ("not in it", unexpected),
+            ("shapes", wrong),
+            ("types", foreign),
+        )
         if names
     ]
     if problems:

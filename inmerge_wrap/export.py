@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import safetensors
 import safetensors.torch
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from inmerge_wrap.card import ModelCard
-from inmerge_wrap.files import replacing, supported_or_skipped, sync
+from inmerge_wrap.files import replacing, replacing_files, supported_or_skipped
 from inmerge_wrap.unwrapping import named_wrappers, unwrap
 from inmerge_wrap.watch import NoEffectWarning
 
@@ -166,26 +166,6 @@ def export_timm(
             f"{type(network).__name__} is not a timm model; use export_weights(model, "
             "'weights.safetensors') and load it with model.load_state_dict(load_file(path))"
         )
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) != input_size[0]:
-            raise ValueError(
-                f"{name} has {len(values)} values for an image of {input_size[0]} channels"
-            )
-    if label_names is not None and len(label_names) != network.num_classes:
-        raise ValueError(
-            f"label_names has {len(label_names)} names for {network.num_classes} classes"
-        )
-    if not 0.0 < crop_pct <= 1.0:
-        raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct}")
-    if crop_mode not in _CROP_MODES:
-        raise ValueError(f"crop_mode must be one of {', '.join(_CROP_MODES)}, got {crop_mode!r}")
-    if interpolation not in _INTERPOLATIONS:
-        raise ValueError(
-            f"interpolation must be one of {', '.join(_INTERPOLATIONS)}, got {interpolation!r}"
-        )
-    if card is not None and not isinstance(card, ModelCard):
-        card = ModelCard.from_dict(card)
-    directory = Path(directory)
     data_config = {
         "input_size": tuple(input_size),
         "mean": tuple(mean),
@@ -194,36 +174,53 @@ def export_timm(
         "crop_mode": crop_mode,
         "interpolation": interpolation,
     }
+    _check_facts(data_config, label_names, network)
+    if card is not None and not isinstance(card, ModelCard):
+        card = ModelCard.from_dict(card)
     _warn_of_merging(model)
     state = plain_state_dict(network)
     if _is_writer():
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".draft-") as draft_name:
-            draft = Path(draft_name)
+        with replacing_files(directory) as draft:
             _write_timm_config(network, draft / "config.json", data_config, label_names, model_args)
             _save_verified(state, draft / "model.safetensors")
-            _check_timm_draft(network, state, draft, data_config)
-            names = ["model.safetensors", "config.json"]
+            outputs = _check_timm_draft(network, state, draft, data_config)
             if card is not None:
-                architecture = json.loads((draft / "config.json").read_text())["architecture"]
-                names += card.write(
+                card.write(
                     draft,
                     model=model,
-                    architecture=architecture,
+                    architecture=json.loads((draft / "config.json").read_text())["architecture"],
                     data_config=data_config,
                     label_names=label_names,
+                    several_outputs=outputs > 1,
                 )
-            elif (directory / "README.md").exists():
+            elif (Path(directory) / "README.md").exists():
                 warnings.warn(
                     f"{directory}/README.md was written for other weights and is kept: "
                     "pass a card, or delete it",
                     stacklevel=2,
                 )
-            for name in names:
-                sync(draft / name)
-                os.replace(draft / name, directory / name)
-        sync(directory)
-    return f'timm.create_model("local-dir:{directory}", pretrained=True)'
+    return f'timm.create_model("local-dir:{Path(directory)}", pretrained=True)'
+
+
+def _check_facts(
+    data_config: Mapping[str, Any], label_names: Sequence[str] | None, network: nn.Module
+) -> None:
+    """Raises a ValueError if the preprocessing or the names do not fit the network."""
+    channels = data_config["input_size"][0]
+    for name in ("mean", "std"):
+        count = len(data_config[name])
+        if count != channels:
+            raise ValueError(f"{name} has {count} values for an image of {channels} channels")
+    classes: Any = network.num_classes
+    if label_names is not None and len(label_names) != classes:
+        raise ValueError(f"label_names has {len(label_names)} names for {classes} classes")
+    if not 0.0 < data_config["crop_pct"] <= 1.0:
+        raise ValueError(f"crop_pct must lie in (0, 1], got {data_config['crop_pct']}")
+    for name, choices in (("crop_mode", _CROP_MODES), ("interpolation", _INTERPOLATIONS)):
+        if data_config[name] not in choices:
+            raise ValueError(
+                f"{name} must be one of {', '.join(choices)}, got {data_config[name]!r}"
+            )
 
 
 def _write_timm_config(
@@ -253,8 +250,12 @@ def _write_timm_config(
 
 def _check_timm_draft(
     network: nn.Module, state: Mapping[str, Tensor], draft: Path, data_config: dict[str, Any]
-) -> None:
-    """Loads the draft with stock timm and compares outputs (the state dict if sharded)."""
+) -> int:
+    """Loads the draft with stock timm and compares outputs (the state dict if sharded).
+
+    Returns:
+        The number of tensors that the network returns; 1 if it is sharded.
+    """
     import timm
 
     try:
@@ -267,7 +268,7 @@ def _check_timm_draft(
     if any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
         if not _same_bits(fresh.state_dict(), state):
             raise RuntimeError(f"the reloaded {type(network).__name__} holds other weights")
-        return
+        return 1
     ours = _with_stored_weights(network).cpu().float().eval()
     # In channels_last the convolutions would round differently from the model that is loaded.
     ours.to(memory_format=torch.contiguous_format)
@@ -284,6 +285,7 @@ def _check_timm_draft(
             f"the reloaded {type(network).__name__} gives other outputs. If it was created with "
             "arguments that change its computation, pass them as model_args"
         )
+    return len(expected)
 
 
 def _computes_weights(module: nn.Module) -> bool:
@@ -339,7 +341,10 @@ def _save_verified(state: dict[str, Tensor], path: Path) -> None:
     mode = path.stat().st_mode
     # One metadata key: safetensors writes several in random order, and equal weights should give
     # equal files.
-    safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+    try:
+        safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:  # its words for a full disk
+        raise OSError(str(error)) from error
     with supported_or_skipped():
         path.chmod(mode)  # safetensors makes a file that only its owner can read
     if not _same_bits(safetensors.torch.load_file(path), state):

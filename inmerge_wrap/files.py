@@ -9,9 +9,10 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-__all__ = ["replacing", "supported_or_skipped", "sync", "write_json"]
+__all__ = ["replacing", "replacing_files", "supported_or_skipped", "sync", "write_json"]
 
 # What CIFS, FUSE and bucket mounts answer to calls that they do not offer.
 _UNSUPPORTED = {
@@ -46,8 +47,47 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         sync(draft)
         os.replace(draft, target)
         sync(target.parent)
+    except OSError as error:
+        raise _not_written(path, error) from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_files(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a draft folder, whose files replace those of a folder when the block ends.
+
+    Each file is replaced atomically, none if the block raises an error. Other files stay, and
+    missing folders are created.
+
+    Raises:
+        OSError: If a file cannot be written there.
+        ValueError: If a file to replace is a symbolic link.
+    """
+    target = Path(os.path.realpath(directory))
+    target.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target, prefix=".draft-") as folder:
+        try:
+            yield Path(folder)
+            drafts = sorted(Path(folder).iterdir(), reverse=True)
+            for link in (target / draft.name for draft in drafts):
+                if link.is_symlink():
+                    raise ValueError(
+                        f"{link} is a symbolic link to {os.readlink(link)}: write to that folder, "
+                        "or remove the link"
+                    )
+            for draft in drafts:
+                sync(draft)
+                os.replace(draft, target / draft.name)
+            sync(target)
+        except OSError as error:
+            raise _not_written(directory, error) from error
+
+
+def _not_written(path: str | os.PathLike[str], error: OSError) -> OSError:
+    """Returns an error that names the file or folder that was to be written, not its draft."""
+    reason = f"{path} was not written, what was there is unchanged: {error.strerror or error}"
+    return OSError(error.errno, reason) if error.errno is not None else OSError(reason)
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import collections
+import copy
+import datetime
+import json
 import os
+import pathlib
 import pickle
+import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from inmerge_wrap import export_timm
 from inmerge_wrap.checkpoints import load_network, read_state
 
 ARCH = "resnet10t"
@@ -123,3 +133,225 @@ def test_an_unreadable_file_has_no_codes_of_a_terminal_in_its_answer(tmp_path: P
             read_state(tmp_path / name)
         assert "\x1b" not in str(told.value) and "\n" not in str(told.value)
     assert not (tmp_path / "trap").exists()
+
+
+# -- what scripts save beside the weights --------------------------------------------------------
+
+
+class _NewerPath:
+    """A path as Python 3.13 pickles it."""
+
+    def __reduce__(self) -> Any:
+        return pathlib.PurePosixPath, ("runs", "last.pt")
+
+
+def test_values_that_scripts_save_with_the_weights_are_read(net: nn.Module, tmp_path: Path) -> None:
+    scores = np.array([0.5, 0.75])
+    content = {
+        "model": net.state_dict(),
+        "best_auc": np.mean(scores),
+        "count": np.int64(3),
+        "flag": np.bool_(True),
+        "scores": scores,
+        "names": np.array(["a", "bc"]),
+        "ranks": np.arange(3, dtype=np.int16),
+        "dtype": np.dtype("float32"),
+        "began": datetime.datetime(2026, 1, 2, tzinfo=datetime.timezone.utc),
+        "day": datetime.date(2026, 1, 2),
+        "took": datetime.timedelta(seconds=3),
+        "history": collections.defaultdict(list, loss=[1.0, 0.5]),
+        "hits": collections.defaultdict(int, a=1),
+        "out": tmp_path,
+    }
+    torch.save(content, tmp_path / "last.pt")
+    assert equal(load_network(tmp_path / "last.pt", ARCH)[0], net)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["numpy.core.multiarray\nscalar", "pathlib\nWindowsPath", "pathlib._local\nPosixPath"],
+)
+def test_values_of_other_systems_and_versions_are_read(
+    net: nn.Module, tmp_path: Path, name: str
+) -> None:
+    """The same pickle with another system's name for the same thing."""
+    value = np.float64(0.5) if "scalar" in name else _NewerPath()
+    torch.save({"model": net.state_dict(), "x": value}, tmp_path / "new.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "new.pt") as new,
+        zipfile.ZipFile(tmp_path / "old.pt", "w") as old,
+    ):
+        for entry in new.infolist():
+            data = new.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                before = data
+                for ours in (b"numpy._core.multiarray\nscalar", b"pathlib\nPurePosixPath"):
+                    data = data.replace(ours, name.encode())
+                assert data != before
+            old.writestr(entry, data)
+    assert equal(load_network(tmp_path / "old.pt", ARCH)[0], net)
+
+
+# -- folders -------------------------------------------------------------------------------------
+
+
+def exported(net: nn.Module, folder: Path) -> Path:
+    export_timm(net, folder, input_size=(3, 32, 32), mean=[0.5] * 3, std=[0.5] * 3)
+    return folder
+
+
+def test_a_timm_folder_without_num_classes_loads_as_timm_loads_it(
+    net: nn.Module, tmp_path: Path
+) -> None:
+    config = exported(net, tmp_path) / "config.json"
+    content = json.loads(config.read_text())
+    del content["num_classes"]
+    config.write_text(json.dumps(content))
+    loaded, arguments = load_network(tmp_path)
+    assert equal(loaded, net) and arguments["num_classes"] == 7
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[1]", "holds a list, not names with values"),
+        ("{}", "names no architecture"),
+        ('{"architecture": "resnet10t", "model_args": 3}', "names no architecture"),
+        ('{"architecture": "no_such_net"}', "timm cannot load"),
+        ('{"architecture": "resnet10t", "num_classes": "many"}', "timm cannot load"),
+        ('{"architecture": "resnet10t", "num_classes": 3}', "timm cannot load"),
+        ('{"architecture": "resnet10t", "pretrained_cfg": []}', "timm cannot load"),
+    ],
+)
+def test_a_config_that_is_none_is_named(
+    net: nn.Module, tmp_path: Path, content: str, told: str
+) -> None:
+    (exported(net, tmp_path) / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=told):
+        load_network(tmp_path)
+
+
+def shards(folder: Path, weight_map: Any) -> Path:
+    for number in range(2):
+        tensors = {f"layer{number}.weight": torch.full((2,), float(number)), "both": torch.ones(1)}
+        tensors["both"] *= number
+        safetensors.torch.save_file(tensors, folder / f"model-{number}.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def test_an_index_says_which_file_holds_a_weight(tmp_path: Path) -> None:
+    places = {
+        "layer0.weight": "model-0.safetensors",
+        "layer1.weight": "model-1.safetensors",
+        "both": "model-0.safetensors",
+    }
+    state = read_state(shards(tmp_path, places))
+    assert {name: float(value[0]) for name, value in state.items()} == {
+        "layer0.weight": 0.0, "layer1.weight": 1.0, "both": 0.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("places", "told"),
+    [
+        (None, "has no weight_map"),
+        ({}, "has no weight_map"),
+        (["model-0.safetensors"], "has no weight_map"),
+        ({"a": "../good.safetensors"}, "not a .safetensors file beside it"),
+        ({"a": "/tmp/good.safetensors"}, "not a .safetensors file beside it"),
+        ({"a": "model.safetensors.index.json"}, "not a .safetensors file beside it"),
+        ({"a": "."}, "not a .safetensors file beside it"),
+        ({"a": ".."}, "not a .safetensors file beside it"),
+        ({"a": ""}, "not a .safetensors file beside it"),
+        ({"a": 3}, "not a .safetensors file beside it"),
+        ({"a": "model-7.safetensors"}, "model-7.safetensors, which is not in"),
+        ({"a": "model-0.safetensors"}, "does not hold a"),
+    ],
+)
+def test_an_index_that_leads_astray_is_refused(tmp_path: Path, places: Any, told: str) -> None:
+    safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "good.safetensors")
+    (tmp_path / "net").mkdir()
+    with pytest.raises(ValueError, match=told):
+        read_state(shards(tmp_path / "net", places))
+
+
+# -- damaged files -------------------------------------------------------------------------------
+
+
+def written(folder: Path, kind: str) -> tuple[Path, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    state = {f"layer{n}.weight": torch.randn(3, 4, generator=generator) for n in range(3)}
+    path = folder / ("a.safetensors" if kind == "safetensors" else "a.pt")
+    if kind == "safetensors":
+        safetensors.torch.save_file(state, path)
+    else:
+        content = {"model": state, "epoch": 3}
+        torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
+    return path, state
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["zip", "pickle", "safetensors"])
+def test_a_flipped_bit_is_an_error_or_changes_nothing_where_the_format_can_know(
+    tmp_path: Path, kind: str
+) -> None:
+    path, state = written(tmp_path, kind)
+    data = path.read_bytes()
+    bits = random.Random(0)
+    changed = refused = 0
+    for bit in bits.sample(range(8 * len(data)), 400):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            found = read_state(path)
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+        else:
+            same = found.keys() == state.keys() and all(
+                torch.equal(found[name], value) for name, value in state.items()
+            )
+            changed += not same
+            assert same or kind != "zip"  # the other two have no checksums
+    assert refused > 50 and (changed > 0) == (kind != "zip")
+
+
+def test_a_record_that_is_marked_as_a_folder_is_refused(tmp_path: Path) -> None:
+    """torch.load would return the memory of that tensor as it happens to be."""
+    path, _ = written(tmp_path, "zip")
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        (record,) = [e for e in archive.infolist() if e.filename.endswith("data/0")]
+    directory = data.index(b"PK\x01\x02")
+    place = data.index(record.filename.encode(), directory) - 46
+    data[place + 38] |= 0x10
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"is damaged: \S+/data/0 does not fit"):
+        read_state(path)
+
+
+@pytest.mark.parametrize("kind", ["zip", "pickle", "safetensors"])
+def test_a_file_that_ends_early_is_refused(tmp_path: Path, kind: str) -> None:
+    path, _ = written(tmp_path, kind)
+    data = path.read_bytes()
+    for length in (0, 1, 7, 8, 9, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:length])
+        with pytest.raises(ValueError, match=str(path)):
+            read_state(path)
+
+
+def test_weights_of_another_type_are_not_converted_in_silence(
+    net: nn.Module, tmp_path: Path
+) -> None:
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    state["fc.weight"] = (100 * state["fc.weight"]).to(torch.int8)
+    torch.save(state, tmp_path / "quantised.pt")
+    with pytest.raises(ValueError, match=r"types: fc\.weight is torch\.int8 instead of"):
+        load_network(tmp_path / "quantised.pt", ARCH)
+    torch.save(copy.deepcopy(net).half().state_dict(), tmp_path / "half.pt")
+    assert equal(load_network(tmp_path / "half.pt", ARCH)[0], copy.deepcopy(net).half().float())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import warnings
@@ -348,3 +349,90 @@ def test_the_wrappers_state_dict_meets_stock_timm_as_the_page_says(tmp_path: Pat
     for loaded in (saved, rescued):
         for name, value in network.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], value), name
+
+
+# -- where it is written -------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path: Path) -> None:
+    """The limit on the size of files is real; the system answers as it does on a full disk."""
+    script = f"""
+import resource, signal, timm
+from inmerge_wrap import export_timm, export_weights
+net = timm.create_model("test_resnet", num_classes=3)
+folder = {str(tmp_path)!r}
+facts = dict(input_size=(3, 32, 32), mean=[0.5] * 3, std=[0.5] * 3)
+export_weights(net, folder + "/w.safetensors")
+export_timm(net, folder + "/net", **facts)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+for size in (100, 20_000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    for write in (
+        lambda: export_weights(net, folder + "/w.safetensors"),
+        lambda: export_timm(net, folder + "/net", **facts),
+    ):
+        try:
+            write()
+        except OSError as error:
+            print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True
+    )
+    answers = done.stdout.splitlines()
+    assert len(answers) == 4, done.stdout
+    for number, answer in enumerate(answers):
+        place = tmp_path / ("net" if number % 2 else "w.safetensors")
+        assert f"{place} was not written, what was there is unchanged: " in answer
+        assert "File too large" in answer
+    names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert names == ["net", "net/config.json", "net/model.safetensors", "w.safetensors"]
+    safetensors.torch.load_file(tmp_path / "w.safetensors")
+    timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True)
+
+
+def test_a_link_to_a_folder_is_followed_and_one_to_a_file_of_it_is_named(tmp_path: Path) -> None:
+    net = timm.create_model("test_resnet", num_classes=3)
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for _ in range(2):  # a folder that is yet to be made, and one that is there
+        export_timm(net, tmp_path / "link", **PREPARED)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "disk" / "model.safetensors").is_file()
+    config = tmp_path / "disk" / "config.json"
+    config.rename(tmp_path / "shared.json")
+    config.symlink_to(tmp_path / "shared.json")
+    before = (tmp_path / "disk" / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(ValueError, match=r"config\.json is a symbolic link to .*shared\.json"):
+        export_timm(net, tmp_path / "link", **PREPARED)
+    assert (tmp_path / "disk" / "model.safetensors").stat().st_mtime_ns == before
+    assert len(list((tmp_path / "disk").iterdir())) == 2
+
+
+def test_a_link_to_a_weights_file_stays_a_link(tmp_path: Path) -> None:
+    net = timm.create_model("test_resnet", num_classes=3)
+    link, real = tmp_path / "best.safetensors", tmp_path / "disk" / "epoch_9.safetensors"
+    link.symlink_to(real)
+    assert export_weights(net, link) == link
+    assert link.is_symlink() and safetensors.torch.load_file(real).keys() == net.state_dict().keys()
+
+
+# -- networks with several outputs ---------------------------------------------------------------
+
+
+def test_a_network_that_returns_auxiliary_scores_is_exported_with_code_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = timm.create_model("inception_v3", aux_logits=True, num_classes=3).eval()
+    card = {"title": "Two heads", "license": "mit", "training_data": "Noise."}
+    facts: dict[str, Any] = {"input_size": (3, 299, 299), "mean": [0.5] * 3, "std": [0.5] * 3}
+    export_timm(net, tmp_path / "net", card=card, **facts)
+    monkeypatch.chdir(tmp_path)
+    pixels = torch.randint(0, 256, (3, 299, 299), dtype=torch.uint8)
+    torchvision.io.write_png(pixels, "image.png")
+    text = (tmp_path / "net" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("path/to/this/folder", "net"), names)
+    with torch.no_grad():
+        expected, _ = net((pixels[None].float() / 255 - 0.5) / 0.5)
+    torch.testing.assert_close(names["scores"], expected, rtol=1e-4, atol=1e-5)
