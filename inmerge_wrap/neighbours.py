@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 import warnings
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, cast
 
 from torch import nn
 
 __all__ = [
     "accept_network_state",
+    "plain_for_timms_export",
     "put_counter_last",
     "renamed_for_timm",
     "takes_any_keyword",
 ]
+
+_NEAR = 8  # calls between timm and a hook of the state dict, and some more
 
 
 def takes_any_keyword(network: nn.Module) -> bool:
@@ -61,6 +66,26 @@ def put_counter_last(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__:
     key = f"{prefix}_extra_state"
     if key in state_dict:
         state_dict[key] = state_dict.pop(key)
+
+
+def plain_for_timms_export(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
+    """Gives timm's ``save_for_hf`` and ``push_to_hf_hub`` the network's own state dict.
+
+    They write whatever ``state_dict()`` returns, beside the network's own configuration, and nobody
+    could load the names of the wrapper. Nothing but the caller tells their call from another.
+    """
+    callers: list[FrameType] = [sys._getframe(1)]
+    while callers[-1].f_back is not None and len(callers) < _NEAR:
+        callers.append(callers[-1].f_back)
+    if not any(
+        caller.f_code.co_name == "save_for_hf"
+        and caller.f_globals.get("__name__") == "timm.models._hub"
+        for caller in callers
+    ):
+        return
+    state_dict.pop(f"{prefix}_extra_state", None)
+    for name in [name for name in state_dict if name.startswith(f"{prefix}module.")]:
+        state_dict[prefix + name.removeprefix(f"{prefix}module.")] = state_dict.pop(name)
 
 
 def accept_network_state(

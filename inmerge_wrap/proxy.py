@@ -52,6 +52,7 @@ class NetworkProxy(nn.Module):
         self.settings = settings
         self.module = module
         self.register_state_dict_post_hook(neighbours.put_counter_last)
+        self.register_state_dict_post_hook(neighbours.plain_for_timms_export)
         self.register_load_state_dict_pre_hook(neighbours.accept_network_state)
 
     def change_settings(self, settings: MergeSettings) -> None:
@@ -61,6 +62,9 @@ class NetworkProxy(nn.Module):
     def __getattr__(self, name: str) -> Any:
         if name in _SETTINGS:
             return getattr(vars(self)["settings"], name)
+        own = getattr(type(self), name, None)
+        if isinstance(own, property):  # it failed inside: the network would fail by another name
+            return own.__get__(self)
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -16,6 +16,8 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
+from huggingface_hub import HfApi, RepoUrl
+from timm.models._hub import push_to_hf_hub, save_for_hf
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -436,3 +438,50 @@ def test_a_network_that_returns_auxiliary_scores_is_exported_with_code_that_runs
     with torch.no_grad():
         expected, _ = net((pixels[None].float() / 255 - 0.5) / 0.5)
     torch.testing.assert_close(names["scores"], expected, rtol=1e-4, atol=1e-5)
+
+
+# -- timm's own export ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("safe", [True, False, "both"])
+def test_timms_own_export_of_a_wrapper_loads_in_stock_timm(tmp_path: Path, safe: Any) -> None:
+    net = timm.create_model("test_resnet", num_classes=3).eval()
+    model = InMergeWrapper(net)
+    save_for_hf(model, str(tmp_path), safe_serialization=safe)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    for name, value in net.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert "_extra_state" in model.state_dict(), "any other caller gets the state for resuming"
+
+
+def test_timms_own_upload_of_a_wrapper_is_plain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files: dict[str, bytes] = {}
+
+    def upload(self: HfApi, *, folder_path: str, **_: Any) -> None:
+        files.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir()})
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo, **_: RepoUrl(f"ward/{repo}"))
+    monkeypatch.setattr(HfApi, "file_exists", lambda self, **_: True)
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    net = timm.create_model("test_resnet", num_classes=3).eval()
+    push_to_hf_hub(InMergeWrapper(net), "skin")
+    state = safetensors.torch.load(files["model.safetensors"])
+    assert state.keys() == net.state_dict().keys()
+
+
+# -- networks that changed after they were wrapped -----------------------------------------------
+
+
+def test_a_property_that_fails_inside_is_not_looked_up_on_the_network() -> None:
+    class Broken(InMergeWrapper):
+        @property
+        def size(self) -> int:
+            return self.plan.no_such_field  # type: ignore[attr-defined]
+
+    model = Broken(timm.create_model("test_resnet", num_classes=3))
+    with pytest.raises(AttributeError, match="no attribute 'no_such_field'"):
+        _ = model.size
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        _ = model.no_such_name
