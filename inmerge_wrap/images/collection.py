@@ -18,6 +18,7 @@ import numpy as np
 from inmerge_wrap.images.files import DataError
 
 PARTS = ("train", "val", "test")
+SHOWN = 5  # of names, before "and 7 more"
 SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
 
 
@@ -35,6 +36,7 @@ class ImageFile:
         group: Whose image it is; images of one group never stand in two parts.
         part: ``train``, ``val``, ``test``, or None until it is split.
         digest: Of its content, once it was read: equal images have equal ones.
+        marks: What else is known, by name: its site, its scanner.
     """
 
     path: Path
@@ -43,6 +45,11 @@ class ImageFile:
     group: str | None = None
     part: str | None = None
     digest: str = ""
+    marks: tuple[tuple[str, str], ...] = ()
+
+    def mark(self, name: str) -> str:
+        """What is known under a name, or an empty text."""
+        return dict(self.marks).get(name, "")
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class ImageCollection:
         images: In a fixed order.
         notes: What was done, in sentences.
         warnings: What makes figures worse or less sure than they look, in sentences.
+        lists: All names of a note or warning that shows only the first of them, by its title.
     """
 
     classes: tuple[str, ...]
@@ -62,6 +70,7 @@ class ImageCollection:
     images: tuple[ImageFile, ...]
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    lists: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def part(self, name: str) -> tuple[ImageFile, ...]:
         """The images of one part."""
@@ -88,6 +97,14 @@ class ImageCollection:
         """The same with more warnings."""
         return replace(self, warnings=(*self.warnings, *warnings))
 
+    def listed(self, title: str, names: Sequence[str], *, warn: bool = False) -> ImageCollection:
+        """The same with a note or warning about names, all of which are kept."""
+        text = f"{title}: {named(names)}."
+        if len(names) > SHOWN:
+            text = f"{text[:-1]} (all of them in lists.txt)."
+        kept = replace(self, lists=(*self.lists, (title, tuple(names))))
+        return kept.warned(text) if warn else kept.noted(text)
+
 
 def shown(image: ImageFile) -> list[int]:
     """The classes that an image shows."""
@@ -96,7 +113,7 @@ def shown(image: ImageFile) -> list[int]:
     return [index for index, value in enumerate(image.label) if value == 1]
 
 
-def named(names: Sequence[str], limit: int = 5) -> str:
+def named(names: Sequence[str], limit: int = SHOWN) -> str:
     """``a, b, c, d, e and 7 more``."""
     shown = ", ".join(names[:limit])
     return shown + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
@@ -281,7 +298,7 @@ def check(collection: ImageCollection, *, allow_overlap: bool = False) -> ImageC
         warnings += [f"{text[0].upper()}{text[1:]}. Figures are too good." for text in overlaps]
     if errors:
         raise DataError("\n".join(errors))
-    return collection.warned(*warnings, *_suspicious(collection))
+    return _suspicious(collection.warned(*warnings))
 
 
 def _groups_across(collection: ImageCollection) -> list[str]:
@@ -313,8 +330,7 @@ def _equal(collection: ImageCollection) -> list[list[ImageFile]]:
     return [same for same in by_digest.values() if len(same) > 1]
 
 
-def _suspicious(collection: ImageCollection) -> list[str]:
-    notes = []
+def _suspicious(collection: ImageCollection) -> ImageCollection:
     same = _equal(collection)
     contradicting = [
         " = ".join(image.name for image in images)
@@ -323,9 +339,11 @@ def _suspicious(collection: ImageCollection) -> list[str]:
     ]
     if contradicting:
         what = counted(len(contradicting), "image")
-        notes.append(f"{what} with equal pixels and different labels: {named(contradicting)}.")
+        title = f"{what} with equal pixels and different labels"
+        collection = collection.listed(title, contradicting, warn=True)
     if same:
         count = sum(len(images) - 1 for images in same)
         pairs = [f"{images[0].name} = {images[1].name}" for images in same]
-        notes.append(f"{counted(count, 'image')} there more than once: {named(pairs, 3)}.")
-    return notes
+        title = f"{counted(count, 'image')} there more than once"
+        collection = collection.listed(title, pairs, warn=True)
+    return collection

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,7 +16,15 @@ _DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 
 
 class DataError(ValueError):
-    """Something about the user's images that the user can mend; the message says how."""
+    """Something about the user's images that the user can mend; the message says how.
+
+    Attributes:
+        names: All that the message is about, where it shows only the first of them.
+    """
+
+    def __init__(self, message: str, *, names: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,9 @@ def decode(path: Path) -> Decoded:
             not one image (several frames, values that are not finite).
     """
     if is_dicom(path):
-        return _decode_dicom(path)
+        from inmerge_wrap.images.dicom import decode_dicom
+
+        return decode_dicom(path)
     with Image.open(path) as image:
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":  # cameras add a preview
@@ -130,87 +139,14 @@ def decode(path: Path) -> Decoded:
                     "it is a colour image of 16 bits that uses only the lowest of them: "
                     "scale it to 8 bits"
                 )
-    return Decoded(_checked(values))
+    return Decoded(finite(values))
 
 
-def _checked(values: np.ndarray) -> np.ndarray:
+def finite(values: np.ndarray) -> np.ndarray:
+    """Returns the values, if they are numbers."""
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ValueError("it holds values that are not finite (NaN or infinite)")
     return values
-
-
-# -- DICOM -----------------------------------------------------------------------------------------
-
-
-def _decode_dicom(path: Path) -> Decoded:
-    try:
-        import pydicom
-        from pydicom.pixels import apply_modality_lut, apply_voi
-    except ImportError as error:
-        raise DataError(
-            f'{path} is DICOM, which needs pydicom: pip install "inmerge-wrap[dicom]"'
-        ) from error
-    data = pydicom.dcmread(path)
-    values = data.pixel_array  # YBR becomes RGB here
-    if data.get("NumberOfFrames") not in (None, "", 1):
-        raise ValueError(f"it holds {data.NumberOfFrames} frames; give each its own file")
-    if data.get("SamplesPerPixel", 1) == 3:
-        if values.dtype != np.uint8:
-            raise ValueError(f"its colours are {values.dtype}; only 8 bits a colour are read")
-        return Decoded(values)
-    if data.PhotometricInterpretation == "PALETTE COLOR":
-        from pydicom.pixels import apply_color_lut
-
-        colours = apply_color_lut(values, data)
-        return Decoded((colours >> (8 if colours.dtype == np.uint16 else 0)).astype(np.uint8))
-    values = _checked(np.asarray(apply_modality_lut(values, data)))
-    inverted = data.PhotometricInterpretation == "MONOCHROME1"
-    if "VOILUTSequence" in data:
-        white = 2 ** int(data.VOILUTSequence[0].LUTDescriptor[2]) - 1
-        return Decoded(
-            values, lambda x: apply_voi(x.astype(np.int64), data) / white, True, inverted
-        )
-    centre, width = (_first(data.get(name)) for name in ("WindowCenter", "WindowWidth"))
-    if centre is not None and width is not None:
-        function = str(data.get("VOILUTFunction") or "LINEAR").upper()
-        return Decoded(values, lambda x: window(x, centre, width, function), True, inverted)
-    black, white = _range_of_bits(data)
-    return Decoded(values, lambda x: (x - black) / (white - black), False, inverted)
-
-
-def window(values: np.ndarray, centre: float, width: float, function: str = "LINEAR") -> np.ndarray:
-    """Values to [0, 1] by a window: DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3.
-
-    Raises:
-        ValueError: If the function is unknown or the width too small for it.
-    """
-    if function == "SIGMOID" and width > 0:
-        return 1 / (1 + np.exp(-4 * (values - centre) / width))
-    if function == "LINEAR_EXACT" and width > 0:
-        return np.clip((values - centre) / width + 0.5, 0, 1)
-    if function == "LINEAR" and width >= 1:
-        if width == 1:
-            return (values > centre - 0.5).astype(np.float64)
-        return np.clip((values - (centre - 0.5)) / (width - 1) + 0.5, 0, 1)
-    raise ValueError(f"its window is {function} of width {width:g}, which shows nothing")
-
-
-def _first(value: Any) -> float | None:
-    """A window may have several values, alternatives for the viewer: the first is the default."""
-    if value is None or value == "":
-        return None
-    return float(value[0] if isinstance(value, list | tuple) or hasattr(value, "append") else value)
-
-
-def _range_of_bits(data: Any) -> tuple[float, float]:
-    """The least and the largest value that a file without a window can hold, when rescaled."""
-    if "ModalityLUTSequence" in data:
-        return 0.0, 2.0 ** int(data.ModalityLUTSequence[0].LUTDescriptor[2]) - 1
-    bits, signed = int(data.BitsStored), int(data.PixelRepresentation)
-    low = -(2.0 ** (bits - 1)) if signed else 0.0
-    high = low + 2.0**bits - 1
-    slope, intercept = float(data.get("RescaleSlope", 1)), float(data.get("RescaleIntercept", 0))
-    return low * slope + intercept, high * slope + intercept
 
 
 # -- a file's facts --------------------------------------------------------------------------------
@@ -270,25 +206,37 @@ def examine(path: Path) -> Facts:
 
 def failure(error: Exception, path: Path) -> str:
     """Returns in one line why a file could not be read."""
+    if path.is_symlink() and not path.exists():
+        return f"it is a link to {path.readlink()}, which does not exist"
     reason = " ".join(str(error).split()).replace(str(path), "the file")
     return f"{reason[:200] or 'no reason given'} ({type(error).__name__})"
 
 
-def range_of(facts: list[Facts], given: tuple[float, float] | None) -> tuple[float, float] | None:
+def range_of(
+    facts: Sequence[Facts],
+    given: tuple[float, float] | None,
+    names: Sequence[str] | None = None,
+) -> tuple[float, float] | None:
     """The values that become black and white in images that do not say so; None if all do.
 
     Whole numbers get the range of the fewest bits (8, 10, 12, 14, 16) that hold all of them:
     12-bit images stored in 16 bits would be nearly black otherwise. One range holds for all images.
 
+    Args:
+        facts: Of all images.
+        given: The range that the user gave.
+        names: Of the images, for the error.
+
     Raises:
         DataError: If it cannot be guessed: negative values, or numbers with a fraction outside of
-            [0, 1].
+            [0, 1]. It names the images that stand in the way.
     """
     if given is not None:
         return given
-    deep = [entry for entry in facts if entry.kind in ("integers", "floats")]
-    if not deep:
+    places = [n for n, entry in enumerate(facts) if entry.kind in ("integers", "floats")]
+    if not places:
         return None
+    deep = [facts[n] for n in places]
     low, high = min(entry.low for entry in deep), max(entry.high for entry in deep)
     kinds = {entry.kind for entry in deep}
     if kinds == {"floats"} and low >= 0 and high <= 1:
@@ -296,7 +244,19 @@ def range_of(facts: list[Facts], given: tuple[float, float] | None) -> tuple[flo
     if kinds == {"integers"} and low >= 0 and high < 2**16:
         bits = next(bits for bits in (8, 10, 12, 14, 16) if high < 2**bits)
         return 0.0, 2.0**bits - 1
+    floats = [n for n in places if facts[n].kind == "floats"]
+    whole = [n for n in places if facts[n].kind == "integers"]
+    mixed = f": {len(whole):,} whole numbers, {len(floats):,} floats" if floats and whole else ""
+    odd = min(floats, whole, key=len) if mixed else [n for n in places if _unbounded(facts[n])]
+    odd_names = [names[n] for n in odd] if names is not None else []
+    shown = f". Look at {', '.join(odd_names[:5])}" if odd_names else ""
     raise DataError(
-        f"{len(deep):,} images hold values from {low:g} to {high:g}, and nothing says which of "
-        "them are black and white: give --pixel-range BLACK WHITE"
+        f"{len(deep):,} images hold values from {low:g} to {high:g}{mixed}, and nothing says which "
+        f"of them are black and white: give --pixel-range BLACK WHITE{shown}"
+        + (f" and {len(odd_names) - 5:,} more" if len(odd_names) > 5 else ""),
+        names=odd_names,
     )
+
+
+def _unbounded(entry: Facts) -> bool:
+    return entry.low < 0 or entry.high >= (2**16 if entry.kind == "integers" else 1 + 1e-9)

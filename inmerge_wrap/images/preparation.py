@@ -184,7 +184,7 @@ class Recipe:
         }
         if "seen" in own:
             seen: dict[str, Any] = dict(own["seen"])
-            seen |= {name: tuple(seen[name]) for name in ("means", "spreads")}
+            seen |= {name: tuple(seen[name]) for name in ("kinds", "means", "spreads")}
             own["seen"] = Seen(**seen)
         return cls(preparation=Preparation.from_dict(content), **own)
 

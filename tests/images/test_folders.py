@@ -14,11 +14,15 @@ import torch
 from PIL import Image
 
 from inmerge_wrap.images import collection as image_collection
+from inmerge_wrap.images import dicom as image_dicom
 from inmerge_wrap.images import files as image_files
 from inmerge_wrap.images import folders as image_folders
+from inmerge_wrap.images import sets as image_sets
+from inmerge_wrap.images.cells import restored, safe, write_table
 from inmerge_wrap.images.collection import ImageCollection, ImageFile, deal
-from inmerge_wrap.images.files import DataError, decode, examine, range_of, window
+from inmerge_wrap.images.files import DataError, decode, examine, range_of
 from inmerge_wrap.images.preparation import Preparation, Recipe, Seen
+from inmerge_wrap.images.tables import read_table
 
 
 def ramp(height: int = 12, width: int = 10, top: int = 255, dtype: Any = np.uint8) -> np.ndarray:
@@ -45,7 +49,7 @@ def fill(folder: Path, counts: dict[str, int], start: int = 0, name: str = "{n}.
 
 
 def opened(folder: Path, **settings: Any) -> tuple[ImageCollection, Preparation]:
-    return image_folders.open_images(folder, size=8, **settings)
+    return image_folders.open_images(folder, size=8, **settings)[:2]
 
 
 def dicom(path: Path, values: np.ndarray, **tags: Any) -> Path:
@@ -170,18 +174,40 @@ def test_a_tiff_of_several_images_and_values_that_are_no_numbers_are_refused(
 # -- DICOM -----------------------------------------------------------------------------------------
 
 
-def test_a_window_is_that_of_pydicom() -> None:
-    pydicom = pytest.importorskip("pydicom")
-    from pydicom.pixels import apply_windowing
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+def test_a_window_is_that_of_the_standard(tmp_path: Path, function: str) -> None:
+    """DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3, after a rescaling by a half."""
+    stored = ramp(top=4095, dtype=np.uint16)
+    path = dicom(
+        tmp_path / "a.dcm", stored, WindowCenter=600, WindowWidth=900, VOILUTFunction=function,
+        RescaleSlope=0.5, RescaleIntercept=-100, BitsStored=12, HighBit=11,
+    )  # fmt: skip
+    x = stored / 2 - 100
+    expected = {
+        "LINEAR": np.clip((x - 599.5) / 899 + 0.5, 0, 1),
+        "LINEAR_EXACT": np.clip((x - 600) / 900 + 0.5, 0, 1),
+        "SIGMOID": 1 / (1 + np.exp(-4 * (x - 600) / 900)),
+    }[function]
+    shown = decode(path).to_bytes(None, override=False)
+    assert np.abs(shown - 255 * expected).max() <= 0.5 + 1e-6
 
-    values = np.arange(-300, 1800, 7, dtype=np.float64)
-    for function in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
-        data = pydicom.Dataset()
-        data.PhotometricInterpretation = "MONOCHROME2"
-        data.PixelRepresentation, data.BitsStored = 0, 12
-        data.WindowCenter, data.WindowWidth, data.VOILUTFunction = 600, 900, function
-        expected = apply_windowing(values, data) / 4095
-        assert np.allclose(window(values, 600, 900, function), expected, atol=1e-9)
+
+def test_a_small_dicom_that_claims_or_inflates_to_gigabytes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    path = dicom(tmp_path / "a.dcm", ramp(), Rows=60000, Columns=60000)
+    assert "it claims 60,000 x 60,000 pixels" in str(examine(path).error)
+    data = pydicom.dcmread(dicom(tmp_path / "b.dcm", np.zeros((2000, 2000), np.uint8)))
+    data.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    pydicom.dcmwrite(tmp_path / "c.dcm", data)
+    assert (tmp_path / "c.dcm").stat().st_size < 10_000
+    assert examine(tmp_path / "c.dcm").error is None
+    monkeypatch.setattr(image_dicom, "_MOST_BYTES", 2**20)
+    monkeypatch.setattr(pydicom, "dcmread", lambda path: pytest.fail("it was inflated"))
+    assert "it inflates to more than" in str(examine(tmp_path / "c.dcm").error)
 
 
 def test_dicom_is_shown_by_its_window_after_its_rescaling(tmp_path: Path) -> None:
@@ -360,7 +386,7 @@ def test_groups_by_a_pattern_stay_together(tmp_path: Path) -> None:
         opened(tmp_path, groups="(")
 
 
-def write_table(path: Path, rows: list[dict[str, object]]) -> Path:
+def write_table_of(path: Path, rows: list[dict[str, object]]) -> Path:
     with open(path, "w", newline="", encoding="utf-8-sig") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -373,7 +399,7 @@ def test_a_table_of_one_label_with_groups(tmp_path: Path) -> None:
     for n in range(30):
         save(tmp_path / "all" / f"{n}.png", picture(n))
         rows.append({"path": f"all/{n}.png", "label": n % 3 + 8, "patient": f"p{n // 3}"})
-    table = write_table(tmp_path / "t.csv", rows)
+    table = write_table_of(tmp_path / "t.csv", rows)
     collection, _ = opened(tmp_path, table=table, groups="patient")
     assert collection.classes == ("8", "9", "10")
     assert len({image.group for image in collection.images}) == 10
@@ -387,11 +413,11 @@ def test_a_table_of_several_labels_and_parts(tmp_path: Path) -> None:
         save(tmp_path / f"{n}.png", picture(n))
         marks = {"effusion": n % 2, "mass": "" if n == 0 else int(n % 3 == 0)}
         rows.append({"path": f"{n}.png", **marks, "part": ("train", "val", "test")[n // 4]})
-    table = write_table(tmp_path / "t.csv", rows)
+    table = write_table_of(tmp_path / "t.csv", rows)
     collection, preparation = opened(tmp_path, table=table, labels=("effusion", "mass"))
     assert collection.task == "multilabel" and collection.classes == ("effusion", "mass")
     assert [len(collection.part(part)) for part in ("train", "val", "test")] == [4, 4, 4]
-    images = image_folders.ImageSet(collection.part("train"), preparation)
+    images = image_sets.ImageSet(collection.part("train"), preparation)
     assert images[0][1].dtype == torch.float32
     assert images.labels[0].tolist()[0] == 0 and images.labels[0, 1].isnan()
     image_folders.write_split(collection, tmp_path / "split.csv")
@@ -412,6 +438,55 @@ def test_a_test_part_alone_is_read_in_the_order_of_the_models_classes(tmp_path: 
         assert labels.tolist() == [2, 0, 0] and read.classes == tuple(names)
     with pytest.raises(DataError, match=r"no class of the model: b; its classes are a, c"):
         image_folders.read_part(tmp_path, "test", size=8, classes=["a", "c"])
+
+
+@pytest.mark.parametrize(
+    ("encoding", "delimiter"),
+    [("utf-8-sig", ";"), ("utf-16", "\t"), ("cp1252", ";"), ("utf-8", ","), ("utf-8", ";")],
+)
+def test_tables_of_windows_are_read(tmp_path: Path, encoding: str, delimiter: str) -> None:
+    lines = [delimiter.join(["path", "label"])]
+    for n in range(30):
+        save(tmp_path / "bilder" / f"{n}.png", picture(n))
+        lines.append(delimiter.join([f"bilder\\{n}.png", ("gesund", "Ödem")[n % 2]]))
+    (tmp_path / "t.csv").write_bytes("\r\n".join(lines).encode(encoding))
+    collection, _ = opened(tmp_path, table=tmp_path / "t.csv")
+    assert collection.classes == ("gesund", "Ödem") and len(collection.images) == 30
+    assert collection.images[3].name == "bilder/3.png"
+
+
+def test_cells_that_a_spreadsheet_would_run_are_made_safe_and_read_back(tmp_path: Path) -> None:
+    texts = ["=HYPERLINK(1)", "+1", "-a", "@x", "'=a", "'a", "a=b", "\tx", ""]
+    assert [restored(safe(text)) for text in texts] == texts
+    assert not any(safe(text).startswith(("=", "+", "-", "@", "\t")) for text in texts)
+    write_table(tmp_path / "t.csv", ["name", "=size"], [[text, -1.5] for text in texts[:3]])
+    rows = read_table(tmp_path / "t.csv")
+    assert rows[0] == {"name": "'=HYPERLINK(1)", "'=size": "-1.5"}
+    images: list[dict[str, object]] = []
+    for n in range(20):
+        save(tmp_path / f"{n}.png", picture(n))
+        images.append({"path": f"{n}.png", "label": "=" + "ab"[n % 2]})
+    collection, _ = opened(tmp_path, table=write_table_of(tmp_path / "x.csv", images))
+    image_folders.write_split(collection, tmp_path / "split.csv")
+    assert ",'=a," in (tmp_path / "split.csv").read_text()
+    _, _, again = image_folders.read_part(tmp_path / "split.csv", "test", size=8)
+    assert again.classes == ("=a", "=b")
+
+
+def test_a_site_is_held_out_whole(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = []
+    for n in range(40):
+        save(tmp_path / f"{n}.png", picture(n))
+        rows.append({"path": f"{n}.png", "label": "ab"[n % 2], "hospital": "XYZ"[n % 3]})
+    table = write_table_of(tmp_path / "t.csv", rows)
+    collection, _ = opened(tmp_path, table=table, site=("hospital", "Y"))
+    for image in collection.images:
+        assert (image.part == "test") == (image.mark("hospital") == "Y")
+    assert len(collection.part("test")) == 13 and len(collection.part("val")) > 0
+    with pytest.raises(DataError, match="there are X, Y, Z; two are needed"):
+        opened(tmp_path, table=table, site=("hospital", "W"))
+    by_name, _ = opened(tmp_path, table=table, site=(r"^\d", "1"))
+    assert {image.name[0] for image in by_name.part("test")} == {"1"}
 
 
 @pytest.mark.parametrize(
@@ -438,7 +513,7 @@ def test_a_malformed_table_is_named_by_row(
         rows.append({"path": f"{n}.png", "label": "ab"[n % 2], "part": part, "mark": "1"})
     rows[1] |= change
     with pytest.raises(DataError, match=message):
-        opened(tmp_path, table=write_table(tmp_path / "t.csv", rows), **settings)
+        opened(tmp_path, table=write_table_of(tmp_path / "t.csv", rows), **settings)
 
 
 def test_a_table_that_is_empty_or_missing(tmp_path: Path) -> None:
@@ -467,6 +542,35 @@ def test_broken_files_are_named_counted_and_skipped_by_choice(tmp_path: Path) ->
     collection, _ = opened(tmp_path, skip_broken=True)
     assert len(collection.images) == 24
     assert any("3 of 27 images cannot be read and were left out" in n for n in collection.warnings)
+
+
+def test_a_dangling_link_says_where_it_leads(tmp_path: Path) -> None:
+    fill(tmp_path, {"a": 6, "b": 6})
+    (tmp_path / "a" / "link.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(DataError, match=r"a/link.png: it is a link to .*gone.png, which does not"):
+        opened(tmp_path)
+
+
+def test_the_image_that_forbids_a_range_is_named(tmp_path: Path) -> None:
+    for n in range(20):
+        save(tmp_path / "ab"[n % 2] / f"{n}.png", ramp(top=4000 + n, dtype=np.uint16))
+    save(tmp_path / "a" / "odd.tif", ramp(top=1, dtype=np.float32))
+    with pytest.raises(DataError, match=r"20 whole numbers, 1 floats.*Look at a/odd.tif"):
+        opened(tmp_path)
+    (tmp_path / "a" / "odd.tif").unlink()
+    save(tmp_path / "b" / "minus.tif", ramp(top=900, dtype=np.int32) - 400)
+    with pytest.raises(DataError, match=r"from -400 to .*Look at b/minus.tif"):
+        opened(tmp_path)
+
+
+def test_long_lists_are_kept_whole(tmp_path: Path) -> None:
+    fill(tmp_path, {"a": 20, "b": 20})
+    for n in range(9):
+        (tmp_path / "a" / f"{n}.txt").write_text("text")
+    collection, _ = opened(tmp_path)
+    (note,) = [note for note in collection.notes if "ignored" in note]
+    assert note.endswith("a/4.txt and 4 more (all of them in lists.txt).")
+    assert dict(collection.lists)["9 files ignored, not images in a class"][8] == "a/8.txt"
 
 
 def test_a_class_of_broken_files_alone_is_an_error_all_the_same(tmp_path: Path) -> None:
@@ -503,10 +607,13 @@ def test_hidden_files_and_others_are_left_alone_and_named(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "folders,message",
     [
-        (["train/a", "validation/a"], "validation looks like a part: name it val"),
-        (["Train/a", "test/a"], "Train looks like a part: name it train"),
         (["val/a", "test/a"], "has test and val but no train"),
+        (["Validation/a", "Testing/a"], "has Testing and Validation but no train"),
         (["train/a", "extra/a"], "train and also extra: is that a part, or a class"),
+        (["Train/a", "Test/a", "Extra/a"], "Test and Train and also Extra"),
+        (["train/a", "val/a", "validation/a"], "both look like val: keep one"),
+        (["site1/a", "site1/b", "site2/a", "site2/b"], "hold the folders a, b: which of them"),
+        (["sick/train", "sick/test", "well/train", "well/test"], "hold the folders test, train"),
     ],
 )
 def test_parts_with_other_names_are_not_taken_for_classes(
@@ -516,6 +623,43 @@ def test_parts_with_other_names_are_not_taken_for_classes(
         save(tmp_path / folder / "0.png", picture(n))
     with pytest.raises(DataError, match=message):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Train", "Val", "Test"),
+        ("Training", "Validation", "Test"),
+        ("training", "valid", "testing"),
+        ("TRAIN_SET", "dev-set", "test images"),
+        ("01_train", "02_val", "03_test"),
+    ],
+)
+def test_parts_are_read_in_any_case_and_wording(
+    tmp_path: Path, names: tuple[str, str, str]
+) -> None:
+    start = 0
+    for name in names:
+        start = fill(tmp_path / name, {"sick": 4, "well": 4}, start)
+    collection, _ = opened(tmp_path)
+    assert collection.classes == ("sick", "well")
+    assert [len(collection.part(part)) for part in ("train", "val", "test")] == [8, 8, 8]
+    assert f"The folder {names[0]} was taken as the part train." in collection.notes
+
+
+def test_a_class_may_be_called_test(tmp_path: Path) -> None:
+    fill(tmp_path, {"Control": 10, "Test": 10})
+    assert opened(tmp_path)[0].classes == ("Control", "Test")
+
+
+def test_a_test_part_without_labels_is_said_to_be_of_no_use(tmp_path: Path) -> None:
+    start = fill(tmp_path / "train", {"a": 20, "b": 20})
+    for n in range(7):
+        save(tmp_path / "test" / f"{n}.png", picture(start + n))
+    collection, _ = opened(tmp_path)
+    assert {image.name.split("/")[0] for image in collection.images} == {"train"}
+    assert any("test holds 7 images and no class folders" in w for w in collection.warnings)
+    assert not any("ignored" in note for note in collection.notes)
 
 
 def test_one_class_and_classes_missing_in_a_part(tmp_path: Path) -> None:
@@ -541,7 +685,7 @@ def test_equal_images_in_two_parts_are_an_error_in_any_format(tmp_path: Path) ->
     save(tmp_path / "test" / "a" / "other.tif", ramp())
     found = (
         r"1 image with equal pixels in several parts: "
-        r"test/a/other.tif \(test\) = train/a/same.png \(train\)"
+        r"train/a/same.png \(train\) = test/a/other.tif \(test\)"
     )
     with pytest.raises(DataError, match=found):
         opened(tmp_path)
@@ -623,8 +767,8 @@ def test_every_label_gets_its_share_and_rare_ones_are_in_every_part() -> None:
 def test_kept_pixels_are_those_of_the_files(tmp_path: Path) -> None:
     fill(tmp_path / "data", {"a": 6, "b": 6})
     collection, preparation = opened(tmp_path / "data")
-    images = image_folders.ImageSet(collection.images, preparation)
-    kept = image_folders.keep_pixels(images, tmp_path / "cache" / "all.npy")
+    images = image_sets.ImageSet(collection.images, preparation)
+    kept = image_sets.keep_pixels(images, tmp_path / "cache" / "all.npy")
     assert len(kept) == 12 and kept.pixels is not None
     for n in range(12):
         assert torch.equal(kept[n][0], images[n][0]) and kept[n][1] == images[n][1]
@@ -640,8 +784,8 @@ def test_files_are_examined_once_until_they_change(
     memory = tmp_path / "files.json"
     first, _ = opened(tmp_path / "data", memory=memory)
     read: list[Path] = []
-    original = image_folders.examine
-    monkeypatch.setattr(image_folders, "examine", lambda path: read.append(path) or original(path))
+    original = image_sets.examine
+    monkeypatch.setattr(image_sets, "examine", lambda path: read.append(path) or original(path))
     again, _ = opened(tmp_path / "data", memory=memory)
     assert again == first and read == []
     changed = save(tmp_path / "data" / "a" / "0.png", picture(99, 9))
@@ -655,7 +799,7 @@ def test_channels_and_sizes_of_mixed_files(tmp_path: Path) -> None:
     save(tmp_path / "b" / "deep.tif", ramp(20, 9, 4000, np.uint16))
     collection, preparation = opened(tmp_path)
     assert preparation.channels == 3 and preparation.pixel_range == (0, 4095)
-    images = image_folders.ImageSet(collection.images, preparation)
+    images = image_sets.ImageSet(collection.images, preparation)
     assert {tuple(pixels.shape) for pixels, _ in images} == {(3, 8, 8)}
     assert any("one side more than half as long again" in w for w in collection.warnings)
     assert opened(tmp_path, channels=1)[1].channels == 1
@@ -669,7 +813,7 @@ def test_names_are_counted_and_cut_short() -> None:
 
 
 def test_a_deployment_survives_json_and_checks_itself(tmp_path: Path) -> None:
-    seen = Seen(40, 0.0, 4095.0, 30, 200, (0.1, 0.4), (0.05, 0.2))
+    seen = Seen(40, ("integers",), 0.0, 0.0, 4095.0, 30, 200, (0.1, 0.4), (0.05, 0.2))
     several = Recipe(
         Preparation(32, 1, "center", (0.0, 4095.0)), (0.5,), (0.2,), "multi-label", ("a", "b"),
         1.7, (0.2, 0.9), seen, ("0123",),

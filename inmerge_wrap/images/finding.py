@@ -1,0 +1,309 @@
+"""Lists the images of class folders or of a table, with whatever is known of each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from inmerge_wrap.errors import ArgumentError
+from inmerge_wrap.images.cells import restored
+from inmerge_wrap.images.collection import PARTS, ImageCollection, ImageFile, counted, named
+from inmerge_wrap.images.files import DataError, is_image
+from inmerge_wrap.images.tables import read_table
+
+_MEANT = {
+    "train": ("train", "training", "trn"),
+    "val": ("val", "valid", "validation", "dev", "development", "tuning"),
+    "test": ("test", "testing", "tst", "holdout", "eval", "evaluation"),
+}
+_PART_OF = {word: part for part, words in _MEANT.items() for word in words}
+
+
+def find_images(
+    directory: Path,
+    *,
+    table: Path | None = None,
+    labels: Sequence[str] = ("label",),
+    path_column: str = "path",
+    groups: str | None = None,
+    marks: Sequence[str] = (),
+) -> ImageCollection:
+    """Lists the images of a directory, or those that a CSV file names.
+
+    Args:
+        directory: Holds the class folders, or what the paths of the table are relative to.
+        table: CSV file with a header. A column ``part`` (train, val, test), if there is one, is
+            obeyed.
+        labels: Its column of class names; or several columns of 0, 1 and nothing for unknown,
+            which make a multi-label task.
+        path_column: Its column of paths.
+        groups: A column of the table, or a regular expression that is searched for in the image's
+            name (path below the directory); its first group, or all of it, is whose image it is.
+        marks: What else is to be known of each image, such as its site: likewise.
+
+    Raises:
+        DataError: If there is nothing to train on, a class is empty or the table is malformed.
+    """
+    if not directory.is_dir():
+        raise DataError(f"--data-dir {directory} is no folder")
+    rows: list[dict[str, str]] = []
+    if table is None:
+        found = _from_folders(directory)
+    else:
+        rows = _rows_of(table, path_column, labels)
+        found = _from_table(table, rows, directory, list(labels), path_column)
+    images = list(found.images)
+    if groups is not None:
+        values = _values_of(groups, "--groups", images, rows)
+        images = [replace(i, group=v or None) for i, v in zip(images, values, strict=True)]
+        alone = sum(not value for value in values)
+        if alone:
+            found = found.noted(
+                f"{counted(alone, 'image')} without a {groups}, each taken as a group of its own."
+            )
+    for name in dict.fromkeys(marks):
+        values = _values_of(name, "--site or --subgroups", images, rows)
+        images = [
+            replace(image, marks=(*image.marks, (name, value)))
+            for image, value in zip(images, values, strict=True)
+        ]
+    return replace(found, images=tuple(images))
+
+
+def _values_of(
+    what: str, option: str, images: Sequence[ImageFile], rows: Sequence[Mapping[str, str]]
+) -> list[str]:
+    """The column of a table, or what a pattern finds in each image's name."""
+    if rows and what in rows[0]:
+        return [row[what] for row in rows]
+    try:
+        expression = re.compile(what)
+    except re.error as error:
+        raise DataError(
+            f"{option} {what!r} is no column and no regular expression ({error})"
+        ) from error
+    matches = [expression.search(image.name) for image in images]
+    unmatched = [i.name for i, match in zip(images, matches, strict=True) if match is None]
+    if unmatched:
+        raise DataError(
+            f"{option} {what!r} is no column of a table, and as a pattern it is not found in "
+            f"{counted(len(unmatched), 'name')}: {named(unmatched)}",
+            names=unmatched,
+        )
+    return [(m[1] if expression.groups else m[0]) or "" for m in matches if m is not None]
+
+
+# -- folders ---------------------------------------------------------------------------------------
+
+
+def _from_folders(directory: Path) -> ImageCollection:
+    parts, notes = _parts_of(directory)
+    roots: list[tuple[str | None, Path]] = [*parts.items()] if parts else [(None, directory)]
+    files: list[tuple[str | None, str, Path]] = []
+    ignored: list[str] = []
+    empty: list[str] = []
+    warnings: list[str] = []
+    for part, root in roots:
+        folders = _inside(root, folders=True)
+        loose = [path for path in _inside(root, folders=False) if is_image(path)]
+        if part and loose and not folders:
+            warnings.append(
+                f"{root.name} holds {counted(len(loose), 'image')} and no class folders: without "
+                "labels they say nothing about the network, and were left out. inmerge predict "
+                "answers for them."
+            )
+            continue
+        ignored += [path.relative_to(directory).as_posix() for path in loose]
+        for folder in folders:
+            images, others = _images_below(folder)
+            files += [(part, folder.name, path) for path in images]
+            ignored += [path.relative_to(directory).as_posix() for path in others]
+            if not images:
+                empty.append(folder.relative_to(directory).as_posix())
+    if not files:
+        raise DataError(
+            f"{directory} holds no images in class folders: DIR/CLASS/image.png, or "
+            "DIR/train/CLASS/image.png, or --csv FILE"
+        )
+    if empty:
+        raise DataError(
+            f"no image in {counted(len(empty), 'class folder')}: {named(empty)}; "
+            "add images or remove the folder",
+            names=empty,
+        )
+    classes = tuple(sorted({name for _, name, _ in files}, key=_natural))
+    index = {name: number for number, name in enumerate(classes)}
+    collection = ImageCollection(
+        classes,
+        "multiclass",
+        tuple(
+            ImageFile(path, path.relative_to(directory).as_posix(), index[name], part=part)
+            for part, name, path in files
+        ),
+    )
+    collection = collection.noted(*notes).warned(*warnings)
+    if ignored:
+        what = counted(len(ignored), "file")
+        collection = collection.listed(f"{what} ignored, not images in a class", ignored)
+    return collection
+
+
+def _parts_of(directory: Path) -> tuple[dict[str, Path], list[str]]:
+    """The folders of train, val and test, whatever they are called; none if there are none.
+
+    Raises:
+        DataError: If it is not clear whether folders are parts or classes.
+    """
+    folders = _inside(directory, folders=True)
+    meant = {folder: part for folder in folders if (part := _part_named(folder.name))}
+    exact = [folder for folder in meant if folder.name in PARTS]
+    if not exact and len(set(meant.values())) < 2:
+        _refuse_equal_insides(directory, folders)
+        return {}, []
+    others = named([folder.name for folder in folders if folder not in meant])
+    if others:
+        raise DataError(
+            f"{directory} has {_listed(meant)} and also {others}: is that a part, or a class? Put "
+            "the parts into a folder of their own, or name the images with --csv"
+        )
+    parts: dict[str, Path] = {}
+    for folder, part in meant.items():
+        if part in parts:
+            raise DataError(f"{parts[part]} and {folder} both look like {part}: keep one")
+        parts[part] = folder
+    if "train" not in parts:
+        raise DataError(f"{directory} has {_listed(meant)} but no train")
+    return {part: parts[part] for part in PARTS if part in parts}, [
+        f"The folder {folder.name} was taken as the part {part}."
+        for part, folder in parts.items()
+        if folder.name != part
+    ]
+
+
+def _listed(folders: Mapping[Path, str]) -> str:
+    return " and ".join(sorted(folder.name for folder in folders))
+
+
+def _part_named(name: str) -> str | None:
+    """The part that a folder's name means: ``Train``, ``training_set``, ``02-Validation``."""
+    words = re.findall(r"[a-z]+", name.lower())
+    words = [re.sub(r"(set|data|images?)$", "", word) or word for word in words]
+    words = [word for word in words if word not in ("set", "data", "images", "image", "split")]
+    return _PART_OF.get(words[0]) if len(words) == 1 else None
+
+
+def _refuse_equal_insides(directory: Path, folders: Sequence[Path]) -> None:
+    insides = [tuple(inner.name for inner in _inside(f, folders=True)) for f in folders]
+    if len(folders) > 1 and len(set(insides)) == 1 and len(insides[0]) > 1:
+        raise DataError(
+            f"all folders of {directory} ({named([f.name for f in folders])}) hold the folders "
+            f"{named(insides[0])}: which of them are the classes? Name the outer ones train, val "
+            "and test if they are parts, move the images up if they are classes, or name the "
+            "images with --csv"
+        )
+
+
+def _images_below(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The images in a folder and the folders in it, and its other files."""
+    images, others = [], []
+    for path in sorted(folder.rglob("*")):
+        hidden = any(_hidden(name) for name in path.relative_to(folder).parts)
+        if hidden or path.is_dir():
+            continue
+        (images if is_image(path) else others).append(path)
+    return images, others
+
+
+def _inside(directory: Path, *, folders: bool) -> list[Path]:
+    entries = sorted(path for path in directory.iterdir() if not _hidden(path.name))
+    return [path for path in entries if path.is_dir() == folders]
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+
+def _natural(name: str) -> tuple[Any, ...]:
+    """Sorts 2 before 10, and numbers before words."""
+    return (0, int(name), name) if name.isdigit() else (1, 0, name)
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def table_rows(table: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, as text without space around it.
+
+    Raises:
+        DataError: If it cannot be read or has none.
+    """
+    try:
+        rows = read_table(table)
+    except ArgumentError as error:
+        raise DataError(f"--csv {error}") from error
+    return [{restored(k).strip(): restored(v).strip() for k, v in row.items()} for row in rows]
+
+
+def _rows_of(table: Path, path_column: str, labels: Sequence[str]) -> list[dict[str, str]]:
+    rows = table_rows(table)
+    options = {path_column: "--path-column"} | dict.fromkeys(labels, "--labels")
+    for wanted, option in options.items():
+        if wanted not in rows[0]:
+            raise DataError(
+                f"{table} has no column {wanted!r}: name it with {option}; "
+                f"it has {named(list(rows[0]), 20) or 'none'}"
+            )
+    seen: dict[str, int] = {}
+    for number, row in enumerate(rows, start=2):
+        path, place = row[path_column], f"{table}, row {number}"
+        if not path:
+            raise DataError(f"{place}: no path")
+        if path in seen:
+            raise DataError(f"{place}: {path} was named in row {seen[path]} already")
+        seen[path] = number
+        part = row.get("part", "")
+        if part and part not in PARTS:
+            raise DataError(f"{place}: part is {part!r}; give train, val or test")
+        if len(labels) == 1 and not row[labels[0]]:
+            raise DataError(f"{place}: {path} has no {labels[0]}")
+    return rows
+
+
+def _from_table(
+    table: Path, rows: list[dict[str, str]], directory: Path, labels: list[str], path_column: str
+) -> ImageCollection:
+    several = len(labels) > 1
+    classes = labels if several else sorted({row[labels[0]] for row in rows}, key=_natural)
+    index = {name: number for number, name in enumerate(classes)}
+    images = []
+    for number, row in enumerate(rows, start=2):
+        path = Path(row[path_column].replace("\\", "/"))
+        label: int | tuple[float, ...]
+        if several:
+            label = tuple(_mark(table, number, name, row[name]) for name in labels)
+        else:
+            label = index[row[labels[0]]]
+        name = path.as_posix() if not path.is_absolute() else _below(path, directory)
+        images.append(ImageFile(directory / path, name, label, part=row.get("part") or None))
+    return ImageCollection(tuple(classes), "multilabel" if several else "multiclass", tuple(images))
+
+
+def _mark(table: Path, row: int, column: str, text: str) -> float:
+    value = text.lower()
+    if value in ("", "nan", "na"):
+        return float("nan")
+    if value in ("0", "0.0", "1", "1.0"):
+        return float(value)
+    raise DataError(
+        f"{table}, row {row}: {column} is {text!r}; of several labels each is 0, 1 or empty"
+    )
+
+
+def _below(path: Path, directory: Path) -> str:
+    try:
+        return path.relative_to(directory.resolve()).as_posix()
+    except ValueError:
+        return path.as_posix()

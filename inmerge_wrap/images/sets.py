@@ -1,0 +1,216 @@
+"""The files of a collection: each read once and its facts kept, then as the data set of a part.
+
+An item of an `ImageSet` is ``(pixels, label)``: uint8 (C, S, S) and a class index, or float32
+(labels,) of 0, 1 and NaN for unknown; in a fixed order. Pixels are not normalised: divided by 255
+they are what corruptions act on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from inmerge_wrap.files import replacing, write_json
+from inmerge_wrap.images.collection import ImageCollection, ImageFile, counted, named
+from inmerge_wrap.images.files import DataError, Facts, examine
+from inmerge_wrap.images.preparation import Preparation
+
+# -- examining -------------------------------------------------------------------------------------
+
+
+class _Examined(Dataset):
+    def __init__(self, images: Sequence[ImageFile]) -> None:
+        self.paths = [image.path for image in images]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Facts | str:
+        try:
+            return examine(self.paths[index])
+        except DataError as error:  # a worker's traceback would bury the message
+            return str(error)
+
+
+def examine_all(
+    collection: ImageCollection, *, workers: int = 0, memory: Path | None = None
+) -> list[Facts]:
+    """Reads every file once, with a progress bar.
+
+    Args:
+        collection: The images.
+        workers: Processes that read; 0 for this one.
+        memory: JSON file in which what was found is kept; files that have not changed since are
+            not read again.
+
+    Raises:
+        DataError: If a package is missing.
+    """
+    known: dict[str, Any] = {}
+    if memory is not None and memory.exists():
+        known = json.loads(memory.read_text())
+    stamps = {str(image.path): _stamp(image.path) for image in collection.images}
+    unchanged = {
+        path for path, stamp in stamps.items() if path in known and known[path]["stamp"] == stamp
+    }
+    fresh = [image for image in collection.images if str(image.path) not in unchanged]
+    loader = DataLoader(_Examined(fresh), batch_size=None, num_workers=workers)
+    bar = tqdm(loader, desc="checking images", unit="image", disable=not fresh)
+    for image, facts in zip(fresh, bar, strict=True):
+        if isinstance(facts, str):
+            raise DataError(facts)
+        known[str(image.path)] = {"stamp": stamps[str(image.path)], "facts": asdict(facts)}
+    if memory is not None and fresh:
+        write_json(memory, {path: known[path] for path in stamps})
+    return [Facts(**known[str(image.path)]["facts"]) for image in collection.images]
+
+
+def _stamp(path: Path) -> list[int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+def without_broken(
+    collection: ImageCollection,
+    facts: Sequence[Facts],
+    *,
+    skip: bool,
+    memory: Path | None = None,
+) -> tuple[ImageCollection, list[Facts]]:
+    """The images that can be read, with their digests, and what is known of them.
+
+    Args:
+        collection: All images.
+        facts: Of each.
+        skip: Leave out those that cannot be read.
+        memory: File that holds the facts, for the error.
+
+    Raises:
+        DataError: If there are broken ones that are not to be skipped; or a class has no others.
+    """
+    broken = [
+        (image, entry.error)
+        for image, entry in zip(collection.images, facts, strict=True)
+        if entry.error is not None
+    ]
+    images = tuple(
+        replace(image, digest=entry.digest)
+        for image, entry in zip(collection.images, facts, strict=True)
+    )
+    collection = replace(collection, images=images)
+    if not broken:
+        return collection, list(facts)
+    shown = "\n".join(f"  {image.name}: {error}" for image, error in broken[:10])
+    where = f", all of them in {memory}" if memory is not None else ""
+    more = f"\n  and {len(broken) - 10:,} more{where}" if len(broken) > 10 else ""
+    title = f"{len(broken):,} of {counted(len(facts), 'image')} cannot be read"
+    if not skip:
+        raise DataError(
+            f"{title}:\n{shown}{more}\nMend or remove them, or leave them out with --skip-broken"
+        )
+    kept = [
+        (image, entry)
+        for image, entry in zip(collection.images, facts, strict=True)
+        if entry.error is None
+    ]
+    left = replace(collection, images=tuple(image for image, _ in kept))
+    counts = left.counts(left.images)
+    gone = [name for name, count in zip(left.classes, counts, strict=True) if not count]
+    if gone:
+        raise DataError(f"{title}, and so no image is left of {named(gone)}:\n{shown}{more}")
+    names = [image.name for image, _ in broken]
+    left = left.listed(f"{title} and were left out", names, warn=True)
+    return left, [entry for _, entry in kept]
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+class ImageSet(Dataset):
+    """The images of one part, in order. See the top of this file for what an item is."""
+
+    def __init__(
+        self,
+        images: Sequence[ImageFile],
+        preparation: Preparation,
+        *,
+        pixels: np.ndarray | None = None,
+        transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Takes the images.
+
+        Args:
+            images: Of one collection.
+            preparation: Makes pixels of a file.
+            pixels: The same pixels (N, C, S, S), read before; see `keep_pixels`.
+            transform: Applied to the uint8 pixels of an item, such as an augmentation.
+        """
+        self.images, self.preparation = images, preparation
+        self.pixels, self.transform = pixels, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if self.pixels is None:
+            pixels = self.preparation(self.images[index].path)
+        else:
+            pixels = torch.from_numpy(np.array(self.pixels[index]))
+        if self.transform is not None:
+            pixels = self.transform(pixels)
+        return pixels, torch.tensor(self.images[index].label)
+
+    @property
+    def labels(self) -> Tensor:
+        """Class indices (N,), or 0, 1 and NaN (N, labels)."""
+        return torch.tensor([image.label for image in self.images])
+
+    def with_transform(self, transform: Callable[[Tensor], Tensor]) -> ImageSet:
+        """The same images, augmented."""
+        return ImageSet(self.images, self.preparation, pixels=self.pixels, transform=transform)
+
+
+def keep_pixels(images: ImageSet, path: Path, *, workers: int = 0) -> ImageSet:
+    """The same set, its pixels decoded once into a file that all processes map into memory.
+
+    An existing file is used as it is: its name must be of these images and this preparation.
+
+    Raises:
+        DataError: If the disk has no room for it.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shape = (len(images), images.preparation.channels, *[images.preparation.size] * 2)
+        needed, free = int(np.prod(shape)), shutil.disk_usage(path.parent).free
+        if needed > 0.9 * free:
+            raise DataError(
+                f"the decoded images take {needed / 1e9:.1f} GB in {path.parent} and "
+                f"{free / 1e9:.1f} GB are free: pass --no-cache to decode them in every epoch"
+            )
+        loader = DataLoader(images, batch_size=None, num_workers=workers)
+        with replacing(path) as draft:
+            pixels = np.lib.format.open_memmap(draft, mode="w+", dtype=np.uint8, shape=shape)
+            bar = tqdm(loader, desc=f"reading {path.stem}", unit="image")
+            for index, (one, _) in enumerate(bar):
+                pixels[index] = one.numpy()
+            pixels.flush()
+            del pixels
+    return ImageSet(
+        images.images,
+        images.preparation,
+        pixels=np.load(path, mmap_mode="r"),
+        transform=images.transform,
+    )
