@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,21 +10,15 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
+from inmerge_wrap.images.preparation import Recipe
 from inmerge_wrap.robustness import (
     RobustnessResult,
-    bootstrap_weights,
     classification_metrics,
     percentile_interval,
 )
 from inmerge_wrap.robustness.corruptions import KINDS
 
 BINS = 15  # as many as the calibration error has
-
-
-def probabilities_of(logits: Tensor, task: str) -> Tensor:
-    """(N, classes) in double precision, which keeps apart what single would round to 1."""
-    logits = logits.double()
-    return logits.sigmoid() if task == "multilabel" else logits.softmax(1)
 
 
 def proportion(successes: int, trials: int) -> dict[str, Any]:
@@ -62,65 +56,184 @@ def chosen_thresholds(probabilities: Tensor, labels: Tensor) -> list[float]:
 def class_table(
     probabilities: Tensor,
     labels: Tensor,
-    classes: Sequence[str],
-    task: str,
-    thresholds: Sequence[float],
+    said: Tensor,
+    recipe: Recipe,
     *,
-    resamples: int,
-    seed: int = 0,
+    draws: Tensor | None,
+    by_unit: bool = False,
+    prevalences: Sequence[float | None] = (),
 ) -> list[dict[str, Any]]:
-    """For each class: how many images, sensitivity, specificity, precision and AUROC.
+    """For each class: counts, the figures of its operating point, the AUROC and the ROC.
 
-    Each figure has ``value``, ``low``, ``high`` and ``n``; of counts by Wilson, of the AUROC by a
-    bootstrap over images. One class is always held against all others.
+    One class is always held against all others. Each figure has ``value``, ``low``, ``high`` and
+    ``n``. Intervals of counts are Wilson's for independent images; all others are percentiles of
+    the draws. Without a known positive nothing can be said of a class, and all figures are None.
+
+    Args:
+        probabilities: (N, classes).
+        labels: Class indices (N,); or 0, 1 and NaN (N, labels).
+        said: (N, classes), whether the network names the class.
+        recipe: Of the network.
+        draws: (N, R), how often each image occurs in each resample; None for no intervals.
+        by_unit: Whether patients were drawn, so that images are not independent.
+        prevalences: For each class the prevalence at which predictive values are wanted too.
     """
-    predicted = _predicted(probabilities, task, thresholds)
     rows = []
-    for index, name in enumerate(classes):
-        if task == "multilabel":
-            known = ~labels[:, index].isnan()
-            truth = labels[known, index] == 1
-        else:
-            known = torch.ones(len(labels), dtype=torch.bool)
-            truth = labels == index
-        said, scores = predicted[known, index], probabilities[known, index]
-        hits, alarms = int((truth & said).sum()), int((~truth & said).sum())
-        positives, negatives = int(truth.sum()), int((~truth).sum())
+    for index, name in enumerate(recipe.classes):
+        truth, known = _truth_of(labels, index)
+        truth, hit = truth[known], said[known, index]
+        scores = probabilities[known, index]
+        weights = draws[known] if draws is not None else None
+        given = prevalences[index] if prevalences else None
         rows.append(
             {
                 "class": name,
-                "n": positives,
-                "sensitivity": proportion(hits, positives),
-                "specificity": proportion(negatives - alarms, negatives),
-                "precision": proportion(hits, hits + alarms),
-                "auroc": _auroc(scores, truth, resamples, seed),
-                "threshold": thresholds[index] if task == "multilabel" else None,
+                "positives": int(truth.sum()),
+                "negatives": int((~truth).sum()),
+                "unknown": int((~known).sum()),
+                "threshold": recipe.thresholds[index] if recipe.thresholds else None,
+                **_operating_figures(truth, hit, weights, by_unit, given),
+                "auroc": _auroc(scores, truth, weights),
+                "roc": _roc(scores, truth),
             }
         )
     return rows
 
 
-def _predicted(probabilities: Tensor, task: str, thresholds: Sequence[float]) -> Tensor:
-    """(N, classes), whether the network says that the image shows the class."""
-    if task == "multilabel":
-        return probabilities > torch.tensor(thresholds, dtype=probabilities.dtype)
-    best = probabilities.argmax(1, keepdim=True)
-    return torch.zeros_like(probabilities, dtype=torch.bool).scatter(1, best, True)
+def _truth_of(labels: Tensor, index: int) -> tuple[Tensor, Tensor]:
+    """Whether each image shows a class, and whether that is known."""
+    if labels.ndim == 1:
+        return labels == index, torch.ones(len(labels), dtype=torch.bool)
+    return labels[:, index] == 1, ~labels[:, index].isnan()
 
 
-def _auroc(scores: Tensor, truth: Tensor, resamples: int, seed: int) -> dict[str, Any]:
+def _operating_figures(
+    truth: Tensor, hit: Tensor, weights: Tensor | None, by_unit: bool, given: float | None
+) -> dict[str, Any]:
+    """Sensitivity, specificity and predictive values, and those at another prevalence."""
+    names = ("sensitivity", "specificity", "ppv", "npv")
+    if not truth.any():
+        nothing: dict[str, Any] = {"value": None, "n": 0}
+        return dict.fromkeys(names, nothing) | {"prevalence": 0.0, "elsewhere": None}
+    shares = {
+        "sensitivity": (truth & hit, truth),
+        "specificity": (~truth & ~hit, ~truth),
+        "ppv": (truth & hit, hit),
+        "npv": (~truth & ~hit, ~hit),
+    }
+    found: dict[str, Any] = {}
+    drawn: dict[str, Tensor] = {}
+    for name, (right, among) in shares.items():
+        found[name] = proportion(int(right.sum()), int(among.sum()))
+        if weights is not None:
+            drawn[name] = right.to(weights) @ weights / (among.to(weights) @ weights)
+        if by_unit:
+            found[name] = {"value": found[name]["value"], "n": found[name]["n"]}
+            found[name] |= _ends(drawn.get(name))
+    found["prevalence"] = float(truth.double().mean())
+    found["elsewhere"] = None
+    if given is not None:
+        point = {name: torch.tensor(found[name]["value"] or 0.0) for name in names[:2]}
+        values, spread = predictive(given, **point), None
+        if drawn:
+            spread = predictive(given, drawn["sensitivity"], drawn["specificity"])
+        found["elsewhere"] = {"prevalence": given} | {
+            name: {"value": _number(values[place]), **_ends(spread[place] if spread else None)}
+            for place, name in enumerate(("ppv", "npv"))
+        }
+    return found
+
+
+def predictive(
+    prevalence: float, sensitivity: Tensor, specificity: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Positive and negative predictive value at a prevalence, by Bayes' theorem."""
+    hits, alarms = prevalence * sensitivity, (1 - prevalence) * (1 - specificity)
+    rest, misses = (1 - prevalence) * specificity, prevalence * (1 - sensitivity)
+    return hits / (hits + alarms), rest / (rest + misses)
+
+
+def _number(value: Tensor) -> float | None:
+    return float(value) if bool(value.isfinite()) else None
+
+
+def _ends(drawn: Tensor | None) -> dict[str, float]:
+    """The ends of an interval; none where all resamples agree, which would look like certainty."""
+    interval = percentile_interval(drawn.numpy()) if drawn is not None else None
+    if interval is None or interval[0] == interval[1]:
+        return {}
+    return {"low": interval[0], "high": interval[1]}
+
+
+def _auroc(scores: Tensor, truth: Tensor, weights: Tensor | None) -> dict[str, Any]:
     if not truth.any() or truth.all():
         return {"value": None, "n": len(truth)}
-    found: dict[str, Any] = {"n": len(truth)}
     value, _ = classification_metrics(scores, truth.long(), task="binary")
-    found["value"] = float(value["auroc"])
-    if resamples:
-        weights = torch.from_numpy(bootstrap_weights(len(truth), resamples, seed=seed))
-        drawn, _ = classification_metrics(scores, truth.long(), task="binary", weights=weights)
-        interval = percentile_interval(drawn["auroc"].numpy())
-        if interval is not None:
-            found["low"], found["high"] = interval
-    return found
+    found = {"n": len(truth), "value": float(value["auroc"])}
+    if weights is None:
+        return found
+    drawn, _ = classification_metrics(scores, truth.long(), task="binary", weights=weights)
+    return found | _ends(drawn["auroc"])
+
+
+def _roc(scores: Tensor, truth: Tensor, most: int = 200) -> list[list[float]]:
+    """(1 - specificity, sensitivity) at every threshold, thinned out; empty if it is undefined."""
+    if not truth.any() or truth.all():
+        return []
+    order = scores.argsort(descending=True)
+    last = torch.ones(len(order), dtype=torch.bool)  # of images with the same score
+    last[:-1] = scores[order][1:] != scores[order][:-1]
+    hits = truth[order].cumsum(0)[last] / truth.sum()
+    alarms = (~truth)[order].cumsum(0)[last] / (~truth).sum()
+    points = torch.stack([alarms, hits], 1)
+    keep = torch.linspace(0, len(points) - 1, min(most, len(points))).round().long()
+    return [[0.0, 0.0], *points[keep].tolist()]
+
+
+def subgroup_table(
+    probabilities: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    marks: Mapping[str, Sequence[str]],
+    draws: Tensor | None,
+    units: Sequence[str] | None,
+) -> list[dict[str, Any]]:
+    """Balanced accuracy and AUROC in each subgroup of the test images.
+
+    Args:
+        probabilities: (N, classes).
+        labels: Class indices (N,); or 0, 1 and NaN (N, labels).
+        recipe: Of the network.
+        marks: The value of each image, by the name of the column.
+        draws: (N, R), as for `class_table`.
+        units: Whose image each is.
+    """
+    rows = []
+    for column, values in marks.items():
+        for value in sorted(set(values)):
+            inside = torch.tensor([one == value for one in values])
+            row: dict[str, Any] = {"column": column, "value": value, "n": int(inside.sum())}
+            if units is not None:
+                row["units"] = len(
+                    {u for u, one in zip(units, values, strict=True) if one == value}
+                )
+            settings: dict[str, Any] = {
+                "task": recipe.task,
+                "threshold": recipe.thresholds or 0.5,
+            }
+            score = (probabilities[inside], labels[inside])
+            point, _ = classification_metrics(*score, **settings)
+            drawn: dict[str, Tensor] = {}
+            if draws is not None:
+                present = draws[inside].sum(0) > 0  # a resample may hold no image of it
+                weights = draws[inside][:, present]
+                drawn, _ = classification_metrics(*score, weights=weights, **settings)
+            row["balanced_accuracy"] = {"value": _number(1 - point["balanced_error"])} | _ends(
+                1 - drawn["balanced_error"] if drawn else None
+            )
+            row["auroc"] = {"value": _number(point["auroc"])} | _ends(drawn.get("auroc"))
+            rows.append(row)
+    return rows
 
 
 def confusion(probabilities: Tensor, labels: Tensor) -> list[list[int]]:
@@ -128,6 +241,12 @@ def confusion(probabilities: Tensor, labels: Tensor) -> list[list[int]]:
     classes = probabilities.shape[1]
     pairs = labels * classes + probabilities.argmax(1)
     return pairs.bincount(minlength=classes**2).reshape(classes, classes).tolist()
+
+
+def calibration(probabilities: Tensor, labels: Tensor, task: str) -> dict[str, Any]:
+    """The calibration error and the bins of a reliability diagram."""
+    found, _ = classification_metrics(probabilities, labels, task=task)
+    return {"ece": float(found["ece"]), "bins": reliability(probabilities, labels, task)}
 
 
 def reliability(probabilities: Tensor, labels: Tensor, task: str) -> list[dict[str, Any]]:
@@ -154,11 +273,7 @@ def reliability(probabilities: Tensor, labels: Tensor, task: str) -> list[dict[s
 
 
 def worst_mistakes(
-    probabilities: Tensor,
-    labels: Tensor,
-    task: str,
-    thresholds: Sequence[float],
-    limit: int,
+    probabilities: Tensor, labels: Tensor, said: Tensor, task: str, limit: int
 ) -> list[dict[str, Any]]:
     """The images about which the network was surest and wrong, worst first.
 
@@ -167,26 +282,25 @@ def worst_mistakes(
     ``present`` says whether that label was there.
     """
     if task == "multilabel":
-        wrong = _predicted(probabilities, task, thresholds) != (labels == 1)
-        wrong &= ~labels.isnan()
+        wrong = (said != (labels == 1)) & ~labels.isnan()
         distance = torch.where(wrong, (probabilities - labels.nan_to_num()).abs(), -1.0)
-        worst, said = distance.max(1)
+        worst, which = distance.max(1)
         order = worst.argsort(descending=True, stable=True)[:limit].tolist()
         return [
             {
                 "index": n,
-                "said": int(said[n]),
-                "present": bool(labels[n, said[n]] == 1),
-                "stated": float(probabilities[n, said[n]]),
+                "said": int(which[n]),
+                "present": bool(labels[n, which[n]] == 1),
+                "stated": float(probabilities[n, which[n]]),
             }
             for n in order
             if worst[n] >= 0
         ]
-    stated, said = probabilities.max(1)
-    stated = torch.where(said != labels, stated, -1.0)
+    stated, named = probabilities.max(1)
+    stated = torch.where(named != labels, stated, -1.0)
     order = stated.argsort(descending=True, stable=True)[:limit].tolist()
     return [
-        {"index": n, "truth": int(labels[n]), "said": int(said[n]), "stated": float(stated[n])}
+        {"index": n, "truth": int(labels[n]), "said": int(named[n]), "stated": float(stated[n])}
         for n in order
         if stated[n] >= 0
     ]
@@ -215,9 +329,8 @@ def by_family(result: RobustnessResult) -> list[dict[str, Any]]:
         drawn = [result.replicates.get((row["corruption"], row["severity"])) for row in rows]
         known = [values for values in drawn if values is not None]
         if len(known) == len(drawn):
-            interval = percentile_interval(1 - np.mean(known, axis=0))
-            if interval is not None:
-                entry["balanced_accuracy_low"], entry["balanced_accuracy_high"] = interval
+            ends = _ends(torch.from_numpy(1 - np.mean(known, axis=0)))
+            entry |= {f"balanced_accuracy_{end}": value for end, value in ends.items()}
         areas = [row["auroc"] for row in rows if "auroc" in row]
         entry |= {"auroc": float(np.mean(areas))} if areas else {}
         entry["ece"] = float(np.mean([row["ece"] for row in rows]))

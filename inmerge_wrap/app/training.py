@@ -25,18 +25,18 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from inmerge_wrap.app.findings import probabilities_of
 from inmerge_wrap.app.starting_weights import start_network
 from inmerge_wrap.card import merging_settings
 from inmerge_wrap.export import export_weights
 from inmerge_wrap.files import replacing, write_json
 from inmerge_wrap.images.collection import ImageCollection
-from inmerge_wrap.images.folders import ImageSet
+from inmerge_wrap.images.sets import ImageSet
 from inmerge_wrap.robustness import classification_metrics
+from inmerge_wrap.robustness.metrics import to_probabilities
 from inmerge_wrap.wrapper import InMergeWrapper
 
 
@@ -121,6 +121,25 @@ def augmentation(flip: str) -> v2.Compose:
     if flip == "both":
         steps.append(v2.RandomVerticalFlip())
     return v2.Compose(steps)
+
+
+class Augmented(Dataset[tuple[Tensor, Tensor]]):
+    """The images of a set, augmented by chance that depends only on seed, epoch and image.
+
+    So it is the same however many processes read them, and in a run that continues.
+    """
+
+    def __init__(self, images: ImageSet, transform: Callable[[Tensor], Tensor], seed: int) -> None:
+        self.images, self.transform, self.seed, self.epoch = images, transform, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        pixels, label = self.images[index]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed(self.seed, self.epoch, index))
+            return self.transform(pixels), label
 
 
 class EpochOrder(Sampler[int]):
@@ -217,7 +236,8 @@ def predict(
 
 def validation_auroc(logits: Tensor, labels: Tensor, task: str) -> float | None:
     """Returns the AUROC that selects the best epoch; None if it is undefined on validation."""
-    values, _ = classification_metrics(probabilities_of(logits, task), labels, task=task)
+    probabilities = to_probabilities(logits.double(), task)
+    values, _ = classification_metrics(probabilities, labels, task=task)
     area = float(values["auroc"])
     return None if area != area else area
 
@@ -251,8 +271,9 @@ def train(
     processes = accelerator.num_processes
     batch = min(options.batch_size, len(labels) // processes * processes)
     order = EpochOrder(len(labels), run.seed)
+    images = Augmented(sets["train"], augmentation(options.flip), run.seed)
     loader = DataLoader(
-        sets["train"].with_transform(augmentation(options.flip)),
+        images,
         batch_size=per_process(batch, processes),
         sampler=order,
         num_workers=options.workers,
@@ -294,7 +315,7 @@ def train(
     for epoch in range(len(history), options.epochs):
         began = time.perf_counter()
         bar.set_description(f"{run.name}, epoch {epoch + 1}/{options.epochs}")
-        order.epoch = epoch
+        order.epoch = images.epoch = epoch
         set_seed(derived_seed(run.seed, epoch, accelerator.process_index))
         model.train()
         losses = torch.zeros((), device=device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,6 @@ class ImageSet(Dataset):
         preparation: Preparation,
         *,
         pixels: np.ndarray | None = None,
-        transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Takes the images.
 
@@ -156,10 +155,9 @@ class ImageSet(Dataset):
             images: Of one collection.
             preparation: Makes pixels of a file.
             pixels: The same pixels (N, C, S, S), read before; see `keep_pixels`.
-            transform: Applied to the uint8 pixels of an item, such as an augmentation.
         """
         self.images, self.preparation = images, preparation
-        self.pixels, self.transform = pixels, transform
+        self.pixels = pixels
 
     def __len__(self) -> int:
         return len(self.images)
@@ -169,18 +167,12 @@ class ImageSet(Dataset):
             pixels = self.preparation(self.images[index].path)
         else:
             pixels = torch.from_numpy(np.array(self.pixels[index]))
-        if self.transform is not None:
-            pixels = self.transform(pixels)
         return pixels, torch.tensor(self.images[index].label)
 
     @property
     def labels(self) -> Tensor:
         """Class indices (N,), or 0, 1 and NaN (N, labels)."""
         return torch.tensor([image.label for image in self.images])
-
-    def with_transform(self, transform: Callable[[Tensor], Tensor]) -> ImageSet:
-        """The same images, augmented."""
-        return ImageSet(self.images, self.preparation, pixels=self.pixels, transform=transform)
 
 
 def keep_pixels(images: ImageSet, path: Path, *, workers: int = 0) -> ImageSet:
@@ -208,9 +200,4 @@ def keep_pixels(images: ImageSet, path: Path, *, workers: int = 0) -> ImageSet:
                 pixels[index] = one.numpy()
             pixels.flush()
             del pixels
-    return ImageSet(
-        images.images,
-        images.preparation,
-        pixels=np.load(path, mmap_mode="r"),
-        transform=images.transform,
-    )
+    return ImageSet(images.images, images.preparation, pixels=np.load(path, mmap_mode="r"))

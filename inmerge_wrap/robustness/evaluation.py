@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -75,6 +75,7 @@ def evaluate_robustness(
     threshold: float | Sequence[float] = 0.5,
     coverages: Sequence[float] = (0.5, 0.8, 0.9),
     bootstrap: int = 1000,
+    groups: Sequence[Hashable] | None = None,
     device: torch.device | str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> RobustnessResult:
@@ -99,6 +100,8 @@ def evaluate_robustness(
             on validation data: with rare labels, 0.5 predicts nothing.
         coverages: Shares of the images for the selective accuracy.
         bootstrap: Number of resamples; 0 for no intervals.
+        groups: Whose image each is, such as patients, in the order of the loader: resamples draw
+            whole groups then. None for independent images.
         device: Where the model is; taken from its parameters if None.
         progress: Called with the number of images after each condition of a batch: each image
             passes once clean, once for every corruption and severity, once for every attack.
@@ -133,7 +136,7 @@ def evaluate_robustness(
     with _undisturbed(model, run.device):
         for batch in loader:
             run.add(batch)
-    return _result_of(run, coverages, bootstrap, baseline)
+    return _result_of(run, coverages, bootstrap, groups, baseline)
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -314,7 +317,11 @@ class _Run:
 
 
 def _result_of(
-    run: _Run, coverages: Sequence[float], bootstrap: int, baseline: RobustnessResult | None
+    run: _Run,
+    coverages: Sequence[float],
+    bootstrap: int,
+    groups: Sequence[Hashable] | None,
+    baseline: RobustnessResult | None,
 ) -> RobustnessResult:
     logits, targets = run.joined()
     threshold = run.threshold if isinstance(run.threshold, int | float) else list(run.threshold)
@@ -334,7 +341,7 @@ def _result_of(
         check_baseline(baseline, settings)
 
     started = time.perf_counter()
-    weights = bootstrap_weights(len(targets), bootstrap, seed=run.seed)
+    weights = bootstrap_weights(len(targets), bootstrap, seed=run.seed, groups=groups)
     scores = {
         condition: score(outputs, targets, run.task, run.threshold, coverages, weights)
         for condition, outputs in logits.items()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,9 @@ _MOST_EXACT_FLIPS = 13
 # --- uncertainty: pure functions on arrays --------------------------------------------------------
 
 
-def bootstrap_weights(n: int, resamples: int, *, seed: int = 0) -> np.ndarray:
+def bootstrap_weights(
+    n: int, resamples: int, *, seed: int = 0, groups: Sequence[Hashable] | None = None
+) -> np.ndarray:
     """Draws how often each of `n` images occurs in each bootstrap resample.
 
     Weights rather than indices: every statistic becomes a matrix product over all resamples, and
@@ -53,13 +55,21 @@ def bootstrap_weights(n: int, resamples: int, *, seed: int = 0) -> np.ndarray:
         n: Number of images.
         resamples: Number of resamples.
         seed: Seed of the draw.
+        groups: Whose image each is, such as patients: whole groups are drawn then, because images
+            of one are not independent (cluster bootstrap).
 
     Returns:
-        Counts of shape (n, resamples), float32; every column sums to n.
+        Counts of shape (n, resamples), float32; without groups every column sums to n.
 
     Raises:
-        ValueError: If `n` is below 1 or `resamples` below 0.
+        ValueError: If `n` is below 1, `resamples` below 0, or there is not one group an image.
     """
+    if groups is not None:
+        if len(groups) != n:
+            raise ValueError(f"groups has {len(groups)} entries for {n} images; give one each")
+        places = {group: place for place, group in enumerate(dict.fromkeys(groups))}
+        drawn = bootstrap_weights(len(places), resamples, seed=seed)
+        return drawn[[places[group] for group in groups]]
     if n < 1 or resamples < 0:
         raise ValueError(f"n is {n} and resamples {resamples}; they must be >= 1 and >= 0")
     generator = np.random.default_rng(seed)

@@ -1,0 +1,180 @@
+"""All that is measured of one trained network on the test part, kept in a file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from inmerge_wrap.app import findings
+from inmerge_wrap.app.operating import operating_point
+from inmerge_wrap.app.options import prevalences_of
+from inmerge_wrap.app.training import Normalise, Run
+from inmerge_wrap.files import write_json
+from inmerge_wrap.images.collection import ImageCollection, ImageFile
+from inmerge_wrap.images.preparation import Recipe
+from inmerge_wrap.images.sets import ImageSet
+from inmerge_wrap.robustness import bootstrap_weights, evaluate_robustness
+
+ASKED = ("preset", "severities", "bootstrap", "subgroups", "prevalence")  # what decides the figures
+MISTAKES = 24
+
+
+class Tempered(nn.Module):
+    """A network whose outputs are divided by a temperature."""
+
+    def __init__(self, network: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.network, self.temperature = network, temperature
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns the outputs (N, classes)."""
+        return self.network(images) / self.temperature
+
+
+def load_best(run: Run, training: dict[str, Any], classes: int) -> nn.Module:
+    """The network of a finished run, in eval mode."""
+    network = timm.create_model(
+        training["arch"], num_classes=classes, in_chans=len(training["mean"])
+    )
+    network.load_state_dict(load_file(run.folder / "best.safetensors"))
+    return network.eval()
+
+
+def as_floats(batch: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Collates items of an ImageSet for corruptions, which act on floats in [0, 1]."""
+    pixels, labels = zip(*batch, strict=True)
+    return torch.stack(pixels).float() / 255, torch.stack(labels)
+
+
+def units_of(images: tuple[ImageFile, ...]) -> list[str] | None:
+    """Whose image each is, an image without a group being its own; None where no groups are."""
+    if all(image.group is None for image in images):
+        return None
+    return [image.group or f"image {image.name}" for image in images]
+
+
+def test(
+    run: Run,
+    sets: dict[str, ImageSet],
+    collection: ImageCollection,
+    options: argparse.Namespace,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Measures a network, or reads what was measured of it before."""
+    path = run.folder / "evaluation.json"
+    asked = {key: getattr(options, key) for key in ASKED}
+    if path.exists():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["asked"] == asked:
+            return stored
+    training = json.loads((run.folder / "training.json").read_text(encoding="utf-8"))
+    network = load_best(run, training, len(collection.classes)).to(device)
+    normalise = Normalise(training["mean"], training["std"], device)
+
+    def loader(part: str, what: str) -> Any:
+        batches = DataLoader(
+            sets[part], batch_size=64, num_workers=options.workers, collate_fn=as_floats
+        )
+        return tqdm(batches, desc=f"{run.name}, {what}", unit="batch", leave=False)
+
+    @torch.no_grad()
+    def scores(part: str) -> tuple[Tensor, Tensor]:
+        outputs, truths = [], []
+        for pixels, labels in loader(part, f"{part} images"):
+            outputs.append(network(normalise(pixels.to(device))).float().cpu())
+            truths.append(labels)
+        return torch.cat(outputs), torch.cat(truths)
+
+    several = collection.task == "multilabel"
+    recipe = Recipe(
+        preparation=sets["test"].preparation,
+        mean=tuple(training["mean"]),
+        std=tuple(training["std"]),
+        task="multi-label" if several else "multi-class",
+        classes=collection.classes,
+        thresholds=(0.5,) * len(collection.classes) if several else None,
+    )
+    outputs, labels = scores("val")
+    recipe, notes = operating_point(recipe, outputs, labels)
+    outputs, labels = scores("test")
+    units = units_of(collection.part("test"))
+    result = evaluate_robustness(
+        Tempered(network, recipe.temperature),
+        loader("test", "testing"),
+        preset=options.preset or ("grey" if recipe.preparation.channels == 1 else "all"),
+        task=collection.task,
+        normalize=normalise,
+        severities=sorted(options.severities),
+        bootstrap=options.bootstrap,
+        threshold=recipe.thresholds or 0.5,
+        groups=units,
+    )
+    found = {
+        "asked": asked,
+        "training": training,
+        "temperature": recipe.temperature,
+        "thresholds": list(recipe.thresholds or []),
+        "notes": [f"{run.name}: {note}." for note in notes],
+        "rows": result.rows,
+        "settings": result.settings,
+        "seconds": result.seconds,
+        "families": findings.by_family(result),
+        **_about(recipe, outputs, labels, units, collection, options),
+    }
+    write_json(path, found)
+    return found
+
+
+def _about(
+    recipe: Recipe,
+    outputs: Tensor,
+    labels: Tensor,
+    units: list[str] | None,
+    collection: ImageCollection,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """What the probabilities of the test images show."""
+    task, probabilities = collection.task, recipe.probabilities(outputs)
+    before = replace(recipe, temperature=1.0).probabilities(outputs)
+    said = recipe.named(probabilities)
+    draws = None
+    if options.bootstrap:
+        draws = torch.from_numpy(bootstrap_weights(len(labels), options.bootstrap, groups=units))
+    marks = {
+        name: [image.mark(name) for image in collection.part("test")] for name in options.subgroups
+    }
+    return {
+        "classes": findings.class_table(
+            probabilities,
+            labels,
+            said,
+            recipe,
+            draws=draws,
+            by_unit=units is not None,
+            prevalences=prevalences_of(options, recipe.classes),
+        ),
+        "subgroups": findings.subgroup_table(probabilities, labels, recipe, marks, draws, units),
+        "units": len(set(units)) if units is not None else None,
+        "confusion": findings.confusion(probabilities, labels) if task == "multiclass" else None,
+        "calibration": {
+            "before": findings.calibration(before, labels, task),
+            "after": findings.calibration(probabilities, labels, task),
+        },
+        "mistakes": findings.worst_mistakes(probabilities, labels, said, task, limit=MISTAKES),
+        "probabilities": probabilities.tolist(),
+        "said": said.tolist(),
+    }
+
+
+def row_of(found: dict[str, Any], corruption: str) -> dict[str, Any]:
+    """The row of a condition, of several severities their mean."""
+    return [row for row in found["rows"] if row["corruption"] == corruption][-1]
