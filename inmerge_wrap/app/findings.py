@@ -60,7 +60,7 @@ def class_table(
     recipe: Recipe,
     *,
     draws: Tensor | None,
-    by_unit: bool = False,
+    units: Sequence[str] | None = None,
     prevalences: Sequence[float | None] = (),
 ) -> list[dict[str, Any]]:
     """For each class: counts, the figures of its operating point, the AUROC and the ROC.
@@ -75,7 +75,7 @@ def class_table(
         said: (N, classes), whether the network names the class.
         recipe: Of the network.
         draws: (N, R), how often each image occurs in each resample; None for no intervals.
-        by_unit: Whether patients were drawn, so that images are not independent.
+        units: Whose image each is, where whole patients were drawn.
         prevalences: For each class the prevalence at which predictive values are wanted too.
     """
     rows = []
@@ -85,6 +85,7 @@ def class_table(
         scores = probabilities[known, index]
         weights = draws[known] if draws is not None else None
         given = prevalences[index] if prevalences else None
+        owners = [units[n] for n in known.nonzero()[:, 0].tolist()] if units else None
         rows.append(
             {
                 "class": name,
@@ -92,7 +93,7 @@ def class_table(
                 "negatives": int((~truth).sum()),
                 "unknown": int((~known).sum()),
                 "threshold": recipe.thresholds[index] if recipe.thresholds else None,
-                **_operating_figures(truth, hit, weights, by_unit, given),
+                **_operating_figures(truth, hit, weights, owners, given),
                 "auroc": _auroc(scores, truth, weights),
                 "roc": _roc(scores, truth),
             }
@@ -108,7 +109,11 @@ def _truth_of(labels: Tensor, index: int) -> tuple[Tensor, Tensor]:
 
 
 def _operating_figures(
-    truth: Tensor, hit: Tensor, weights: Tensor | None, by_unit: bool, given: float | None
+    truth: Tensor,
+    hit: Tensor,
+    weights: Tensor | None,
+    owners: Sequence[str] | None,
+    given: float | None,
 ) -> dict[str, Any]:
     """Sensitivity, specificity and predictive values, and those at another prevalence."""
     names = ("sensitivity", "specificity", "ppv", "npv")
@@ -127,9 +132,8 @@ def _operating_figures(
         found[name] = proportion(int(right.sum()), int(among.sum()))
         if weights is not None:
             drawn[name] = right.to(weights) @ weights / (among.to(weights) @ weights)
-        if by_unit:
-            found[name] = {"value": found[name]["value"], "n": found[name]["n"]}
-            found[name] |= _ends(drawn.get(name))
+        if owners is not None:
+            found[name] = _by_owner(found[name], among, owners, drawn.get(name))
     found["prevalence"] = float(truth.double().mean())
     found["elsewhere"] = None
     if given is not None:
@@ -142,6 +146,18 @@ def _operating_figures(
             for place, name in enumerate(("ppv", "npv"))
         }
     return found
+
+
+def _by_owner(
+    share: dict[str, Any], among: Tensor, owners: Sequence[str], drawn: Tensor | None
+) -> dict[str, Any]:
+    """A share with the interval over patients; Wilson's where all patients agree."""
+    ends = _ends(drawn)
+    if not ends and share["value"] in (0, 1):
+        count = len({owners[n] for n in among.nonzero()[:, 0].tolist()})
+        whole = proportion(count * int(share["value"]), count)
+        ends = {end: whole[end] for end in ("low", "high")}
+    return {"value": share["value"], "n": share["n"], **ends}
 
 
 def predictive(

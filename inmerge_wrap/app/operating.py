@@ -55,9 +55,15 @@ def operating_point(recipe: Recipe, scores: Tensor, labels: Tensor) -> tuple[Rec
         bounds=_BOUNDS,
         method="bounded",
     )
-    recipe = replace(recipe, temperature=math.exp(found.x))
     what = "a temperature" if recipe.thresholds is None else "a temperature and thresholds"
     notes = []
+    if min(abs(found.x - bound) for bound in _BOUNDS) < 0.01:
+        notes.append(
+            f"the temperature stays {recipe.temperature:.3g}: these labelled images do not say "
+            "which is right, as where all of them are answered without a mistake"
+        )
+    else:
+        recipe = replace(recipe, temperature=math.exp(found.x))
     if len(labels) < _FEW:
         notes.append(f"{len(labels)} labelled images are few to choose {what} on")
     if recipe.thresholds is None:

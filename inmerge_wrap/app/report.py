@@ -119,6 +119,8 @@ def render(content: Mapping[str, Any], pictures: Sequence[Tensor]) -> str:
     test = content["test"]
     rows = {name: _row(test["rows"], name) for name in ("clean", "all")}
     rocs = [entry for entry in test["classes"] if entry["roc"]]
+    if content["task"] == "multiclass" and len(content["classes"]) == 2:
+        rocs = rocs[-1:]  # the other is its mirror image
     return environment.get_template("report.html").render(
         content,
         several=content["task"] == "multilabel",
@@ -130,9 +132,7 @@ def render(content: Mapping[str, Any], pictures: Sequence[Tensor]) -> str:
             name: drawings.draw_reliability(found["bins"])
             for name, found in test["calibration"].items()
         },
-        # Of two classes each is the other's mirror image.
-        rocs=[drawings.draw_roc(entry) for entry in rocs[-1:] if len(rocs) == 2]
-        or [drawings.draw_roc(entry) for entry in rocs[:ROCS]],
+        rocs=[drawings.draw_roc(entry) for entry in rocs[:ROCS]],
         damage=drawings.draw_families(
             test["families"], {name: words for name, (words, _) in FAMILIES.items()}
         ),

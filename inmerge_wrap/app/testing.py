@@ -159,7 +159,7 @@ def _about(
             said,
             recipe,
             draws=draws,
-            by_unit=units is not None,
+            units=units,
             prevalences=prevalences_of(options, recipe.classes),
         ),
         "subgroups": findings.subgroup_table(probabilities, labels, recipe, marks, draws, units),

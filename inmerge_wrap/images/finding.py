@@ -208,7 +208,8 @@ def _refuse_equal_insides(directory: Path, folders: Sequence[Path]) -> None:
 
 def _images_below(folder: Path) -> tuple[list[Path], list[Path]]:
     """The images in a folder and the folders in it, and its other files."""
-    images, others = [], []
+    images: list[Path] = []
+    others: list[Path] = []
     for path in sorted(folder.rglob("*")):
         hidden = any(_hidden(name) for name in path.relative_to(folder).parts)
         if hidden or path.is_dir():

@@ -674,9 +674,7 @@ def test_a_finding_without_a_positive_has_no_figures_and_patients_are_drawn_whol
 
     def table(groups: list[str] | None) -> list[dict[str, Any]]:
         draws = torch.from_numpy(bootstrap_weights(160, 800, groups=groups))
-        return findings.class_table(
-            probabilities, labels, said, recipe, draws=draws, by_unit=groups is not None
-        )
+        return findings.class_table(probabilities, labels, said, recipe, draws=draws, units=groups)
 
     alone, whole = table(None), table(patients)
     for found in (alone, whole):
@@ -690,10 +688,25 @@ def test_a_finding_without_a_positive_has_no_figures_and_patients_are_drawn_whol
     one = slice(None, None, 8)
     draws = torch.from_numpy(bootstrap_weights(20, 800))
     few = findings.class_table(
-        probabilities[one, :1], labels[one, :1], said[one, :1], again, draws=draws, by_unit=True
-    )
+        probabilities[one, :1], labels[one, :1], said[one, :1], again, draws=draws,
+        units=patients[one],
+    )  # fmt: skip
     for end in ("low", "high"):
         assert whole[0]["auroc"][end] == pytest.approx(few[0]["auroc"][end], abs=1e-6)
+
+
+def test_patients_who_all_agree_leave_the_interval_of_their_number() -> None:
+    labels = torch.tensor([[1.0]] * 12 + [[0.0]] * 12)
+    patients = [f"p{n // 4}" for n in range(24)]  # three with the finding, three without
+    draws = torch.from_numpy(bootstrap_weights(24, 100, groups=patients))
+    recipe = recipe_of(["a"], thresholds=(0.5,))
+    (row,) = findings.class_table(
+        labels.double(), labels, labels == 1, recipe, draws=draws, units=patients
+    )
+    expected = findings.proportion(3, 3)
+    for name in ("sensitivity", "specificity", "ppv", "npv"):
+        assert row[name]["value"] == 1 and row[name]["n"] == 12
+        assert row[name]["low"] == expected["low"] < 0.5
 
 
 def test_an_interval_without_width_is_not_shown() -> None:
