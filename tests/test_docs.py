@@ -149,6 +149,7 @@ INSIDE = {
     "images.files",
     "images.folders",
     "images.looks",
+    "images.nih",
     "images.preparation",
     "images.tables",
     "interlude",

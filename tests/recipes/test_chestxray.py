@@ -40,10 +40,10 @@ def without_times(result: dict[str, Any]) -> dict[str, Any]:
     return {name: result[name] for name in ("first", "control", "merged") if name in result}
 
 
-def test_two_phases_and_a_control(release: Path) -> None:
+def test_two_phases_and_a_control(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, out = release.parent, release.parent / "runs" / "chestxray"
-    command = [recipe("chestxray"), *NIH, "--control", "--cache", "cache"]
-    done = run(*ACCELERATE, *command, folder=folder)
+    arguments = [*NIH, "--control", "--cache", "cache"]
+    done = run(*ACCELERATE, recipe("chestxray"), *arguments, folder=folder)
     result = result_of(out)
     for phase in ("first", "control", "merged"):
         assert {"model.safetensors", "config.json", "checkpoint.pt"} <= {*os.listdir(out / phase)}
@@ -59,8 +59,9 @@ def test_two_phases_and_a_control(release: Path) -> None:
     own, apart = done.stdout.split("NOT COMPARABLE: published for 25,596 official images")
     assert "CheXGCN" in apart and "CheXGCN" not in own
     assert len(np.load(folder / "cache" / "train.npy")) == images["train"]
-    again = run(*PYTHON, *command, folder=folder, check=False)
-    assert again.returncode == 1 and "runs/chestxray holds a run: continue it" in again.stderr
+    monkeypatch.chdir(folder)
+    again = refusal(monkeypatch, "chestxray", *arguments)
+    assert "runs/chestxray holds a run: continue it" in str(again)
     assert result_of(out) == result
 
 
@@ -77,7 +78,9 @@ def test_the_control_sees_what_the_merged_phase_sees(release: Path) -> None:
     assert result["merged"] == result["control"] != result["first"]
 
 
-def test_a_killed_run_ends_as_an_uninterrupted_one(release: Path) -> None:
+def test_a_killed_run_ends_as_an_uninterrupted_one(
+    release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed in the second of the merged epochs, before its checkpoint is written."""
     folder = release.parent
     arguments = [*NIH[:-2], "1", "2"]
@@ -88,11 +91,12 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(release: Path) -> None:
     command = [*patched("chestxray", dying), *arguments, "--out", "killed"]
     assert run(*command, folder=folder, check=False).returncode == 9
     assert not (folder / "killed" / "results.json").exists()
-    command = [*PYTHON, recipe("chestxray"), *arguments, "--out", "killed", "--resume"]
-    other = run(*command, "--seed", "1", "--lr", "0.02", folder=folder, check=False)
-    assert other.returncode == 1 and "lr=0.01, not 0.02; seed=0, not 1" in other.stderr
+    resume = [*arguments, "--out", "killed", "--resume"]
+    monkeypatch.chdir(folder)
+    other = refusal(monkeypatch, "chestxray", *resume, "--seed", "1", "--lr", "0.02")
+    assert "lr=0.01, not 0.02; seed=0, not 1" in str(other)
     # What changes no figure may differ.
-    run(*command, "--cache", "cache", folder=folder)
+    run(*PYTHON, recipe("chestxray"), *resume, "--cache", "cache", folder=folder)
     run(*PYTHON, recipe("chestxray"), *arguments, "--out", "whole", folder=folder)
     resumed, whole = (without_times(result_of(folder / name)) for name in ("killed", "whole"))
     assert resumed == whole and len(whole["merged"]["history"]) == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 
-from tests.recipes.running import ACCELERATE, PYTHON, TWO_PROCESSES, recipe, run
+from tests.recipes.running import ACCELERATE, TWO_PROCESSES, recipe, run
 
 TINY = ["--arch", "test_resnet", "--epochs", "1"]
 
@@ -30,10 +30,3 @@ def test_it_ends_with_what_is_certain(tmp_path: Path, launcher: list[str]) -> No
     assert any(layer["merged"] for layer in result["merging"].values())
     loaded = timm.create_model(f"local-dir:{out / 'model'}", pretrained=True)
     assert loaded.num_classes == 10 and loaded.pretrained_cfg["input_size"] == (1, 32, 32)
-
-
-def test_without_merging_nothing_is_said_of_it(tmp_path: Path) -> None:
-    done = run(*PYTHON, recipe("quickstart"), *TINY, "--mode", "none", folder=tmp_path)
-    assert "merged" not in done.stdout
-    result = json.loads((tmp_path / "runs" / "quickstart" / "results.json").read_text())
-    assert "merging" not in result
