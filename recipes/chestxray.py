@@ -49,10 +49,9 @@ from inmerge_wrap.images import nih
 from inmerge_wrap.images.nih import FINDINGS, Part, Radiographs
 from inmerge_wrap.robustness import classification_metrics
 
-Parts, Options, Areas = dict[str, Part], argparse.Namespace, dict[str, float | None]
-
 # -- options ---------------------------------------------------------------------------------------
 
+Parts, Options, Areas = dict[str, Part], argparse.Namespace, dict[str, float | None]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 SHORT = "Atel Card Effu Infi Mass Nodu Pnma Pntx Cons Edem Emph Fibr P_T Hern mean".split()
 PUBLISHED = {  # test AUROC in the same order, as the paper lists them
@@ -69,7 +68,6 @@ PUBLISHED = {  # test AUROC in the same order, as the paper lists them
     "InMerge": ".805 .895 .881 .710 .842 .750 .770 .878 .801 .888 .915 .818 .773 .903 .830",
 }
 OFFICIAL_TEST_IMAGES = 25_596  # in the release's test_list.txt
-
 # On the device: workers transfer grey bytes, a twelfth of the data.
 prepare = v2.Compose([v2.RGB(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
 
@@ -113,7 +111,7 @@ def read_parts(options: Options) -> Parts:
             parts = nih.read_release(options.data_root, options.seed)
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    if options.cache is None:
+    if not options.cache:
         return parts
     about = source, options.size, options.workers
     return {k: nih.cached(v, options.cache / f"{k}.npy", *about) for k, v in parts.items()}
@@ -159,10 +157,10 @@ def print_tables(official: bool, rows: dict[str, Areas]) -> None:
 def loaders_of(accelerator: Accelerator, parts: Parts, options: Options) -> list[DataLoader]:
     loaders = []
     for name in ("train", "val", "test"):
-        images = Radiographs(parts[name], options.size, train=name == "train")
-        size = per_process(options.batch_size, accelerator.num_processes)
-        about = {"shuffle": name == "train", "drop_last": name == "train", "pin_memory": True}
-        loaders.append(DataLoader(images, size, num_workers=options.workers, **about))
+        train, size = name == "train", per_process(options.batch_size, accelerator.num_processes)
+        images = Radiographs(parts[name], options.size, train=train)
+        about = {"num_workers": options.workers, "pin_memory": torch.cuda.is_available()}
+        loaders.append(DataLoader(images, size, shuffle=train, drop_last=train, **about))
     return accelerator.prepare(*loaders)
 
 
@@ -273,6 +271,8 @@ def main() -> None:
     accelerator = make_accelerator(kwargs_handlers=[patience])
     with accelerator.local_main_process_first():  # one process downloads and writes the cache
         parts = read_parts(options)
+    if (most := len(parts["train"])) < options.batch_size:
+        raise SystemExit(f"--batch-size {options.batch_size} exceeds the {most} training images")
     run = check_run(options, parts)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -139,6 +139,7 @@ def test_without_merging_from_a_data_set_of_hugging_face(release: Path) -> None:
     [
         ([*NIH, "--resume"], "runs/chestxray holds no run, or choose another --out"),
         ([*NIH, "--weights", "nowhere.pth"], "--weights nowhere.pth"),
+        ([*NIH, "--batch-size", "61"], "--batch-size 61 exceeds the "),
         ([*TINY, "--data-root", "nowhere"], "nowhere/Data_Entry_2017_v2020.csv is missing"),
         ([*TINY, "--dataset", "owner/name"], "can change: pass --revision COMMIT"),
     ],
