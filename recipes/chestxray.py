@@ -184,8 +184,7 @@ def train(
 ) -> dict[str, Any]:
     """Trains a phase (first, control or merged) from its last saved epoch, and tests its best one.
 
-    Every epoch draws from seeds of its own: a resumed phase equals an uninterrupted one, and
-    control and merged see the same images in the same order.
+    Every epoch has seeds of its own: resumed phases are exact, second phases see the same images.
     """
     epochs, folder = options.epochs[phase != "first"], options.out / phase
     set_seed(options.seed)
