@@ -30,10 +30,9 @@ PLACE = "local-dir:path/to/this/folder"
 _PICTURE = "robustness"
 _UPLOADED = ("README.md", "config.json", "model.safetensors", f"{_PICTURE}.*")
 
-_INTENDED_USE = (
-    "Research on the classification of medical images and on its robustness. It is not a medical "
-    "device and must not be used for decisions about patients."
-)
+_INTENDED_USE = """\
+Research on the classification of medical images and on its robustness. It is not a medical device
+and must not be used for decisions about patients."""
 _LIMITS = (
     "It was evaluated only on the data named under Results. On images from another scanner, "
     "hospital, population or preprocessing it may be wrong more often, with no lower confidence.",
@@ -384,7 +383,6 @@ def merging_settings(model: nn.Module) -> dict[str, Any]:
     wrapper: Any = find_wrapper(model)
     if wrapper is None:
         return {}
-    report = wrapper.report()
     plan = wrapper.plan
     return {
         _IN_WORDS: _in_words(wrapper.settings),
@@ -401,14 +399,13 @@ def merging_settings(model: nn.Module) -> dict[str, Any]:
         "merged layers": f"{len(plan.merged)} of {len(plan.merged) + len(plan.skipped)}: "
         + ", ".join(site.name for site in plan.merged),
         "seed": wrapper.seed,
-        **_outcome(report),
+        **_outcome(wrapper.report()),
     }
 
 
 def _in_words(settings: MergeSettings) -> str:
     """Returns what merging did to the kernels, in one or two sentences."""
-    rule = settings.similarity_threshold
-    match rule:
+    match rule := settings.similarity_threshold:
         case Fixed(tau=-1.0):
             which = "however similar"
         case Fixed():
@@ -426,23 +423,21 @@ def _in_words(settings: MergeSettings) -> str:
         "gaussian": "a kernel moved in a random direction, by a share of its norm",
         "multiplicative": "the weights of a kernel were multiplied by random factors near 1",
     }.get(str(settings.direction), f"a kernel moved as {settings.direction} says")
-    when, kept = {
-        "step": ("After each optimizer step", "The changed kernels stayed in the weights."),
-        "outputs": (
-            "In each forward pass of the training, on the outputs of the convolutions and for "
-            "each image",
-            "No weight was written.",
-        ),
-        "weights": ("In each forward pass of the training", "No weight was written."),
+    when = {
+        "step": "After each optimizer step",
+        "outputs": "In each forward pass of the training and for each image, on the outputs",
+        "weights": "In each forward pass of the training",
     }[settings.mode]
-    return f"{when}, pairs of kernels of a layer were drawn; in pairs {which}, {how}. {kept}"
+    stays = settings.mode == "step"
+    kept = "The moved kernels stayed in the weights" if stays else "No weight was written"
+    return f"{when}, pairs of kernels of a layer were drawn; in pairs {which}, {how}. {kept}."
 
 
 def _outcome(report: MergeReport) -> dict[str, Any]:
     share = f" ({report.share:.2%})" if report.drawn else ""
     return {
         "optimizer steps": report.step,
-        "merged pairs": f"{report.merged:,} of {report.drawn:,} drawn{share}"
+        "merged pairs": f"{report.merged:,} of {report.drawn:,} {report.unit}{share}"
         + ("" if report.had_effect else "; a plain training run"),
     }
 

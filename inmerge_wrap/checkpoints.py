@@ -209,10 +209,10 @@ def read_merging(path: str | Path, *, key: str | None = None) -> MergeReport | N
     """
     reports = []
     for name, value in read_state(path, key=key).items():
-        if name.endswith("_extra_state") and value.ndim == 1:
+        if name.endswith("_extra_state") and value.ndim == 1 and value.dtype == torch.float64:
             with contextlib.suppress(ValueError):  # the state of another library's module
-                tally = Tally.from_state(value)
-                reports.append(tally.report([str(n) for n in range(len(tally.steps))]))
+                if tally := Tally.from_state(value):
+                    reports.append(tally.report([str(n) for n in range(len(tally.steps))]))
     return reports[0] if len(reports) == 1 else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -85,8 +86,11 @@ class Driver:
         notice_every_step(self._after_any_step)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy is driven by no optimizer, and must not drag the original's along.
-        return vars(self) | {"_attachments": Attachments(), "_sharded": None}
+        # A copy is driven by no optimizer, and must not drag the original's along. It may be an
+        # average of weights, whose original merges: what it missed is counted from now on.
+        watch = copy.copy(self.watch)
+        watch.idle_forwards = watch.missed_steps = 0
+        return vars(self) | {"_attachments": Attachments(), "_sharded": None, "watch": watch}
 
     # -- the forward pass -------------------------------------------------------------------------
 
@@ -96,7 +100,7 @@ class Driver:
         compiling = torch.compiler.is_compiling()
         # A counter would make torch.compile specialise on its value and compile every step.
         if wrapper.training and torch.is_grad_enabled() and not (compiling and self._forward.is_on):
-            self._watch_forward()
+            self._watch_forward(network)
         merges = self._forward.is_on and not self.pauses and (wrapper.training or network.training)
         if not merges or not (compiling or self._attachments.live):
             return network(*args, **kwargs)
@@ -115,8 +119,9 @@ class Driver:
         return outputs
 
     @torch.compiler.disable
-    def _watch_forward(self) -> None:
-        if not self.pauses:
+    def _watch_forward(self, network: nn.Module) -> None:
+        trains = any(parameter.requires_grad for parameter in network.parameters())
+        if trains and not self.pauses:  # averages of weights need no gradient
             self.watch.before_forward(attached=bool(self._attachments.live))
 
     def prepare(self, settings: MergeSettings) -> None:
@@ -391,7 +396,10 @@ class Driver:
 
     def load(self, state: Tensor, settings: MergeSettings) -> None:
         """Continues from a step counter and statistics."""
-        self._begin(Tally.from_state(state, layers=len(self._plan.merged), seed=settings.seed))
+        tally = Tally.from_state(state, layers=len(self._plan.merged), seed=settings.seed)
+        if tally is None:
+            return
+        self._begin(tally)
         # The totals may have gone back: what came after them no longer belongs to this run.
         self.watch.rewind(self.tally.step)
         self.prepare(settings)

@@ -17,6 +17,7 @@ __all__ = ["Tally"]
 
 _FORMAT = 2
 _COLUMNS = 8
+_AVERAGED = 1e-3  # what weights that add up to about 1 may change in the format's number
 _NO_COSINE = -2.0  # below every cosine
 
 
@@ -132,8 +133,11 @@ class Tally:
     @classmethod
     def from_state(
         cls, state: object, *, layers: int | None = None, seed: int | None = None
-    ) -> Tally:
-        """Restores the tally that :meth:`to_state` wrote.
+    ) -> Tally | None:
+        """Restores the tally that :meth:`to_state` wrote, or returns None with a warning.
+
+        Counters that were averaged over several models, as in federated training, are rounded.
+        Those that were converted to another type have lost digits and are of no use.
 
         Args:
             state: The tensor that it returned.
@@ -143,25 +147,31 @@ class Tally:
         Raises:
             ValueError: If the state was not written by an InMergeWrapper.
         """
-        if not isinstance(state, Tensor) or state.numel() < 3 or state[0].item() != _FORMAT:
+        if isinstance(state, Tensor) and state.dtype != torch.float64:
+            warnings.warn(
+                f"_extra_state of the checkpoint was converted to {state.dtype}, which rounds its "
+                "counters, and is ignored: convert the weights of a checkpoint only",
+                stacklevel=3,
+            )
+            return None
+        if (
+            not isinstance(state, Tensor)
+            or state.numel() < 3
+            or not math.isclose(state[0].item(), _FORMAT, rel_tol=_AVERAGED)
+        ):
             raise ValueError(
                 "_extra_state of the checkpoint is not that of an InMergeWrapper (format "
                 f"{_FORMAT}); load a checkpoint of this model, or drop its _extra_state"
             )
-        written_seed, written_layers = int(state[1]), int(state[2])
+        if not bool(state.isfinite().all()):
+            raise ValueError("_extra_state of the checkpoint holds numbers that are not finite")
+        written_seed, written_layers = round(state[1].item()), round(state[2].item())
         if state.numel() != 3 + _COLUMNS * written_layers:
             raise ValueError(
                 f"_extra_state holds {state.numel()} numbers where {written_layers} merged layers "
                 f"need {3 + _COLUMNS * written_layers}: the checkpoint is truncated"
             )
-        if state.dtype != torch.float64:
-            raise ValueError(
-                f"_extra_state was converted to {state.dtype}, which rounds its counters; convert "
-                "the weights of a checkpoint only, or drop its _extra_state"
-            )
         table = state[3:].detach().cpu().reshape(written_layers, _COLUMNS)
-        if not bool(table.isfinite().all()):
-            raise ValueError("_extra_state of the checkpoint holds numbers that are not finite")
         if seed is not None and written_seed != seed:
             warnings.warn(
                 f"the checkpoint was trained with seed={written_seed}, this wrapper draws with "
@@ -169,7 +179,7 @@ class Tally:
                 stacklevel=3,
             )
         steps, passes, drawn = (
-            [math.floor(value) for value in column] for column in table[:, :3].T.tolist()
+            [round(value) for value in column] for column in table[:, :3].T.tolist()
         )
         tally = cls(written_layers if layers is None else layers)
         if layers is not None and written_layers != layers:
@@ -181,6 +191,6 @@ class Tally:
             tally.steps = [max(steps)] * layers
             return tally
         tally.steps, tally.passes, tally._drawn = steps, passes, drawn
-        tally._counts = table[:, 3:6].long().clone()
+        tally._counts = table[:, 3:6].round().long()
         tally._cosine_sum, tally._cosine_max = table[:, 6].clone(), table[:, 7].float().clone()
         return tally

@@ -292,7 +292,9 @@ def test_merging_settings_are_those_of_the_wrapper(model: InMergeWrapper, tmp_pa
     report = model.report()
     assert settings["merge_probability (p)"] == 0.7
     assert settings["optimizer steps"] == 2 and settings["seed"] == 5
-    assert settings["merged pairs"] == f"{report.merged:,} of {report.drawn:,} drawn (100.00%)"
+    assert (
+        settings["merged pairs"] == f"{report.merged:,} of {report.drawn:,} drawn pairs (100.00%)"
+    )
     assert all(site.name in settings["merged layers"] for site in model.plan.merged)
     assert merging_settings(model.module) == {}
     assert "In-model merging** (" not in write(model.module, tmp_path / "b", small_card())
@@ -378,18 +380,24 @@ def test_the_card_tells_what_kind_of_merging_it_was() -> None:
         (
             {},
             "After each optimizer step, pairs of kernels of a layer were drawn; in pairs with a "
-            "cosine above 0.3, a kernel moved toward its partner. The changed kernels stayed",
+            "cosine above 0.3, a kernel moved toward its partner. The moved kernels stayed in",
         ),
         (
-            {"similarity_threshold": -1.0, "transient": True, "direction": "signed"},
+            {"similarity_threshold": -1.0, "mode": "outputs", "direction": "signed", "radius": 0.3},
+            "In each forward pass of the training and for each image, on the outputs, pairs of "
+            "kernels of a layer were drawn; in pairs however similar, a kernel moved toward its "
+            "partner or away from it, as the draw said. No weight was written.",
+        ),
+        (
+            {"similarity_threshold": -1.0, "mode": "weights"},
             "In each forward pass of the training, pairs of kernels of a layer were drawn; in "
-            "pairs however similar, a kernel moved toward its partner or away from it, as the",
+            "pairs however similar, a kernel moved toward its partner. No weight was written.",
         ),
         ({"similarity_threshold": ZScore(2.0)}, "2 standard deviations more similar than chance"),
         ({"similarity_threshold": Quantile(0.1)}, "pairs the most similar 10% of those drawn"),
         ({"merge_weight": 1.2}, "moved away from its partner"),
-        ({"direction": "gaussian"}, "moved in a random direction"),
-        ({"direction": "multiplicative"}, "multiplied by random factors"),
+        ({"direction": "gaussian", "radius": 0.3}, "moved in a random direction"),
+        ({"direction": "multiplicative", "radius": 0.3}, "multiplied by random factors"),
     ],
 )
 def test_the_sentence_on_merging_follows_from_the_settings(

@@ -16,6 +16,7 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
+from ema_pytorch import EMA
 from huggingface_hub import HfApi, RepoUrl
 from PIL import Image
 from timm.models._hub import push_to_hf_hub, save_for_hf
@@ -486,3 +487,42 @@ def test_a_property_that_fails_inside_is_not_looked_up_on_the_network() -> None:
         _ = model.size
     with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
         _ = model.no_such_name
+
+
+def test_a_fused_network_is_reported_and_exported() -> None:
+    image = torch.randn(4, 3, 32, 32)
+    model = merged(timm.create_model("repvgg_a0", num_classes=3), image)
+    before = model.report()
+    expected = model.module(image)
+    model.module = timm.utils.reparameterize_model(model.module, inplace=True)
+    assert model.report() == before
+    state = plain_state_dict(model)
+    stock = timm.utils.reparameterize_model(timm.create_model("repvgg_a0", num_classes=3).eval())
+    stock.load_state_dict(state)
+    torch.testing.assert_close(stock(image), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_moving_average_of_a_run_that_merged_is_exported_without_a_warning(
+    tmp_path: Path,
+) -> None:
+    """ema_pytorch averages a copy, and scores it in train mode."""
+    model = InMergeWrapper(
+        timm.create_model("test_resnet", num_classes=3), similarity_threshold=-1.0
+    )
+    ema_at_once, ema_late = EMA(model, update_every=1, update_after_step=0), None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model.attach(optimizer)
+    for _ in range(3):
+        loss = model(torch.randn(2, 3, 32, 32)).square().mean()
+        ema_late = ema_late or EMA(model, update_every=1, update_after_step=0)
+        loss.backward()
+        optimizer.step()
+        for ema in (ema_at_once, ema_late):
+            ema.update()
+            ema(torch.randn(2, 3, 32, 32))
+    assert model.report().merged > 0
+    model.recalibrate([torch.randn(2, 3, 32, 32)])
+    for ema in (ema_at_once, ema_late):
+        export_weights(ema.ema_model, tmp_path / "ema.safetensors")  # a warning is an error here
+        state = safetensors.torch.load_file(tmp_path / "ema.safetensors")
+        assert state.keys() == model.module.state_dict().keys()
