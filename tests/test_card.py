@@ -370,7 +370,7 @@ def test_the_card_tells_what_kind_of_merging_it_was() -> None:
     model = InMergeWrapper(net, mode="weights", direction="gaussian", radius=0.2)
     settings = merging_settings(model)
     assert (settings["mode"], settings["direction"], settings["radius"]) == (
-        True, "gaussian", 0.2,
+        "weights", "gaussian", 0.2,
     )  # fmt: skip
 
 
