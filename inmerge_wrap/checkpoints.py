@@ -281,9 +281,10 @@ def _why_unreadable(path: Path, error: Exception) -> str:
 
 def _read_folder(path: Path) -> dict[str, Tensor]:
     """Returns the weights of a folder that Accelerate wrote, in one file or in shards."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        return _read_shards(path, index)
+    for name, suffix in (("model.safetensors", ".safetensors"), ("pytorch_model.bin", ".bin")):
+        index = path / f"{name}.index.json"
+        if index.is_file():
+            return _read_shards(path, index, suffix)
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (path / name).is_file():
             return read_state(path / name)
@@ -293,7 +294,7 @@ def _read_folder(path: Path) -> dict[str, Tensor]:
     )
 
 
-def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
+def _read_shards(folder: Path, index: Path, suffix: str) -> dict[str, Tensor]:
     """Returns the weights that an index assigns to files beside it."""
     places = _read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
@@ -301,13 +302,13 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
     for shard in places.values():
         # A path would lead out of the folder, and another index to itself.
         plain = isinstance(shard, str) and Path(shard).name == shard
-        if not plain or not shard.endswith(".safetensors"):
-            raise ValueError(f"{index} names {shard!r}, which is not a .safetensors file beside it")
+        if not plain or not shard.endswith(suffix):
+            raise ValueError(f"{index} names {shard!r}, which is not a {suffix} file beside it")
     shards = {}
     for shard in sorted(set(places.values())):
-        if not (folder / shard).is_file():
+        if not (folder / shard).is_file():  # a folder might hold another index
             raise ValueError(f"{index} names {shard}, which is not in {folder}: copy it there")
-        shards[shard] = _read_safetensors(folder / shard)
+        shards[shard] = read_state(folder / shard)
     missing = [name for name, shard in places.items() if name not in shards[shard]]
     if missing:
         raise ValueError(

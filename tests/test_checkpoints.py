@@ -20,12 +20,14 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from accelerate import Accelerator
 from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from inmerge_wrap import export_timm
+from inmerge_wrap import InMergeWrapper, export_timm
 from inmerge_wrap.checkpoints import load_network, read_state
+from tests.scripts.common import forget_accelerator
 
 ARCH = "resnet10t"
 
@@ -253,6 +255,15 @@ def test_an_index_says_which_file_holds_a_weight(tmp_path: Path) -> None:
     assert {name: float(value[0]) for name, value in state.items()} == {
         "layer0.weight": 0.0, "layer1.weight": 1.0, "both": 0.0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_what_accelerate_saves_in_several_files(net: nn.Module, tmp_path: Path, safe: bool) -> None:
+    model = InMergeWrapper(net)
+    forget_accelerator()
+    Accelerator(cpu=True).save_model(model, tmp_path, max_shard_size="2MB", safe_serialization=safe)
+    assert len(list(tmp_path.glob("*-of-*"))) > 2
+    assert equal(load_network(tmp_path, ARCH)[0], net)
 
 
 @pytest.mark.parametrize(

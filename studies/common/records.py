@@ -9,7 +9,6 @@ import os
 import platform
 import shlex
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -20,6 +19,7 @@ import timm
 import torch
 
 from inmerge_wrap import __version__
+from inmerge_wrap.files import replacing
 
 
 def environment() -> dict[str, Any]:
@@ -53,15 +53,8 @@ def difference_text(paired: Mapping[str, float]) -> str:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".draft-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(draft, 0o644)  # temporary files are for their owner alone
-        os.replace(draft, path)
-    finally:
-        Path(draft).unlink(missing_ok=True)
+    with replacing(path) as draft:
+        draft.write_bytes(content)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
