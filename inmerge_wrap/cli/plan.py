@@ -107,7 +107,8 @@ def _plan_content(found: MergePlan) -> dict[str, Any]:
 
 _LAST_WORDS = {
     True: "The outputs of these convolutions are merged in each forward pass of the training; "
-    "their weights stay as they are. chance: standard deviation of the cosine of two random kernels.",
+    "their weights stay as they are. chance: standard deviation of the cosine of two random "
+    "kernels.",
     False: "chance: standard deviation of the cosine of two random kernels; only where training "
     "made kernels similar do pairs pass a threshold far above it.",
 }
