@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from inmerge_wrap.app.model import Tempered
 from inmerge_wrap.architectures import is_timm_folder
 from inmerge_wrap.errors import ArgumentError
 from inmerge_wrap.images.folders import read_part
@@ -63,16 +64,7 @@ class Contender:
         """The network with its outputs divided by the temperature."""
         if self.recipe is None or self.recipe.temperature == 1:
             return self.network
-        return _Calibrated(self.network, self.recipe.temperature)
-
-
-class _Calibrated(nn.Module):
-    def __init__(self, network: nn.Module, temperature: float) -> None:
-        super().__init__()
-        self.network, self.temperature = network, temperature
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(images) / self.temperature
+        return Tempered(self.network, self.recipe.temperature)
 
 
 def contender(

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from inmerge_wrap.errors import ArgumentError
+from inmerge_wrap.images.finding import mark_of, table_rows
 from inmerge_wrap.images.preparation import Recipe
-from inmerge_wrap.images.tables import read_table
 
 __all__ = ["read_labels"]
 
@@ -31,13 +31,17 @@ def read_labels(table: Path, recipe: Recipe, path_column: str = "path") -> dict[
     several = recipe.task == "multi-label"
     needed = [path_column, *(recipe.classes if several else ["label"])]
     found: dict[str, Any] = {}
-    for number, row in enumerate(read_table(table, needed), start=2):
-        name = row[path_column].strip().replace("\\", "/")
+    rows = table_rows(table)
+    for column in needed:
+        if column not in rows[0]:
+            raise ArgumentError(f"{table} has no column {column!r}; it has {', '.join(rows[0])}")
+    for number, row in enumerate(rows, start=2):
+        name = row[path_column].replace("\\", "/")
         if several:
-            marks = tuple(_mark(row[label], f"{table}, row {number}") for label in recipe.classes)
+            marks = tuple(mark_of(table, number, label, row[label]) for label in recipe.classes)
             if any(mark == mark for mark in marks):
                 found[name] = marks
-        elif label := row["label"].strip():
+        elif label := row["label"]:
             if label not in recipe.classes:
                 raise ArgumentError(
                     f"{table}, row {number}: label {label!r} is no class of the network; its "
@@ -47,12 +51,3 @@ def read_labels(table: Path, recipe: Recipe, path_column: str = "path") -> dict[
     if not found:
         raise ArgumentError(f"{table} holds no label")
     return found
-
-
-def _mark(text: str, place: str) -> float:
-    value = text.strip().lower()
-    if value in ("", "nan", "na"):
-        return float("nan")
-    if value in ("0", "0.0", "1", "1.0"):
-        return float(value)
-    raise ArgumentError(f"{place}: a label is {text!r}; give 0, 1 or nothing for unknown")

@@ -17,7 +17,19 @@ from inmerge_wrap.images.files import decode, failure
 from inmerge_wrap.images.looks import Look, look_at
 from inmerge_wrap.images.preparation import Preparation, Recipe
 
-__all__ = ["Read", "TrainedModel", "read_files"]
+__all__ = ["Read", "Tempered", "TrainedModel", "read_files"]
+
+
+class Tempered(nn.Module):
+    """A network whose outputs are divided by a temperature."""
+
+    def __init__(self, network: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.network, self.temperature = network, temperature
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns the outputs (N, classes)."""
+        return self.network(images) / self.temperature
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from inmerge_wrap.app.model import Read, TrainedModel, read_files
 from inmerge_wrap.errors import ArgumentError
-from inmerge_wrap.files import replacing
+from inmerge_wrap.images.cells import restored, write_table
 from inmerge_wrap.images.files import is_image
 from inmerge_wrap.images.looks import Look, unlike, warnings_about
 from inmerge_wrap.images.preparation import Recipe
@@ -65,7 +65,7 @@ def find_files(sources: Sequence[Path], path_column: str = "path") -> list[tuple
             found += [(path.relative_to(source).as_posix(), path) for path in images]
         elif source.suffix.lower() == ".csv":
             rows = read_table(source, needed=[path_column], option="path_column")
-            names = [row[path_column].strip() for row in rows]
+            names = [restored(row[path_column].strip()).replace("\\", "/") for row in rows]
             found += [(name, source.parent / name) for name in names]
         elif source.exists():
             found.append((str(source), source))
@@ -155,17 +155,16 @@ def write_predictions(found: Sequence[Prediction], recipe: Recipe, path: Path) -
 
     Labels that are named together are separated by a semicolon.
     """
-    with replacing(path) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "said", *recipe.classes, "unlike training", "error"])
-        for entry in found:
-            values = entry.probabilities or ("",) * len(recipe.classes)
-            writer.writerow(
-                [
-                    entry.name,
-                    "; ".join(entry.said),
-                    *(f"{value:.7f}" if value != "" else "" for value in values),
-                    "; ".join(entry.unlike),
-                    entry.error or "",
-                ]
-            )
+    rows = []
+    for entry in found:
+        values: Sequence[Any] = [round(value, 7) for value in entry.probabilities or ()]
+        rows.append(
+            [
+                entry.name,
+                "; ".join(entry.said),
+                *(values or [""] * len(recipe.classes)),
+                "; ".join(entry.unlike),
+                entry.error or "",
+            ]
+        )
+    write_table(path, ["image", "said", *recipe.classes, "unlike training", "error"], rows)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from inmerge_wrap.app import findings
+from inmerge_wrap.app.model import Tempered
 from inmerge_wrap.app.operating import operating_point
 from inmerge_wrap.app.options import prevalences_of
 from inmerge_wrap.app.training import Normalise, Run
@@ -26,18 +27,6 @@ from inmerge_wrap.robustness import bootstrap_weights, evaluate_robustness
 
 ASKED = ("preset", "severities", "bootstrap", "subgroups", "prevalence")  # what decides the figures
 MISTAKES = 24
-
-
-class Tempered(nn.Module):
-    """A network whose outputs are divided by a temperature."""
-
-    def __init__(self, network: nn.Module, temperature: float) -> None:
-        super().__init__()
-        self.network, self.temperature = network, temperature
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns the outputs (N, classes)."""
-        return self.network(images) / self.temperature
 
 
 def load_best(run: Run, training: dict[str, Any], classes: int) -> nn.Module:

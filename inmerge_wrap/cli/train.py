@@ -23,10 +23,11 @@ def train(options: typer.Context) -> None:
     `inmerge adapt` and `inmerge evaluate` read.
     """
     try:
+        from inmerge_wrap.app import options as reading
         from inmerge_wrap.app import train as application
     except ImportError as error:
         raise ImportError(
             f'training needs {error.name}: pip install "inmerge-wrap[recipes]"'
         ) from error
-    application.parser.prog = "inmerge train"
+    reading.parser.prog = "inmerge train"
     application.main(options.args)

@@ -284,7 +284,7 @@ def _from_table(
         path = Path(row[path_column].replace("\\", "/"))
         label: int | tuple[float, ...]
         if several:
-            label = tuple(_mark(table, number, name, row[name]) for name in labels)
+            label = tuple(mark_of(table, number, name, row[name]) for name in labels)
         else:
             label = index[row[labels[0]]]
         name = path.as_posix() if not path.is_absolute() else _below(path, directory)
@@ -292,7 +292,12 @@ def _from_table(
     return ImageCollection(tuple(classes), "multilabel" if several else "multiclass", tuple(images))
 
 
-def _mark(table: Path, row: int, column: str, text: str) -> float:
+def mark_of(table: Path, row: int, column: str, text: str) -> float:
+    """Reads one of several labels: 0, 1, or NaN for unknown.
+
+    Raises:
+        DataError: If it is none of these.
+    """
     value = text.lower()
     if value in ("", "nan", "na"):
         return float("nan")
