@@ -29,6 +29,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas
 
 from studies.common.exams import FAMILIES
 from studies.common.forest import Mark, draw_forest
@@ -41,6 +42,7 @@ from studies.common.records import (
     spread,
     write_json,
 )
+from studies.common.statistics import pairs_needed
 
 from .paired import (
     BETTER_BELOW,
@@ -52,11 +54,11 @@ from .paired import (
     Setting,
     by_setting,
     compare,
-    pairs_needed,
     pools,
     values,
 )
-from .run import ARMS, HERE, RUNS, STEPS_OF_THE_DIAL, dial_arms
+from .reanalysis import reanalysis
+from .run import ARMS, CONFIRMING, HERE, RUNS, STEPS_OF_THE_DIAL, dial_arms
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -87,6 +89,7 @@ GROUPS = {
 }
 MARKERS = "osD^v<>P"
 EFFECT = 0.01
+CONFIRMED = {regime.dataset for regime in CONFIRMING.values()}
 ENOUGH_PAIRS = 3  # to be drawn
 
 
@@ -383,6 +386,9 @@ def write_report(options: argparse.Namespace) -> None:
     if not differences:
         raise SystemExit("there is no run of 'plain' and another arm to compare")
     write_csv(found, options.out / "differences.csv")
+    if options.part == "test" and any(s.dataset in CONFIRMED for s in settings):
+        frame = pandas.DataFrame(reanalysis(settings))
+        frame.to_csv(options.out / "reanalysis.csv", index=False, float_format="%.5f")
     text = table(settings, differences, options.part, "plain")
     (options.out / "table.md").write_text(text)
     print(text)

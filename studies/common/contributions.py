@@ -82,9 +82,12 @@ def contributions(
 ) -> dict[str, dict[str, str]]:
     """Returns measure -> ``"clean"`` and, where there are corruptions, ``"corrupted"`` -> packed.
 
-    Corrupted is the mean over severities, then corruptions, then families, as in the exams.
+    Corrupted is the mean over severities, then corruptions, then families, as in the exams. Under
+    ``"classes"`` stands the class of each image, to be drawn again within; 0 of multi-label ones.
     """
-    found: dict[str, dict[str, str]] = {}
+    classes = labels if task != "multilabel" else labels.new_zeros(len(labels))
+    packed = base64.b64encode(classes.numpy().astype("u1").tobytes()).decode()
+    found: dict[str, dict[str, str]] = {"classes": {"packed": packed}}
     for measure, function in MEASURES.items():
         each = {name: function(x, labels, weights, task) for name, x in conditions.items()}
         found[measure] = {"clean": pack(each["clean"])}
@@ -106,3 +109,8 @@ def unpack(text: str) -> np.ndarray:
     """Returns the contributions (N,) that ``pack`` wrote, to three digits each."""
     values = np.frombuffer(base64.b64decode(text), "<f2").astype(float)
     return values / len(values)
+
+
+def classes_of(found: Mapping[str, Mapping[str, str]]) -> np.ndarray:
+    """Returns the class (N,) of each image from the result of ``contributions``."""
+    return np.frombuffer(base64.b64decode(found["classes"]["packed"]), "u1").astype(int)

@@ -19,7 +19,7 @@ from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from inmerge_wrap import InMergeWrapper
-from studies.common import augmentation, exams, images, methods, networks, training
+from studies.common import augmentation, exams, images, methods, networks, statistics, training
 from studies.common.freezing import freeze
 from studies.common.merging import Merge
 from studies.common.records import name_of, raw_runs
@@ -366,7 +366,7 @@ def test_what_was_chosen_on_is_not_pooled_with_what_confirms() -> None:
 
 @pytest.mark.parametrize("sd,effect", [(0.013, 0.01), (0.03, 0.01), (0.002, 0.01), (0.5, 0.5)])
 def test_the_pairs_that_are_needed_find_the_effect(sd: float, effect: float) -> None:
-    n = paired.pairs_needed(sd, effect)
+    n = statistics.pairs_needed(sd, effect)
     generator = np.random.default_rng(0)
     for pairs, enough in ((n, True), (n - 1, False)):
         if pairs < 2:
@@ -374,7 +374,7 @@ def test_the_pairs_that_are_needed_find_the_effect(sd: float, effect: float) -> 
         draws = generator.normal(effect, sd, (40_000, pairs))
         power = (stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05).mean()
         assert (power > 0.79) if enough else (power < 0.81)
-    assert paired.pairs_needed(5.0, 0.01) is None
+    assert statistics.pairs_needed(5.0, 0.01) is None
 
 
 def report(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
