@@ -8,11 +8,11 @@
 one of .01 in four cases of five: ``power.json`` and ``power.md``. ``report`` writes
 ``differences.csv`` (every arm minus plain, minus EMA and minus noise of the same size, per data set
 and pooled over seeds, with 95% intervals and adjusted p), ``table.md``, ``reanalysis.csv`` (pooled
-over data sets with random effects, see reanalysis.py), and the pictures: ``forest-*.png``,
+over data sets with random effects, see reanalysis.py), and into ``--pictures`` ``forest-*.png``,
 ``auroc-*.png`` and ``calibration-*.png`` (differences with intervals), ``families-*.png`` (by
 family of corruption) and, of the dial's arms, ``dial.png``.
 
-Hardware and time: seconds on a CPU. Expected: docs/evidence.md.
+Hardware and time: a minute on a CPU, and ten with the pictures. Expected: docs/evidence.md.
 """
 
 from __future__ import annotations
@@ -392,6 +392,15 @@ def write_report(options: argparse.Namespace) -> None:
     text = table(settings, differences, options.part, "plain")
     (options.out / "table.md").write_text(text)
     print(text)
+    if options.pictures:
+        draw_all(settings, differences, options)
+
+
+def draw_all(
+    settings: Mapping[Setting, Runs], differences: Mapping[Key, Difference], options: Any
+) -> None:
+    """All pictures."""
+    options.pictures.mkdir(parents=True, exist_ok=True)
     dial = {key: one for key, one in differences.items() if is_of_dial(key[1])}
     others = {key: one for key, one in differences.items() if not is_inside_of_dial(key[1])}
     for name in dict.fromkeys(key[0] for key in others if key[1] != SCALED):
@@ -435,11 +444,9 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=HERE, help="where to write (default: the study's folder)"
     )
-    parser.add_argument("--pictures", type=Path, help="where the PNG files go (default: --out)")
+    parser.add_argument("--pictures", type=Path, help="where the PNG files go (default: none)")
     options = parser.parse_args()
-    options.pictures = options.pictures or options.out
-    for folder in (options.out, options.pictures):
-        folder.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     write_power(options) if options.command == "power" else write_report(options)
 
 

@@ -102,25 +102,26 @@ def over_seeds_and_images(
 
 
 def random_effects(effects: Sequence[Effect]) -> Pooled:
-    """Pools data sets by random effects (Paule and Mandel) with the Hartung-Knapp interval.
+    """Pools data sets by random effects (DerSimonian and Laird) with the Hartung-Knapp interval.
+
+    statsmodels estimates the variance between data sets; where the estimate is negative it is 0.
 
     Raises:
         ValueError: If there are fewer than two.
     """
     if len(effects) < 2:
         raise ValueError(f"random effects need two data sets or more, got {len(effects)}")
-    found = combine_effects(
-        np.array([effect.mean for effect in effects]),
-        np.array([effect.variance for effect in effects]),
-        method_re="iterated",
-        use_t=True,
-    )
-    mean, error = float(found.mean_effect_re), float(found.sd_eff_w_re_hksj)
+    means = np.array([effect.mean for effect in effects])
+    variances = np.array([effect.variance for effect in effects])
+    with np.errstate(invalid="ignore"):  # statsmodels goes on with a negative variance
+        found = combine_effects(means, variances, method_re="chi2")
+    weights = 1 / (variances + max(0.0, float(found.tau2)))
+    mean, usual = float(np.average(means, weights=weights)), 1 / sqrt(weights.sum())
     freedom = len(effects) - 1
-    reach = error * float(stats.t.ppf(0.975, freedom))
+    error = usual * sqrt(float(weights @ (means - mean) ** 2) / freedom)
+    quantile, i2 = float(stats.t.ppf(0.975, freedom)), max(0.0, float(found.i2))
+    reach, wide = quantile * error, quantile * max(error, usual)
     p = 2 * float(stats.t.sf(abs(mean) / error, freedom))
-    wide = reach * max(1.0, float(found.sd_eff_w_re) / error)
-    i2 = max(0.0, float(found.i2))
     return Pooled(
         *(mean, mean - reach, mean + reach, p, i2, error, freedom, mean - wide, mean + wide)
     )

@@ -382,6 +382,10 @@ def report(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     report_module.main()
 
 
+def into(folder: Path) -> list[str]:
+    return ["--out", str(folder), "--pictures", str(folder)]
+
+
 def test_a_data_set_without_another_arm_has_no_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,7 +393,7 @@ def test_a_data_set_without_another_arm_has_no_pictures(
     write_results(tmp_path / "runs", ["plain", "EMA .98"])
     for path in (tmp_path / "runs").glob("dermamnist-EMA*"):
         path.unlink()
-    report(monkeypatch, "report", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path))
+    report(monkeypatch, "report", "--runs", str(tmp_path / "runs"), *into(tmp_path))
     assert {path.stem for path in tmp_path.glob("*.png")} == {
         f"{kind}-blood" for kind in ("forest", "auroc", "calibration", "families")
     }
@@ -402,7 +406,7 @@ def test_the_report_writes_tables_and_pictures(
     arms += ["transient, apart 0.3", "persistent, together 0.3"]
     drawn = write_results(tmp_path / "runs", arms)
     out = tmp_path / "out"
-    report(monkeypatch, "report", "--runs", str(tmp_path / "runs"), "--out", str(out))
+    report(monkeypatch, "report", "--runs", str(tmp_path / "runs"), *into(out))
     pictures = {path.name for path in out.glob("*.png")}
     assert pictures == {"dial.png"} | {
         f"{kind}-{name}.png"
