@@ -35,6 +35,7 @@ from studies.common.exams import Exam, answers, make_exam, scored
 from studies.common.freezing import check_frozen, freeze
 from studies.common.images import Images, Normalised, load_images
 from studies.common.laboratories import in_laboratories, read_laboratories
+from studies.common.mechanism import mechanism
 from studies.common.records import add_runs, name_of, read_runs
 from studies.common.running import make_accelerator, one_line_if_out_of_memory
 from studies.common.sweeping import sweep
@@ -126,12 +127,15 @@ def measured(
     data: Images,
     normalise: Normalised,
 ) -> dict[str, Any]:
-    """Returns the scores, what each test image contributed to them, and keeps the logits."""
+    """Returns scores, contributions of the test images and the mechanism; keeps the logits."""
     logits, exam = answers(network, exams, normalise), exams["test"]
     path = options.out / "logits" / f"{name_of(run.to_dict())}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, **{k: x.half().numpy() for k, x in logits["test"].items()})
     found = scored(logits, exams, data.task)
+    part = exams["validation"]
+    pair = (part.pixels[name] for name in ("clean", "gaussian_noise/3"))
+    found["mechanism"] = mechanism(network, *(normalise(pixels) for pixels in pair))
     found["contributions"] = contributions(logits["test"], exam.labels, exam.weights, data.task)
     if options.command == "confirm" and run.dataset == "bloodmnist":
         laboratories = read_laboratories(options.laboratories, run.size)
