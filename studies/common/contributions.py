@@ -44,7 +44,11 @@ def of_auroc(logits: Tensor, labels: Tensor, weights: Tensor, task: str) -> np.n
 
 
 def _placements(score: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Returns contributions (N,) that sum to the weighted AUROC, half from either side."""
+    """Returns contributions (N,) that sum to the weighted AUROC.
+
+    Each is the share of the other side that the image is placed right against. Both sides say the
+    whole AUROC, so half of it is taken from each, evenly: a constant, which no draw changes.
+    """
     order = rankdata(score, method="dense") - 1
     below = {}
     for side in (True, False):
@@ -52,7 +56,8 @@ def _placements(score: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np
         below[side] = (np.cumsum(held) - held / 2) / held.sum()
     placed = np.where(truth, below[False][order], 1 - below[True][order])
     share = np.where(truth, weights / weights[truth].sum(), weights / weights[~truth].sum())
-    return placed * share / 2
+    area = float((placed * share)[truth].sum())
+    return (placed - area / 2) * share
 
 
 def of_balanced_accuracy(logits: Tensor, labels: Tensor, weights: Tensor, task: str) -> np.ndarray:
@@ -101,14 +106,17 @@ def contributions(
 
 
 def pack(values: np.ndarray) -> str:
-    """Returns an array as text: float16 of N times the values, in base64."""
-    return base64.b64encode((values * len(values)).astype("<f2").tobytes()).decode()
+    """Returns an array as base64: its least value and a step in float64, then steps in 16 bits."""
+    low, step = float(values.min()), max(float(np.ptp(values)) / 65535, 1e-30)
+    steps = np.round((values - low) / step).astype("<u2")
+    return base64.b64encode(np.array([low, step], "<f8").tobytes() + steps.tobytes()).decode()
 
 
 def unpack(text: str) -> np.ndarray:
-    """Returns the contributions (N,) that ``pack`` wrote, to three digits each."""
-    values = np.frombuffer(base64.b64decode(text), "<f2").astype(float)
-    return values / len(values)
+    """Returns the contributions (N,) that ``pack`` wrote."""
+    content = base64.b64decode(text)
+    low, step = np.frombuffer(content[:16], "<f8")
+    return low + step * np.frombuffer(content[16:], "<u2")
 
 
 def classes_of(found: Mapping[str, Mapping[str, str]]) -> np.ndarray:

@@ -1,0 +1,229 @@
+"""The differences of the third study: per cell, pooled over data sets, in other laboratories."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from studies.common.contributions import classes_of, unpack
+from studies.common.exams import by_family
+from studies.common.statistics import (
+    Effect,
+    Pooled,
+    equivalence,
+    holm,
+    leave_one_out,
+    over_seeds,
+    over_seeds_and_images,
+    random_effects,
+)
+
+from .arms import FIRST_CONFIRMING_SEED, LITE0, Cell
+
+Result = Mapping[str, Any]
+Arms = dict[str, dict[int, Result]]  # arm -> seed -> result
+MEASURES = {"AUROC": "auroc", "balanced accuracy": "balanced_error", "calibration error": "ece"}
+BASELINES = ("plain", "channel noise", "channel dropout")
+MARGIN = 0.02  # of clean balanced accuracy
+PRIMARY = (  # arm, baseline, augmentation, of the AUROC under corruption
+    ("merging per image", "plain", "flips"),
+    ("merging per image", "channel noise", "flips"),
+    ("merging per image", "plain", "trivial"),
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that may be compared: one cell, one length and rate, of the choice or confirmation."""
+
+    cell: Cell
+    steps: int
+    lr: float
+    confirming: bool
+
+    def __str__(self) -> str:
+        kind = "confirmation" if self.confirming else "choice"
+        return f"{self.cell.dataset}, {self.cell.images or 'all'} images, {kind}"
+
+
+def grouped(runs: Iterable[Result]) -> dict[Group, Arms]:
+    """Groups runs by what must agree for a comparison.
+
+    Raises:
+        SystemExit: If a group holds two runs of an arm and seed.
+    """
+    groups: dict[Group, Arms] = defaultdict(lambda: defaultdict(dict))
+    for result in runs:
+        run = result["run"]
+        cell = Cell(run["dataset"], run["train_images"], run["augmentation"], run["arch"])
+        confirming = run["seed"] >= FIRST_CONFIRMING_SEED
+        seeds = groups[Group(cell, run["steps"], run["lr"], confirming)][run["arm"]]
+        if run["seed"] in seeds:
+            raise SystemExit(f"{cell}: a second run of {run['arm']!r}, seed {run['seed']}")
+        seeds[run["seed"]] = result
+    return groups
+
+
+def score(result: Result, part: str, measure: str, images: str) -> float:
+    """Returns a measure of one run; ``images`` is clean, corrupted or a family."""
+    value = by_family(result[part], MEASURES[measure])[images]
+    return 1 - value if measure == "balanced accuracy" else value
+
+
+def effect(arms: Arms, arm: str, baseline: str, measure: str, images: str) -> Effect | None:
+    """Returns arm minus baseline on the test part; None with fewer than two pairs.
+
+    The interval counts test images where their contributions are kept.
+    """
+    seeds = sorted(set(arms.get(arm, {})) & set(arms.get(baseline, {})))
+    if len(seeds) < 2:
+        return None
+    pairs = [(arms[arm][seed], arms[baseline][seed]) for seed in seeds]
+    if images in pairs[0][0]["contributions"].get(measure, {}):
+        return over_seeds_and_images(*_by_image(pairs, measure, images, ("contributions",)))
+    return over_seeds(
+        [score(a, "test", measure, images) - score(b, "test", measure, images) for a, b in pairs]
+    )
+
+
+def _by_image(
+    pairs: Iterable[tuple[Result, Result]], measure: str, images: str, path: tuple[str, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the contributions (pairs, images) to the difference, and the classes."""
+    found = [(at(a, path), at(b, path)) for a, b in pairs]
+    rows = [unpack(a[measure][images]) - unpack(b[measure][images]) for a, b in found]
+    return np.stack(rows), classes_of(found[0][0])
+
+
+def at(result: Any, path: tuple[str, ...]) -> Any:
+    """Returns what stands in a result under these keys, one inside the other."""
+    for key in path:
+        result = result[key]
+    return result
+
+
+def differences(groups: Mapping[Group, Arms]) -> list[dict[str, Any]]:
+    """Returns a row for each group, arm, baseline and measure with two pairs or more."""
+    rows = []
+    for group, arms in groups.items():
+        head = vars(group.cell) | {"steps": group.steps, "lr": group.lr}
+        head |= {"confirmation": group.confirming}
+        for baseline in BASELINES:
+            for arm in arms:
+                for measure in MEASURES if arm != baseline else ():
+                    for images in ("clean", "corrupted"):
+                        one = effect(arms, arm, baseline, measure, images)
+                        if one:
+                            rows.append(
+                                head
+                                | {"arm": arm, "baseline": baseline, "measure": measure}
+                                | {"tested_on": images, "pairs": one.pairs, "mean": one.mean}
+                                | {"low": one.low, "high": one.high}
+                            )
+    return rows
+
+
+# -- the confirmation ------------------------------------------------------------------------------
+
+
+def by_data_set(
+    groups: Mapping[Group, Arms],
+    arm: str,
+    baseline: str,
+    augmentation: str,
+    measure: str,
+    images: str,
+    arch: str = LITE0,
+) -> dict[str, Effect]:
+    """Returns data set -> effect of the confirming cells; BloodMNIST, chosen on, is left out."""
+    found = {}
+    for group, arms in groups.items():
+        cell = group.cell
+        if group.confirming and (cell.augmentation, cell.arch) == (augmentation, arch):
+            one = effect(arms, arm, baseline, measure, images)
+            if one and cell.dataset != "bloodmnist":
+                found[cell.dataset.removesuffix("mnist").capitalize()] = one
+    return found
+
+
+def _row(one: Pooled) -> dict[str, Any]:
+    kept = ("mean", "low", "high", "wide_low", "wide_high", "p", "i2")
+    return {name: getattr(one, name) for name in kept}
+
+
+def pooled(groups: Mapping[Group, Arms]) -> list[dict[str, Any]]:
+    """Returns pooled comparisons of the confirmation, with Holm's p for the primary family.
+
+    A row needs two data sets; "no loss" is the equivalence test of clean balanced accuracy.
+    """
+    rows: list[dict[str, Any]] = []
+    augmentations = sorted({g.cell.augmentation for g in groups if g.confirming})
+    names = sorted({arm for g, arms in groups.items() if g.confirming for arm in arms})
+    for augmentation in augmentations:
+        for baseline in BASELINES:
+            for arm in names:
+                for measure in MEASURES if arm != baseline else ():
+                    for images in ("clean", "corrupted"):
+                        found = by_data_set(groups, arm, baseline, augmentation, measure, images)
+                        if len(found) < 2:
+                            continue
+                        one = random_effects(list(found.values()))
+                        head = {"arm": arm, "baseline": baseline, "augmentation": augmentation}
+                        head |= {"measure": measure, "tested_on": images}
+                        row = head | {"data": ", ".join(found)} | _row(one)
+                        if (measure, images) == ("balanced accuracy", "clean"):
+                            level = equivalence(one, MARGIN)
+                            row |= {"p_level": level["p"], "p_loss": level["loss"]}
+                        rows.append(row)
+                        if len(found) > 2:
+                            rows += [
+                                head | {"data": f"without {name}"} | _row(other)
+                                for name, other in leave_one_out(found).items()
+                            ]
+    family = {
+        index: row["p"]
+        for index, row in enumerate(rows)
+        if (row["arm"], row["baseline"], row["augmentation"]) in PRIMARY
+        and (row["measure"], row["tested_on"]) == ("AUROC", "corrupted")
+        and not row["data"].startswith("without")
+    }
+    if family:
+        adjusted = holm({str(index): p for index, p in family.items()})
+        for index in family:
+            rows[index]["p_holm"] = adjusted[str(index)]
+    return rows
+
+
+def laboratories(groups: Mapping[Group, Arms]) -> list[dict[str, Any]]:
+    """Returns a row for each arm, laboratory and way: mean score, and difference from plain."""
+    rows = []
+    for group, arms in groups.items():
+        for arm, done in arms.items():
+            held = {seed: run for seed, run in done.items() if "laboratories" in run}
+            for name in next(iter(held.values()))["laboratories"] if held else ():
+                for way in ("as trained", "adapted"):
+                    for measure in ("balanced accuracy", "AUROC"):
+                        path = ("laboratories", name, way, "contributions")
+                        rows.append(
+                            vars(group.cell)
+                            | {"arm": arm, "laboratory": name, "way": way, "measure": measure}
+                            | _in_laboratory(arms, arm, held, path, measure)
+                        )
+    return rows
+
+
+def _in_laboratory(
+    arms: Arms, arm: str, held: Mapping[int, Result], path: tuple[str, ...], measure: str
+) -> dict[str, Any]:
+    totals = [unpack(at(run, path)[measure]["clean"]).sum() for run in held.values()]
+    found: dict[str, Any] = {"runs": len(totals), "mean": float(np.mean(totals))}
+    seeds = sorted(set(held) & set(arms.get("plain", {})))
+    if arm != "plain" and len(seeds) > 1:
+        pairs = [(held[seed], arms["plain"][seed]) for seed in seeds]
+        one = over_seeds_and_images(*_by_image(pairs, measure, "clean", path))
+        found |= {"difference": one.mean, "low": one.low, "high": one.high, "pairs": one.pairs}
+    return found

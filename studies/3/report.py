@@ -1,0 +1,265 @@
+"""Tables and pictures of the third study's runs.
+
+    python -m studies.3.report                                  # differences.csv and others
+    python -m studies.3.report --pictures docs/images/study3
+
+``differences.csv``: every cell, arm minus plain, channel noise and channel dropout. ``pooled.csv``:
+the confirmation over its data sets, with the primary family. ``laboratories.csv``: the other
+laboratories. Pictures: ``forest.png`` (each data set of the confirmation, and pooled), ``map.png``
+(augmentation x images, plain and merging per image), ``mechanism.png``. What has no runs yet is not
+written.
+
+Hardware and time: a minute on a CPU. Expected: README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean
+
+import matplotlib
+import pandas
+
+from studies.common.forest import Mark, draw_forest
+from studies.common.records import read_runs
+from studies.common.statistics import random_effects
+
+from .analysis import Arms, Group, by_data_set, differences, grouped, laboratories, pooled, score
+from .arms import ARMS, IMAGES, LITE0, TRAINING
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+RUNS = HERE / "runs.jsonl.gz"
+AUGMENTATIONS = {  # as the runs name them -> in words
+    "none": "none",
+    "flips": "flips",
+    "noise and blur": "flips, noise, blur",
+    "trivial": "TrivialAugment",
+    "augmix": "AugMix",
+    "trivial and jitter": "TrivialAugment, colour jitter",
+}
+DATA = {"bloodmnist": "blood cells", "dermamnist": "skin lesions"}
+COLOURS = {
+    "merging": "#0072B2",
+    "other disturbances for each image": "#009E73",
+    "other methods": "#555555",
+}
+MARKERS = "osD^v"
+BETTER = "← worse      better →"
+
+
+def group_of(arm: str) -> str:
+    """What kind of method an arm is."""
+    if arm.startswith("merging"):
+        return "merging"
+    each = ("channel noise", "channel dropout", "random erasing")
+    return "other disturbances for each image" if arm in each else "other methods"
+
+
+def write_tables(groups: Mapping[Group, Arms], out: Path) -> None:
+    """Writes differences.csv, pooled.csv and laboratories.csv, those that have rows."""
+    tables = {"differences": differences, "pooled": pooled, "laboratories": laboratories}
+    for name, table in tables.items():
+        rows = table(groups)
+        if rows:
+            path = out / f"{name}.csv"
+            pandas.DataFrame(rows).to_csv(path, index=False, float_format="%.5f")
+            print(f"Written: {path}, {len(rows)} rows")
+
+
+# -- pictures --------------------------------------------------------------------------------------
+
+
+def draw_confirmation(groups: Mapping[Group, Arms], augmentation: str, path: Path) -> bool:
+    """A forest plot of the confirmation: every data set with its interval, and pooled."""
+    columns = {"AUROC": "AUROC, corrupted images", "balanced accuracy": "balanced accuracy, clean"}
+    cells, names = {}, []
+    for measure, images in (("AUROC", "corrupted"), ("balanced accuracy", "clean")):
+        for arm in ARMS:
+            found = by_data_set(groups, arm, "plain", augmentation, measure, images)
+            if arm == "plain" or not found:
+                continue
+            for name, one in found.items():
+                names += [name] if name not in names else []
+                cells[arm, columns[measure], name] = (one.mean, one.low, one.high)
+            if len(found) > 1:
+                one = random_effects(list(found.values()))
+                cells[arm, columns[measure], "pooled"] = (one.mean, one.low, one.high)
+    if not cells:
+        return False
+    arms = dict.fromkeys(arm for arm, _, _ in cells)
+    step = 0.7 / (len(names) + 1)
+    marks = [Mark("pooled", "o", below=-0.35)]
+    marks += [
+        Mark(name, MARKERS[1 + place], filled=False, size=4, below=-0.35 + step * (place + 1))
+        for place, name in enumerate(names)
+    ]
+    draw_forest(
+        {arm: group_of(arm) for arm in arms},
+        list(columns.values()),
+        marks,
+        cells,
+        COLOURS,
+        title=f"Minus plain training, augmented by {AUGMENTATIONS[augmentation]}; 95% intervals",
+        axis_label=f"minus plain training\n{BETTER}",
+        path=path,
+    )
+    return True
+
+
+def draw_choice(groups: Mapping[Group, Arms], path: Path) -> bool:
+    """A forest plot of the arms on the data of the choice: a row for each arm and cell."""
+    columns = {
+        "AUROC, corrupted images": ("AUROC", "corrupted"),
+        "balanced accuracy, clean": ("balanced accuracy", "clean"),
+    }
+    cells, rows = {}, {}
+    for row in differences(groups):
+        place = (row["measure"], row["tested_on"])
+        if row["baseline"] != "plain" or row["confirmation"] or place not in columns.values():
+            continue
+        if row["arch"] != LITE0:
+            continue
+        name = (
+            f"{row['arm']} ({DATA[row['dataset']]}, {row['images']} images,\n"
+            f"{AUGMENTATIONS[row['augmentation']]}, {row['pairs']} pairs)"
+        )
+        rows[name] = group_of(row["arm"])
+        column = next(title for title, key in columns.items() if key == place)
+        cells[name, column, "difference"] = (row["mean"], row["low"], row["high"])
+    if not rows:
+        return False
+    draw_forest(
+        rows,
+        list(columns),
+        [Mark("difference")],
+        cells,
+        COLOURS,
+        title="Paired differences from plain training on the data of the choice; 95% intervals",
+        axis_label=f"minus plain training\n{BETTER}",
+        path=path,
+    )
+    return True
+
+
+def draw_map(groups: Mapping[Group, Arms], path: Path) -> bool:
+    """AUROC under corruption by augmentation and images, plain and merging per image."""
+    looks = {"plain": ("0.35", "o", "plain"), "merging per image": ("#0072B2", "s", "merging")}
+    held = [g for g in groups if not g.confirming and g.cell.arch == LITE0 and g.cell.images]
+    if not held:
+        return False
+    figure, axes = plt.subplots(
+        *(len(DATA), len(IMAGES)),
+        figsize=(7.6, 6.2),
+        sharex="row",
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
+    names = list(AUGMENTATIONS)
+    for line, dataset in zip(axes, DATA, strict=True):
+        for axis, images in zip(line, IMAGES, strict=True):
+            for group in held:
+                cell = group.cell
+                lengths = TRAINING[cell.augmentation]
+                if (cell.dataset, cell.images, group.steps) != (dataset, images, lengths.steps):
+                    continue
+                for arm, (colour, marker, _) in looks.items():
+                    runs = groups[group].get(arm, {}).values()
+                    values = [score(run, "test", "AUROC", "corrupted") for run in runs]
+                    place = names.index(cell.augmentation) + (0.18 if arm == "plain" else -0.18)
+                    axis.plot(values, [place] * len(values), marker, color=colour, ms=3, alpha=0.5)
+                    if values:
+                        axis.plot(mean(values), place, marker, color=colour, ms=7)
+            axis.set_title(f"{DATA[dataset]}, {images} images", fontsize=9)
+            axis.grid(color="0.9", linewidth=0.6)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.tick_params(labelsize=8)
+            if not axis.has_data():
+                axis.text(
+                    0.5, 0.5, "no runs yet", transform=axis.transAxes, ha="center", color="0.5"
+                )
+    axes[0, 0].set_yticks(range(len(names)), list(AUGMENTATIONS.values()))
+    axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
+    for axis in axes[-1]:
+        axis.set_xlabel("AUROC under corruption", fontsize=8.5)
+    handles = [
+        plt.Line2D([], [], color=colour, marker=marker, ls="", label=label)
+        for colour, marker, label in looks.values()
+    ]
+    handles.append(plt.Line2D([], [], color="0.6", marker="o", ls="", ms=3, label="single runs"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+    figure.suptitle("Beside which augmentation does merging per image help?", fontsize=10)
+    figure.savefig(path, dpi=200, facecolor="white")
+    plt.close(figure)
+    return True
+
+
+def draw_mechanism(groups: Mapping[Group, Arms], path: Path) -> bool:
+    """What a network is like inside against its AUROC under corruption, a mark for each run."""
+    panels = {
+        "moved_by_mixing": "probability moved by mixing\nthe channels of the trained network",
+        "channel_correlation": "mean correlation of the channels\nof the last features",
+        "cka_under_noise": "similarity of features with\nand without noise (CKA)",
+    }
+    points = [
+        (arm, run["mechanism"], score(run, "test", "AUROC", "corrupted"))
+        for group, arms in groups.items()
+        if (group.cell.dataset, group.cell.arch) == ("bloodmnist", LITE0) and not group.confirming
+        for arm, done in arms.items()
+        for run in done.values()
+        if "mechanism" in run
+    ]
+    if not points:
+        return False
+    figure, axes = plt.subplots(1, 3, figsize=(7.6, 3.4), sharey=True, layout="constrained")
+    colours = dict(zip(ARMS, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    for axis, (key, label) in zip(axes, panels.items(), strict=True):
+        for arm in dict.fromkeys(arm for arm, _, _ in points):
+            own = [(found[key], area) for name, found, area in points if name == arm]
+            axis.plot(*zip(*own, strict=True), "o", color=colours[arm], ms=5, label=arm)
+        axis.set_xlabel(label, fontsize=8.5)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("AUROC under corruption", fontsize=8.5)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
+    figure.suptitle("Blood cells: what a network is like inside, and its robustness", fontsize=10)
+    figure.savefig(path, dpi=200, facecolor="white")
+    plt.close(figure)
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=Path, default=RUNS, help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=HERE, help="(default: the study's folder)")
+    parser.add_argument("--pictures", type=Path, help="where the PNG files go (default: none)")
+    options = parser.parse_args()
+    runs = read_runs(options.runs)
+    if not runs:
+        raise SystemExit(f"{options.runs} holds no runs: python -m studies.3.run, then collect")
+    groups = grouped(runs)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_tables(groups, options.out)
+    if not options.pictures:
+        return
+    options.pictures.mkdir(parents=True, exist_ok=True)
+    drawn = {
+        f"forest-{a}": draw_confirmation(groups, a, options.pictures / f"forest-{a}.png")
+        for a in ("flips", "trivial")
+    }
+    for name, draw in (("choice", draw_choice), ("map", draw_map), ("mechanism", draw_mechanism)):
+        drawn[name] = draw(groups, options.pictures / f"{name}.png")
+    for name, done in drawn.items():
+        print(f"{name}: {'drawn' if done else 'no runs yet'}")
+
+
+if __name__ == "__main__":
+    main()

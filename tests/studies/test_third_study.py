@@ -1,0 +1,334 @@
+"""The third study: its disturbances, other laboratories, and its runs and report."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from studies.common import channels, chest, laboratories, mechanism, networks, training
+from studies.common.augmentation import AUGMENTATIONS
+from studies.common.contributions import contributions
+from studies.common.exams import FAMILIES, METRICS
+from studies.common.images import Normalised, load_digits
+from studies.common.methods import Training
+from studies.common.records import read_runs, write_runs
+
+arms, run, analysis, report = (
+    importlib.import_module(f"studies.3.{name}") for name in ("arms", "run", "analysis", "report")
+)
+
+
+class Small(nn.Module):
+    """Two convolutions with a depthwise one between them, and a 1x1 classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 1, bias=False)
+        self.middle = nn.Conv2d(8, 8, 3, groups=8)
+        self.last = nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.last(self.middle(self.first(x))).mean((2, 3)))
+
+
+# -- disturbances ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """plan_merging for Small, whose input it cannot know."""
+    own = channels.plan_merging
+    example = torch.zeros(1, 3, 8, 8)
+    monkeypatch.setattr(channels, "plan_merging", lambda n, **s: own(n, example_input=example, **s))
+
+
+def started(method: Any, network: nn.Module) -> Any:
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    return method.follow(Training(network, network, optimizer, 1, 10, 0.1, 0))
+
+
+def outputs(network: Small, inputs: torch.Tensor) -> torch.Tensor:
+    """Of the first convolution, with its hooks."""
+    return network.first(inputs).detach()
+
+
+@pytest.mark.usefixtures("plan")
+def test_noise_multiplies_channels_of_each_image_and_fades() -> None:
+    network, inputs = Small(), torch.rand(400, 3, 4, 4) + 0.1
+    plain = outputs(network, inputs)
+    follower = started(channels.ChannelNoise(0.3), network)
+    assert {id(layer) for layer in channels.convolutions(network)} == {
+        id(network.first), id(network.last),
+    }  # fmt: skip
+    factors = outputs(network, inputs) / plain
+    spread = factors.amax((2, 3)) - factors.amin((2, 3))
+    assert float(spread.max()) < 1e-3  # one factor for each image and channel
+    z = (factors.mean((2, 3)) - 1) / 0.3
+    assert abs(float(z.mean())) < 0.06 and float(z.std()) == pytest.approx(1, abs=0.05)
+    network.eval()
+    assert torch.equal(outputs(network, inputs), plain)
+    network.train()
+    follower.after_step(9)  # the last of ten
+    torch.testing.assert_close(outputs(network, inputs), plain)
+    follower.after_step(-1)
+    follower.finish(network, list)
+    assert torch.equal(outputs(network, inputs), plain)
+
+
+@pytest.mark.usefixtures("plan")
+def test_dropout_zeroes_channels_of_each_image_and_keeps_the_mean() -> None:
+    network, inputs = Small(), torch.rand(500, 3, 4, 4) + 0.1
+    plain = outputs(network, inputs)
+    started(channels.ChannelDropout(0.1), network)
+    found = outputs(network, inputs)
+    gone = (found == 0).flatten(2).all(2)
+    assert float(gone.float().mean()) == pytest.approx(0.1, abs=0.02)
+    kept = ~gone[:, :, None, None].expand_as(found)
+    torch.testing.assert_close(found[kept], plain[kept] / 0.9)
+
+
+def test_erasing_fills_a_rectangle_of_half_of_the_images() -> None:
+    inputs = torch.full((400, 3, 32, 32), 7.0)
+    generator = torch.Generator().manual_seed(0)
+    found, targets = channels.RandomErasing(0.5).batch(inputs, torch.arange(400), 4, generator)
+    changed = (found != inputs).any(1)
+    share = changed.float().mean((1, 2))
+    assert float((share > 0).float().mean()) == pytest.approx(0.5, abs=0.08)
+    erased = share[share > 0]
+    assert 0.01 < float(erased.min()) and float(erased.max()) < 0.36
+    for mask in changed[share > 0][:20]:
+        rows, columns = mask.any(1), mask.any(0)
+        assert int(mask.sum()) == int(rows.sum() * columns.sum())  # one rectangle
+    assert torch.equal(inputs, torch.full_like(inputs, 7.0)) and len(targets) == 400
+
+
+@pytest.mark.parametrize("name", list(arms.TRAINING))
+def test_the_augmentations_depend_on_their_generator_alone(name: str) -> None:
+    pixels = load_digits().parts["train"][0][:8].expand(-1, 3, -1, -1)
+    found = []
+    for noise in (0, 1):
+        torch.manual_seed(noise)
+        found.append(AUGMENTATIONS[name](pixels, torch.Generator().manual_seed(5)))
+    assert torch.equal(*found) and found[0].dtype == torch.uint8
+    assert torch.equal(found[0], pixels) is (name == "none")
+
+
+# -- networks, laboratories, mechanism -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("package", list(networks.PACKAGES))
+def test_each_package_is_matched_by_place(package: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    stored = timm.create_model(networks.PACKAGES[package], num_classes=1000).state_dict()
+    path = tmp_path / "weights.pth"
+    torch.save({f"other.{n}": value for n, value in enumerate(stored.values())}, path)
+    own = networks.pretrained_network(package, 7, path).state_dict()
+    for (name, value), given in zip(own.items(), stored.values(), strict=True):
+        assert name.startswith("classifier") or torch.equal(value, given), name
+
+
+def test_adapting_is_the_formula_and_leaves_the_network() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network[0].running_mean.fill_(2.0)
+    images = torch.randn(48, 3, 4, 4)
+    found = laboratories.adapted(network.eval(), [images], 16)
+    mean = (16 * 2.0 + 48 * images.mean((0, 2, 3))) / 64
+    torch.testing.assert_close(found[0].running_mean, mean)
+    assert network[0].running_mean.tolist() == [2.0] * 3 and not network.training
+
+
+def test_laboratories_are_scored_on_their_classes_before_and_after(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    path, content = tmp_path / "labs.npz", {}
+    for images, labels in laboratories.LABORATORIES.values():
+        content[images] = generator.integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
+        content[labels] = np.array([0, 1, 4, 5, 6] * 8)[:, None]
+    np.savez(path, **content)
+    found = laboratories.read_laboratories(path, 64)
+    assert found["Jiangxi"].labels.tolist() == [0, 1, 2, 3] * 8
+    assert found["Jiangxi"].pixels.shape == (40, 3, 64, 64)
+    digits = load_digits(64).in_colour()
+    network = timm.create_model("test_resnet", num_classes=8).eval()
+    scores = laboratories.in_laboratories(network, found, Normalised(digits, torch.device("cpu")))
+    for name in laboratories.LABORATORIES:
+        assert scores[name]["as trained"] != scores[name]["adapted"]
+        assert 0 <= scores[name]["adapted"]["balanced_error"] <= 1
+    assert json.loads(json.dumps(scores)) == scores
+    with pytest.raises(SystemExit, match="is missing: it holds the cells"):
+        laboratories.read_laboratories(tmp_path / "none.npz", 64)
+
+
+def test_similarity_of_features_is_one_after_a_rotation_and_low_for_noise() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(200, 6)
+    rotation = torch.linalg.qr(torch.randn(6, 6)).Q
+    assert mechanism.linear_cka(features, 3 * features @ rotation + 1) == pytest.approx(1)
+    assert mechanism.linear_cka(features, torch.randn(200, 6)) < 0.2
+    twins = features[:, :1].repeat(1, 3) * torch.tensor([1.0, -2.0, 0.5])
+    assert mechanism.channel_correlation(twins) == pytest.approx(1)
+    network = timm.create_model("test_resnet", num_classes=4)
+    found = mechanism.mechanism(network, torch.randn(8, 3, 32, 32), torch.randn(8, 3, 32, 32))
+    assert found["moved_by_mixing"] > 0 and network.training  # as it was
+
+
+def test_chest_x_rays_are_split_by_patient(tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    names = [f"{patient:08d}_{visit:03d}.png" for patient in range(40) for visit in range(2)]
+    lines = ["Image Index,Finding Labels,Patient ID"]
+    for place, name in enumerate(names):
+        Image.new("L", (90, 80), place).save(tmp_path / "images" / name)
+        lines.append(f"{name},{'Mass|Nodule' if place % 2 else 'No Finding'},{place // 2}")
+    (tmp_path / "Data_Entry_2017_v2020.csv").write_text("\n".join(lines))
+    (tmp_path / "train_val_list.txt").write_text("\n".join(names[:60]))
+    (tmp_path / "test_list.txt").write_text("\n".join(names[60:]))
+    data = chest.load_chest(tmp_path, 32)
+    sizes = {part: len(labels) for part, (_, labels) in data.parts.items()}
+    assert sizes["test"] == 20 and sizes["train"] + sizes["val"] == 60 and sizes["val"] % 2 == 0
+    pixels, labels = data.parts["test"]
+    assert pixels.shape == (20, 1, 32, 32) and pixels[:, 0, 16, 16].tolist() == [*range(60, 80)]
+    assert labels.sum(1).tolist() == [0.0, 2.0] * 10
+    (tmp_path / "images" / names[0]).unlink()
+    with pytest.raises(SystemExit, match="listed but not found"):
+        chest.load_chest(tmp_path, 32)
+
+
+# -- runs and report -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The study on digits with a tiny network; returns the folder of its files."""
+    monkeypatch.setattr(run, "load", lambda *_: load_digits().in_colour())
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs.jsonl.gz")
+    monkeypatch.setattr(run, "FROZEN", tmp_path / "frozen.json")
+    monkeypatch.setitem(arms.NETWORKS, "test_resnet", "")
+    for name in arms.TRAINING:
+        monkeypatch.setitem(arms.TRAINING, name, arms.Length(4))
+    return tmp_path
+
+
+def carry_out(folder: Path, *arguments: str) -> None:
+    run.main(run.parse([*arguments, "--out", str(folder / "raw"), "--archs", "test_resnet"]))
+
+
+def test_the_command_carries_out_what_is_missing(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["arms", "--arms", "plain", "channel noise", "EMA", "--augmentations", "flips"]
+    command += ["--images", "64", "--seeds", "1"]
+    carry_out(small, *command)
+    assert capsys.readouterr().out.count("accuracy") == 3
+    carry_out(small, *command)
+    carry_out(small, "collect")
+    for path in (small / "raw").glob("*.json"):
+        path.unlink()
+    carry_out(small, *command)  # they are in runs.jsonl.gz
+    said = capsys.readouterr().out
+    assert "accuracy" not in said and "3 new runs" in said
+    (first, *_) = read_runs(small / "runs.jsonl.gz")
+    assert first["run"]["steps"] == 4 and first["training_passes"] == 2  # two steps an epoch
+    assert set(first["mechanism"]) == {"moved_by_mixing", "channel_correlation", "cka_under_noise"}
+    assert len(list((small / "raw" / "logits").glob("*.npz"))) == 3
+    with np.load(next((small / "raw" / "logits").glob("*.npz"))) as logits:
+        assert len(logits.files) == 11 and logits["clean"].dtype == np.float16
+
+
+def test_nothing_is_confirmed_before_it_is_frozen(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match="is missing: write it with freeze"):
+        carry_out(small, "confirm")
+    carry_out(small, "freeze")
+    run.check_frozen(run.frozen_content(), small / "frozen.json")
+    monkeypatch.setitem(arms.TRAINING, "flips", arms.Length(5))
+    with pytest.raises(SystemExit, match=r"the training \['flips'\] are not what"):
+        carry_out(small, "confirm")
+
+
+def test_every_arm_trains(small: Path) -> None:
+    data = load_digits(64).in_colour()
+    for arm in arms.ARMS:
+        one = arms.run_of(arms.Cell("digits", 64, "flips", "test_resnet"), arm, 0)
+        network, seen = training.train_run(
+            one, training.training_part(one, data), Accelerator(cpu=True)
+        )
+        assert seen["passes"] == 2 and all(torch.isfinite(p).all() for p in network.parameters())
+        if arm.startswith("merging"):
+            assert seen["merging"]["merged"] > 0, arm
+
+
+def made_up(gains: dict[str, float], seeds: int = 5) -> list[dict[str, Any]]:
+    """Results of a confirmation on three data sets, with logits that are better by a gain."""
+    found = []
+    names = [name for family in FAMILIES.values() for name in family]
+    for dataset, images in (("pneumoniamnist", 600), ("breastmnist", 0), ("chest", 0)):
+        for arm, gain in gains.items():
+            for seed in range(1000, 1000 + seeds):
+                generator = torch.Generator().manual_seed(seed)
+                labels = torch.arange(60) % 2
+                noise = torch.randn(60, 2, generator=generator)
+                right = torch.nn.functional.one_hot(labels, 2)
+                more = 0.01 * torch.randn(60, 2, generator=generator) * len(arm)
+                conditions = {"clean": noise + right + more}
+                conditions |= {f"{name}/3": noise + (0.5 + gain) * right for name in names}
+                row = dict.fromkeys(METRICS, 0.2)
+                one = arms.run_of(arms.Cell(dataset, images, "flips"), arm, seed).to_dict()
+                packed = contributions(conditions, labels, torch.ones(60), "multiclass")
+                found.append(
+                    {
+                        "run": one,
+                        "test": dict.fromkeys(conditions, row),
+                        "contributions": packed,
+                        "mechanism": {"moved_by_mixing": gain},
+                    }
+                )
+    return found
+
+
+def test_the_report_pools_what_was_confirmed(tmp_path: Path, monkeypatch: Any) -> None:
+    path = tmp_path / "runs.jsonl.gz"
+    gains = {"plain": 0.0, "merging per image": 1.0, "channel noise": 0.9}
+    write_runs(path, made_up(gains))
+    command = ["report.py", "--runs", str(path), "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [*command, "--pictures", str(tmp_path)])
+    report.main()
+    with open(tmp_path / "pooled.csv", newline="") as file:
+        rows = {
+            (r["arm"], r["baseline"], r["measure"], r["tested_on"]): r
+            for r in csv.DictReader(file)
+            if not r["data"].startswith("without")
+        }
+    gain = rows["merging per image", "plain", "AUROC", "corrupted"]
+    assert float(gain["mean"]) > 0.1 and float(gain["low"]) > 0
+    control = rows["merging per image", "channel noise", "AUROC", "corrupted"]
+    assert 0 < float(control["mean"]) < 0.3 * float(gain["mean"])
+    # Two members of the primary family are there: Holm doubles the smaller p.
+    smaller = min(float(gain["p"]), float(control["p"]))
+    held = gain if float(gain["p"]) == smaller else control
+    assert float(held["p_holm"]) == pytest.approx(2 * smaller, abs=1e-4)
+    assert not rows["channel noise", "plain", "AUROC", "corrupted"]["p_holm"]
+    level = rows["merging per image", "plain", "balanced accuracy", "clean"]
+    assert abs(float(level["mean"])) < 0.02 and level["p_level"] and level["p_loss"]
+    assert (tmp_path / "forest-flips.png").stat().st_size > 10_000
+    assert not (tmp_path / "forest-trivial.png").exists()
+    assert not (tmp_path / "laboratories.csv").exists()
+
+
+def test_two_runs_of_a_seed_are_refused() -> None:
+    runs = made_up({"plain": 0.0}, seeds=1)
+    with pytest.raises(SystemExit, match="a second run of 'plain', seed 1000"):
+        analysis.grouped([*runs, runs[0]])
