@@ -19,6 +19,9 @@ from statsmodels.stats.meta_analysis import combine_effects
 from statsmodels.stats.multitest import multipletests
 
 
+TINY = 1e-24  # in the place of 0, where every pair differs by the same
+
+
 @dataclass(frozen=True)
 class Effect:
     """A mean difference of one data set with its squared standard error and 95% interval."""
@@ -112,13 +115,13 @@ def random_effects(effects: Sequence[Effect]) -> Pooled:
     if len(effects) < 2:
         raise ValueError(f"random effects need two data sets or more, got {len(effects)}")
     means = np.array([effect.mean for effect in effects])
-    variances = np.array([effect.variance for effect in effects])
-    with np.errstate(invalid="ignore"):  # statsmodels goes on with a negative variance
+    variances = np.array([max(effect.variance, TINY) for effect in effects])
+    with np.errstate(divide="ignore", invalid="ignore"):  # it goes on with a negative variance
         found = combine_effects(means, variances, method_re="chi2")
     weights = 1 / (variances + max(0.0, float(found.tau2)))
     mean, usual = float(np.average(means, weights=weights)), 1 / sqrt(weights.sum())
     freedom = len(effects) - 1
-    error = usual * sqrt(float(weights @ (means - mean) ** 2) / freedom)
+    error = max(TINY, usual * sqrt(float(weights @ (means - mean) ** 2) / freedom))
     quantile, i2 = float(stats.t.ppf(0.975, freedom)), max(0.0, float(found.i2))
     reach, wide = quantile * error, quantile * max(error, usual)
     p = 2 * float(stats.t.sf(abs(mean) / error, freedom))
