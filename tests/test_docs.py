@@ -481,3 +481,15 @@ def test_the_tables_of_the_second_study_are_made_from_the_runs_beside_them(tmp_p
         section = table.partition(f"### {setting}\n")[2].partition("### ")[0]
         found = re.search(r"^\| move toward or away, transiently, size 0.3 (.*) \d", section, re.M)
         assert found and f"| {name} {found[1]}\n" in page
+
+
+def test_the_answer_of_the_second_study_is_that_of_its_reanalysis() -> None:
+    study = STUDIES / "2"
+    module = importlib.import_module("studies.2.reanalysis")
+    grouped = importlib.import_module("studies.2.paired").by_setting
+    rows = module.reanalysis(grouped(read_runs(study / "runs.jsonl.gz")))
+    written = module.reanalysis_table(rows)
+    assert (study / "reanalysis.md").read_text() == written
+    readme = (study / "README.md").read_text()
+    shown = [line for line in readme.splitlines() if line.startswith("|") and " to " in line]
+    assert len(shown) == 5 and set(shown) <= set(written.splitlines())

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from studies.common.names import in_words
 from studies.common.statistics import (
     Effect,
     equivalence,
@@ -86,3 +87,28 @@ def reanalysis(settings: Mapping[Setting, Runs]) -> list[dict[str, Any]]:
             if row["data"] == "all" and name in adjusted:
                 row["p_holm"] = adjusted[name]
     return rows
+
+
+def reanalysis_table(rows: list[dict[str, Any]]) -> str:
+    """Returns Markdown: each comparison pooled, and the primary measures by data set."""
+    heads = ["arm", "minus", "measure", "difference (95% interval)", "I²", "p", "p, Holm"]
+    heads += ["p that it is level"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in rows:
+        if row["data"] == "all":
+            cells = [*_names(row), f"{row['i2']:.2f}", f"{row['p']:.3f}"]
+            cells += [f"{row['p_holm']:.3f}" if "p_holm" in row else "", f"{row['p_level']:.3f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    heads = ["arm", "minus", "measure", "difference (95% interval)", "data"]
+    lines += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in rows:
+        primary = (row["measure"], row["images"]) in PRIMARY
+        if primary and row["data"] != "all" and (row["arm"], row["baseline"]) == COMPARISONS[0]:
+            lines.append(f"| {' | '.join([*_names(row), row['data']])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _names(row: Mapping[str, Any]) -> list[str]:
+    interval = f"{row['mean']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+    measure = f"{row['measure']}, {row['images']}"
+    return [in_words(row["arm"]), in_words(row["baseline"]), measure, interval]

@@ -18,7 +18,6 @@ from scipy import stats
 from statsmodels.stats.meta_analysis import combine_effects
 from statsmodels.stats.multitest import multipletests
 
-
 TINY = 1e-24  # in the place of 0, where every pair differs by the same
 
 
