@@ -1,6 +1,6 @@
 """Measures how the cost of a merge pass grows with kernels, layers and processes.
 
-    python benchmarks/scaling.py --out benchmarks/results/scaling.json --picture docs/images/scaling.png
+    python benchmarks/scaling.py --out benchmarks/results/scaling.json
 
 Chains of 3x3 convolutions, all merged, p = 0.3, medians of several passes. The processes train the
 same network under DDP on one machine, so that they share its memory: what should not grow with

@@ -50,8 +50,6 @@ __all__ = ["Driver"]
 class Driver:
     """Drives the merging of one network from the steps of its optimizers.
 
-    The settings belong to the wrapper and are passed to every method that reads them.
-
     Args:
         network: The network.
         plan: Its plan.
@@ -61,7 +59,6 @@ class Driver:
         tally: The running counts.
         watch: The history and the warnings.
         pauses: Blocks of ``paused()`` that are open.
-        last_pass: What merged with the last step, None for nothing.
     """
 
     def __init__(self, network: nn.Module, plan: MergePlan, settings: MergeSettings) -> None:
@@ -72,11 +69,12 @@ class Driver:
                 f"the plan merges depthwise convolutions ({depthwise[0]}, ...), which mode="
                 "'outputs' cannot: make it with plan_merging(network, mode='outputs')"
             )
-        self._network, self._plan = network, plan
+        self._network, self._plan, self._settings = network, plan, settings
         self.tally = Tally(len(plan.merged))
         self.watch = Watch()
         self.pauses = 0
-        self.last_pass: Outcome | Strength | None = None
+        # Of each layer that merged with the last step of its optimizer, how.
+        self._last: dict[int, Outcome | Strength] = {}
         self._attachments = Attachments()
         self._forward = ForwardMerge(plan.merged)
         self._passes = 0  # steps that merged
@@ -124,32 +122,31 @@ class Driver:
         if trains and not self.pauses:  # averages of weights need no gradient
             self.watch.before_forward(attached=bool(self._attachments.live))
 
-    def prepare(self, settings: MergeSettings) -> None:
+    def _prepare(self) -> None:
         """Prepares the next forward pass, if it is to merge."""
-        if settings.mode != "step" and len(self._attachments):
+        if self._settings.mode != "step" and len(self._attachments):
             step = self.tally.step
-            self._forward.set_step(step, settings.strength(step), settings)
+            self._forward.set_step(step, self._settings.strength(step), self._settings)
 
     # -- the optimizers ---------------------------------------------------------------------------
 
     def attach(
         self,
         given: Any,
-        settings: MergeSettings,
         hook: Callable[..., None],
         wrapper: Any,
     ) -> Attachment:
         """Makes an optimizer drive the merging; see :meth:`InMergeWrapper.attach`."""
-        optimizer = stepping_optimizer(given, to_write=settings.mode == "step")
+        optimizer = stepping_optimizer(given, to_write=self._settings.mode == "step")
         known = self._attachments.of(optimizer)
         if known is not None:
             return known
         layers = self._layers()
         held = self._attachments.held_by(optimizer, layers)
-        self._check_held(optimizer, held, layers, settings)
+        self._check_held(optimizer, held, layers)
         refuse_second(optimizer, wrapper)
-        check_settings(settings, optimizer)
-        end = settings.schedule.end
+        check_settings(self._settings, optimizer)
+        end = self._settings.schedule.end
         if end is not None and self.tally.step >= end:
             self.watch.warn(
                 f"the schedule ended at step {end:,} and {self.tally.step:,} steps are counted, so "
@@ -167,9 +164,9 @@ class Driver:
         now = self.tally.step
         for layer in held:  # a training run that goes on with another optimizer keeps its schedule
             self.tally.steps[layer.number] = now
-        if settings.mode != "step":
+        if self._settings.mode != "step":
             self._forward.install(self._network)
-            self.prepare(settings)
+            self._prepare()
         return attachment
 
     def _check_held(
@@ -177,9 +174,8 @@ class Driver:
         optimizer: Optimizer,
         held: Sequence[MergedLayer],
         layers: Sequence[MergedLayer],
-        settings: MergeSettings,
     ) -> None:
-        if settings.mode == "step" and not held:
+        if self._settings.mode == "step" and not held:
             raise ValueError(
                 f"the optimizer holds none of the {len(layers)} weights to merge "
                 f"({layers[0].site.name}, ...): {remedy_for_none_held(layers)}"
@@ -190,11 +186,12 @@ class Driver:
                 "the optimizer holds none of the parameters of this network: build it from "
                 "model.parameters()"
             )
-        if not trained_of(held if settings.mode == "step" else layers):
+        if not trained_of(held if self._settings.mode == "step" else layers):
             self._warn_of_frozen_weights()
 
-    def check_change(self, old: MergeSettings, new: MergeSettings) -> None:
-        """Checks that settings can be replaced by others."""
+    def change(self, new: MergeSettings) -> None:
+        """Replaces the settings; see :meth:`InMergeWrapper.change_settings`."""
+        old = self._settings
         if old.mode != new.mode:
             raise ValueError(
                 f"mode={old.mode!r} cannot become {new.mode!r}, because the plan depends on it: "
@@ -202,81 +199,86 @@ class Driver:
             )
         for optimizer in self._attachments.live:
             check_settings(new, optimizer)
+        self._settings = new
+        self._prepare()
 
     # -- one step ---------------------------------------------------------------------------------
 
     @torch.compiler.disable
     @torch.no_grad()
-    def after_step(self, optimizer: Optimizer, settings: MergeSettings) -> None:
+    def after_step(self, optimizer: Optimizer) -> None:
         """Counts a step of an attached optimizer, and merges after it or prepares the next."""
         if is_nested_step(optimizer) or is_no_training_step():
             return
         if self.pauses:
             self.watch.idle_forwards = self.watch.missed_steps = 0
             return
-        if settings.mode == "step":
+        if self._settings.mode == "step":
             refuse_capture("optimizer.step()")
             self._reshard()
         layers = self._layers()
         held = self._attachments.held_by(optimizer, layers)
         attachment = self._attachments.of(optimizer)
-        if settings.mode == "step" and attachment is not None:
+        if self._settings.mode == "step" and attachment is not None:
             check_still_held(attachment, trained_of(held), layers)
             check_layers(held)
         elif (found := self._forward.replaced(self._network)) is not None:
             raise RuntimeError(replaced(*found))
         if held:
-            self._step(held, layers, settings, optimizer)
+            self._step(held, layers, optimizer)
         if not trained_of(layers):
             self._warn_of_frozen_weights()
 
-    def merge_(self, settings: MergeSettings) -> None:
+    def merge_(self) -> None:
         """Runs one pass over all merged layers; see :meth:`InMergeWrapper.merge_`."""
-        if settings.mode != "step":
+        if self._settings.mode != "step":
             raise RuntimeError(
-                f"merge_() writes merged weights, and mode={settings.mode!r} merges in the forward "
-                "pass: attach the optimizer, or wrap the network with mode='step'"
+                f"merge_() writes merged weights, and mode={self._settings.mode!r} merges in the "
+                "forward pass: attach the optimizer, or wrap the network with mode='step'"
             )
         self._reshard()
         layers = self._layers()
         check_layers(layers)
-        self._step(layers, layers, settings)
+        self._step(layers, layers)
 
     def _step(
         self,
         held: Sequence[MergedLayer],
         layers: Sequence[MergedLayer],
-        settings: MergeSettings,
         optimizer: Optimizer | None = None,
     ) -> None:
         """Counts a step of some layers, and merges those that train."""
+        seen = self.tally.step
         step = self.tally.begin([layer.number for layer in held])
         self.watch.idle_forwards = self.watch.missed_steps = 0
-        self.last_pass = None
-        strength = settings.strength(step)
-        in_step = settings.mode == "step"
+        in_step = self._settings.mode == "step"
+        # Of several optimizers, one moves the clock; the forward pass before it was theirs too.
+        acts = in_step or self.tally.step > seen
+        if acts:
+            for layer in held if in_step else layers:
+                self._last.pop(layer.number, None)
+        strength = self._settings.strength(step)
         trained = trained_of(held if in_step else layers)
-        if strength is not None and trained:
+        if acts and strength is not None and trained:
             self._passes += 1
             if in_step:
-                self._merge(trained, settings, strength, step, optimizer)
+                self._merge(trained, strength, step, optimizer)
             else:
-                self._note_forward(strength)
+                self._note_forward(trained, strength)
             passes = self.tally.passes if in_step else [self._passes] * len(layers)
-            self.watch.after_pass(trained, passes, settings, lambda: self.report(settings))
-        self.watch.after_step(step, settings.schedule)
-        every = settings.check_replicas_every
+            self.watch.after_pass(trained, passes, self._settings, self.report)
+        self.watch.after_step(step, self._settings.schedule)
+        every = self._settings.check_replicas_every
         # Counted here, not by the schedule or a checkpoint, so that all replicas get here even
         # if their step counters are what differs.
         if every and self.watch.steps % every == 0:
-            self._check_replicas(settings)
+            self._check_replicas()
         self.watch.steps += 1
-        self.prepare(settings)
+        self._prepare()
 
     def _merge(
         self,
         trained: Sequence[MergedLayer],
-        settings: MergeSettings,
         strength: Strength,
         step: int,
         optimizer: Optimizer | None,
@@ -284,16 +286,16 @@ class Driver:
         """Merges after a step the layers that it moved."""
         if optimizer is not None:
             trained = stepped_of(trained)
-        found, problem = companions(optimizer, trained, moments=settings.merge_momentum)
+        found, problem = companions(optimizer, trained, moments=self._settings.merge_momentum)
         if problem is not None:
             self.watch.warn_once("momentum", f"merge_momentum has no effect: {problem}")
         # A fused optimizer runs its hooks even on a step that the scaler skips for overflow.
         skip = getattr(optimizer, "found_inf", None)
-        outcome = merge_step(trained, settings, strength, step, companions=found, skip=skip)
+        outcome = merge_step(trained, self._settings, strength, step, companions=found, skip=skip)
         self.tally.add(outcome)
-        self.last_pass = outcome
+        self._last.update(dict.fromkeys(outcome.numbers, outcome))
 
-    def _note_forward(self, strength: Strength) -> None:
+    def _note_forward(self, trained: Sequence[MergedLayer], strength: Strength) -> None:
         """Notes that the forward passes before this step merged, or warns that none came."""
         self._uncounted += 1
         if not self._ran:
@@ -303,22 +305,22 @@ class Driver:
                 "merged for its gradient: call the wrapper itself, in train mode, and attach "
                 "the optimizer before the first pass",
             )
-        elif strength.size:
-            self.last_pass = strength
+        else:
+            self._last.update(dict.fromkeys((layer.number for layer in trained), strength))
         self._ran = False
 
     # -- what is known of it ----------------------------------------------------------------------
 
-    def report(self, settings: MergeSettings) -> MergeReport:
+    def report(self) -> MergeReport:
         """Returns what merging did so far, layer by layer; waits for the device."""
         self._read_counts()
         found = self.tally.report([site.name for site in self._plan.merged])
-        end = settings.schedule.end
+        end = self._settings.schedule.end
         return MergeReport(
             found.layers,
             ended=end if end is not None and self.tally.step > end else None,
             idle=self.watch.why_never(self.tally.step, attached=bool(self._attachments.live)),
-            unit="images x channels" if settings.mode == "outputs" else "drawn pairs",
+            unit="images x channels" if self._settings.mode == "outputs" else "drawn pairs",
         )
 
     def _read_counts(self) -> None:
@@ -330,29 +332,34 @@ class Driver:
     @property
     def statistics_lag(self) -> bool:
         """Whether BatchNorm statistics do not fit the weights as they are; waits for the device."""
-        if isinstance(self.last_pass, Outcome):
-            return bool(self.last_pass.merged.any())
-        return self.last_pass is not None
+        return any(
+            not isinstance(last, Outcome) or bool(last.merged[last.layer == number].any())
+            for number, last in self._last.items()
+        )
 
-    def next_pairs(self, settings: MergeSettings) -> dict[str, tuple[Tensor, Tensor | None]]:
+    def statistics_measured(self) -> None:
+        """Records that BatchNorm was recalibrated after the last step."""
+        self._last.clear()
+
+    def next_pairs(self) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Returns the pairs that the next step draws; see :meth:`InMergeWrapper.next_pairs`."""
         step, found = self.tally.step, {}
-        strength = settings.strength(step)
+        strength = self._settings.strength(step)
         for site in self._plan.merged:
             sources: Tensor | None
-            if settings.mode == "outputs":
-                if not settings.shared_partner:
+            if self._settings.mode == "outputs":
+                if not self._settings.shared_partner:
                     raise RuntimeError(
                         "with shared_partner=False each image draws its own pairs from its content"
                     )
                 targets = torch.arange(0 if strength is None else site.shape[0])
                 size = site.shape[0] // site.pair_groups
-                shift = shared_shift(site, settings.seed, step)
+                shift = shared_shift(site, self._settings.seed, step)
                 sources = cyclic_sources(targets, shift, size)
             else:
                 probability = 0.0 if strength is None else strength.probability
-                targets, drawn = draw_layer(site, probability, settings.seed, step)
-                sources = drawn if settings.partner == "random" else None
+                targets, drawn = draw_layer(site, probability, self._settings.seed, step)
+                sources = drawn if self._settings.partner == "random" else None
             found[site.name] = targets, sources
         return found
 
@@ -366,16 +373,18 @@ class Driver:
         for module in self._sharded:
             module.reshard()
 
-    def _check_replicas(self, settings: MergeSettings) -> None:
+    def _check_replicas(self) -> None:
         weights = [layer for layer in self._layers() if layer.parameters]
         check_replicas(
             {f"{layer.site.name}.weight": layer.parameters[0] for layer in weights},
-            {"the seed": settings.seed, "the step counter of merging": self.tally.step},
+            {"the seed": self._settings.seed, "the step counter of merging": self.tally.step},
         )
 
     def _after_any_step(self, optimizer: Optimizer) -> None:
         """Counts steps of optimizers that train the merged weights without being attached."""
-        if self.watch.steps and not len(self._attachments):  # merged by hand
+        end = self._settings.schedule.end
+        has_ended = end is not None and self.tally.step >= end
+        if has_ended or (self.watch.steps and not len(self._attachments)):  # or merged by hand
             return
         if self._attachments.miss(optimizer) and not self.pauses:
             if trains_any(optimizer, self._network, self._plan.merged):
@@ -389,28 +398,28 @@ class Driver:
 
     # -- state ------------------------------------------------------------------------------------
 
-    def state(self, seed: int) -> Tensor:
+    def state(self) -> Tensor:
         """Returns the step counter and the statistics as a tensor."""
         self._read_counts()
-        return self.tally.to_state(seed)
+        return self.tally.to_state(self._settings.seed)
 
-    def load(self, state: Tensor, settings: MergeSettings) -> None:
+    def load(self, state: Tensor) -> None:
         """Continues from a step counter and statistics."""
-        tally = Tally.from_state(state, layers=len(self._plan.merged), seed=settings.seed)
+        tally = Tally.from_state(state, layers=len(self._plan.merged), seed=self._settings.seed)
         if tally is None:
             return
         self._begin(tally)
         # The totals may have gone back: what came after them no longer belongs to this run.
         self.watch.rewind(self.tally.step)
-        self.prepare(settings)
+        self._prepare()
 
-    def reset(self, settings: MergeSettings) -> None:
+    def reset(self) -> None:
         """Begins again at step 0."""
         self._begin(Tally(len(self._plan.merged)))
         self.watch = Watch()
-        self.prepare(settings)
+        self._prepare()
 
     def _begin(self, tally: Tally) -> None:
         self._forward.take_counts()
         self.tally, self._passes, self._uncounted = tally, max(tally.passes), 0
-        self.last_pass = None
+        self._last.clear()

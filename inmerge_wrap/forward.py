@@ -208,6 +208,8 @@ class ForwardMerge:
     def end(self, outputs: Any) -> None:
         """Ends a forward pass; the passes that its backward pass repeats will draw the same."""
         draw, self._draw = self._draw, None
+        for number in [*self._shadowed]:  # torch calls no hooks after an interrupt from outside
+            self._unshadow(number)
         if draw is None or torch.compiler.is_compiling():  # a compiled graph repeats what it drew
             return
         for leaf in tree_leaves(outputs):
@@ -260,10 +262,7 @@ class ForwardMerge:
     def _after(self, number: int, module: nn.Module, _: Any, output: Any) -> Tensor | None:
         """Removes the stand-in, or blends the channels of the output."""
         if number in self._shadowed:
-            before = self._shadowed.pop(number)
-            vars(module).pop("weight", None)
-            if before is not _NOTHING:
-                vars(module)["weight"] = before
+            self._unshadow(number)
             return None
         draw = self._current()
         if draw is None or not module.training or not self._trains[number]:
@@ -274,6 +273,12 @@ class ForwardMerge:
         batched = output if output.ndim == dims + 2 else output.unsqueeze(0)
         mixed = self._mixed(number, draw, module, batched)
         return mixed.reshape(output.shape) if batched is not output else mixed
+
+    def _unshadow(self, number: int) -> None:
+        before, held = self._shadowed.pop(number), vars(self._modules[number])
+        held.pop("weight", None)
+        if before is not _NOTHING:
+            held["weight"] = before
 
     def _mixed(self, number: int, draw: _Draw, module: nn.Module, output: Tensor) -> Tensor:
         """Blends the channels of a layer's output, (N, C, *map)."""

@@ -397,7 +397,7 @@ def modules_of(network: nn.Module, sites: Sequence[ConvSite]) -> list[nn.Module]
     found = []
     for site in sites:
         module: Any = network
-        for part in site.name.split("."):
+        for part in filter(None, site.name.split(".")):
             module = module._modules[part]  # a fifth of the time that get_submodule takes
         found.append(module)
     return found

@@ -208,6 +208,14 @@ def _contradictions(of: MergeSettings) -> list[str]:
         "all kernels are one cyclic shift": outputs and of.partner != "random",
         "shared_partner=False needs mode='outputs': only there each image can have its own "
         "pairs": not outputs and not of.shared_partner,
+        "shared_partner=False needs a constant size: leave radius and direction rules out, which "
+        "compare the kernels of a pair": outputs
+        and not of.shared_partner
+        and (of.radius is not None or rule),
+        f"shared_partner=False compares nothing: similarity_threshold={of.similarity_threshold} "
+        "needs the same partners for all images, or set it to -1": (
+            outputs and not of.shared_partner and of.compares
+        ),
         "shared_sign=True needs mode='outputs', where signs are drawn for each image": (
             not outputs and of.shared_sign
         ),

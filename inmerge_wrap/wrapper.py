@@ -204,11 +204,10 @@ class InMergeWrapper(NetworkProxy):
 
         Raises:
             RuntimeError: If they do not work with an attached optimizer.
-            ValueError: If the mode changes to or from ``"step"``, for which the plan differs.
+            ValueError: If the mode changes, on which the plan depends.
         """
-        self._driver.check_change(self.settings, settings)
+        self._driver.change(settings)
         super().change_settings(settings)
-        self._driver.prepare(settings)
 
     # -- merging ----------------------------------------------------------------------------
 
@@ -238,7 +237,7 @@ class InMergeWrapper(NetworkProxy):
                 (DeepSpeed, Megatron-LM, FSDP1, XLA, other schedule-free optimizers), or a setting
                 does not work with it.
         """
-        return self._driver.attach(optimizer, self.settings, self._after_step, self)
+        return self._driver.attach(optimizer, self._after_step, self)
 
     def merge_(self) -> None:
         """Runs one pass over all merged layers, for a loop without a torch optimizer.
@@ -246,7 +245,7 @@ class InMergeWrapper(NetworkProxy):
         Raises:
             RuntimeError: If the mode is one of the forward pass, which writes no weight.
         """
-        self._driver.merge_(self.settings)
+        self._driver.merge_()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -259,7 +258,7 @@ class InMergeWrapper(NetworkProxy):
 
     def reset(self) -> None:
         """Begins again: step 0 of the schedule, no statistics, as for another training run."""
-        self._driver.reset(self.settings)
+        self._driver.reset()
 
     def next_pairs(self) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Returns the pairs that the next step draws, before any threshold.
@@ -272,7 +271,7 @@ class InMergeWrapper(NetworkProxy):
         Raises:
             RuntimeError: With ``mode="outputs"``, where each image draws for itself.
         """
-        return self._driver.next_pairs(self.settings)
+        return self._driver.next_pairs()
 
     def recalibrate(
         self, loader: Iterable[Any], *, prior: float = 0.0, max_batches: int | None = None
@@ -285,7 +284,7 @@ class InMergeWrapper(NetworkProxy):
 
     def statistics_measured(self) -> None:
         """Records that BatchNorm was recalibrated after the last step by other means."""
-        self._driver.last_pass = None
+        self._driver.statistics_measured()
 
     @property
     def statistics_lag(self) -> bool:
@@ -294,7 +293,7 @@ class InMergeWrapper(NetworkProxy):
 
     def report(self) -> MergeReport:
         """Returns what merging did so far, layer by layer; waits for the device."""
-        return self._driver.report(self.settings)
+        return self._driver.report()
 
     @property
     def history(self) -> list[LayerSnapshot]:
@@ -307,13 +306,13 @@ class InMergeWrapper(NetworkProxy):
         return self._driver.tally.step
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        self._driver.after_step(optimizer, self.settings)
+        self._driver.after_step(optimizer)
 
     # -- state --------------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
         """Returns the step counter and the statistics as a tensor, which safetensors can store."""
-        return self._driver.state(self.seed)
+        return self._driver.state()
 
     def set_extra_state(self, state: Tensor | None) -> None:
         """Continues from the step counter and statistics of a checkpoint.
@@ -322,4 +321,4 @@ class InMergeWrapper(NetworkProxy):
             ValueError: If the state was not written by an InMergeWrapper.
         """
         if state is not None:
-            self._driver.load(state, self.settings)
+            self._driver.load(state)

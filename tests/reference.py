@@ -6,11 +6,12 @@ float64, its own blend.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def cosine(first: Tensor, second: Tensor) -> float:
@@ -77,7 +78,31 @@ def multiplicative(kernel: Tensor, noise: Tensor, radius: float) -> Tensor:
     return torch.tensor(moved, dtype=torch.float64).reshape(kernel.shape).to(kernel.dtype)
 
 
-def transient_step(
+def mixed_outputs(
+    conv: nn.Module, images: Tensor, pairs: list[list[int]], shares: list[list[float]]
+) -> Tensor:
+    """What a convolution gives for each image with kernels of its own: K_i + c_i (K_j - K_i).
+
+    Args:
+        conv: An ``nn.Conv*`` without groups along the transposed dimension; its bias stays.
+        images: Shape (N, C_in, *map).
+        pairs: Partner of each kernel, for each image.
+        shares: c of each kernel, for each image.
+    """
+    rows = []
+    for image, partners, ours in zip(images, pairs, shares, strict=True):
+        twin = copy.deepcopy(conv)
+        twin.train(False)
+        along = 1 if conv.transposed else 0
+        kernels = conv.weight.detach().movedim(along, 0)
+        new = [k + c * (kernels[j] - k) for k, j, c in zip(kernels, partners, ours, strict=True)]
+        with torch.no_grad():
+            twin.weight.copy_(torch.stack(new).movedim(0, along))
+        rows.append(twin(image.unsqueeze(0))[0])
+    return torch.stack(rows)
+
+
+def forward_step(
     weight: Tensor,
     pairs: list[tuple[int, int]],
     gradient_at: Callable[[Tensor], Tensor],
@@ -86,6 +111,6 @@ def transient_step(
     merge_weight: float,
     similarity_threshold: float,
 ) -> Tensor:
-    """One step of plain SGD: from the whole weight, along the gradient at the merged one."""
+    """One step of plain SGD: from the weight as it is, along the gradient at the merged one."""
     merged, _ = merge(weight, pairs, merge_weight, similarity_threshold)
     return weight - lr * gradient_at(merged)

@@ -532,7 +532,8 @@ def test_an_optimizer_attached_in_mid_training_continues_the_schedule() -> None:
     model.attach(first)
     train(model, first, 3)
     second = torch.optim.SGD(model.last.parameters(), lr=0.05)
-    model.attach(second)
+    with pytest.warns(NoEffectWarning, match=r"ended at step 3 and 3 steps .* model\.reset\(\)"):
+        model.attach(second)
     train(model, second, 2, start=3)
     assert [layer.drawn > 0 for layer in model.report()] == [True, False]
 
@@ -598,7 +599,7 @@ def test_a_network_frozen_before_it_was_wrapped_is_planned_on_demand() -> None:
     network = tiny_net()
     for part in (network.stem, network.mid, network.last):
         part.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"frozen.*also_merge=\('frozen',\)"):
+    with pytest.raises(ValueError, match=r"frozen.*add 'frozen' to also_merge"):
         InMergeWrapper(network, **SETTINGS)
     model = InMergeWrapper(network, **SETTINGS, also_merge=("frozen",))
     optimizer = sgd(model)
@@ -853,7 +854,7 @@ def test_two_wrappers_of_one_optimizer_find_their_own_counters() -> None:
     loss_of(models[0], 0).backward()
     optimizer.step()
     models[1].attach(optimizer)  # begins later
-    models[1]._tally.steps = [7, 7]
+    models[1]._driver.tally.steps = [7, 7]
     state = on_disk(optimizer.state_dict())
     others, optimizer = pair()
     for model in others:

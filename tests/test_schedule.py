@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from inmerge_wrap import (
 )
 from inmerge_wrap.kernels import store_of
 from inmerge_wrap.merging import blend_kernels, nearest_kernels, norm_scale
+from inmerge_wrap.settings import MergeSettings, Strength
 from tests import reference
 from tests.test_wrapper import drawn, sgd, small_net, states_equal, train, wrapped
 
@@ -55,10 +57,13 @@ def test_levels(schedule: Schedule, levels: list[float]) -> None:
 
 def test_what_decays() -> None:
     halfway = {"end": 4, "decay": "linear"}
-    assert Schedule(**halfway).apply(2, 0.4, 0.8) == pytest.approx((0.2, 0.8))
-    strength = Schedule(**halfway, anneals="strength")
-    assert strength.apply(2, 0.4, 0.8) == pytest.approx((0.4, 0.9))
-    assert strength.apply(4, 0.4, 0.8)[0] == 0.0
+    rare = MergeSettings(merge_probability=0.4, schedule=Schedule(**halfway))
+    assert rare.strength(2) == Strength(0.2, 0.8)
+    weak = replace(rare, schedule=Schedule(**halfway, anneals="strength"))
+    assert weak.strength(2) == Strength(0.4, pytest.approx(0.9))
+    small = replace(weak, direction="signed", radius=0.5)
+    assert small.strength(2) == Strength(0.4, 0.25)
+    assert weak.strength(4) is None
 
 
 @pytest.mark.parametrize(
@@ -205,15 +210,14 @@ def test_most_similar_partners_are_merged() -> None:
 def test_the_norm_is_kept_on_demand() -> None:
     generator = torch.Generator().manual_seed(0)
     kernels, partners = torch.randn(2, 6, 50, generator=generator)
-    merged = torch.tensor([True] * 5 + [False])
-    shorter = blend_kernels(kernels, partners, merged, 0.8)
-    kept = blend_kernels(kernels, partners, merged, 0.8, norm_scale(kernels, partners, 0.8))
-    assert (shorter.norm(dim=1) < kernels.norm(dim=1) * 0.95)[:5].all()
+    shorter = blend_kernels(kernels, partners, 0.8)
+    kept = shorter * norm_scale(kernels, shorter)
+    assert (shorter.norm(dim=1) < kernels.norm(dim=1) * 0.95).all()
     torch.testing.assert_close(kept.norm(dim=1), kernels.norm(dim=1))
     cosines = torch.nn.functional.cosine_similarity(kept, shorter)
     torch.testing.assert_close(cosines, torch.ones(6))
-    opposite = blend_kernels(kernels, -kernels, merged, 0.5, norm_scale(kernels, -kernels, 0.5))
-    assert opposite.isfinite().all()
+    vanished = blend_kernels(kernels, -kernels, 0.5)
+    assert (vanished * norm_scale(kernels, vanished)).isfinite().all()
 
     model = wrapped(similarity_threshold=-1.0, keep_norm=True, merge_probability=1.0)
     before = model.module.convs[3].weight.detach().clone()
@@ -392,7 +396,7 @@ def test_without_inspection_nothing_is_recorded() -> None:
 @pytest.mark.parametrize(
     "settings,message",
     [
-        ({"partner": "best"}, "partner must be 'random' or 'most_similar', got 'best'"),
+        ({"partner": "best"}, "partner must be 'random' or 'most_similar'.*, got 'best'"),
         ({"inspect_every": -1}, "inspect_every must be a count of steps >= 0, got -1"),
         ({"similarity_threshold": "high"}, "similarity_threshold"),
     ],

@@ -248,9 +248,10 @@ def test_the_wrapper_holds_no_copy_of_a_parameter() -> None:
     model = InMergeWrapper(net, shallow_layers=2)
     own = {id(parameter) for parameter in net.parameters()}
     assert {id(parameter) for parameter in model.parameters()} == own
-    held = [value for part in vars(model).values() for value in (part, *members(part))]
+    parts = [*vars(model).values(), *vars(model._driver).values()]
+    held = [value for part in parts for value in (part, *members(part))]
     tensors = [value for value in held if isinstance(value, torch.Tensor)]
-    assert 0 < sum(tensor.numel() for tensor in tensors) <= 4 * len(model.plan.merged)
+    assert 0 < sum(tensor.numel() for tensor in tensors) <= 5 * len(model.plan.merged)
 
 
 def test_forward_passes_everything_through() -> None:
@@ -321,7 +322,7 @@ def test_draws_depend_on_seed_step_and_layer_only() -> None:
     "state,message",
     [
         (torch.tensor([9.0, 0, 2]), "not that of an InMergeWrapper"),
-        (torch.tensor([1.0, 0, 2, 5]), "truncated"),
+        (torch.tensor([2.0, 0, 2, 5]), "truncated"),
     ],
 )
 def test_a_foreign_counter_is_refused(state: torch.Tensor, message: str) -> None:
@@ -414,7 +415,7 @@ def test_settings_changed_later_are_checked_as_at_first() -> None:
         ("similarity_threshold", 1.5, r"must lie in \[-1, 1\], got 1.5"),
         ("merge_weight", -0.1, r"merge_weight must lie in \[0, 2\], got -0.1"),
         ("merge_probability", 2.0, r"merge_probability must lie in \[0, 1\], got 2"),
-        ("partner", "best", "partner must be 'random' or 'most_similar', got 'best'"),
+        ("partner", "best", "partner must be 'random' or 'most_similar'.*, got 'best'"),
         ("seed", 2**32, r"seed must be an integer in \[0, 2\*\*32\), got 4294967296"),
         ("inspect_every", -1, "inspect_every must be a count of steps >= 0, got -1"),
         ("check_replicas_every", 0.5, "check_replicas_every must be a count of steps >= 0"),

@@ -1,0 +1,791 @@
+"""Merging in the forward pass: the outputs of merged kernels, and no weight is ever written."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.layers import StdConv2d
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+from inmerge_wrap import InMergeWrapper, NoEffectWarning, Quantile, Schedule, plan_merging
+from inmerge_wrap.kernels import layout_of
+from inmerge_wrap.merging import draw_bits, draw_shift, fingerprint, mix_channels
+from tests import reference
+
+ALWAYS: dict[str, Any] = {
+    "similarity_threshold": -1.0,
+    "merge_probability": 1.0,
+    "shallow_layers": 0,
+    "inspect_every": 0,
+}
+
+
+class Net(nn.Module):
+    """Three convolutions with bias, groups and BatchNorm, in double precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 12, 3, groups=2)
+        self.last = nn.Conv2d(12, 6, 3, bias=False)
+        self.head = nn.Linear(6, 4)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.last(self.grouped(self.norm(self.stem(x)).relu()).relu())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((2, 3)))
+
+
+def net() -> Net:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Net().double()
+
+
+def images(step: int = 0, count: int = 5) -> Tensor:
+    return torch.randn(count, 3, 10, 10, generator=torch.Generator().manual_seed(step)).double()
+
+
+def made(
+    mode: str = "outputs", network: nn.Module | None = None, **settings: Any
+) -> tuple[InMergeWrapper, torch.optim.SGD]:
+    network = net() if network is None else network
+    chosen: dict[str, Any] = {**ALWAYS, "example_input": images(), **settings}
+    model = InMergeWrapper(network, mode=mode, **chosen)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    model.attach(optimizer)
+    return model, optimizer
+
+
+def gradients(model: nn.Module, forward: Callable[[], Tensor]) -> list[Tensor]:
+    model.zero_grad()
+    forward().square().sum().backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
+    optimizer.zero_grad()
+    model(images(number)).square().mean().backward()
+    optimizer.step()
+
+
+# -- the blend of channels -------------------------------------------------------------------------
+
+LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    f"{kind}{dims}d, groups={groups}": lambda kind=kind, dims=dims, groups=groups: (
+        getattr(nn, f"{kind}{dims}d")(4, 6, 3, groups=groups),
+        torch.randn(3, 4, *[6] * dims),
+    )
+    for kind, dims, groups in itertools.product(["Conv", "ConvTranspose"], [1, 2, 3], [1, 2])
+    if kind == "Conv" or groups == 1
+}
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("form", LAYERS)
+def test_mixed_channels_are_the_outputs_of_merged_kernels(form: str, own: bool) -> None:
+    torch.manual_seed(3)
+    conv, batch = LAYERS[form]()
+    conv, batch = conv.double(), batch.double()
+    groups = conv.groups
+    size = 6 // groups
+    shares = torch.rand(3, 6).double() * 2 - 1
+    shifts = [1, 2, 1] if own else [size - 1] * 3
+    pairs = [[i - i % size + (i % size + s) % size for i in range(6)] for s in shifts]
+    expected = reference.mixed_outputs(conv, batch, pairs, shares.tolist())
+    shift: Any = torch.tensor(shifts).unsqueeze(1) if own else shifts[0]
+    got = mix_channels(conv(batch), shares, shift, groups, conv.bias)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shift", [2, torch.tensor([[2]]), torch.tensor([[1], [2]])])
+def test_the_gradient_is_exact_to_the_second_order(shift: Any) -> None:
+    outputs = torch.randn(2, 6, 3, 2, dtype=torch.float64, requires_grad=True)
+    shares = torch.rand(2, 6, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda y: mix_channels(y, shares, shift, 2), outputs)
+    assert torch.autograd.gradgradcheck(lambda y: mix_channels(y, shares, shift, 2), outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shift", [3, torch.tensor([[3]]), torch.tensor([[1], [2]])])
+def test_dtype_and_memory_format_survive(dtype: torch.dtype, shift: Any) -> None:
+    outputs = torch.randn(2, 8, 4, 4).to(dtype).to(memory_format=torch.channels_last)
+    outputs.requires_grad_()
+    mixed = mix_channels(outputs, torch.rand(2, 8), shift)
+    assert mixed.dtype == dtype and mixed.stride() == outputs.stride()
+    (gradient,) = torch.autograd.grad(mixed.float().square().sum(), outputs)
+    assert gradient.dtype == dtype and gradient.stride() == outputs.stride()
+
+
+# -- the draws -------------------------------------------------------------------------------------
+
+
+def test_bits_are_fair_and_independent() -> None:
+    rows, columns = torch.arange(400) * 0x3C6EF35F & 0xFFFFFFFF, torch.arange(500)
+    bits = draw_bits(rows, columns)
+    assert bits.min() >= 0 and bits.max() < 2**32
+    signs = 1 - 2 * (bits & 1).double()
+    assert abs(signs.mean()) < 4 / 200_000**0.5
+    for other in (signs.roll(1, 0), signs.roll(1, 1)):  # neighbours in either direction
+        assert abs((signs * other).mean()) < 4 / 200_000**0.5
+    shares = (bits >> 8).double() / 2**24
+    counts = torch.histc(shares, 10, 0, 1)
+    assert ((counts - 20_000).abs() < 4 * 20_000**0.5).all()
+    assert torch.equal(bits[:, 7], draw_bits(rows, columns[7:8])[:, 0])
+
+
+def test_shared_shifts_give_every_partner_the_same_chance() -> None:
+    counts = torch.bincount(torch.tensor([draw_shift(12, 2, 5, n) for n in range(5000)]))
+    assert len(counts) == 6 and counts[0] == 0
+    assert ((counts[1:] - 1000).abs() < 4 * 1000**0.5).all()
+    assert draw_shift(4, 4, 1, 2) == 0  # one kernel in each group
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.float16, torch.uint8, torch.complex64]
+)
+def test_a_fingerprint_tells_batches_apart_whatever_their_layout(dtype: torch.dtype) -> None:
+    batch = (torch.rand(4, 3, 8, 8) * 200).to(dtype)
+    other = batch.clone()
+    other[0, 0, 0, 0] += 1
+    assert fingerprint(batch) != fingerprint(other)
+    assert fingerprint(batch) == fingerprint(batch.to(memory_format=torch.channels_last))
+
+
+def test_draws_follow_seed_step_and_images_and_leave_the_global_generator_alone() -> None:
+    def losses(seed: int = 0, steps: int = 3) -> list[float]:
+        model, optimizer = made(direction="signed", seed=seed)
+        optimizer.param_groups[0]["lr"] = 0.0
+        found = []
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = model(images()).square().sum()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    state = torch.get_rng_state()
+    first = losses()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(set(first)) == 3  # other pairs in each step, for the same images
+    assert losses() == first != losses(seed=1)
+
+
+def test_each_image_has_signs_of_its_own_unless_they_are_shared() -> None:
+    twice = images(count=1).repeat(2, 1, 1, 1)
+    for shared in (False, True):
+        model, _ = made(direction="signed", shared_sign=shared)
+        first, second = model(twice)
+        assert torch.equal(first, second) == shared
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_partners_are_shared_by_the_batch_or_of_each_image(own: bool) -> None:
+    conv, x = nn.Conv2d(3, 64, 1, bias=False), images(count=6).float()
+    model, _ = made(
+        network=conv, shared_partner=not own, merge_weight=0.0, include="", example_input=x
+    )
+    merged = model(x)
+    plain = copy.deepcopy(model.module)(x)
+    with torch.no_grad():  # with alpha = 0 each channel is its partner's
+        partner = [
+            [int((plain[n] - y).flatten(1).abs().sum(1).argmin()) for y in merged[n]]
+            for n in range(6)
+        ]
+    shifts = [{(j - i) % 64 for i, j in enumerate(row)} for row in partner]
+    assert all(len(shift) == 1 and shift != {0} for shift in shifts)
+    assert (len(set.union(*shifts)) > 1) == own
+
+
+# -- what is merged --------------------------------------------------------------------------------
+
+
+def test_a_step_on_the_outputs_is_one_along_the_gradient_of_merged_kernels() -> None:
+    """Against copies of the network, one for each image, with merged kernels in the weights."""
+    model, _ = made(merge_weight=0.7)  # toward the partner, so that shares are known
+    pairs = {name: sources.tolist() for name, (_, sources) in model.next_pairs().items()}  # type: ignore[union-attr]
+    x = images()
+    model.module.norm.eval()  # else the images of a batch depend on each other
+    ours = gradients(model, lambda: model(x))
+    plain = net()
+    plain.norm.eval()
+
+    def merged_forward() -> Tensor:
+        def blended(name: str) -> Tensor:
+            weight = plain.get_submodule(name).weight
+            return weight + 0.3 * (weight[pairs[name]] - weight)
+
+        weights = {f"{name}.weight": blended(name) for name in pairs}
+        return torch.func.functional_call(plain, weights, (x,))
+
+    theirs = gradients(plain, merged_forward)
+    for one, other in zip(ours, theirs, strict=True):  # shares are float32
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-8)
+
+
+def test_a_step_in_the_weights_is_the_references() -> None:
+    model, optimizer = made("weights", similarity_threshold=0.0, merge_probability=0.6)
+    for number in range(4):
+        pairs = {
+            name: list(zip(targets.tolist(), sources.tolist(), strict=True))  # type: ignore[union-attr]
+            for name, (targets, sources) in model.next_pairs().items()
+        }
+        twin = copy.deepcopy(model.module)
+        for hooks in (m._forward_hooks for m in twin.modules()):
+            hooks.clear()
+        for hooks in (m._forward_pre_hooks for m in twin.modules()):
+            hooks.clear()
+        before = {name: twin.get_submodule(name).weight.detach().clone() for name in pairs}
+        for name, drawn in pairs.items():
+            reference.merge_on(
+                twin.get_submodule(name).weight, drawn, merge_weight=0.8, similarity_threshold=0.0
+            )
+        twin.zero_grad()
+        twin(images(number)).square().mean().backward()
+        step(model, optimizer, number)
+        for name in pairs:
+            gradient = twin.get_submodule(name).weight.grad
+            expected = reference.forward_step(
+                before[name],
+                pairs[name],
+                lambda _, g=gradient: g,
+                lr=0.05,
+                merge_weight=0.8,
+                similarity_threshold=0.0,
+            )
+            torch.testing.assert_close(model.module.get_submodule(name).weight, expected)
+    assert 0 < model.report().merged < model.report().drawn
+
+
+@pytest.mark.parametrize("mode", ["outputs", "weights"])
+@pytest.mark.parametrize("threshold", [0.0, Quantile(0.5)])
+def test_a_threshold_compares_kernels_once_and_decides_for_all_images(
+    mode: str, threshold: Any
+) -> None:
+    model, optimizer = made(mode, similarity_threshold=threshold)
+    step(model, optimizer, 0)
+    for layer in model.report():
+        kernels = model.module.get_submodule(layer.name).weight.shape[0]
+        factor = 5 if mode == "outputs" else 1
+        assert layer.drawn == layer.compared == factor * kernels
+        assert 0 < layer.merged < layer.drawn and layer.merged % factor == 0
+        assert layer.mean_cosine is not None and abs(layer.mean_cosine) < 1
+
+
+def test_a_radius_is_relative_to_the_kernel() -> None:
+    conv = nn.Conv2d(3, 16, 3, bias=False).double()
+    model, optimizer = made(network=conv, radius=0.25, include="")
+    ((_, sources),) = model.next_pairs().values()
+    assert sources is not None
+    kernels = conv.weight.detach()
+    shares = [
+        0.25 * float(k.norm() / (kernels[j] - k).norm())
+        for k, j in zip(kernels, sources.tolist(), strict=True)
+    ]
+    expected = reference.mixed_outputs(conv, images(), [sources.tolist()] * 5, [shares] * 5)
+    torch.testing.assert_close(model(images()), expected, rtol=1e-6, atol=1e-6)
+    assert optimizer.param_groups  # alive: a model merges as long as its optimizer exists
+
+
+def test_a_users_own_direction_and_partner_are_objects_with_one_method() -> None:
+    class TowardSimilar:
+        """Moves a kernel the more, the more similar its partner is."""
+
+        def weight(self, kernels: Tensor, partners: Tensor) -> Tensor:
+            cosines = torch.nn.functional.cosine_similarity(kernels, partners)
+            return 1.0 - 0.5 * cosines.clamp(min=0).unsqueeze(1)
+
+    class Next:
+        def sources(self, kernels: Tensor, targets: Tensor, groups: int) -> Tensor:
+            size = len(kernels) // groups
+            return targets - targets % size + (targets + 1) % size
+
+    x = images()
+    for mode, partner in (("outputs", "random"), ("weights", Next()), ("step", Next())):
+        model, optimizer = made(mode, direction=TowardSimilar(), partner=partner)
+        plain = net()
+        before = plain(x)
+        after = model(x) if mode != "step" else None
+        if mode == "step":
+            model.merge_()
+            after = model.module(x)
+        assert after is not None and not torch.allclose(before, after)
+        step(model, optimizer, 0)
+        assert model.report().merged == model.report().drawn > 0
+
+
+FORMS: dict[str, Callable[[], nn.Module]] = {
+    "weight_norm": lambda: parametrizations.weight_norm(nn.Conv2d(8, 8, 3, padding=1)),
+    "spectral_norm": lambda: parametrizations.spectral_norm(nn.Conv2d(8, 8, 3, padding=1)),
+    "orthogonal": lambda: parametrizations.orthogonal(nn.Conv2d(8, 8, 1)),
+    "standardised": lambda: StdConv2d(8, 8, 3, padding=1),
+    "transposed": lambda: nn.ConvTranspose2d(8, 8, 3, padding=1),
+    "grouped": lambda: nn.Conv2d(8, 8, 3, padding=1, groups=4),
+}
+
+
+@pytest.mark.parametrize("mode", ["outputs", "weights"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_kind_of_layer_merges(form: str, mode: str) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), FORMS[form](), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    example = torch.randn(4, 3, 6, 6)
+    model, optimizer = made(mode, network, example_input=example, direction="signed")
+    assert "1" in [site.name for site in model.plan.merged]
+    stored = {name: value.clone() for name, value in network.state_dict().items()}
+    out = model(example)
+    layer = model.report()["1"]
+    assert layer.merged == layer.drawn > 0
+    out.sum().backward()
+    assert all(p.grad is not None for p in network[1].parameters())
+    for name, value in network.state_dict().items():
+        if "._v" not in name and "._u" not in name:  # a forward pass moves these estimates
+            assert torch.equal(value, stored[name])
+    kernels = layout_of(network[1]).shape(network[1].weight)
+    assert len(kernels) == 4
+    optimizer.step()
+
+
+def test_what_no_hook_can_reach_is_in_the_plan_with_its_reason() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used = nn.Conv2d(3, 8, 3)
+            self.called = nn.Conv2d(8, 8, 3)
+            self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = nn.functional.conv2d(x, self.used.weight, self.used.bias)
+            return self.depthwise(self.called(x).relu())
+
+    plan = plan_merging(Functional(), shallow_layers=0, mode="outputs", also_merge=["depthwise"])
+    reasons = {site.name: site.reason for site in plan.skipped}
+    assert [site.name for site in plan.merged] == ["called"]
+    assert "without calling the module, so that no hook runs" in (reasons["used"] or "")
+    assert "its channels read different inputs" in (reasons["depthwise"] or "")
+    in_step = plan_merging(Functional(), shallow_layers=0, also_merge=["depthwise"])
+    assert len(in_step.merged) == 3
+    with pytest.raises(ValueError, match="merges depthwise convolutions"):
+        InMergeWrapper(Functional(), mode="outputs", plan=in_step)
+
+
+def test_a_convolution_called_twice_merges_in_both_calls_alike() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.conv(x))
+
+    network = Twice()
+    batch = torch.randn(3, 4, 5, 5).double()
+    model, optimizer = made(network=network, example_input=batch, merge_weight=0.6)
+    sources = model.next_pairs()["conv"][1]
+    assert sources is not None
+    pairs, shares = [sources.tolist()] * 3, [[0.4] * 4] * 3
+    once = reference.mixed_outputs(network.conv, batch, pairs, shares)
+    expected = reference.mixed_outputs(network.conv, once, pairs, shares)
+    torch.testing.assert_close(model(batch), expected, rtol=1e-6, atol=1e-6)
+    assert model.report().drawn == 2 * 3 * 4 and optimizer.param_groups
+
+
+def test_a_batch_of_one_and_an_image_without_a_batch() -> None:
+    conv = nn.Conv2d(3, 8, 3)
+    x = torch.randn(1, 3, 6, 6)
+    model, _ = made(network=conv, include="", direction="signed", example_input=x)
+    assert model(x).shape == (1, 8, 4, 4) and model(x[0]).shape == (8, 4, 4)
+    assert model.report().drawn == 16
+
+
+# -- no weight is written --------------------------------------------------------------------------
+
+
+def doings(model: InMergeWrapper, optimizer: torch.optim.Optimizer) -> Iterator[str]:
+    """What may happen between two steps of a training loop, one thing after the other."""
+    x = images().float()
+    with torch.no_grad():
+        model(x)
+    yield "a pass without gradients"
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            model(x)
+        loss = model(x).float().square().mean()
+    yield "both kinds of pass in one autocast region"
+    average = torch.optim.swa_utils.AveragedModel(model.module)
+    average.update_parameters(model.module)
+    yield "an average in the middle of a step"
+    loss.backward()
+    yield "the backward pass"
+    pickle.loads(pickle.dumps(model.module.state_dict()))
+    copy.deepcopy(model)
+    yield "copies"
+    with pytest.warns(FutureWarning, match=r"torch\.jit\.trace"):
+        torch.jit.trace(model.eval().module, x, check_trace=False)
+    model.train()
+    yield "a trace between backward pass and step"
+    checkpoint(model, x.clone().requires_grad_(), use_reentrant=True).sum().backward()
+    yield "a checkpoint around the model"
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(model, x)
+    yield "an interrupt in the middle of a forward pass"
+
+
+def interrupted(model: InMergeWrapper, x: Tensor) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    last = model.module.get_submodule(model.plan.merged[-1].name)
+    for place in (last.register_forward_pre_hook, last.register_forward_hook):
+        handle = place(stop)
+        try:
+            model(x)
+        finally:
+            handle.remove()
+
+
+@pytest.mark.parametrize("mode", ["outputs", "weights"])
+def test_no_parameter_is_ever_written(mode: str) -> None:
+    model, optimizer = made(mode, net().float(), direction="signed", example_input=images().float())
+    for _ in range(2):
+        versions = {name: p._version for name, p in model.named_parameters()}
+        whole = {name: p.detach().clone() for name, p in model.named_parameters()}
+        parameters = {name: id(p) for name, p in model.named_parameters()}
+        for what in doings(model, optimizer):
+            for name, parameter in model.named_parameters():
+                assert parameter._version == versions[name], what
+                assert torch.equal(parameter, whole[name]) and id(parameter) == parameters[name]
+            for module in model.modules():
+                assert "weight" not in vars(module), what
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model.report().merged > 0
+
+
+@pytest.mark.parametrize("mode", ["outputs", "weights"])
+def test_another_thread_reads_the_weights_as_they_are(mode: str) -> None:
+    model, optimizer = made(mode, direction="signed")
+    optimizer.param_groups[0]["lr"] = 0.0
+    whole = [p.detach().clone() for p in model.parameters()]
+    wrong, stop = [], threading.Event()
+
+    def reads() -> None:
+        while not stop.is_set():
+            state = [v for n, v in model.state_dict().items() if "norm" not in n]
+            read = [v for v in state if v.ndim == 4]
+            wrong.extend(
+                v for v in read if not any(torch.equal(v, w) for w in whole if w.ndim == 4)
+            )
+
+    reader = threading.Thread(target=reads)
+    reader.start()
+    for number in range(10):
+        step(model, optimizer, number)
+    stop.set()
+    reader.join()
+    assert not wrong
+
+
+def test_autocast_in_any_order_gives_the_gradient_of_merged_kernels() -> None:
+    """Autocast keeps half-precision copies of weights: what changes a weight is not seen."""
+    found = []
+    for first in (False, True):
+        model, _ = made(network=net().float(), example_input=images().float())
+        with torch.autocast("cpu", torch.bfloat16):
+            if first:
+                with torch.no_grad():
+                    model.eval()(images().float())
+            model.train()
+            loss = model(images().float()).float().square().sum()
+        loss.backward()
+        found.append([p.grad for p in model.parameters()])
+        assert model.report().merged > 0
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("mode", ["outputs", "weights"])
+def test_evaluation_is_plain(mode: str) -> None:
+    model, optimizer = made(mode, direction="signed")
+    step(model, optimizer, 0)
+    model.eval()
+    assert torch.equal(model(images()), copy.deepcopy(model.module)(images()))
+    before = model.report().drawn
+    model.train()
+    model.module.eval()  # BatchNorm frozen by hand, inside a wrapper in train mode
+    model(images())
+    assert model.report().drawn == before  # nothing is counted that did not act
+
+
+def test_layers_in_eval_mode_are_reported_as_what_they_are_not_merged() -> None:
+    model, optimizer = made()
+    with pytest.warns(NoEffectWarning, match="no pair was drawn in 100 steps; call the wrapper"):
+        for number in range(100):
+            model.train()
+            model.module.eval()
+            step(model, optimizer, number)
+    assert model.report().drawn == model.report().merged == 0
+
+
+# -- passes that are run again ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["outputs", "weights"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("where", ["around", "inside"])
+def test_recomputed_activations_draw_the_same(mode: str, reentrant: bool, where: str) -> None:
+    """Two micro-batches before one backward pass, so that the second must not answer for both."""
+    settings = {"direction": "signed", "shared_partner": mode == "weights"}
+    first, second = images(1).requires_grad_(), images(2).requires_grad_()
+    model, _ = made(mode, **settings)
+    plain = gradients(model, lambda: torch.cat([model(first), model(second)]))
+    again, _ = made(mode, **settings)
+    if where == "around":
+
+        def forward(x: Tensor) -> Tensor:
+            return checkpoint(again, x, use_reentrant=reentrant)
+    else:
+        inner = again.module.features
+        again.module.features = lambda x: checkpoint(inner, x, use_reentrant=reentrant)  # type: ignore
+        forward = again
+    repeated = gradients(again, lambda: torch.cat([forward(first), forward(second)]))
+    for one, other in zip(plain, repeated, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    assert again.report().drawn == model.report().drawn  # counted once
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "outputs", "direction": "signed"},
+        {"mode": "outputs", "similarity_threshold": 0.0, "radius": 0.3, "direction": "signed"},
+        {"mode": "weights", "direction": "signed", "radius": 0.3},
+    ],
+)
+def test_one_whole_graph_is_compiled_once_for_all_steps(settings: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    eager, first = made(**settings)
+    model, second = made(**settings)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    # The graphs are what is tested here; the compiler behind them would take a minute.
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for number in range(4):
+        step(eager, first, number)
+        step(compiled, second, number)
+    assert counters["stats"]["unique_graphs"] == 1
+    for one, other in zip(eager.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+    reports = [[(layer.drawn, layer.merged) for layer in m.report()] for m in (eager, model)]
+    assert reports[0] == reports[1] and all(merged > 0 for _, merged in reports[0])
+
+
+# -- optimizers ------------------------------------------------------------------------------------
+
+
+def test_second_derivatives_and_optimizers_in_the_backward_pass() -> None:
+    model, _ = made(direction="signed")
+    loss = model(images()).square().mean()
+    first = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), list(model.parameters()))
+    assert all(g.isfinite().all() for g in second)
+    each = {p: torch.optim.SGD([p], lr=0.01) for p in model.parameters()}
+    for optimizer in each.values():
+        model.attach(optimizer)
+
+    def steps(parameter: Tensor) -> None:
+        each[parameter].step()
+        parameter.grad = None
+
+    for parameter in each:
+        parameter.register_post_accumulate_grad_hook(steps)
+    before = model.step
+    for number in range(3):
+        model(images(number)).square().mean().backward()
+    assert model.step == before + 3
+
+
+def test_adahessian_and_lbfgs_train() -> None:
+    from timm.optim import Adahessian
+
+    for make in (
+        lambda p: Adahessian(p, lr=0.1),
+        lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=4),
+    ):
+        model, _ = made(direction="signed")
+        optimizer: Any = make(list(model.parameters()))
+        model.attach(optimizer)
+        losses = []
+
+        def closure(model: InMergeWrapper = model, optimizer: Any = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss = (model(images()) - 1).square().mean()
+            second_order = isinstance(optimizer, Adahessian)
+            loss.backward(create_graph=second_order)
+            losses.append(loss.item())  # noqa: B023
+            return loss
+
+        for _ in range(5):
+            if isinstance(optimizer, Adahessian):
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", ".*create_graph=True")
+                    closure()
+                optimizer.step()
+            else:
+                optimizer.step(closure)
+        assert losses[-1] < losses[0] and model.step == 5
+
+
+def test_an_average_taken_after_a_skipped_step_holds_the_weights() -> None:
+    model, _ = made()
+    average = torch.optim.swa_utils.AveragedModel(model.module)
+    average.update_parameters(model.module)
+    model(images()).sum().backward()
+    average.update_parameters(model.module)  # the scaler skipped the step
+    for one, other in zip(average.module.parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+# -- schedule, pause, reset, resume ----------------------------------------------------------------
+
+
+def test_it_fades_and_ends() -> None:
+    fade = Schedule(end=4, decay="linear", anneals="strength")
+    model, optimizer = made(schedule=fade)
+    sizes = []
+    for number in range(6):
+        with torch.no_grad():
+            plain = copy.deepcopy(model.module)
+            moved = model(images()) - plain(images())
+        sizes.append(float(moved.abs().max()))
+        step(model, optimizer, number)
+    assert sizes[4] == sizes[5] == 0.0 and all(size > 0 for size in sizes[:4])
+    assert sizes[0] > sizes[3]
+    assert not model.statistics_lag and model.report().ended == 4
+
+
+def test_paused_trains_plainly_and_the_schedule_waits() -> None:
+    model, optimizer = made(schedule=Schedule(end=2))
+    plain = net()
+    with model.paused():
+        assert torch.equal(model(images()), plain(images()))
+        for number in range(5):
+            step(model, optimizer, number)
+    assert model.step == 0 and model.report().drawn == 0
+    step(model, optimizer, 5)
+    assert model.step == 1 and model.report().merged > 0
+
+
+@pytest.mark.parametrize("mode", ["step", "outputs"])
+def test_a_reset_wrapper_begins_again_in_each_fold(mode: str) -> None:
+    model, optimizer = made(mode, schedule=Schedule(end=3))
+    drawn = []
+    for fold in range(3):
+        if fold:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+            with pytest.warns(NoEffectWarning, match="schedule ended at step 3"):
+                model.attach(optimizer)
+            model.reset()
+        for number in range(4):
+            step(model, optimizer, number)
+        drawn.append(model.report().drawn)
+    assert drawn[0] == drawn[1] == drawn[2] > 0
+
+
+@pytest.mark.parametrize("mode", ["outputs", "weights"])
+def test_a_resumed_run_continues_to_the_bit(mode: str) -> None:
+    fade = Schedule(end=8, decay="cosine", anneals="strength")
+    straight, optimizer = made(mode, direction="signed", schedule=fade)
+    for number in range(3):
+        step(straight, optimizer, number)
+    saved = copy.deepcopy(straight.state_dict()), copy.deepcopy(optimizer.state_dict())
+    for number in range(3, 6):
+        step(straight, optimizer, number)
+    resumed, optimizer = made(mode, direction="signed", schedule=fade)
+    resumed.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    for number in range(3, 6):
+        step(resumed, optimizer, number)
+    for one, other in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert straight.report() == resumed.report()
+
+
+# -- nothing silent --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"direction": "gaussian", "radius": 0.3}, "no form on the outputs"),
+        ({"partner": "most_similar"}, "needs mode='step' or 'weights'"),
+        ({"keep_norm": True}, "keep_norm=True needs mode='step' or 'weights'"),
+        ({"merge_momentum": True}, "no effect with mode='outputs'"),
+        ({"compiled": True}, r"use torch\.compile\(model\)"),
+        ({"shared_partner": False, "radius": 0.3}, "shared_partner=False needs a constant size"),
+        ({"shared_partner": False, "similarity_threshold": 0.3}, "compares nothing"),
+        ({"mode": "step", "shared_partner": False}, "shared_partner=False needs mode='outputs'"),
+        ({"mode": "weights", "shared_sign": True}, "shared_sign=True needs mode='outputs'"),
+        ({"mode": "step", "direction": "gaussian"}, "set radius, for example radius=0.3"),
+        ({"merge_weight": 0.7, "radius": 0.3}, "set one of the two"),
+        ({"mode": "both"}, "mode must be 'step' or 'outputs' or 'weights', got 'both'"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        made(**{"mode": "outputs", **settings})
+
+
+def test_what_the_mode_cannot_do_says_so() -> None:
+    model, optimizer = made()
+    with pytest.raises(RuntimeError, match="mode='outputs' merges in the forward pass"):
+        model.merge_()
+    with pytest.raises(ValueError, match="mode='outputs' cannot become 'step'"):
+        model.mode = "step"
+    with pytest.raises(ValueError, match="already wrapped"):
+        InMergeWrapper(nn.Sequential(model), mode="outputs")
+    with pytest.raises(ValueError, match="none of the parameters of this network"):
+        model.attach(torch.optim.SGD(net().parameters(), lr=0.1))
+    with pytest.warns(NoEffectWarning, match="no training forward pass of this model came before"):
+        optimizer.step()
+    model.module.grouped = nn.Conv2d(8, 12, 3, groups=2).double()
+    model.module.grouped.__class__ = type("Blurred", (nn.Conv2d,), {})
+    with pytest.raises(RuntimeError, match=r"grouped: after attach.* a Blurred took the place"):
+        optimizer.step()
+
+
+def test_frozen_layers_are_left_alone() -> None:
+    model, optimizer = made()
+    model.module.grouped.requires_grad_(False)
+    step(model, optimizer, 0)  # the layers of a step are chosen when it begins
+    before = model.report()["grouped"].drawn
+    step(model, optimizer, 1)
+    assert model.report()["grouped"].drawn == before
+    assert model.report()["last"].drawn == 2 * 5 * 6
+
+
+def test_every_timm_family_keeps_training_on_the_outputs() -> None:
+    for name in ("test_resnet", "test_efficientnet", "test_convnext", "test_nfnet"):
+        network = timm.create_model(name, num_classes=3)
+        model = InMergeWrapper.recommended(network, total_steps=10, inspect_every=0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        model.attach(optimizer)
+        x = torch.randn(2, 3, 48, 48)
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        assert loss.isfinite() and model.report().merged == model.report().drawn > 0, name
