@@ -50,13 +50,13 @@ def plain_text(value: object) -> str:
     Names of classes may come from the folders of strangers, and a README is a web page.
     """
     special = r"[\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])"
-    return _harmless(re.sub(special, r"\\\g<0>", one_line(str(value))))
+    text = re.sub(special, r"\\\g<0>", one_line(str(value)))
+    return _harmless(re.sub(r"&(?=[#\w])", "&amp;", text))
 
 
 def _harmless(text: str) -> str:
     """Returns Markdown without HTML and without pictures, which load from other hosts."""
     text = text.encode("utf-8", "replace").decode("utf-8")  # undecodable names of files
-    text = re.sub(r"&(?=[#\w])", "&amp;", text)
     return text.replace("<", "&lt;").replace(">", "&gt;").replace("![", r"!\[")
 
 

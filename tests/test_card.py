@@ -30,6 +30,7 @@ from inmerge_wrap.card import (
     push_to_hub,
     results_of,
 )
+from inmerge_wrap.markdown import plain_text
 from inmerge_wrap.plots import plot_pairs
 from inmerge_wrap.robustness import evaluate_robustness
 from inmerge_wrap.similarity import measure_similarity
@@ -166,6 +167,13 @@ def test_any_class_name_is_shown_as_it_is(name: str) -> None:
     assert [unescape(cell) for cell in cells[:9]] == [
         *("0", "before", "0.5"), "1", wanted, "0.5", *("2", "after", "0.5"),
     ]  # fmt: skip
+
+
+def test_a_name_inside_of_prose_is_shown_as_it_is() -> None:
+    for name in HOSTILE:
+        html = html_of(small_card(description=f"Tells apart {plain_text(name)}."))
+        wanted = " ".join("".join(c if c >= " " else " " for c in name).split())
+        assert f"Tells apart {wanted}." in shown(html)
 
 
 def test_prose_keeps_its_markdown_but_neither_html_nor_pictures() -> None:

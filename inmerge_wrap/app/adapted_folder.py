@@ -16,6 +16,7 @@ from inmerge_wrap.app.snippet import snippet
 from inmerge_wrap.card import PLACE
 from inmerge_wrap.errors import ArgumentError
 from inmerge_wrap.export import export_timm
+from inmerge_wrap.markdown import plain_text
 
 __all__ = ["check_out", "write_adapted"]
 
@@ -93,6 +94,7 @@ _BEFORE = "**These figures were measured before the adaptation** and do not hold
 
 
 def _section(adaptation: Adaptation, site: str) -> str:
+    site = plain_text(site)
     lines = [
         "## Adaptation",
         "",
@@ -106,7 +108,7 @@ def _section(adaptation: Adaptation, site: str) -> str:
         lines += ["", f"{what}: chosen on {adaptation.labelled} labelled images of {site}."]
     lines += ["", "| class | predicted before | predicted after |", "|---|---|---|"]
     lines += [
-        f"| {name} | {before:.1%} | {after:.1%} |"
+        f"| {plain_text(name)} | {before:.1%} | {after:.1%} |"
         for name, (before, after) in adaptation.shares.items()
     ]
     lines += ["", *(f"- {warning}" for warning in adaptation.warnings)]

@@ -28,6 +28,7 @@ from inmerge_wrap.images.folders import write_split
 from inmerge_wrap.images.looks import Look, seen_of
 from inmerge_wrap.images.preparation import Recipe, Seen, digest_of
 from inmerge_wrap.images.sets import ImageSet
+from inmerge_wrap.markdown import plain_text
 from inmerge_wrap.robustness import RobustnessResult, paired_difference
 
 Found = dict[str, Any]
@@ -130,15 +131,15 @@ def export(
     """Writes OUT/model, a timm folder with its card; returns the line that loads it."""
     training, preparation = found["training"], recipe.preparation
     counts = ", ".join(f"{len(collection.part(part)):,} {part}" for part in PARTS)
-    said = " ".join([*collection.notes, *collection.warnings])
-    name, classes = title_of(options), ", ".join(collection.classes)
+    said = plain_text(" ".join([*collection.notes, *collection.warnings]))
+    name, classes = title_of(options), plain_text(", ".join(collection.classes))
     several = recipe.thresholds is not None
     aim = f"looks for {classes}, each by itself" if several else f"tells apart {classes}"
     card = ModelCard(
         title=f"{training['arch']} for {name}",
         license=options.license,
         description=f"A {training['arch']} that {aim}.",
-        training_data=f"{name}: {counts} images. {said}",
+        training_data=f"{plain_text(name)}: {counts} images. {said}",
         training=f"{options.epochs} epochs of AdamW from weights {options.weights!r}, learning "
         f"rate {options.lr:g} with warm-up and cosine decay, TrivialAugment, average of the "
         f"weights with decay {options.ema:g}; epoch {training['best_epoch']} was best on "
