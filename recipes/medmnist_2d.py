@@ -8,8 +8,8 @@ merging. The epoch is chosen by validation AUROC alone; the test part is used on
 and under four corruptions. Each run writes ``result.json`` and its weights as a timm folder, and is
 not repeated: a stopped command can be continued. Prints means and paired differences as a table.
 
-Cost: COST
-Expected: SCORE
+Cost: ResNet-18, 28 px, 5 epochs: 2 minutes of one CPU core a run on DermaMNIST, 5 on BloodMNIST.
+Expected: a clean accuracy of 0.74 and 0.95, with and without merging (recipes/README.md).
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ def table_of(dataset: str, runs: dict[str, list[dict[str, Any]]]) -> str:
                 cells.append(f"{found['mean']:+.3f}{ends}")
             rows.append([f"{condition.replace('_', ' ')}, {title}", *cells])
     if dataset in PUBLISHED and len(runs) == 2:
-        rows.append(["published, accuracy", *PUBLISHED[dataset], ""])
+        rows.append(["published (all images), accuracy", *PUBLISHED[dataset], ""])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

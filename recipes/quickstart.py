@@ -7,8 +7,7 @@ kernels are merged inside the forward pass; tests the last epoch; exports plain 
 with timm alone and checks that the logits are equal. Writes the weights and ``results.json`` into
 ``runs/quickstart/``.
 
-Cost: COST
-Expected: SCORE
+Cost: two minutes of one CPU core. Expected: a test accuracy of about 0.99.
 
 One run cannot tell whether merging helps: chance decides which of two runs is ahead. The last line
 prints the command that compares both, paired by seed.

@@ -42,7 +42,9 @@ def test_pairs_are_compared_and_not_repeated(
     assert cells[0].startswith(f"{np.mean(plain):.3f} ± ")
     assert cells[1].startswith(f"{np.mean(merged):.3f} ± ")
     assert cells[2].startswith(f"{np.mean(merged) - np.mean(plain):+.3f} (")
-    assert row in done.stdout and "| published, accuracy | 0.941 ± 0.005 |" in done.stdout
+    assert (
+        row in done.stdout and "| published (all images), accuracy | 0.941 ± 0.005 |" in done.stdout
+    )
     assert set(runs[0]["test"]) >= {"clean", "gaussian_noise"}
     before = [path.stat().st_mtime_ns for path in paths]
     monkeypatch.chdir(blood)
