@@ -36,7 +36,6 @@ on one CPU core. Expected: depends on your images; the report says how sure each
 """
 
 parser = argparse.ArgumentParser(
-    prog="own_images.py",
     description=DESCRIPTION,
     formatter_class=argparse.RawDescriptionHelpFormatter,
 )
@@ -171,8 +170,9 @@ FREE |= {"seeds", "only", "data_dir", "csv", "skip_broken", "allow_overlap"}
 FREE |= {"subgroups", "prevalence"}
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
     """The command line; what is out of range is refused before hours of training, not after."""
+    parser.prog = program
     options = parser.parse_args(arguments)
     for name, least in (("epochs", 1), ("seeds", 1), ("batch_size", 1), ("workers", 0)):
         value = getattr(options, name)

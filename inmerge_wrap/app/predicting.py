@@ -11,7 +11,7 @@ import torch
 
 from inmerge_wrap.app.model import Read, TrainedModel, read_files
 from inmerge_wrap.errors import ArgumentError
-from inmerge_wrap.images.cells import restored, write_table
+from inmerge_wrap.images.cells import write_table
 from inmerge_wrap.images.files import is_image
 from inmerge_wrap.images.looks import Look, unlike, warnings_about
 from inmerge_wrap.images.preparation import Recipe
@@ -65,7 +65,7 @@ def find_files(sources: Sequence[Path], path_column: str = "path") -> list[tuple
             found += [(path.relative_to(source).as_posix(), path) for path in images]
         elif source.suffix.lower() == ".csv":
             rows = read_table(source, needed=[path_column], option="path_column")
-            names = [restored(row[path_column].strip()).replace("\\", "/") for row in rows]
+            names = [row[path_column].strip().replace("\\", "/") for row in rows]
             found += [(name, source.parent / name) for name in names]
         elif source.exists():
             found.append((str(source), source))

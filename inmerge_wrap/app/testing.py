@@ -83,17 +83,7 @@ def test(
             truths.append(labels)
         return torch.cat(outputs), torch.cat(truths)
 
-    several = collection.task == "multilabel"
-    recipe = Recipe(
-        preparation=sets["test"].preparation,
-        mean=tuple(training["mean"]),
-        std=tuple(training["std"]),
-        task="multi-label" if several else "multi-class",
-        classes=collection.classes,
-        thresholds=(0.5,) * len(collection.classes) if several else None,
-    )
-    outputs, labels = scores("val")
-    recipe, notes = operating_point(recipe, outputs, labels)
+    recipe, notes = operating_point(_untempered(training, sets, collection), *scores("val"))
     outputs, labels = scores("test")
     units = units_of(collection.part("test"))
     result = evaluate_robustness(
@@ -121,6 +111,20 @@ def test(
     }
     write_json(path, found)
     return found
+
+
+def _untempered(
+    training: dict[str, Any], sets: dict[str, ImageSet], collection: ImageCollection
+) -> Recipe:
+    several = collection.task == "multilabel"
+    return Recipe(
+        preparation=sets["test"].preparation,
+        mean=tuple(training["mean"]),
+        std=tuple(training["std"]),
+        task="multi-label" if several else "multi-class",
+        classes=collection.classes,
+        thresholds=(0.5,) * len(collection.classes) if several else None,
+    )
 
 
 def _about(

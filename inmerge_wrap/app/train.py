@@ -46,16 +46,17 @@ class Data:
     sets: dict[str, ImageSet]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, *, program: str = "recipes/own_images.py") -> None:
     """Trains and reports as the command line says.
 
     Args:
         arguments: Of the command line; those of the process if None.
+        program: What the command is called in its help.
 
     Raises:
         SystemExit: With one line that names a remedy, if anything is wrong.
     """
-    options = parse_arguments(arguments)
+    options = parse_arguments(arguments, program)
     accelerator = make_accelerator(mixed_precision=precision(options.mixed_precision))
     try:
         with ExitStack() as stack:

@@ -24,6 +24,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
@@ -109,7 +110,10 @@ def merged_share(model: nn.Module) -> dict[str, float]:
 def statistics(images: ImageSet, most: int = 1000) -> tuple[list[float], list[float]]:
     """Returns mean and standard deviation per channel of up to 1,000 images, pixels in [0, 1]."""
     step = max(1, len(images) // most)
-    pixels = torch.stack([images[n][0] for n in range(0, len(images), step)]).float() / 255
+    places = range(0, len(images), step)
+    decoding = images.pixels is None
+    bar = tqdm(places, desc="brightness of images", unit="image", leave=False, disable=not decoding)
+    pixels = torch.stack([images[n][0] for n in bar]).float() / 255
     return pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).clamp_min(1e-3).tolist()
 
 
@@ -242,6 +246,101 @@ def validation_auroc(logits: Tensor, labels: Tensor, task: str) -> float | None:
     return None if area != area else area
 
 
+@dataclass
+class _Training:
+    """What changes while a network trains; all of it goes into the checkpoint."""
+
+    network: nn.Module
+    model: nn.Module
+    optimizer: Optimizer
+    course: LambdaLR
+    average: ModelEmaV3 | None
+    accelerator: Accelerator
+    history: list[dict[str, Any]]
+
+    @property
+    def final(self) -> nn.Module:
+        """The network whose weights are kept: the average, if there is one."""
+        return self.network if self.average is None else self.average.module
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {
+            "model": self.accelerator.unwrap_model(self.model),
+            "optimizer": self.optimizer,
+            "course": self.course,
+            "average": self.average,
+            "scaler": self.accelerator.scaler,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def save(self, path: Path) -> None:
+        """Writes a checkpoint atomically: after a kill or a power cut, the last one is intact."""
+        if self.accelerator.is_main_process:
+            state = {name: part.state_dict() for name, part in self._parts().items()}
+            with replacing(path) as draft:
+                torch.save(state | {"history": self.history}, draft)
+
+    def load(self, path: Path) -> None:
+        """Continues from a checkpoint."""
+        stored = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        for name, part in self._parts().items():
+            part.load_state_dict(stored[name])
+        self.history = stored["history"]
+
+
+@dataclass
+class _Batches:
+    """The images of an epoch in their order, and those of validation."""
+
+    loader: DataLoader
+    val_loader: DataLoader
+    order: EpochOrder
+    images: Augmented
+
+    def start(self, epoch: int) -> None:
+        """Sets the order and the augmentation of an epoch."""
+        self.order.epoch = self.images.epoch = epoch
+
+
+def _batches(
+    run: Run, sets: dict[str, ImageSet], options: argparse.Namespace, accelerator: Accelerator
+) -> _Batches:
+    count, processes = len(sets["train"]), accelerator.num_processes
+    batch = min(options.batch_size, count // processes * processes)
+    order = EpochOrder(count, run.seed)
+    images = Augmented(sets["train"], augmentation(options.flip), run.seed)
+    loader = DataLoader(
+        images,
+        batch_size=per_process(batch, processes),
+        sampler=order,
+        num_workers=options.workers,
+        drop_last=True,  # BatchNorm cannot train on a last batch of one image
+    )
+    val_loader = DataLoader(sets["val"], batch_size=64, num_workers=options.workers)
+    loader, val_loader = accelerator.prepare(loader, val_loader)
+    return _Batches(loader, val_loader, order, images)
+
+
+def _begin(
+    run: Run, network: nn.Module, steps: int, options: argparse.Namespace, accelerator: Accelerator
+) -> _Training:
+    """The network with its optimizer, and merging where the run merges; ``steps`` an epoch."""
+    total_steps = options.epochs * steps
+    network = network.to(accelerator.device)
+    model: nn.Module = network
+    if run.method == "merged":
+        model = InMergeWrapper.recommended(network, total_steps=total_steps, seed=run.seed)
+    optimizer = create_optimizer_v2(
+        network, opt="adamw", lr=options.lr, weight_decay=options.weight_decay
+    )
+    if isinstance(model, InMergeWrapper):
+        model.attach(optimizer)
+    course = LambdaLR(optimizer, warm_up_and_cosine(steps, total_steps))
+    average = ModelEmaV3(network, decay=options.ema, use_warmup=True) if options.ema else None
+    model, optimizer = accelerator.prepare(model, optimizer)
+    return _Training(network, model, optimizer, course, average, accelerator, [])
+
+
 def train(
     run: Run,
     sets: dict[str, ImageSet],
@@ -255,8 +354,7 @@ def train(
     Every epoch starts from its own seeds and ends in a checkpoint that replaces the last one
     atomically, so a killed run loses at most one epoch and reaches the same weights.
     """
-    checkpoint, best_file = run.folder / "checkpoint.pt", run.folder / "best.safetensors"
-    task, device = collection.task, accelerator.device
+    checkpoint, task = run.folder / "checkpoint.pt", collection.task
     set_seed(run.seed)
     network, mean, std = start_network(
         options.arch,
@@ -266,121 +364,95 @@ def train(
     )
     if mean is None or std is None:
         mean, std = statistics(sets["train"])
-    normalise = Normalise(mean, std, device)
-    labels = sets["train"].labels
-    processes = accelerator.num_processes
-    batch = min(options.batch_size, len(labels) // processes * processes)
-    order = EpochOrder(len(labels), run.seed)
-    images = Augmented(sets["train"], augmentation(options.flip), run.seed)
-    loader = DataLoader(
-        images,
-        batch_size=per_process(batch, processes),
-        sampler=order,
-        num_workers=options.workers,
-        drop_last=True,  # BatchNorm cannot train on a last batch of one image
+    normalise = Normalise(mean, std, accelerator.device)
+    batches = _batches(run, sets, options, accelerator)
+    steps = len(batches.loader)
+    training = _begin(run, network, steps, options, accelerator)
+    loss_function = loss_of(
+        task,
+        sets["train"].labels,
+        balanced=options.class_balanced,
+        device=accelerator.device,
     )
-    loader, val_loader = accelerator.prepare(
-        loader, DataLoader(sets["val"], batch_size=64, num_workers=options.workers)
-    )
-    total_steps = options.epochs * len(loader)
-
-    network = network.to(device)
-    model: nn.Module = network
-    if run.method == "merged":
-        model = InMergeWrapper.recommended(network, total_steps=total_steps, seed=run.seed)
-    optimizer = create_optimizer_v2(
-        network, opt="adamw", lr=options.lr, weight_decay=options.weight_decay
-    )
-    if isinstance(model, InMergeWrapper):
-        model.attach(optimizer)
-    course = LambdaLR(optimizer, warm_up_and_cosine(len(loader), total_steps))
-    average = ModelEmaV3(network, decay=options.ema, use_warmup=True) if options.ema else None
-    model, optimizer = accelerator.prepare(model, optimizer)
-    loss_function = loss_of(task, labels, balanced=options.class_balanced, device=device)
-    final = network if average is None else average.module
-
-    history: list[dict[str, Any]] = []
     if checkpoint.exists():
-        stored = torch.load(checkpoint, map_location=device, weights_only=True)
-        accelerator.unwrap_model(model).load_state_dict(stored["model"])
-        optimizer.load_state_dict(stored["optimizer"])
-        course.load_state_dict(stored["course"])
-        if average is not None:
-            average.load_state_dict(stored["average"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(stored["scaler"])
-        history = stored["history"]
-        bar.update(len(history) * len(loader))
-
-    for epoch in range(len(history), options.epochs):
+        training.load(checkpoint)
+        bar.update(len(training.history) * steps)
+    for epoch in range(len(training.history), options.epochs):
         began = time.perf_counter()
         bar.set_description(f"{run.name}, epoch {epoch + 1}/{options.epochs}")
-        order.epoch = images.epoch = epoch
-        set_seed(derived_seed(run.seed, epoch, accelerator.process_index))
-        model.train()
-        losses = torch.zeros((), device=device)
-        for step, (pixels, truth) in enumerate(loader, start=epoch * len(loader) + 1):
-            loss = loss_function(model(normalise(pixels)), truth)
-            accelerator.backward(loss)
-            optimizer.step()
-            course.step()
-            optimizer.zero_grad()
-            if average is not None:
-                average.update(network, step)
-            losses += loss.detach()
-            bar.update()
-        mean_loss = float(losses) / len(loader)
-        if not torch.isfinite(losses):
-            raise SystemExit(
-                f"{run.name}: the loss is {mean_loss} in epoch {epoch + 1}: lower --lr"
-            )
-        logits, truth = predict(final, val_loader, normalise, accelerator)
-        val_loss = float(loss_of(task, labels, balanced=False, device=logits.device)(logits, truth))
+        loss = _epoch(run, training, batches, epoch, loss_function, normalise, bar)
+        logits, truth = predict(training.final, batches.val_loader, normalise, accelerator)
         area = validation_auroc(logits, truth, task)
-        history.append(
-            {
-                "epoch": epoch + 1,
-                "loss": mean_loss,
-                "val_loss": val_loss,
-                "val_auroc": area,
-                "seconds": time.perf_counter() - began,
-                **merged_share(accelerator.unwrap_model(model)),
-            }
-        )
-        bar.set_postfix(loss=f"{mean_loss:.3f}", val_auroc=area and f"{area:.3f}")
-        if best_epoch(history) == epoch + 1:
-            export_weights(final, best_file)
-        if accelerator.is_main_process:
-            state: dict[str, Any] = {
-                "model": accelerator.unwrap_model(model).state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "course": course.state_dict(),
-                "history": history,
-            }
-            if average is not None:
-                state["average"] = average.state_dict()
-            if accelerator.scaler is not None:
-                state["scaler"] = accelerator.scaler.state_dict()
-            save_atomically(state, checkpoint)
-
-    if accelerator.is_main_process:
-        trained = accelerator.unwrap_model(model)
-        config: Any = network.pretrained_cfg
-        result = {
-            "method": run.method,
-            "seed": run.seed,
-            "mean": mean,
-            "std": std,
-            "best_epoch": best_epoch(history),
-            "history": history,
-            "arch": config["architecture"],
-            "parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "merging": {key: str(value) for key, value in merging_settings(trained).items()},
+        plain = loss_of(task, truth, balanced=False, device=logits.device)
+        entry: dict[str, Any] = {
+            "epoch": epoch + 1,
+            "loss": loss,
+            "val_loss": float(plain(logits, truth)),
         }
-        write_json(run.folder / "training.json", result)
+        entry |= {"val_auroc": area, "seconds": time.perf_counter() - began}
+        entry |= merged_share(accelerator.unwrap_model(training.model))
+        training.history.append(entry)
+        bar.set_postfix(loss=f"{loss:.3f}", val_auroc=area and f"{area:.3f}")
+        if best_epoch(training.history) == epoch + 1:
+            export_weights(training.final, run.folder / "best.safetensors")
+        training.save(checkpoint)
+    if accelerator.is_main_process:
+        _write_result(run, training, mean, std)
         checkpoint.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
+
+
+def _epoch(
+    run: Run,
+    training: _Training,
+    batches: _Batches,
+    epoch: int,
+    loss_function: Callable[[Tensor, Tensor], Tensor],
+    normalise: Normalise,
+    bar: tqdm,
+) -> float:
+    """Trains for an epoch; returns the mean loss.
+
+    Raises:
+        SystemExit: If the loss is not finite.
+    """
+    accelerator, steps = training.accelerator, len(batches.loader)
+    batches.start(epoch)
+    set_seed(derived_seed(run.seed, epoch, accelerator.process_index))
+    training.model.train()
+    losses = torch.zeros((), device=accelerator.device)
+    for step, (pixels, truth) in enumerate(batches.loader, start=epoch * steps + 1):
+        loss = loss_function(training.model(normalise(pixels)), truth)
+        accelerator.backward(loss)
+        training.optimizer.step()
+        training.course.step()
+        training.optimizer.zero_grad()
+        if training.average is not None:
+            training.average.update(training.network, step)
+        losses += loss.detach()
+        bar.update()
+    mean_loss = float(losses) / steps
+    if not torch.isfinite(losses):
+        raise SystemExit(f"{run.name}: the loss is {mean_loss} in epoch {epoch + 1}: lower --lr")
+    return mean_loss
+
+
+def _write_result(run: Run, training: _Training, mean: list[float], std: list[float]) -> None:
+    config: Any = training.network.pretrained_cfg
+    trained = training.accelerator.unwrap_model(training.model)
+    result = {
+        "method": run.method,
+        "seed": run.seed,
+        "mean": mean,
+        "std": std,
+        "best_epoch": best_epoch(training.history),
+        "history": training.history,
+        "arch": config["architecture"],
+        "parameters": sum(parameter.numel() for parameter in training.network.parameters()),
+        "merging": {key: str(value) for key, value in merging_settings(trained).items()},
+    }
+    write_json(run.folder / "training.json", result)
 
 
 def standing(entry: dict[str, Any]) -> tuple[float, float]:
@@ -391,9 +463,3 @@ def standing(entry: dict[str, Any]) -> tuple[float, float]:
 def best_epoch(history: list[dict[str, Any]]) -> int:
     """Returns the best epoch on validation; the first of equals."""
     return max(history, key=standing)["epoch"]
-
-
-def save_atomically(state: dict[str, Any], path: Path) -> None:
-    """Writes a checkpoint atomically: after a kill or a power cut, the last one is intact."""
-    with replacing(path) as draft:
-        torch.save(state, draft)

@@ -23,11 +23,9 @@ def train(options: typer.Context) -> None:
     `inmerge adapt` and `inmerge evaluate` read.
     """
     try:
-        from inmerge_wrap.app import options as reading
         from inmerge_wrap.app import train as application
     except ImportError as error:
         raise ImportError(
-            f'training needs {error.name}: pip install "inmerge-wrap[recipes]"'
+            f'training needs {error.name}: pip install "inmerge-wrap[app]"'
         ) from error
-    reading.parser.prog = "inmerge train"
-    application.main(options.args)
+    application.main(options.args, program="inmerge train")

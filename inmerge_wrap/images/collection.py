@@ -146,11 +146,7 @@ def split(
         DataError: If the shares are no shares, or are given and of no use; or if some images have a
             part and others none.
     """
-    given_shares, shares = shares, shares or SHARES
-    if set(shares) != set(PARTS) or not np.isclose(sum(shares.values()), 1):
-        raise DataError(f"--split must be three shares that add up to 1, got {dict(shares)}")
-    if not all(0 < share < 1 for share in shares.values()):
-        raise DataError(f"--split needs a positive share for each part, got {dict(shares)}")
+    given_shares, shares = shares, _checked(shares or SHARES)
     given = {image.part for image in collection.images}
     if None in given and len(given) > 1:
         missing = [image.name for image in collection.images if image.part is None]
@@ -190,6 +186,14 @@ def split(
         "Images were split one by one, for no groups were named. If there are several of one "
         "patient, figures are too good: name the patients with --groups."
     )
+
+
+def _checked(shares: Mapping[str, float]) -> Mapping[str, float]:
+    if set(shares) != set(PARTS) or not np.isclose(sum(shares.values()), 1):
+        raise DataError(f"--split must be three shares that add up to 1, got {dict(shares)}")
+    if not all(0 < share < 1 for share in shares.values()):
+        raise DataError(f"--split needs a positive share for each part, got {dict(shares)}")
+    return shares
 
 
 def _units(images: Sequence[ImageFile]) -> list[list[int]]:

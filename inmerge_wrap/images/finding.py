@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from inmerge_wrap.errors import ArgumentError
-from inmerge_wrap.images.cells import restored
 from inmerge_wrap.images.collection import PARTS, ImageCollection, ImageFile, counted, named
 from inmerge_wrap.images.files import DataError, is_image
 from inmerge_wrap.images.tables import read_table
@@ -245,7 +244,7 @@ def table_rows(table: Path) -> list[dict[str, str]]:
         rows = read_table(table)
     except ArgumentError as error:
         raise DataError(f"--csv {error}") from error
-    return [{restored(k).strip(): restored(v).strip() for k, v in row.items()} for row in rows]
+    return [{name.strip(): value.strip() for name, value in row.items()} for row in rows]
 
 
 def _rows_of(table: Path, path_column: str, labels: Sequence[str]) -> list[dict[str, str]]:

@@ -48,15 +48,12 @@ def open_images(
     """Finds, checks and splits the images, and settles how they are read.
 
     Args:
-        directory: See `find_images`, as for the table, its columns and the groups.
+        directory: See `find_images`.
         size: Side in pixels that the network takes.
         channels: 1 or 3; if None, 3 as soon as one image shows colours.
         crop_mode: See `Preparation`.
         pixel_range: Values that become black and white; found by `range_of` if None.
-        table: CSV file.
-        labels: Its columns.
-        path_column: Its column of paths.
-        groups: A column, or a pattern of the name.
+        table, labels, path_column, groups: See `find_images`.
         site: A column or pattern, and the site whose images are the test part.
         subgroups: Columns or patterns by which results are reported.
         shares: Of train, val and test where they are split; see `split`.

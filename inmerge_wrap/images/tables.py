@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from inmerge_wrap.errors import ArgumentError
+from inmerge_wrap.images.cells import restored
 
 __all__ = ["read_table"]
 
@@ -34,10 +35,13 @@ def read_table(
     delimiter = max(",;\t", key=header.count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        rows = [{key: value or "" for key, value in row.items() if key} for row in reader]
+        rows = [
+            {restored(key): restored(value or "") for key, value in row.items() if key}
+            for row in reader
+        ]
     except csv.Error as error:
         raise ArgumentError(f"{path}, row {reader.line_num}: {error}") from error
-    columns = [name for name in reader.fieldnames or () if name]
+    columns = [restored(name) for name in reader.fieldnames or () if name]
     for name in needed:
         if name not in columns:
             remedy = f": name it with <{option}>" if option else ""

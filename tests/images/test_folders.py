@@ -461,7 +461,10 @@ def test_cells_that_a_spreadsheet_would_run_are_made_safe_and_read_back(tmp_path
     assert not any(safe(text).startswith(("=", "+", "-", "@", "\t")) for text in texts)
     write_table(tmp_path / "t.csv", ["name", "=size"], [[text, -1.5] for text in texts[:3]])
     rows = read_table(tmp_path / "t.csv")
-    assert rows[0] == {"name": "'=HYPERLINK(1)", "'=size": "-1.5"}
+    assert rows[0] == {"name": "=HYPERLINK(1)", "=size": "-1.5"}
+    assert (tmp_path / "t.csv").read_text().splitlines()[:2] == [
+        "name,'=size", "'=HYPERLINK(1),-1.5",
+    ]  # fmt: skip
     images: list[dict[str, object]] = []
     for n in range(20):
         save(tmp_path / f"{n}.png", picture(n))
