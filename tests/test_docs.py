@@ -107,7 +107,7 @@ def test_commands_are_shown() -> None:
 def test_a_shown_command_parses(line: str) -> None:
     group = typer.main.get_command(app)
     name, *arguments = shlex.split(line)[1:]
-    context = group.commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
+    context = group.commands[name].make_context(name, [*arguments])  # type: ignore[attr-defined]
     if name == "train":  # which reads its options itself
         assert parser.parse_args(arguments).data_dir
     else:
