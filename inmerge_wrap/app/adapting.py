@@ -168,12 +168,8 @@ def adapt(
     after = _scores(adapted, site.pixels, progress)
     recipe, accuracy = model.recipe, None
     notes: list[str] = []
-    shares = {
-        name: (first, last)
-        for name, first, last in zip(
-            recipe.classes, _shares(before, recipe), _shares(after, recipe), strict=True
-        )
-    }
+    pairs = zip(_shares(before, recipe), _shares(after, recipe), strict=True)
+    shares = dict(zip(recipe.classes, pairs, strict=True))
     kept = [place for place, name in enumerate(site.names) if name in (labels or {})]
     if labels and not kept:
         raise ArgumentError(

@@ -15,48 +15,55 @@ if TYPE_CHECKING:
     from inmerge_wrap.app.adapting import Adaptation
 
 
+_Model = Annotated[
+    Path, typer.Argument(help="The folder `model/` that a training wrote.", show_default=False)
+]
+_Images = Annotated[
+    Path,
+    typer.Argument(
+        help="A folder of images of the other site, or a CSV file with a column of paths. "
+        "They need no labels.",
+        show_default=False,
+    ),
+]
+_Prior = Annotated[
+    float,
+    typer.Option(
+        min=0, metavar="N", help="Number of images that the training's statistics count as."
+    ),
+]
+_Labels = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="CSV",
+        help="Labels of some of the images: columns path and label, or path and one of 0 and 1 "
+        "for each label. Temperature and thresholds are chosen on them.",
+    ),
+]
+_Site = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Of the site, for the card; default: the folder's."),
+]
+_Limit = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Images to use, evenly spaced over all.")
+]
+_PathColumn = Annotated[str, typer.Option(metavar="NAME", help="Column of the paths in CSV files.")]
+
+
 @command(
     "inmerge adapt runs/mine/model other_hospital/ --out runs/mine/other_hospital",
     "inmerge adapt runs/mine/model images/ --labels some.csv --out adapted",
     "inmerge evaluate before=runs/mine/model after=adapted --data labelled.csv",
 )
 def adapt(
-    model: Annotated[
-        Path, typer.Argument(help="The folder `model/` that a training wrote.", show_default=False)
-    ],
-    images: Annotated[
-        Path,
-        typer.Argument(
-            help="A folder of images of the other site, or a CSV file with a column of paths. "
-            "They need no labels.",
-            show_default=False,
-        ),
-    ],
+    model: _Model,
+    images: _Images,
     out: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the adapted network.")],
-    prior: Annotated[
-        float,
-        typer.Option(
-            min=0, metavar="N", help="Number of images that the training's statistics count as."
-        ),
-    ] = 16.0,
-    labels: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="CSV",
-            help="Labels of some of the images: columns path and label, or path and one of 0 and 1 "
-            "for each label. Temperature and thresholds are chosen on them.",
-        ),
-    ] = None,
-    site: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Of the site, for the card; default: the folder's."),
-    ] = None,
-    limit: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Images to use, evenly spaced over all.")
-    ] = 2000,
-    path_column: Annotated[
-        str, typer.Option(metavar="NAME", help="Column of the paths in CSV files.")
-    ] = "path",
+    prior: _Prior = 16.0,
+    labels: _Labels = None,
+    site: _Site = None,
+    limit: _Limit = 2000,
+    path_column: _PathColumn = "path",
     workers: Workers = 0,
     device: Device = "cpu",
     as_json: AsJson = False,

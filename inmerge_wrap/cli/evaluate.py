@@ -28,6 +28,47 @@ if TYPE_CHECKING:
     from inmerge_wrap.robustness import RobustnessResult
 
 
+_Models = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="[NAME=]WEIGHTS...",
+        help="Weights, as for `inmerge export`. Several are compared with the first; "
+        "`NAME=` before each gives its name in the tables.",
+        show_default=False,
+    ),
+]
+_Data = Annotated[
+    Path,
+    typer.Option(
+        help="A folder with one folder of images for each class, FOLDER/CLASS/* or "
+        "FOLDER/test/CLASS/*; an .npz in the MedMNIST layout; or, for a network of `inmerge "
+        "train`, a CSV file such as its split.csv.",
+        show_default=False,
+    ),
+]
+_Mean = Annotated[
+    list[float] | None,
+    typer.Option(help="Mean of pixels in [0, 1] in training; a timm folder has its own."),
+]
+_Preset = Annotated[
+    str | None,
+    typer.Option(help="Corruptions: a preset or MedMNIST name; default: by the data's name."),
+]
+_Severity = Annotated[
+    list[int] | None, typer.Option(help="Severity, 1 to 5; default: all. Repeatable.")
+]
+_Task = Annotated[
+    str | None, typer.Option(help="multiclass, binary or multilabel; default: by the labels.")
+]
+_Size = Annotated[
+    int | None, typer.Option(min=1, help="Side to resize to; default: that of the timm folder.")
+]
+_Limit = Annotated[
+    int | None,
+    typer.Option(min=1, help="Image count: the first of an .npz, or spread over a folder."),
+]
+
+
 @command(
     "inmerge evaluate runs/mine/model --data runs/mine/split.csv",
     "inmerge evaluate exported/ --data dermamnist.npz",
@@ -37,53 +78,22 @@ if TYPE_CHECKING:
     "--std 0.5 --severity 3 --json",
 )
 def evaluate(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="[NAME=]WEIGHTS...",
-            help="Weights, as for `inmerge export`. Several are compared with the first; "
-            "`NAME=` before each gives its name in the tables.",
-            show_default=False,
-        ),
-    ],
-    data: Annotated[
-        Path,
-        typer.Option(
-            help="A folder with one folder of images for each class, FOLDER/CLASS/* or "
-            "FOLDER/test/CLASS/*; an .npz in the MedMNIST layout; or, for a network of `inmerge "
-            "train`, a CSV file such as its split.csv.",
-            show_default=False,
-        ),
-    ],
+    models: _Models,
+    data: _Data,
     arch: Arch = None,
     num_classes: NumClasses = None,
     in_chans: InChans = None,
     key: Key = None,
-    mean: Annotated[
-        list[float] | None,
-        typer.Option(help="Mean of pixels in [0, 1] in training; a timm folder has its own."),
-    ] = None,
+    mean: _Mean = None,
     std: Annotated[list[float] | None, typer.Option(help="Standard deviation, likewise.")] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(help="Corruptions: a preset or MedMNIST name; default: by the data's name."),
-    ] = None,
-    severity: Annotated[
-        list[int] | None, typer.Option(help="Severity, 1 to 5; default: all. Repeatable.")
-    ] = None,
+    preset: _Preset = None,
+    severity: _Severity = None,
     attack: Annotated[list[str] | None, typer.Option(help="fgsm or pgd. Repeatable.")] = None,
     eps: Annotated[float, typer.Option(help="Size of the attacks, in units of 1/255.")] = 2.0,
-    task: Annotated[
-        str | None, typer.Option(help="multiclass, binary or multilabel; default: by the labels.")
-    ] = None,
+    task: _Task = None,
     split: Annotated[Literal["test", "val", "train"], typer.Option(help="Part to use.")] = "test",
-    size: Annotated[
-        int | None, typer.Option(min=1, help="Side to resize to; default: that of the timm folder.")
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(min=1, help="Image count: the first of an .npz, or spread over a folder."),
-    ] = None,
+    size: _Size = None,
+    limit: _Limit = None,
     seed: Annotated[int, typer.Option(help="Seed of corruptions, attacks and bootstrap.")] = 0,
     bootstrap: Annotated[int, typer.Option(min=0, help="Bootstrap resamples.")] = 1000,
     batch_size: BatchSize = 256,

@@ -29,6 +29,20 @@ if TYPE_CHECKING:
     from inmerge_wrap.card import ModelCard
 
 
+_Output = Annotated[
+    Path,
+    typer.Argument(
+        help="A .safetensors file for plain weights, or a folder for timm's `local-dir:`.",
+        show_default=False,
+    ),
+]
+_Mean = Annotated[
+    list[float] | None, typer.Option(help="Mean of pixels in [0, 1], one or one per channel.")
+]
+_LabelNames = Annotated[str | None, typer.Option(help="Class names, separated by commas.")]
+_Card = Annotated[Path | None, typer.Option(help="JSON file with the fields of the model card.")]
+
+
 @command(
     "inmerge export checkpoints/epoch_9 weights.safetensors --arch resnet34",
     "inmerge export model.safetensors exported/ --arch resnet18 --input-size 3 28 28 "
@@ -36,28 +50,16 @@ if TYPE_CHECKING:
 )
 def export(
     weights: Weights,
-    output: Annotated[
-        Path,
-        typer.Argument(
-            help="A .safetensors file for plain weights, or a folder for timm's `local-dir:`.",
-            show_default=False,
-        ),
-    ],
+    output: _Output,
     arch: Arch = None,
     num_classes: NumClasses = None,
     in_chans: InChans = None,
     key: Key = None,
     input_size: InputSize = None,
-    mean: Annotated[
-        list[float] | None, typer.Option(help="Mean of pixels in [0, 1], one or one per channel.")
-    ] = None,
+    mean: _Mean = None,
     std: Annotated[list[float] | None, typer.Option(help="Standard deviation, likewise.")] = None,
-    label_names: Annotated[
-        str | None, typer.Option(help="Class names, separated by commas.")
-    ] = None,
-    card: Annotated[
-        Path | None, typer.Option(help="JSON file with the fields of the model card.")
-    ] = None,
+    label_names: _LabelNames = None,
+    card: _Card = None,
     as_json: AsJson = False,
 ) -> None:
     """Turn a training checkpoint into weights that stock timm and torchvision load.
