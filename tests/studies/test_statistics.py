@@ -53,12 +53,16 @@ def test_seeds_and_images_both_count() -> None:
     of_seeds, of_images = generator.normal(0, 1, (seeds, 1)), generator.normal(0, 4, (1, images))
     both = (of_seeds + of_images) / images
     strata = np.zeros(images, dtype=int)
-    expected = of_seeds.var() / seeds + of_images.var() / images
+    expected = of_seeds.var(ddof=1) / seeds + of_images.var() / images
     assert over_seeds_and_images(both, strata).variance == pytest.approx(expected, rel=0.08)
     alone = np.repeat(of_seeds, images, 1) / images
     one = over_seeds_and_images(alone, strata)
-    assert one.variance == pytest.approx(of_seeds.var() / seeds, rel=0.08)
+    assert one.variance == pytest.approx(of_seeds.var(ddof=1) / seeds, rel=0.08)
     assert one.mean == pytest.approx(of_seeds.mean())
+    t = stats.ttest_1samp(of_seeds.ravel(), 0).confidence_interval(0.95)
+    assert [one.low, one.high] == pytest.approx(list(t), rel=0.08)
+    two = over_seeds_and_images(alone[:2], strata)
+    assert two.variance == pytest.approx(of_seeds[:2].var(ddof=1) / 2, rel=0.08)
     # Images are drawn within their class: a difference between classes is no noise.
     classes = np.arange(images) % 2
     assert (
@@ -149,7 +153,7 @@ def test_the_interval_of_an_auroc_is_that_of_a_bootstrap_of_itself() -> None:
     logits[:, 1] = torch.from_numpy(generator.normal(labels.numpy() * 1.2, 1.0)).float()
     ones = torch.ones(300)
     parts = of_auroc(logits, labels, ones, "multiclass")
-    linear = over_seeds_and_images(np.stack([parts, parts]), labels.numpy()).variance ** 0.5
+    linear = over_seeds_and_images(np.stack([parts] * 50), labels.numpy()).variance ** 0.5
     drawn = []
     for _ in range(600):
         rows = np.concatenate([generator.integers(0, 150, 150), generator.integers(150, 300, 150)])
