@@ -171,12 +171,13 @@ class NeedsAMask(nn.Module):
         return self.second(self.first(image) * mask)
 
 
-def test_train_is_the_program_of_the_recipe() -> None:
+def test_train_is_the_program_of_the_recipe(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "inmerge_wrap.cli", "train"]
     shown = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120)
     assert shown.returncode == 0 and "usage: inmerge train" in shown.stdout
     assert "--data-dir" in shown.stdout
-    missing = [*command, "--data-dir", "no-such-folder"]
+    missing = [*command, "--data-dir", "no-such-folder", "--weights", "none"]
+    missing += ["--out", str(tmp_path / "out")]
     failed = subprocess.run(missing, capture_output=True, text=True, timeout=120)
     assert failed.returncode != 0 and "no-such-folder" in failed.stderr
     assert "Traceback" not in failed.stderr
