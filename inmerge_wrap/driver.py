@@ -22,11 +22,7 @@ from inmerge_wrap.optimizers import (
     check_still_held,
     companions,
     fsdp_modules,
-    is_nested_step,
-    is_no_training_step,
-    notice_every_step,
     parameters_of,
-    refuse_capture,
     refuse_second,
     remedy_for_none_held,
     replaced,
@@ -41,6 +37,12 @@ from inmerge_wrap.plan import MergePlan
 from inmerge_wrap.replicas import check_replicas
 from inmerge_wrap.report import MergeReport
 from inmerge_wrap.settings import MergeSettings, Strength
+from inmerge_wrap.steps import (
+    is_nested_step,
+    is_no_training_step,
+    notice_every_step,
+    refuse_capture,
+)
 from inmerge_wrap.tally import Tally
 from inmerge_wrap.watch import Watch
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Sequence
-from functools import cache
-from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from inmerge_wrap.kernels import MergedLayer, Sharded, Store, modules_of, tensor_store
@@ -29,10 +25,6 @@ __all__ = [
     "check_still_held",
     "companions",
     "fsdp_modules",
-    "is_nested_step",
-    "is_no_training_step",
-    "notice_every_step",
-    "refuse_capture",
     "refuse_second",
     "remedy_for_none_held",
     "replaced",
@@ -247,35 +239,6 @@ def carry_counter(
     return handles
 
 
-_listeners: set[weakref.WeakMethod[Callable[[Optimizer], None]]] = set()
-
-
-def notice_every_step(listener: Callable[[Optimizer], None]) -> None:
-    """Calls ``listener(optimizer)`` after each step of any optimizer in this process.
-
-    This detects a loop that forgot to attach its optimizer, or that replaced it.
-
-    Args:
-        listener: A bound method; no strong reference to its object is kept.
-    """
-    _register_once()
-    _listeners.add(weakref.WeakMethod(listener, _listeners.discard))
-
-
-@cache
-def _register_once() -> None:
-    register_optimizer_step_post_hook(_after_any_step)
-
-
-def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
-    for reference in tuple(_listeners):
-        listener = reference()
-        if listener is not None:
-            listener(optimizer)
-
-
 def trains_any(optimizer: Optimizer, network: nn.Module, sites: Sequence[ConvSite]) -> bool:
     """Returns whether an optimizer trains a weight of the modules at some convolution names."""
     held = set(map(id, parameters_of(optimizer)))
@@ -439,15 +402,6 @@ def companions(
     return found, problem
 
 
-def refuse_capture(what: str) -> None:
-    """Raises a RuntimeError where a CUDA graph is being captured."""
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"a CUDA graph would repeat the pairs drawn at capture in every replay: run {what} "
-            "outside the graph"
-        )
-
-
 def is_schedule_free(optimizer: Optimizer) -> bool:
     """Returns whether an optimizer is one of the package ``schedulefree``."""
     return any(kind.__module__.startswith("schedulefree.") for kind in type(optimizer).__mro__)
@@ -486,52 +440,3 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
         for module in model.modules()
         if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
     ]
-
-
-def is_nested_step(optimizer: Optimizer) -> bool:
-    """Returns whether this hook runs inside another step() of the same optimizer.
-
-    If a subclass calls super().step(), torch runs the hooks in both. The call stack shows this,
-    and unlike a counter it stays right when a step raises. torch.compile runs steps under another
-    code object of the same name and place.
-    """
-    steps = [vars(kind)["step"] for kind in type(optimizer).__mro__ if "step" in vars(kind)]
-    hooked = [step for step in steps if hasattr(step, "hooked")]
-    if len(hooked) < 2:
-        return False
-    patched = [_place(step.__code__) for step in hooked]
-    frame, depth = sys._getframe(), 0
-    while frame is not None:
-        arguments = frame.f_locals.get("args") if _place(frame.f_code) in patched else None
-        if arguments and arguments[0] is optimizer:
-            depth += 1
-        frame = frame.f_back  # type: ignore[assignment]
-    return depth > 1
-
-
-def is_no_training_step() -> bool:
-    """Returns whether this hook runs in a step that a library takes for another purpose.
-
-    Two such steps are known. Only their callers identify them: a learning rate of 0 does not,
-    because warm-ups begin with it, and neither does a gradient that was used before.
-
-    - ``torch.distributed.checkpoint.state_dict.get_optimizer_state_dict`` and its ``set_`` twin
-      (and with them Accelerate's FSDP2 resume) create a fresh optimizer's state with a step
-      of zero gradients and a learning rate of 0 before they load.
-    - Lightning's StochasticWeightAveraging steps once at the end of the epoch in which it
-      recalibrates BatchNorm and skips all backward passes.
-    """
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        name = frame.f_code.co_name
-        if name == "_init_optim_state" or (
-            name == "_optimizer_step"
-            and getattr(frame.f_locals.get("self"), "_skip_backward", False) is True
-        ):
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _place(code: CodeType) -> tuple[str, str, int]:
-    return code.co_filename, code.co_name, code.co_firstlineno

@@ -22,21 +22,19 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from inmerge_wrap.inputs import Arguments, call_arguments, is_quantised, on_device_of, to_meta
 
 __all__ = [
     "Call",
     "Trace",
     "bystanders_kept",
-    "call_arguments",
     "first_possible_trace",
-    "is_quantised",
     "meta_copy",
     "named_convs",
     "run_trace",
-    "timm_config",
-    "to_meta",
 ]
 
 _HOOK_DICTS = (
@@ -45,13 +43,6 @@ _HOOK_DICTS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-# Sizes of example inputs by their number of dimensions, the likeliest first: sound and signals,
-# images, videos and volumes.
-_FALLBACK_SIZES: dict[int, list[tuple[int, ...]]] = {
-    1: [(length,) for length in (1024, 4096, 16384, 512, 256, 128)],
-    2: [(side, side) for side in (224, 299, 384, 512, 256, 192, 160, 128, 96, 64)],
-    3: [(16, 112, 112), *((side,) * 3 for side in (64, 96, 32, 128)), (16, 224, 224)],
-}
 
 
 @dataclass
@@ -92,8 +83,6 @@ class Trace:
     outputs: list[torch.Size] = field(default_factory=list)
     """Shapes of the tensors that the network returned."""
 
-
-_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 _OTHER_LAYER = "a layer that is not a convolution"
 
@@ -226,7 +215,7 @@ def _tensors_in(values: Any) -> list[Tensor]:
 
 
 def run_trace(
-    model: nn.Module, arguments: _Arguments, *, training: bool = False, shapes_only: bool = True
+    model: nn.Module, arguments: Arguments, *, training: bool = False, shapes_only: bool = True
 ) -> Trace:
     """Runs one forward pass and records which convolutions ran, in which order, on what.
 
@@ -293,15 +282,6 @@ def named_convs(model: nn.Module) -> Iterator[tuple[str, _ConvNd]]:
     for name, module in model.named_modules():
         if isinstance(module, _ConvNd) or is_quantised(module):
             yield name, cast(_ConvNd, module)
-
-
-def is_quantised(module: nn.Module) -> bool:
-    """Returns whether a module is an integer convolution of ``torch.ao.quantization``."""
-    # By name, because torch.ao may be missing and is slow to import.
-    return any(
-        kind.__name__ == "_ConvNd" and kind.__module__ == "torch.ao.nn.quantized.modules.conv"
-        for kind in type(module).__mro__
-    )
 
 
 def _is_lazy(module: nn.Module) -> bool:
@@ -440,7 +420,7 @@ def first_possible_trace(
     for arguments in () if lazy else candidates:
         try:
             with _undisturbed(network):
-                trace = run_trace(network, _on_device_of(network, arguments), shapes_only=False)
+                trace = run_trace(network, on_device_of(network, arguments), shapes_only=False)
         except _ForwardFailed as failure:
             really.append(failure)
         else:
@@ -471,87 +451,3 @@ def _cause(failures: Sequence[_ForwardFailed]) -> str:
     error = max(failures, key=lambda failure: failure.calls).__cause__
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-
-
-def call_arguments(
-    network: nn.Module, convs: Mapping[str, _ConvNd], example_input: Any
-) -> list[_Arguments]:
-    """Returns candidate inputs for the network, the likeliest first."""
-    if isinstance(example_input, Mapping):
-        return [((), dict(example_input))]
-    if isinstance(example_input, tuple):
-        return [(example_input, {})]
-    if isinstance(example_input, list):  # of arguments, or the one argument of a detection network
-        return [(tuple(example_input), {}), ((example_input,), {})]
-    if example_input is not None:
-        return [((example_input,), {})]
-    configured = timm_config(network).get("input_size") or ()
-    shapes: list[tuple[int, ...]] = []
-    for dims in dict.fromkeys(len(conv.kernel_size) for conv in convs.values()):
-        shapes += _likely_shapes(network, convs, dims, configured if dims == 2 else ())
-    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-    # Batches of two, because BatchNorm cannot train on one value per channel.
-    return [
-        ((torch.empty(2, *shape, dtype=dtype, device="meta"),), {})
-        for shape in dict.fromkeys(shapes)
-    ]
-
-
-def _likely_shapes(
-    network: nn.Module, convs: Mapping[str, _ConvNd], dims: int, configured: Sequence[int]
-) -> list[tuple[int, ...]]:
-    """Returns candidate input shapes (channels, *size) for convolutions of some dimension."""
-    first = next(conv for conv in convs.values() if len(conv.kernel_size) == dims)
-    channels = [_channels_read(first)] if _has_shape(first) else []
-    channels += [*configured[:1], 3, 1]
-    # Of vision transformers in torchvision, in timm, and in timm where img_size was given.
-    patches = getattr(network, "patch_embed", None)
-    holders = ((network, "image_size"), (network, "img_size"), (patches, "img_size"))
-    stated = [_size(getattr(holder, name, None), dims) for holder, name in holders]
-    sizes = [tuple(configured[1:])] if configured else []
-    sizes += [size for size in stated if size] + _FALLBACK_SIZES[dims]
-    return [(channels[0], *size) for size in sizes] + [(count, *sizes[0]) for count in channels]
-
-
-def _channels_read(conv: _ConvNd) -> int:
-    if is_quantised(conv):
-        return conv.in_channels
-    # From the weight, which users replace to change the number of channels.
-    return conv.weight.shape[0] if conv.transposed else conv.weight.shape[1] * conv.groups
-
-
-def _size(size: Any, dims: int) -> tuple[int, ...] | None:
-    """Returns a size that a network declares as a tuple, or None if it is not a size."""
-    size = (size,) * dims if isinstance(size, int) else size
-    is_size = (
-        isinstance(size, tuple) and len(size) == dims and all(isinstance(n, int) for n in size)
-    )
-    return size if is_size else None
-
-
-def timm_config(network: nn.Module) -> Mapping[str, Any]:
-    """Returns the timm configuration of a network; empty if it is not a timm model."""
-    config = getattr(network, "pretrained_cfg", None)
-    return config if isinstance(config, Mapping) else {}
-
-
-def _has_shape(conv: _ConvNd) -> bool:
-    return not isinstance(conv._parameters.get("weight"), nn.parameter.UninitializedParameter)
-
-
-def to_meta(arguments: _Arguments) -> _Arguments:
-    """Returns the arguments of a call with all tensors on the meta device."""
-    return tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, arguments)
-
-
-def _on_device_of(network: nn.Module, arguments: _Arguments) -> _Arguments:
-    device = next(network.parameters()).device
-
-    def move(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if value.is_meta:
-            return torch.zeros_like(value, device=device)
-        return value.to(device)
-
-    return tree_map(move, arguments)
