@@ -212,6 +212,47 @@ def run(script: str) -> str:
     return done.stdout.strip()
 
 
+def long_functions(path: Path) -> list[str]:
+    """Functions of more than 60 lines, not counting their docstrings."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        lines = (node.end_lineno or node.lineno) - node.lineno + 1
+        first = node.body[0]
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            lines -= (first.end_lineno or first.lineno) - first.lineno + 1
+        if lines > 60:
+            found.append(f"{path.name}: {node.name} has {lines} lines")
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_no_file_and_no_function_outgrows_its_reader(name: str) -> None:
+    path = MODULES[name]
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
+    # The constructor lists each setting once as a parameter and once as a value.
+    allowed = ["wrapper.py: __init__"]
+    found = [line for line in long_functions(path) if not line.startswith(tuple(allowed))]
+    assert found == []
+
+
+def test_only_merging_after_a_step_writes_a_parameter() -> None:
+    """Who calls what writes kernels, and nobody else writes in place."""
+    writers = {
+        name
+        for name, path in MODULES.items()
+        if re.search(r"\b(merge_step|merge_pairs_|put_rows_|write_)\(", path.read_text())
+    }
+    assert writers == {"driver", "forward", "kernels", "persistent"}
+    # In the forward pass a stand-in is filled, a new tensor that no parameter shares.
+    forward = MODULES["forward"].read_text(encoding="utf-8")
+    assert re.findall(r".*put_rows_.*", forward) == [
+        "            layout_of(module).put_rows_(new, everyone, rows)"
+    ]
+    assert "new = weight.detach().clone()" in forward
+
+
 def test_imports_are_found_however_they_are_written(tmp_path: Path) -> None:
     """The rules above are worth what this finds: it once took a module for the package."""
     (tmp_path / "inner").mkdir()
