@@ -31,10 +31,11 @@ class Merge(Method):
     """In-model merging; settings left out are the paper's, or those recommended where it stays.
 
     Attributes:
-        settings: Arguments of InMergeWrapper; not ``schedule`` and not ``seed``. ``transient``
-            says that no merge stays.
+        settings: Arguments of InMergeWrapper; not ``schedule`` and not ``seed``. ``transient``,
+            in the records of the first two studies, says that no merge stays: it is mode
+            ``"weights"``, and without it ``"step"``.
         fade: The schedule; None merges in every step to the end, or as recommended.
-        recommended: Build on ``InMergeWrapper.recommended(..., transient=False)``.
+        recommended: Build on ``InMergeWrapper.recommended(..., mode="step")``.
         recalibrate: Recompute BatchNorm's statistics after training.
     """
 
@@ -46,11 +47,13 @@ class Merge(Method):
 
     def wrap(self, network: nn.Module, total_steps: int, seed: int) -> nn.Module:
         settings = {**self.settings, "seed": seed}
+        if settings.pop("transient", False):
+            settings["mode"] = "weights"
         if self.fade is not None:
             settings["schedule"] = self.fade.schedule(total_steps)
         if self.recommended:
             return InMergeWrapper.recommended(
-                network, total_steps=total_steps, transient=False, **settings
+                network, total_steps=total_steps, mode="step", **settings
             )
         return InMergeWrapper(network, **settings)
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from torch import nn
 
-from studies.common import channels, chest, laboratories, mechanism, networks
+from studies.common import channels, chest, laboratories, mechanism, networks, training
 from studies.common.augmentation import AUGMENTATIONS
 from studies.common.contributions import contributions
 from studies.common.exams import FAMILIES, METRICS
@@ -256,6 +257,18 @@ def test_nothing_is_confirmed_before_it_is_frozen(
     monkeypatch.setitem(arms.TRAINING, "flips", arms.Length(5))
     with pytest.raises(SystemExit, match=r"the training \['flips'\] are not what"):
         carry_out(small, "confirm")
+
+
+def test_every_arm_trains(small: Path) -> None:
+    data = load_digits(64).in_colour()
+    for arm in arms.ARMS:
+        one = arms.run_of(arms.Cell("digits", 64, "flips", "test_resnet"), arm, 0)
+        network, seen = training.train_run(
+            one, training.training_part(one, data), Accelerator(cpu=True)
+        )
+        assert seen["passes"] == 2 and all(torch.isfinite(p).all() for p in network.parameters())
+        if arm.startswith("merging"):
+            assert seen["merging"]["merged"] > 0, arm
 
 
 def made_up(gains: dict[str, float], seeds: int = 5) -> list[dict[str, Any]]:
