@@ -151,7 +151,8 @@ def collect(name: str, folder: Path) -> int:
     return len(new)
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -209,6 +210,12 @@ def main() -> None:
         help="train nothing: add the finished runs to runs.jsonl.gz",
     )
     options = parser.parse_args()
+    check(options, parser)
+    return options
+
+
+def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuses options that a sweep would ignore."""
     unknown = sorted(set(options.arms) - set(ARMS))
     if unknown:
         parser.error(f"unknown arms {unknown}; choose from {list(ARMS)}")
@@ -221,6 +228,9 @@ def main() -> None:
             "--size 28 is too small for architectures: leave out --size, or pass 32 or more"
         )
 
+
+def main() -> None:
+    options = parse()
     name = options.sweep + "-transient" * options.transient
     folder = options.out or Path("runs/1") / name
     if options.collect:

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 
 WIDTH = 7.6  # inches; a page shows it at about 700 px, where 8 points are still read
 
@@ -71,35 +73,57 @@ def draw_forest(
         layout="constrained",
     )
     for axis, column in zip(axes, columns, strict=True):
-        for place in range(1, len(rows), 2):
-            axis.axhspan(place - 0.5, place + 0.5, color="0.955", linewidth=0)
-        axis.axvline(0, color="0.45", linewidth=1)
-        for place, (row, group) in enumerate(rows.items()):
-            for mark in marks:
-                if (row, column, mark.label) not in cells:
-                    continue
-                middle, low, high = cells[row, column, mark.label]
-                colour, line = colours[group], place + mark.below
-                if low is not None and high is not None:
-                    width = 1.7 if mark.filled else 0.9
-                    axis.plot([low, high], [line] * 2, color=colour, lw=width)
-                axis.plot(
-                    *(middle, line, mark.marker),
-                    color=colour,
-                    ms=mark.size,
-                    mfc=colour if mark.filled else "white",
-                    mew=0.9,
-                )
-        axis.set_title(column, fontsize=9.5)
+        _panel(axis, column, rows, marks, cells, colours)
         axis.set_xlabel(axis_label, fontsize=8.5)
-        axis.tick_params(labelsize=8)
-        axis.tick_params(axis="y", length=0)
-        axis.locator_params(axis="x", nbins=5)
-        axis.grid(axis="x", color="0.9", linewidth=0.6)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right", "left"]].set_visible(False)
     axes[0].set_yticks(range(len(rows)), list(rows), fontsize=8.5)
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
+    _legend(figure, rows, marks, colours)
+    figure.suptitle(fill(title, 95), fontsize=9.5)
+    figure.savefig(path, dpi=200, facecolor="white")
+    plt.close(figure)
+
+
+def _panel(
+    axis: Axes,
+    column: str,
+    rows: Mapping[str, str],
+    marks: Sequence[Mark],
+    cells: Mapping[Cell, Interval],
+    colours: Mapping[str, str],
+) -> None:
+    """Draws the differences of one column."""
+    for place in range(1, len(rows), 2):
+        axis.axhspan(place - 0.5, place + 0.5, color="0.955", linewidth=0)
+    axis.axvline(0, color="0.45", linewidth=1)
+    for place, (row, group) in enumerate(rows.items()):
+        for mark in marks:
+            if (row, column, mark.label) not in cells:
+                continue
+            middle, low, high = cells[row, column, mark.label]
+            colour, line = colours[group], place + mark.below
+            if low is not None and high is not None:
+                width = 1.7 if mark.filled else 0.9
+                axis.plot([low, high], [line] * 2, color=colour, lw=width)
+            axis.plot(
+                *(middle, line, mark.marker),
+                color=colour,
+                ms=mark.size,
+                mfc=colour if mark.filled else "white",
+                mew=0.9,
+            )
+    axis.set_title(column, fontsize=9.5)
+    axis.tick_params(labelsize=8)
+    axis.tick_params(axis="y", length=0)
+    axis.locator_params(axis="x", nbins=5)
+    axis.grid(axis="x", color="0.9", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _legend(
+    figure: Any, rows: Mapping[str, str], marks: Sequence[Mark], colours: Mapping[str, str]
+) -> None:
+    """Draws the groups that have rows and, of several marks, each of them."""
     handles = [
         plt.Line2D([], [], color=colour, marker="s", ls="", label=group)
         for group, colour in colours.items()
@@ -125,9 +149,6 @@ def draw_forest(
         frameon=False,
         fontsize=8.5,
     )
-    figure.suptitle(fill(title, 95), fontsize=9.5)
-    figure.savefig(path, dpi=200, facecolor="white")
-    plt.close(figure)
 
 
 def legend_columns(labels: Sequence[str], widest: int = 105) -> int:

@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from studies.common import networks
 from studies.common.augmentation import AUGMENTATIONS, Augmentation, augment
 from studies.common.images import Images, Normalised
-from studies.common.methods import SAM, Ensemble, Method, Mixup, Soup, Training
+from studies.common.methods import SAM, Ensemble, Follower, Method, Mixup, Soup, Training
 from studies.common.records import environment
 from studies.common.running import batches, loss_of
 
@@ -135,9 +135,7 @@ def fit(
     model = network.to(accelerator.device, memory_format=layout)
     for method in methods:
         model = method.wrap(model, epochs * steps, seed)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=lr, momentum=0.9, weight_decay=run.weight_decay, fused=True
-    )
+    optimizer = sgd(model, lr, run.weight_decay)
     training = Training(network, model, optimizer, epochs, steps, lr, seed)
     followers = [method.follow(training) for method in methods]
     cycle = steps * min([method.falling_epochs(epochs) for method in methods], default=epochs)
@@ -157,8 +155,9 @@ def fit(
         for follower in followers:
             follower.before_epoch(epoch)
         for step, (index,) in enumerate(loader, start=epoch * steps):
-            inputs = normalise(changed(images[index], augmentation))
-            inputs = inputs.contiguous(memory_format=layout)
+            inputs = normalise(changed(images[index], augmentation)).contiguous(
+                memory_format=layout
+            )
             targets = labels[index]
             for method in methods:
                 inputs, targets = method.batch(inputs, targets, len(data.classes), draws)
@@ -175,11 +174,26 @@ def fit(
         for follower in followers:
             follower.after_epoch(epoch)
 
-    final, seen = network, {"passes": passes / steps}
+    final, seen = finished(followers, network, lambda: normalise.batches(images))
+    return final, {"passes": passes / steps, **seen}
+
+
+def sgd(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Returns the optimizer of all runs."""
+    return torch.optim.SGD(
+        model.parameters(), lr=lr, momentum=0.9, weight_decay=weight_decay, fused=True
+    )
+
+
+def finished(
+    followers: Iterable[Follower], network: nn.Module, images: Callable[[], Iterable[Tensor]]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Returns the network to test and what the followers have seen."""
+    seen: dict[str, Any] = {}
     for follower in followers:
-        final = follower.finish(final, lambda: normalise.batches(images))
+        network = follower.finish(network, images)
         seen |= follower.seen()
-    return final, seen
+    return network, seen
 
 
 def train_run(run: Run, data: Images, accelerator: Accelerator) -> tuple[nn.Module, dict[str, Any]]:
