@@ -1,4 +1,4 @@
-"""Draws what one merge does, from numbers that are computed: docs/images/merging.svg.
+"""Draws what merging does, from numbers that are computed: one picture for each of its two places.
 
 python docs/.diagram.py
 """
@@ -6,105 +6,170 @@ python docs/.diagram.py
 from __future__ import annotations
 
 import math
+from itertools import chain
 from pathlib import Path
 
-Kernel = list[float]  # nine weights, row by row
+Square = list[list[float]]  # entries of a kernel or a map, row by row
 
 ALPHA, TAU = 0.8, 0.3
-KERNELS: list[Kernel] = [
-    [0.9, 0.8, 0.7, 0.1, 0.0, -0.1, -0.8, -0.9, -0.7],
-    [-0.6, 0.9, -0.5, -0.4, 0.8, -0.6, -0.5, 0.9, -0.4],
-    [0.2, -0.7, 0.6, 0.9, -0.2, -0.8, 0.3, 0.5, -0.6],
-    [-0.5, 0.4, -0.8, -0.1, 0.9, -0.9, 0.1, 0.9, -0.1],
-    [-0.7, -0.1, 0.8, -0.8, 0.1, 0.9, -0.6, 0.0, 0.7],
-    [-0.5, -0.6, -0.4, -0.6, 0.9, -0.5, 0.6, 0.7, -0.7],
+WIDTH = 400
+# A page can be light or dark; a picture takes the side of the page that shows it.
+STYLE = (
+    "text{font-family:system-ui,Helvetica,Arial,sans-serif;fill:#1a1a1a}"
+    ".soft{fill:#5c5c5c}.line{stroke:#5c5c5c;stroke-width:2;fill:none}.tip{fill:#5c5c5c}"
+    "@media (prefers-color-scheme:dark){text{fill:#ececec}.soft{fill:#b8b8b8}"
+    ".line{stroke:#b8b8b8}.tip{fill:#b8b8b8}}"
+)
+ACCENT, FRAME = "#D55E00", "#8a8a8a"
+K_I, K_J = (f'K<tspan baseline-shift="sub" font-size="11">{index}</tspan>' for index in "ij")
+Y_I, Y_J = (f'y<tspan baseline-shift="sub" font-size="11">{index}</tspan>' for index in "ij")
+
+PAIR: tuple[Square, Square] = (
+    [[-0.6, 0.9, -0.5], [-0.4, 0.8, -0.6], [-0.5, 0.9, -0.4]],
+    [[-0.5, 0.4, -0.8], [-0.1, 0.9, -0.9], [0.1, 0.9, -0.1]],
+)
+IMAGES: tuple[Square, Square] = (
+    [[math.exp(-((x - 1.5) ** 2 + (y - 2) ** 2) / 2) for x in range(6)] for y in range(6)],
+    [[float(x + y in (5, 6)) for x in range(6)] for y in range(6)],
+)
+KERNELS: list[Square] = [
+    [[0.4, 0.6, 0.4], [0.0, 0.0, 0.0], [-0.4, -0.6, -0.4]],
+    [[-0.3, 0.9, -0.3], [-0.3, 0.9, -0.3], [-0.3, 0.2, -0.3]],
+    [[0.4, 0.0, -0.4], [0.6, 0.0, -0.6], [0.4, 0.0, -0.4]],
+    [[0.3, 0.3, 0.2], [0.3, 0.3, 0.2], [0.2, 0.2, 0.2]],
+    [[-0.2, -0.2, -0.2], [-0.2, 1.2, -0.2], [-0.2, -0.2, -0.2]],
 ]
-PAIR = (1, 3)
-CELL, GAP = 15, 17
-K_I, K_J = (f'K<tspan baseline-shift="sub" font-size="9">{index}</tspan>' for index in "ij")
-NOTE = "In training alone: the network that is exported has the same graph, size and speed."
-INK, SOFT, ACCENT = "#1a1a1a", "#5c5c5c", "#D55E00"
+SHIFT = 2  # the partner of a channel, shared by the batch
+SIGNS = ((1, -1, -1, 1, -1), (-1, 1, -1, 1, 1))  # of the channels, drawn for each image
 
 
-def cosine(a: Kernel, b: Kernel) -> float:
-    return (
-        sum(map(math.prod, zip(a, b, strict=True))) / math.dist(a, [0] * 9) / math.dist(b, [0] * 9)
+def cosine(a: Square, b: Square) -> float:
+    first, second = list(chain(*a)), list(chain(*b))
+    return sum(map(math.prod, zip(first, second, strict=True))) / (
+        math.hypot(*first) * math.hypot(*second)
     )
 
 
-def colour(weight: float) -> str:
-    """Red above zero, blue below, white at it."""
-    red, green, blue = (178, 24, 43) if weight > 0 else (33, 102, 172)
-    strength = min(1.0, abs(weight))
+def blend(a: Square, b: Square, share: float) -> Square:
+    """Moves ``a`` by a share of the way to ``b``."""
+    return [
+        [x + share * (y - x) for x, y in zip(*rows, strict=True)] for rows in zip(a, b, strict=True)
+    ]
+
+
+def convolve(image: Square, kernel: Square) -> Square:
+    side = len(image) - 2
+    return [
+        [
+            sum(kernel[v][u] * image[y + v][x + u] for v in range(3) for u in range(3))
+            for x in range(side)
+        ]
+        for y in range(side)
+    ]
+
+
+def colour(value: float, *, signed: bool = True) -> str:
+    """Red above zero, blue below, white at it; a grey level for an image."""
+    if not signed:
+        return "#{0:02x}{0:02x}{0:02x}".format(round(255 * min(1.0, value)))
+    red, green, blue = (178, 24, 43) if value > 0 else (33, 102, 172)
+    strength = min(1.0, abs(value))
     mixed = (round(255 + (part - 255) * strength) for part in (red, green, blue))
     return "#{:02x}{:02x}{:02x}".format(*mixed)
 
 
-def text(
-    x: float, y: float, words: str, *, size: int = 13, fill: str = INK, bold: bool = False
-) -> str:
+def text(x: float, y: float, words: str, size: int = 15, kind: str = "", bold: bool = False) -> str:
+    style = f' class="{kind}"' if kind else ""
     weight = ' font-weight="600"' if bold else ""
-    return f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{fill}"{weight}>{words}</text>'
+    return f'<text x="{x:g}" y="{y:g}" font-size="{size}"{style}{weight}>{words}</text>'
 
 
-def kernel(x: float, y: float, weights: Kernel, *, marked: bool = False) -> list[str]:
-    side = 3 * CELL
+def square(
+    x: float, y: float, side: float, values: Square, *, marked: bool = False, signed: bool = True
+) -> list[str]:
+    cell = side / len(values)
     cells = [
-        f'<rect x="{x + CELL * (n % 3):g}" y="{y + CELL * (n // 3):g}" width="{CELL}" '
-        f'height="{CELL}" fill="{colour(weight)}"/>'
-        for n, weight in enumerate(weights)
+        f'<rect x="{x + cell * column:g}" y="{y + cell * row:g}" width="{cell:g}" '
+        f'height="{cell:g}" fill="{colour(value, signed=signed)}"/>'
+        for row, line in enumerate(values)
+        for column, value in enumerate(line)
     ]
-    edge, width = (ACCENT, 3) if marked else ("#8a8a8a", 1)
-    frame = f'<rect x="{x:g}" y="{y:g}" width="{side}" height="{side}" fill="none" '
+    edge, width = (ACCENT, 3) if marked else (FRAME, 1)
+    frame = f'<rect x="{x:g}" y="{y:g}" width="{side:g}" height="{side:g}" fill="none" '
     return [*cells, f'{frame}stroke="{edge}" stroke-width="{width}"/>']
 
 
 def arrow(x: float, y: float, length: float) -> str:
     end = x + length
     return (
-        f'<path d="M{x:g} {y:g} H{end - 7:g}" stroke="{SOFT}" stroke-width="2"/>'
-        f'<path d="M{end:g} {y:g} l-9 -5 v10 z" fill="{SOFT}"/>'
+        f'<path class="line" d="M{x:g} {y:g} H{end - 7:g}"/>'
+        f'<path class="tip" d="M{end:g} {y:g} l-9 -5 v10 z"/>'
     )
 
 
-def diagram() -> str:
-    first, second = (KERNELS[index] for index in PAIR)
-    likeness = cosine(first, second)
-    assert likeness > TAU
-    blend = [ALPHA * a + (1 - ALPHA) * b for a, b in zip(first, second, strict=True)]
-    side = 3 * CELL
-    parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 232" role="img" '
-        'font-family="system-ui, Helvetica, Arial, sans-serif" text-anchor="middle">',
-        "<title>After an optimizer step, two similar kernels of a layer are blended</title>",
-        '<rect width="760" height="232" rx="6" fill="#ffffff"/>',
-        text(112, 30, "1. the optimizer steps", bold=True),
-        text(380, 30, "2. drawn pairs are compared", bold=True),
-        text(648, 30, "3. alike kernels are blended", bold=True),
-    ]
-    for column, replaced in ((20, None), (556, blend)):
-        for index, weights in enumerate(KERNELS):
-            x = column + (index % 3) * (side + GAP) + 8
-            y = 52 + (index // 3) * (side + GAP)
-            if replaced and index == PAIR[0]:
-                weights = replaced
-            marked = index in PAIR if replaced is None else index == PAIR[0]
-            parts += kernel(x, y, weights, marked=marked)
-    parts += [arrow(224, 105, 50), arrow(486, 105, 50)]
-    parts += kernel(300, 62, first, marked=True) + kernel(415, 62, second, marked=True)
-    parts += [
-        text(322, 128, K_I),
-        text(437, 128, K_J),
-        text(380, 90, f"{likeness:.2f}", bold=True),
-        text(380, 154, f"cosine {likeness:.2f} &gt; tau = {TAU:g}"),
-        text(112, 186, "kernels of a deep layer", fill=SOFT),
-        text(648, 186, f"{K_I} becomes {ALPHA:g} {K_I} + {1 - ALPHA:.1f} {K_J}", fill=SOFT),
-        text(380, 216, NOTE, fill=SOFT),
-        "</svg>",
-    ]
-    return "\n".join(parts) + "\n"
+def picture(title: str, height: int, parts: list[str]) -> str:
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
+        f'height="{height}" role="img" text-anchor="middle">'
+    )
+    lines = [head, f"<title>{title}</title>", f"<style>{STYLE}</style>", *parts, "</svg>"]
+    return "\n".join(lines) + "\n"
 
+
+def after_each_step() -> str:
+    first, second = PAIR
+    found = cosine(first, second)
+    assert found > TAU
+    side, top = 72, 44
+    middle = top + side / 2
+    return picture(
+        "After an optimizer step, the weights of a kernel are blended with a similar kernel's",
+        200,
+        [
+            text(104, 26, "a drawn pair of kernels", 14, bold=True),
+            text(326, 26, "the new weights", 14, bold=True),
+            *square(14, top, side, first, marked=True),
+            *square(122, top, side, second),
+            *square(290, top, side, blend(first, second, 1 - ALPHA), marked=True),
+            arrow(212, middle, 60),
+            text(50, top + side + 22, K_I),
+            text(158, top + side + 22, K_J),
+            text(326, top + side + 22, f"{ALPHA:g} {K_I} + {1 - ALPHA:.1f} {K_J}"),
+            text(200, 166, f"cosine {found:.2f} is above the threshold {TAU:g}: blend"),
+            text(200, 189, "one set of weights for all images, from then on", 14, "soft"),
+        ],
+    )
+
+
+def in_the_forward_pass() -> str:
+    side, gap, left = 44, 14, 92
+    parts = [
+        text(40, 26, "image", bold=True),
+        text(230, 26, "outputs of a convolution", bold=True),
+    ]
+    for lane, (image, signs) in enumerate(zip(IMAGES, SIGNS, strict=True)):
+        top = 40 + 138 * lane
+        outputs = [convolve(image, kernel) for kernel in KERNELS]
+        parts += square(12, top, 56, image, signed=False)
+        parts.append(text(40, top + 76, "AB"[lane], kind="soft"))
+        for channel, (output, sign) in enumerate(zip(outputs, signs, strict=True)):
+            x, partner = left + channel * (side + gap), (channel + SHIFT) % len(KERNELS)
+            mixed = blend(output, outputs[partner], sign * (1 - ALPHA))
+            parts += square(x, top, side, output)
+            words = f"{'+' if sign > 0 else '−'} y{partner + 1}"
+            parts.append(text(x + side / 2, top + side + 18, words, 15, bold=True))
+            parts += square(x, top + side + 26, side, mixed, marked=True)
+    parts += [
+        text(200, 332, f"{Y_I} becomes {Y_I} ± {1 - ALPHA:.1f} ({Y_J} − {Y_I})"),
+        text(200, 356, "toward the partner (+) or away from it (−),", 14, "soft"),
+        text(200, 375, "drawn for each image; no weight is written", 14, "soft"),
+    ]
+    return picture("In the forward pass, each image blends the channels in its own way", 388, parts)
+
+
+PICTURES = {"after-each-step.svg": after_each_step, "forward-pass.svg": in_the_forward_pass}
 
 if __name__ == "__main__":
-    path = Path(__file__).parent / "images" / "merging.svg"
-    path.write_text(diagram(), encoding="utf-8")
+    for name, draw in PICTURES.items():
+        path = Path(__file__).parent / "images" / name
+        path.write_text(draw(), encoding="utf-8")
