@@ -1,14 +1,16 @@
-"""Draws what merging does, from numbers that are computed: one picture for each of its two places.
+"""Draws what merging does, from numbers that are computed, and what it was measured to give.
 
 python docs/.diagram.py
 """
 
 from __future__ import annotations
 
+import csv
 import math
 from itertools import chain
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 Square = list[list[float]]  # entries of a kernel or a map, row by row
 
 ALPHA, TAU = 0.8, 0.3
@@ -17,8 +19,9 @@ WIDTH = 400
 STYLE = (
     "text{font-family:system-ui,Helvetica,Arial,sans-serif;fill:#1a1a1a}"
     ".soft{fill:#5c5c5c}.line{stroke:#5c5c5c;stroke-width:2;fill:none}.tip{fill:#5c5c5c}"
+    ".mark{stroke:#D55E00;stroke-width:2}.sum{fill:#D55E00}"
     "@media (prefers-color-scheme:dark){text{fill:#ececec}.soft{fill:#b8b8b8}"
-    ".line{stroke:#b8b8b8}.tip{fill:#b8b8b8}}"
+    ".line{stroke:#b8b8b8}.tip{fill:#b8b8b8}.mark{stroke:#e08a4f}.sum{fill:#e08a4f}}"
 )
 ACCENT, FRAME = "#D55E00", "#8a8a8a"
 K_I, K_J = (f'K<tspan baseline-shift="sub" font-size="11">{index}</tspan>' for index in "ij")
@@ -39,6 +42,11 @@ KERNELS: list[Square] = [
     [[0.3, 0.3, 0.2], [0.3, 0.3, 0.2], [0.2, 0.2, 0.2]],
     [[-0.2, -0.2, -0.2], [-0.2, 1.2, -0.2], [-0.2, -0.2, -0.2]],
 ]
+COMPARISONS = {  # of the second study's confirmation: arm, baseline -> heading
+    ("transient, signed 0.3", "plain"): "merging in the weights − plain training",
+    ("Gaussian noise 0.3", "plain"): "Gaussian noise of that size − plain training",
+    ("transient, signed 0.3", "Gaussian noise 0.3"): "merging in the weights − Gaussian noise",
+}
 SHIFT = 2  # the partner of a channel, shared by the batch
 SIGNS = ((1, -1, -1, 1, -1), (-1, 1, -1, 1, 1))  # of the channels, drawn for each image
 
@@ -78,10 +86,19 @@ def colour(value: float, *, signed: bool = True) -> str:
     return "#{:02x}{:02x}{:02x}".format(*mixed)
 
 
-def text(x: float, y: float, words: str, size: int = 15, kind: str = "", bold: bool = False) -> str:
+def text(
+    x: float,
+    y: float,
+    words: str,
+    size: int = 15,
+    kind: str = "",
+    bold: bool = False,
+    anchor: str = "",
+) -> str:
     style = f' class="{kind}"' if kind else ""
     weight = ' font-weight="600"' if bold else ""
-    return f'<text x="{x:g}" y="{y:g}" font-size="{size}"{style}{weight}>{words}</text>'
+    side = f' text-anchor="{anchor}"' if anchor else ""
+    return f'<text x="{x:g}" y="{y:g}" font-size="{size}"{style}{weight}{side}>{words}</text>'
 
 
 def square(
@@ -167,9 +184,50 @@ def in_the_forward_pass() -> str:
     return picture("In the forward pass, each image blends the channels in its own way", 388, parts)
 
 
-PICTURES = {"after-each-step.svg": after_each_step, "forward-pass.svg": in_the_forward_pass}
+def differences() -> dict[tuple[str, str], dict[str, dict[str, float]]]:
+    """Returns comparison -> data set, or "all" -> mean, low and high of AUROC under corruption."""
+    found: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    with (ROOT / "studies" / "2" / "reanalysis.csv").open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            is_drawn = (row["measure"], row["images"]) == ("AUROC", "corrupted")
+            if is_drawn and not row["data"].startswith("without"):
+                interval = {name: float(row[name]) for name in ("mean", "low", "high")}
+                found.setdefault((row["arm"], row["baseline"]), {})[row["data"]] = interval
+    return found
+
+
+def evidence() -> str:
+    left, scale, zero, line = 130, 1900, 205, 23
+    top, parts = 26, []
+    for comparison, heading in COMPARISONS.items():
+        parts.append(text(8, top, heading, 14, bold=True, anchor="start"))
+        for data, of in differences()[comparison].items():
+            top += line
+            mean, low, high = (zero + scale * of[name] for name in ("mean", "low", "high"))
+            name = "all three" if data == "all" else data
+            parts.append(text(left - 42, top, name, 14, anchor="end", bold=data == "all"))
+            parts.append(text(392, top, f"{of['mean']:+.3f}", 14, anchor="end", bold=data == "all"))
+            parts.append(f'<path class="mark" d="M{low:.1f} {top - 5} H{high:.1f}"/>')
+            if data == "all":
+                corners = f"M{mean - 7:.1f} {top - 5} l7 -6 l7 6 l-7 6 z"
+                parts.append(f'<path class="sum" d="{corners}"/>')
+            else:
+                parts.append(f'<circle class="sum" cx="{mean:.1f}" cy="{top - 5}" r="4"/>')
+        top += 38
+    bottom = top - 30
+    parts.insert(0, f'<path class="line" stroke-dasharray="3 4" d="M{zero} 34 V{bottom}"/>')
+    for value in (-0.04, 0.0, 0.04):
+        parts.append(text(zero + scale * value, bottom + 18, f"{value:+.2f}", 13, "soft"))
+    parts.append(text(200, bottom + 40, "difference in AUROC under corruption, 95% interval", 14))
+    return picture("Second study, confirmation: AUROC under corruption", bottom + 52, parts)
+
+
+PICTURES = {
+    "after-each-step.svg": after_each_step,
+    "evidence.svg": evidence,
+    "forward-pass.svg": in_the_forward_pass,
+}
 
 if __name__ == "__main__":
     for name, draw in PICTURES.items():
-        path = Path(__file__).parent / "images" / name
-        path.write_text(draw(), encoding="utf-8")
+        (ROOT / "docs" / "images" / name).write_text(draw(), encoding="utf-8")
