@@ -274,17 +274,22 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(linked), f"{page.name} links to {target}"
 
 
-def test_the_navigation_holds_every_page() -> None:
+def test_the_navigation_holds_every_page_under_its_heading() -> None:
     config = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader=yaml.BaseLoader)
 
-    def leaves(entry: Any) -> list[str]:
-        if isinstance(entry, str):
-            return [entry]
-        parts = entry.values() if isinstance(entry, dict) else entry
-        return [page for part in parts for page in leaves(part)]
+    def leaves(entries: list[dict[str, Any]]) -> list[tuple[str, str]]:
+        found = []
+        for label, entry in ((label, entry) for part in entries for label, entry in part.items()):
+            found += [(label, entry)] if isinstance(entry, str) else leaves(entry)
+        return found
 
     every = [path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")]
-    assert sorted(leaves(config["nav"])) == sorted(every)
+    shown = leaves(config["nav"])
+    assert sorted(page for _, page in shown) == sorted(every)
+    for label, page in shown:
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        heading = re.search(r"^# (.*)$", text, re.MULTILINE)
+        assert heading and heading[1] == (label if page != "index.md" else "inmerge-wrap")
 
 
 @named([ROOT / "docs" / f"{name}.md" for name in ("evidence", "settings", "training-loops")])
@@ -378,7 +383,7 @@ def test_the_figures_of_the_performance_page_come_from_results_files() -> None:
     ]
     text = (ROOT / "docs" / "performance.md").read_text()
     shown = [line for line in text.splitlines() if line.startswith("|") and " px |" in line]
-    assert len(shown) > 10
+    assert bool(shown) == bool(measured)
     assert [line for line in shown if line not in measured] == []
 
 
