@@ -13,15 +13,11 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
 from safetensors.torch import load_file
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_checkpoint
-from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler
+from timm.utils import CheckpointSaver
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.optim.swa_utils import SWALR, AveragedModel, update_bn
 from torch.utils.data import DataLoader, TensorDataset
@@ -32,7 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from inmerge_wrap import InMergeWrapper, NoEffectWarning, export_weights
+from inmerge_wrap import InMergeWrapper, NoEffectWarning
 from tests.scripts.common import (
     SETTINGS,
     TinyNet,
@@ -57,7 +53,8 @@ def blocks() -> dict[str, str]:
     found: dict[str, str] = {}
     for section in re.split(r"^#+ ", PAGE.read_text(), flags=re.MULTILINE):
         title = section.partition("\n")[0]
-        for number, block in enumerate(re.findall(r"```python\n(.*?)```", section, re.DOTALL)):
+        run = re.sub(r"<!-- not executed: .*? -->\n```python\n.*?```", "", section, flags=re.DOTALL)
+        for number, block in enumerate(re.findall(r"```python\n(.*?)```", run, re.DOTALL)):
             found[f"{title} {number}" if number else title] = block
     return found
 
@@ -93,38 +90,27 @@ def one_process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def surroundings() -> dict[str, Any]:
-    """What a page need not show: imports, data, and Hugging Face's settings."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(12, 3, 32, 32, generator=generator)
-    labels = torch.arange(12) % 3
-    data = TensorDataset(images, labels)
-    return {
-        "Accelerator": Accelerator,
-        "CheckpointSaver": CheckpointSaver,
-        "DataLoader": DataLoader,
-        "DataLoaderConfiguration": DataLoaderConfiguration,
-        "F": F,
-        "InMergeWrapper": InMergeWrapper,
-        "ModelEmaV3": ModelEmaV3,
-        "NativeScaler": NativeScaler,
-        "ResNetForImageClassification": ResNetForImageClassification,
-        "Trainer": Trainer,
-        "arguments": arguments(),
-        "config": hf_config(),
-        "create_optimizer_v2": create_optimizer_v2,
-        "create_scheduler_v2": create_scheduler_v2,
-        "data": data,
-        "dataset": [
-            {"pixel_values": i, "labels": label} for i, label in zip(images, labels, strict=True)
-        ],
-        "export_weights": export_weights,
-        "fully_shard": fully_shard,
-        "lightning": lightning,
-        "loader": DataLoader(data, batch_size=4),
-        "timm": timm,
-        "torch": torch,
-    }
+def surroundings(title: str, *, without_mark: bool = False) -> dict[str, Any]:
+    """The names that a fresh file has where a block stands below those that it builds on."""
+    before = ["Training loops"]
+    if title == "Hugging Face Trainer 1":
+        before.append("Hugging Face Trainer")
+    space: dict[str, Any] = {"__name__": "page"}
+    torch.manual_seed(0)
+    for name in before:
+        run_block(name, space, without_mark=without_mark)
+    return space
+
+
+def run_block(title: str, space: dict[str, Any], *, without_mark: bool = False) -> None:
+    lines = [line for line in BLOCKS[title].splitlines() if not (without_mark and MARK in line)]
+    exec(compile("\n".join(lines), f"{PAGE.name}: {title}", "exec"), space)
+
+
+IMAGES = (
+    torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
+    torch.arange(12) % 3,
+)
 
 
 def hf_config() -> ResNetConfig:
@@ -167,9 +153,14 @@ def quiet(test: Any) -> Any:
 @pytest.mark.usefixtures("one_process_group_for_fsdp2")
 @pytest.mark.parametrize("title", LOOPS)
 def test_a_loop_of_the_page_merges(title: str) -> None:
-    space = surroundings()
-    exec(compile(BLOCKS[title], f"{PAGE.name}: {title}", "exec"), space)
-    models = {id(v): v for v in space.values() if isinstance(v, InMergeWrapper)}
+    space = surroundings(title)
+    before = dict(space)
+    run_block(title, space)
+    models = {
+        id(value): value
+        for name, value in space.items()
+        if isinstance(value, InMergeWrapper) and before.get(name) is not value
+    }
     model = space["classifier"].model if "classifier" in space else models.popitem()[1]
     assert not models, "one network, one wrapper"
     assert model.step == LOOPS[title]
@@ -181,11 +172,8 @@ def test_a_loop_of_the_page_merges(title: str) -> None:
 @pytest.mark.parametrize("title", LOOPS)
 def test_it_is_the_loop_you_have_plus_at_most_three_lines(title: str) -> None:
     marked = [line for line in BLOCKS[title].splitlines() if MARK in line]
-    assert 1 <= len(marked) <= 2  # the third is the import
-    rest = "\n".join(line for line in BLOCKS[title].splitlines() if MARK not in line)
-    space = surroundings()
-    del space["InMergeWrapper"]
-    exec(compile(rest, f"{PAGE.name}: {title} (without)", "exec"), space)
+    assert 1 <= len(marked) <= 3
+    run_block(title, surroundings(title, without_mark=True), without_mark=True)
 
 
 @pytest.fixture
@@ -195,11 +183,9 @@ def one_process_group_for_fsdp2(request: pytest.FixtureRequest) -> None:
 
 
 def test_every_block_is_run() -> None:
-    others = {"Merging in your training loop", "Resuming"}
-    assert BLOCKS.keys() == LOOPS.keys() | others
-    space = surroundings()
-    exec(BLOCKS["Merging in your training loop"], space)
-    exec(BLOCKS["Resuming"], space)
+    assert BLOCKS.keys() - set(LOOPS) == {"Training loops", "Resuming"}
+    space = surroundings("Resuming")
+    run_block("Resuming", space)
     assert len(list(space["rest_of_the_epoch"])) == 1
 
 
@@ -322,8 +308,8 @@ def test_a_network_that_takes_any_keyword_says_so_through_the_wrapper() -> None:
 
 
 def test_what_the_trainer_saves_is_what_transformers_loads() -> None:
-    space = surroundings()
-    exec(BLOCKS["Hugging Face Trainer"], space)
+    space = surroundings("Hugging Face Trainer 1")
+    run_block("Hugging Face Trainer 1", space)
     loaded = ResNetForImageClassification.from_pretrained("trained")
     assert equal(loaded.state_dict(), space["model"].state_dict())
 
@@ -438,7 +424,9 @@ def kept_network(
     trainer = Trainer(
         model=network,
         args=arguments(**options),
-        train_dataset=surroundings()["dataset"],
+        train_dataset=[
+            {"pixel_values": image, "labels": label} for image, label in zip(*IMAGES, strict=True)
+        ],
     )
     if attach:
         merging.attach(trainer.create_optimizer())
@@ -607,7 +595,7 @@ def test_the_page_names_what_is_refused() -> None:
 def test_fsdp2_of_the_page_writes_plain_weights(one_process_group: None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        space = surroundings()
-        exec(BLOCKS["FSDP2"], space)
+        space = surroundings("FSDP2")
+        run_block("FSDP2", space)
     stock = timm.create_model("resnet18", num_classes=3)
     stock.load_state_dict(load_file("weights.safetensors"))
