@@ -143,9 +143,10 @@ INSIDE = {
     "_constants", "architectures", "driver", "errors", "files", "forward", "images",
     "images.cells", "images.collection", "images.dicom", "images.files", "images.finding",
     "images.folders", "images.looks", "images.nih", "images.preparation", "images.sets",
-    "images.tables", "kernels", "markdown", "neighbours", "optimizers", "pairs", "persistent",
-    "proxy", "replicas", "robustness.attacks", "robustness.effects", "robustness.evaluation",
-    "robustness.metrics", "robustness.results", "robustness.scoring", "tally", "tracing",
+    "images.tables", "inputs", "kernels", "kinds", "markdown", "neighbours", "optimizers",
+    "pairs", "persistent", "proxy", "replicas", "robustness.attacks", "robustness.effects",
+    "robustness.evaluation", "robustness.metrics", "robustness.results", "robustness.scoring",
+    "steps", "tally", "tracing",
 }  # fmt: skip
 # Modules that share names with each other, or hold names that only the package uses.
 PARTLY = {"merging", "settings", "watch", "wrapper"}
@@ -184,8 +185,8 @@ def test_every_public_name_says_what_it_is() -> None:
 # Whose warnings and errors people meet while they wrap, train, resume and export.
 SPEAKING = [
     "discovery", "driver", "export", "forward", "kernels", "neighbours", "optimizers", "pairs",
-    "persistent", "plan", "proxy", "recalibration", "replicas", "schedule", "settings", "tally",
-    "thresholds", "unwrapping", "watch", "wrapper",
+    "persistent", "plan", "proxy", "recalibration", "replicas", "schedule", "settings", "steps",
+    "tally", "thresholds", "unwrapping", "watch", "wrapper",
 ]  # fmt: skip
 OF_TORCH = 'Unexpected key(s) in state_dict: "_extra_state"'  # test_export.py raises it
 
