@@ -26,7 +26,14 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from inmerge_wrap.kernels import layout_of, modules_of, stream_of
-from inmerge_wrap.merging import cyclic_sources, draw_bits, fingerprint, mix, mix_channels
+from inmerge_wrap.merging import (
+    cyclic_sources,
+    draw_bits,
+    draw_ways,
+    fingerprint,
+    mix,
+    mix_channels,
+)
 from inmerge_wrap.pairs import (
     choose_sources,
     compare,
@@ -44,6 +51,7 @@ __all__ = ["ForwardMerge"]
 
 _NOTHING = object()
 
+_BLOCK = 8  # channels whose signs are drawn together
 _IMAGES = 0x3C6EF35F  # an odd factor that sets the keys of the images of a batch apart
 
 
@@ -74,8 +82,13 @@ class _State:
 
     def __init__(self, sites: Sequence[ConvSite], device: torch.device) -> None:
         self.device = device
-        channels = sum(site.shape[0] for site in sites)
-        keys = [mix(stream_of(site), number) for site in sites for number in range(site.shape[0])]
+        widths = [_BLOCK * -(-site.shape[0] // _BLOCK) for site in sites]
+        keys = [
+            mix(stream_of(site), number)
+            for site, width in zip(sites, widths, strict=True)
+            for number in range(width)
+        ]
+        channels = len(keys)
         with torch.device(device):
             self.columns = torch.tensor(keys, dtype=torch.int64)
             self.clock = torch.zeros((), dtype=torch.int64)
@@ -109,8 +122,11 @@ class ForwardMerge:
     def __init__(self, sites: Sequence[ConvSite]) -> None:
         self.is_on = False
         self._sites = sites
-        counts = [site.shape[0] for site in sites]
-        self._spans = [slice(sum(counts[:n]), sum(counts[: n + 1])) for n in range(len(counts))]
+        # Where each layer has its channels in tables of all layers, each filled up to whole blocks.
+        self._spans, begin = [], 0
+        for site in sites:
+            self._spans.append(slice(begin, begin + site.shape[0]))
+            begin += _BLOCK * -(-site.shape[0] // _BLOCK)
         self._settings = MergeSettings()
         self._modules: list[nn.Module] = []
         self._state: _State | None = None
@@ -175,19 +191,19 @@ class ForwardMerge:
         self, step: int, strength: Strength, settings: MergeSettings, state: _State
     ) -> None:
         """Draws the pairs of a step in the weights, as merging after that step would."""
-        sources, drawn, signs = [], [], []
-        for site in self._sites:
+        sources = torch.zeros_like(state.sources, device="cpu")
+        drawn = torch.zeros_like(state.drawn, device="cpu")
+        signs = torch.ones_like(state.signs, device="cpu")
+        for site, span in zip(self._sites, self._spans, strict=True):
             targets, partners = draw_layer(site, strength.probability, settings.seed, step)
-            everyone = torch.arange(site.shape[0], device="cpu")
-            sources.append(everyone.index_copy(0, targets, partners))
-            drawn.append(torch.zeros_like(everyone, dtype=torch.bool).index_fill(0, targets, True))
-            ways = torch.ones((site.shape[0], 1), dtype=torch.int64, device="cpu")
+            sources[span] = torch.arange(site.shape[0], device="cpu")
+            sources[span][targets] = partners
+            drawn[span][targets] = True
             if settings.direction == "signed":
-                ways[targets] = draw_signs(site, len(targets), settings.seed, step)
-            signs.append(ways)
-        state.sources.copy_(torch.cat(sources))
-        state.drawn.copy_(torch.cat(drawn))
-        state.signs.copy_(torch.cat(signs))
+                signs[span][targets] = draw_signs(site, len(targets), settings.seed, step)
+        state.sources.copy_(sources)
+        state.drawn.copy_(drawn)
+        state.signs.copy_(signs)
         if settings.direction in NOISE:
             state.noise = [
                 draw_noise(site, site.shape[0], settings.seed, step, state.device)
@@ -232,10 +248,12 @@ class ForwardMerge:
         ways = torch.ones((1, len(state.columns)), device=state.device)
         if settings.direction == "signed" or settings.merge_probability < 1.0 or self._fades:
             images = 1 if settings.shared_sign else rows
-            bits = draw_bits(_image_keys(key, images), state.columns)
+            rows_keys = _image_keys(key, images)
             if settings.direction == "signed":
-                ways = (1 - 2 * (bits & 1)).float()
-            ways = ways * ((bits >> 8) < state.probability * 2**24)
+                ways = draw_ways(rows_keys, state.columns[::_BLOCK])
+            if settings.merge_probability < 1.0 or self._fades:
+                chances = draw_bits(rows_keys, state.columns) >> 8
+                ways = ways * (chances < state.probability * 2**24)
         share = 1.0 - state.size if settings.size == "merge_weight" else 1.0
         return _Draw(key, rows, ways * share, shifts)
 
@@ -292,7 +310,8 @@ class ForwardMerge:
         shares = shares if local is None else shares * local
         shift: Tensor | int = draw.shifts[number]
         if not self._settings.shared_partner:
-            bits = draw_bits(_image_keys(draw.key, rows), state.columns[self._spans[number]][:1])
+            own = _image_keys(draw.key + 1, rows)
+            bits = draw_bits(own, state.columns[self._spans[number]][:1])
             shift = 1 + (bits >> 8).to(output.device) % (site.shape[0] // site.pair_groups - 1)
         elif torch.compiler.is_compiling():  # a number would compile every step
             shift = state.shifts[number].to(output.device).reshape(1, 1)

@@ -28,6 +28,7 @@ __all__ = [
     "draw_bits",
     "draw_pairs",
     "draw_shift",
+    "draw_ways",
     "fingerprint",
     "mix",
     "mix_channels",
@@ -131,6 +132,23 @@ def draw_bits(rows: Tensor, columns: Tensor) -> Tensor:
     bits = (rows.unsqueeze(1) + columns.unsqueeze(0)) & 0xFFFFFFFF
     bits = _scramble(_scramble(bits, 16, 0x7FEB352D), 15, 0x5A5B3D97)
     return bits ^ (bits >> 16)
+
+
+def draw_ways(rows: Tensor, columns: Tensor) -> Tensor:
+    """Draws 1 or -1 for each row and eight for each column, from the low bits of one draw each.
+
+    Args:
+        rows: As in :func:`draw_bits`.
+        columns: Keys of blocks of eight channels, int64, shape (blocks,).
+
+    Returns:
+        float32, shape (rows, 8 * blocks).
+    """
+    # Bytes, because most of the time would go into moving wider integers through memory.
+    drawn = (draw_bits(rows, columns) & 0xFF).to(torch.uint8).unsqueeze(2)
+    masks = 2 ** torch.arange(8, dtype=torch.uint8, device=rows.device)
+    ways = torch.where((drawn & masks) > 0, -1.0, 1.0)
+    return ways.flatten(1)
 
 
 def _scramble(bits: Tensor, shift: int, factor: int) -> Tensor:

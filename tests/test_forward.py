@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from inmerge_wrap import InMergeWrapper, NoEffectWarning, Quantile, Schedule, plan_merging
 from inmerge_wrap.kernels import layout_of
-from inmerge_wrap.merging import draw_bits, draw_shift, fingerprint, mix_channels
+from inmerge_wrap.merging import draw_bits, draw_shift, draw_ways, fingerprint, mix_channels
 from tests import reference
 
 ALWAYS: dict[str, Any] = {
@@ -137,10 +137,10 @@ def test_bits_are_fair_and_independent() -> None:
     rows, columns = torch.arange(400) * 0x3C6EF35F & 0xFFFFFFFF, torch.arange(500)
     bits = draw_bits(rows, columns)
     assert bits.min() >= 0 and bits.max() < 2**32
-    signs = 1 - 2 * (bits & 1).double()
-    assert abs(signs.mean()) < 4 / 200_000**0.5
-    for other in (signs.roll(1, 0), signs.roll(1, 1)):  # neighbours in either direction
-        assert abs((signs * other).mean()) < 4 / 200_000**0.5
+    signs = draw_ways(rows, columns[:64])
+    assert signs.shape == (400, 512) and set(signs.unique().tolist()) == {-1.0, 1.0}
+    for other in (torch.ones(()), signs.roll(1, 0), signs.roll(1, 1), signs.roll(8, 1)):
+        assert abs((signs * other).mean()) < 4 / 204_800**0.5  # fair; neighbours independent
     shares = (bits >> 8).double() / 2**24
     counts = torch.histc(shares, 10, 0, 1)
     assert ((counts - 20_000).abs() < 4 * 20_000**0.5).all()
