@@ -148,7 +148,10 @@ def _find_sites(model: nn.Module, example_input: Any, mode: Mode) -> tuple[list[
         conv = convs[name]
         call = trace.calls.get(name) if trace else None
         centred = type(conv).__name__ in _WEIGHT_STANDARDISED
-        if mode == "step":
+        reason: tuple[str, str] | None
+        if any(parameter.dtype.is_complex for parameter in conv.parameters()):
+            reason = "complex: kernels of complex numbers are not compared", "unwritable"
+        elif mode == "step":
             reason = _why_unwritable(conv, call, centred, prefix, name, first_owner)
         else:
             reason = _why_out_of_reach(conv, call, kinds[name], mode)

@@ -22,6 +22,7 @@ from inmerge_wrap.optimizers import (
     check_still_held,
     companions,
     fsdp_modules,
+    is_schedule_free,
     parameters_of,
     refuse_second,
     remedy_for_none_held,
@@ -30,11 +31,12 @@ from inmerge_wrap.optimizers import (
     stepping_optimizer,
     trained_of,
     trains_any,
+    unprepared,
 )
 from inmerge_wrap.pairs import Outcome, draw_layer, shared_shift
 from inmerge_wrap.persistent import merge_step
 from inmerge_wrap.plan import MergePlan
-from inmerge_wrap.replicas import check_replicas
+from inmerge_wrap.replicas import Replicas, check_replicas
 from inmerge_wrap.report import MergeReport
 from inmerge_wrap.settings import MergeSettings, Strength
 from inmerge_wrap.steps import (
@@ -44,6 +46,7 @@ from inmerge_wrap.steps import (
     refuse_capture,
 )
 from inmerge_wrap.tally import Tally
+from inmerge_wrap.trial import refuse_undone
 from inmerge_wrap.watch import Watch
 
 __all__ = ["Driver"]
@@ -83,6 +86,7 @@ class Driver:
         self._uncounted = 0  # of these, since the counts of the forward pass were last read
         self._ran = False  # whether a forward pass merged since the last step
         self._sharded: list[Any] | None = None  # modules of FSDP2
+        self._replicas = Replicas()
         notice_every_step(self._after_any_step)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,7 +94,12 @@ class Driver:
         # average of weights, whose original merges: what it missed is counted from now on.
         watch = copy.copy(self.watch)
         watch.idle_forwards = watch.missed_steps = 0
-        return vars(self) | {"_attachments": Attachments(), "_sharded": None, "watch": watch}
+        return vars(self) | {
+            "_attachments": Attachments(),
+            "_replicas": Replicas(),
+            "_sharded": None,
+            "watch": watch,
+        }
 
     # -- the forward pass -------------------------------------------------------------------------
 
@@ -123,6 +132,9 @@ class Driver:
         trains = any(parameter.requires_grad for parameter in network.parameters())
         if trains and not self.pauses:  # averages of weights need no gradient
             self.watch.before_forward(attached=bool(self._attachments.live))
+            if self._attachments.live and self._settings.mode == "step":
+                self._replicas.tell(self._settings, self._plan)
+                self.tally.catch_up(self._replicas.follow(self.tally.step))
 
     def _prepare(self) -> None:
         """Prepares the next forward pass, if it is to merge."""
@@ -148,6 +160,9 @@ class Driver:
         self._check_held(optimizer, held, layers)
         refuse_second(optimizer, wrapper)
         check_settings(self._settings, optimizer)
+        if self._settings.mode == "step" and not is_schedule_free(optimizer):
+            for each in {id(found): found for found in (unprepared(given), optimizer)}.values():
+                refuse_undone(each, held[0].parameters[0])
         end = self._settings.schedule.end
         if end is not None and self.tally.step >= end:
             self.watch.warn(
@@ -250,6 +265,8 @@ class Driver:
         optimizer: Optimizer | None = None,
     ) -> None:
         """Counts a step of some layers, and merges those that train."""
+        if self._settings.mode == "step":
+            self._replicas.check(self._settings, self._plan)
         seen = self.tally.step
         step = self.tally.begin([layer.number for layer in held])
         self.watch.idle_forwards = self.watch.missed_steps = 0
@@ -275,6 +292,7 @@ class Driver:
         # if their step counters are what differs.
         if every and self.watch.steps % every == 0:
             self._check_replicas()
+        self._replicas.counted(self.tally.step)
         self.watch.steps += 1
         self._prepare()
 
@@ -376,6 +394,13 @@ class Driver:
             module.reshard()
 
     def _check_replicas(self) -> None:
+        if self._replicas.joins:
+            every = self._settings.check_replicas_every
+            raise RuntimeError(
+                f"check_replicas_every={every} would wait forever inside DDP's join(), where some "
+                "processes have no batches left: set it to 0, or give all the same number of "
+                "batches (drop_last=True)"
+            )
         weights = [layer for layer in self._layers() if layer.parameters]
         check_replicas(
             {f"{layer.site.name}.weight": layer.parameters[0] for layer in weights},
@@ -423,5 +448,6 @@ class Driver:
 
     def _begin(self, tally: Tally) -> None:
         self._forward.take_counts()
+        self._replicas.begin()
         self.tally, self._passes, self._uncounted = tally, max(tally.passes), 0
         self._last.clear()

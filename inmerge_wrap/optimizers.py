@@ -25,6 +25,7 @@ __all__ = [
     "check_still_held",
     "companions",
     "fsdp_modules",
+    "is_schedule_free",
     "refuse_second",
     "remedy_for_none_held",
     "replaced",
@@ -32,6 +33,7 @@ __all__ = [
     "stepping_optimizer",
     "trained_of",
     "trains_any",
+    "unprepared",
 ]
 
 # By name, so that nothing is imported: they write the weights from copies of their own.
@@ -89,8 +91,9 @@ class Attachments:
         return len(self._known)
 
     def add(self, attachment: Attachment) -> None:
-        """Records an attachment, and forgets those whose optimizers are gone."""
-        self._known = [known for known in self._known if known.optimizer is not None]
+        """Records an attachment, and forgets those of the same optimizer or of none."""
+        gone = (None, attachment.optimizer)  # or attached again, after its hooks were removed
+        self._known = [known for known in self._known if known.optimizer not in gone]
         self._known.append(attachment)
 
     def of(self, optimizer: Optimizer) -> Attachment | None:
@@ -299,8 +302,8 @@ def stepping_optimizer(optimizer: Any, *, to_write: bool = True) -> Optimizer:
         _refuse_copies(optimizer)
     elif names & _STEPS_COPIES and isinstance(inner, Optimizer):
         return stepping_optimizer(inner, to_write=False)
-    if names & {"AcceleratedOptimizer", "LightningOptimizer"}:
-        return stepping_optimizer(inner, to_write=to_write)
+    if (bare := unprepared(optimizer)) is not optimizer:
+        return stepping_optimizer(bare, to_write=to_write)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"attach needs a torch.optim.Optimizer, got {type(optimizer).__name__}; where another "
@@ -316,6 +319,13 @@ def stepping_optimizer(optimizer: Any, *, to_write: bool = True) -> Optimizer:
             "hooks; attach the optimizer inside it, or call model.merge_() after each step"
         )
     return optimizer
+
+
+def unprepared(optimizer: Any) -> Any:
+    """Returns what Accelerate or Lightning wrapped, which runs no code of theirs in its steps."""
+    names = {kind.__name__ for kind in type(optimizer).__mro__}
+    prepared = names & {"AcceleratedOptimizer", "LightningOptimizer"}
+    return unprepared(optimizer.optimizer) if prepared else optimizer
 
 
 def _refuse_copies(optimizer: Any) -> None:
@@ -354,9 +364,7 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
 
 def _first_moments(optimizer: Optimizer, weight: nn.Parameter) -> list[Tensor]:
     """Returns SGD's momentum or Adam's first moment of a weight, if it exists yet."""
-    # timm's Lookahead keeps the moments in the optimizer that it wraps.
-    state = getattr(optimizer, "_base_optimizer", optimizer).state
-    of_weight = state.get(weight, {})
+    of_weight = optimizer.state.get(weight, {})
     moments = (of_weight.get(key) for key in ("momentum_buffer", "exp_avg"))
     # Some optimizers keep their moments in fewer dimensions, where no kernel can be found.
     return [m for m in moments if m is not None and m.shape == weight.shape]

@@ -27,9 +27,10 @@ class ConvSite:
             channel, like BatchNorm's, and takes no part in the comparison.
         reason: Why it is skipped; None if it is merged.
         reason_kind: The reason as an identifier: the ``kind`` if that is the reason; ``"shallow"``,
-            ``"excluded"``, ``"not_included"``; ``"unwritable"`` (a weight that is computed or has
-            no shape yet), ``"shared"`` (with an earlier layer), ``"functional"`` (used without
-            calling the module), ``"one_kernel"`` (alone, or in its group).
+            ``"excluded"``, ``"not_included"``; ``"unwritable"`` (a weight that is computed,
+            quantised or complex, or has no shape yet), ``"shared"`` (with an earlier layer),
+            ``"functional"`` (used without calling the module), ``"one_kernel"`` (alone, or in its
+            group).
     """
 
     name: str

@@ -2,15 +2,136 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Mapping
+from hashlib import sha256
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["check_replicas"]
+from inmerge_wrap.plan import MergePlan
+from inmerge_wrap.schedule import Schedule
+from inmerge_wrap.settings import MergeSettings
+from inmerge_wrap.thresholds import Fixed, Quantile, ZScore
+
+__all__ = ["Replicas", "check_replicas"]
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+_PLAIN = (int, float, str, bool, type(None), Schedule, Fixed, Quantile, ZScore)
+_CHECKED_STEPS = 2  # who differs is found at the first step, and the others hear of it at the next
+_numbers = itertools.count()
+
+
+class Replicas:
+    """What the replicas of one network share: their settings, and where inputs are uneven the step.
+
+    They talk through the store of the process group. Unlike a collective it makes no process wait
+    for another, so that nothing hangs where only some of them step.
+
+    Attributes:
+        joins: Whether DDP's ``join()`` is in use, with which some processes step less often.
+    """
+
+    def __init__(self) -> None:
+        self.joins = False
+        self._number: int | None = None  # that of the network, in the order of training
+        self._began = 0  # times that the step counter began anew
+        self._told = False
+        self._checked = 0
+
+    def tell(self, settings: MergeSettings, plan: MergePlan) -> None:
+        """Tells the others, at the first forward pass, what this process merges with."""
+        if not self._told and _is_distributed():
+            self._told = True
+            self._compare("forward", settings, plan)
+
+    def check(self, settings: MergeSettings, plan: MergePlan) -> None:
+        """Checks, at the first steps, that all processes merge with the same settings.
+
+        Raises:
+            RuntimeError: If they do not, naming what differs.
+        """
+        if self._checked == _CHECKED_STEPS or not _is_distributed():
+            return
+        self._checked += 1
+        self._compare("step", settings, plan)
+        if (differs := self._get("differs")) is not None:
+            raise RuntimeError(
+                f"the replicas differ in {differs}. With mode='step' each process draws the pairs "
+                "itself, so that the weights would drift apart: give every process the same seed, "
+                "merging settings and plan (only the data may be drawn by rank)"
+            )
+
+    def _compare(self, stage: str, settings: MergeSettings, plan: MergePlan) -> None:
+        """Compares the settings with those of the process that came first."""
+        mine = {"rank": dist.get_rank(), **_described(settings, plan)}
+        first = json.loads(self._store().compare_set(self._key(stage), "", json.dumps(mine)))
+        differs = [
+            f"{name}: {first[name]} on rank {first['rank']} and {mine[name]} on rank {mine['rank']}"
+            for name in mine
+            if name != "rank" and first[name] != mine[name]
+        ]
+        if differs:
+            self._store().set(self._key("differs"), "; ".join(differs))
+
+    def follow(self, step: int) -> int:
+        """Returns the step counter that the replicas share, before a forward pass.
+
+        Inside DDP's ``join()`` a process that has no batches left takes no steps, while the others
+        go on. In a forward pass nobody can be ahead: a step needs the gradients of all that are
+        left.
+
+        Args:
+            step: The step counter of this process.
+        """
+        parallel = DistributedDataParallel._get_active_ddp_module()
+        if parallel is not None:
+            self.joins = bool(parallel._join_config.enable)
+        if not self.joins:
+            return step
+        return max(step, int(self._get(f"{self._began}/step") or 0))
+
+    def counted(self, step: int) -> None:
+        """Tells the others, after a step, where the step counter is."""
+        if self.joins:
+            self._store().set(self._key(f"{self._began}/step"), str(step))
+
+    def begin(self) -> None:
+        """Forgets the shared step counter, where a checkpoint sets another on all processes."""
+        self._began += 1
+
+    def _key(self, name: str) -> str:
+        if self._number is None:
+            self._number = next(_numbers)
+        return f"inmerge/{self._number}/{name}"
+
+    def _get(self, name: str) -> str | None:
+        store, key = self._store(), self._key(name)
+        return store.get(key).decode() if store.check([key]) else None
+
+    def _store(self) -> Any:
+        return dist.distributed_c10d._get_default_store()
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _described(settings: MergeSettings, plan: MergePlan) -> dict[str, str]:
+    """Returns, by name, all that decides the draws and the moves."""
+    chosen = {
+        name: repr(value) if isinstance(value, _PLAIN) else type(value).__qualname__
+        for name, value in vars(settings).items()
+        if name != "inspect_every"
+    }
+    layers = sha256(repr(plan.merged).encode()).hexdigest()[:8]
+    return {**chosen, "plan": f"{len(plan.merged)} layers ({layers})"}
 
 
 def check_replicas(weights: Mapping[str, Tensor], numbers: Mapping[str, int]) -> None:
@@ -25,7 +146,7 @@ def check_replicas(weights: Mapping[str, Tensor], numbers: Mapping[str, int]) ->
     Raises:
         RuntimeError: On every process, naming the weights that differ and the ranks.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not _is_distributed():
         return
     whole = {name: w.detach() for name, w in weights.items() if not hasattr(w, "full_tensor")}
     device = next(iter(weights.values())).device

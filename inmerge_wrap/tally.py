@@ -57,6 +57,12 @@ class Tally:
             self.steps[layer] = step + 1
         return step
 
+    def catch_up(self, step: int) -> None:
+        """Adopts a step counter that is ahead: that of replicas which had more batches."""
+        missed = step - self.step
+        if missed > 0:
+            self.steps = [taken + missed for taken in self.steps]
+
     def add(self, outcome: Outcome) -> None:
         """Adds what one pass after a step did."""
         for number, drawn in zip(outcome.numbers, outcome.lengths, strict=True):

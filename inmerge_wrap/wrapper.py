@@ -234,8 +234,9 @@ class InMergeWrapper(NetworkProxy):
             ValueError: If it holds none of the merged weights (in the forward pass: no parameter
                 of the network), or merges for another wrapper of this network.
             RuntimeError: With ``mode="step"``, if its steps do not write the network's own weights
-                (DeepSpeed, Megatron-LM, FSDP1, XLA, other schedule-free optimizers), or a setting
-                does not work with it.
+                (DeepSpeed, Megatron-LM, FSDP1, XLA, other schedule-free optimizers), if they undo
+                what is merged (Lookahead, MADGRAD; found by a trial on a throwaway tensor), or if
+                a setting does not work with it.
         """
         return self._driver.attach(optimizer, self._after_step, self)
 

@@ -540,6 +540,36 @@ def test_quantisation_aware_training_gets_a_remedy_that_helps() -> None:
         plan_merging(prepared)
 
 
+@pytest.mark.parametrize("mode", ["step", "outputs", "weights"])
+def test_complex_convolutions_are_in_the_plan_with_the_reason(mode: Any) -> None:
+    class Spectrum(nn.Module):
+        """As networks on k-space data of MR: complex first, magnitudes from then on."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.waves = nn.Conv2d(1, 6, 3, padding=1, dtype=torch.complex64)
+            self.body = nn.Conv2d(6, 8, 3)
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.body(self.waves(x.to(torch.complex64)).abs())
+            return self.head(x.relu().mean((2, 3)))
+
+    images = torch.randn(2, 1, 8, 8)
+    model = InMergeWrapper(
+        Spectrum(), mode=mode, shallow_layers=0, similarity_threshold=-1.0, example_input=images
+    )
+    assert merged(model.plan) == ["body"]
+    assert reasons(model.plan)["waves"] == "complex: kernels of complex numbers are not compared"
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.attach(optimizer)
+    model(images).sum().backward()
+    optimizer.step()
+    assert model.step == 1
+    with pytest.raises(ValueError, match="include names 'waves', which cannot be merged: complex"):
+        plan_merging(model.module, mode=mode, include="waves", example_input=images)
+
+
 def test_quantised_convolutions_are_in_the_plan_with_the_reason() -> None:
     class Mixed(Net):
         def __init__(self) -> None:

@@ -139,6 +139,67 @@ def test_alone_there_is_nothing_to_compare() -> None:
     train(model, optimizer, 2)
 
 
+# -- other settings and uneven inputs under plain DDP ---------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("uneven")
+    finish(start([*TORCHRUN, 2, SCRIPTS / "uneven.py", folder]))
+    return outcomes(folder, 2)
+
+
+@pytest.mark.parametrize(
+    "case,message",
+    [
+        ("other_seeds", "the replicas differ in seed: "),
+        ("other_radius", "the replicas differ in radius: 0."),
+        ("other_plan", "the replicas differ in plan: "),
+    ],
+)
+def test_replicas_that_merge_differently_are_an_error_at_the_first_step(
+    uneven: list[dict[str, Any]], case: str, message: str
+) -> None:
+    for rank in uneven:
+        assert rank[case]["error"].startswith(message)
+        assert "on rank 0" in rank[case]["error"] and "on rank 1" in rank[case]["error"]
+        assert rank[case]["step"] == 0
+
+
+def test_merging_by_hand_differently_is_an_error_soon(uneven: list[dict[str, Any]]) -> None:
+    assert all("differ in seed" in rank["by_hand"]["error"] for rank in uneven)
+    assert max(rank["by_hand"]["step"] for rank in uneven) <= 1
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "other_seeds_in_the_forward_pass",
+        "other_intervals_of_inspection",
+        "changed_alike_after_attaching",
+    ],
+)
+def test_what_may_differ_is_no_error(uneven: list[dict[str, Any]], case: str) -> None:
+    assert [rank[case]["error"] for rank in uneven] == [None, None]
+
+
+def test_a_process_that_steps_alone_waits_for_nobody(uneven: list[dict[str, Any]]) -> None:
+    assert [rank["only_one_steps"]["step"] for rank in uneven] == [3, 3]
+
+
+def test_replicas_with_uneven_inputs_stay_equal(uneven: list[dict[str, Any]]) -> None:
+    """Rank 1 had 3 batches in epochs where rank 0 had 5; both count the steps of rank 0."""
+    first, second = (rank["uneven"] for rank in uneven)
+    assert first["ends"] == second["ends"] and len(set(first["ends"])) == 4
+    assert first["step"] == second["step"] == 3 * 5 + 3
+    assert first["merged"] > second["merged"] > 10  # so one process did merge less often
+
+
+def test_a_comparison_that_would_wait_forever_is_refused(uneven: list[dict[str, Any]]) -> None:
+    for rank in uneven:
+        assert "check_replicas_every=2 would wait forever" in rank["uneven_but_compared"]["error"]
+
+
 # -- FSDP2 ---------------------------------------------------------------------------------------
 
 

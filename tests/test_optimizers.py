@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import random
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -20,13 +21,17 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._pytree import tree_leaves
 
 from inmerge_wrap import InMergeWrapper, NoEffectWarning, Schedule
+from inmerge_wrap.trial import share_kept
 from tests import reference
 from tests.scripts.common import (
     EXAMPLE,
     MERGED,
     SETTINGS,
+    batch,
     closure_of,
     digest,
     equal,
@@ -42,7 +47,12 @@ from tests.scripts.common import (
 ALPHA, TAU = 0.7, 0.0
 
 _NEEDS_A_GPU = ("bnb", "fused")  # bitsandbytes and apex
-TIMM_NAMES = [name for name in timm.optim.list_optimizers() if not name.startswith(_NEEDS_A_GPU)]
+_KEEPS_A_COPY = ("madgrad", "lookahead")
+TIMM_NAMES = [
+    name
+    for name in timm.optim.list_optimizers()
+    if not name.startswith((*_NEEDS_A_GPU, *_KEEPS_A_COPY))
+]
 
 
 def merge_by_the_book(model: nn.Module, pairs: list[list[tuple[int, int]]]) -> int:
@@ -104,12 +114,130 @@ def test_most_of_timms_optimizers_were_tried() -> None:
     assert len(TIMM_NAMES) >= 80
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb"])
-def test_timm_lookahead_before_any_zero_grad(name: str) -> None:
-    assert_lockstep(
-        lambda model: timm.optim.create_optimizer_v2(model, opt=f"lookahead_{name}", lr=1e-2),
-        steps=8,  # its slow weights come into play at step 6
-    )
+def left_of_a_merge(optimizer: Any, model: nn.Module) -> float:
+    """The share of a change of ``mid`` that is left after 24 steps of training at almost no rate.
+
+    Independent of the library: the network itself trains, and nothing of it is attached.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-7
+    for number in range(24):
+        step_once(model, optimizer, number)
+    before = model.mid.weight.detach().clone()
+    change = 0.1 * torch.randn(before.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.mid.weight += change
+    for number in range(24):
+        step_once(model, optimizer, number)
+    moved = model.mid.weight.detach() - before
+    return ((moved * change).sum() / change.square().sum()).item()
+
+
+@pytest.mark.parametrize(
+    "name,share",
+    [
+        ("sgd", 1.0),
+        ("adamw", 1.0),
+        ("lookahead_sgd", 0.5),
+        ("lookahead_lamb", 0.5),
+        ("madgrad", 0.08),
+        ("madgradw", 0.08),
+    ],
+)
+def test_an_optimizer_that_undoes_merges_is_refused_where_weights_are_written(
+    name: str, share: float
+) -> None:
+    def make(model: nn.Module) -> Any:
+        return timm.optim.create_optimizer_v2(model, opt=name, lr=1e-2, weight_decay=0.05)
+
+    network = tiny_net()
+    assert left_of_a_merge(make(network), network) == pytest.approx(share, abs=0.05)
+    model = wrapped()
+    optimizer = make(model)
+    if share == 1.0:
+        model.attach(optimizer)
+        return
+    message = rf"{type(optimizer).__name__} keeps a copy .* {share:.0%} are left .*mode='outputs'"
+    with pytest.raises(RuntimeError, match=message):
+        model.attach(optimizer)
+    assert not optimizer._optimizer_step_post_hooks  # nothing half attached
+    for mode in ("outputs", "weights"):
+        model = wrapped(mode=mode)
+        optimizer = make(model)
+        model.attach(optimizer)
+        train(model, optimizer, 8)
+        assert model.step == 8 and model.report().merged
+
+
+class Lookahead(torch.optim.Optimizer):
+    """As other packages have it: around an optimizer of its own, whose steps torch hooks."""
+
+    def __init__(self, base: torch.optim.Optimizer, every: int = 5) -> None:
+        super().__init__(base.param_groups, base.defaults)
+        self.base_optimizer, self.every, self.count = base, every, 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.base_optimizer.step()
+        self.count += 1
+        if self.count % self.every == 0:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    slow = self.state[p].setdefault("slow", p.detach().clone())
+                    p.copy_(slow.lerp_(p, 0.5))
+
+
+def test_the_optimizer_around_the_one_that_steps_is_tried_too() -> None:
+    model = wrapped()
+    with pytest.raises(RuntimeError, match="Lookahead keeps a copy"):
+        model.attach(Lookahead(sgd(model)))
+
+
+def assert_same(first: Any, second: Any) -> None:
+    leaves, other = tree_leaves(first), tree_leaves(second)
+    assert len(leaves) == len(other)
+    for a, b in zip(leaves, other, strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+@pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum':UserWarning")
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lookahead_adamw", "madgrad", "kron", "muon"])
+def test_the_trial_touches_neither_optimizer_nor_weights_nor_generators(name: str) -> None:
+    model = wrapped(mode="step")
+    optimizer = timm.optim.create_optimizer_v2(model, opt=name, lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)  # patches step
+    for number in range(3):
+        step_once(model, optimizer, number)
+        scheduler.step()
+    calls: list[int] = []
+    handle = register_optimizer_step_post_hook(lambda *_: calls.append(1))
+    before, weights = vars(optimizer).copy(), weights_of(model)
+    state = copy.deepcopy(optimizer.state_dict())
+    drawn = torch.get_rng_state(), random.getstate()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    share_kept(optimizer, model.mid.weight)
+    handle.remove()
+    assert before.keys() == vars(optimizer).keys()
+    assert all(vars(optimizer)[attribute] is value for attribute, value in before.items())
+    assert_same(state, optimizer.state_dict())
+    assert equal(weights, weights_of(model))
+    assert all(torch.equal(a, p.grad) for a, p in zip(gradients, model.parameters(), strict=True))
+    assert torch.equal(drawn[0], torch.get_rng_state()) and drawn[1] == random.getstate()
+    assert "lookahead" in name or not calls
+
+
+def test_an_optimizer_that_the_trial_cannot_step_is_not_refused() -> None:
+    class Picky(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            if self.param_groups[0]["lr"] == 0.0:
+                raise ZeroDivisionError
+            return super().step(closure)
+
+    model = wrapped()
+    optimizer = Picky(model.parameters(), lr=0.1)
+    model.attach(optimizer)
+    train(model, optimizer, 2)
+    assert model.step == 2
 
 
 TORCH_OPTIMIZERS = [
@@ -687,6 +815,76 @@ def test_a_convolution_replaced_after_attaching_is_an_error_with_its_remedy() ->
     assert "FSDP2" not in str(raised.value)
 
 
+class Sites(nn.Module):
+    """A branch for each hospital; a batch comes from one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Conv2d(3, 6, 3, padding=1)
+        self.branches = nn.ModuleList(nn.Conv2d(6, 8, 3) for _ in range(2))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, site: int = 0) -> Tensor:
+        return self.head(self.branches[site](self.trunk(x).relu()).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"momentum": 0.9, "foreach": True}])
+def test_a_branch_without_a_gradient_is_not_merged(to_none: bool, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = InMergeWrapper(
+        Sites(),
+        include="branches.*",
+        similarity_threshold=-1.0,
+        merge_probability=1.0,
+        example_input=EXAMPLE,
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, **options)
+    model.attach(optimizer)
+    used, unused = (branch.weight for branch in model.module.branches)
+    before = unused.detach().clone()
+    for number in range(20):
+        optimizer.zero_grad(set_to_none=to_none)
+        images, labels = batch(number)
+        nn.functional.cross_entropy(model(images, site=0), labels).backward()
+        optimizer.step()
+    assert torch.equal(unused, before)
+    assert [layer.passes for layer in model.report()] == [20, 0]
+    assert [layer.steps for layer in model.report()] == [20, 20]
+    for number in range(3):  # its turn: the schedule is where the run is
+        optimizer.zero_grad(set_to_none=True)
+        images, labels = batch(number)
+        nn.functional.cross_entropy(model(images, site=1), labels).backward()
+        optimizer.step()
+    assert [layer.passes for layer in model.report()] == [20, 3]
+    assert not torch.equal(unused, before) and used.grad is None
+
+
+@pytest.mark.parametrize("mode", ["step", "outputs"])
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_attaching_and_removing_leaves_no_hooks(name: str, mode: str) -> None:
+    model = wrapped(mode=mode)
+    optimizer = timm.optim.create_optimizer_v2(model, opt=name, lr=1e-2)
+
+    def hooks() -> int:
+        tables = [
+            value
+            for owner in (optimizer, *model.modules())
+            for attribute, value in vars(owner).items()
+            if attribute.endswith("_hooks")
+        ]
+        return sum(map(len, tables))
+
+    model.attach(optimizer).remove()
+    once, known = hooks(), len(model._driver._attachments)
+    for _ in range(200):
+        model.attach(optimizer).remove()
+    assert hooks() == once and len(model._driver._attachments) == known == 1
+    assert not optimizer._optimizer_step_post_hooks
+    train(model, optimizer, 1)
+    assert model.step == 0
+
+
 # -- optimizers that nobody attached -------------------------------------------------------------
 
 
@@ -782,8 +980,15 @@ STATEFUL = {
 }
 
 
-@pytest.mark.parametrize("mode", ["step", "outputs"])
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize(
+    "name,mode",
+    [
+        (name, mode)
+        for name in STATEFUL
+        for mode in ("step", "outputs")
+        if (name, mode) != ("lookahead", "step")  # refused, see above
+    ],
+)
 def test_an_optimizers_state_resumes_merging(name: str, mode: str) -> None:
     straight = wrapped(mode=mode)
     optimizer = STATEFUL[name](straight)

@@ -18,8 +18,9 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from inmerge_wrap import InMergeWrapper, merge_pairs_
+from inmerge_wrap import InMergeWrapper
 from inmerge_wrap.merging import draw_pairs
+from tests import reference
 from tests.scripts.common import MERGED, SETTINGS, batch, digest, sgd, tiny_net, weights_of
 
 
@@ -81,8 +82,9 @@ def drawn_globally(accelerator: Accelerator) -> dict[str, Any]:
     def merge() -> None:
         for name in MERGED:
             weight = net.body.get_submodule(name).weight
-            pairs = draw_pairs(len(weight), 0.6, torch.default_generator)
-            merge_pairs_(weight, *pairs, merge_weight=0.8, similarity_threshold=0.0)
+            targets, sources = draw_pairs(len(weight), 0.6, torch.default_generator)
+            pairs = list(zip(targets.tolist(), sources.tolist(), strict=True))
+            reference.merge_on(weight, pairs, merge_weight=0.8, similarity_threshold=0.0)
 
     loop(accelerator, net, sgd(net), merge)
     return {"weights": digest(weights_of(net))}

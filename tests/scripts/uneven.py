@@ -1,0 +1,165 @@
+"""Two replicas of plain DDP whose settings or numbers of batches differ.
+
+    python -m torch.distributed.run --nproc_per_node 2 tests/scripts/uneven.py FOLDER
+
+Every rank writes FOLDER/RANK.json: case -> outcome.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from inmerge_wrap import InMergeWrapper
+from tests.scripts.common import batch, digest, loss_of, weights_of, wrapped
+
+Case = Callable[[], dict[str, Any]]
+
+
+def steps(model: nn.Module, optimizer: Any, numbers: Iterable[int]) -> None:
+    rank = dist.get_rank()
+    for number in numbers:
+        images, labels = batch(10 * number + rank)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+
+def parallel(draws: int = 0, **settings: Any) -> tuple[InMergeWrapper, Any, torch.optim.SGD]:
+    model = wrapped(**settings)
+    model.seed = draws
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    model.attach(optimizer)
+    return model, DistributedDataParallel(model), optimizer
+
+
+def failed(run: Callable[[], None]) -> dict[str, Any]:
+    try:
+        run()
+    except RuntimeError as error:
+        return {"error": str(error)}
+    return {"error": None}
+
+
+def found_apart(**settings: Any) -> dict[str, Any]:
+    """The error, and at which step."""
+    model, ddp, optimizer = parallel(**settings)
+    return {**failed(lambda: steps(ddp, optimizer, range(3))), "step": model.step}
+
+
+def other_seeds() -> dict[str, Any]:
+    return found_apart(draws=dist.get_rank())
+
+
+def other_radius() -> dict[str, Any]:
+    return found_apart(direction="signed", radius=0.1 * (1 + dist.get_rank()))
+
+
+def other_plan() -> dict[str, Any]:
+    return found_apart(exclude=("mid",) if dist.get_rank() else ())
+
+
+def other_seeds_in_the_forward_pass() -> dict[str, Any]:
+    return found_apart(mode="outputs", draws=dist.get_rank())
+
+
+def other_intervals_of_inspection() -> dict[str, Any]:
+    return found_apart(inspect_every=100 * dist.get_rank())
+
+
+def changed_alike_after_attaching() -> dict[str, Any]:
+    model, ddp, optimizer = parallel()
+    model.seed = 5
+    return failed(lambda: steps(ddp, optimizer, range(3)))
+
+
+def by_hand() -> dict[str, Any]:
+    """No forward pass of the wrapper tells of the settings: known at step 2 at the last."""
+    model = wrapped()
+    model.seed = dist.get_rank()
+
+    def run() -> None:
+        for number in range(3):
+            loss_of(model.module, number).backward()
+            dist.barrier()
+            model.merge_()
+
+    return {**failed(run), "step": model.step}
+
+
+def only_one_steps() -> dict[str, Any]:
+    """A teacher or a generator that one process trains; the other does something else."""
+    if dist.get_rank():
+        return {"step": 3}
+    model = wrapped()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    model.attach(optimizer)
+    steps(model, optimizer, range(3))
+    return {"step": model.step}
+
+
+def joined(**settings: Any) -> tuple[InMergeWrapper, list[str]]:
+    """Three epochs in which rank 1 runs out of batches first, then one with as many for both."""
+    model, ddp, optimizer = parallel(**settings)
+    ends = []
+    for epoch in range(3):
+        with ddp.join():
+            steps(ddp, optimizer, range(10 * epoch, 10 * epoch + 5 - 2 * dist.get_rank()))
+        ends.append(digest(weights_of(model)))
+    steps(ddp, optimizer, range(40, 43))
+    ends.append(digest(weights_of(model)))
+    return model, ends
+
+
+def uneven() -> dict[str, Any]:
+    model, ends = joined()
+    return {"ends": ends, "step": model.step, "merged": model.report().merged}
+
+
+def uneven_but_compared() -> dict[str, Any]:
+    _, ddp, optimizer = parallel(check_replicas_every=2)
+
+    def run() -> None:
+        with ddp.join():
+            steps(ddp, optimizer, range(3))
+
+    return failed(run)
+
+
+CASES: tuple[Case, ...] = (
+    other_seeds,
+    other_radius,
+    other_plan,
+    other_seeds_in_the_forward_pass,
+    other_intervals_of_inspection,
+    changed_alike_after_attaching,
+    by_hand,
+    only_one_steps,
+    uneven,
+    uneven_but_compared,
+)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    # A wrapper that one process alone makes and trains would put the others out of step.
+    outcome = {case.__name__: case() for case in CASES if case is not only_one_steps}
+    outcome["only_one_steps"] = only_one_steps()
+    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(outcome))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
