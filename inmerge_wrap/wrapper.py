@@ -46,9 +46,8 @@ class InMergeWrapper(NetworkProxy):
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> handle = model.attach(optimizer)
 
-    Unknown attributes are looked up on the network, so that timm's optimizer factory and training
-    code see its configuration. ``no_weight_decay`` and ``group_matcher`` use the names of
-    the wrapper's own parameters. The settings below are attributes too, checked when they are set.
+    Unknown attributes are looked up on the network, for timm's optimizer factory and training
+    code. The settings below are attributes too, checked when they are set.
 
     Args:
         module: The network, on any device, before it is parallelised.
@@ -79,7 +78,6 @@ class InMergeWrapper(NetworkProxy):
         keep_norm: Rescale each changed kernel to the norm it had before. The paper does not.
         merge_momentum: Blend the first moments of the optimizer (SGD's momentum, Adam's
             ``exp_avg``) like the weights, so that the next step continues from the merged point.
-            Second moments stay: they scale the steps of an entry but carry no direction.
         compiled: Whether ``torch.compile`` compiles the pass after a step; None does so on a GPU
             with Triton. Results are equal up to rounding.
         shallow_layers: L_s, the first convolutions, which are not merged; see :func:`plan_merging`.
@@ -174,8 +172,7 @@ class InMergeWrapper(NetworkProxy):
     ) -> InMergeWrapper:
         """Wraps a module with the recommended settings: inside the forward pass, for each image.
 
-        See :func:`recommended_settings`, and docs/evidence.md for the figures and their limits. The
-        defaults of the constructor are the paper's.
+        See :func:`recommended_settings`, and docs/evidence.md for the figures and their limits.
 
         Args:
             module: See the constructor.
@@ -215,12 +212,10 @@ class InMergeWrapper(NetworkProxy):
         """Merges with each step of ``optimizer`` from now on.
 
         Its steps drive the schedule. After each of them, with ``mode="step"``, the layers of the
-        plan that this optimizer trains are merged; parameter groups can be added, frozen or
-        unfrozen later. If two attached optimizers train the same layer, the one attached last
-        merges it. An optimizer restored by pickle or deepcopy has lost its hooks: attach it
-        again. Schedule-free optimizers of the ``schedulefree`` package keep two sequences of
-        weights; both are merged in the same way. From now on the state dict of the optimizer
-        carries the step counter, as that of the model does: attach before loading one.
+        plan that it trains are merged; of two optimizers that train the same layer, the one
+        attached last merges it. A copy of an optimizer has lost its hooks: attach it again. The
+        two weight sequences of a ``schedulefree`` optimizer are merged in the same way. From now
+        on the optimizer's state dict carries the step counter: attach before loading one.
 
         Args:
             optimizer: A torch optimizer, or one prepared by Accelerate or Lightning. Of a
@@ -233,10 +228,9 @@ class InMergeWrapper(NetworkProxy):
             TypeError: If it is not a torch optimizer.
             ValueError: If it holds none of the merged weights (in the forward pass: no parameter
                 of the network), or merges for another wrapper of this network.
-            RuntimeError: With ``mode="step"``, if its steps do not write the network's own weights
-                (DeepSpeed, Megatron-LM, FSDP1, XLA, other schedule-free optimizers), if they undo
-                what is merged (Lookahead, MADGRAD; found by a trial on a throwaway tensor), or if
-                a setting does not work with it.
+            RuntimeError: With ``mode="step"``, if its steps write the weights from copies of their
+                own (DeepSpeed, FSDP1, other schedule-free optimizers), if they undo what is merged
+                (Lookahead, MADGRAD; found by a trial on a throwaway), or a setting does not fit.
         """
         return self._driver.attach(optimizer, self._after_step, self)
 
@@ -266,11 +260,10 @@ class InMergeWrapper(NetworkProxy):
 
         Returns:
             Name of each merged layer -> (targets, sources), int64, shape (pairs,) each; empty
-            if the schedule skips the step. Where a rule chooses the partner the sources are
-            None: they depend on the weights that the step will find.
+            if the schedule skips the step. Sources that depend on the weights are None.
 
         Raises:
-            RuntimeError: With ``mode="outputs"``, where each image draws for itself.
+            RuntimeError: With ``shared_partner=False``, where each image draws for itself.
         """
         return self._driver.next_pairs()
 
