@@ -1,0 +1,188 @@
+"""Figures on the pages: each is that of a file which a study or a benchmark wrote."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from studies.common.records import read_runs
+
+ROOT = Path(__file__).parents[1]
+STUDIES = ROOT / "studies"
+
+
+def written_lines() -> set[str]:
+    """The lines of all tables that studies wrote."""
+    return {
+        line.strip()
+        for path in (ROOT / "studies").rglob("*.md")
+        for line in path.read_text().splitlines()
+    }
+
+
+@pytest.mark.parametrize("page", ["docs/evidence-negative.md", "recipes/README.md"])
+def test_figures_with_a_spread_come_from_results_files(page: str) -> None:
+    shown = [
+        line
+        for line in (ROOT / page).read_text().splitlines()
+        if line.startswith("|") and "±" in line
+    ]
+    assert len(shown) >= 4
+    written = written_lines()
+    assert [line for line in shown if line not in written] == []
+
+
+def test_the_figures_of_the_performance_page_come_from_results_files() -> None:
+    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "overhead.py"))
+    measured = [
+        benchmark["markdown"](row)
+        for path in (ROOT / "benchmarks" / "results" / "overhead").glob("*.json")
+        for row in json.loads(path.read_text())["rows"]
+    ]
+    text = (ROOT / "docs" / "performance.md").read_text()
+    shown = [line for line in text.splitlines() if line.startswith("|") and " px |" in line]
+    assert bool(shown) == bool(measured)
+    assert [line for line in shown if line not in measured] == []
+
+
+def test_the_two_phases_on_the_page_are_those_of_the_runs() -> None:
+    page = (ROOT / "docs" / "evidence.md").read_text()
+    readme = " ".join((ROOT / "recipes" / "README.md").read_text().split())
+    plain: dict[str, list[float]] = {}
+    done = [run for run in read_runs(STUDIES / "1" / "runs.jsonl.gz") if "arm" in run]
+    for name, label in (
+        ("paper", "merging with the paper's settings"),
+        ("signed", "merging in the weights, signed"),
+    ):
+        runs = [run for run in done if run["arm"] == name]
+        runs.sort(key=lambda run: run["seed"])
+        assert [run["seed"] for run in runs] == list(range(10))
+        merged = np.array([run["test_mean_auroc"] for run in runs])
+        plain[name] = [run["control_test_mean_auroc"] for run in runs]
+        difference = merged - plain[name]
+        low, high = stats.t.interval(0.95, 9, difference.mean(), stats.sem(difference))
+        said = f"{difference.mean():+.3f} ({low:+.3f} to {high:+.3f})"
+        layers = [layer for run in runs for layer in run["merging"].values()]
+        share = sum(layer["merged"] for layer in layers) / sum(layer["drawn"] for layer in layers)
+        spread = f"{merged.mean():.3f} ({merged.std(ddof=1):.3f})"
+        shown = f"{share:.1%}".replace("100.0%", "100%")
+        assert f"| {label} | {shown} | {spread} | {said} |" in page
+        assert said in readme
+        if name == "signed":
+            eight = "above the control in eight of ten pairs"
+            assert eight in " ".join(page.split()) and (difference > 0).sum() == 8
+        else:
+            front = f"{said.replace('(', '(95% interval ')}, which is no gain".replace("+", "")
+            for front_page in ("README.md", "docs/index.md"):
+                text = " ".join((ROOT / front_page).read_text().split())
+                assert front in text.replace("+", "")
+    assert plain["paper"] == plain["signed"]  # paired to the bit: only the second phase differs
+    own = f"{np.mean(plain['paper']):.3f} ({np.std(plain['paper'], ddof=1):.3f})"
+    assert f"| plain | | {own} | |" in page
+
+
+def test_the_tables_of_the_first_study_are_made_from_the_runs_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = importlib.import_module("studies.1.report")
+    monkeypatch.setattr(sys, "argv", ["report.py", "--out", str(tmp_path)])
+    report.main()
+    for name in ("table.md", "differences.csv"):
+        assert (tmp_path / name).read_text() == (STUDIES / "1" / name).read_text()
+    rows = shown_rows("docs/evidence-negative.md")
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert len([row for row in rows if row in table]) > 5
+
+
+def shown_rows(page: str) -> list[str]:
+    """The rows of a page that hold intervals."""
+    return re.findall(r"^\| .*\(\S+ to \S+\).*\|$", (ROOT / page).read_text(), re.MULTILINE)
+
+
+AUGMENTATIONS = {  # rows of a table of the page -> sections of the results
+    "flips": "pooled, from ImageNet",
+    "TrivialAugmentWide": "pooled, from ImageNet, trivial",
+    "AugMix": "pooled, from ImageNet, augmix",
+    "mixup": "pooled, from ImageNet, mixup",
+}
+
+
+def test_the_tables_of_the_second_study_are_made_from_the_runs_beside_them(tmp_path: Path) -> None:
+    study = STUDIES / "2"
+    report = importlib.import_module("studies.2.report")
+    settings = report.by_setting(read_runs(study / "runs.jsonl.gz"))
+    found = {name: report.compare(settings, name, "test") for name in report.BASELINES}
+    report.write_csv(found, tmp_path / "differences.csv")
+    assert (tmp_path / "differences.csv").read_text() == (study / "differences.csv").read_text()
+    table = report.table(settings, found["plain"], "test", "plain")
+    assert table == (study / "table.md").read_text()
+    page = (ROOT / "docs" / "evidence-negative.md").read_text()
+    rows = [row for row in shown_rows("docs/evidence-negative.md") if re.search(r" \d+ \|$", row)]
+    assert len(rows) > 10 and set(table.splitlines()).issuperset(rows)
+    for name, setting in AUGMENTATIONS.items():
+        section = table.partition(f"### {setting}\n")[2].partition("### ")[0]
+        found = re.search(r"^\| move toward or away, transiently, size 0.3 (.*) \d", section, re.M)
+        assert found and f"| {name} {found[1]}\n" in page
+
+
+def test_the_answer_of_the_second_study_is_that_of_its_reanalysis() -> None:
+    study = STUDIES / "2"
+    module = importlib.import_module("studies.2.reanalysis")
+    grouped = importlib.import_module("studies.2.paired").by_setting
+    rows = module.reanalysis(grouped(read_runs(study / "runs.jsonl.gz")))
+    written = module.reanalysis_table(rows)
+    assert (study / "reanalysis.md").read_text() == written
+    readme = (study / "README.md").read_text()
+    shown = [line for line in readme.splitlines() if line.startswith("|") and " to " in line]
+    assert len(shown) == 5 and set(shown) <= set(written.splitlines())
+
+
+def interval(row: dict[str, str]) -> str:
+    mean, low, high = (float(row[name]) for name in ("mean", "low", "high"))
+    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def test_the_page_of_evidence_shows_the_second_study_as_it_was_analysed() -> None:
+    study = STUDIES / "2"
+    with (study / "reanalysis.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["data"] == "all"]
+    found = {
+        (row["arm"], row["baseline"], row["measure"], row["images"]): interval(row) for row in rows
+    }
+    measures = (
+        ("AUROC", "corrupted"),
+        ("balanced accuracy", "corrupted"),
+        ("balanced accuracy", "clean"),
+    )
+    page = (ROOT / "docs" / "evidence.md").read_text()
+    for label, *arms in (
+        ("merging in the weights − plain", "transient, signed 0.3", "plain"),
+        ("Gaussian noise − plain", "Gaussian noise 0.3", "plain"),
+        ("weight averaging (EMA) − plain", "EMA .98", "plain"),
+        ("merging in the weights − Gaussian noise", "transient, signed 0.3", "Gaussian noise 0.3"),
+    ):
+        cells = [found[(*arms, *measure)] for measure in measures]
+        assert f"| {label} | {' | '.join(cells)} |" in page
+    table = (study / "table.md").read_text()
+    for name in ("Breast", "Chest", "Pneumonia"):
+        section = table.partition(f"### {name}, from ImageNet\n")[2].partition("### ")[0]
+        cell = r"(\S+ ± \S+)"
+        (clean, corrupted), (auroc, _) = re.findall(
+            rf"^\| plain training \| {cell} \| {cell} \|", section, re.MULTILINE
+        )[:2]
+        assert f"| plain, {name} | {auroc} | {corrupted} | {clean} |" in page
+    said = [found[(arm, "plain", "AUROC", "corrupted")] for arm in ("transient, signed 0.3",
+        "Gaussian noise 0.3")]  # fmt: skip
+    gain = said[0].replace("+", "")
+    for front_page in ("README.md", "docs/index.md", "docs/evidence.md"):
+        text = " ".join((ROOT / front_page).read_text().split())
+        assert f"by {gain}" in text and f"size gave {said[1].split()[0].replace('+', '')}" in text
