@@ -140,7 +140,7 @@ INSIDE = {
     "images.tables", "inputs", "kernels", "kinds", "markdown", "neighbours", "optimizers",
     "pairs", "persistent", "proxy", "replicas", "robustness.attacks", "robustness.effects",
     "robustness.evaluation", "robustness.metrics", "robustness.results", "robustness.scoring",
-    "steps", "tally", "tracing",
+    "steps", "tally", "tracing", "trial",
 }  # fmt: skip
 # Modules that share names with each other, or hold names that only the package uses.
 PARTLY = {"merging", "settings", "watch", "wrapper"}
@@ -180,7 +180,7 @@ def test_every_public_name_says_what_it_is() -> None:
 SPEAKING = [
     "discovery", "driver", "export", "forward", "kernels", "neighbours", "optimizers", "pairs",
     "persistent", "plan", "proxy", "recalibration", "replicas", "schedule", "settings", "steps",
-    "tally", "thresholds", "unwrapping", "watch", "wrapper",
+    "tally", "thresholds", "trial", "unwrapping", "watch", "wrapper",
 ]  # fmt: skip
 OF_TORCH = 'Unexpected key(s) in state_dict: "_extra_state"'  # test_export.py raises it
 
