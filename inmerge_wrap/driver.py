@@ -132,8 +132,8 @@ class Driver:
         trains = any(parameter.requires_grad for parameter in network.parameters())
         if trains and not self.pauses:  # averages of weights need no gradient
             self.watch.before_forward(attached=bool(self._attachments.live))
-            if self._attachments.live and self._settings.mode == "step":
-                self._replicas.tell(self._settings, self._plan)
+            if self._settings.mode == "step":
+                self._replicas.tell(self._settings, self._plan, network)
                 self.tally.catch_up(self._replicas.follow(self.tally.step))
 
     def _prepare(self) -> None:

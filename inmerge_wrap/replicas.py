@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from inmerge_wrap.optimizers import fsdp_modules
 from inmerge_wrap.plan import MergePlan
 from inmerge_wrap.schedule import Schedule
 from inmerge_wrap.settings import MergeSettings
@@ -45,9 +46,16 @@ class Replicas:
         self._told = False
         self._checked = 0
 
-    def tell(self, settings: MergeSettings, plan: MergePlan) -> None:
-        """Tells the others, at the first forward pass, what this process merges with."""
-        if not self._told and _is_distributed():
+    def tell(self, settings: MergeSettings, plan: MergePlan, network: nn.Module) -> None:
+        """Tells the others, at the first forward pass, what this process merges with.
+
+        Only of a network inside DDP or FSDP2, which all processes make in the same order. Any other
+        may be one that this process alone has.
+        """
+        if self._told or not _is_distributed():
+            return
+        is_parallel = DistributedDataParallel._get_active_ddp_module() is not None
+        if is_parallel or fsdp_modules(network):
             self._told = True
             self._compare("forward", settings, plan)
 
@@ -57,7 +65,7 @@ class Replicas:
         Raises:
             RuntimeError: If they do not, naming what differs.
         """
-        if self._checked == _CHECKED_STEPS or not _is_distributed():
+        if not self._told or self._checked == _CHECKED_STEPS:
             return
         self._checked += 1
         self._compare("step", settings, plan)

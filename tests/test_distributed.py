@@ -184,7 +184,10 @@ def test_what_may_differ_is_no_error(uneven: list[dict[str, Any]], case: str) ->
 
 
 def test_a_process_that_steps_alone_waits_for_nobody(uneven: list[dict[str, Any]]) -> None:
-    assert [rank["only_one_steps"]["step"] for rank in uneven] == [3, 3]
+    assert [rank["only_one_steps"] for rank in uneven] == [
+        {"step": 3, "alone": 3},
+        {"step": 3, "alone": 0},
+    ]
 
 
 def test_replicas_with_uneven_inputs_stay_equal(uneven: list[dict[str, Any]]) -> None:
