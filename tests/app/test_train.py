@@ -150,7 +150,7 @@ def test_one_folder_holds_everything(finished: tuple[Path, Path, list[str], str]
     assert "report.html" in printed
     content = results(out)
     merging = next(run["merging"] for run in content["runs"] if run["method"] == "merged")
-    assert re.match(r"[1-9][\d,]* of [\d,]+ drawn", merging["merged pairs"])
+    assert re.match(r"[1-9][\d,]* of [\d,]+ images x channels", merging["merged pairs"])
     assert len(content["differences"]) == 4 and content["differences"][0]["n"] == 1
 
 
