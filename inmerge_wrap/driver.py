@@ -109,7 +109,7 @@ class Driver:
         compiling = torch.compiler.is_compiling()
         # A counter would make torch.compile specialise on its value and compile every step.
         if wrapper.training and torch.is_grad_enabled() and not (compiling and self._forward.is_on):
-            self._watch_forward(network)
+            self._watch_forward(wrapper, network)
         merges = self._forward.is_on and not self.pauses and (wrapper.training or network.training)
         if not merges or not (compiling or self._attachments.live):
             return network(*args, **kwargs)
@@ -128,12 +128,12 @@ class Driver:
         return outputs
 
     @torch.compiler.disable
-    def _watch_forward(self, network: nn.Module) -> None:
+    def _watch_forward(self, wrapper: nn.Module, network: nn.Module) -> None:
         trains = any(parameter.requires_grad for parameter in network.parameters())
         if trains and not self.pauses:  # averages of weights need no gradient
             self.watch.before_forward(attached=bool(self._attachments.live))
             if self._settings.mode == "step":
-                self._replicas.tell(self._settings, self._plan, network)
+                self._replicas.tell(self._settings, self._plan, wrapper)
                 self.tally.catch_up(self._replicas.follow(self.tally.step))
 
     def _prepare(self) -> None:
@@ -223,7 +223,7 @@ class Driver:
 
     @torch.compiler.disable
     @torch.no_grad()
-    def after_step(self, optimizer: Optimizer) -> None:
+    def after_step(self, optimizer: Optimizer, wrapper: nn.Module) -> None:
         """Counts a step of an attached optimizer, and merges after it or prepares the next."""
         if is_nested_step(optimizer) or is_no_training_step():
             return
@@ -232,7 +232,7 @@ class Driver:
             return
         if self._settings.mode == "step":
             refuse_capture("optimizer.step()")
-            self._reshard()
+            self._reshard(wrapper)
         layers = self._layers()
         held = self._attachments.held_by(optimizer, layers)
         attachment = self._attachments.of(optimizer)
@@ -246,14 +246,14 @@ class Driver:
         if not trained_of(layers):
             self._warn_of_frozen_weights()
 
-    def merge_(self) -> None:
+    def merge_(self, wrapper: nn.Module) -> None:
         """Runs one pass over all merged layers; see :meth:`InMergeWrapper.merge_`."""
         if self._settings.mode != "step":
             raise RuntimeError(
                 f"merge_() writes merged weights, and mode={self._settings.mode!r} merges in the "
                 "forward pass: attach the optimizer, or wrap the network with mode='step'"
             )
-        self._reshard()
+        self._reshard(wrapper)
         layers = self._layers()
         check_layers(layers)
         self._step(layers, layers)
@@ -386,10 +386,10 @@ class Driver:
     def _layers(self) -> list[MergedLayer]:
         return find_layers(self._network, self._plan.merged)
 
-    def _reshard(self) -> None:
+    def _reshard(self, wrapper: nn.Module) -> None:
         if self._sharded is None or not self.watch.steps:
             is_distributed = dist.is_available() and dist.is_initialized()
-            self._sharded = fsdp_modules(self._network) if is_distributed else []
+            self._sharded = fsdp_modules(wrapper) if is_distributed else []
         for module in self._sharded:
             module.reshard()
 

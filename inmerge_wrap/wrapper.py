@@ -240,7 +240,7 @@ class InMergeWrapper(NetworkProxy):
         Raises:
             RuntimeError: If the mode is one of the forward pass, which writes no weight.
         """
-        self._driver.merge_()
+        self._driver.merge_(self)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -300,7 +300,7 @@ class InMergeWrapper(NetworkProxy):
         return self._driver.tally.step
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        self._driver.after_step(optimizer)
+        self._driver.after_step(optimizer, self)
 
     # -- state --------------------------------------------------------------------------------
 
