@@ -158,6 +158,8 @@ class Driver:
         layers = self._layers()
         held = self._attachments.held_by(optimizer, layers)
         self._check_held(optimizer, held, layers)
+        if self._settings.mode == "step":
+            check_layers(held)
         refuse_second(optimizer, wrapper)
         check_settings(self._settings, optimizer)
         if self._settings.mode == "step" and not is_schedule_free(optimizer):
@@ -177,6 +179,8 @@ class Driver:
             *carry_counter([given, optimizer], wrapper.get_extra_state, wrapper.set_extra_state),
         ]
         attachment = Attachment(optimizer, handles)
+        if self._settings.mode == "step":  # found again in each step, from the first on
+            attachment.merged.update(layer.number for layer in trained_of(held))
         self._attachments.add(attachment)
         now = self.tally.step
         for layer in held:  # a training run that goes on with another optimizer keeps its schedule
@@ -237,8 +241,8 @@ class Driver:
         held = self._attachments.held_by(optimizer, layers)
         attachment = self._attachments.of(optimizer)
         if self._settings.mode == "step" and attachment is not None:
+            check_layers(layers)
             check_still_held(attachment, trained_of(held), layers)
-            check_layers(held)
         elif (found := self._forward.replaced(self._network)) is not None:
             raise RuntimeError(replaced(*found))
         if held:

@@ -53,7 +53,7 @@ class Attachment:
     def __init__(self, optimizer: Optimizer, handles: Sequence[RemovableHandle]) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._handles = handles
-        self.merged: set[int] = set()  # numbers of all layers that its steps ever merged
+        self.merged: set[int] = set()  # numbers of all layers that its steps are to merge
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -141,7 +141,7 @@ def stepped_of(layers: Sequence[MergedLayer]) -> list[MergedLayer]:
 def check_still_held(
     attachment: Attachment, merging: Sequence[MergedLayer], layers: Sequence[MergedLayer]
 ) -> None:
-    """Checks that an attached optimizer still holds the weights that it merged before.
+    """Checks that an attached optimizer still holds the weights that it held before.
 
     Args:
         attachment: That of the optimizer.
