@@ -101,6 +101,11 @@ class Driver:
             "watch": watch,
         }
 
+    @property
+    def _in_step(self) -> bool:
+        """Whether merging happens after each step and not in the forward pass."""
+        return self._settings.mode == "step"
+
     # -- the forward pass -------------------------------------------------------------------------
 
     def forward(self, wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -132,13 +137,13 @@ class Driver:
         trains = any(parameter.requires_grad for parameter in network.parameters())
         if trains and not self.pauses:  # averages of weights need no gradient
             self.watch.before_forward(attached=bool(self._attachments.live))
-            if self._settings.mode == "step":
+            if self._in_step:
                 self._replicas.tell(self._settings, self._plan, wrapper)
                 self.tally.catch_up(self._replicas.follow(self.tally.step))
 
     def _prepare(self) -> None:
         """Prepares the next forward pass, if it is to merge."""
-        if self._settings.mode != "step" and len(self._attachments):
+        if not self._in_step and len(self._attachments):
             step = self.tally.step
             self._forward.set_step(step, self._settings.strength(step), self._settings)
 
@@ -151,18 +156,18 @@ class Driver:
         wrapper: Any,
     ) -> Attachment:
         """Makes an optimizer drive the merging; see :meth:`InMergeWrapper.attach`."""
-        optimizer = stepping_optimizer(given, to_write=self._settings.mode == "step")
+        optimizer = stepping_optimizer(given, to_write=self._in_step)
         known = self._attachments.of(optimizer)
         if known is not None:
             return known
         layers = self._layers()
         held = self._attachments.held_by(optimizer, layers)
         self._check_held(optimizer, held, layers)
-        if self._settings.mode == "step":
+        if self._in_step:
             check_layers(held)
         refuse_second(optimizer, wrapper)
         check_settings(self._settings, optimizer)
-        if self._settings.mode == "step" and not is_schedule_free(optimizer):
+        if self._in_step and not is_schedule_free(optimizer):
             for each in {id(found): found for found in (unprepared(given), optimizer)}.values():
                 refuse_undone(each, held[0].parameters[0])
         end = self._settings.schedule.end
@@ -179,13 +184,13 @@ class Driver:
             *carry_counter([given, optimizer], wrapper.get_extra_state, wrapper.set_extra_state),
         ]
         attachment = Attachment(optimizer, handles)
-        if self._settings.mode == "step":  # found again in each step, from the first on
+        if self._in_step:  # found again in each step, from the first on
             attachment.merged.update(layer.number for layer in trained_of(held))
         self._attachments.add(attachment)
         now = self.tally.step
         for layer in held:  # a training run that goes on with another optimizer keeps its schedule
             self.tally.steps[layer.number] = now
-        if self._settings.mode != "step":
+        if not self._in_step:
             self._forward.install(self._network)
             self._prepare()
         return attachment
@@ -196,7 +201,7 @@ class Driver:
         held: Sequence[MergedLayer],
         layers: Sequence[MergedLayer],
     ) -> None:
-        if self._settings.mode == "step" and not held:
+        if self._in_step and not held:
             raise ValueError(
                 f"the optimizer holds none of the {len(layers)} weights to merge "
                 f"({layers[0].site.name}, ...): {remedy_for_none_held(layers)}"
@@ -207,7 +212,7 @@ class Driver:
                 "the optimizer holds none of the parameters of this network: build it from "
                 "model.parameters()"
             )
-        if not trained_of(held if self._settings.mode == "step" else layers):
+        if not trained_of(held if self._in_step else layers):
             self._warn_of_frozen_weights()
 
     def change(self, new: MergeSettings) -> None:
@@ -234,13 +239,13 @@ class Driver:
         if self.pauses:
             self.watch.idle_forwards = self.watch.missed_steps = 0
             return
-        if self._settings.mode == "step":
+        if self._in_step:
             refuse_capture("optimizer.step()")
             self._reshard(wrapper)
         layers = self._layers()
         held = self._attachments.held_by(optimizer, layers)
         attachment = self._attachments.of(optimizer)
-        if self._settings.mode == "step" and attachment is not None:
+        if self._in_step and attachment is not None:
             check_layers(layers)
             check_still_held(attachment, trained_of(held), layers)
         elif (found := self._forward.replaced(self._network)) is not None:
@@ -252,7 +257,7 @@ class Driver:
 
     def merge_(self, wrapper: nn.Module) -> None:
         """Runs one pass over all merged layers; see :meth:`InMergeWrapper.merge_`."""
-        if self._settings.mode != "step":
+        if not self._in_step:
             raise RuntimeError(
                 f"merge_() writes merged weights, and mode={self._settings.mode!r} merges in the "
                 "forward pass: attach the optimizer, or wrap the network with mode='step'"
@@ -269,26 +274,25 @@ class Driver:
         optimizer: Optimizer | None = None,
     ) -> None:
         """Counts a step of some layers, and merges those that train."""
-        if self._settings.mode == "step":
+        if self._in_step:
             self._replicas.check(self._settings, self._plan)
         seen = self.tally.step
         step = self.tally.begin([layer.number for layer in held])
         self.watch.idle_forwards = self.watch.missed_steps = 0
-        in_step = self._settings.mode == "step"
         # Of several optimizers, one moves the clock; the forward pass before it was theirs too.
-        acts = in_step or self.tally.step > seen
+        acts = self._in_step or self.tally.step > seen
         if acts:
-            for layer in held if in_step else layers:
+            for layer in held if self._in_step else layers:
                 self._last.pop(layer.number, None)
         strength = self._settings.strength(step)
-        trained = trained_of(held if in_step else layers)
+        trained = trained_of(held if self._in_step else layers)
         if acts and strength is not None and trained:
             self._passes += 1
-            if in_step:
+            if self._in_step:
                 self._merge(trained, strength, step, optimizer)
             else:
                 self._note_forward(trained, strength)
-            passes = self.tally.passes if in_step else [self._passes] * len(layers)
+            passes = self.tally.passes if self._in_step else [self._passes] * len(layers)
             self.watch.after_pass(trained, passes, self._settings, self.report)
         self.watch.after_step(step, self._settings.schedule)
         every = self._settings.check_replicas_every

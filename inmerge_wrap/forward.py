@@ -82,12 +82,7 @@ class _State:
 
     def __init__(self, sites: Sequence[ConvSite], device: torch.device) -> None:
         self.device = device
-        widths = [_BLOCK * -(-site.shape[0] // _BLOCK) for site in sites]
-        keys = [
-            mix(stream_of(site), number)
-            for site, width in zip(sites, widths, strict=True)
-            for number in range(width)
-        ]
+        keys = [mix(stream_of(site), number) for site in sites for number in range(_width(site))]
         channels = len(keys)
         with torch.device(device):
             self.columns = torch.tensor(keys, dtype=torch.int64)
@@ -126,7 +121,7 @@ class ForwardMerge:
         self._spans, begin = [], 0
         for site in sites:
             self._spans.append(slice(begin, begin + site.shape[0]))
-            begin += _BLOCK * -(-site.shape[0] // _BLOCK)
+            begin += _width(site)
         self._settings = MergeSettings()
         self._modules: list[nn.Module] = []
         self._state: _State | None = None
@@ -448,6 +443,11 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
+
+
+def _width(site: ConvSite) -> int:
+    """Returns the channels of a layer, filled up to whole blocks."""
+    return _BLOCK * -(-site.shape[0] // _BLOCK)
 
 
 def _image_keys(key: Tensor, images: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map
 
-from inmerge_wrap.inputs import call_arguments, timm_config, to_meta
+from inmerge_wrap.inputs import Arguments, call_arguments, timm_config, to_meta
 from inmerge_wrap.kernels import store_of
 from inmerge_wrap.tracing import Call, Trace, meta_copy, run_trace
 
@@ -144,13 +144,21 @@ def _calls_on_large_maps(
         sides = [2 * max(side, 112) for side in value.shape[2:]]
         return value.new_empty((*value.shape[:2], *sides), device="meta")
 
-    for arguments in call_arguments(network, convs, example_input):
+    candidates = call_arguments(network, convs, example_input)
+    large = _first_run(network, tree_map(enlarged, candidates))
+    if large is None:  # no copy, or only one size works: keep the maps of that size
+        return trace.calls
+    return {name: large.calls.get(name, call) for name, call in trace.calls.items()}
+
+
+def _first_run(network: nn.Module, candidates: Sequence[Arguments], **how: Any) -> Trace | None:
+    """Returns the trace of the first inputs that a copy of the network takes, None for none."""
+    for arguments in candidates:
         try:
-            large = run_trace(meta_copy(network), to_meta(tree_map(enlarged, arguments)))
-        except Exception:  # no copy, or only one size works: keep the maps of that size
+            return run_trace(meta_copy(network), to_meta(arguments), **how)
+        except Exception:  # the copy fails, or another size suits the network
             continue
-        return {name: large.calls.get(name, call) for name, call in trace.calls.items()}
-    return trace.calls
+    return None
 
 
 def _training_trace(
@@ -162,13 +170,10 @@ def _training_trace(
     """Traces in train mode, only where some outputs may matter in training alone."""
     if trace is None or (len(trace.calls) == len(convs) and not trace.unread):
         return None
-    for given in (example_input, None):  # the example may be too small for an auxiliary head
-        for arguments in call_arguments(network, convs, given):
-            try:
-                return run_trace(meta_copy(network), to_meta(arguments), training=True)
-            except Exception:  # the copy fails, or another size suits the network
-                continue
-    return None
+    candidates = call_arguments(network, convs, example_input)
+    if example_input is not None:  # which may be too small for an auxiliary head
+        candidates += call_arguments(network, convs, None)
+    return _first_run(network, candidates, training=True)
 
 
 def _only_for_dropped_scores(
