@@ -29,6 +29,7 @@ from inmerge_wrap.optimizers import (
     replaced,
     stepped_of,
     stepping_optimizer,
+    trained_by,
     trained_of,
     trains_any,
     unprepared,
@@ -161,7 +162,7 @@ class Driver:
         if known is not None:
             return known
         layers = self._layers()
-        held = self._attachments.held_by(optimizer, layers)
+        held = self._held_by(optimizer, layers)
         self._check_held(optimizer, held, layers)
         if self._in_step:
             check_layers(held)
@@ -194,6 +195,12 @@ class Driver:
             self._forward.install(self._network)
             self._prepare()
         return attachment
+
+    def _held_by(self, optimizer: Optimizer, layers: Sequence[MergedLayer]) -> list[MergedLayer]:
+        """Returns the layers that an optimizer's steps merge, or count in the forward pass."""
+        if self._in_step:
+            return self._attachments.held_by(optimizer, layers)
+        return trained_by(optimizer, layers)
 
     def _check_held(
         self,
@@ -243,7 +250,7 @@ class Driver:
             refuse_capture("optimizer.step()")
             self._reshard(wrapper)
         layers = self._layers()
-        held = self._attachments.held_by(optimizer, layers)
+        held = self._held_by(optimizer, layers)
         attachment = self._attachments.of(optimizer)
         if self._in_step and attachment is not None:
             check_layers(layers)

@@ -211,6 +211,9 @@ class ForwardMerge:
         """Draws for a forward pass of the network on these inputs."""
         assert self._state is not None, "set_step comes first"
         state = self._state
+        if self._settings.mode != "outputs":  # the step has drawn for all batches
+            self._draw = _Draw(state.clock, 1, state.size, self._shifts)
+            return
         tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
         batch = next((t for t in tensors if t.ndim), torch.zeros(1, device=state.device))
         key = state.clock ^ fingerprint(batch.detach()).to(state.device)
@@ -235,11 +238,9 @@ class ForwardMerge:
         return self._replayed if self._draw is None and _in_backward() else self._draw
 
     def _drawn(self, key: Tensor, rows: int, shifts: Sequence[int]) -> _Draw:
-        """Returns the draw of a batch on the outputs; in the weights there is nothing to draw."""
+        """Returns the draw of a batch on the outputs."""
         state, settings = self._state, self._settings
         assert state is not None
-        if settings.mode != "outputs":
-            return _Draw(key, rows, state.size, shifts)
         ways = torch.ones((1, len(state.columns)), device=state.device)
         if settings.direction == "signed" or settings.merge_probability < 1.0 or self._fades:
             images = 1 if settings.shared_sign else rows

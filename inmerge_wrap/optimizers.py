@@ -31,6 +31,7 @@ __all__ = [
     "replaced",
     "stepped_of",
     "stepping_optimizer",
+    "trained_by",
     "trained_of",
     "trains_any",
     "unprepared",
@@ -121,6 +122,20 @@ class Attachments:
             for layer in layers
             if layer.parameters and mine.issuperset(map(id, layer.parameters))
         ]
+
+
+def trained_by(optimizer: Optimizer, layers: Sequence[MergedLayer]) -> list[MergedLayer]:
+    """Returns the layers whose weight an optimizer trains, whatever computes the weight.
+
+    Of a weight with several parameters the first decides, so that of several optimizers, one for
+    each parameter, one counts the steps of the layer.
+    """
+    mine = set(map(id, parameters_of(optimizer)))
+
+    def first(layer: MergedLayer) -> nn.Parameter:
+        return next(p for name, p in layer.module.named_parameters() if name != "bias")
+
+    return [layer for layer in layers if id(first(layer)) in mine]
 
 
 def trained_of(layers: Sequence[MergedLayer]) -> list[MergedLayer]:

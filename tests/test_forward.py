@@ -360,6 +360,20 @@ def test_every_kind_of_layer_merges(form: str, mode: str) -> None:
     optimizer.step()
 
 
+@pytest.mark.parametrize("mode", ["outputs", "weights"])
+def test_a_network_of_computed_weights_alone_counts_its_steps(mode: str) -> None:
+    """No step could write these weights, and the schedule must end all the same."""
+    conv = parametrizations.orthogonal(nn.Conv2d(4, 4, 1))
+    example = torch.randn(2, 4, 5, 5)
+    model, optimizer = made(mode, conv, include="", example_input=example, schedule=Schedule(end=2))
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(example).square().sum().backward()
+        optimizer.step()
+    assert model.step == 3 and model.report()[""].steps == 3
+    assert model.report().drawn == 2 * 4 * (2 if mode == "outputs" else 1)
+
+
 def test_what_no_hook_can_reach_is_in_the_plan_with_its_reason() -> None:
     class Functional(nn.Module):
         def __init__(self) -> None:

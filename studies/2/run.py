@@ -35,6 +35,7 @@ from typing import Any
 import torch
 
 from inmerge_wrap import Quantile
+from inmerge_wrap.app.training import make_accelerator
 from studies.common.chest import load_chest
 from studies.common.exams import Exam, examine, make_exam
 from studies.common.freezing import check_frozen, described, freeze, read_frozen
@@ -42,7 +43,7 @@ from studies.common.images import Images, load_images
 from studies.common.merging import Fade, Merge
 from studies.common.methods import EMA, SAM, SWA, Dropout, LabelSmoothing, Method, Mixup
 from studies.common.records import add_runs, name_of, read_runs
-from studies.common.running import make_accelerator, one_line_if_out_of_memory
+from studies.common.running import one_line_if_out_of_memory
 from studies.common.sweeping import sweep
 from studies.common.training import Run, train
 

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from inmerge_wrap.app.training import make_accelerator
 from studies.common.chest import load_chest
 from studies.common.contributions import contributions
 from studies.common.exams import Exam, answers, make_exam, scored
@@ -37,7 +38,7 @@ from studies.common.images import Images, Normalised, load_images
 from studies.common.laboratories import in_laboratories, read_laboratories
 from studies.common.mechanism import mechanism
 from studies.common.records import add_runs, name_of, read_runs
-from studies.common.running import make_accelerator, one_line_if_out_of_memory
+from studies.common.running import one_line_if_out_of_memory
 from studies.common.sweeping import sweep
 from studies.common.training import Run, train
 

@@ -1,4 +1,4 @@
-"""What the training runs of all studies share: accelerator, batches, loss, memory."""
+"""What the training runs of all studies share: batches, loss, memory."""
 
 from __future__ import annotations
 
@@ -11,14 +11,6 @@ from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
-
-
-def make_accelerator() -> Accelerator:
-    """Creates an Accelerator that also works across processes of a CPU-only machine.
-
-    Without ``cpu``, ``torchrun --nproc_per_node 2`` on such a machine would train two networks.
-    """
-    return Accelerator(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()))
 
 
 @contextmanager
