@@ -129,7 +129,9 @@ class ForwardMerge:
         self._trains = [True] * len(sites)
         self._draw: _Draw | None = None  # of the forward pass that runs
         self._replayed: _Draw | None = None  # of the one whose backward pass runs
-        self._shares: dict[int, Tensor] = {}  # of a layer from before its convolution to after it
+        # Of a layer, from before its convolution to after it.
+        self._shares: dict[int, Tensor] = {}
+        self._biases: dict[int, Tensor] = {}
         self._shadowed: dict[int, Any] = {}  # what a stand-in hides until its convolution has run
 
     def install(self, network: nn.Module) -> None:
@@ -261,7 +263,10 @@ class ForwardMerge:
     # -- the hooks of a convolution ---------------------------------------------------------------
 
     def _before(self, number: int, module: nn.Module, _: Any) -> None:
-        """Does what needs the weight, where it is whole (FSDP2 gathers it only for the module)."""
+        """Does what needs the parameters, where they are whole.
+
+        FSDP2 gathers them for the module alone, and frees them before the hook that comes after it.
+        """
         if self._current() is None or not module.training or not self._trains[number]:
             return
         settings = self._settings
@@ -270,8 +275,11 @@ class ForwardMerge:
             self._shadowed[number] = vars(module).get("weight", _NOTHING)
             if not is_computed:
                 vars(module)["weight"] = self._stand_in(number, module.weight, module)
-        elif settings.compares or settings.size != "merge_weight":
+            return
+        if settings.compares or settings.size != "merge_weight":
             self._shares[number] = self._shares_of(number, module)
+        if isinstance(bias := module.bias, Tensor):
+            self._biases[number] = bias.clone()
 
     def _after(self, number: int, module: nn.Module, _: Any, output: Any) -> Tensor | None:
         """Removes the stand-in, or blends the channels of the output."""
@@ -285,7 +293,7 @@ class ForwardMerge:
             return None
         dims = len(self._sites[number].shape) - 2
         batched = output if output.ndim == dims + 2 else output.unsqueeze(0)
-        mixed = self._mixed(number, draw, module, batched)
+        mixed = self._mixed(number, draw, batched)
         return mixed.reshape(output.shape) if batched is not output else mixed
 
     def _unshadow(self, number: int) -> None:
@@ -294,7 +302,7 @@ class ForwardMerge:
         if before is not _NOTHING:
             held["weight"] = before
 
-    def _mixed(self, number: int, draw: _Draw, module: nn.Module, output: Tensor) -> Tensor:
+    def _mixed(self, number: int, draw: _Draw, output: Tensor) -> Tensor:
         """Blends the channels of a layer's output, (N, C, *map)."""
         site, state = self._sites[number], self._state
         assert state is not None
@@ -312,7 +320,7 @@ class ForwardMerge:
         elif torch.compiler.is_compiling():  # a number would compile every step
             shift = state.shifts[number].to(output.device).reshape(1, 1)
         self._count(number, rows, shares)
-        bias = module._parameters.get("bias")
+        bias = self._biases.pop(number, None)
         return mix_channels(output, shares, shift, site.pair_groups, bias)
 
     def _shares_of(self, number: int, module: nn.Module) -> Tensor:

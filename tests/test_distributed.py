@@ -203,6 +203,28 @@ def test_a_comparison_that_would_wait_forever_is_refused(uneven: list[dict[str, 
         assert "check_replicas_every=2 would wait forever" in rank["uneven_but_compared"]["error"]
 
 
+# -- in the forward pass -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def forward(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("forward")
+    finish(start([*TORCHRUN, 2, SCRIPTS / "forward_parallel.py", folder]))
+    return outcomes(folder, 2)
+
+
+@pytest.mark.parametrize("name", ["outputs", "outputs, compared", "weights"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_merging_in_the_forward_pass_is_that_of_one_process(
+    forward: list[dict[str, Any]], kind: str, name: str
+) -> None:
+    """Each rank draws for its own images what one process draws for them."""
+    for rank in forward:
+        outcome = rank[f"{kind}, {name}"]
+        assert outcome["worst"] < 1e-6 < 1e-3 < outcome["moved"]
+        assert outcome["drawn"] is True and outcome["merged"] > 0 and outcome["step"] == 4
+
+
 # -- FSDP2 ---------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,100 @@
+"""Merges in the forward pass under DDP and FSDP2 and compares with both batches in one process.
+
+    python -m torch.distributed.run --nproc_per_node 2 tests/scripts/forward_parallel.py FOLDER
+
+Every rank writes FOLDER/RANK.json: kind and settings -> outcome.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from inmerge_wrap import InMergeWrapper
+from tests.scripts.common import loss_of, sgd, wrapped
+from tests.scripts.sharded import shard
+
+STEPS = 4
+CASES: dict[str, dict[str, Any]] = {
+    "outputs": {
+        "mode": "outputs",
+        "direction": "signed",
+        "similarity_threshold": -1.0,
+        "merge_probability": 1.0,
+    },
+    "outputs, compared": {"mode": "outputs", "direction": "signed", "radius": 0.3},
+    "weights": {"mode": "weights", "direction": "signed", "radius": 0.3},
+}
+
+
+def in_one_process(world: int, **settings: Any) -> tuple[InMergeWrapper, list[int]]:
+    """Each rank's batch in a forward pass of its own; the gradient is their mean."""
+    model = wrapped(**settings)
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for rank in range(world):
+            (loss_of(model, step * world + rank) / world).backward()
+        optimizer.step()
+    return model, [layer.drawn for layer in model.report()]
+
+
+def in_parallel(kind: str, **settings: Any) -> dict[str, Any]:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = wrapped(**settings)
+    parallel: nn.Module = DistributedDataParallel(model) if kind == "ddp" else shard(model)
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss_of(parallel, step * world + rank).backward()
+        optimizer.step()
+        model.eval()
+        with torch.no_grad():  # FSDP2 leaves the weights of its root gathered
+            loss_of(parallel, step)
+        model.train()
+    expected, drawn = in_one_process(world, **settings)
+    worst = 0.0
+    for name, parameter in model.named_parameters():
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        worst = max(worst, (whole - expected.get_parameter(name)).abs().max().item())
+    plain, _ = in_one_process(world, **settings | {"merge_weight": 1.0, "radius": None})
+    moved = max(
+        (p - plain.get_parameter(name)).abs().max().item()
+        for name, p in expected.named_parameters()
+    )
+    report = model.report()
+    # In the weights each pass of the one process counts its kernels again.
+    return {
+        "worst": worst,
+        "moved": moved,
+        "drawn": [layer.drawn * world for layer in report] == drawn,
+        "merged": report.merged,
+        "step": model.step,
+    }
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    outcome = {
+        f"{kind}, {name}": in_parallel(kind, **settings)
+        for kind in ("ddp", "fsdp2")
+        for name, settings in CASES.items()
+    }
+    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(outcome))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
