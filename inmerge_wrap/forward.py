@@ -43,6 +43,7 @@ from inmerge_wrap.pairs import (
     move,
     shared_shift,
     weight_of,
+    without_autocast,
 )
 from inmerge_wrap.plan import ConvSite
 from inmerge_wrap.settings import NOISE, MergeSettings, Strength
@@ -244,21 +245,16 @@ class ForwardMerge:
         state, settings = self._state, self._settings
         assert state is not None
         ways = torch.ones((1, len(state.columns)), device=state.device)
-        if settings.direction == "signed" or settings.merge_probability < 1.0 or self._fades:
+        if settings.direction == "signed" or not settings.draws_all:
             images = 1 if settings.shared_sign else rows
             rows_keys = _image_keys(key, images)
             if settings.direction == "signed":
                 ways = draw_ways(rows_keys, state.columns[::_BLOCK])
-            if settings.merge_probability < 1.0 or self._fades:
+            if not settings.draws_all:
                 chances = draw_bits(rows_keys, state.columns) >> 8
                 ways = ways * (chances < state.probability * 2**24)
         share = 1.0 - state.size if settings.size == "merge_weight" else 1.0
         return _Draw(key, rows, ways * share, shifts)
-
-    @property
-    def _fades(self) -> bool:
-        schedule = self._settings.schedule
-        return schedule.decay != "constant" and schedule.anneals == "probability"
 
     # -- the hooks of a convolution ---------------------------------------------------------------
 
@@ -327,7 +323,7 @@ class ForwardMerge:
         """Returns what the weights say of the shares of a layer, float32, shape (C,)."""
         site, settings, state = self._sites[number], self._settings, self._state
         assert state is not None
-        with torch.no_grad(), _no_autocast(module):
+        with torch.no_grad(), without_autocast(state.device):
             kernels = self._rows(module, module.weight)
             everyone = torch.arange(len(kernels), device=kernels.device)
             shift = state.shifts[number].to(kernels.device)
@@ -347,7 +343,7 @@ class ForwardMerge:
         site, settings, state = self._sites[number], self._settings, self._state
         assert state is not None
         span = self._spans[number]
-        with torch.no_grad(), _no_autocast(module):
+        with torch.no_grad(), without_autocast(state.device):
             kernels = self._rows(module, weight)
             device = kernels.device
             sources, drawn, signs = (
@@ -366,7 +362,7 @@ class ForwardMerge:
             new = weight.detach().clone()
             layout_of(module).put_rows_(new, everyone, rows)
             self._count_merged(number, drawn.sum(), merged.sum())
-            self._count_cosines(number, torch.where(drawn, cosines, 0.0), 1, drawn)
+            self._count_cosines(number, cosines, 1, drawn)
         stand_in: Tensor = _StraightThrough.apply(weight, new)
         return stand_in
 
@@ -391,9 +387,8 @@ class ForwardMerge:
     def _count(self, number: int, rows: int, shares: Tensor) -> None:
         """Counts images x channels of a layer that acted, and those whose channel moved."""
         settings, channels = self._settings, self._sites[number].shape[0]
-        moves_all = not settings.compares and settings.merge_probability == 1.0 and not self._fades
         moved: int | Tensor = rows * channels
-        if not moves_all:
+        if settings.compares or not settings.draws_all:
             moved = (shares != 0).sum() * (rows // len(shares))
         self._count_merged(number, rows * channels, moved)
 
@@ -412,7 +407,9 @@ class ForwardMerge:
             return
         assert self._state is not None
         undefined = cosines.isnan()
-        known = ~undefined if drawn is None else drawn & ~undefined
+        known = ~undefined
+        if drawn is not None:
+            undefined, known = undefined & drawn, known & drawn
         counts, (total, largest) = self._state.counts[number], self._state.cosines[number]
         counts[2].add_(undefined.sum() * images)
         counts[3].add_(known.sum() * images)
@@ -432,14 +429,14 @@ class ForwardMerge:
         if state is None:
             return None
         counts = torch.stack([torch.stack(layer) for layer in state.counts]).cpu()
-        cosines = torch.stack([torch.stack([t.double(), m.double()]) for t, m in state.cosines])
+        cosines = torch.stack([torch.stack([t, m.to(t)]) for t, m in state.cosines])
         for layer in state.counts:
             for count in layer:
                 count.zero_()
         for total, largest in state.cosines:
             total.zero_()
             largest.fill_(-2.0)
-        return counts, cosines.cpu()
+        return counts, cosines.cpu().double()
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -467,8 +464,3 @@ def _image_keys(key: Tensor, images: int) -> Tensor:
 def _in_backward() -> bool:
     """Returns whether autograd runs a backward pass, in which checkpoints repeat forward passes."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _no_autocast(module: nn.Module) -> Any:
-    """Disables autocast, inside which kernels would be compared in half precision."""
-    return torch.autocast(next(module.parameters()).device.type, enabled=False)

@@ -6,7 +6,9 @@ Merging after a step and in the forward pass both call these functions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -230,3 +232,11 @@ def move(
         return Move(rows, weight, None)
     scale = norm_scale(kernels, rows)
     return Move(rows * scale, weight, scale)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Disables autocast, inside which kernels would be compared in half precision."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()

@@ -8,7 +8,6 @@ For each drawn pair ``(i, j)`` of a layer, all kernels being read before any is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -25,6 +24,7 @@ from inmerge_wrap.pairs import (
     draw_noise,
     draw_signs,
     move,
+    without_autocast,
 )
 from inmerge_wrap.settings import NOISE, MergeSettings, Strength, compiles
 
@@ -60,7 +60,7 @@ def merge_step(
     cosines, merged = [], []
     for layer in layers:
         device = layer.store.weight.device
-        with _without_autocast(device), layer.store.opened() as store:
+        with without_autocast(device), layer.store.opened() as store:
             found = _merge_layer_(
                 layer,
                 store,
@@ -236,11 +236,3 @@ def _sent(values: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Disables autocast, inside which kernels would be compared in half precision."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()

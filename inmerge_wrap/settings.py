@@ -163,6 +163,12 @@ class MergeSettings:
         """Whether the merge looks at cosines: a threshold of -1 lets every pair pass."""
         return self.similarity_threshold != Fixed(-1.0)
 
+    @property
+    def draws_all(self) -> bool:
+        """Whether every kernel is drawn in every step that merges, now and later."""
+        thins = self.schedule.decay != "constant" and self.schedule.anneals == "probability"
+        return self.merge_probability == 1.0 and not thins
+
     def strength(self, step: int) -> Strength | None:
         """Returns how strongly an optimizer step merges; None where it does not merge."""
         level = self.schedule.level(step)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from timm.optim import Lookahead
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -429,15 +428,6 @@ def test_moments_of_another_shape_are_no_kernels() -> None:
     model.attach(optimizer)
     with pytest.warns(NoEffectWarning, match=r"or exp_avg of the shape of convs.\d.weight"):
         train(model, optimizer, 3)
-
-
-def test_momentum_is_found_inside_lookahead() -> None:
-    model = wrapped(similarity_threshold=-1.0, merge_momentum=True)
-    base = sgd(model)
-    optimizer = Lookahead(base)
-    model.attach(optimizer)
-    train(model, optimizer, 2)  # a NoEffectWarning would be an error here
-    assert "momentum_buffer" in base.state[model.module.convs[3].weight]
 
 
 # -- what is recommended ---------------------------------------------------------------------------

@@ -31,6 +31,7 @@ import matplotlib
 import numpy as np
 import pandas
 
+from inmerge_wrap.files import write_json
 from studies.common.exams import FAMILIES
 from studies.common.forest import Mark, draw_forest
 from studies.common.names import GLOSSARY, in_words
@@ -40,7 +41,6 @@ from studies.common.records import (
     raw_runs,
     read_runs,
     spread,
-    write_json,
 )
 from studies.common.statistics import pairs_needed
 

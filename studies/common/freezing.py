@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from inmerge_wrap.files import write_json
 from studies.common.methods import Method
-from studies.common.records import environment, write_json
+from studies.common.records import environment
 
 
 def described(arms: Mapping[str, tuple[Method, ...]]) -> dict[str, Any]:

@@ -57,11 +57,6 @@ def write_atomically(path: Path, content: bytes) -> None:
         draft.write_bytes(content)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a results file atomically."""
-    write_atomically(path, json.dumps(content, indent=1).encode())
-
-
 def name_of(run: Mapping[str, Any]) -> str:
     """A readable name of a run's settings, unique to them; ``run`` is ``Run.to_dict()``."""
     digest = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()

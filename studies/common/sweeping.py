@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
-from studies.common.records import name_of, write_json
+from inmerge_wrap.files import write_json
+from studies.common.records import name_of
 from studies.common.training import Run
 
 
