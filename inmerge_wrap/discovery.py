@@ -332,7 +332,7 @@ def _why_empty(plan: MergePlan, shallow_layers: int | float) -> str:
     elif set(kinds) <= {"patch_embedding", "depthwise", "one_kernel"}:
         remedy = (
             "choose a convolutional network (for example resnet34); a transformer has no bank of "
-            "kernels except the patch embedding, which <include> merges anyway"
+            "kernels except the patch embedding, which the option <include> merges anyway"
             if kinds["patch_embedding"]
             else "choose a network with other convolutions, or name layers with <include>"
         )

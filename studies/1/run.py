@@ -29,12 +29,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from inmerge_wrap import Quantile, ZScore
+from inmerge_wrap.app.training import make_accelerator
 from studies.common.evaluation import CORRUPTIONS, evaluate
 from studies.common.images import Images, Normalised, load_images
 from studies.common.merging import Fade, Merge
 from studies.common.methods import EMA, SAM, SWA, Dropout, Ensemble, Method, Soup
 from studies.common.records import name_of, raw_runs, read_runs, write_runs
-from studies.common.running import make_accelerator, one_line_if_out_of_memory
+from studies.common.running import one_line_if_out_of_memory
 from studies.common.sweeping import sweep
 from studies.common.training import Run, train
 

@@ -70,7 +70,7 @@ def test_plan_knows_torchvision() -> None:
 
 def test_a_network_without_kernels_is_answered_in_options_not_in_python() -> None:
     told = complaint("plan", "vit_tiny_patch16_224")
-    assert "the patch embedding, which --include merges anyway" in told
+    assert "the patch embedding, which the option --include merges anyway" in told
     assert not re.search(r"\w+=|[\[(]\.\.\.", told)
 
 
