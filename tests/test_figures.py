@@ -172,6 +172,17 @@ def test_the_page_of_evidence_shows_the_second_study_as_it_was_analysed() -> Non
     ):
         cells = [found[(*arms, *measure)] for measure in measures]
         assert f"| {label} | {' | '.join(cells)} |" in page
+    wide = {
+        row["arm"]: "{:+.3f} to {:+.3f}".format(*(float(row[x]) for x in ("wide_low", "wide_high")))
+        for row in rows
+        if (row["baseline"], row["measure"], row["images"]) == ("plain", *measures[0])
+    }
+    limits = " ".join(page.partition("## Limits")[2].split())
+    assert (
+        f"{wide['transient, signed 0.3']} for merging minus plain, and"
+        f" {wide['Gaussian noise 0.3']} for Gaussian noise minus plain"
+    ) in limits
+    assert f"last row, {cells[1]}, says little" in limits
     table = (study / "table.md").read_text()
     for name in ("Breast", "Chest", "Pneumonia"):
         section = table.partition(f"### {name}, from ImageNet\n")[2].partition("### ")[0]
