@@ -18,7 +18,8 @@ if TYPE_CHECKING:
         recommended_settings,
     )
     from inmerge_wrap.thresholds import Fixed, Quantile, Threshold, ZScore
-    from inmerge_wrap.wrapper import CollapseWarning, InMergeWrapper, NoEffectWarning
+    from inmerge_wrap.watch import CollapseWarning, NoEffectWarning
+    from inmerge_wrap.wrapper import InMergeWrapper
 
 __version__ = "0.1.0"
 
@@ -60,7 +61,8 @@ _HOMES = {
     "schedule": ("Schedule",),
     "settings": ("DirectionRule", "MergeSettings", "PartnerRule", "recommended_settings"),
     "thresholds": ("Fixed", "Quantile", "Threshold", "ZScore"),
-    "wrapper": ("CollapseWarning", "InMergeWrapper", "NoEffectWarning"),
+    "watch": ("CollapseWarning", "NoEffectWarning"),
+    "wrapper": ("InMergeWrapper",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

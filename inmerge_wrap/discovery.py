@@ -94,6 +94,26 @@ def plan_merging(
     return replace(plan, found_by=found_by)
 
 
+def plan_or_make(
+    plan: MergePlan | None, model: nn.Module, mode: Mode, **arguments: Any
+) -> MergePlan:
+    """Returns the plan that is given, else one made with the arguments of :func:`plan_merging`.
+
+    Raises:
+        ValueError: If there are both.
+    """
+    if plan is None:
+        return plan_merging(model, mode=mode, **arguments)
+    is_given = (
+        arguments["shallow_layers"] != DEFAULT_SHALLOW_SHARE
+        or any(arguments[name] is not None for name in ("example_input", "include"))
+        or any(arguments[name] for name in ("exclude", "also_merge"))
+    )
+    if is_given:
+        raise ValueError("a plan decides what is merged: pass either a plan or its arguments")
+    return plan
+
+
 def _check_arguments(shallow_layers: int | float, also_merge: Collection[str]) -> None:
     count = isinstance(shallow_layers, int) and not isinstance(shallow_layers, bool)
     share = isinstance(shallow_layers, float) and 0.0 <= shallow_layers < 1.0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -64,7 +65,6 @@ class Driver:
     Attributes:
         tally: The running counts.
         watch: The history and the warnings.
-        pauses: Blocks of ``paused()`` that are open.
     """
 
     def __init__(self, network: nn.Module, plan: MergePlan, settings: MergeSettings) -> None:
@@ -78,7 +78,7 @@ class Driver:
         self._network, self._plan, self._settings = network, plan, settings
         self.tally = Tally(len(plan.merged))
         self.watch = Watch()
-        self.pauses = 0
+        self._pauses = 0
         # Of each layer that merged with the last step of its optimizer, how.
         self._last: dict[int, Outcome | Strength] = {}
         self._attachments = Attachments()
@@ -107,6 +107,15 @@ class Driver:
         """Whether merging happens after each step and not in the forward pass."""
         return self._settings.mode == "step"
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Merges nothing inside a ``with`` block."""
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+
     # -- the forward pass -------------------------------------------------------------------------
 
     def forward(self, wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -116,7 +125,7 @@ class Driver:
         # A counter would make torch.compile specialise on its value and compile every step.
         if wrapper.training and torch.is_grad_enabled() and not (compiling and self._forward.is_on):
             self._watch_forward(wrapper, network)
-        merges = self._forward.is_on and not self.pauses and (wrapper.training or network.training)
+        merges = self._forward.is_on and not self._pauses and (wrapper.training or network.training)
         if not merges or not (compiling or self._attachments.live):
             return network(*args, **kwargs)
         if vars(wrapper).get("_is_replica"):
@@ -136,7 +145,7 @@ class Driver:
     @torch.compiler.disable
     def _watch_forward(self, wrapper: nn.Module, network: nn.Module) -> None:
         trains = any(parameter.requires_grad for parameter in network.parameters())
-        if trains and not self.pauses:  # averages of weights need no gradient
+        if trains and not self._pauses:  # averages of weights need no gradient
             self.watch.before_forward(attached=bool(self._attachments.live))
             if self._in_step:
                 self._replicas.tell(self._settings, self._plan, wrapper)
@@ -243,7 +252,7 @@ class Driver:
         """Counts a step of an attached optimizer, and merges after it or prepares the next."""
         if is_nested_step(optimizer) or is_no_training_step():
             return
-        if self.pauses:
+        if self._pauses:
             self.watch.idle_forwards = self.watch.missed_steps = 0
             return
         if self._in_step:
@@ -428,7 +437,7 @@ class Driver:
         has_ended = end is not None and self.tally.step >= end
         if has_ended or (self.watch.steps and not len(self._attachments)):  # or merged by hand
             return
-        if self._attachments.miss(optimizer) and not self.pauses:
+        if self._attachments.miss(optimizer) and not self._pauses:
             if trains_any(optimizer, self._network, self._plan.merged):
                 self.watch.after_missed_step(type(optimizer).__name__)
 
@@ -445,8 +454,10 @@ class Driver:
         self._read_counts()
         return self.tally.to_state(self._settings.seed)
 
-    def load(self, state: Tensor) -> None:
-        """Continues from a step counter and statistics."""
+    def load(self, state: Tensor | None) -> None:
+        """Continues from a step counter and statistics; from None, which holds none, not."""
+        if state is None:
+            return
         tally = Tally.from_state(state, layers=len(self._plan.merged), seed=self._settings.seed)
         if tally is None:
             return

@@ -66,6 +66,10 @@ class DirectionRule(Protocol):
         ...
 
 
+Partner = Literal["random", "most_similar"] | PartnerRule
+Direction = Literal["partner", "signed", "gaussian", "multiplicative"] | DirectionRule
+
+
 def explains_symbols(function: Callable[_P, None]) -> Callable[_P, None]:
     """Decorates a function to name the right argument when the paper's symbol is passed."""
 
@@ -111,10 +115,8 @@ class MergeSettings:
     similarity_threshold: Threshold = field(default_factory=lambda: Fixed(0.3))
     merge_probability: float = 0.3
     schedule: Schedule = field(default_factory=Schedule)
-    partner: Literal["random", "most_similar"] | PartnerRule = "random"
-    direction: Literal["partner", "signed", "gaussian", "multiplicative"] | DirectionRule = (
-        "partner"
-    )
+    partner: Partner = "random"
+    direction: Direction = "partner"
     shared_partner: bool = True
     shared_sign: bool = False
     keep_norm: bool = False

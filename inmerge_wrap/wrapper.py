@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from inmerge_wrap._constants import DEFAULT_SHALLOW_SHARE
-from inmerge_wrap.discovery import Pattern, plan_merging
+from inmerge_wrap.discovery import Pattern, plan_or_make
 from inmerge_wrap.driver import Driver
 from inmerge_wrap.optimizers import Attachment
 from inmerge_wrap.plan import MergePlan
@@ -19,18 +19,17 @@ from inmerge_wrap.recalibration import recalibrate
 from inmerge_wrap.report import LayerSnapshot, MergeReport
 from inmerge_wrap.schedule import Schedule
 from inmerge_wrap.settings import (
-    DirectionRule,
+    Direction,
     MergeSettings,
     Mode,
-    PartnerRule,
+    Partner,
     explains_symbols,
     recommended_settings,
 )
 from inmerge_wrap.thresholds import Threshold
 from inmerge_wrap.unwrapping import check_network, refuse_wrapped
-from inmerge_wrap.watch import CollapseWarning, NoEffectWarning
 
-__all__ = ["CollapseWarning", "InMergeWrapper", "NoEffectWarning"]
+__all__ = ["InMergeWrapper"]
 
 
 class InMergeWrapper(NetworkProxy):
@@ -87,11 +86,9 @@ class InMergeWrapper(NetworkProxy):
             the seed, the step, the layer and, on the outputs, the images; they never touch the
             global generators.
         inspect_every: Interval, in passes, at which similarity and effective rank of each layer
-            are recorded in :attr:`history`, with a warning before a layer collapses; 0 disables
-            it. Each inspection waits for the device.
+            are recorded in :attr:`history`, with a warning before a layer collapses; 0 disables it.
         check_replicas_every: Interval, in steps, at which the merged weights of all processes are
-            compared, from the first step on; raises if they differ. 0 disables it. Each
-            comparison waits for the device.
+            compared, from the first step on; raises if they differ. 0 disables it.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -110,10 +107,8 @@ class InMergeWrapper(NetworkProxy):
         similarity_threshold: float | Threshold = 0.3,
         merge_probability: float = 0.3,
         schedule: Schedule | None = None,
-        partner: Literal["random", "most_similar"] | PartnerRule = "random",
-        direction: (
-            Literal["partner", "signed", "gaussian", "multiplicative"] | DirectionRule
-        ) = "partner",
+        partner: Partner = "random",
+        direction: Direction = "partner",
         shared_partner: bool = True,
         shared_sign: bool = False,
         keep_norm: bool = False,
@@ -149,19 +144,16 @@ class InMergeWrapper(NetworkProxy):
             inspect_every=inspect_every,
             check_replicas_every=check_replicas_every,
         )
-        where = {
-            "shallow_layers": shallow_layers,
-            "example_input": example_input,
-            "include": include,
-            "exclude": exclude,
-            "also_merge": also_merge,
-        }
-        if plan is None:
-            plan = plan_merging(module, mode=mode, **where)
-        elif (shallow_layers, include, example_input) != (DEFAULT_SHALLOW_SHARE, None, None) or (
-            exclude or also_merge
-        ):
-            raise ValueError("a plan decides what is merged: pass either a plan or its arguments")
+        plan = plan_or_make(
+            plan,
+            module,
+            mode,
+            shallow_layers=shallow_layers,
+            example_input=example_input,
+            include=include,
+            exclude=exclude,
+            also_merge=also_merge,
+        )
         super().__init__(module, settings)
         self.plan = plan
         self._driver = Driver(module, plan, settings)
@@ -172,12 +164,10 @@ class InMergeWrapper(NetworkProxy):
     ) -> InMergeWrapper:
         """Wraps a module with the recommended settings: inside the forward pass, for each image.
 
-        See :func:`recommended_settings`, and docs/evidence.md for the figures and their limits.
-
         Args:
             module: See the constructor.
             total_steps: Optimizer steps of the whole training run.
-            mode: ``"step"`` merges after each step; see :func:`recommended_settings`.
+            mode: See :func:`recommended_settings`, and docs/evidence.md for what is known of each.
             **settings: Any argument of the constructor; overrides the recommended value.
 
         Raises:
@@ -213,9 +203,8 @@ class InMergeWrapper(NetworkProxy):
 
         Its steps drive the schedule. After each of them, with ``mode="step"``, the layers of the
         plan that it trains are merged; of two optimizers that train the same layer, the one
-        attached last merges it. A copy of an optimizer has lost its hooks: attach it again. The
-        two weight sequences of a ``schedulefree`` optimizer are merged in the same way. From now
-        on the optimizer's state dict carries the step counter: attach before loading one.
+        attached last merges it. A copy of an optimizer has lost its hooks: attach it again. From
+        now on the optimizer's state dict carries the step counter: attach before loading one.
 
         Args:
             optimizer: A torch optimizer, or one prepared by Accelerate or Lightning. Of a
@@ -242,14 +231,9 @@ class InMergeWrapper(NetworkProxy):
         """
         self._driver.merge_(self)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """Trains without merging inside a ``with`` block; the schedule waits meanwhile."""
-        self._driver.pauses += 1
-        try:
-            yield
-        finally:
-            self._driver.pauses -= 1
+        return self._driver.paused()
 
     def reset(self) -> None:
         """Begins again: step 0 of the schedule, no statistics, as for another training run."""
@@ -270,10 +254,7 @@ class InMergeWrapper(NetworkProxy):
     def recalibrate(
         self, loader: Iterable[Any], *, prior: float = 0.0, max_batches: int | None = None
     ) -> int:
-        """Measures BatchNorm's running statistics again; see :func:`recalibrate`.
-
-        Call it before evaluation or export if merging runs until the last step.
-        """
+        """Measures BatchNorm's statistics again, before evaluation; see :func:`recalibrate`."""
         return recalibrate(self, loader, prior=prior, max_batches=max_batches)
 
     def statistics_measured(self) -> None:
@@ -314,5 +295,4 @@ class InMergeWrapper(NetworkProxy):
         Raises:
             ValueError: If the state was not written by an InMergeWrapper.
         """
-        if state is not None:
-            self._driver.load(state)
+        self._driver.load(state)

@@ -21,7 +21,6 @@ REPOSITORY = "https://example.org/owner/name"
 
 def built(folder: Path, addresses: dict[str, str]) -> Message:
     """The metadata of the wheel."""
-    pytest.importorskip("hatchling")
     surroundings = {k: v for k, v in os.environ.items() if k not in ("REPO_URL", "SITE_URL")}
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
