@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from schedulefree import AdamWScheduleFree
 from timm.layers import StdConv2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -672,6 +673,26 @@ def test_an_average_taken_after_a_skipped_step_holds_the_weights() -> None:
     average.update_parameters(model.module)  # the scaler skipped the step
     for one, other in zip(average.module.parameters(), model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("mode", ["outputs", "weights"])
+def test_a_batch_without_a_step_leaves_what_a_schedule_free_optimizer_evaluates(mode: str) -> None:
+    found = []
+    for last_batch in (False, True):
+        model = InMergeWrapper(net(), mode=mode, **ALWAYS, example_input=images())  # type: ignore[arg-type]
+        optimizer = AdamWScheduleFree(model.parameters(), lr=0.01)
+        model.attach(optimizer)
+        optimizer.train()
+        for number in range(3):
+            step(model, optimizer, number)
+        if last_batch:
+            model(images(3)).square().mean().backward()
+        for change in (optimizer.eval, optimizer.train):
+            change()
+            found.append([parameter.detach().clone() for parameter in model.parameters()])
+    for without, after in zip(found[:2], found[2:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(without, after, strict=True))
+    assert not torch.equal(found[0][0], found[1][0])  # evaluated and trained weights differ
 
 
 # -- schedule, pause, reset, resume ----------------------------------------------------------------

@@ -11,7 +11,6 @@ from email.message import Message
 from email.parser import Parser
 from pathlib import Path
 
-import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
