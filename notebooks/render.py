@@ -1,6 +1,7 @@
 """Runs the notebooks and writes them as pages of the site, outputs and pictures included.
 
-    python notebooks/render.py
+    python notebooks/render.py                        # all
+    python notebooks/render.py 02_what_merging_does
 
 The notebooks themselves are stored without outputs. Hardware and time: two minutes on a CPU.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,8 @@ def page_of(notebook: Any, name: str) -> tuple[str, dict[str, bytes]]:
 def main() -> None:
     PAGES.mkdir(exist_ok=True)
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        if sys.argv[1:] and path.stem not in sys.argv[1:]:
+            continue
         notebook = nbformat.read(path, as_version=4)
         NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
         text, pictures = page_of(notebook, path.stem)
