@@ -81,7 +81,10 @@ class InMergeWrapper(NetworkProxy):
         compiled: Whether ``torch.compile`` compiles the pass after a step; None does so on a GPU
             with Triton. Results are equal up to rounding.
         shallow_layers: L_s, the first convolutions, which are not merged; see :func:`plan_merging`.
-        example_input: See :func:`plan_merging`; likewise ``include``, ``exclude``, ``also_merge``.
+        example_input: An input of the network; see :func:`plan_merging`.
+        include: Merge exactly the convolutions that match; see :func:`plan_merging`.
+        exclude: Leave out the convolutions that match; see :func:`plan_merging`.
+        also_merge: Kinds of convolutions to merge as well; see :func:`plan_merging`.
         plan: A plan made before, instead of the arguments of :func:`plan_merging`.
         seed: Seed of the draws, in [0, 2**32); the same on every process. The draws depend only on
             the seed, the step, the layer and, on the outputs, the images; they never touch the
@@ -196,16 +199,6 @@ class InMergeWrapper(NetworkProxy):
             )
         super().__setattr__(name, value)
 
-    def change_settings(self, settings: MergeSettings) -> None:
-        """Replaces some settings, as ``model.merge_weight = ...`` does for one.
-
-        Raises:
-            RuntimeError: If they do not work with an attached optimizer.
-            ValueError: If the mode changes, on which the plan depends.
-        """
-        self._driver.change(settings)
-        super().change_settings(settings)
-
     # -- merging ----------------------------------------------------------------------------
 
     def attach(self, optimizer: Any) -> Attachment:
@@ -273,6 +266,11 @@ class InMergeWrapper(NetworkProxy):
         """Measures BatchNorm's running statistics again; see :func:`recalibrate`.
 
         Call it before evaluation or export if merging runs until the last step.
+
+        Args:
+            loader: Batches of images, or tuples that begin with them, preprocessed as in training.
+            prior: Number of images that the old statistics count as; 0 forgets them.
+            max_batches: Number of batches to use; None for all.
         """
         return recalibrate(self, loader, prior=prior, max_batches=max_batches)
 
@@ -298,6 +296,16 @@ class InMergeWrapper(NetworkProxy):
     def step(self) -> int:
         """Optimizer steps seen so far; with several optimizers, those of the one with most."""
         return self._driver.tally.step
+
+    def change_settings(self, settings: MergeSettings) -> None:
+        """Replaces some settings, as ``model.merge_weight = ...`` does for one.
+
+        Raises:
+            RuntimeError: If they do not work with an attached optimizer.
+            ValueError: If the mode changes, on which the plan depends.
+        """
+        self._driver.change(settings)
+        super().change_settings(settings)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._driver.after_step(optimizer, self)

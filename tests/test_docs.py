@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import html
 import importlib
+import inspect
 import os
 import pkgutil
 import re
@@ -73,6 +74,12 @@ def test_the_code_of_a_page_runs(
     for shown in PRINTED.findall(page.read_text(encoding="utf-8")):
         for line in shown.splitlines():
             assert line == "..." or line in printed, f"{page.name} shows {line!r}"
+
+
+@named(sorted((ROOT / "docs").rglob("*.md")))
+def test_code_fits_its_column(page: Path) -> None:
+    fenced = re.findall(r"^ *```\w*\n(.*?)^ *```$", page.read_text("utf-8"), re.DOTALL | re.M)
+    assert [line for code in fenced for line in code.splitlines() if len(line) > 100] == []
 
 
 def test_pages_that_run_elsewhere_do() -> None:
@@ -172,6 +179,49 @@ def test_every_public_name_says_what_it_is() -> None:
             value = getattr(module, name)
             if callable(value):
                 assert (value.__doc__ or "").strip(), f"{module_name}.{name} has no docstring"
+
+
+def with_methods(name: str, value: Any) -> list[tuple[str, Any]]:
+    """A public name and, of a class, its public methods."""
+    found = [(name, value)]
+    for own, method in vars(value).items() if isinstance(value, type) else ():
+        method = getattr(method, "__func__", method)  # of a class method
+        if inspect.isfunction(method) and not own.startswith("_"):
+            found.append((f"{name}.{own}", method))
+    return found
+
+
+def undescribed(value: Any) -> list[str]:
+    """Its parameters that no line of its docstring describes, if it has two or more."""
+    parameters = [
+        name
+        for name, parameter in inspect.signature(value).parameters.items()
+        if name not in ("self", "cls")
+        and not name.startswith("_")
+        and parameter.kind.name[:4] != "VAR_"
+    ]
+    text = value.__doc__ or ""
+    if isinstance(value, type):
+        text += value.__init__.__doc__ or ""
+    if len(parameters) < 2 or text.startswith("See "):
+        return []
+    return [name for name in parameters if not re.search(rf"^ +\*?{name}: ", text, re.MULTILINE)]
+
+
+def test_every_parameter_is_described() -> None:
+    missing = {
+        name: names
+        for module, members in documented().items()
+        for member in members
+        if callable(value := getattr(importlib.import_module(module), member))
+        and not (isinstance(value, type) and issubclass(value, Warning))
+        for name, one in with_methods(member, value)
+        if (names := undescribed(one))
+    }
+    # Its fields are the arguments of the wrapper, which describes them.
+    settings = missing.pop("MergeSettings")
+    assert set(settings) <= set(inspect.signature(inmerge_wrap.InMergeWrapper).parameters)
+    assert missing == {}
 
 
 # -- messages ------------------------------------------------------------------------------------

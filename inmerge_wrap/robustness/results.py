@@ -69,7 +69,13 @@ class RobustnessResult:
         corruption: str = "clean",
         severity: int | float | str | None = None,
     ) -> float | None:
-        """Returns a figure of the row that `row` finds, or None where it is undefined."""
+        """Returns a figure of the row that `row` finds, or None where it is undefined.
+
+        Args:
+            metric: Such as "accuracy", "balanced_error" or "auroc".
+            corruption: See `row`.
+            severity: See `row`.
+        """
         return self.row(corruption, severity).get(metric)
 
     def to_json(self, path: str | Path | None = None) -> str:

@@ -46,7 +46,7 @@ SAID = {
     "persistent, the paper's": "merge as in the paper (cosine > 0.3)",
     "persistent, recommended": "merge pairs with z > 2, fading",
     "persistent, most alike half": "merge the most similar half, fading",
-    "persistent, apart from a random kernel 0.3": "after each step, pushed from a random kernel by 0.3",
+    "persistent, apart from a random kernel 0.3": "after each step, away from a random one by 0.3",
     "persistent, Gaussian noise 0.3": "Gaussian noise after each step, size 0.3, norms kept",
     "transient, random": "merge in the weights, random partner",
     "transient, random, a=.9": "merge in the weights, random partner, α = 0.9",
