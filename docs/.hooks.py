@@ -98,9 +98,9 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def breakable(cell: re.Match[str]) -> str:
-    """Long names in a table may break after an underscore, a slash, a bracket or a full stop."""
+    """Names in a table may break after ``_``, ``/``, ``.`` or ``(``, and before a capital."""
     return re.sub(
         r"(?<=<code>)[^<]*(?=</code>)",
-        lambda name: re.sub(r"[_/.(]", r"\g<0><wbr>", name[0]),
+        lambda name: re.sub(r"[_/.]|\((?!\))|[a-z](?=[A-Z])", r"\g<0><wbr>", name[0]),
         cell[0],
     )
