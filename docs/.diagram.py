@@ -16,13 +16,13 @@ Square = list[list[float]]  # entries of a kernel or a map, row by row
 ALPHA, TAU = 0.8, 0.3
 WIDTH = 400
 # A page can be light or dark; a picture takes the side of the page that shows it. Merging in the
-# forward pass is blue and noise green, as in the notebooks and the studies.
+# forward pass is blue and noise green, as in the notebooks and the studies; amber marks a change.
 STYLE = (
     "text,.tip,.ink{fill:#1a1a1a}text{font-family:system-ui,Helvetica,Arial,sans-serif}"
-    ".soft{fill:#5c5c5c}.line{stroke:#5c5c5c}.changed,path.ink{stroke:#1a1a1a}"
+    ".soft{fill:#5c5c5c}.line{stroke:#5c5c5c}path.ink{stroke:#1a1a1a}.changed{stroke:#d08c00}"
     ".forward{fill:#0072b2;stroke:#0072b2}.noise{fill:#009e73;stroke:#009e73}"
     "@media (prefers-color-scheme:dark){text,.tip,.ink{fill:#ececec}.soft{fill:#b8b8b8}"
-    ".line{stroke:#b8b8b8}.changed,path.ink{stroke:#ececec}"
+    ".line{stroke:#b8b8b8}path.ink{stroke:#ececec}.changed{stroke:#e69f00}"
     ".forward{fill:#56b4e9;stroke:#56b4e9}.noise{fill:#2fbf94;stroke:#2fbf94}}"
 )
 K_I, K_J = (f'K<tspan baseline-shift="sub" font-size="11">{index}</tspan>' for index in "ij")
