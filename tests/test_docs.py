@@ -128,7 +128,8 @@ def test_a_shown_command_parses(line: str) -> None:
 
 
 def documented() -> dict[str, list[str]]:
-    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    pages = (ROOT / "docs" / name for name in ("api.md", "api-tools.md"))
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     return {
         module: re.findall(r"^ {8}- (\w+)$", members, re.MULTILINE)
         for module, members in re.findall(
@@ -374,7 +375,8 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
     )
     assert result.returncode == 0, result.stderr
-    api = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
+    pages = (tmp_path / name / "index.html" for name in ("api", "api-tools"))
+    api = "".join(page.read_text(encoding="utf-8") for page in pages)
     for module, names in documented().items():
         for name in names:
             assert f'id="{module}.{name}"' in api
