@@ -105,7 +105,7 @@ def compare_results(result: RobustnessResult, baseline: RobustnessResult) -> lis
 
     Returns:
         One dict for each condition, in the order of `result.rows`: `corruption`, `severity`,
-        `kind`, `difference`, and its 95 % percentile interval `difference_low`, `difference_high`
+        `kind`, `difference`, and its 95% percentile interval `difference_low`, `difference_high`
         if both results were computed with a bootstrap in this process. Conditions where a
         balanced error is undefined are absent.
 
