@@ -15,15 +15,16 @@ Square = list[list[float]]  # entries of a kernel or a map, row by row
 
 ALPHA, TAU = 0.8, 0.3
 WIDTH = 400
-# A page can be light or dark; a picture takes the side of the page that shows it.
+# A page can be light or dark; a picture takes the side of the page that shows it. Merging in the
+# forward pass is blue and noise green, as in the notebooks and the studies; amber marks a change.
 STYLE = (
-    "text{font-family:system-ui,Helvetica,Arial,sans-serif;fill:#1a1a1a}"
-    ".soft{fill:#5c5c5c}.line{stroke:#5c5c5c;stroke-width:2;fill:none}.tip{fill:#5c5c5c}"
-    ".mark{stroke:#D55E00;stroke-width:2}.sum{fill:#D55E00}"
-    "@media (prefers-color-scheme:dark){text{fill:#ececec}.soft{fill:#b8b8b8}"
-    ".line{stroke:#b8b8b8}.tip{fill:#b8b8b8}.mark{stroke:#e08a4f}.sum{fill:#e08a4f}}"
+    "text,.tip,.ink{fill:#1a1a1a}text{font-family:system-ui,Helvetica,Arial,sans-serif}"
+    ".soft{fill:#5c5c5c}.line{stroke:#5c5c5c}path.ink{stroke:#1a1a1a}.changed{stroke:#d08c00}"
+    ".forward{fill:#0072b2;stroke:#0072b2}.noise{fill:#009e73;stroke:#009e73}"
+    "@media (prefers-color-scheme:dark){text,.tip,.ink{fill:#ececec}.soft{fill:#b8b8b8}"
+    ".line{stroke:#b8b8b8}path.ink{stroke:#ececec}.changed{stroke:#e69f00}"
+    ".forward{fill:#56b4e9;stroke:#56b4e9}.noise{fill:#2fbf94;stroke:#2fbf94}}"
 )
-ACCENT, FRAME = "#D55E00", "#8a8a8a"
 K_I, K_J = (f'K<tspan baseline-shift="sub" font-size="11">{index}</tspan>' for index in "ij")
 Y_I, Y_J = (f'y<tspan baseline-shift="sub" font-size="11">{index}</tspan>' for index in "ij")
 
@@ -42,10 +43,13 @@ KERNELS: list[Square] = [
     [[0.3, 0.3, 0.2], [0.3, 0.3, 0.2], [0.2, 0.2, 0.2]],
     [[-0.2, -0.2, -0.2], [-0.2, 1.2, -0.2], [-0.2, -0.2, -0.2]],
 ]
-COMPARISONS = {  # of the second study's confirmation: arm, baseline -> heading
-    ("transient, signed 0.3", "plain"): "merging in the weights − plain training",
-    ("Gaussian noise 0.3", "plain"): "Gaussian noise of that size − plain training",
-    ("transient, signed 0.3", "Gaussian noise 0.3"): "merging in the weights − Gaussian noise",
+COMPARISONS = {  # of the second study's confirmation: arm, baseline -> heading, colour
+    ("transient, signed 0.3", "plain"): ("merging in the weights − plain training", "forward"),
+    ("Gaussian noise 0.3", "plain"): ("Gaussian noise of that size − plain training", "noise"),
+    ("transient, signed 0.3", "Gaussian noise 0.3"): (
+        "merging in the weights − Gaussian noise",
+        "ink",
+    ),
 }
 SHIFT = 2  # the partner of a channel, shared by the batch
 SIGNS = ((1, -1, -1, 1, -1), (-1, 1, -1, 1, 1))  # of the channels, drawn for each image
@@ -111,15 +115,15 @@ def square(
         for row, line in enumerate(values)
         for column, value in enumerate(line)
     ]
-    edge, width = (ACCENT, 3) if marked else (FRAME, 1)
+    edge = 'class="changed" stroke-width="3"' if marked else 'stroke="#8a8a8a"'
     frame = f'<rect x="{x:g}" y="{y:g}" width="{side:g}" height="{side:g}" fill="none" '
-    return [*cells, f'{frame}stroke="{edge}" stroke-width="{width}"/>']
+    return [*cells, f"{frame}{edge}/>"]
 
 
 def arrow(x: float, y: float, length: float) -> str:
     end = x + length
     return (
-        f'<path class="line" d="M{x:g} {y:g} H{end - 7:g}"/>'
+        f'<path class="line" stroke-width="2" d="M{x:g} {y:g} H{end - 7:g}"/>'
         f'<path class="tip" d="M{end:g} {y:g} l-9 -5 v10 z"/>'
     )
 
@@ -197,25 +201,29 @@ def differences() -> dict[tuple[str, str], dict[str, dict[str, float]]]:
 
 
 def evidence() -> str:
-    left, scale, zero, line = 130, 1900, 205, 23
+    scale, zero, line = 1900, 205, 23
     top, parts = 26, []
-    for comparison, heading in COMPARISONS.items():
+    for comparison, (heading, kind) in COMPARISONS.items():
+        rows = differences()[comparison]
         parts.append(text(8, top, heading, 14, bold=True, anchor="start"))
-        for data, of in differences()[comparison].items():
+        axis = f"M{zero} {top + 8} v{line * len(rows)}"
+        parts.append(f'<path class="line" stroke-dasharray="3 4" d="{axis}"/>')
+        for data, of in rows.items():
             top += line
             mean, low, high = (zero + scale * of[name] for name in ("mean", "low", "high"))
-            name = "all three" if data == "all" else data
-            parts.append(text(left - 42, top, name, 14, anchor="end", bold=data == "all"))
-            parts.append(text(392, top, f"{of['mean']:+.3f}", 14, anchor="end", bold=data == "all"))
-            parts.append(f'<path class="mark" d="M{low:.1f} {top - 5} H{high:.1f}"/>')
-            if data == "all":
-                corners = f"M{mean - 7:.1f} {top - 5} l7 -6 l7 6 l-7 6 z"
-                parts.append(f'<path class="sum" d="{corners}"/>')
-            else:
-                parts.append(f'<circle class="sum" cx="{mean:.1f}" cy="{top - 5}" r="4"/>')
+            name, pooled = ("all three", True) if data == "all" else (data, False)
+            parts.append(text(88, top, name, 14, anchor="end", bold=pooled))
+            parts.append(text(392, top, f"{of['mean']:+.3f}", 14, anchor="end", bold=pooled))
+            middle = top - 5
+            parts.append(
+                f'<path class="{kind}" stroke-width="2" d="M{low:.1f} {middle} H{high:.1f}"/>'
+            )
+            shape = f"M{mean - 7:.1f} {middle} l7 -6 l7 6 l-7 6 z"
+            if not pooled:
+                shape = f"M{mean - 4:.1f} {middle} a4 4 0 1 0 8 0 a4 4 0 1 0 -8 0"
+            parts.append(f'<path class="{kind}" d="{shape}"/>')
         top += 38
     bottom = top - 30
-    parts.insert(0, f'<path class="line" stroke-dasharray="3 4" d="M{zero} 34 V{bottom}"/>')
     for value in (-0.04, 0.0, 0.04):
         parts.append(text(zero + scale * value, bottom + 18, f"{value:+.2f}", 13, "soft"))
     parts.append(text(200, bottom + 40, "difference in AUROC under corruption, 95% interval", 14))

@@ -69,7 +69,7 @@ def options_of_commands() -> str:
         lines += [f"### inmerge {name}", "", str(command.help), ""]
         if not command.params:  # its options are those of a program of its own
             continue
-        lines += ['<div class="options" markdown>', "", "| option | meaning |", "|---|---|"]
+        lines += ["| option | meaning |", "|---|---|"]
         for parameter in command.params:
             if parameter.param_type_name == "argument":
                 names = [str(parameter.metavar or parameter.name).upper()]
@@ -80,7 +80,7 @@ def options_of_commands() -> str:
             if default not in (None, ()) and not isinstance(default, bool):
                 said += f" Default: `{default}`."
             lines.append(f"| {', '.join(f'`{each}`' for each in names)} | {said} |")
-        lines += ["", "</div>", ""]
+        lines.append("")
     return "\n".join(lines)
 
 
@@ -92,15 +92,16 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Drops the role of ``:func:`name``` and its kin, and lets names in tables break."""
+    """Drops the role of ``:func:`name``` and its kin, lets names in tables break, options not."""
     html = re.sub(r":(?:func|class|meth|attr|data|mod):(?=<code)", "", html)
+    html = re.sub(r"<code>(?=--?\w[^<]{0,22}</code>)", '<code class="option">', html)
     return re.sub(r"<td[^>]*>.*?</td>", breakable, html, flags=re.DOTALL)
 
 
 def breakable(cell: re.Match[str]) -> str:
-    """Long names in a table may break after an underscore, a slash, a bracket or a full stop."""
+    """Names in a table may break after ``_``, ``/``, ``.`` or ``(``, and before a capital."""
     return re.sub(
         r"(?<=<code>)[^<]*(?=</code>)",
-        lambda name: re.sub(r"[_/.(]", r"\g<0><wbr>", name[0]),
+        lambda name: re.sub(r"[_/.]|\((?!\))|[a-z](?=[A-Z])", r"\g<0><wbr>", name[0]),
         cell[0],
     )

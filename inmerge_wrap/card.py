@@ -63,7 +63,7 @@ class CardResult:
         dataset_id: Its id on the Hub, or another short id; derived from ``dataset`` if None.
         config: A variant of the data, such as ``corrupted``.
         split: The part of the data. Published figures often use different splits of one data set.
-        interval: Ends of the 95 % interval.
+        interval: Ends of the 95% interval.
         note: What else a reader must know, such as "mean of 5 seeds".
     """
 

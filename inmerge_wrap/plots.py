@@ -111,9 +111,9 @@ def plot_matrices(
 ) -> Figure:
     """One cosine matrix per layer, its kernels ordered by cluster.
 
-    A deep layer has too many kernels for a small picture, and most pairs are alike in being
-    unlike: each panel shows those kernels that have the closest partners. They are clustered by
-    the mean cosine between clusters, so that groups of similar kernels are squares on the diagonal.
+    A deep layer has too many kernels for a small picture, and most of its pairs are not similar:
+    each panel shows those kernels that have the closest partners. They are clustered by the mean
+    cosine between clusters, so that groups of similar kernels are squares on the diagonal.
     Colours reach as far as the cosines of each layer do; a kernel with itself is left out.
 
     Args:

@@ -71,7 +71,13 @@ class LayerSnapshot:
 
     @classmethod
     def since(cls, last: LayerSnapshot | None, total: LayerReport, rank: float) -> LayerSnapshot:
-        """Returns the snapshot between an earlier one and the current running totals."""
+        """Returns the snapshot between an earlier one and the current running totals.
+
+        Args:
+            last: The snapshot before, if there is one.
+            total: What merging did to the layer since the start of the run.
+            rank: The effective rank of its kernels.
+        """
         earlier = None if last is None else last._total
         drawn, merged, known, cosines = pairs_between(earlier, total)
         return cls(

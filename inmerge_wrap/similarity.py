@@ -191,7 +191,12 @@ class LayerSimilarity:
         return (_pairs_of(self.cosines) > threshold).double().mean().item()
 
     def to_dict(self, thresholds: Sequence[float] = THRESHOLDS, bins: int = 80) -> dict[str, Any]:
-        """Returns plain numbers for a JSON file: no matrix, and None in place of NaN."""
+        """Returns plain numbers for a JSON file: no matrix, and None in place of NaN.
+
+        Args:
+            thresholds: Cosines above which the share of pairs is given.
+            bins: Of the histogram of the cosines.
+        """
 
         def listed(pairs: Sequence[KernelPair]) -> list[dict[str, Any]]:
             return [{"kernels": [p.first, p.second], "cosine": p.cosine} for p in pairs]

@@ -24,7 +24,12 @@ class Threshold(Protocol):
     """Decides which of the drawn pairs are similar enough to merge."""
 
     def alike(self, cosines: Tensor, fan_in: int) -> Tensor:
-        """Returns which cosines pass, boolean, shape (pairs,); a NaN cosine never passes."""
+        """Returns which cosines pass, boolean, shape (pairs,); a NaN cosine never passes.
+
+        Args:
+            cosines: Of the drawn pairs, float32 or wider, shape (pairs,).
+            fan_in: Number of entries of each kernel.
+        """
         ...
 
 

@@ -80,11 +80,13 @@ class InMergeWrapper(NetworkProxy):
         compiled: Whether ``torch.compile`` compiles the pass after a step; None does so on a GPU
             with Triton. Results are equal up to rounding.
         shallow_layers: L_s, the first convolutions, which are not merged; see :func:`plan_merging`.
-        example_input: See :func:`plan_merging`; likewise ``include``, ``exclude``, ``also_merge``.
+        example_input: An input of the network; see :func:`plan_merging`.
+        include: Merge exactly the convolutions that match; see :func:`plan_merging`.
+        exclude: Leave out the convolutions that match; see :func:`plan_merging`.
+        also_merge: Kinds of convolutions to merge as well; see :func:`plan_merging`.
         plan: A plan made before, instead of the arguments of :func:`plan_merging`.
-        seed: Seed of the draws, in [0, 2**32); the same on every process. The draws depend only on
-            the seed, the step, the layer and, on the outputs, the images; they never touch the
-            global generators.
+        seed: Seed of the draws, in [0, 2**32); the same on every process. The draws depend on
+            it, the step, the layer and, on the outputs, the images, and on no global generator.
         inspect_every: Interval, in passes, at which similarity and effective rank of each layer
             are recorded in :attr:`history`, with a warning before a layer collapses; 0 disables it.
         check_replicas_every: Interval, in steps, at which the merged weights of all processes are
@@ -186,18 +188,6 @@ class InMergeWrapper(NetworkProxy):
             )
         super().__setattr__(name, value)
 
-    def change_settings(self, settings: MergeSettings) -> None:
-        """Replaces some settings, as ``model.merge_weight = ...`` does for one.
-
-        Raises:
-            RuntimeError: If they do not work with an attached optimizer.
-            ValueError: If the mode changes, on which the plan depends.
-        """
-        self._driver.change(settings)
-        super().change_settings(settings)
-
-    # -- merging ----------------------------------------------------------------------------
-
     def attach(self, optimizer: Any) -> Attachment:
         """Merges with each step of ``optimizer`` from now on.
 
@@ -251,11 +241,14 @@ class InMergeWrapper(NetworkProxy):
         """
         return self._driver.next_pairs()
 
-    def recalibrate(
-        self, loader: Iterable[Any], *, prior: float = 0.0, max_batches: int | None = None
-    ) -> int:
-        """Measures BatchNorm's statistics again, before evaluation; see :func:`recalibrate`."""
-        return recalibrate(self, loader, prior=prior, max_batches=max_batches)
+    def recalibrate(self, loader: Iterable[Any], **options: Any) -> int:
+        """Measures BatchNorm's statistics again, before evaluation; see :func:`recalibrate`.
+
+        Args:
+            loader: Batches of images, or tuples that begin with them, preprocessed as in training.
+            **options: ``prior`` and ``max_batches``, as of the function.
+        """
+        return recalibrate(self, loader, **options)
 
     def statistics_measured(self) -> None:
         """Records that BatchNorm was recalibrated after the last step by other means."""
@@ -280,10 +273,18 @@ class InMergeWrapper(NetworkProxy):
         """Optimizer steps seen so far; with several optimizers, those of the one with most."""
         return self._driver.tally.step
 
+    def change_settings(self, settings: MergeSettings) -> None:
+        """Replaces some settings, as ``model.merge_weight = ...`` does for one.
+
+        Raises:
+            RuntimeError: If they do not work with an attached optimizer.
+            ValueError: If the mode changes, on which the plan depends.
+        """
+        self._driver.change(settings)
+        super().change_settings(settings)
+
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._driver.after_step(optimizer, self)
-
-    # -- state --------------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
         """Returns the step counter and the statistics as a tensor, which safetensors can store."""

@@ -8,9 +8,9 @@ The notebooks themselves are stored without outputs. Hardware and time: two minu
 
 from __future__ import annotations
 
-import base64
 import re
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +19,48 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "notebooks"
+VECTORS = """\
+import matplotlib
+matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "inmerge"})
+%config InlineBackend.figure_formats = ["svg"]
+%config InlineBackend.print_figure_kwargs = {"bbox_inches": "tight", "metadata": {"Date": None}}
+"""
+# As in docs/.diagram.py: a picture takes the side of the page that shows it.
+STYLE = (
+    "<style>svg{color:#1a1a1a}text{fill:currentColor}"
+    "@media (prefers-color-scheme:dark){svg{color:#ececec}}</style>"
+)
 
 
-def page_of(notebook: Any, name: str) -> tuple[str, dict[str, bytes]]:
+def page_of(notebook: Any, name: str) -> tuple[str, dict[str, str]]:
     """An executed notebook as markdown, and its pictures by file name."""
     source = f"<!-- made by notebooks/render.py from notebooks/{name}.ipynb -->"
     parts: list[str] = [source]
-    pictures: dict[str, bytes] = {}
+    pictures: dict[str, str] = {}
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             parts.append(cell.source)
             continue
         parts.append(f"```python\n{cell.source}\n```")
-        for output in cell.outputs:
-            if output.get("name") == "stdout":
-                text = re.sub(r"/tmp/\w+", "/tmp/exported", output.text.rstrip())
+        for stream, outputs in groupby(cell.outputs, lambda output: output.get("name")):
+            if stream == "stdout":
+                printed = "".join(output.text for output in outputs).rstrip()
+                text = re.sub(r"/tmp/\w+", "/tmp/exported", printed)
                 parts.append(f"```text\n{text}\n```")
-            elif "image/png" in output.get("data", {}):
-                file = f"{name}-{len(pictures) + 1}.png"
-                pictures[file] = base64.b64decode(output.data["image/png"])
-                parts.append(f"![Output of the cell above]({file})")
+                continue
+            for output in outputs:
+                if "image/svg+xml" in output.get("data", {}):
+                    file = f"{name}-{len(pictures) + 1}.svg"
+                    pictures[file] = adaptive(output.data["image/svg+xml"])
+                    parts.append(f"![Output of the cell above]({file})")
     return "\n\n".join(parts) + "\n", pictures
+
+
+def adaptive(picture: str) -> str:
+    """A picture of matplotlib without its white ground, its black in the colour of the page."""
+    picture = re.sub(r"(fill|stroke): #(?:1a1a1a|000000)\b", r"\1: currentColor", picture)
+    picture = re.sub(r"fill: #ffffff\b", "fill: none", picture)
+    return re.sub(r"<defs>", f"{STYLE}<defs>", picture, count=1)
 
 
 def main() -> None:
@@ -48,11 +69,13 @@ def main() -> None:
         if sys.argv[1:] and path.stem not in sys.argv[1:]:
             continue
         notebook = nbformat.read(path, as_version=4)
-        NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(VECTORS))
+        NotebookClient(notebook, timeout=3600, kernel_name="python3").execute()
+        del notebook.cells[0]
         text, pictures = page_of(notebook, path.stem)
         (PAGES / f"{path.stem}.md").write_text(text, encoding="utf-8")
         for file, content in pictures.items():
-            (PAGES / file).write_bytes(content)
+            (PAGES / file).write_text(content, encoding="utf-8")
         print(f"{path.stem}: {len(pictures)} pictures")
 
 

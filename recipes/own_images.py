@@ -1,4 +1,4 @@
-"""A classifier for a folder of your own images, and a report on it that you can hand on.
+"""Trains a classifier on a folder of your own images, and writes a report that you can share.
 
     accelerate launch recipes/own_images.py --data-dir DIR --arch resnet18 --weights none \
         --size 224 --epochs 20 --out runs/mine

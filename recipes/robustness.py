@@ -214,7 +214,7 @@ def compare_seeds(results: Results) -> list[dict[str, Any]]:
 def print_tables(results: Results, comparisons: list[dict[str, Any]]) -> None:
     settings = next(iter(results.values()))[0].settings
     seeds = len(next(iter(results.values())))
-    spread = "95 % bootstrap interval over images" if seeds == 1 else "one SD over the seeds"
+    spread = "95% bootstrap interval over images" if seeds == 1 else "one SD over the seeds"
     table = Table("images", "measure", *results, title=f"{settings['n']} images, with {spread}")
     measures = ("accuracy", "balanced_error", "auroc", "ece", "brier")
     lines = [(on, measure) for on in ("clean", "all") for measure in measures]

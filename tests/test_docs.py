@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import html
 import importlib
+import inspect
 import os
 import pkgutil
 import re
@@ -75,6 +76,12 @@ def test_the_code_of_a_page_runs(
             assert line == "..." or line in printed, f"{page.name} shows {line!r}"
 
 
+@named(sorted((ROOT / "docs").rglob("*.md")))
+def test_code_fits_its_column(page: Path) -> None:
+    fenced = re.findall(r"^ *```\w*\n(.*?)^ *```$", page.read_text("utf-8"), re.DOTALL | re.M)
+    assert [line for code in fenced for line in code.splitlines() if len(line) > 100] == []
+
+
 def test_pages_that_run_elsewhere_do() -> None:
     for name, test in RUN_ELSEWHERE.items():
         assert name in (ROOT / "tests" / test).read_text(encoding="utf-8")
@@ -121,7 +128,8 @@ def test_a_shown_command_parses(line: str) -> None:
 
 
 def documented() -> dict[str, list[str]]:
-    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    pages = (ROOT / "docs" / name for name in ("api.md", "api-tools.md"))
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     return {
         module: re.findall(r"^ {8}- (\w+)$", members, re.MULTILINE)
         for module, members in re.findall(
@@ -172,6 +180,49 @@ def test_every_public_name_says_what_it_is() -> None:
             value = getattr(module, name)
             if callable(value):
                 assert (value.__doc__ or "").strip(), f"{module_name}.{name} has no docstring"
+
+
+def with_methods(name: str, value: Any) -> list[tuple[str, Any]]:
+    """A public name and, of a class, its public methods."""
+    found = [(name, value)]
+    for own, method in vars(value).items() if isinstance(value, type) else ():
+        method = getattr(method, "__func__", method)  # of a class method
+        if inspect.isfunction(method) and not own.startswith("_"):
+            found.append((f"{name}.{own}", method))
+    return found
+
+
+def undescribed(value: Any) -> list[str]:
+    """Its parameters that no line of its docstring describes, if it has two or more."""
+    parameters = [
+        name
+        for name, parameter in inspect.signature(value).parameters.items()
+        if name not in ("self", "cls")
+        and not name.startswith("_")
+        and parameter.kind.name[:4] != "VAR_"
+    ]
+    text = value.__doc__ or ""
+    if isinstance(value, type):
+        text += value.__init__.__doc__ or ""
+    if len(parameters) < 2 or text.startswith("See "):
+        return []
+    return [name for name in parameters if not re.search(rf"^ +\*?{name}: ", text, re.MULTILINE)]
+
+
+def test_every_parameter_is_described() -> None:
+    missing = {
+        name: names
+        for module, members in documented().items()
+        for member in members
+        if callable(value := getattr(importlib.import_module(module), member))
+        and not (isinstance(value, type) and issubclass(value, Warning))
+        for name, one in with_methods(member, value)
+        if (names := undescribed(one))
+    }
+    # Its fields are the arguments of the wrapper, which describes them.
+    settings = missing.pop("MergeSettings")
+    assert set(settings) <= set(inspect.signature(inmerge_wrap.InMergeWrapper).parameters)
+    assert missing == {}
 
 
 # -- messages ------------------------------------------------------------------------------------
@@ -324,12 +375,15 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
     )
     assert result.returncode == 0, result.stderr
-    api = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
+    pages = (tmp_path / name / "index.html" for name in ("api", "api-tools"))
+    api = "".join(page.read_text(encoding="utf-8") for page in pages)
     for module, names in documented().items():
         for name in names:
             assert f'id="{module}.{name}"' in api
     assert "<blockquote>" not in api, "an example in a docstring is shown as a quotation"
-    assert not re.search(r":(func|class|attr|meth):", api), "Sphinx roles are left over"
+    assert api.count("<summary>Source code in ") > 50
+    read = re.sub(r"<details.*?</details>", "", api, flags=re.DOTALL)
+    assert not re.search(r":(func|class|attr|meth):", read), "Sphinx roles are left over"
     options = (tmp_path / "cli" / "index.html").read_text(encoding="utf-8")
     for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
         assert f'id="inmerge-{name}"' in options

@@ -130,7 +130,7 @@ def test_the_tables_of_the_second_study_are_made_from_the_runs_beside_them(tmp_p
     assert len(rows) > 10 and set(table.splitlines()).issuperset(rows)
     for name, setting in AUGMENTATIONS.items():
         section = table.partition(f"### {setting}\n")[2].partition("### ")[0]
-        found = re.search(r"^\| move toward or away, transiently, size 0.3 (.*) \d", section, re.M)
+        found = re.search(r"^\| merge in the weights, signed, size 0.3 (.*) \d", section, re.M)
         assert found and f"| {name} {found[1]}\n" in page
 
 

@@ -55,7 +55,7 @@ def test_every_link_of_the_description_leads_to_a_file_of_the_repository(tmp_pat
     metadata = built(tmp_path, {"REPO_URL": REPOSITORY + "/"})
     assert metadata["Description-Content-Type"] == "text/markdown"
     found = targets(str(metadata.get_payload()))
-    assert len([kind for kind, _ in found if kind == "img"]) == 2 and len(found) > 15
+    assert len([kind for kind, _ in found if kind == "img"]) == 3 and len(found) > 15
     for kind, address in found:
         assert address.startswith("https://"), address
         if address.startswith(REPOSITORY):

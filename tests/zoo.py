@@ -400,11 +400,12 @@ def other_networks() -> str:
     lines: dict[tuple[str, ...], list[str]] = {}
     for row in read(RESULTS / "other_networks.csv"):
         merged = f"{row['merged']} of {row['convolutions']}"
-        key = row["library"], row["network"], merged, row["skipped"]
+        library = row["library"].partition(" ")[0].replace("segmentation_models_pytorch", "smp")
+        key = f"{library} {row['network']}", merged, row["skipped"]
         lines.setdefault(key, []).append(row["images"])
     return _markdown(
-        ("library", "network", "images", "merged", "skipped"),
-        [(key[0], key[1], ", ".join(images), *key[2:]) for key, images in lines.items()],
+        ("network", "images", "merged", "skipped"),
+        [(name, ", ".join(images), *rest) for (name, *rest), images in lines.items()],
     )
 
 

@@ -15,29 +15,44 @@ from inmerge_wrap.card import ModelCard
 from inmerge_wrap.robustness.corruptions import PRESETS, resolve_preset
 
 DESCRIPTION = """\
-A classifier for a folder of your own images, and a report on it that you can hand on.
+Trains a classifier on a folder of your own images, and writes a report that you can share.
 
-    accelerate launch recipes/own_images.py --data-dir DIR --arch resnet18 --weights none \\
-        --size 224 --epochs 20 --out runs/mine
+    %(prog)s --data-dir DIR --arch resnet18 \\
+        --weights none --size 224 --epochs 20 --out runs/mine
 
-DIR holds `train|val|test/CLASS/*`, or `CLASS/*`, which is then split; or `--csv FILE` names path
-and label of each image. PNG, JPEG, TIFF and DICOM, 8 or 16 bit, grey or colour, any size. Trains
-plainly and with in-model merging in pairs of seeds (`--only merged` trains that alone), and writes
+DIR holds train|val|test/CLASS/*, or CLASS/*, which is then split; or --csv FILE names the path and
+the label of each image. PNG, JPEG, TIFF and DICOM, 8 or 16 bit, grey or colour, any size. Trains
+without and with in-model merging in pairs of seeds (--only merged trains that alone), and writes
 
-    OUT/report.html       what to read, and to hand to a colleague: one file, opens offline
-    OUT/model/            the network that was best on validation, for plain timm, with its card
-    OUT/results.json      every figure of the report; predictions.csv: every test image
-    OUT/split.csv         which image stood in which part
+    OUT/report.html      one file, opens offline
+    OUT/model/           the best network on validation
+    OUT/results.json     every figure of the report
+    OUT/predictions.csv  every test image
+    OUT/split.csv        the part of each image
 
-The same command continues after a kill from the last whole epoch, on a CPU to the same bits.
+After an interruption the same command continues from the last complete epoch, on a CPU to the same
+bits.
 
-Hardware and time: any CPU or GPU; 1,000 images of 224 px take a resnet18 about two minutes an epoch
-on one CPU core. Expected: depends on your images; the report says how sure each figure is.
+1,000 images of 224 px take a resnet18 about two minutes an epoch on one CPU core. How well it works
+depends on your images; the report says how certain each figure is.
 """
+
+
+class _Help(argparse.HelpFormatter):
+    """Fills the paragraphs of the description to the terminal; indented ones stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = text.rstrip().split("\n\n")
+        fill = super()._fill_text
+        return "\n\n".join(
+            part if part.startswith("    ") else fill(part, width, indent) for part in parts
+        )
+
 
 parser = argparse.ArgumentParser(
     description=DESCRIPTION,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+    usage="%(prog)s --data-dir DIR [OPTIONS]",
+    formatter_class=_Help,
 )
 group = parser.add_argument_group("images")
 add = group.add_argument
@@ -68,7 +83,7 @@ add(
     type=float,
     nargs=3,
     metavar=("TRAIN", "VAL", "TEST"),
-    help="shares of the parts, where the data have none (default: .7 .15 .15)",
+    help="shares of the parts, where the data have none (default: 0.7 0.15 0.15)",
 )
 add("--split-seed", type=int, default=0, help="of the split; the same for all runs")
 add("--skip-broken", action="store_true", help="leave out files that cannot be read")

@@ -46,7 +46,11 @@ class Data:
     sets: dict[str, ImageSet]
 
 
-def main(arguments: Sequence[str] | None = None, *, program: str = "recipes/own_images.py") -> None:
+def main(
+    arguments: Sequence[str] | None = None,
+    *,
+    program: str = "accelerate launch recipes/own_images.py",
+) -> None:
     """Trains and reports as the command line says.
 
     Args:

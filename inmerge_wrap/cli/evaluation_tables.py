@@ -32,7 +32,7 @@ def print_result(result: RobustnessResult) -> None:
     print_table(title, columns, [_row_style(row) for row in rows])
     Console().print(
         f"{_corruptions_said(settings)}; normalised with mean {settings['mean']}, std "
-        f"{settings['std']}. In brackets: 95 % confidence interval over images.",
+        f"{settings['std']}. In brackets: 95% confidence interval over images.",
         highlight=False,
     )
 
@@ -58,7 +58,7 @@ def print_comparison(
     print_table(title, columns, [_row_style(row) for row in rows])
     Console().print(
         f"{_corruptions_said(settings)}. A difference below 0 is better than {first}; in brackets: "
-        "paired 95 % confidence interval over images. It does not cover the variation between "
+        "paired 95% confidence interval over images. It does not cover the variation between "
         "training seeds.",
         highlight=False,
     )

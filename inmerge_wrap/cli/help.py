@@ -70,7 +70,7 @@ def names_of(parameter: Any) -> str:
     value = str(parameter.metavar or parameter.name.upper())
     if parameter.param_type_name == "argument":
         return value
-    names = ", ".join([*parameter.opts, *parameter.secondary_opts])
+    names = ", ".join([*sorted(parameter.opts, key=len), *parameter.secondary_opts])
     return names if parameter.is_flag or parameter.name in _AT_COMPLETION else f"{names} {value}"
 
 

@@ -46,7 +46,7 @@ def predict(
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Say what a trained network sees in new images.
+    """Classify new images with a trained network.
 
     Images are read and prepared as in training. A file that cannot be read gets a row with the
     reason, and images that differ from those of the training a note.

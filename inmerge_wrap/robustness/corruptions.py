@@ -285,7 +285,7 @@ _ENTRIES = (
     ),
     _corruption(
         "dust", "artefact", effects.dust,
-        "This many dark specks of 1 to 3 % of the side.",
+        "This many dark specks of 1 to 3% of the side.",
         random=True, count=(4, 8, 14, 22, 32),
     ),
     _corruption(

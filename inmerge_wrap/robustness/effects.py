@@ -73,12 +73,22 @@ class Draws:
         ]
 
     def normal(self, *shape: int, like: Tensor) -> Tensor:
-        """Draws standard normal numbers (B, *shape), on the device and in the dtype of `like`."""
+        """Draws standard normal numbers, shape (B, *shape).
+
+        Args:
+            shape: Of the numbers of one image.
+            like: Gives the device and the dtype.
+        """
         drawn = torch.stack([torch.randn(shape, generator=g) for g in self._generators])
         return drawn.to(like)
 
     def uniform(self, *shape: int, like: Tensor) -> Tensor:
-        """Draws uniform numbers in [0, 1) (B, *shape), on the device and in the dtype of `like`."""
+        """Draws uniform numbers in [0, 1), shape (B, *shape).
+
+        Args:
+            shape: Of the numbers of one image.
+            like: Gives the device and the dtype.
+        """
         drawn = torch.stack([torch.rand(shape, generator=g) for g in self._generators])
         return drawn.to(like)
 

@@ -21,10 +21,10 @@ and BE, rBE are their means over the corruptions (F. Di Salvo et al., MedMNIST-C
 with AlexNet as the baseline; after D. Hendrycks, T. Dietterich, arXiv 1903.12261). Below 1 is
 better than the baseline. If the denominator is not positive (a baseline that makes no errors or
 loses nothing to the corruption), the ratio is undefined: absent, and left out of the mean over the
-corruptions. Its interval is absent if it is undefined in more than 2.5 % of the resamples: the
+corruptions. Its interval is absent if it is undefined in more than 2.5% of the resamples: the
 baseline's loss is not distinguishable from zero.
 
-Intervals are 95 % percentile intervals of a bootstrap over images. All conditions, and all models
+Intervals are 95% percentile intervals of a bootstrap over images. All conditions, and all models
 on data of the same size and the same seed, share the resamples, so those of BE and rBE are paired.
 That of the ECE is shifted by the bootstrap's estimate of its bias, which is upward, because
 resampling adds to the variation within the bins. Intervals cover the choice of test images, not the

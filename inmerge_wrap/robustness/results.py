@@ -69,7 +69,13 @@ class RobustnessResult:
         corruption: str = "clean",
         severity: int | float | str | None = None,
     ) -> float | None:
-        """Returns a figure of the row that `row` finds, or None where it is undefined."""
+        """Returns a figure of the row that `row` finds, or None where it is undefined.
+
+        Args:
+            metric: Such as "accuracy", "balanced_error" or "auroc".
+            corruption: See `row`.
+            severity: See `row`.
+        """
         return self.row(corruption, severity).get(metric)
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -99,7 +105,7 @@ def compare_results(result: RobustnessResult, baseline: RobustnessResult) -> lis
 
     Returns:
         One dict for each condition, in the order of `result.rows`: `corruption`, `severity`,
-        `kind`, `difference`, and its 95 % percentile interval `difference_low`, `difference_high`
+        `kind`, `difference`, and its 95% percentile interval `difference_low`, `difference_high`
         if both results were computed with a bootstrap in this process. Conditions where a
         balanced error is undefined are absent.
 

@@ -58,7 +58,7 @@ SETTING = {  # field of a run -> how a title names it
 }
 ALTERNATIVES = ("ema .98", "swa")  # what costs the same and is in every toolbox
 SILENT = {"label_noise": 0.0, "weights": "", "weight_decay": 5e-4}
-COLOURS = {"merging": "#D55E00", "other methods": "#0072B2"}
+COLOURS = {"merging": "#D55E00", "other methods": "#555555"}
 DRAWN = ("balanced accuracy", "AUROC")  # in the picture of a study
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> result
@@ -256,7 +256,7 @@ def draw_grid(runs: Runs, rows: list[Row], path: Path, *, x: str, y: str, names:
                 column, line = places[row["arm"]]
                 grid[ys.index(line), xs.index(column)] = row["difference"]["mean"]
         reach = max(1e-3, float(np.nanmax(np.abs(grid))))
-        draw_map(axis, grid, "{:+.3f}", cmap="PuOr", vmin=-reach, vmax=reach)
+        draw_map(axis, grid, "{:+.3f}", cmap="PuOr_r", vmin=-reach, vmax=reach)
         axis.set_title(f"AUROC minus plain, {where}", fontsize=10)
     shares = np.full((len(ys), len(xs)), np.nan)
     for arm, (column, line) in places.items():

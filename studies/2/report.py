@@ -82,8 +82,8 @@ BLOCKS = (  # of the table: few columns, so that a page shows them whole
 DRAWN = {"balanced accuracy": "forest", "AUROC": "auroc", "calibration error": "calibration"}
 # Okabe and Ito's colours, distinct to every kind of colour vision.
 GROUPS = {
-    "persistent merging, as in the paper": "#D55E00",
-    "transient merging, for the gradient alone": "#0072B2",
+    "merging after each step, as in the paper": "#D55E00",
+    "merging in the weights, for the gradient alone": "#0072B2",
     "noise of the same size": "#009E73",
     "other methods": "#555555",
 }
@@ -314,8 +314,8 @@ def draw_families(found: Mapping[Key, Difference], name: str, title: str, path: 
 def draw_dial(found: Mapping[Key, Difference], names: Sequence[str], path: Path) -> None:
     """From kernels pushed apart to kernels pulled together: clean and corrupted, minus plain."""
     kinds = {
-        "transient": "transient merging, for the gradient alone",
-        "persistent": "persistent merging, as in the paper",
+        "transient": "merging in the weights, for the gradient alone",
+        "persistent": "merging after each step, as in the paper",
     }
     columns = [("balanced accuracy", "clean"), ("balanced accuracy", "corrupted")]
     figure, axes = plt.subplots(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shlex
 import subprocess
@@ -173,9 +174,17 @@ class NeedsAMask(nn.Module):
 
 def test_train_is_the_program_of_the_recipe(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "inmerge_wrap.cli", "train"]
-    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120)
+    shown = subprocess.run(
+        [*command, "--help"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "COLUMNS": "50"},
+    )
     assert shown.returncode == 0 and "usage: inmerge train" in shown.stdout
     assert "--data-dir" in shown.stdout
+    prose = [line for line in shown.stdout.splitlines() if not line.startswith("    ")]
+    assert max(map(len, prose)) <= 50
     missing = [*command, "--data-dir", "no-such-folder", "--weights", "none"]
     missing += ["--out", str(tmp_path / "out")]
     failed = subprocess.run(missing, capture_output=True, text=True, timeout=120)

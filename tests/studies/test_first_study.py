@@ -228,7 +228,7 @@ def test_the_report_computes_paired_differences_as_scipy_does(
     assert "| better | 5 | 1, 1 | 25.0% |" in text
     balanced, area, cost = (line for line in text.splitlines() if line.startswith("| better"))
     assert balanced.count("**") == area.count("**") == 4 and "**" not in cost  # clean, corrupted
-    alternative = [line for line in text.splitlines() if "(EMA .98)" in line]
+    alternative = [line for line in text.splitlines() if "(EMA 0.98)" in line]
     assert len(alternative) == 3 and not any("**" in line for line in alternative)
     against = stats.ttest_rel(better, other)
     (row,) = [r for r in every if r["baseline"] == "ema .98" and r["arm"] == "better"][:1]
@@ -282,7 +282,7 @@ def test_nothing_of_a_forest_plot_is_cut_off(
 ) -> None:
     names = [f"{name}, from ImageNet" for name in ("pooled, confirmation", "Chest", "Pneumonia")]
     groups = [
-        "transient merging, for the gradient alone",
+        "merging in the weights, for the gradient alone",
         "noise of the same size",
         "other methods",
     ]
@@ -306,10 +306,10 @@ def test_every_arm_has_a_name_of_its_own_in_words(monkeypatch: pytest.MonkeyPatc
         names = {arm: in_words(arm) for arm in arms}
         assert len(set(names.values())) == len(names)
         unnamed = [arm for arm, name in names.items() if name == arm]
-        assert set(unnamed) <= {"dropout .3", "label smoothing .1", "mixup"}
+        assert set(unnamed) <= {"mixup"}
         assert max(map(len, names.values())) <= 50  # a row's label
     joined = in_words("resnet18: transient, random + EMA .98")
-    assert joined == "resnet18: merge transiently, random partner and EMA .98"
+    assert joined == "resnet18: merge in the weights, random partner and EMA 0.98"
     assert in_words("a=0.5, p=0.3") == "a=0.5, p=0.3"
 
 

@@ -427,7 +427,9 @@ def test_the_report_writes_tables_and_pictures(
     gain = np.subtract(drawn["bloodmnist", arms[1]], drawn["bloodmnist", "EMA .98"]).mean()
     assert float(row["mean"]) == pytest.approx(gain, abs=1e-5)
     text = (out / "table.md").read_text()
-    lines = [line for line in text.splitlines() if line.startswith("| merge transiently, random")]
+    lines = [
+        line for line in text.splitlines() if line.startswith("| merge in the weights, random")
+    ]
     assert len(lines) == 9 and all("**" in line for line in lines)  # 3 blocks of each setting
     report(monkeypatch, "power", "--runs", str(tmp_path / "runs"), "--out", str(out))
     power = json.loads((out / "power.json").read_text())["rows"]
