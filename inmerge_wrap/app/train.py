@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from inmerge_wrap.app.options import FREE, parse_arguments, planned_runs, precision, prevalences_of
 from inmerge_wrap.app.publishing import publish
+from inmerge_wrap.app.records import of_an_earlier_start
 from inmerge_wrap.app.starting_weights import start_network
 from inmerge_wrap.app.testing import row_of, test
 from inmerge_wrap.app.training import Run, make_accelerator, one_line_if_out_of_memory, train
 from inmerge_wrap.errors import ArgumentError, as_option
-from inmerge_wrap.files import replacing, write_json
+from inmerge_wrap.files import read_json, replacing, write_json
 from inmerge_wrap.images.cells import write_table
 from inmerge_wrap.images.collection import PARTS, ImageCollection
 from inmerge_wrap.images.files import DataError, Facts
@@ -141,7 +142,7 @@ def folder_name(site: str) -> str:
 
 
 def _site_rows(site: str, folder: Path) -> list[list[str | int | float | None]]:
-    content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    content = read_json(folder / "results.json")
     rows: list[list[str | int | float | None]] = []
     for run in content["runs"]:
         clean = run["clean"]
@@ -258,7 +259,8 @@ def begin_or_continue(
         if not path.exists():
             write_json(path, settings)
             continue
-        before = json.loads(path.read_text(encoding="utf-8"))
+        with of_an_earlier_start(path, remove=run.folder):
+            before = read_json(path)
         differing = [
             f"{key} {before.get(key)}, not {value}"
             for key, value in settings.items()
