@@ -101,11 +101,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """Returns the object that a JSON file holds.
 
     Raises:
-        OSError: If the file cannot be read.
-        ValueError: If it holds something else.
+        ValueError: If it cannot be read, or holds something else.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
     if not isinstance(content, dict):

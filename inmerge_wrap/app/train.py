@@ -68,10 +68,8 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "recipes/own_
                 train_each_site(options, accelerator)
             else:
                 train_and_report(options, accelerator, memory=options.out / "files.json")
-    except DataError as error:
-        raise SystemExit(_with_list(error, options.out)) from None
     except ArgumentError as error:
-        raise SystemExit(f"error: {error.with_options(as_option)}") from None
+        raise SystemExit(_with_list(error, options.out)) from None
 
 
 @contextmanager
@@ -93,14 +91,15 @@ def _alone_in(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _with_list(error: DataError, folder: Path) -> str:
+def _with_list(error: ArgumentError, folder: Path) -> str:
     """The message, and a file with all names where the message shows only the first."""
-    if len(error.names) <= 5:
-        return f"error: {error}"
+    text = error.with_options(lambda name: "--split" if name == "shares" else as_option(name))
+    if not isinstance(error, DataError) or len(error.names) <= 5:
+        return f"error: {text}"
     path = folder / "lists.txt"
     with replacing(path) as draft:
-        draft.write_text("\n".join([str(error), "", *error.names, ""]), encoding="utf-8")
-    return f"error: {error}\nAll {len(error.names):,} names are in {path}"
+        draft.write_text("\n".join([text, "", *error.names, ""]), encoding="utf-8")
+    return f"error: {text}\nAll {len(error.names):,} names are in {path}"
 
 
 # -- one site after the other ----------------------------------------------------------------------
@@ -119,7 +118,7 @@ def train_each_site(options: argparse.Namespace, accelerator: Accelerator) -> No
     sites = sorted({image.mark(column) for image in found.images} - {""})
     unknown = [site for site in wanted if site not in sites]
     if unknown:
-        raise DataError(f"--site {column} {' '.join(unknown)}: there are {', '.join(sites)}")
+        raise DataError(f"<site={column} {' '.join(unknown)}>: there are {', '.join(sites)}")
     rows = []
     for site in wanted or sites:
         accelerator.print(f"== held out: {column} {site}")

@@ -125,7 +125,8 @@ def without_broken(
     title = f"{len(broken):,} of {counted(len(facts), 'image')} cannot be read"
     if not skip:
         raise DataError(
-            f"{title}:\n{shown}{more}\nMend or remove them, or leave them out with --skip-broken"
+            f"{title}:\n{shown}{more}\n"
+            "Mend or remove them, or leave them out with <skip_broken=True>"
         )
     kept = [
         (image, entry)
@@ -196,7 +197,8 @@ def keep_pixels(images: ImageSet, path: Path, *, workers: int = 0) -> ImageSet:
         if needed > 0.9 * free:
             raise DataError(
                 f"the decoded images take {needed / 1e9:.1f} GB in {path.parent} and "
-                f"{free / 1e9:.1f} GB are free: pass --no-cache to decode them in every epoch"
+                f"{free / 1e9:.1f} GB are free: decode them in every epoch (inmerge train "
+                "--no-cache)"
             )
         loader = DataLoader(images, batch_size=None, num_workers=workers)
         with replacing(path) as draft:

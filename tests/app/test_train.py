@@ -208,7 +208,11 @@ def test_plain_timm_computes_the_same_from_the_files(
     model = timm.create_model(f"local-dir:{out / 'model'}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     assert model.pretrained_cfg["label_names"] == CLASSES
-    temperature = Recipe.read(out / "model").temperature
+    recipe = Recipe.read(out / "model")
+    temperature = recipe.temperature
+    truths = [row["label"] for row in rows_of(out / "split.csv") if row["part"] == "train"]
+    shares = [truths.count(name) / len(truths) for name in CLASSES]
+    assert recipe.class_shares == pytest.approx(shares)
     for row in rows_of(out / "predictions.csv"):
         image = transform(Image.open(data / row["image"]).convert("RGB"))
         with torch.no_grad():
