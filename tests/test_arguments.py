@@ -54,6 +54,10 @@ def _mostly(good: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.one_of(good, good, good, good, good, good, _ODD)
 
 
+def _fits_into_memory(count: Any) -> bool:
+    return not isinstance(count, int) or count <= 2**16
+
+
 _SHARES = st.floats(0, 1)
 _STEPS = st.integers(0, 5)
 _SCHEDULE: dict[str, st.SearchStrategy[Any]] = {
@@ -121,7 +125,7 @@ FACE: dict[Callable[..., Any], dict[str, st.SearchStrategy[Any]]] = {
     _wrap_and_train: _WRAPPER,
     _level: _SCHEDULE,
     _draw: {
-        "num_kernels": _mostly(st.integers(1, 20)),
+        "num_kernels": _mostly(st.integers(1, 20)).filter(_fits_into_memory),
         "probability": _mostly(_SHARES),
         "groups": _mostly(st.integers(1, 4)),
     },

@@ -116,7 +116,7 @@ def _print(found: Adaptation, out: Path, load: str) -> None:
     trained = found.model.recipe.class_shares
     columns = [
         Column("class", list(found.shares), KEPT, justify="left"),
-        *([Column("training", [f"{share:.1%}" for share in trained])] if trained else []),
+        *([Column("training", [f"{share:.1%}" for share in trained], KEPT)] if trained else []),
         Column("before", [f"{before:.1%}" for before, _ in found.shares.values()], KEPT),
         Column("after", [f"{after:.1%}" for _, after in found.shares.values()], KEPT),
     ]

@@ -83,6 +83,7 @@ def test_what_can_go_wrong_is_said(site: Path, tmp_path: Path) -> None:
     pictures(images, "png16", count=3, seed=2)
     (images / "broken.png").write_bytes(b"nothing")
     result = run("adapt", site / "model", images, "--prior", 0, "--out", tmp_path / "out")
+    assert "20.0%" in result.stdout, "the share of a class in training"
     said = " ".join(result.stderr.split())
     assert "3 images are few to estimate statistics on" in said
     assert "1 files cannot be read and were left out, for example broken.png" in said
