@@ -75,7 +75,7 @@ def draw_pairs(
             ``num_kernels``.
     """
     check_range("probability", probability, 0.0, 1.0)
-    if not isinstance(num_kernels, int) or not isinstance(groups, int):
+    if not all(isinstance(n, int) and n is not True for n in (num_kernels, groups)):
         raise TypeError(f"num_kernels and groups are counts, got {num_kernels!r} and {groups!r}")
     if groups < 1 or num_kernels < 1 or num_kernels % groups:
         raise ValueError(f"{num_kernels} kernels cannot be divided into {groups} equal groups")

@@ -35,8 +35,9 @@ class Schedule:
     def __post_init__(self) -> None:
         for name in ("start", "end", "every"):
             value = getattr(self, name)
-            whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-            if not whole and not (name == "end" and value is None):
+            if isinstance(value, float) and value.is_integer():  # of a file
+                object.__setattr__(self, name, int(value))
+            elif not isinstance(value, int) and not (name == "end" and value is None):
                 raise TypeError(f"{name} must be a whole number of steps, got {value!r}")
         if self.start < 0:
             raise ValueError(f"start must be a step >= 0, got {self.start}")
