@@ -9,7 +9,6 @@ import argparse
 import collections
 import contextlib
 import datetime
-import json
 import re
 import types
 import warnings
@@ -25,10 +24,11 @@ from torch import Tensor, nn
 
 from inmerge_wrap.architectures import build, is_timm_folder
 from inmerge_wrap.errors import ArgumentError, ArgumentWarning
+from inmerge_wrap.files import read_json
 from inmerge_wrap.report import MergeReport
 from inmerge_wrap.tally import Tally
 
-__all__ = ["load_network", "read_merging", "read_state"]
+__all__ = ["load_network", "read_merging", "read_pickle", "read_state"]
 
 _WEIGHTS = ("state_dict", "model_state_dict", "model")  # where training scripts put weights
 _AVERAGES = ("state_dict_ema", "model_ema")  # where timm and torchvision put their average
@@ -139,7 +139,7 @@ def read_state(path: str | Path, *, key: str | None = None) -> dict[str, Tensor]
         raise ValueError(f"no such file or folder: {path}")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    content = _unpickled(path)
+    content = read_pickle(path)
     if key is not None:
         if not isinstance(content, Mapping) or key not in content:
             keys = ", ".join(map(str, content)) if isinstance(content, Mapping) else "none"
@@ -160,7 +160,7 @@ def read_state(path: str | Path, *, key: str | None = None) -> dict[str, Tensor]
 def _load_timm_folder(
     folder: Path, num_classes: int | None, in_chans: int | None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     arguments = config.get("model_args") or {}
     if not isinstance(config.get("architecture"), str) or not isinstance(arguments, dict):
         raise ArgumentError(
@@ -174,16 +174,6 @@ def _load_timm_folder(
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"timm cannot load {folder} ({type(error).__name__}: {reason})") from error
     return network, {**arguments, "num_classes": network.num_classes}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not names with values")
-    return content
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -233,7 +223,12 @@ def _weights_of(content: Any, path: Path) -> Any:
     return content
 
 
-def _unpickled(path: Path) -> Any:
+def read_pickle(path: Path) -> Any:
+    """Returns what a file of torch.save holds, on the CPU; code in it does not run.
+
+    Raises:
+        ValueError: If it is damaged, or holds more than tensors and plain values.
+    """
     _check_sums(path)
     try:
         with torch.serialization.safe_globals(_VALUES):
@@ -296,7 +291,7 @@ def _read_folder(path: Path) -> dict[str, Tensor]:
 
 def _read_shards(folder: Path, index: Path, suffix: str) -> dict[str, Tensor]:
     """Returns the weights that an index assigns to files beside it."""
-    places = _read_json(index).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index} has no weight_map, which says which file holds which weight")
     for shard in places.values():

@@ -28,7 +28,7 @@ from inmerge_wrap.inputs import is_quantised
 from inmerge_wrap.kernels import kernel_shape, store_of
 from inmerge_wrap.kinds import kinds_of
 from inmerge_wrap.plan import ConvSite, MergePlan
-from inmerge_wrap.settings import Mode
+from inmerge_wrap.settings import MODES, Mode, check_choice
 from inmerge_wrap.tracing import Call, bystanders_kept, first_possible_trace, named_convs
 from inmerge_wrap.unwrapping import check_network
 
@@ -84,10 +84,17 @@ def plan_merging(
             included convolution cannot be merged, or an argument is out of range. The message
             says why and what to pass instead.
     """
+    check_choice("mode", mode, MODES)
     _check_arguments(shallow_layers, also_merge)
     _check_model(model)
     sites, found_by = _find_sites(model, example_input, mode)
-    plan = _decide(sites, shallow_layers, also_merge, _patterns(include), _patterns(exclude))
+    plan = _decide(
+        sites,
+        shallow_layers,
+        also_merge,
+        _patterns("include", include),
+        _patterns("exclude", exclude),
+    )
     if not plan.merged:
         why = _why_empty(plan, shallow_layers)
         raise ArgumentError(f"nothing to merge in {type(model).__name__}: {why}")
@@ -122,11 +129,9 @@ def _check_arguments(shallow_layers: int | float, also_merge: Collection[str]) -
             "<shallow_layers> must be a count (int >= 0) or a share of the depth "
             f"(float in [0, 1)), got {shallow_layers!r}"
         )
-    if isinstance(also_merge, str):
-        raise ArgumentError(
-            f"<also_merge> must be a collection of kinds, got the string {also_merge!r}"
-        )
-    unknown = sorted(set(also_merge) - set(SKIPPED_KINDS))
+    if isinstance(also_merge, str) or not isinstance(also_merge, Collection):
+        raise ArgumentError(f"<also_merge> must be a collection of kinds, got {also_merge!r}")
+    unknown = [kind for kind in also_merge if kind not in list(SKIPPED_KINDS)]
     if unknown:
         raise ArgumentError(f"<also_merge> must be among {sorted(SKIPPED_KINDS)}, got {unknown}")
 
@@ -300,8 +305,16 @@ def _shallow_count(shallow_layers: int | float, depth: int) -> int:
     return max(1, min(depth - 1, round(shallow_layers * depth)))
 
 
-def _patterns(given: Pattern | Sequence[Pattern] | None) -> Sequence[Pattern] | None:
-    return [given] if isinstance(given, str) or callable(given) else given
+def _patterns(argument: str, given: Pattern | Sequence[Pattern] | None) -> Sequence[Pattern] | None:
+    patterns: Any = [given] if isinstance(given, str) or callable(given) else given
+    if patterns is None and argument == "include":
+        return None
+    is_list = isinstance(patterns, Collection)
+    if not is_list or not all(isinstance(each, str) or callable(each) for each in patterns):
+        raise ArgumentError(
+            f"<{argument}> must be a name, a function of ConvSite or a list of these, got {given!r}"
+        )
+    return patterns
 
 
 def _matching(sites: Sequence[ConvSite], patterns: Sequence[Pattern], argument: str) -> set[str]:

@@ -149,7 +149,9 @@ class Driver:
             self.watch.before_forward(attached=bool(self._attachments.live))
             if self._in_step:
                 self._replicas.tell(self._settings, self._plan, wrapper)
-                self.tally.catch_up(self._replicas.follow(self.tally.step))
+            if (step := self._replicas.follow(self.tally.step)) > self.tally.step:
+                self.tally.catch_up(step)
+                self._prepare()
 
     def _prepare(self) -> None:
         """Prepares the next forward pass, if it is to merge."""

@@ -7,7 +7,7 @@ A message marks an argument as ``<name>`` or ``<name=value>``. Python shows ``na
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 __all__ = ["ArgumentError", "ArgumentWarning", "as_option"]
 
@@ -17,12 +17,14 @@ _MARK = re.compile(r"<([a-z][a-z_]*)(?:=([^<>]*))?>")
 class _NamesArguments(Exception):
     """A message with marks; ``str`` of it is the message for Python."""
 
+    arguments: Collection[str] | None = None  # those that marks can name; None for any
+
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
 
     def __str__(self) -> str:
-        return _MARK.sub(lambda found: found[0][1:-1], self.message)
+        return self._shown(lambda found: found[0][1:-1])
 
     def with_options(self, option_of: Callable[[str], str]) -> str:
         """Returns the message for the command line.
@@ -35,7 +37,14 @@ class _NamesArguments(Exception):
             name, value = option_of(found[1]), found[2]
             return name if value in (None, "True") else f"{name} {value}"
 
-        return _MARK.sub(option, self.message)
+        return self._shown(option)
+
+    def _shown(self, show: Callable[[re.Match[str]], str]) -> str:
+        known = self.arguments
+        return _MARK.sub(
+            lambda found: show(found) if known is None or found[1] in known else found[0],
+            self.message,
+        )
 
 
 class ArgumentError(_NamesArguments, ValueError):

@@ -12,7 +12,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-__all__ = ["replacing", "replacing_files", "supported_or_skipped", "sync", "write_json"]
+__all__ = [
+    "read_json",
+    "replacing",
+    "replacing_files",
+    "supported_or_skipped",
+    "sync",
+    "write_json",
+]
 
 # What CIFS, FUSE and bucket mounts answer to calls that they do not offer.
 _UNSUPPORTED = {
@@ -88,6 +95,23 @@ def _not_written(path: str | os.PathLike[str], error: OSError) -> OSError:
     """Returns an error that names the file or folder that was to be written, not its draft."""
     reason = f"{path} was not written, what was there is unchanged: {error.strerror or error}"
     return OSError(error.errno, reason) if error.errno is not None else OSError(reason)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object that a JSON file holds.
+
+    Raises:
+        ValueError: If it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not names with values")
+    return content
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:

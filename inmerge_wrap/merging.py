@@ -74,8 +74,9 @@ def draw_pairs(
         ValueError: If ``probability`` is outside [0, 1] or ``groups`` does not divide
             ``num_kernels``.
     """
-    if not 0.0 <= probability <= 1.0:
-        raise ValueError(f"probability must lie in [0, 1], got {probability}")
+    check_range("probability", probability, 0.0, 1.0)
+    if not all(isinstance(n, int) and n is not True for n in (num_kernels, groups)):
+        raise TypeError(f"num_kernels and groups are counts, got {num_kernels!r} and {groups!r}")
     if groups < 1 or num_kernels < 1 or num_kernels % groups:
         raise ValueError(f"{num_kernels} kernels cannot be divided into {groups} equal groups")
     size = num_kernels // groups

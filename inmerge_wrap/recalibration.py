@@ -51,10 +51,10 @@ def recalibrate(
         ValueError: If the loader yields no batch, ``prior`` is negative or not finite, or
             ``max_batches`` is not positive.
     """
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches must be a count >= 1 or None, got {max_batches}")
-    if not (math.isfinite(prior) and prior >= 0):
-        raise ArgumentError(f"<prior> must be a number of images >= 0, got {prior}")
+    if max_batches is not None and not (isinstance(max_batches, int) and max_batches >= 1):
+        raise ValueError(f"max_batches must be a count >= 1 or None, got {max_batches!r}")
+    if not isinstance(prior, int | float) or not 0 <= prior < math.inf:
+        raise ArgumentError(f"<prior> must be a number of images >= 0, got {prior!r}")
     norms = [
         module
         for module in model.modules()

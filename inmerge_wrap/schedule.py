@@ -33,15 +33,21 @@ class Schedule:
     anneals: Literal["probability", "strength"] = "probability"
 
     def __post_init__(self) -> None:
+        for name in ("start", "end", "every"):
+            value = getattr(self, name)
+            if isinstance(value, float) and value.is_integer():  # of a file
+                object.__setattr__(self, name, int(value))
+            elif not isinstance(value, int) and not (name == "end" and value is None):
+                raise TypeError(f"{name} must be a whole number of steps, got {value!r}")
         if self.start < 0:
             raise ValueError(f"start must be a step >= 0, got {self.start}")
         if self.end is not None and self.end <= self.start:
             raise ValueError(f"end must come after start={self.start}, got {self.end}")
         if self.every < 1:
             raise ValueError(f"every must be a count of steps >= 1, got {self.every}")
-        if self.decay not in ("constant", "linear", "cosine"):
+        if not isinstance(self.decay, str) or self.decay not in ("constant", "linear", "cosine"):
             raise ValueError(f"decay must be constant, linear or cosine, got {self.decay!r}")
-        if self.anneals not in ("probability", "strength"):
+        if not isinstance(self.anneals, str) or self.anneals not in ("probability", "strength"):
             raise ValueError(f"anneals must be probability or strength, got {self.anneals!r}")
         if self.decay != "constant" and self.end is None:
             raise ValueError(f"decay={self.decay!r} needs an end: the step at which merging stops")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
@@ -134,11 +135,15 @@ class MergeSettings:
         object.__setattr__(self, "similarity_threshold", as_threshold(self.similarity_threshold))
         if not isinstance(self.schedule, Schedule):
             raise TypeError(f"schedule must be a Schedule, got {self.schedule!r}")
-        _check_choice("mode", self.mode, MODES)
-        _check_choice("partner", self.partner, PARTNERS, rule="sources")
-        _check_choice("direction", self.direction, DIRECTIONS, rule="weight")
+        check_choice("mode", self.mode, MODES)
+        check_choice("partner", self.partner, PARTNERS, rule="sources")
+        check_choice("direction", self.direction, DIRECTIONS, rule="weight")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be an integer in [0, 2**32), got {self.seed!r}")
+        for name in ("shared_partner", "shared_sign", "keep_norm", "merge_momentum", "compiled"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (name == "compiled" and value is None):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
         for name in ("inspect_every", "check_replicas_every"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
@@ -186,7 +191,7 @@ class MergeSettings:
         return Strength(probability, full[self.size])
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...], rule: str = "") -> None:
+def check_choice(name: str, value: Any, choices: tuple[str, ...], rule: str = "") -> None:
     """Raises an error that lists the values of a setting, and the method of a rule."""
     if value in choices if isinstance(value, str) else rule and callable(getattr(value, rule, "")):
         return
@@ -257,9 +262,9 @@ def recommended_settings(total_steps: int, *, mode: Mode = "outputs") -> dict[st
     Raises:
         ValueError: If ``total_steps`` is not positive, or the mode unknown.
     """
-    if not isinstance(total_steps, Real) or total_steps < 1:
+    if not isinstance(total_steps, Real) or not 1 <= total_steps < math.inf:
         raise ValueError(f"total_steps must be a count of steps >= 1, got {total_steps!r}")
-    _check_choice("mode", mode, MODES)
+    check_choice("mode", mode, MODES)
     end = max(1, int(total_steps) - max(1, int(total_steps) // 20))
     if mode == "step":
         return {

@@ -65,8 +65,7 @@ class ZScore:
     z: float
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.z):
-            raise ValueError(f"z must be a finite number of standard deviations, got {self.z}")
+        check_range("z", self.z, -1e6, 1e6)
 
     def bound(self, fan_in: int) -> float:
         """Returns the cosine above which a pair merges, in a layer of this fan-in."""
@@ -84,8 +83,9 @@ class Quantile:
     share: float
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.share <= 1.0:
-            raise ValueError(f"share must lie in (0, 1], got {self.share}")
+        check_range("share", self.share, 0.0, 1.0)
+        if self.share == 0.0:
+            raise ValueError("share must lie in (0, 1], got 0")
 
     def alike(self, cosines: Tensor, fan_in: int) -> Tensor:
         """See :class:`Threshold`."""

@@ -134,7 +134,7 @@ class InMergeWrapper(NetworkProxy):
             radius=radius,
             similarity_threshold=similarity_threshold,  # type: ignore[arg-type]
             merge_probability=merge_probability,
-            schedule=schedule or Schedule(),
+            schedule=Schedule() if schedule is None else schedule,
             partner=partner,
             direction=direction,
             shared_partner=shared_partner,

@@ -194,9 +194,21 @@ def test_replicas_with_uneven_inputs_stay_equal(uneven: list[dict[str, Any]]) ->
     assert first["merged"] > second["merged"] > 10  # so one process did merge less often
 
 
-def test_a_comparison_that_would_wait_forever_is_refused(uneven: list[dict[str, Any]]) -> None:
+def test_the_schedule_of_the_forward_pass_counts_the_steps_of_all(
+    uneven: list[dict[str, Any]],
+) -> None:
+    first, second = (rank["uneven_in_the_forward_pass"] for rank in uneven)
+    assert first["ends"] == second["ends"] and len(set(first["ends"])) == 4
+    assert first["step"] == second["step"] == 3 * 5 + 3
+
+
+@pytest.mark.parametrize("where", ["", "_in_the_forward_pass"])
+def test_a_comparison_that_would_wait_forever_is_refused(
+    uneven: list[dict[str, Any]], where: str
+) -> None:
     for rank in uneven:
-        assert "check_replicas_every=2 would wait forever" in rank["uneven_but_compared"]["error"]
+        error = rank[f"uneven_but_compared{where}"]["error"]
+        assert "check_replicas_every=2 would wait forever" in error
 
 
 # -- in the forward pass -------------------------------------------------------------------------

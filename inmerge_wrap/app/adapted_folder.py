@@ -106,10 +106,16 @@ def _section(adaptation: Adaptation, site: str) -> str:
         recipe = adaptation.model.recipe
         what = "The temperature" if recipe.thresholds is None else "Temperature and thresholds"
         lines += ["", f"{what}: chosen on {adaptation.labelled} labelled images of {site}."]
-    lines += ["", "| class | predicted before | predicted after |", "|---|---|---|"]
+    trained = adaptation.model.recipe.class_shares
+    known = [f"{share:.1%}" for share in trained] if trained else ["-"] * len(adaptation.shares)
     lines += [
-        f"| {plain_text(name)} | {before:.1%} | {after:.1%} |"
-        for name, (before, after) in adaptation.shares.items()
+        "",
+        "| class | in training | predicted before | predicted after |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {plain_text(name)} | {share} | {before:.1%} | {after:.1%} |"
+        for (name, (before, after)), share in zip(adaptation.shares.items(), known, strict=True)
     ]
     lines += ["", *(f"- {warning}" for warning in adaptation.warnings)]
     return "\n".join(lines) + "\n"

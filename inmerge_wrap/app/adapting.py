@@ -255,11 +255,13 @@ def _cautions(
             f"the prior above {prior:g}"
         )
     name, (before, after) = max(shares.items(), key=lambda entry: entry[1][1])
-    if recipe.task == "multi-class" and after >= _MOST:
+    usual = dict(zip(recipe.classes, recipe.class_shares or [0.0] * len(shares), strict=True))[name]
+    if recipe.task == "multi-class" and after >= max(_MOST, usual + _MOVED / 2):
+        trained = "" if recipe.class_shares is None else f", {usual:.0%} of the training images"
         found.append(
-            f"{after:.0%} of the images are now taken for {name} ({before:.0%} before). If that is "
-            "the mix of cases here (a ward with one disease), do not adapt on them: re-estimated "
-            "statistics assume the mix of the training, and can make the network worse"
+            f"{after:.0%} of the images are now taken for {name} ({before:.0%} before{trained}). "
+            "If that is the mix of cases here (a ward with one disease), do not adapt on them: "
+            "re-estimated statistics assume the mix of the training, and can make the network worse"
         )
     moved = [
         f"{label} from {first:.0%} to {last:.0%}"

@@ -58,9 +58,11 @@ def operating_point(recipe: Recipe, scores: Tensor, labels: Tensor) -> tuple[Rec
     what = "a temperature" if recipe.thresholds is None else "a temperature and thresholds"
     notes = []
     if min(abs(found.x - bound) for bound in _BOUNDS) < 0.01:
+        low = found.x < 0
+        why = "all of them are answered without a mistake" if low else "the answers fit them badly"
         notes.append(
             f"the temperature stays {recipe.temperature:.3g}: these labelled images do not say "
-            "which is right, as where all of them are answered without a mistake"
+            f"which is right, as {why}"
         )
     else:
         recipe = replace(recipe, temperature=math.exp(found.x))

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from inmerge_wrap.app.options import title_of
@@ -92,8 +93,16 @@ def recipe_of(
         temperature=found["temperature"],
         thresholds=tuple(found["thresholds"]) or None,
         seen=_seen(train, facts),
+        class_shares=_class_shares(train.labels, len(collection.classes)),
         trained_on=tuple(sorted({digest_of(image.digest) for image in seen})),
     )
+
+
+def _class_shares(labels: Tensor, classes: int) -> tuple[float, ...]:
+    """For each class the share of images that show it, of those where it is known."""
+    if labels.ndim == 1:
+        return tuple((labels.bincount(minlength=classes) / len(labels)).tolist())
+    return tuple(((labels == 1).sum(0) / (~labels.isnan()).sum(0).clamp_min(1)).tolist())
 
 
 def _seen(train: ImageSet, facts: Mapping[Path, Facts]) -> Seen:

@@ -1,4 +1,4 @@
-"""What a reader needs to judge a figure: command, versions and machine."""
+"""What a run leaves: what a reader needs to judge a figure, and files for a second start."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,3 +32,24 @@ def environment() -> dict[str, Any]:
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+
+
+@contextmanager
+def of_an_earlier_start(path: Path, *, remove: Path) -> Iterator[None]:
+    """Replaces whatever goes wrong with a file of an earlier start by one line with a remedy.
+
+    Args:
+        path: The file.
+        remove: What to remove, so that the run makes it again.
+
+    Raises:
+        SystemExit: If anything is wrong with the content.
+    """
+    try:
+        yield
+    except Exception as error:  # a damaged file can make its reader raise anything
+        lines = str(error).splitlines() or [""]
+        raise SystemExit(
+            f"{path} of an earlier start cannot be used ({type(error).__name__}: "
+            f"{lines[0][:200]}). Remove {remove}, and the same command makes it again"
+        ) from error

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -18,8 +18,9 @@ from inmerge_wrap.app import findings
 from inmerge_wrap.app.model import Tempered
 from inmerge_wrap.app.operating import operating_point
 from inmerge_wrap.app.options import prevalences_of
+from inmerge_wrap.app.records import of_an_earlier_start
 from inmerge_wrap.app.training import Normalise, Run
-from inmerge_wrap.files import write_json
+from inmerge_wrap.files import read_json, write_json
 from inmerge_wrap.images.collection import ImageCollection, ImageFile
 from inmerge_wrap.images.preparation import Recipe
 from inmerge_wrap.images.sets import ImageSet
@@ -27,6 +28,8 @@ from inmerge_wrap.robustness import bootstrap_weights, evaluate_robustness
 
 ASKED = ("preset", "severities", "bootstrap", "subgroups", "prevalence")  # what decides the figures
 MISTAKES = 24
+_KEPT = {"training", "temperature", "thresholds", "notes", "rows", "families", "classes"}
+_KEPT |= {"subgroups", "confusion", "calibration", "mistakes", "probabilities", "said"}
 
 
 def load_best(run: Run, training: dict[str, Any], classes: int) -> nn.Module:
@@ -61,13 +64,12 @@ def test(
     """Measures a network, or reads what was measured of it before."""
     path = run.folder / "evaluation.json"
     asked = {key: getattr(options, key) for key in ASKED}
-    if path.exists():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["asked"] == asked:
-            return stored
-    training = json.loads((run.folder / "training.json").read_text(encoding="utf-8"))
-    network = load_best(run, training, len(collection.classes)).to(device)
-    normalise = Normalise(training["mean"], training["std"], device)
+    if path.exists() and (stored := _measured_before(path, asked)) is not None:
+        return stored
+    with of_an_earlier_start(run.folder, remove=run.folder):
+        training = read_json(run.folder / "training.json")
+        network = load_best(run, training, len(collection.classes)).to(device)
+        normalise = Normalise(training["mean"], training["std"], device)
 
     def loader(part: str, what: str) -> Any:
         batches = DataLoader(
@@ -111,6 +113,17 @@ def test(
     }
     write_json(path, found)
     return found
+
+
+def _measured_before(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """What an earlier start measured; None if other figures were asked for."""
+    with of_an_earlier_start(path, remove=path):
+        stored = read_json(path)
+        if stored["asked"] != asked:
+            return None
+        if missing := _KEPT - stored.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        return stored
 
 
 def _untempered(

@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from inmerge_wrap.app.options import FREE, parse_arguments, planned_runs, precision, prevalences_of
 from inmerge_wrap.app.publishing import publish
+from inmerge_wrap.app.records import of_an_earlier_start
 from inmerge_wrap.app.starting_weights import start_network
 from inmerge_wrap.app.testing import row_of, test
 from inmerge_wrap.app.training import Run, make_accelerator, one_line_if_out_of_memory, train
 from inmerge_wrap.errors import ArgumentError, as_option
-from inmerge_wrap.files import replacing, write_json
+from inmerge_wrap.files import read_json, replacing, write_json
 from inmerge_wrap.images.cells import write_table
 from inmerge_wrap.images.collection import PARTS, ImageCollection
 from inmerge_wrap.images.files import DataError, Facts
@@ -71,10 +72,8 @@ def main(
                 train_each_site(options, accelerator)
             else:
                 train_and_report(options, accelerator, memory=options.out / "files.json")
-    except DataError as error:
-        raise SystemExit(_with_list(error, options.out)) from None
     except ArgumentError as error:
-        raise SystemExit(f"error: {error.with_options(as_option)}") from None
+        raise SystemExit(_with_list(error, options.out)) from None
 
 
 @contextmanager
@@ -96,14 +95,15 @@ def _alone_in(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _with_list(error: DataError, folder: Path) -> str:
+def _with_list(error: ArgumentError, folder: Path) -> str:
     """The message, and a file with all names where the message shows only the first."""
-    if len(error.names) <= 5:
-        return f"error: {error}"
+    text = error.with_options(lambda name: "--split" if name == "shares" else as_option(name))
+    if not isinstance(error, DataError) or len(error.names) <= 5:
+        return f"error: {text}"
     path = folder / "lists.txt"
     with replacing(path) as draft:
-        draft.write_text("\n".join([str(error), "", *error.names, ""]), encoding="utf-8")
-    return f"error: {error}\nAll {len(error.names):,} names are in {path}"
+        draft.write_text("\n".join([text, "", *error.names, ""]), encoding="utf-8")
+    return f"error: {text}\nAll {len(error.names):,} names are in {path}"
 
 
 # -- one site after the other ----------------------------------------------------------------------
@@ -122,7 +122,7 @@ def train_each_site(options: argparse.Namespace, accelerator: Accelerator) -> No
     sites = sorted({image.mark(column) for image in found.images} - {""})
     unknown = [site for site in wanted if site not in sites]
     if unknown:
-        raise DataError(f"--site {column} {' '.join(unknown)}: there are {', '.join(sites)}")
+        raise DataError(f"<site={column} {' '.join(unknown)}>: there are {', '.join(sites)}")
     rows = []
     for site in wanted or sites:
         accelerator.print(f"== held out: {column} {site}")
@@ -145,7 +145,7 @@ def folder_name(site: str) -> str:
 
 
 def _site_rows(site: str, folder: Path) -> list[list[str | int | float | None]]:
-    content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    content = read_json(folder / "results.json")
     rows: list[list[str | int | float | None]] = []
     for run in content["runs"]:
         clean = run["clean"]
@@ -262,7 +262,8 @@ def begin_or_continue(
         if not path.exists():
             write_json(path, settings)
             continue
-        before = json.loads(path.read_text(encoding="utf-8"))
+        with of_an_earlier_start(path, remove=run.folder):
+            before = read_json(path)
         differing = [
             f"{key} {before.get(key)}, not {value}"
             for key, value in settings.items()

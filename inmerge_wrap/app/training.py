@@ -30,8 +30,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from inmerge_wrap.app.records import of_an_earlier_start
 from inmerge_wrap.app.starting_weights import start_network
 from inmerge_wrap.card import merging_settings
+from inmerge_wrap.checkpoints import read_pickle
 from inmerge_wrap.export import export_weights
 from inmerge_wrap.files import replacing, write_json
 from inmerge_wrap.images.collection import ImageCollection
@@ -280,12 +282,21 @@ class _Training:
             with replacing(path) as draft:
                 torch.save(state | {"history": self.history}, draft)
 
-    def load(self, path: Path) -> None:
-        """Continues from a checkpoint."""
-        stored = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-        for name, part in self._parts().items():
-            part.load_state_dict(stored[name])
-        self.history = stored["history"]
+    def load(self, path: Path, epochs: int) -> None:
+        """Continues from a checkpoint of at most as many epochs.
+
+        Raises:
+            SystemExit: If it is damaged, or of something else.
+        """
+        with of_an_earlier_start(path, remove=path):
+            stored = read_pickle(path)
+            for name, part in self._parts().items():
+                part.load_state_dict(stored[name])
+            self.history = stored["history"]
+            done = [entry["epoch"] for entry in self.history]
+            if done != list(range(1, len(done) + 1)) or not 1 <= len(done) <= epochs:
+                raise ValueError(f"it is of {len(done)} epochs")
+            best_epoch(self.history)
 
 
 @dataclass
@@ -375,7 +386,7 @@ def train(
         device=accelerator.device,
     )
     if checkpoint.exists():
-        training.load(checkpoint)
+        training.load(checkpoint, options.epochs)
         bar.update(len(training.history) * steps)
     for epoch in range(len(training.history), options.epochs):
         began = time.perf_counter()

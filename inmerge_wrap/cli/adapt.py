@@ -113,16 +113,22 @@ def adapt(
 
 
 def _print(found: Adaptation, out: Path, load: str) -> None:
+    trained = found.model.recipe.class_shares
     columns = [
         Column("class", list(found.shares), KEPT, justify="left"),
+        *([Column("training", [f"{share:.1%}" for share in trained], KEPT)] if trained else []),
         Column("before", [f"{before:.1%}" for before, _ in found.shares.values()], KEPT),
         Column("after", [f"{after:.1%}" for _, after in found.shares.values()], KEPT),
     ]
-    print_table(f"Share of {found.images} images in which each class is predicted", columns)
+    print_table(
+        f"Share of {found.images} images in which each class is predicted"
+        + (", beside its share of the training images" if trained else ""),
+        columns,
+    )
     if found.balanced_accuracy is not None:
         before, after = found.balanced_accuracy
         say(
-            f"Balanced accuracy on {found.labelled} labelled images, before temperature and "
-            f"thresholds: {before:.3f} before, {after:.3f} after."
+            f"Balanced accuracy on {found.labelled} labelled images: {before:.3f} before, "
+            f"{after:.3f} after."
         )
     say(f"written: {out}\nload it with: {load}")

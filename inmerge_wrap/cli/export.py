@@ -22,8 +22,9 @@ from inmerge_wrap.cli.options import (
     check_pixels,
     load,
 )
-from inmerge_wrap.cli.shell import command, print_json, read_json, say
+from inmerge_wrap.cli.shell import command, print_json, say
 from inmerge_wrap.errors import ArgumentError
+from inmerge_wrap.files import read_json
 
 if TYPE_CHECKING:
     from inmerge_wrap.card import ModelCard

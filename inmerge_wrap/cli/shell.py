@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -112,18 +111,6 @@ def warn(text: str) -> None:
 def say(text: str) -> None:
     """Prints a line for people."""
     Console().print(text, soft_wrap=True, highlight=False, markup=False)
-
-
-def read_json(path: Path) -> Any:
-    """Returns the content of a JSON file.
-
-    Raises:
-        ValueError: If it cannot be read.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
 
 
 def print_json(content: Any) -> None:

@@ -154,7 +154,7 @@ def split(
     wanted = [part for part in PARTS if part == "train" or part not in given]
     if wanted == ["train"]:
         if given_shares is not None:
-            raise DataError("--split would do nothing: the data have all three parts already")
+            raise DataError("<shares> would do nothing: the data have all three parts already")
         return collection
     chosen = [n for n, image in enumerate(collection.images) if image.part in (None, "train")]
     units = _units([collection.images[n] for n in chosen])
@@ -184,15 +184,15 @@ def split(
         return made
     return made.warned(
         "Images were split one by one, for no groups were named. If there are several of one "
-        "patient, figures are too good: name the patients with --groups."
+        "patient, figures are too good: name the patients as groups."
     )
 
 
 def _checked(shares: Mapping[str, float]) -> Mapping[str, float]:
     if set(shares) != set(PARTS) or not np.isclose(sum(shares.values()), 1):
-        raise DataError(f"--split must be three shares that add up to 1, got {dict(shares)}")
+        raise DataError(f"<shares> must be three shares that add up to 1, got {dict(shares)}")
     if not all(0 < share < 1 for share in shares.values()):
-        raise DataError(f"--split needs a positive share for each part, got {dict(shares)}")
+        raise DataError(f"<shares> needs a positive share for each part, got {dict(shares)}")
     return shares
 
 
@@ -279,7 +279,7 @@ def check(collection: ImageCollection, *, allow_overlap: bool = False) -> ImageC
     for part in PARTS:
         images = collection.part(part)
         if not images:
-            errors.append(f"the part {part} is empty: give it images, or let --split make it")
+            errors.append(f"the part {part} is empty: give it images, or let the split make it")
             continue
         counts = collection.counts(images)
         by_class = list(zip(collection.classes, counts, strict=True))
@@ -295,7 +295,7 @@ def check(collection: ImageCollection, *, allow_overlap: bool = False) -> ImageC
     if overlaps and not allow_overlap:
         errors += overlaps
         errors.append(
-            "figures would be too good: remove the overlap, or pass --allow-overlap to train "
+            "figures would be too good: remove the overlap, or pass <allow_overlap=True> to train "
             "all the same"
         )
     elif overlaps:

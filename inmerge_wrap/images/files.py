@@ -10,17 +10,26 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from inmerge_wrap.errors import ArgumentError
+
 RASTER = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 DICOM = (".dcm", ".dicom")
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 
 
-class DataError(ValueError):
+class DataError(ArgumentError):
     """Something about the user's images that the user can mend; the message says how.
 
     Attributes:
+        arguments: Those of `open_images` that a message can name. Any other ``<name>`` is part of
+            the user's own names of files, classes and columns.
         names: All that the message is about, where it shows only the first of them.
     """
+
+    arguments = frozenset(
+        "allow_overlap channels crop_mode groups labels path_column pixel_range shares site size "
+        "skip_broken subgroups".split()
+    )
 
     def __init__(self, message: str, *, names: Sequence[str] = ()) -> None:
         super().__init__(message)
@@ -252,7 +261,7 @@ def range_of(
     shown = f". Look at {', '.join(odd_names[:5])}" if odd_names else ""
     raise DataError(
         f"{len(deep):,} images hold values from {low:g} to {high:g}{mixed}, and nothing says which "
-        f"of them are black and white: give --pixel-range BLACK WHITE{shown}"
+        f"of them are black and white: give <pixel_range=BLACK WHITE>{shown}"
         + (f" and {len(odd_names) - 5:,} more" if len(odd_names) > 5 else ""),
         names=odd_names,
     )

@@ -47,7 +47,7 @@ def find_images(
         DataError: If there is nothing to train on, a class is empty or the table is malformed.
     """
     if not directory.is_dir():
-        raise DataError(f"--data-dir {directory} is no folder")
+        raise DataError(f"{directory} is no folder")
     rows: list[dict[str, str]] = []
     if table is None:
         found = _from_folders(directory)
@@ -56,7 +56,7 @@ def find_images(
         found = _from_table(table, rows, directory, list(labels), path_column)
     images = list(found.images)
     if groups is not None:
-        values = _values_of(groups, "--groups", images, rows)
+        values = _values_of(groups, "<groups>", images, rows)
         images = [replace(i, group=v or None) for i, v in zip(images, values, strict=True)]
         alone = sum(not value for value in values)
         if alone:
@@ -64,7 +64,7 @@ def find_images(
                 f"{counted(alone, 'image')} without a {groups}, each taken as a group of its own."
             )
     for name in dict.fromkeys(marks):
-        values = _values_of(name, "--site or --subgroups", images, rows)
+        values = _values_of(name, "<site> or <subgroups>", images, rows)
         images = [
             replace(image, marks=(*image.marks, (name, value)))
             for image, value in zip(images, values, strict=True)
@@ -125,7 +125,7 @@ def _from_folders(directory: Path) -> ImageCollection:
     if not files:
         raise DataError(
             f"{directory} holds no images in class folders: DIR/CLASS/image.png, or "
-            "DIR/train/CLASS/image.png, or --csv FILE"
+            "DIR/train/CLASS/image.png, or a CSV file that names the images"
         )
     if empty:
         raise DataError(
@@ -166,7 +166,7 @@ def _parts_of(directory: Path) -> tuple[dict[str, Path], list[str]]:
     if others:
         raise DataError(
             f"{directory} has {_listed(meant)} and also {others}: is that a part, or a class? Put "
-            "the parts into a folder of their own, or name the images with --csv"
+            "the parts into a folder of their own, or name the images in a CSV file"
         )
     parts: dict[str, Path] = {}
     for folder, part in meant.items():
@@ -201,7 +201,7 @@ def _refuse_equal_insides(directory: Path, folders: Sequence[Path]) -> None:
             f"all folders of {directory} ({named([f.name for f in folders])}) hold the folders "
             f"{named(insides[0])}: which of them are the classes? Name the outer ones train, val "
             "and test if they are parts, move the images up if they are classes, or name the "
-            "images with --csv"
+            "images in a CSV file"
         )
 
 
@@ -243,13 +243,13 @@ def table_rows(table: Path) -> list[dict[str, str]]:
     try:
         rows = read_table(table)
     except ArgumentError as error:
-        raise DataError(f"--csv {error}") from error
+        raise DataError(error.message) from error
     return [{name.strip(): value.strip() for name, value in row.items()} for row in rows]
 
 
 def _rows_of(table: Path, path_column: str, labels: Sequence[str]) -> list[dict[str, str]]:
     rows = table_rows(table)
-    options = {path_column: "--path-column"} | dict.fromkeys(labels, "--labels")
+    options = {path_column: "<path_column>"} | dict.fromkeys(labels, "<labels>")
     for wanted, option in options.items():
         if wanted not in rows[0]:
             raise DataError(

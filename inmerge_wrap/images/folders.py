@@ -92,11 +92,11 @@ def hold_out(collection: ImageCollection, column: str, site: str) -> ImageCollec
         DataError: If the images have parts already, or none is of this site, or all are.
     """
     if any(image.part is not None for image in collection.images):
-        raise DataError("--site makes the test part, and the data have parts already: leave it out")
+        raise DataError("<site> makes the test part, and the data have parts already: leave it out")
     there = [image.mark(column) == site for image in collection.images]
     if not any(there) or all(there):
         known = sorted({image.mark(column) for image in collection.images})
-        raise DataError(f"--site {column} {site}: there are {named(known, 20)}; two are needed")
+        raise DataError(f"<site={column} {site}>: there are {named(known, 20)}; two are needed")
     images = tuple(
         replace(image, part="test" if held else "train")
         for image, held in zip(collection.images, there, strict=True)
@@ -111,14 +111,14 @@ def _suspicious(facts: Sequence[Facts]) -> list[str]:
     if unwindowed:
         warnings.append(
             f"{counted(unwindowed, 'DICOM file')} without a window: all of the values that the "
-            "bits can hold are shown, unless --pixel-range gives others."
+            "bits can hold are shown, unless a pixel range is given."
         )
     shapes = [(entry.width, entry.height) for entry in facts]
     long = sum(max(shape) > 1.5 * min(shape) for shape in shapes)
     if long:
         warnings.append(
             f"{counted(long, 'image')} with one side more than half as long again as the other: "
-            "--crop-mode squash changes their proportions, center cuts off their ends."
+            "the crop mode squash changes their proportions, center cuts off their ends."
         )
     return warnings
 
@@ -137,7 +137,7 @@ def prepare(
         DataError: If it cannot be guessed, or a setting is out of range.
     """
     if pixel_range is not None and all(entry.kind == "bytes" for entry in facts):
-        raise DataError("--pixel-range would do nothing: all images are of 8 bits")
+        raise DataError("<pixel_range> would do nothing: all images are of 8 bits")
     colour = any(entry.colour for entry in facts)
     return Preparation(
         size=size,

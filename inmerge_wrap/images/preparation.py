@@ -49,15 +49,15 @@ class Preparation:
 
     def __post_init__(self) -> None:
         if self.size < 8:
-            raise DataError(f"--size must be at least 8 pixels, got {self.size}")
+            raise DataError(f"<size> must be at least 8 pixels, got {self.size}")
         if self.channels not in (1, 3):
-            raise DataError(f"--channels must be 1 or 3, got {self.channels}")
+            raise DataError(f"<channels> must be 1 or 3, got {self.channels}")
         if self.crop_mode not in CROP_MODES:
-            raise DataError(f"--crop-mode must be one of {CROP_MODES}, got {self.crop_mode!r}")
+            raise DataError(f"<crop_mode> must be one of {CROP_MODES}, got {self.crop_mode!r}")
         if self.pixel_range is not None:
             black, white = self.pixel_range
             if not (math.isfinite(black) and math.isfinite(white) and black < white):
-                raise DataError(f"--pixel-range must be BLACK < WHITE, got {black:g} {white:g}")
+                raise DataError(f"<pixel_range> must be BLACK < WHITE, got {black:g} {white:g}")
 
     def __call__(self, path: Path) -> Tensor:
         return self.pixels_of(decode(path))
@@ -130,6 +130,8 @@ class Recipe:
         thresholds: Of a multi-label task, for each label the probability above which it is named;
             after the temperature.
         seen: What the training images were like; None if it is not known.
+        class_shares: For each class, the share of the training images that show it, of several
+            labels among those where it is known; None if it is not known.
         trained_on: Digests of the images that training or its choices saw (`digest_of`), sorted.
     """
 
@@ -141,6 +143,7 @@ class Recipe:
     temperature: float = 1.0
     thresholds: tuple[float, ...] | None = None
     seen: Seen | None = None
+    class_shares: tuple[float, ...] | None = None
     trained_on: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

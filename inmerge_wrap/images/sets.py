@@ -7,7 +7,6 @@ they are what corruptions act on.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from inmerge_wrap.files import replacing, write_json
+from inmerge_wrap.files import read_json, replacing, write_json
 from inmerge_wrap.images.collection import ImageCollection, ImageFile, counted, named
 from inmerge_wrap.images.files import DataError, Facts, examine
 from inmerge_wrap.images.preparation import Preparation
@@ -58,7 +57,14 @@ def examine_all(
     """
     known: dict[str, Any] = {}
     if memory is not None and memory.exists():
-        known = json.loads(memory.read_text())
+        try:
+            known = read_json(memory)
+            for entry in known.values():
+                Facts(**entry["facts"]), entry["stamp"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{memory} cannot be used ({error}): remove it, and the images are checked again"
+            ) from error
     stamps = {str(image.path): _stamp(image.path) for image in collection.images}
     unchanged = {
         path for path, stamp in stamps.items() if path in known and known[path]["stamp"] == stamp
@@ -119,7 +125,8 @@ def without_broken(
     title = f"{len(broken):,} of {counted(len(facts), 'image')} cannot be read"
     if not skip:
         raise DataError(
-            f"{title}:\n{shown}{more}\nMend or remove them, or leave them out with --skip-broken"
+            f"{title}:\n{shown}{more}\n"
+            "Mend or remove them, or leave them out with <skip_broken=True>"
         )
     kept = [
         (image, entry)
@@ -183,14 +190,15 @@ def keep_pixels(images: ImageSet, path: Path, *, workers: int = 0) -> ImageSet:
     Raises:
         DataError: If the disk has no room for it.
     """
+    shape = (len(images), images.preparation.channels, *[images.preparation.size] * 2)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        shape = (len(images), images.preparation.channels, *[images.preparation.size] * 2)
         needed, free = int(np.prod(shape)), shutil.disk_usage(path.parent).free
         if needed > 0.9 * free:
             raise DataError(
                 f"the decoded images take {needed / 1e9:.1f} GB in {path.parent} and "
-                f"{free / 1e9:.1f} GB are free: pass --no-cache to decode them in every epoch"
+                f"{free / 1e9:.1f} GB are free: decode them in every epoch (inmerge train "
+                "--no-cache)"
             )
         loader = DataLoader(images, batch_size=None, num_workers=workers)
         with replacing(path) as draft:
@@ -200,4 +208,12 @@ def keep_pixels(images: ImageSet, path: Path, *, workers: int = 0) -> ImageSet:
                 pixels[index] = one.numpy()
             pixels.flush()
             del pixels
-    return ImageSet(images.images, images.preparation, pixels=np.load(path, mmap_mode="r"))
+    try:
+        pixels = np.load(path, mmap_mode="r")
+        if pixels.shape != shape or pixels.dtype != np.uint8:
+            raise ValueError(f"it holds {pixels.dtype} {pixels.shape}")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be used ({error}): remove it, and the images are decoded again"
+        ) from error
+    return ImageSet(images.images, images.preparation, pixels=pixels)

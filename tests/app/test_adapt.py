@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 
+from inmerge_wrap.app.adapted_folder import write_adapted
 from inmerge_wrap.app.adapting import adapt, read_site
 from inmerge_wrap.app.model import TrainedModel
 from inmerge_wrap.app.operating import operating_point
@@ -82,6 +83,7 @@ def test_what_can_go_wrong_is_said(site: Path, tmp_path: Path) -> None:
     pictures(images, "png16", count=3, seed=2)
     (images / "broken.png").write_bytes(b"nothing")
     result = run("adapt", site / "model", images, "--prior", 0, "--out", tmp_path / "out")
+    assert "20.0%" in result.stdout, "the share of a class in training"
     said = " ".join(result.stderr.split())
     assert "3 images are few to estimate statistics on" in said
     assert "1 files cannot be read and were left out, for example broken.png" in said
@@ -91,6 +93,22 @@ def test_what_can_go_wrong_is_said(site: Path, tmp_path: Path) -> None:
     found = adapt(model, read_site(model, find_files([site / "other"])))
     assert found.shares["b"] == (1.0, 1.0)
     assert any("100% of the images are now taken for b" in said for said in found.warnings)
+
+
+def test_a_class_that_was_common_in_training_may_be_common_here(site: Path, tmp_path: Path) -> None:
+    model = TrainedModel.read(site / "model")
+    with torch.no_grad():
+        model.network.get_classifier().bias[1] += 1000
+    read = read_site(model, find_files([site / "other"]))
+    for share, warned in ((0.6, True), (0.95, False)):
+        known = replace(model.recipe, class_shares=(0.0, share, 1 - share))
+        found = adapt(replace(model, recipe=known), read)
+        said = [text for text in found.warnings if "now taken for b" in text]
+        assert bool(said) is warned
+        assert all("60% of the training images" in text for text in said)
+    write_adapted(found, site / "model", tmp_path / "out", site="Ward 3")
+    assert "| b | 95.0% | 100.0% | 100.0% |" in (tmp_path / "out" / "README.md").read_text()
+    assert Recipe.read(tmp_path / "out").class_shares == known.class_shares
 
 
 def test_a_network_without_batch_norm_is_refused_with_what_to_do(tmp_path: Path) -> None:

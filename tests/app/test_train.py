@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
+import pickle
 import re
 import runpy
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,7 +208,11 @@ def test_plain_timm_computes_the_same_from_the_files(
     model = timm.create_model(f"local-dir:{out / 'model'}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     assert model.pretrained_cfg["label_names"] == CLASSES
-    temperature = Recipe.read(out / "model").temperature
+    recipe = Recipe.read(out / "model")
+    temperature = recipe.temperature
+    truths = [row["label"] for row in rows_of(out / "split.csv") if row["part"] == "train"]
+    shares = [truths.count(name) / len(truths) for name in CLASSES]
+    assert recipe.class_shares == pytest.approx(shares)
     for row in rows_of(out / "predictions.csv"):
         image = transform(Image.open(data / row["image"]).convert("RGB"))
         with torch.no_grad():
@@ -322,6 +329,113 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     for one, two in zip(*histories, strict=True):
         assert one | {"seconds": 0} == two | {"seconds": 0}
     assert results(tmp_path / "killed")["test"] == results(tmp_path / "whole")["test"]
+
+
+class _Call:
+    """As a pickle it calls a function."""
+
+    def __reduce__(self) -> Any:
+        return print, ("code of a checkpoint has run",)
+
+
+def _torch_saved(content: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name,content",
+    [
+        ("checkpoint.pt", b"PK\x03\x04 no archive"),
+        ("checkpoint.pt", _torch_saved({"model": torch.zeros(999)})[:700]),
+        ("checkpoint.pt", _torch_saved([1, 2])),
+        ("checkpoint.pt", _torch_saved({"model": {}, "history": [{"epoch": 1e300}] * 9})),
+        ("checkpoint.pt", _torch_saved(_Call())),
+        ("checkpoint.pt", pickle.dumps(_Call())),
+        ("settings.json", b"{"),
+        ("settings.json", b"[" * 100_000),
+        ("settings.json", b'["lr"]'),
+        ("../../files.json", b'{"a": 1'),
+        ("../../files.json", b'[["a"]]'),
+        ("../../cache/train-*.npy", b"\x93NUMPY"),
+        ("../../cache/train-*.npy", _Call),
+    ],
+)
+def test_a_hostile_file_of_an_earlier_start_is_one_line(
+    name: str,
+    content: Any,
+    begun: tuple[Path, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, arguments = begun
+    (path,) = list((out / "runs" / "plain-0").glob(name)) or [out / "runs" / "plain-0" / name]
+    before = path.read_bytes() if path.exists() else None
+    if content is _Call:
+        np.save(path, np.array([_Call()], dtype=object), allow_pickle=True)
+    else:
+        path.write_bytes(content)
+    try:
+        message = str(run_here(monkeypatch, *arguments))
+    finally:
+        path.unlink() if before is None else path.write_bytes(before)
+    assert path.name in message and "remove" in message.lower(), message
+    assert len(message.splitlines()) == 1 and len(message) < 500
+    assert "code of a checkpoint has run" not in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[str]]]:
+    """A run that has read its images and stopped at a checkpoint, and its arguments."""
+    folder = tmp_path_factory.mktemp("begun")
+    write_images(folder / "data", 6)
+    (folder / "data" / CLASSES[0] / "patient099_0.png").unlink()
+    out = folder / "out"
+    arguments = ["--data-dir", str(folder / "data"), *TINY, "--only", "plain", "--out", str(out)]
+    checkpoint = out / "runs" / "plain-0" / "checkpoint.pt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"")
+    with pytest.MonkeyPatch.context() as patch:
+        assert run_here(patch, *arguments) != 0
+    checkpoint.unlink()
+    yield out, arguments
+
+
+@pytest.mark.parametrize(
+    "name,content",
+    [
+        ("training.json", b"{}"),
+        ("training.json", b'{"arch": "resnet10t", "mean": "a", "std": 1e999}'),
+        ("evaluation.json", b"null"),
+        ("evaluation.json", {"rows"}),
+        ("best.safetensors", b"\xff" * 8),
+    ],
+)
+def test_a_hostile_file_of_a_finished_run_is_one_line(
+    name: str,
+    content: bytes | set[str],
+    finished: tuple[Path, Path, list[str], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, out, arguments, _ = finished
+    monkeypatch.chdir(out.parent)
+    run = out / "runs" / "plain-0"
+    kept = {path.name: path.read_bytes() for path in run.iterdir()}
+    if name != "evaluation.json":
+        (run / "evaluation.json").unlink()
+    if isinstance(content, set):
+        whole = json.loads(kept[name])
+        (run / name).write_text(json.dumps({key: whole[key] for key in whole.keys() - content}))
+    else:
+        (run / name).write_bytes(content)
+    try:
+        message = str(run_here(monkeypatch, *arguments))
+    finally:
+        for each, before in kept.items():
+            (run / each).write_bytes(before)
+    assert "plain-0" in message and "remove" in message.lower(), message
+    assert len(message.splitlines()) == 1 and len(message) < 500
 
 
 # -- several labels --------------------------------------------------------------------------------

@@ -70,6 +70,7 @@ def recipe_for(folder: Path, form: str) -> Recipe:
         temperature=1.7,
         thresholds=(0.45, 0.5, 0.55) if several else None,
         seen=seen_of(looks),
+        class_shares=(0.2, 0.3, 0.5),
     )
 
 

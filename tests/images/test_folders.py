@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from inmerge_wrap.errors import as_option
 from inmerge_wrap.images import collection as image_collection
 from inmerge_wrap.images import dicom as image_dicom
 from inmerge_wrap.images import files as image_files
@@ -21,6 +22,7 @@ from inmerge_wrap.images import sets as image_sets
 from inmerge_wrap.images.cells import restored, safe, write_table
 from inmerge_wrap.images.collection import ImageCollection, ImageFile, deal
 from inmerge_wrap.images.files import DataError, decode, examine, range_of
+from inmerge_wrap.images.finding import find_images
 from inmerge_wrap.images.preparation import Preparation, Recipe, Seen
 from inmerge_wrap.images.tables import read_table
 
@@ -155,7 +157,7 @@ def test_floats_between_0_and_1_need_no_range_and_others_do(tmp_path: Path) -> N
     unit = examine(save(tmp_path / "a.tif", ramp(top=1, dtype=np.float32) * 0.9))
     assert range_of([unit], None) == (0, 1)
     units = examine(save(tmp_path / "b.tif", ramp(top=1, dtype=np.float32) * 2000 - 1000))
-    with pytest.raises(DataError, match=r"1 images hold values from -1000 to .*--pixel-range"):
+    with pytest.raises(DataError, match=r"1 images hold values .* give pixel_range=BLACK WHITE"):
         range_of([units], None)
     assert range_of([units], (-1000, 400)) == (-1000, 400)
 
@@ -495,8 +497,8 @@ def test_a_site_is_held_out_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change,settings,message",
     [
-        ({}, {"labels": ("diagnosis",)}, r"no column 'diagnosis': name it with --labels"),
-        ({}, {"path_column": "file"}, r"no column 'file': name it with --path-column"),
+        ({}, {"labels": ("diagnosis",)}, r"no column 'diagnosis': name it with labels"),
+        ({}, {"path_column": "file"}, r"no column 'file': name it with path_column"),
         ({"label": ""}, {}, r"row 3: 1.png has no label"),
         ({"path": "0.png"}, {}, r"row 3: 0.png was named in row 2 already"),
         ({"path": ""}, {}, r"row 3: no path"),
@@ -539,7 +541,7 @@ def test_broken_files_are_named_counted_and_skipped_by_choice(tmp_path: Path) ->
     with pytest.raises(DataError) as raised:
         opened(tmp_path)
     message = str(raised.value)
-    assert message.startswith("3 of 27 images cannot be read:") and "--skip-broken" in message
+    assert message.startswith("3 of 27 images cannot be read:") and "skip_broken=True" in message
     for name in ("a/text.png: ", "b/short.png: ", "b/empty.jpg: "):
         assert name in message
     collection, _ = opened(tmp_path, skip_broken=True)
@@ -727,7 +729,7 @@ def test_groups_in_two_parts_are_an_error(tmp_path: Path) -> None:
 def test_shares_that_are_no_shares(tmp_path: Path) -> None:
     fill(tmp_path, {"a": 3, "b": 3})
     for shares in ((0.7, 0.2, 0.2), (1.0, 0.0, 0.0)):
-        with pytest.raises(DataError, match="--split"):
+        with pytest.raises(DataError, match="shares"):
             opened(tmp_path, shares=dict(zip(("train", "val", "test"), shares, strict=True)))
 
 
@@ -735,9 +737,9 @@ def test_arguments_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
     start = 0
     for part in ("train", "val", "test"):
         start = fill(tmp_path / part, {"a": 3, "b": 3}, start)
-    with pytest.raises(DataError, match="--split would do nothing"):
+    with pytest.raises(DataError, match="shares would do nothing"):
         opened(tmp_path, shares={"train": 0.5, "val": 0.25, "test": 0.25})
-    with pytest.raises(DataError, match="--pixel-range would do nothing"):
+    with pytest.raises(DataError, match="pixel_range would do nothing"):
         opened(tmp_path, pixel_range=(0, 100))
 
 
@@ -811,6 +813,22 @@ def test_names_are_counted_and_cut_short() -> None:
     assert image_collection.named([str(n) for n in range(8)]) == "0, 1, 2, 3, 4 and 3 more"
     assert image_collection.counted(1, "file") == "1 file"
     assert ImageFile(Path("a"), "a", (1.0, float("nan"), 1.0)).label[0] == 1
+
+
+def test_an_error_names_arguments_in_python_options_on_the_command_line_and_names_as_they_are(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(DataError) as raised:
+        Preparation(size=4, channels=3)
+    assert str(raised.value) == "size must be at least 8 pixels, got 4"
+    assert raised.value.with_options(as_option).startswith("--size must")
+    for name in ("<i>", "<b>x"):
+        (tmp_path / name).mkdir()
+    save(tmp_path / "a.png", ramp())
+    (tmp_path / "a.png").rename(tmp_path / "<b>x" / "a.png")
+    with pytest.raises(DataError, match="no image in 1 class folder: <i>") as raised:
+        find_images(tmp_path)
+    assert "folder: <i>" in raised.value.with_options(as_option)
 
 
 def test_a_deployment_survives_json_and_checks_itself(tmp_path: Path) -> None:

@@ -125,14 +125,23 @@ def uneven() -> dict[str, Any]:
     return {"ends": ends, "step": model.step, "merged": model.report().merged}
 
 
-def uneven_but_compared() -> dict[str, Any]:
-    _, ddp, optimizer = parallel(check_replicas_every=2)
+def uneven_in_the_forward_pass() -> dict[str, Any]:
+    model, ends = joined(mode="outputs")
+    return {"ends": ends, "step": model.step}
+
+
+def uneven_but_compared(**settings: Any) -> dict[str, Any]:
+    _, ddp, optimizer = parallel(check_replicas_every=2, **settings)
 
     def run() -> None:
         with ddp.join():
             steps(ddp, optimizer, range(3))
 
     return failed(run)
+
+
+def uneven_but_compared_in_the_forward_pass() -> dict[str, Any]:
+    return uneven_but_compared(mode="outputs")
 
 
 CASES: tuple[Case, ...] = (
@@ -145,7 +154,9 @@ CASES: tuple[Case, ...] = (
     changed_alike_after_attaching,
     by_hand,
     uneven,
+    uneven_in_the_forward_pass,
     uneven_but_compared,
+    uneven_but_compared_in_the_forward_pass,
 )
 
 
