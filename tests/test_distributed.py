@@ -106,7 +106,6 @@ def test_replicas_saved_in_the_middle_continue_bit_for_bit(
     assert len({run[how] for run in runs for how in ("straight", "resumed")}) == 1
 
 
-
 def test_two_machines(tmp_path: Path) -> None:
     """Two nodes of one process each, as ``accelerate launch`` starts them, over loopback."""
     with socket.socket() as free:
