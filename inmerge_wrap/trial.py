@@ -62,7 +62,10 @@ def share_kept(optimizer: Optimizer, weight: Tensor) -> float | None:
             torch.no_grad(),
         ):
             warnings.simplefilter("ignore")
-            share = _measured(optimizer, weight, device)
+            try:
+                share = _measured(optimizer, weight, device, fills_state=False)
+            except Exception:  # perhaps because its constructor has filled its state
+                share = _measured(optimizer, weight, device, fills_state=True)
     except Exception:  # someone else's code on tensors that it did not expect: no verdict
         return None
     finally:
@@ -70,7 +73,9 @@ def share_kept(optimizer: Optimizer, weight: Tensor) -> float | None:
     return share if abs(share) < float("inf") else None
 
 
-def _measured(optimizer: Optimizer, weight: Tensor, device: torch.device) -> float:
+def _measured(
+    optimizer: Optimizer, weight: Tensor, device: torch.device, *, fills_state: bool
+) -> float:
     generator = torch.Generator("cpu").manual_seed(0)
 
     def drawn() -> Tensor:
@@ -78,7 +83,7 @@ def _measured(optimizer: Optimizer, weight: Tensor, device: torch.device) -> flo
 
     start, change = drawn(), drawn()
     changed, plain = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    twin = _twin(optimizer, weight, [changed, plain])
+    twin = _twin(optimizer, weight, [changed, plain], fills_state)
     step: Any = type(twin).step
     step = step.__wrapped__ if hasattr(step, "hooked") else step  # hooks are for real steps
 
@@ -94,7 +99,9 @@ def _measured(optimizer: Optimizer, weight: Tensor, device: torch.device) -> flo
     return (((changed - plain) * change).sum() / change.square().sum()).item()
 
 
-def _twin(optimizer: Optimizer, weight: Tensor, parameters: list[nn.Parameter]) -> Any:
+def _twin(
+    optimizer: Optimizer, weight: Tensor, parameters: list[nn.Parameter], fills_state: bool
+) -> Any:
     """Returns an optimizer of the same class and settings that holds other parameters."""
     (group, *_) = (g for g in optimizer.param_groups if any(p is weight for p in g["params"]))
     options = {name: value for name, value in group.items() if name not in ("params", "lr")}
@@ -105,7 +112,22 @@ def _twin(optimizer: Optimizer, weight: Tensor, parameters: list[nn.Parameter]) 
     replaced: dict[int, Any] = {
         id(p): parameters[0] for group in optimizer.param_groups for p in group["params"]
     }
+    if fills_state:
+        states = {p: _state_like(optimizer, weight, p) for p in parameters}
+        replaced[id(optimizer.state)] = defaultdict(dict, states)
     return _copied(optimizer, groups, replaced)
+
+
+def _state_like(optimizer: Optimizer, weight: Tensor, parameter: nn.Parameter) -> dict[str, Any]:
+    """Returns the state of a weight as it would be for a parameter that has taken no step."""
+
+    def like(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape != weight.shape:
+            return copy.deepcopy(value)
+        is_copy = torch.equal(value, weight)
+        return parameter.detach().clone() if is_copy else torch.zeros_like(parameter)
+
+    return {name: like(value) for name, value in optimizer.state[weight].items()}
 
 
 def _zero(rate: Any) -> Any:
@@ -123,8 +145,8 @@ def _copied(optimizer: Optimizer, groups: list[Any], replaced: dict[int, Any]) -
             copied = _copied(value, groups, replaced) if known is None else known
         elif name.endswith("_hooks") and isinstance(value, Mapping):
             copied = OrderedDict()
-        elif callable(value):  # a scheduler's step would step the original
-            continue
+        elif callable(value) and not isinstance(value, nn.Module):
+            continue  # a scheduler's step would step the original
         else:
             copied = copy.deepcopy(value, replaced)
         vars(twin)[name] = copied

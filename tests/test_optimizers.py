@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+import pytorch_optimizer
 import schedulefree
 import timm
 import timm.optim
@@ -191,6 +192,28 @@ def test_the_optimizer_around_the_one_that_steps_is_tried_too() -> None:
     model = wrapped()
     with pytest.raises(RuntimeError, match="Lookahead keeps a copy"):
         model.attach(Lookahead(sgd(model)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda weights: pytorch_optimizer.TRAC(torch.optim.AdamW(weights)),
+        lambda weights: pytorch_optimizer.Lookahead(torch.optim.AdamW(weights)),
+        lambda weights: pytorch_optimizer.Ranger21(weights, num_iterations=100),
+        pytorch_optimizer.DAdaptSGD,
+    ],
+    ids=["TRAC", "Lookahead", "Ranger21", "DAdaptSGD"],
+)
+def test_another_library_s_optimizers_that_undo_merges_are_refused(make: Any) -> None:
+    model = wrapped(mode="step")
+    optimizer = make(list(model.parameters()))
+    with pytest.raises(RuntimeError, match="keeps a copy of the weights"):
+        model.attach(optimizer)
+    model = wrapped(mode="weights")
+    optimizer = make(list(model.parameters()))
+    model.attach(optimizer)
+    train(model, optimizer, 2)
+    assert model.step == 2
 
 
 def assert_same(first: Any, second: Any) -> None:
