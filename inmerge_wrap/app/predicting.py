@@ -27,7 +27,7 @@ class Prediction:
     Attributes:
         name: As it was given, below its folder.
         probabilities: One for each class; None if the file could not be read.
-        said: The most probable class, or the labels above their thresholds.
+        predicted: The most probable class, or the labels above their thresholds.
         unlike: In which respects the image differs from those of the training, as words.
         look: What the image is like.
         error: Why the file could not be read, or None.
@@ -35,7 +35,7 @@ class Prediction:
 
     name: str
     probabilities: tuple[float, ...] | None = None
-    said: tuple[str, ...] = ()
+    predicted: tuple[str, ...] = ()
     unlike: tuple[str, ...] = ()
     look: Look | None = None
     error: str | None = None
@@ -125,7 +125,7 @@ def _answers(model: TrainedModel, names: Sequence[str], batch: Sequence[Read]) -
             Prediction(
                 name,
                 probabilities=tuple(row.tolist()),
-                said=tuple(n for n, is_so in zip(recipe.classes, named, strict=True) if is_so),
+                predicted=tuple(n for n, is_so in zip(recipe.classes, named, strict=True) if is_so),
                 unlike=tuple(unlike(entry.look, seen)) if seen is not None else (),
                 look=entry.look,
             )
@@ -161,10 +161,10 @@ def write_predictions(found: Sequence[Prediction], recipe: Recipe, path: Path) -
         rows.append(
             [
                 entry.name,
-                "; ".join(entry.said),
+                "; ".join(entry.predicted),
                 *(values or [""] * len(recipe.classes)),
                 "; ".join(entry.unlike),
                 entry.error or "",
             ]
         )
-    write_table(path, ["image", "said", *recipe.classes, "unlike training", "error"], rows)
+    write_table(path, ["image", "prediction", *recipe.classes, "unlike training", "error"], rows)

@@ -194,7 +194,7 @@ def write_predictions(found: Found, collection: ImageCollection, path: Path) -> 
             truth = ["" if value != value else int(value) for value in image.label]
         named = "; ".join(name for name, is_so in zip(classes, said, strict=True) if is_so)
         rows.append([image.name, *truth, named, *(round(value, 7) for value in row)])
-    write_table(path, ["image", *truths, "said", *classes], rows)
+    write_table(path, ["image", *truths, "prediction", *classes], rows)
 
 
 # -- the report's content --------------------------------------------------------------------------

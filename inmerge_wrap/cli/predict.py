@@ -74,7 +74,7 @@ def predict(
     if as_json:
         print_json(_content(found, trained.recipe.classes, notes, out))
     else:
-        counts = Counter(name for entry in found for name in entry.said)
+        counts = Counter(name for entry in found for name in entry.predicted)
         shown = ", ".join(f"{name} {counts[name]}" for name in trained.recipe.classes)
         say(f"{len(found)} images: {shown}\nwritten: {out}")
 
@@ -89,7 +89,7 @@ def _content(
         "images": [
             {
                 "image": entry.name,
-                "said": list(entry.said),
+                "prediction": list(entry.predicted),
                 "probabilities": entry.probabilities,
                 "unlike_training": list(entry.unlike),
                 "error": entry.error,

@@ -55,12 +55,13 @@ print("found:" + json.dumps(found))
         assert max(abs(value - told[0]) for value in told) > 1e-3  # a constant would agree too
         if form == "multilabel":
             expected = [n for n, p, t in zip("abc", told, (0.45, 0.5, 0.55), strict=True) if p > t]
-            assert rows[name]["said"] == "; ".join(expected)
+            assert rows[name]["prediction"] == "; ".join(expected)
         else:
-            assert rows[name]["said"] == "abc"[int(np.argmax(told))]
+            assert rows[name]["prediction"] == "abc"[int(np.argmax(told))]
     if form == "multilabel":
         assert [eval(line) for line in said] == [
-            rows[name]["said"].split("; ") if rows[name]["said"] else [] for name in sorted(rows)
+            rows[name]["prediction"].split("; ") if rows[name]["prediction"] else []
+            for name in sorted(rows)
         ]
 
 
@@ -90,7 +91,8 @@ def test_a_broken_file_is_a_row_with_its_reason(tmp_path: Path) -> None:
     assert "cannot identify image file" in rows["broken.png"]["error"]
     assert "need a pixel_range" in rows["deep.png"]["error"]
     assert (
-        rows["broken.png"]["a"] == rows["broken.png"]["said"] == "" and not rows["00.png"]["error"]
+        rows["broken.png"]["a"] == rows["broken.png"]["prediction"] == ""
+        and not rows["00.png"]["error"]
     )
     content = run_json("predict", folder, images, "--out", out)
     assert content["images"][4]["probabilities"] is None and content["output"] == str(out)

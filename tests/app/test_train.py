@@ -161,7 +161,7 @@ def test_figures_are_those_of_scikit_learn(finished: tuple[Path, Path, list[str]
     _, out, _, _ = finished
     rows, content = rows_of(out / "predictions.csv"), results(out)
     truth = [row["true"] for row in rows]
-    said = [row["said"] for row in rows]
+    said = [row["prediction"] for row in rows]
     scores = np.array([[float(row[name]) for name in CLASSES] for row in rows])
     clean = content["test"]["rows"][0]
     assert clean["corruption"] == "clean" and len(rows) == content["images"]["test"]
@@ -462,7 +462,14 @@ def test_several_labels_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert content["task"] == "multilabel" and content["preparation"]["pixel_range"] == [0, 4095]
     assert content["test"]["confusion"] is None and len(content["test"]["thresholds"]) == 2
     predictions = rows_of(tmp_path / "out" / "predictions.csv")
-    assert set(predictions[0]) == {"image", "true upper", "true lower", "said", "upper", "lower"}
+    assert set(predictions[0]) == {
+        "image",
+        "true upper",
+        "true lower",
+        "prediction",
+        "upper",
+        "lower",
+    }
     known = [row for row in predictions if row["true lower"] != ""]
     expected = roc_auc_score(
         [int(row["true lower"]) for row in known], [float(row["lower"]) for row in known]
@@ -493,7 +500,7 @@ def test_several_labels_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert answer.probabilities is not None
         expected = [float(row["upper"]), float(row["lower"])]
         assert answer.probabilities == pytest.approx(expected, abs=1e-5)
-        assert "; ".join(answer.said) == row["said"]
+        assert "; ".join(answer.predicted) == row["prediction"]
     split = rows_of(tmp_path / "out" / "split.csv")
     seen = {row["path"] for row in split if row["part"] != "test"}
     digests = {digest_of(image_files.decode(Path(path)).digest) for path in seen}
