@@ -8,7 +8,7 @@ import io
 import pickle
 import random
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -99,6 +99,13 @@ def assert_lockstep(
         twin.load_state_dict(model.module.state_dict())
     assert [layer.steps for layer in model.report()] == [steps, steps]
     assert model.report().merged == merged > 0
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiles() -> Iterator[None]:
+    """timm's Kron compiles its parts, which takes a minute and is not what is tested here."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 # -- every optimizer -----------------------------------------------------------------------------

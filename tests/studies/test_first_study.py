@@ -392,7 +392,7 @@ def test_bars_stand_at_the_place_of_their_architecture(
 
     monkeypatch.setattr(Axes, "bar", record)
     report(monkeypatch, "architectures", "--runs", str(tmp_path), "--out", str(tmp_path))
-    assert drawn == {"merge as in the paper (cosine > .3)": [0, 2], "late": [2]}
+    assert drawn == {"merge as in the paper (cosine > 0.3)": [0, 2], "late": [2]}
 
 
 def test_the_report_refuses_what_it_can_not_compare(
