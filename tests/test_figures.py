@@ -151,6 +151,33 @@ def interval(row: dict[str, str]) -> str:
     return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
+def test_the_page_of_evidence_shows_the_pilot_as_it_was_analysed() -> None:
+    analysis = importlib.import_module("studies.3.analysis")
+    fresh = analysis.differences(analysis.grouped(read_runs(STUDIES / "3" / "runs.jsonl.gz")))
+    with (STUDIES / "3" / "differences.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row, again in zip(rows, fresh, strict=True):
+        for name in ("mean", "low", "high"):
+            assert float(row[name]) == pytest.approx(again[name], abs=1e-5)
+    measured = {
+        tuple(row[name] for name in ("arm", "baseline", "measure", "tested_on")): row
+        for row in rows
+        if (row["augmentation"], row["images"], row["steps"]) == ("flips", "600", "600")
+    }
+    page = (ROOT / "docs" / "evidence.md").read_text().partition("## A pilot")[2]
+    shown = re.findall(r"^\| (.+) − (.+) \| (\d+) \| (.+) \|$", page, re.MULTILINE)
+    assert len(shown) == 5
+    for arm, baseline, pairs, cells in shown:
+        names = arm.replace("for each image", "per image"), baseline
+        found = [
+            measured[(*names, "AUROC", "corrupted")],
+            measured[(*names, "balanced accuracy", "corrupted")],
+            measured[(*names, "balanced accuracy", "clean")],
+        ]
+        assert {row["pairs"] for row in found} == {pairs}
+        assert cells == " | ".join(interval(row) for row in found)
+
+
 def test_the_page_of_evidence_shows_the_second_study_as_it_was_analysed() -> None:
     study = STUDIES / "2"
     with (study / "reanalysis.csv").open(newline="") as file:
