@@ -33,8 +33,8 @@ without and with in-model merging in pairs of seeds (--only merged trains that a
 After an interruption the same command continues from the last complete epoch, on a CPU to the same
 bits.
 
-1,000 images of 224 px take a resnet18 about two minutes an epoch on one CPU core. How well it works
-depends on your images; the report says how certain each figure is.
+The progress bar shows the time that is left. How well it works depends on your images; the report
+says how certain each figure is.
 """
 
 
