@@ -92,7 +92,7 @@ def plan_merging(
         sites,
         shallow_layers,
         also_merge,
-        _patterns("include", include),
+        None if include is None else _patterns("include", include),
         _patterns("exclude", exclude),
     )
     if not plan.merged:
@@ -102,7 +102,14 @@ def plan_merging(
 
 
 def plan_or_make(
-    plan: MergePlan | None, model: nn.Module, mode: Mode, **arguments: Any
+    plan: MergePlan | None,
+    model: nn.Module,
+    mode: Mode,
+    shallow_layers: int | float,
+    example_input: Any,
+    include: Pattern | Sequence[Pattern] | None,
+    exclude: Pattern | Sequence[Pattern],
+    also_merge: Collection[str],
 ) -> MergePlan:
     """Returns the plan that is given, else one made with the arguments of :func:`plan_merging`.
 
@@ -110,13 +117,17 @@ def plan_or_make(
         ValueError: If there are both.
     """
     if plan is None:
-        return plan_merging(model, mode=mode, **arguments)
-    is_given = (
-        arguments["shallow_layers"] != DEFAULT_SHALLOW_SHARE
-        or any(arguments[name] is not None for name in ("example_input", "include"))
-        or any(arguments[name] for name in ("exclude", "also_merge"))
-    )
-    if is_given:
+        return plan_merging(
+            model,
+            shallow_layers=shallow_layers,
+            example_input=example_input,
+            include=include,
+            exclude=exclude,
+            also_merge=also_merge,
+            mode=mode,
+        )
+    optional = example_input is not None or include is not None or exclude or also_merge
+    if shallow_layers != DEFAULT_SHALLOW_SHARE or optional:
         raise ValueError("a plan decides what is merged: pass either a plan or its arguments")
     return plan
 
@@ -252,11 +263,11 @@ def _decide(
     shallow_layers: int | float,
     also_merge: Collection[str],
     include: Sequence[Pattern] | None,
-    exclude: Sequence[Pattern] | None,
+    exclude: Sequence[Pattern],
 ) -> MergePlan:
     """Splits the sites into merged and skipped."""
     included = None if include is None else _matching(sites, include, "include")
-    excluded = _matching(sites, exclude or (), "exclude")
+    excluded = _matching(sites, exclude, "exclude")
     counted = [site for site in sites if _counts(site, also_merge)]
     shallow = {site.name for site in counted[: _shallow_count(shallow_layers, len(counted))]}
 
@@ -305,10 +316,8 @@ def _shallow_count(shallow_layers: int | float, depth: int) -> int:
     return max(1, min(depth - 1, round(shallow_layers * depth)))
 
 
-def _patterns(argument: str, given: Pattern | Sequence[Pattern] | None) -> Sequence[Pattern] | None:
+def _patterns(argument: str, given: Pattern | Sequence[Pattern]) -> Sequence[Pattern]:
     patterns: Any = [given] if isinstance(given, str) or callable(given) else given
-    if patterns is None and argument == "include":
-        return None
     is_list = isinstance(patterns, Collection)
     if not is_list or not all(isinstance(each, str) or callable(each) for each in patterns):
         raise ArgumentError(

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from inmerge_wrap.card import ModelCard
-from inmerge_wrap.files import replacing, replacing_files, supported_or_skipped
+from inmerge_wrap.files import read_json, replacing, replacing_files, supported_or_skipped
 from inmerge_wrap.unwrapping import named_wrappers, unwrap
 from inmerge_wrap.watch import NoEffectWarning
 
@@ -188,7 +188,7 @@ def export_timm(
                 card.write(
                     draft,
                     model=model,
-                    architecture=json.loads((draft / "config.json").read_text())["architecture"],
+                    architecture=read_json(draft / "config.json")["architecture"],
                     data_config=data_config,
                     label_names=label_names,
                     several_outputs=outputs > 1,
@@ -240,7 +240,7 @@ def _write_timm_config(
         model_args={**shape, **(model_args or {})},
         data_config=data_config,
     )
-    config = json.loads(path.read_text())
+    config = read_json(path)
     config["pretrained_cfg"] |= data_config
     # These describe the weights that training started from.
     for stale in ("tag", "license", "origin_url", "paper_ids", "test_input_size", "test_crop_pct"):

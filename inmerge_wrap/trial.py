@@ -127,7 +127,7 @@ def _state_like(optimizer: Optimizer, weight: Tensor, parameter: nn.Parameter) -
         is_copy = torch.equal(value, weight)
         return parameter.detach().clone() if is_copy else torch.zeros_like(parameter)
 
-    return {name: like(value) for name, value in optimizer.state[weight].items()}
+    return {name: like(value) for name, value in optimizer.state.get(weight, {}).items()}
 
 
 def _zero(rate: Any) -> Any:

@@ -147,14 +147,7 @@ class InMergeWrapper(NetworkProxy):
             check_replicas_every=check_replicas_every,
         )
         plan = plan_or_make(
-            plan,
-            module,
-            mode,
-            shallow_layers=shallow_layers,
-            example_input=example_input,
-            include=include,
-            exclude=exclude,
-            also_merge=also_merge,
+            plan, module, mode, shallow_layers, example_input, include, exclude, also_merge
         )
         super().__init__(module, settings)
         self.plan = plan
@@ -241,14 +234,17 @@ class InMergeWrapper(NetworkProxy):
         """
         return self._driver.next_pairs()
 
-    def recalibrate(self, loader: Iterable[Any], **options: Any) -> int:
+    def recalibrate(
+        self, loader: Iterable[Any], *, prior: float = 0.0, max_batches: int | None = None
+    ) -> int:
         """Measures BatchNorm's statistics again, before evaluation; see :func:`recalibrate`.
 
         Args:
             loader: Batches of images, or tuples that begin with them, preprocessed as in training.
-            **options: ``prior`` and ``max_batches``, as of the function.
+            prior: Number of images that the old statistics count as; 0 forgets them.
+            max_batches: Number of batches to use; None for all.
         """
-        return recalibrate(self, loader, **options)
+        return recalibrate(self, loader, prior=prior, max_batches=max_batches)
 
     def statistics_measured(self) -> None:
         """Records that BatchNorm was recalibrated after the last step by other means."""

@@ -256,6 +256,12 @@ def test_the_trial_touches_neither_optimizer_nor_weights_nor_generators(name: st
     assert "lookahead" in name or not calls
 
 
+def test_a_trial_that_fails_leaves_no_trace_in_the_state() -> None:
+    model = wrapped(mode="step")
+    optimizer = torch.optim.LBFGS(model.parameters())
+    assert share_kept(optimizer, model.mid.weight) is None and not optimizer.state
+
+
 def test_an_optimizer_that_the_trial_cannot_step_is_not_refused() -> None:
     class Picky(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:

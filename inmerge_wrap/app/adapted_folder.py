@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tempfile
@@ -16,6 +15,7 @@ from inmerge_wrap.app.snippet import snippet
 from inmerge_wrap.card import PLACE
 from inmerge_wrap.errors import ArgumentError
 from inmerge_wrap.export import export_timm
+from inmerge_wrap.files import read_json
 from inmerge_wrap.markdown import plain_text
 
 __all__ = ["check_out", "write_adapted"]
@@ -49,7 +49,7 @@ def write_adapted(adaptation: Adaptation, source: Path, out: Path, *, site: str)
     check_out(out)
     recipe = adaptation.model.recipe
     size = recipe.preparation.size
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
+    config = read_json(source / "config.json")["pretrained_cfg"]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".draft-") as drafts:
         draft = Path(drafts) / out.name
