@@ -212,6 +212,21 @@ def test_a_small_dicom_that_claims_or_inflates_to_gigabytes_is_refused(
     assert "it inflates to more than" in str(examine(tmp_path / "c.dcm").error)
 
 
+@pytest.mark.parametrize("padding", [b"", b"\0", b"\0" * 70_000])
+def test_what_follows_a_deflated_stream_does_not_matter(tmp_path: Path, padding: bytes) -> None:
+    """The standard pads it to an even length (PS3.5, A.5), which depends on the file's content."""
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    data = pydicom.dcmread(dicom(tmp_path / "a.dcm", ramp()))
+    data.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    pydicom.dcmwrite(tmp_path / "b.dcm", data)
+    written = (tmp_path / "b.dcm").read_bytes()
+    (tmp_path / "b.dcm").write_bytes(written + padding)
+    assert examine(tmp_path / "b.dcm").error is None
+    np.testing.assert_array_equal(decode(tmp_path / "b.dcm").values, ramp())
+
+
 def test_dicom_is_shown_by_its_window_after_its_rescaling(tmp_path: Path) -> None:
     stored = ramp(top=4000, dtype=np.uint16)
     path = dicom(
