@@ -91,6 +91,8 @@ class _State:
             self.size = torch.zeros((), dtype=torch.float32)
             self.probability = torch.zeros((), dtype=torch.float32)
             self.shifts = torch.zeros(len(sites), dtype=torch.int64)
+            # Each layer's shift as the length of a tensor, which a compiler takes as a number.
+            self.rulers: list[Tensor] = []
             # In the weights: the partner of each kernel, whether it was drawn, its sign.
             self.sources = torch.zeros(channels, dtype=torch.int64)
             self.drawn = torch.zeros(channels, dtype=torch.bool)
@@ -177,6 +179,7 @@ class ForwardMerge:
         if settings.mode == "outputs":
             self._shifts = [shared_shift(site, settings.seed, step) for site in self._sites]
             state.shifts.copy_(torch.tensor(self._shifts, device="cpu"))
+            state.rulers = [_ruler(shift) for shift in self._shifts]
         else:
             self._draw_kernels(step, strength, settings, state)
 
@@ -308,12 +311,17 @@ class ForwardMerge:
         shares = draw.shares[:, self._spans[number]].to(output.device)
         local = self._shares.pop(number, None)
         shares = shares if local is None else shares * local
-        shift: Tensor | int = draw.shifts[number]
+        size = site.shape[0] // site.pair_groups
         if not self._settings.shared_partner:
             own = _image_keys(draw.key + 1, rows)
             bits = draw_bits(own, state.columns[self._spans[number]][:1])
-            shift = 1 + (bits >> 8).to(output.device) % (site.shape[0] // site.pair_groups - 1)
-        elif torch.compiler.is_compiling():  # a number would compile every step
+            shift: Tensor | int = 1 + (bits >> 8).to(output.device) % (size - 1)
+        elif not torch.compiler.is_compiling():
+            shift = draw.shifts[number]
+        elif output.device.type == "cpu":  # ranges of channels, for a gather is slow there
+            shift = len(state.rulers[number])
+            torch._check(shift < size)
+        else:  # CUDA graphs repeat a number
             shift = state.shifts[number].to(output.device).reshape(1, 1)
         self._count(number, rows, shares)
         bias = self._biases.pop(number, None)
@@ -449,6 +457,15 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
+
+
+def _ruler(length: int) -> Tensor:
+    """Returns a tensor whose length a compiler does not fix, as it would fix a number."""
+    from torch._dynamo.decorators import mark_unbacked  # two seconds, which an optimizer spends too
+
+    ruler = torch.empty(length, device="cpu")
+    mark_unbacked(ruler, 0)
+    return ruler
 
 
 def _width(site: ConvSite) -> int:

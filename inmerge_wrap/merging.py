@@ -17,6 +17,7 @@ No function here waits for the device, so each can run in every training step.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -348,21 +349,24 @@ class _MixChannels(torch.autograd.Function):
         ctx.shift, ctx.groups = shift, groups
         if isinstance(shift, Tensor):
             return torch.lerp(outputs, _shifted(outputs, shift, groups), shares)
+        wrapped = outputs.shape[1] // groups - shift  # the first channel whose partner is before it
+        blends = (
+            _parts(outputs, wrapped, groups),
+            _parts(outputs, shift, groups)[::-1],
+            _parts(shares, wrapped, groups),
+        )
+        if torch.compiler.is_compiling():
+            return _joined(map(torch.lerp, *blends), outputs)
         mixed = torch.empty_like(outputs)
-        for here, there in _halves(outputs.shape[1], shift, groups):
-            part = _part(mixed, here, groups)
-            torch.lerp(
-                _part(outputs, here, groups),
-                _part(outputs, there, groups),
-                _part(shares, here, groups),
-                out=part,
-            )
+        for part, *blend in zip(_parts(mixed, wrapped, groups), *blends, strict=True):
+            torch.lerp(*blend, out=part)
         return mixed
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (shares,) = ctx.saved_tensors
-        return _Transposed.apply(gradients[0], shares, ctx.shift, ctx.groups), None, None, None
+        transposed = _Transposed.apply if torch.is_grad_enabled() else _transposed
+        return transposed(gradients[0], shares, ctx.shift, ctx.groups), None, None, None
 
 
 class _Transposed(torch.autograd.Function):
@@ -372,14 +376,7 @@ class _Transposed(torch.autograd.Function):
     def forward(ctx: Any, gradient: Tensor, shares: Tensor, shift: Any, groups: int) -> Tensor:
         ctx.save_for_backward(shares)
         ctx.shift, ctx.groups = shift, groups
-        found = torch.addcmul(gradient, shares, gradient, value=-1)
-        if isinstance(shift, Tensor):
-            return found + _shifted(shares * gradient, -shift, groups)
-        for here, there in _halves(gradient.shape[1], shift, groups):
-            _part(found, there, groups).addcmul_(
-                _part(shares, here, groups), _part(gradient, here, groups)
-            )
-        return found
+        return _transposed(gradient, shares, shift, groups)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
@@ -387,21 +384,35 @@ class _Transposed(torch.autograd.Function):
         return _MixChannels.apply(gradients[0], shares, ctx.shift, ctx.groups), None, None, None
 
 
-def _halves(channels: int, shift: int, groups: int) -> tuple[tuple[slice, slice], ...]:
-    """Returns a cyclic shift as two ranges of channels of a group, and the ranges they read."""
-    size = channels // groups
-    wrapped = size - shift
-    return (
-        (slice(0, wrapped), slice(shift, size)),
-        (slice(wrapped, size), slice(0, shift)),
+def _transposed(gradient: Tensor, shares: Tensor, shift: Any, groups: int) -> Tensor:
+    kept = torch.addcmul(gradient, shares, gradient, value=-1)
+    if isinstance(shift, Tensor):
+        return kept + _shifted(shares * gradient, -shift, groups)
+    wrapped = gradient.shape[1] // groups - shift
+    given = (
+        _parts(kept, shift, groups),
+        _parts(shares, wrapped, groups)[::-1],
+        _parts(gradient, wrapped, groups)[::-1],
     )
+    if torch.compiler.is_compiling():
+        return _joined(map(torch.addcmul, *given), gradient)
+    for part, *factors in zip(*given, strict=True):
+        part.addcmul_(*factors)
+    return kept
 
 
-def _part(tensor: Tensor, channels: slice, groups: int) -> Tensor:
-    """Returns a view of some channels of each group."""
-    if groups == 1:
-        return tensor[:, channels]
-    return tensor.unflatten(1, (groups, -1))[:, :, channels]
+def _parts(tensor: Tensor, first: int, groups: int) -> tuple[Tensor, ...]:
+    """Returns views of the first channels of each group, and of the others."""
+    if groups > 1:
+        tensor = tensor.unflatten(1, (groups, -1))
+    dim = 1 if groups == 1 else 2
+    return tensor.split([first, tensor.shape[dim] - first], dim)
+
+
+def _joined(parts: Iterable[Tensor], like: Tensor) -> Tensor:
+    """Returns parts as one tensor: a compiler fuses the copy, and refuses to write into parts."""
+    first, last = parts
+    return torch.cat((first, last), dim=1 if first.ndim == like.ndim else 2).reshape(like.shape)
 
 
 def _sources(shift: Tensor | int, channels: int, groups: int, device: torch.device) -> Tensor:

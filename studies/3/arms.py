@@ -48,7 +48,7 @@ class Length:
     lr: float = 0.02
 
 
-TRAINING = {  # by augmentation; provisional until ``choose`` was run, see protocol.md
+TRAINING = {  # by augmentation; provisional until ``rates`` was run, see protocol.md
     "none": Length(600),
     "flips": Length(600),
     "noise and blur": Length(1000),
@@ -56,8 +56,8 @@ TRAINING = {  # by augmentation; provisional until ``choose`` was run, see proto
     "augmix": Length(1000),
     "trivial and jitter": Length(1500),
 }
-LENGTHS = (300, 600, 1000, 1500, 3000)  # that ``choose`` compares ...
-RATES = (0.01, 0.02, 0.04)  # ... and at the length chosen
+LENGTHS = (300, 600, 1000, 1500, 3000)  # that ``lengths`` compares ...
+RATES = (0.01, 0.02, 0.04)  # ... and ``rates``, at the length chosen
 
 # -- data ------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """The third study: for whom does merging per image help? protocol.md says what is asked.
 
-    python -m studies.3.run choose --data-root DIR    # length and rate of plain training
+    python -m studies.3.run lengths --data-root DIR   # of plain training, by augmentation
+    python -m studies.3.run rates --data-root DIR     # at the lengths chosen
     python -m studies.3.run arms --data-root DIR      # all arms, BloodMNIST, 600 images
     python -m studies.3.run map --data-root DIR       # augmentation x images x plain and merging
     python -m studies.3.run freeze                    # then commit studies/3/frozen.json
@@ -78,7 +79,8 @@ def planned(options: argparse.Namespace) -> list[Run]:
         ]
         return list(runs_of(cells, options.arms or list(ARMS), seeds))
     defaults = {
-        "choose": (CHOOSING[:1], [600], list(TRAINING), ["plain"], 2),
+        "lengths": (CHOOSING[:1], [600], list(TRAINING), ["plain"], 2),
+        "rates": (CHOOSING[:1], [600], list(TRAINING), ["plain"], 2),
         "arms": (CHOOSING[:1], [600], ["flips", "trivial"], list(ARMS), 5),
         "map": (CHOOSING, IMAGES, list(TRAINING), ["plain", "merging per image"], 5),
     }
@@ -93,16 +95,14 @@ def planned(options: argparse.Namespace) -> list[Run]:
         )
     ]
     seeds = range(options.first_seed, options.first_seed + (options.seeds or count))
-    if options.command != "choose":
+    if options.command == "lengths":
+        compared = [Length(steps) for steps in options.steps or LENGTHS]
+        trials = [(cell, length) for length in compared for cell in cells]
+    elif options.command == "rates":
+        trials = [(c, replace(TRAINING[c.augmentation], lr=lr)) for lr in RATES for c in cells]
+    else:
         return list(runs_of(cells, options.arms or arms, seeds))
-    lengths = [Length(steps) for steps in options.steps or LENGTHS]
-    lengths += [replace(TRAINING[cell.augmentation], lr=lr) for cell in cells for lr in RATES]
-    return [
-        run_of(cell, "plain", seed, length)
-        for seed in seeds
-        for length in dict.fromkeys(lengths)
-        for cell in cells
-    ]
+    return [run_of(cell, "plain", seed, length) for seed in seeds for cell, length in trials]
 
 
 def load(dataset: str, options: argparse.Namespace) -> Images:
@@ -149,7 +149,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = ["choose", "arms", "map", "freeze", "confirm", "collect"]
+    commands = ["lengths", "rates", "arms", "map", "freeze", "confirm", "collect"]
     parser.add_argument("command", choices=commands, help="what to run, see above")
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder of npz files")
     parser.add_argument("--chest-root", type=Path, default=Path("data-nih"), help="an NIH release")
@@ -161,7 +161,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--augmentations", nargs="+", choices=list(TRAINING))
     parser.add_argument("--archs", nargs="+", help=f"networks (default: {LITE0})")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS))
-    parser.add_argument("--steps", nargs="+", type=int, help="of choose: lengths to compare")
+    parser.add_argument("--steps", nargs="+", type=int, help="of lengths: which to compare")
     parser.add_argument("--seeds", type=int, help="paired runs of each arm")
     parser.add_argument("--first-seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument(
