@@ -406,7 +406,7 @@ def _parts(tensor: Tensor, first: int, groups: int) -> tuple[Tensor, ...]:
     if groups > 1:
         tensor = tensor.unflatten(1, (groups, -1))
     dim = 1 if groups == 1 else 2
-    return tensor.split([first, tensor.shape[dim] - first], dim)
+    return tensor.split_with_sizes([first, tensor.shape[dim] - first], dim)
 
 
 def _joined(parts: Iterable[Tensor], like: Tensor) -> Tensor:
