@@ -16,7 +16,7 @@ and the channel: a pass that is run again in the backward pass finds the draws o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
+from inmerge_wrap.counts import Counts
 from inmerge_wrap.kernels import layout_of, modules_of, stream_of
 from inmerge_wrap.merging import (
     cyclic_sources,
@@ -71,6 +72,13 @@ class _Draw:
     rows: int
     shares: Tensor
     shifts: Sequence[int]
+    _converted: dict[torch.dtype, Tensor] = field(default_factory=dict)
+
+    def shares_as(self, output: Tensor) -> Tensor:
+        """Returns the shares in the dtype and on the device of an output; converted once a pass."""
+        if output.dtype not in self._converted:
+            self._converted[output.dtype] = self.shares.to(output)
+        return self._converted[output.dtype]
 
 
 class _State:
@@ -98,13 +106,7 @@ class _State:
             self.drawn = torch.zeros(channels, dtype=torch.bool)
             self.signs = torch.ones((channels, 1), dtype=torch.int64)
             self.noise: list[Tensor] = []
-            # Of each layer: drawn, merged, pairs without and with a cosine; then sum and maximum.
-            self.counts = [[torch.zeros((), dtype=torch.int64) for _ in range(4)] for _ in sites]
-            wide = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
-            self.cosines = [
-                (torch.zeros((), dtype=wide), torch.full((), -2.0, dtype=torch.float32))
-                for _ in sites
-            ]
+        self.counts = Counts(len(sites), device)
 
 
 class ForwardMerge:
@@ -228,6 +230,8 @@ class ForwardMerge:
     def end(self, outputs: Any) -> None:
         """Ends a forward pass; the passes that its backward pass repeats will draw the same."""
         draw, self._draw = self._draw, None
+        if self._state is not None:
+            self._state.counts.end_pass()
         for number in [*self._shadowed]:  # torch calls no hooks after an interrupt from outside
             self._unshadow(number)
         if draw is None or torch.compiler.is_compiling():  # a compiled graph repeats what it drew
@@ -308,13 +312,15 @@ class ForwardMerge:
         rows = len(output)
         if draw.rows != rows:  # a network that folds time or views into the batch
             draw = self._drawn(draw.key, rows, draw.shifts)
-        shares = draw.shares[:, self._spans[number]].to(output.device)
-        local = self._shares.pop(number, None)
-        shares = shares if local is None else shares * local
+        local, span = self._shares.pop(number, None), self._spans[number]
+        if local is None:
+            shares = draw.shares_as(output)[:, span]
+        else:
+            shares = draw.shares[:, span].to(output.device) * local
         size = site.shape[0] // site.pair_groups
         if not self._settings.shared_partner:
             own = _image_keys(draw.key + 1, rows)
-            bits = draw_bits(own, state.columns[self._spans[number]][:1])
+            bits = draw_bits(own, state.columns[span][:1])
             shift: Tensor | int = 1 + (bits >> 8).to(output.device) % (size - 1)
         elif not torch.compiler.is_compiling():
             shift = draw.shifts[number]
@@ -342,7 +348,10 @@ class ForwardMerge:
                 shares = 1.0 - torch.as_tensor(weight).to(kernels).expand(len(kernels), 1)[:, 0]
             if settings.compares:
                 cosines, similar = compare(kernels, partners, settings, centred=site.centred)
-                self._count_cosines(number, cosines, self._images())
+                if not _in_backward():
+                    draw = self._current()
+                    images = 1 if draw is None else draw.rows
+                    state.counts.add_cosines(number, cosines, images)
                 shares = shares * similar
         return shares
 
@@ -369,8 +378,9 @@ class ForwardMerge:
             rows = torch.where(merged.unsqueeze(1), rows, kernels)
             new = weight.detach().clone()
             layout_of(module).put_rows_(new, everyone, rows)
-            self._count_merged(number, drawn.sum(), merged.sum())
-            self._count_cosines(number, cosines, 1, drawn)
+            if not _in_backward():
+                state.counts.add(number, drawn.sum(), merged.sum())
+                state.counts.add_cosines(number, cosines, 1, drawn)
         stand_in: Tensor = _StraightThrough.apply(weight, new)
         return stand_in
 
@@ -388,63 +398,21 @@ class ForwardMerge:
 
     # -- what acted -------------------------------------------------------------------------------
 
-    def _images(self) -> int:
-        draw = self._current()
-        return 1 if draw is None else draw.rows
-
     def _count(self, number: int, rows: int, shares: Tensor) -> None:
         """Counts images x channels of a layer that acted, and those whose channel moved."""
-        settings, channels = self._settings, self._sites[number].shape[0]
-        moved: int | Tensor = rows * channels
-        if settings.compares or not settings.draws_all:
-            moved = (shares != 0).sum() * (rows // len(shares))
-        self._count_merged(number, rows * channels, moved)
-
-    def _count_merged(self, number: int, drawn: int | Tensor, merged: int | Tensor) -> None:
         if _in_backward():  # a pass that is repeated has been counted
             return
+        settings, drawn = self._settings, rows * self._sites[number].shape[0]
         assert self._state is not None
-        counts = self._state.counts[number]
-        counts[0].add_(drawn)
-        counts[1].add_(merged)
-
-    def _count_cosines(
-        self, number: int, cosines: Tensor, images: int, drawn: Tensor | None = None
-    ) -> None:
-        if _in_backward():
-            return
-        assert self._state is not None
-        undefined = cosines.isnan()
-        known = ~undefined
-        if drawn is not None:
-            undefined, known = undefined & drawn, known & drawn
-        counts, (total, largest) = self._state.counts[number], self._state.cosines[number]
-        counts[2].add_(undefined.sum() * images)
-        counts[3].add_(known.sum() * images)
-        total.add_(torch.where(known, cosines, 0.0).sum() * images)
-        highest = torch.where(known, cosines, -2.0).max()
-        largest.copy_(torch.maximum(largest, highest))
+        counts = self._state.counts
+        if settings.compares or not settings.draws_all:
+            counts.add(number, drawn, (shares != 0).sum() * (rows // len(shares)))
+        else:
+            counts.add_all(number, drawn)
 
     def take_counts(self) -> tuple[Tensor, Tensor] | None:
-        """Returns what acted since the last call, and begins to count anew; waits for the device.
-
-        Returns:
-            int64, shape (layers, 4): images x channels (in the weights: kernels) that were drawn
-            and that merged, pairs without and with a cosine; float64, shape (layers, 2): sum and
-            largest of the cosines, -2 for none. On the CPU; None if nothing ever ran.
-        """
-        state = self._state
-        if state is None:
-            return None
-        counts = torch.stack([torch.stack(layer) for layer in state.counts]).cpu()
-        cosines = torch.stack([torch.stack([t, m.to(t)]) for t, m in state.cosines])
-        for layer in state.counts:
-            for count in layer:
-                count.zero_()
-        for total, largest in state.cosines:
-            total.zero_()
-            largest.fill_(-2.0)
-        return counts, cosines.cpu().double()
+        """Returns what acted since the last call, see :meth:`Counts.take`; None if nothing ran."""
+        return None if self._state is None else self._state.counts.take()
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -23,3 +24,12 @@ def test_the_overhead_benchmark_runs(tmp_path: Path) -> None:
         assert 0 < row["quartiles"][0] <= row["quartiles"][2]
     assert rows["forward pass, outputs"]["layers"] > rows[ways[0]]["layers"]
     assert done.stdout.count("| test_resnet | 4 x 32 px |") == 3
+
+
+def test_launches_are_counted_without_a_gpu() -> None:
+    """Two ranges forward, three operators backward for each layer of ResNet-18, and the draws."""
+    count = runpy.run_path(str(ROOT / "benchmarks" / "launches.py"))["count"]
+    plain, merged = (count("resnet18", 28, merging) for merging in (False, True))
+    added = merged.launches - plain.launches
+    assert 5 * 20 <= added < 8 * 20
+    assert merged.bytes > plain.bytes

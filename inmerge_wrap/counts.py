@@ -1,0 +1,85 @@
+"""What merging in the forward pass did, counted on the device of the network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["Counts"]
+
+
+class Counts:
+    """Sums for each merged layer, which nothing waits for until they are taken.
+
+    Args:
+        layers: Merged layers.
+        device: Where the network is.
+    """
+
+    def __init__(self, layers: int, device: torch.device) -> None:
+        wide = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
+        with torch.device(device):
+            # Drawn, merged, pairs without and with a cosine; then sum and maximum of the cosines.
+            self._numbers = [
+                [torch.zeros((), dtype=torch.int64) for _ in range(4)] for _ in range(layers)
+            ]
+            self._cosines = [
+                (torch.zeros((), dtype=wide), torch.full((), -2.0, dtype=torch.float32))
+                for _ in range(layers)
+            ]
+        self._acted: dict[int, int] = {}
+
+    def add(self, layer: int, drawn: int | Tensor, merged: Tensor) -> None:
+        """Adds images x channels, or kernels, that were drawn, and those of them that merged."""
+        self._numbers[layer][0].add_(drawn)
+        self._numbers[layer][1].add_(merged)
+
+    def add_all(self, layer: int, drawn: int) -> None:
+        """Adds images x channels that were drawn and all merged, at the end of the pass."""
+        self._acted[layer] = self._acted.get(layer, 0) + drawn
+
+    def end_pass(self) -> None:
+        """Adds what :meth:`add_all` got, all layers together: on a GPU each alone is a launch."""
+        if not self._acted:
+            return
+        sums = [number for layer in self._acted for number in self._numbers[layer][:2]]
+        torch._foreach_add_(sums, [drawn for drawn in self._acted.values() for _ in range(2)])
+        self._acted.clear()
+
+    def add_cosines(
+        self, layer: int, cosines: Tensor, images: int, drawn: Tensor | None = None
+    ) -> None:
+        """Adds the cosines of pairs, NaN where undefined, each of so many images.
+
+        Args:
+            layer: Number of the layer.
+            cosines: Shape (pairs,).
+            images: Images that share the pairs.
+            drawn: Which pairs count, bool, shape (pairs,); None for all.
+        """
+        undefined = cosines.isnan()
+        known = ~undefined
+        if drawn is not None:
+            undefined, known = undefined & drawn, known & drawn
+        numbers, (total, largest) = self._numbers[layer], self._cosines[layer]
+        numbers[2].add_(undefined.sum() * images)
+        numbers[3].add_(known.sum() * images)
+        total.add_(torch.where(known, cosines, 0.0).sum() * images)
+        highest = torch.where(known, cosines, -2.0).max()
+        largest.copy_(torch.maximum(largest, highest))
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Returns the sums since the last call, and begins anew; waits for the device.
+
+        Returns:
+            int64, shape (layers, 4): images x channels (in the weights: kernels) that were drawn
+            and that merged, pairs without and with a cosine; float64, shape (layers, 2): sum and
+            largest of the cosines, -2 for none. On the CPU.
+        """
+        numbers = torch.stack([torch.stack(layer) for layer in self._numbers]).cpu()
+        cosines = torch.stack([torch.stack([t, m.to(t)]) for t, m in self._cosines]).cpu().double()
+        torch._foreach_zero_([number for layer in self._numbers for number in layer])
+        for total, largest in self._cosines:
+            total.zero_()
+            largest.fill_(-2.0)
+        return numbers, cosines
