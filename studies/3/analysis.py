@@ -127,6 +127,28 @@ def differences(groups: Mapping[Group, Arms]) -> list[dict[str, Any]]:
     return rows
 
 
+def training(groups: Mapping[Group, Arms]) -> list[dict[str, Any]]:
+    """Returns a row for each length and rate of plain training: scores of the validation part.
+
+    The length of an augmentation is chosen from these, by the rule of protocol.md.
+    """
+    rows = []
+    for group, arms in groups.items():
+        runs = [] if group.confirming else list(arms.get("plain", {}).values())
+        scores = {
+            f"{measure}, {images}": float(
+                np.mean([score(run, "validation", measure, images) for run in runs])
+            )
+            for measure in ("AUROC", "balanced accuracy")
+            for images in ("clean", "corrupted")
+            if runs
+        }
+        if scores:
+            head = vars(group.cell) | {"steps": group.steps, "lr": group.lr, "runs": len(runs)}
+            rows.append(head | scores)
+    return sorted(rows, key=lambda row: tuple(row.values())[:6])
+
+
 # -- the confirmation ------------------------------------------------------------------------------
 
 

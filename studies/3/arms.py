@@ -52,7 +52,7 @@ TRAINING = {  # by augmentation; provisional until ``rates`` was run, see protoc
     "none": Length(600),
     "flips": Length(600),
     "noise and blur": Length(1000),
-    "trivial": Length(1500),
+    "trivial": Length(1000),
     "augmix": Length(1000),
     "trivial and jitter": Length(1500),
 }

@@ -3,6 +3,7 @@
     python -m studies.3.report                                  # differences.csv and others
     python -m studies.3.report --pictures docs/images/study3
 
+``training.csv``: plain training by augmentation, length and rate, scored on the validation part.
 ``differences.csv``: every cell, arm minus plain, channel noise and channel dropout. ``pooled.csv``:
 the confirmation over its data sets, with the primary family. ``laboratories.csv``: the other
 laboratories. Pictures: ``forest.png`` (each data set of the confirmation, and pooled), ``map.png``
@@ -26,7 +27,17 @@ from studies.common.forest import Mark, draw_forest
 from studies.common.records import read_runs
 from studies.common.statistics import random_effects
 
-from .analysis import Arms, Group, by_data_set, differences, grouped, laboratories, pooled, score
+from .analysis import (
+    Arms,
+    Group,
+    by_data_set,
+    differences,
+    grouped,
+    laboratories,
+    pooled,
+    score,
+    training,
+)
 from .arms import ARMS, IMAGES, LITE0, TRAINING
 
 matplotlib.use("Agg")
@@ -61,8 +72,13 @@ def group_of(arm: str) -> str:
 
 
 def write_tables(groups: Mapping[Group, Arms], out: Path) -> None:
-    """Writes differences.csv, pooled.csv and laboratories.csv, those that have rows."""
-    tables = {"differences": differences, "pooled": pooled, "laboratories": laboratories}
+    """Writes training.csv, differences.csv, pooled.csv and laboratories.csv, if they have rows."""
+    tables = {
+        "training": training,
+        "differences": differences,
+        "pooled": pooled,
+        "laboratories": laboratories,
+    }
     for name, table in tables.items():
         rows = table(groups)
         if rows:
