@@ -320,7 +320,7 @@ def _bound(rule: Threshold, layer: LayerSimilarity) -> float:
         return float(bound(fan_in))
     rows, columns = torch.triu_indices(len(layer.cosines), len(layer.cosines), offset=1)
     cosines = layer.cosines[rows, columns]
-    passing = cosines[rule.alike(cosines, fan_in)]
+    passing = cosines[rule.is_similar(cosines, fan_in)]
     return passing.min().item() if len(passing) else math.nan
 
 
