@@ -5,15 +5,19 @@ too, mark with comments what only the site can show: sections as tabs, the optio
 """
 
 import re
+from pathlib import Path
 from textwrap import indent
 from typing import Any
 
+import griffe
 import typer.main
 from markdown import Markdown
 from markdown.extensions import Extension
 from markdown.preprocessors import Preprocessor
 
+API = Path(__file__).parent / "api"
 OPTIONS = "<!-- the options of each command -->"
+NAMES = re.compile(r"<!-- names of (.*) -->")
 
 
 class _Examples(Preprocessor):
@@ -84,10 +88,25 @@ def options_of_commands() -> str:
     return "\n".join(lines)
 
 
+def names_of_modules(modules: list[str]) -> str:
+    """A table of the names that the pages of some modules show, with the first line of each."""
+    package = griffe.load("inmerge_wrap", search_paths=[Path(__file__).parents[1]])
+    lines = ["| name | what it is |", "|---|---|"]
+    for module in modules:
+        page = (API / f"{module.replace('.', '-')}.md").read_text(encoding="utf-8")
+        for name in re.findall(r"^ {8}- (\w+)$", page, re.MULTILINE):
+            shown = name if name in package.exports else f"{module}.{name}"
+            first = package[f"{module}.{name}"].docstring.value.partition("\n\n")[0]
+            said = " ".join(first.split()).replace("|", "\\|")
+            lines.append(f"| [`{shown}`][inmerge_wrap.{module}.{name}] | {said} |")
+    return "\n".join(lines)
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Writes what the comments stand for."""
     if OPTIONS in markdown:
         markdown = markdown.replace(OPTIONS, options_of_commands())
+    markdown = NAMES.sub(lambda found: names_of_modules(found[1].split(", ")), markdown)
     return tabs(markdown)
 
 

@@ -55,7 +55,7 @@ def test_the_figures_of_the_performance_page_come_from_results_files() -> None:
 
 
 def test_the_two_phases_on_the_page_are_those_of_the_runs() -> None:
-    page = (ROOT / "docs" / "evidence.md").read_text()
+    page = (ROOT / "docs" / "evidence-negative.md").read_text()
     readme = " ".join((ROOT / "recipes" / "README.md").read_text().split())
     plain: dict[str, list[float]] = {}
     done = [run for run in read_runs(STUDIES / "1" / "runs.jsonl.gz") if "arm" in run]
@@ -164,7 +164,7 @@ def test_the_page_of_evidence_shows_the_pilot_as_it_was_analysed() -> None:
         for row in rows
         if (row["augmentation"], row["images"], row["steps"]) == ("flips", "600", "600")
     }
-    page = (ROOT / "docs" / "evidence.md").read_text().partition("## A pilot")[2]
+    page = (ROOT / "docs" / "evidence-negative.md").read_text().partition("## The pilot")[2]
     shown = re.findall(r"^\| (.+) − (.+) \| (\d+) \| (.+) \|$", page, re.MULTILINE)
     assert len(shown) == 5
     for arm, baseline, pairs, cells in shown:
@@ -176,6 +176,12 @@ def test_the_page_of_evidence_shows_the_pilot_as_it_was_analysed() -> None:
         ]
         assert {row["pairs"] for row in found} == {pairs}
         assert cells == " | ".join(interval(row) for row in found)
+    summary = (ROOT / "docs" / "evidence.md").read_text().partition("## A pilot")[2]
+    short = re.findall(r"^- (.+): (\S+ \(\S+ to \S+\))$", summary, re.MULTILINE)
+    assert len(short) == 3
+    for arm, gain in short:
+        name = arm.replace("for each image", "per image")
+        assert gain == interval(measured[name, "plain", "AUROC", "corrupted"])
 
 
 def test_the_page_of_evidence_shows_the_second_study_as_it_was_analysed() -> None:
