@@ -111,16 +111,22 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Drops the role of ``:func:`name``` and its kin, lets names in tables break, options not."""
+    """Drops the role of ``:func:`name``` and its kin; says where a line may break and where not."""
     html = re.sub(r":(?:func|class|meth|attr|data|mod):(?=<code)", "", html)
-    html = re.sub(r"<code>(?=--?\w[^<]{0,22}</code>)", '<code class="option">', html)
-    return re.sub(r"<td[^>]*>.*?</td>", breakable, html, flags=re.DOTALL)
+    html = re.sub(r"<td[^>]*>.*?</td>", breakable, html, flags=re.DOTALL)
+    return re.sub(r"(?<=<code>)[^<]*(?=</code>)", whole_options, html)
+
+
+def whole_options(code: re.Match[str]) -> str:
+    """An option such as ``--out`` does not break at its hyphens."""
+    return re.sub(r"(?<![\w-])--?[a-z][\w-]*", r'<span class="whole">\g<0></span>', code[0])
 
 
 def breakable(cell: re.Match[str]) -> str:
-    """Names in a table may break after ``_``, ``/``, ``.`` or ``(``, and before a capital."""
+    """Names in a table break after ``_ / . (`` and before a capitalised word, intervals nowhere."""
+    text = re.sub(r"\([-+\d.]+ to [-+\d.]+\)", r'<span class="interval">\g<0></span>', cell[0])
     return re.sub(
-        r"(?<=<code>)[^<]*(?=</code>)",
-        lambda name: re.sub(r"[_/.]|\((?!\))|[a-z](?=[A-Z])", r"\g<0><wbr>", name[0]),
-        cell[0],
+        r"(?<=<code>)[^<\s]*(?=</code>)",
+        lambda name: re.sub(r"[_/.]|\((?!\))|[A-Za-z](?=[A-Z][a-z])", r"\g<0><wbr>", name[0]),
+        text,
     )
