@@ -109,7 +109,7 @@ def measure(name: str, way: str, options: argparse.Namespace) -> dict[str, Any]:
 
     times: dict[bool, list[float]] = {True: [], False: []}
     for repeat in range(options.repeats + 2):
-        network.load_state_dict(weights)  # merging always would make all kernels alike
+        network.load_state_dict(weights)  # merging always would make all kernels equal
         for merging in (False, True) if repeat % 2 else (True, False):
             spent = taken(merging)
             if repeat >= 2:

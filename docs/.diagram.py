@@ -15,16 +15,32 @@ Square = list[list[float]]  # entries of a kernel or a map, row by row
 
 ALPHA, TAU = 0.8, 0.3
 WIDTH = 400
-# A page can be light or dark; a picture takes the side of the page that shows it. Merging in the
-# forward pass is blue and noise green, as in the notebooks and the studies; amber marks a change.
-STYLE = (
-    "text,.tip,.ink{fill:#1a1a1a}text{font-family:system-ui,Helvetica,Arial,sans-serif}"
-    ".soft{fill:#5c5c5c}.line{stroke:#5c5c5c}path.ink{stroke:#1a1a1a}.changed{stroke:#d08c00}"
-    ".forward{fill:#0072b2;stroke:#0072b2}.noise{fill:#009e73;stroke:#009e73}"
-    "@media (prefers-color-scheme:dark){text,.tip,.ink{fill:#ececec}.soft{fill:#b8b8b8}"
-    ".line{stroke:#b8b8b8}path.ink{stroke:#ececec}.changed{stroke:#e69f00}"
-    ".forward{fill:#56b4e9;stroke:#56b4e9}.noise{fill:#2fbf94;stroke:#2fbf94}}"
-)
+# Each colour has one meaning in all pictures. A page can be light or dark, and a picture takes the
+# side of the page that shows it.
+PALETTE = {  # light, dark
+    "ink": ("#1a1a1a", "#ececec"),
+    "soft": ("#5c5c5c", "#b8b8b8"),  # also plain training
+    "changed": ("#d08c00", "#e69f00"),  # a kernel or an output that merging changed
+    "step": ("#d55e00", "#ff9a52"),  # merging after each step
+    "forward": ("#0072b2", "#56b4e9"),  # merging in the forward pass
+    "noise": ("#009e73", "#2fbf94"),  # noise, chance and other disturbances
+}
+FONT = "text{font-family:system-ui,Helvetica,Arial,sans-serif}"
+
+
+def style() -> str:
+    """A style sheet with a class for each colour of the palette."""
+
+    def rules(side: int) -> str:
+        return "".join(
+            f"text.{name}{{fill:{both[side]}}}rect.{name}{{stroke:{both[side]}}}"
+            f"path.{name}{{fill:{both[side]};stroke:{both[side]}}}"
+            for name, both in PALETTE.items()
+        )
+
+    return f"{FONT}{rules(0)}@media (prefers-color-scheme:dark){{{rules(1)}}}"
+
+
 K_I, K_J = (f'K<tspan baseline-shift="sub" font-size="11">{index}</tspan>' for index in "ij")
 Y_I, Y_J = (f'y<tspan baseline-shift="sub" font-size="11">{index}</tspan>' for index in "ij")
 
@@ -95,14 +111,15 @@ def text(
     y: float,
     words: str,
     size: int = 15,
-    kind: str = "",
+    kind: str = "ink",
     bold: bool = False,
     anchor: str = "",
 ) -> str:
-    style = f' class="{kind}"' if kind else ""
     weight = ' font-weight="600"' if bold else ""
     side = f' text-anchor="{anchor}"' if anchor else ""
-    return f'<text x="{x:g}" y="{y:g}" font-size="{size}"{style}{weight}{side}>{words}</text>'
+    return (
+        f'<text x="{x:g}" y="{y:g}" font-size="{size}" class="{kind}"{weight}{side}>{words}</text>'
+    )
 
 
 def square(
@@ -123,8 +140,8 @@ def square(
 def arrow(x: float, y: float, length: float) -> str:
     end = x + length
     return (
-        f'<path class="line" stroke-width="2" d="M{x:g} {y:g} H{end - 7:g}"/>'
-        f'<path class="tip" d="M{end:g} {y:g} l-9 -5 v10 z"/>'
+        f'<path class="soft" stroke-width="2" d="M{x:g} {y:g} H{end - 7:g}"/>'
+        f'<path class="ink" d="M{end:g} {y:g} l-9 -5 v10 z"/>'
     )
 
 
@@ -133,7 +150,7 @@ def picture(title: str, height: int, parts: list[str]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
         f'height="{height}" role="img" text-anchor="middle">'
     )
-    lines = [head, f"<title>{title}</title>", f"<style>{STYLE}</style>", *parts, "</svg>"]
+    lines = [head, f"<title>{title}</title>", f"<style>{style()}</style>", *parts, "</svg>"]
     return "\n".join(lines) + "\n"
 
 
@@ -207,7 +224,7 @@ def evidence() -> str:
         rows = differences()[comparison]
         parts.append(text(8, top, heading, 14, bold=True, anchor="start"))
         axis = f"M{zero} {top + 8} v{line * len(rows)}"
-        parts.append(f'<path class="line" stroke-dasharray="3 4" d="{axis}"/>')
+        parts.append(f'<path class="soft" stroke-dasharray="3 4" d="{axis}"/>')
         for data, of in rows.items():
             top += line
             mean, low, high = (zero + scale * of[name] for name in ("mean", "low", "high"))

@@ -5,15 +5,19 @@ too, mark with comments what only the site can show: sections as tabs, the optio
 """
 
 import re
+from pathlib import Path
 from textwrap import indent
 from typing import Any
 
+import griffe
 import typer.main
 from markdown import Markdown
 from markdown.extensions import Extension
 from markdown.preprocessors import Preprocessor
 
+API = Path(__file__).parent / "api"
 OPTIONS = "<!-- the options of each command -->"
+NAMES = re.compile(r"<!-- names of (.*) -->")
 
 
 class _Examples(Preprocessor):
@@ -84,24 +88,45 @@ def options_of_commands() -> str:
     return "\n".join(lines)
 
 
+def names_of_modules(modules: list[str]) -> str:
+    """A table of the names that the pages of some modules show, with the first line of each."""
+    package = griffe.load("inmerge_wrap", search_paths=[Path(__file__).parents[1]])
+    lines = ["| name | what it is |", "|---|---|"]
+    for module in modules:
+        page = (API / f"{module.replace('.', '-')}.md").read_text(encoding="utf-8")
+        for name in re.findall(r"^ {8}- (\w+)$", page, re.MULTILINE):
+            shown = name if name in package.exports else f"{module}.{name}"
+            first = package[f"{module}.{name}"].docstring.value.partition("\n\n")[0]
+            said = " ".join(first.split()).replace("|", "\\|")
+            lines.append(f"| [`{shown}`][inmerge_wrap.{module}.{name}] | {said} |")
+    return "\n".join(lines)
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Writes what the comments stand for."""
     if OPTIONS in markdown:
         markdown = markdown.replace(OPTIONS, options_of_commands())
+    markdown = NAMES.sub(lambda found: names_of_modules(found[1].split(", ")), markdown)
     return tabs(markdown)
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Drops the role of ``:func:`name``` and its kin, lets names in tables break, options not."""
+    """Drops the role of ``:func:`name``` and its kin; says where a line may break and where not."""
     html = re.sub(r":(?:func|class|meth|attr|data|mod):(?=<code)", "", html)
-    html = re.sub(r"<code>(?=--?\w[^<]{0,22}</code>)", '<code class="option">', html)
-    return re.sub(r"<td[^>]*>.*?</td>", breakable, html, flags=re.DOTALL)
+    html = re.sub(r"<td[^>]*>.*?</td>", breakable, html, flags=re.DOTALL)
+    return re.sub(r"(?<=<code>)[^<]*(?=</code>)", whole_options, html)
+
+
+def whole_options(code: re.Match[str]) -> str:
+    """An option such as ``--out`` does not break at its hyphens."""
+    return re.sub(r"(?<![\w-])--?[a-z][\w-]*", r'<span class="whole">\g<0></span>', code[0])
 
 
 def breakable(cell: re.Match[str]) -> str:
-    """Names in a table may break after ``_``, ``/``, ``.`` or ``(``, and before a capital."""
+    """Names in a table break after ``_ / . (`` and before a capitalised word, intervals nowhere."""
+    text = re.sub(r"\([-+\d.]+ to [-+\d.]+\)", r'<span class="interval">\g<0></span>', cell[0])
     return re.sub(
-        r"(?<=<code>)[^<]*(?=</code>)",
-        lambda name: re.sub(r"[_/.]|\((?!\))|[a-z](?=[A-Z])", r"\g<0><wbr>", name[0]),
-        cell[0],
+        r"(?<=<code>)[^<\s]*(?=</code>)",
+        lambda name: re.sub(r"[_/.]|\((?!\))|[A-Za-z](?=[A-Z][a-z])", r"\g<0><wbr>", name[0]),
+        text,
     )

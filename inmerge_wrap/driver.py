@@ -186,7 +186,7 @@ class Driver:
         if end is not None and self.tally.step >= end:
             self.watch.warn(
                 f"the schedule ended at step {end:,} and {self.tally.step:,} steps are counted, so "
-                "that nothing merges with this optimizer: call model.reset() to begin again"
+                "that nothing merges with this optimizer: call model.restart() to begin again"
             )
         if not getattr(type(optimizer).step, "hooked", False):
             # timm's Lookahead skips Optimizer.__init__, without which step() runs no hooks.
@@ -468,7 +468,7 @@ class Driver:
         self.watch.rewind(self.tally.step)
         self._prepare()
 
-    def reset(self) -> None:
+    def restart(self) -> None:
         """Begins again at step 0."""
         self._begin(Tally(len(self._plan.merged)))
         self.watch = Watch()

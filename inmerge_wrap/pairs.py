@@ -170,11 +170,11 @@ def compare(
     if centred:
         kernels, partners = centre(kernels), centre(partners)
     cosines = pair_cosines(kernels, partners)
-    similar = settings.similarity_threshold.alike(cosines, kernels.shape[1])
+    similar = settings.similarity_threshold.is_similar(cosines, kernels.shape[1])
     if similar.shape != cosines.shape or similar.dtype != torch.bool:
         raise TypeError(
             f"similarity_threshold={settings.similarity_threshold} must decide on each pair: its "
-            f"alike() gave a {similar.dtype} of shape {tuple(similar.shape)} for {len(cosines)} "
+            f"is_similar() gave {similar.dtype} of shape {tuple(similar.shape)} for {len(cosines)} "
             "cosines instead of as many booleans"
         )
     return cosines, similar

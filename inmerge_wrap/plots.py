@@ -29,8 +29,12 @@ __all__ = ["plot_matrices", "plot_overview", "plot_pairs"]
 
 Theme = Literal["light", "dark"]
 
-# Okabe and Ito's colours: distinct for every kind of colour vision, readable on both backgrounds.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# With the meanings that they have in every picture of the project; docs/.diagram.py has them all.
+_COLOURS = {
+    "light": {"ground": "#ffffff", "ink": "#1a1a1a", "merging": "#d55e00", "chance": "#009e73"},
+    "dark": {"ground": "#16181d", "ink": "#ececec", "merging": "#ff9a52", "chance": "#2fbf94"},
+}
+_SHARES = {"light": ("#c8c8c8", "#4a4a4a"), "dark": ("#4a4a4a", "#e0e0e0")}  # few, many pairs
 _MOSAIC = 16  # channels of a kernel that a picture shows
 
 
@@ -63,39 +67,31 @@ def plot_overview(
         raise ValueError(f"merged names layers that were not measured: {unknown}")
     rule = as_threshold(similarity_threshold)
     with _themed(theme) as figure_of:
-        figure = figure_of(7.4, 6.4)
-        axes = figure.subplots(3, 1, sharex=True, height_ratios=(2.2, 1, 1))
-        places = range(1, len(layers) + 1)
+        figure = figure_of(4.2, 5.6)  # a telephone shows no more without shrinking the letters
+        axes = figure.subplots(3, 1, sharex=True, height_ratios=(2, 1, 1))
+        colours = _COLOURS[theme]
         for axis in axes:
             for place, layer in enumerate(layers, start=1):
                 if layer.name in merged:
-                    axis.axvspan(
-                        place - 0.5, place + 0.5, color=_COLOURS[4], alpha=0.2, lw=0, zorder=-1
-                    )
-        _draw_histograms(axes[0], layers)
-        _draw_bounds(axes[0], layers, merged, rule)
+                    sides = place - 0.5, place + 0.5
+                    axis.axvspan(*sides, color=colours["merging"], alpha=0.15, lw=0, zorder=-1)
+        _draw_histograms(axes[0], layers, _SHARES[theme], colours["chance"])
+        _draw_bounds(axes[0], layers, merged, rule, colours["merging"])
         furthest = max(_off_diagonal(layer.cosines).abs().max().item() for layer in layers)
         reach = min(1.0, 1.1 * max(furthest, *(2 * layer.chance for layer in layers)))
         axes[0].set_ylim(-reach, reach)
-        # Above the panel: inside of it, any corner may hold data.
-        above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "frameon": False}
-        axes[0].legend(ncols=2, **above)
-        for threshold, colour, marker in zip(thresholds, _COLOURS, "osD^vP", strict=False):
-            shares = [100 * layer.share_above(threshold) for layer in layers]
-            label = f"cosine > {threshold:g}"
-            axes[1].plot(places, shares, marker, ls="-", c=colour, ms=3.5, lw=1, label=label)
-        axes[1].set_ylabel("pairs [%]")
-        axes[1].set_yscale("symlog", linthresh=0.1)
-        axes[1].set_ylim(bottom=0)
-        axes[1].legend(ncols=len(thresholds), **above)
+        _draw_shares(axes[1], layers, thresholds, colours["ink"])
+        # Above the panels: inside of them, any corner may hold data.
+        above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "frameon": False, "fontsize": 7.5}
+        axes[0].legend(**above)
+        axes[1].legend(ncols=3, columnspacing=1, handletextpad=0.4, **above)
         ranks = [layer.effective_rank for layer in layers]
-        axes[2].plot(places, ranks, "o-", c=_COLOURS[0], ms=3.5, lw=1)
+        axes[2].plot(range(1, len(layers) + 1), ranks, "o-", c=colours["ink"], ms=3.5, lw=1)
         axes[2].set_ylim(0, 1.05)
         axes[2].set_ylabel("effective rank")
         shaded = "; shaded, in bold: merged" if merged else ""
         axes[2].set_xlabel(f"convolution, in depth order{shaded}")
-        step = math.ceil(len(layers) / 32)
-        shown = range(0, len(layers), step)
+        shown = range(0, len(layers), math.ceil(len(layers) / 24))
         axes[2].set_xticks([i + 1 for i in shown], [layers[i].name for i in shown], rotation=90)
         for label in axes[2].get_xticklabels():
             label.set_fontweight("bold" if label.get_text() in merged else "normal")
@@ -250,7 +246,7 @@ def _themed(theme: Theme) -> Iterator[Any]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('pictures need matplotlib: pip install "inmerge-wrap[cli]"') from error
-    ground, ink = ("#ffffff", "#1a1a1a") if theme == "light" else ("#16181d", "#e8e8e8")
+    ground, ink = _COLOURS[theme]["ground"], _COLOURS[theme]["ink"]
     settings: dict[Any, Any] = {
         "font.size": 8,
         "text.color": ink,
@@ -261,7 +257,7 @@ def _themed(theme: Theme) -> Iterator[Any]:
         "savefig.facecolor": ground,
         "xtick.color": ink,
         "ytick.color": ink,
-        "xtick.labelsize": 6.5,
+        "xtick.labelsize": 7,
         "ytick.labelsize": 7,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -272,9 +268,11 @@ def _themed(theme: Theme) -> Iterator[Any]:
         yield lambda width, height: Figure(figsize=(width, height), layout="constrained")
 
 
-def _draw_histograms(axes: Axes, layers: Sequence[LayerSimilarity]) -> None:
+def _draw_histograms(
+    axes: Axes, layers: Sequence[LayerSimilarity], shades: tuple[str, str], colour: str
+) -> None:
     """One column per layer: how its pairs spread over the cosines, and what chance would give."""
-    from matplotlib.colors import LogNorm
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
 
     density = torch.stack([similarity_histogram(layer.cosines)[0] for layer in layers], dim=1)
     share = 100 * density / density.sum(dim=0).clamp_min(1)
@@ -284,13 +282,13 @@ def _draw_histograms(axes: Axes, layers: Sequence[LayerSimilarity]) -> None:
         aspect="auto",
         extent=(0.5, len(layers) + 0.5, -1, 1),
         norm=LogNorm(1e-3, 100),
-        cmap="viridis",
+        cmap=LinearSegmentedColormap.from_list("shares", shades),
         interpolation="nearest",
         rasterized=True,
     )
     chance = [2 * layer.chance for layer in layers]
     places = range(1, len(layers) + 1)
-    style: dict[str, Any] = {"c": _COLOURS[1], "lw": 1, "drawstyle": "steps-mid"}
+    style: dict[str, Any] = {"c": colour, "lw": 1.4, "drawstyle": "steps-mid"}
     axes.plot(places, chance, **style, label="two standard deviations of random kernels")
     axes.plot(places, [-value for value in chance], **style)
     axes.set_ylabel("cosine of two kernels")
@@ -298,7 +296,11 @@ def _draw_histograms(axes: Axes, layers: Sequence[LayerSimilarity]) -> None:
 
 
 def _draw_bounds(
-    axes: Axes, layers: Sequence[LayerSimilarity], merged: Collection[str], rule: Threshold
+    axes: Axes,
+    layers: Sequence[LayerSimilarity],
+    merged: Collection[str],
+    rule: Threshold,
+    colour: str,
 ) -> None:
     """The cosine above which pairs of each merged layer merge."""
     found = [
@@ -309,8 +311,28 @@ def _draw_bounds(
     if found:
         places, bounds = zip(*found, strict=True)
         left, right = ([place + side for place in places] for side in (-0.5, 0.5))
-        style: dict[str, Any] = {"colors": _COLOURS[3], "linewidth": 1.8}
+        style: dict[str, Any] = {"colors": colour, "linewidth": 2.2}
         axes.hlines(bounds, left, right, **style, label="threshold of merging")
+
+
+def _draw_shares(
+    axes: Axes, layers: Sequence[LayerSimilarity], thresholds: Sequence[float], colour: str
+) -> None:
+    """How many pairs of each layer lie above each cosine; the highest is the darkest."""
+    for rank, (threshold, marker) in enumerate(zip(thresholds, "osD^vP", strict=False), start=1):
+        axes.plot(
+            range(1, len(layers) + 1),
+            [100 * layer.share_above(threshold) for layer in layers],
+            marker=marker,
+            color=colour,
+            alpha=0.3 + 0.7 * rank / len(thresholds),
+            markersize=3.5,
+            linewidth=1,
+            label=f"cosine > {threshold:g}",
+        )
+    axes.set_ylabel("pairs [%]")
+    axes.set_yscale("symlog", linthresh=0.1)
+    axes.set_ylim(bottom=0)
 
 
 def _bound(rule: Threshold, layer: LayerSimilarity) -> float:
@@ -320,7 +342,7 @@ def _bound(rule: Threshold, layer: LayerSimilarity) -> float:
         return float(bound(fan_in))
     rows, columns = torch.triu_indices(len(layer.cosines), len(layer.cosines), offset=1)
     cosines = layer.cosines[rows, columns]
-    passing = cosines[rule.alike(cosines, fan_in)]
+    passing = cosines[rule.is_similar(cosines, fan_in)]
     return passing.min().item() if len(passing) else math.nan
 
 

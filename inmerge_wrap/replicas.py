@@ -173,7 +173,7 @@ def check_replicas(weights: Mapping[str, Tensor], numbers: Mapping[str, int]) ->
         raise RuntimeError(
             f"the replicas have drifted apart: {', '.join(names)} differ(s) between rank 0 and "
             f"rank(s) {ranks}. Give every process the same weights, seed and merging settings, and "
-            "load checkpoints and change weights on all ranks alike"
+            "load checkpoints and change weights on all ranks in the same way"
         )
 
 

@@ -11,9 +11,10 @@ __all__ = ["Schedule"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """A pure function of the optimizer step, so that a resumed run needs only its counter.
+    """In which optimizer steps merging runs, and how strongly.
 
-    The paper's two phases, training and then fine-tuning with merging, are ``Schedule(start=...)``.
+    A pure function of the step, so that a resumed run needs only its counter. The paper's two
+    phases, training and then fine-tuning with merging, are ``Schedule(start=...)``.
 
     Attributes:
         start: The first step that merges, counted from 0.

@@ -23,7 +23,7 @@ __all__ = ["Fixed", "Quantile", "Threshold", "ZScore"]
 class Threshold(Protocol):
     """Decides which of the drawn pairs are similar enough to merge."""
 
-    def alike(self, cosines: Tensor, fan_in: int) -> Tensor:
+    def is_similar(self, cosines: Tensor, fan_in: int) -> Tensor:
         """Returns which cosines pass, boolean, shape (pairs,); a NaN cosine never passes.
 
         Args:
@@ -46,7 +46,7 @@ class Fixed:
         """Returns the cosine above which a pair merges."""
         return self.tau
 
-    def alike(self, cosines: Tensor, fan_in: int) -> Tensor:
+    def is_similar(self, cosines: Tensor, fan_in: int) -> Tensor:
         """See :class:`Threshold`."""
         return cosines > self.bound(fan_in)
 
@@ -71,7 +71,7 @@ class ZScore:
         """Returns the cosine above which a pair merges, in a layer of this fan-in."""
         return self.z / math.sqrt(fan_in)
 
-    def alike(self, cosines: Tensor, fan_in: int) -> Tensor:
+    def is_similar(self, cosines: Tensor, fan_in: int) -> Tensor:
         """See :class:`Threshold`."""
         return cosines > self.bound(fan_in)
 
@@ -87,7 +87,7 @@ class Quantile:
         if self.share == 0.0:
             raise ValueError("share must lie in (0, 1], got 0")
 
-    def alike(self, cosines: Tensor, fan_in: int) -> Tensor:
+    def is_similar(self, cosines: Tensor, fan_in: int) -> Tensor:
         """See :class:`Threshold`."""
         if not len(cosines):
             return cosines.bool()
@@ -103,7 +103,7 @@ def as_threshold(value: float | Threshold) -> Threshold:
     """
     if isinstance(value, int | float):
         return Fixed(value)
-    if not callable(getattr(value, "alike", None)):
+    if not callable(getattr(value, "is_similar", None)):
         raise TypeError(
             "similarity_threshold must be a number in [-1, 1] or a rule such as Quantile(0.5), "
             f"got {value!r}"

@@ -218,9 +218,9 @@ class InMergeWrapper(NetworkProxy):
         """Trains without merging inside a ``with`` block; the schedule waits meanwhile."""
         return self._driver.paused()
 
-    def reset(self) -> None:
+    def restart(self) -> None:
         """Begins again: step 0 of the schedule, no statistics, as for another training run."""
-        self._driver.reset()
+        self._driver.restart()
 
     def next_pairs(self) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Returns the pairs that the next step draws, before any threshold.

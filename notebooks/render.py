@@ -9,6 +9,7 @@ The notebooks themselves are stored without outputs. Hardware and time: two minu
 from __future__ import annotations
 
 import re
+import runpy
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -25,11 +26,23 @@ matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "inmerge"})
 %config InlineBackend.figure_formats = ["svg"]
 %config InlineBackend.print_figure_kwargs = {"bbox_inches": "tight", "metadata": {"Date": None}}
 """
-# As in docs/.diagram.py: a picture takes the side of the page that shows it.
-STYLE = (
-    "<style>svg{color:#1a1a1a}text{fill:currentColor}"
-    "@media (prefers-color-scheme:dark){svg{color:#ececec}}</style>"
-)
+DIAGRAMS = runpy.run_path(str(ROOT / "docs" / ".diagram.py"))
+
+
+def style() -> str:
+    """Gives a picture of matplotlib the font and the dark colours of the drawn pictures."""
+    (ink, dark), *others = DIAGRAMS["PALETTE"].values()
+    pairs = [(ink, dark), ("#000000", dark), *others]
+    swapped = "".join(
+        f'[style*="{part}: {light}"]{{{part}:{dark}!important}}'
+        for light, dark in pairs
+        for part in ("fill", "stroke")
+    )
+    return (
+        f'<style>{DIAGRAMS["FONT"].replace("}", "!important}")}[style*="fill: #ffffff"]'
+        f"{{fill:none!important}}text{{fill:{ink}}}"
+        f"@media (prefers-color-scheme:dark){{text{{fill:{dark}}}{swapped}}}</style>"
+    )
 
 
 def page_of(notebook: Any, name: str) -> tuple[str, dict[str, str]]:
@@ -51,16 +64,10 @@ def page_of(notebook: Any, name: str) -> tuple[str, dict[str, str]]:
             for output in outputs:
                 if "image/svg+xml" in output.get("data", {}):
                     file = f"{name}-{len(pictures) + 1}.svg"
-                    pictures[file] = adaptive(output.data["image/svg+xml"])
+                    drawn = output.data["image/svg+xml"]
+                    pictures[file] = drawn.replace("<defs>", f"{style()}<defs>", 1)
                     parts.append(f"![Output of the cell above]({file})")
     return "\n\n".join(parts) + "\n", pictures
-
-
-def adaptive(picture: str) -> str:
-    """A picture of matplotlib without its white ground, its black in the colour of the page."""
-    picture = re.sub(r"(fill|stroke): #(?:1a1a1a|000000)\b", r"\1: currentColor", picture)
-    picture = re.sub(r"fill: #ffffff\b", "fill: none", picture)
-    return re.sub(r"<defs>", f"{STYLE}<defs>", picture, count=1)
 
 
 def main() -> None:

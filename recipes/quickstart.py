@@ -16,23 +16,23 @@ prints the command that compares both, paired by seed.
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
+import sys
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from inmerge_wrap import InMergeWrapper, export_timm
-from inmerge_wrap.app.records import environment
-from inmerge_wrap.app.training import make_accelerator, one_line_if_out_of_memory, per_process
-from inmerge_wrap.files import write_json
+from inmerge_wrap import InMergeWrapper, __version__, export_timm
 
 # -- options ---------------------------------------------------------------------------------------
 
@@ -86,8 +86,7 @@ def train(accelerator: Accelerator, options: argparse.Namespace) -> tuple[nn.Mod
     """Returns the trained model, wrapped if it merges, and the validation accuracy by epoch."""
     set_seed(options.seed)
     network = timm.create_model(options.arch, num_classes=10, in_chans=1)
-    batch_size = per_process(options.batch_size, accelerator.num_processes)
-    loader = DataLoader(Digits("train"), batch_size, shuffle=True, drop_last=True)
+    loader = DataLoader(Digits("train"), options.batch_size, shuffle=True, drop_last=True)
     loader = accelerator.prepare(loader)
     total_steps = options.epochs * len(loader)
 
@@ -148,7 +147,11 @@ def export(model: nn.Module, folder: Path, device: torch.device) -> str:
 
 def main() -> None:
     options = parser.parse_args()
-    accelerator = make_accelerator()
+    # Without cpu=True, two processes on a machine without a GPU would train two networks.
+    cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    # Each process takes its part of a batch, so that their number does not change the training.
+    loading = DataLoaderConfiguration(split_batches=True)
+    accelerator = Accelerator(cpu=cpu, dataloader_config=loading)
     model, accuracies = train(accelerator, options)
     if not accelerator.is_main_process:
         return
@@ -156,14 +159,22 @@ def main() -> None:
         "settings": {name: str(value) for name, value in vars(options).items()},
         "val_accuracy": accuracies,
         "test_accuracy": accuracy(model, "test", accelerator.device),
-        "environment": environment(),
+        "environment": {
+            "command": shlex.join(["python", *sys.argv]),
+            "processes": accelerator.num_processes,
+            "versions": {
+                "inmerge_wrap": __version__,
+                "torch": torch.__version__,
+                "timm": timm.__version__,
+            },
+        },
     }
     if isinstance(model, InMergeWrapper):
         report = model.report()
         print(model.plan, report, sep="\n")
         result["merging"] = report.to_dict()
     call = export(model, options.out / "model", accelerator.device)
-    write_json(options.out / "results.json", result)
+    (options.out / "results.json").write_text(json.dumps(result, indent=2))
     print(f"Test accuracy of this one run: {result['test_accuracy']:.3f}")
     print(f"The exported weights give equal logits in plain timm. Load them with\n  {call}")
     print(f"Results: {options.out}/results.json")
@@ -174,5 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_if_out_of_memory():
-        main()
+    main()

@@ -35,12 +35,12 @@ def merge(
     """
     new, merged = weight.clone(), []
     for target, source in pairs:
-        alike = cosine(weight[target], weight[source]) > similarity_threshold
-        if alike:
+        similar = cosine(weight[target], weight[source]) > similarity_threshold
+        if similar:
             kept = merge_weight * weight[target].double()
             taken = (1.0 - merge_weight) * weight[source].double()
             new[target] = (kept + taken).to(weight.dtype)
-        merged.append(alike)
+        merged.append(similar)
     return new, merged
 
 

@@ -26,6 +26,7 @@ from inmerge_wrap.app.options import parser
 from inmerge_wrap.cli import app
 
 ROOT = Path(__file__).parents[1]
+REPOSITORY = "https://example.org/owner/name"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN_ELSEWHERE = {"training-loops.md": "test_trainers.py", "what-is-merged.md": "test_zoo.py"}
 NOT_EXECUTED = re.compile(r"<!-- not executed: \S.* -->\s*$")
@@ -128,7 +129,7 @@ def test_a_shown_command_parses(line: str) -> None:
 
 
 def documented() -> dict[str, list[str]]:
-    pages = (ROOT / "docs" / name for name in ("api.md", "api-tools.md"))
+    pages = (ROOT / "docs" / "api").glob("*.md")
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     return {
         module: re.findall(r"^ {8}- (\w+)$", members, re.MULTILINE)
@@ -167,10 +168,12 @@ def test_the_api_page_shows_the_public_face_and_no_more() -> None:
         public = set(modules[name].__all__)
         assert len(members) == len(set(members)) and public.issuperset(members)
         assert name in PARTLY or public == set(members)
-    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    index = (ROOT / "docs" / "api" / "index.md").read_text(encoding="utf-8")
+    listed = ", ".join(re.findall(r"^<!-- names of (.*) -->$", index, re.MULTILINE)).split(", ")
+    assert sorted(listed) == sorted(shown)
     everywhere = [member for members in shown.values() for member in members]
     for name in inmerge_wrap.__all__:
-        assert f"`{name}`" in text and everywhere.count(name) == 1
+        assert everywhere.count(name) == 1
 
 
 def test_every_public_name_says_what_it_is() -> None:
@@ -361,6 +364,16 @@ def test_the_diagrams_are_those_that_their_script_draws() -> None:
         assert draw() == (ROOT / "docs" / "images" / name).read_text(encoding="utf-8")
 
 
+def test_every_colour_is_one_of_the_palette() -> None:
+    palette = runpy.run_path(str(ROOT / "docs" / ".diagram.py"))["PALETTE"]
+    known = {colour for both in palette.values() for colour in both}
+    drawing = [ROOT / "inmerge_wrap" / "plots.py", *(ROOT / "notebooks").glob("*.ipynb")]
+    for path in [*drawing, *(ROOT / "studies").glob("?/report.py")]:
+        used = re.findall(r"(#[0-9A-Fa-f]{6})\b", path.read_text(encoding="utf-8"))
+        coloured = {c.lower() for c in used if len({c[1:3], c[3:5], c[5:7]}) > 1}  # no greys
+        assert coloured - known <= {"#16181d"}, path  # the ground of a dark picture
+
+
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     pytest.importorskip("material")
@@ -372,18 +385,21 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         timeout=240,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "REPO_URL": REPOSITORY},
     )
     assert result.returncode == 0, result.stderr
-    pages = (tmp_path / name / "index.html" for name in ("api", "api-tools"))
-    api = "".join(page.read_text(encoding="utf-8") for page in pages)
+    pages = {page.parent.name: page for page in (tmp_path / "api").rglob("index.html")}
+    api = "".join(page.read_text(encoding="utf-8") for page in pages.values())
+    index = pages["api"].read_text(encoding="utf-8")
     for module, names in documented().items():
+        page = module.partition(".")[2].replace(".", "-")
         for name in names:
-            assert f'id="{module}.{name}"' in api
+            own = pages[page].read_text(encoding="utf-8")
+            assert f'id="{module}.{name}"' in own
+            assert f'href="{page}/#{module}.{name}"' in index
+            assert own.count(f'href="{REPOSITORY}/blob/main/inmerge_wrap/') >= len(names)
     assert "<blockquote>" not in api, "an example in a docstring is shown as a quotation"
-    assert api.count("<summary>Source code in ") > 50
-    read = re.sub(r"<details.*?</details>", "", api, flags=re.DOTALL)
-    assert not re.search(r":(func|class|attr|meth):", read), "Sphinx roles are left over"
+    assert not re.search(r":(func|class|attr|meth):", api), "Sphinx roles are left over"
     options = (tmp_path / "cli" / "index.html").read_text(encoding="utf-8")
     for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
         assert f'id="inmerge-{name}"' in options

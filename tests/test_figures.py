@@ -60,7 +60,7 @@ def test_the_figures_of_the_performance_page_come_from_results_files() -> None:
 
 
 def test_the_two_phases_on_the_page_are_those_of_the_runs() -> None:
-    page = (ROOT / "docs" / "evidence.md").read_text()
+    page = (ROOT / "docs" / "evidence-negative.md").read_text()
     readme = " ".join((ROOT / "recipes" / "README.md").read_text().split())
     plain: dict[str, list[float]] = {}
     done = [run for run in read_runs(STUDIES / "1" / "runs.jsonl.gz") if "arm" in run]
@@ -169,7 +169,7 @@ def test_the_page_of_evidence_shows_the_pilot_as_it_was_analysed() -> None:
         for row in rows
         if (row["augmentation"], row["images"], row["steps"]) == ("flips", "600", "600")
     }
-    page = (ROOT / "docs" / "evidence.md").read_text().partition("## A pilot")[2]
+    page = (ROOT / "docs" / "evidence-negative.md").read_text().partition("## The pilot")[2]
     shown = re.findall(r"^\| (.+) − (.+) \| (\d+) \| (.+) \|$", page, re.MULTILINE)
     assert len(shown) == 5
     for arm, baseline, pairs, cells in shown:
@@ -181,6 +181,17 @@ def test_the_page_of_evidence_shows_the_pilot_as_it_was_analysed() -> None:
         ]
         assert {row["pairs"] for row in found} == {pairs}
         assert cells == " | ".join(interval(row) for row in found)
+    summary = (ROOT / "docs" / "evidence.md").read_text().partition("## A pilot")[2]
+    short = re.findall(r"^- (.+): (\S+ \(\S+ to \S+\))$", summary, re.MULTILINE)
+    assert len(short) == 3
+    for arm, gain in short:
+        name = arm.replace("for each image", "per image")
+        assert gain == interval(measured[name, "plain", "AUROC", "corrupted"])
+    merging, noise, dropout = (gain.replace("+", "") for _, gain in short)
+    for front_page in ("README.md", "docs/index.md"):
+        text = " ".join((ROOT / front_page).read_text().split())
+        assert f"rose by {merging}. Channel noise gave {noise.split()[0]} and" in text
+        assert f"and channel dropout {dropout.split()[0]} " in text
 
 
 def test_the_page_of_evidence_shows_the_second_study_as_it_was_analysed() -> None:
@@ -227,5 +238,5 @@ def test_the_page_of_evidence_shows_the_second_study_as_it_was_analysed() -> Non
         "Gaussian noise 0.3")]  # fmt: skip
     gain = said[0].replace("+", "")
     for front_page in ("README.md", "docs/index.md", "docs/evidence.md"):
-        text = " ".join((ROOT / front_page).read_text().split())
+        text = " ".join((ROOT / front_page).read_text().split()).replace("95% interval ", "")
         assert f"by {gain}" in text and f"size gave {said[1].split()[0].replace('+', '')}" in text

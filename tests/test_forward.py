@@ -726,7 +726,7 @@ def test_paused_trains_plainly_and_the_schedule_waits() -> None:
 
 
 @pytest.mark.parametrize("mode", ["step", "outputs"])
-def test_a_reset_wrapper_begins_again_in_each_fold(mode: str) -> None:
+def test_a_restarted_wrapper_begins_again_in_each_fold(mode: str) -> None:
     model, optimizer = made(mode, schedule=Schedule(end=3))
     drawn = []
     for fold in range(3):
@@ -734,7 +734,7 @@ def test_a_reset_wrapper_begins_again_in_each_fold(mode: str) -> None:
             optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
             with pytest.warns(NoEffectWarning, match="schedule ended at step 3"):
                 model.attach(optimizer)
-            model.reset()
+            model.restart()
         for number in range(4):
             step(model, optimizer, number)
         drawn.append(model.report().drawn)

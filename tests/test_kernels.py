@@ -208,9 +208,9 @@ def test_any_rank_is_merged_as_the_paper_says(form: str) -> None:
         assert torch.equal(parameter, old)
     cosines = sorted(reference.cosine(before[i], before[j]) for i, j in IN_GROUPS)
     threshold = (cosines[0] + cosines[-1]) / 2
-    expected, alike = reference.merge(before, IN_GROUPS, ALPHA, threshold)
-    assert merge_in_groups(layer, threshold).tolist() == alike
-    assert 0 < sum(alike) < len(alike)
+    expected, similar = reference.merge(before, IN_GROUPS, ALPHA, threshold)
+    assert merge_in_groups(layer, threshold).tolist() == similar
+    assert 0 < sum(similar) < len(similar)
     after = responses(layer)
     if "pruned" in form:
         expected *= before != 0
@@ -280,20 +280,20 @@ def test_the_threshold_is_applied_to_the_kernels_in_use(form: str) -> None:
     threshold = halfway(before)
     outcome = merge(layer, threshold)
     after = effective(layer)
-    alike = {i for i, j in PAIRS if reference.cosine(before[i], before[j]) > threshold}
-    assert outcome.sum() == len(alike) in {2, 3}
+    similar = {i for i, j in PAIRS if reference.cosine(before[i], before[j]) > threshold}
+    assert outcome.sum() == len(similar) in {2, 3}
     if "spectral" in form:
         scale = after[8].norm() / before[8].norm()  # no pair holds kernel 8
         after = after / scale
     changed = {i for i in range(12) if not torch.allclose(after[i], before[i], rtol=1e-6)}
-    assert changed == alike
+    assert changed == similar
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_untouched_kernels_keep_every_stored_bit(form: str) -> None:
     layer = FORMS[form]()
     stored = [parameter.detach().clone() for parameter in store_of(layer).parameters]
-    merge(layer, threshold=1.0)  # nothing is that alike
+    merge(layer, threshold=1.0)  # no pair is that similar
     for parameter, old in zip(store_of(layer).parameters, stored, strict=True):
         assert torch.equal(parameter, old)
     merge(layer)
@@ -349,9 +349,9 @@ def test_standardised_kernels_are_compared_as_the_forward_pass_uses_them(
     assert all(reference.cosine(stored[i], stored[j]) > threshold for i, j in PAIRS)
     outcome = merge(layer, threshold)
     assert planned(layer)[1].merged[0].centred
-    alike = [(i, j) for i, j in PAIRS if reference.cosine(used[i], used[j]) > threshold]
-    assert outcome.sum() == len(alike) in {2, 3}
-    expected, _ = reference.merge(stored, alike, ALPHA, -1.0)
+    similar = [(i, j) for i, j in PAIRS if reference.cosine(used[i], used[j]) > threshold]
+    assert outcome.sum() == len(similar) in {2, 3}
+    expected, _ = reference.merge(stored, similar, ALPHA, -1.0)
     torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -485,16 +485,16 @@ def test_schedule_free_merges_the_average_that_is_evaluated(kind: Any) -> None:
                 o.train()
             step_once(m, o, number)
     # Both have merged in the first three steps, `model` in the fourth as well.
-    alike = {
+    similar = {
         name: [(i, j) for i, j in layer_pairs if reference.cosine(weight[i], weight[j]) > TAU]
         for name, layer_pairs in zip(MERGED, pairs, strict=True)
         for weight in [twin.get_submodule(name).weight.detach()]
     }
-    assert all(alike.values())
+    assert all(similar.values())
     if not closure_style:
         optimizer.eval()
         twin_optimizer.eval()
-    for name, layer_pairs in alike.items():
+    for name, layer_pairs in similar.items():
         weight, expected = model.get_submodule(name).weight, twin.get_submodule(name).weight
         for actual, bare in (
             (weight, expected),

@@ -132,8 +132,8 @@ def test_kernels_of_a_cluster_are_side_by_side() -> None:
     panel = plot_matrices([layer]).axes[0]
     shown = torch.as_tensor(panel.images[0].get_array().data)
     blocks = torch.arange(12) // 4
-    alike = blocks[:, None] == blocks
-    assert (shown[alike & ~shown.isnan()] > 0.5).all() and (shown[~alike] < 0.5).all()
+    together = blocks[:, None] == blocks
+    assert (shown[together & ~shown.isnan()] > 0.5).all() and (shown[~together] < 0.5).all()
     low, high = panel.images[0].get_clim()
     furthest = layer.cosines.clone().fill_diagonal_(0).abs().max().item()
     assert high == -low == pytest.approx(furthest)  # not 1, which would leave it pale

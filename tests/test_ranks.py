@@ -171,9 +171,9 @@ def test_each_step_is_the_literal_one_momentum_included(dims: int) -> None:
         for name, (targets, sources) in drawn.items():
             conv = cast(_ConvNd, twin.get_submodule(name))
             pairs = list(zip(targets.tolist(), sources.tolist(), strict=True))  # type: ignore
-            kernels, alike = reference.merge(bank(conv, conv.weight), pairs, 0.8, 0.0)
+            kernels, similar = reference.merge(bank(conv, conv.weight), pairs, 0.8, 0.0)
             momentum = plain.state[conv.weight]["momentum_buffer"]
-            moved = [pair for pair, merge in zip(pairs, alike, strict=True) if merge]
+            moved = [pair for pair, merge in zip(pairs, similar, strict=True) if merge]
             whole = bank(conv, momentum)
             new = whole.clone()
             for i, j in moved:

@@ -107,21 +107,27 @@ def test_the_wrapper_follows_its_schedule_through_a_resume() -> None:
 
 def test_rules_against_their_definitions() -> None:
     cosines = torch.tensor([-0.5, 0.1, math.nan, 0.2, 0.9, 0.4])
-    assert Fixed(0.2).alike(cosines, 9).tolist() == [False, False, False, False, True, True]
-    assert ZScore(3.0).alike(cosines, 100).tolist() == [False, False, False, False, True, True]
-    assert ZScore(3.0).alike(cosines, 10_000).tolist() == [False, True, False, True, True, True]
-    assert Quantile(0.4).alike(cosines, 9).tolist() == [False, False, False, False, True, True]
-    assert Quantile(1.0).alike(cosines, 9).tolist() == [True, True, False, True, True, True]
+    for rule, fan_in, passing in (
+        (Fixed(0.2), 9, [4, 5]),
+        (ZScore(3.0), 100, [4, 5]),
+        (ZScore(3.0), 10_000, [1, 3, 4, 5]),
+        (Quantile(0.4), 9, [4, 5]),
+        (Quantile(1.0), 9, [0, 1, 3, 4, 5]),
+    ):
+        assert rule.is_similar(cosines, fan_in).nonzero().flatten().tolist() == passing
     nothing = torch.empty(0)
-    assert all(rule.alike(nothing, 9).shape == (0,) for rule in (Fixed(0), ZScore(1), Quantile(1)))
+    assert all(
+        rule.is_similar(nothing, 9).shape == (0,) for rule in (Fixed(0), ZScore(1), Quantile(1))
+    )
 
 
 @pytest.mark.parametrize("fan_in", [9, 144, 4608])
 def test_a_z_score_means_the_same_in_every_layer(fan_in: int) -> None:
     kernels = torch.randn(2, 20_000, fan_in, generator=torch.Generator().manual_seed(0))
     cosines = torch.nn.functional.cosine_similarity(*kernels)
-    assert ZScore(1.0).alike(cosines, fan_in).float().mean() == pytest.approx(0.159, abs=0.015)
-    assert Quantile(0.25).alike(cosines, fan_in).float().mean() == pytest.approx(0.25, abs=1e-3)
+    assert ZScore(1.0).is_similar(cosines, fan_in).float().mean() == pytest.approx(0.159, abs=0.015)
+    quarter = Quantile(0.25).is_similar(cosines, fan_in)
+    assert quarter.float().mean() == pytest.approx(0.25, abs=1e-3)
 
 
 @pytest.mark.parametrize("share", [0.0, -1, 1.1, math.nan])
@@ -145,8 +151,8 @@ def test_the_wrapper_merges_the_pairs_that_the_rule_passes(rule: Quantile | ZSco
         weight = before.get_submodule(site.name).weight
         pairs = list(zip(targets.tolist(), sources.tolist(), strict=True))
         cosines = torch.tensor([reference.cosine(weight[i], weight[j]) for i, j in pairs])
-        passed = rule.alike(cosines, site.fan_in).tolist()
-        chosen = [pair for pair, alike in zip(pairs, passed, strict=True) if alike]
+        passed = rule.is_similar(cosines, site.fan_in).tolist()
+        chosen = [pair for pair, similar in zip(pairs, passed, strict=True) if similar]
         expected, _ = reference.merge(weight.detach(), chosen, 0.8, -2.0)
         assert 0 < len(chosen) < len(pairs)
         torch.testing.assert_close(model.module.get_submodule(site.name).weight, expected)
@@ -154,8 +160,8 @@ def test_the_wrapper_merges_the_pairs_that_the_rule_passes(rule: Quantile | ZSco
 
 def test_a_rule_made_of_the_fixed_one_is_asked_in_each_layer() -> None:
     class Wide(Fixed):
-        def alike(self, cosines: torch.Tensor, fan_in: int) -> torch.Tensor:
-            return super().alike(cosines, fan_in) & (fan_in > 30)
+        def is_similar(self, cosines: torch.Tensor, fan_in: int) -> torch.Tensor:
+            return super().is_similar(cosines, fan_in) & (fan_in > 30)
 
     net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3))
     model = InMergeWrapper(net, shallow_layers=0, similarity_threshold=Wide(-1.0))
@@ -167,10 +173,10 @@ def test_a_rule_made_of_the_fixed_one_is_asked_in_each_layer() -> None:
 @pytest.mark.parametrize("answer", [torch.tensor(True), torch.ones(3, dtype=torch.int64), None])
 def test_a_rule_that_does_not_decide_on_each_pair_is_reported(answer: Any) -> None:
     class Mine:
-        def alike(self, cosines: torch.Tensor, fan_in: int) -> torch.Tensor:
+        def is_similar(self, cosines: torch.Tensor, fan_in: int) -> torch.Tensor:
             return cosines.new_ones(cosines.shape) if answer is None else answer
 
-    with pytest.raises(TypeError, match=r"must decide on each pair: its alike\(\) gave a torch"):
+    with pytest.raises(TypeError, match=r"its is_similar\(\) gave torch"):
         wrapped(similarity_threshold=Mine(), merge_probability=1.0).merge_()
 
 

@@ -560,6 +560,11 @@ def test_a_change_of_size_zero_is_reported(settings: dict[str, Any]) -> None:
     assert model.report().merged > 0
 
 
+def test_no_name_of_the_wrapper_is_one_that_a_library_calls_by_itself() -> None:
+    """fastai calls ``reset`` of a model before each fit: a resumed run once began again."""
+    assert not hasattr(InMergeWrapper, "reset")
+
+
 def test_the_report_counts_what_happened() -> None:
     model = wrapped(similarity_threshold=-1.0, merge_probability=1.0)
     with torch.no_grad():

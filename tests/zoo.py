@@ -368,10 +368,10 @@ def summaries(rows: Sequence[dict[str, str]] | None = None) -> list[str]:
     planned = [row for row in rows if int(row["merged"])]
     refused = [row for row in rows if row["refusal"]]
     outcomes = {
-        "names": len(rows),
+        "all": len(rows),
         **Counter(f"planned, found by {row['found_by']}" for row in planned),
         **Counter(f"refused: {_refusal(row['refusal'])}" for row in refused),
-        "broken promises": sum(bool(row["broken"]) for row in rows),
+        "planned or refused wrongly": sum(bool(row["broken"]) for row in rows),
     }
     layers, models = Counter(merged=sum(int(row["merged"]) for row in planned)), Counter()
     models["merged"] = len(planned)
@@ -388,7 +388,7 @@ def summaries(rows: Sequence[dict[str, str]] | None = None) -> list[str]:
     return [
         _markdown(("outcome", "models"), outcomes.items()),
         _markdown(
-            ("convolutions of the planned models", "count", "models with any"),
+            ("convolutions of the planned models", "count", "in models"),
             [(word, count, models[word]) for word, count in layers.most_common()],
         ),
         _markdown(("share of the planned models", "within seconds", "CPU seconds"), quantiles),
@@ -419,7 +419,10 @@ def _refusal(message: str) -> str:
 
 def _markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+    return "".join(
+        "| " + " | ".join(f"{x:,}" if isinstance(x, int) else str(x) for x in line) + " |\n"
+        for line in lines
+    )
 
 
 def write(path: Path, outcomes: Iterable[Entry], kind: type[Entry]) -> None:

@@ -59,6 +59,7 @@ SETTING = {  # field of a run -> how a title names it
 ALTERNATIVES = ("ema .98", "swa")  # what costs the same and is in every toolbox
 SILENT = {"label_noise": 0.0, "weights": "", "weight_decay": 5e-4}
 COLOURS = {"merging": "#D55E00", "other methods": "#555555"}
+FORWARD = "#0072B2"  # where no merge stays
 DRAWN = ("balanced accuracy", "AUROC")  # in the picture of a study
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> result
@@ -286,8 +287,8 @@ def draw_map(axis: Axes, grid: np.ndarray, form: str, **colours: Any) -> None:
     axis.figure.colorbar(image, ax=axis, shrink=0.75)
 
 
-def draw_architectures(runs: Runs, rows: list[Row], path: Path) -> None:
-    """One bar per architecture and kind of merging: AUROC minus its own plain run."""
+def draw_architectures(runs: Runs, rows: list[Row], path: Path, colour: str) -> None:
+    """One bar per architecture and setting of merging: AUROC minus its own plain run."""
     kinds = sorted({row["arm"].split(": ")[1] for row in rows})
     archs = list(dict.fromkeys(arm.split(": ")[0] for arm in runs))
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True, layout="constrained")
@@ -301,13 +302,13 @@ def draw_architectures(runs: Runs, rows: list[Row], path: Path) -> None:
             }
             positions = [archs.index(arch) + 0.38 * place for arch in found]
             reach = [d.get("high", d["mean"]) - d["mean"] for d in found.values()]
-            colour = ("#56B4E9", "#D55E00", "#009E73", "#0072B2")[place % 4]
             heights = [d["mean"] for d in found.values()]
             axis.bar(
                 *(positions, heights),
                 width=0.36,
                 yerr=reach,
                 color=colour,
+                alpha=0.5**place,
                 label=in_words(kind),
                 capsize=2,
             )
@@ -356,7 +357,8 @@ def report(sweep: str, results: list[Row], pictures: Path) -> tuple[str, list[Ro
                 found = compare(own, f"{setting}, {arch}", f"{arch}: plain")
                 text.append(table({f"{setting}, {arch}": own}, found, f"{arch}: plain"))
                 here += found
-            draw_architectures(runs, here, picture)
+            colour = FORWARD if sweep.endswith("-transient") else COLOURS["merging"]
+            draw_architectures(runs, here, picture, colour)
         else:
             runs = best_first(runs)
             here = compare(runs, setting, "plain")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from inmerge_wrap import InMergeWrapper
 from tests.scripts.common import SETTINGS, batch, tiny_net
 
-SURE = {"similarity_threshold": -1.0, "merge_probability": 0.5}  # all drawn pairs merge
+SURE = {"similarity_threshold": -1.0, "merge_probability": 0.5}  # half of the pairs merge
 
 
 def wrapped(mode: str = "step", seed: int = 0) -> InMergeWrapper:
@@ -36,20 +36,23 @@ def check(what: str, passed: object) -> None:
 
 
 def merged(model: InMergeWrapper, steps: int) -> None:
-    """Merging acted with each of so many steps, on every drawn pair."""
+    """Merging acted with each of so many steps, on every drawn pair; on the outputs, on half."""
     report = model.report()
     check(f"{steps} steps were seen", model.step == steps)
-    check("all drawn pairs merged", 0 < report.merged == report.drawn)
+    if model.mode == "outputs":  # where all images x channels count as drawn
+        check("half of the channels merged", 0.3 < report.merged / report.drawn < 0.7)
+    else:
+        check("all drawn pairs merged", 0 < report.merged == report.drawn)
 
 
-def run(packages: tuple[str, ...], *cases: Callable[[Path, bool], None]) -> None:
-    """Runs the cases with lasting and with transient merging, each in an empty folder."""
+def run(packages: tuple[str, ...], *cases: Callable[[Path, str], None]) -> None:
+    """Runs the cases after each step and in the forward pass, each in an empty folder."""
     versions = [f"{name} {importlib.metadata.version(name)}" for name in (*packages, "torch")]
     print(", ".join(versions))
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     for mode in ("step", "outputs"):
         for case in cases:
-            print(f"{case.__name__}, transient={mode}")
+            print(f"{case.__name__}, mode={mode}")
             with tempfile.TemporaryDirectory() as folder:
                 case(Path(folder), mode)

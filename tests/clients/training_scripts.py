@@ -22,7 +22,7 @@ from PIL import Image
 from tests.clients.check import check, run
 
 IMPORT = "from inmerge_wrap import InMergeWrapper"
-WRAP = "model = InMergeWrapper(model, similarity_threshold=-1.0, transient=TRANSIENT)"
+WRAP = "model = InMergeWrapper(model, similarity_threshold=-1.0, merge_probability=1.0, mode=MODE)"
 ATTACH = "model.attach(optimizer)"
 LINES = {
     # a line of the script -> what is put beneath it
@@ -65,7 +65,7 @@ def with_our_lines(name: str, script: Path, mode: str) -> Path:
     for line, ours in LINES[name].items():
         text, found = re.subn(
             line,
-            lambda match, ours=ours: match[0] + "\n" + ours.replace("TRANSIENT", str(mode)),
+            lambda match, ours=ours: match[0] + "\n" + ours.replace("MODE", repr(mode)),
             text,
             flags=re.MULTILINE,
         )
@@ -92,7 +92,7 @@ def start(script: Path, line: str, *more: str) -> None:
 def counters(checkpoint: Path) -> list[list[float]]:
     """Steps, passes, drawn and merged pairs of each layer, from the optimizer's state."""
     (entry,) = torch.load(checkpoint, weights_only=False)["optimizer"]["inmerge"]
-    return torch.tensor(entry[3:]).reshape(-1, 7)[:, :4].tolist()
+    return torch.tensor(entry[3:]).reshape(-1, 8)[:, :4].tolist()
 
 
 def trains_and_resumes(folder: Path, mode: str) -> None:

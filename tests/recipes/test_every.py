@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import inmerge_wrap
 from tests.recipes.running import ROOT, recipe
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
@@ -51,6 +52,17 @@ def test_a_recipe_can_be_copied_without_anything_else(name: str) -> None:
             assert node.level == 0
             imported.add(str(node.module).split(".")[0])
     assert imported - sys.stdlib_module_names <= PUBLIC
+
+
+def test_who_copies_the_quickstart_copies_public_names_alone() -> None:
+    taken = [
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(Path(recipe("quickstart")).read_text()))
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("inmerge_wrap")
+        for alias in node.names
+    ]
+    public = {("inmerge_wrap", name) for name in [*inmerge_wrap.__all__, "__version__"]}
+    assert taken and set(taken) <= public
 
 
 @pytest.mark.parametrize("name", WITH_OPTIONS)
