@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,10 @@ from inmerge_wrap.images.labelled import ImageFolder, fit_images, read_npz
 from inmerge_wrap.images.preparation import FILE, Preparation, Recipe, digest_of
 from inmerge_wrap.robustness import RobustnessResult, evaluate_robustness
 
-__all__ = ["Contender", "LabelledImages", "contender", "evaluate_all", "open_data"]
+__all__ = ["INTERVALS", "Contender", "LabelledImages", "contender", "evaluate_all", "open_data"]
+
+INTERVALS = "metrics and intervals"
+"""What `evaluate_all` calls this part of its work, which comes after the images of each network."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class LabelledImages:
         digests: Of each image's file, where files were read.
     """
 
-    loader: Iterable[Any]
+    loader: DataLoader[Any]
     labels: Tensor
     part: str
     digests: Sequence[str] = ()
@@ -218,16 +221,16 @@ def _as_floats(batch: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.stack(pixels).float() / 255, torch.stack(labels)
 
 
-def outputs_of(network: nn.Module, loader: Any) -> int:
-    """Returns the number of a classifier's outputs.
+def outputs_of(network: nn.Module, loader: DataLoader[Any]) -> int:
+    """Returns the number of a classifier's outputs, for one image of a loader.
 
     Raises:
         ValueError: If it is none.
     """
-    images, _ = next(iter(loader))
+    image, _ = loader.collate_fn([loader.dataset[0]])  # a whole batch takes long to decode
     device = next(network.parameters()).device
     with torch.no_grad():
-        answer = network.eval()(images[:1].to(device))
+        answer = network.eval()(image.to(device))
     if not isinstance(answer, Tensor) or answer.ndim > 2:
         raise ValueError(
             f"{type(network).__name__} returns {type(answer).__name__}, not class scores: choose "
@@ -265,7 +268,8 @@ def evaluate_all(
         contenders: The networks; the first is what the others are compared with.
         images: The images.
         task: See `evaluate_robustness`; by the recipe or the labels if None.
-        progress: Called with a network's name and a number of images.
+        progress: Called with a network's name and a number of images, and with `INTERVALS` and 1
+            after each condition of a network.
         settings: Of `evaluate_robustness`.
 
     Returns:
@@ -288,6 +292,7 @@ def evaluate_all(
             baseline=next(iter(results.values()), None),
             threshold=0.5 if recipe is None else recipe.thresholds or 0.5,
             progress=show,
+            scored=lambda: progress(INTERVALS, 1),
             **settings,
         )
         results[each.name].settings |= {"weights": str(each.path), "split": images.part} | {

@@ -15,21 +15,21 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from inmerge_wrap.app import findings
+from inmerge_wrap.app.batches import Normalise
 from inmerge_wrap.app.model import Tempered
 from inmerge_wrap.app.operating import operating_point
 from inmerge_wrap.app.options import prevalences_of
 from inmerge_wrap.app.records import of_an_earlier_start
-from inmerge_wrap.app.training import Normalise, Run
+from inmerge_wrap.app.training import Run
 from inmerge_wrap.files import read_json, write_json
 from inmerge_wrap.images.collection import ImageCollection, ImageFile
 from inmerge_wrap.images.preparation import Recipe
 from inmerge_wrap.images.sets import ImageSet
-from inmerge_wrap.robustness import bootstrap_weights, evaluate_robustness
+from inmerge_wrap.robustness import RobustnessResult, bootstrap_weights, evaluate_robustness
+from inmerge_wrap.robustness.corruptions import resolve_preset
 
 ASKED = ("preset", "severities", "bootstrap", "subgroups", "prevalence")  # what decides the figures
 MISTAKES = 24
-_KEPT = {"training", "temperature", "thresholds", "notes", "rows", "families", "classes"}
-_KEPT |= {"subgroups", "confusion", "calibration", "mistakes", "probabilities", "said"}
 
 
 def load_best(run: Run, training: dict[str, Any], classes: int) -> nn.Module:
@@ -54,6 +54,12 @@ def units_of(images: tuple[ImageFile, ...]) -> list[str] | None:
     return [image.group or f"image {image.name}" for image in images]
 
 
+# The names that `test` writes: an evaluation.json that lacks one is damaged, or of another version.
+NAMES = {"asked", "training", "temperature", "thresholds", "notes", "rows", "settings", "seconds"}
+NAMES |= {"families", "classes", "subgroups", "units", "confusion", "calibration", "mistakes"}
+NAMES |= {"probabilities", "said"}
+
+
 def test(
     run: Run,
     sets: dict[str, ImageSet],
@@ -71,16 +77,16 @@ def test(
         network = load_best(run, training, len(collection.classes)).to(device)
         normalise = Normalise(training["mean"], training["std"], device)
 
-    def loader(part: str, what: str) -> Any:
-        batches = DataLoader(
+    def loader(part: str) -> DataLoader:
+        return DataLoader(
             sets[part], batch_size=64, num_workers=options.workers, collate_fn=as_floats
         )
-        return tqdm(batches, desc=f"{run.name}, {what}", unit="batch", leave=False)
 
     @torch.no_grad()
     def scores(part: str) -> tuple[Tensor, Tensor]:
         outputs, truths = [], []
-        for pixels, labels in loader(part, f"{part} images"):
+        bar = tqdm(loader(part), desc=f"{run.name}, {part} images", unit="batch", leave=False)
+        for pixels, labels in bar:
             outputs.append(network(normalise(pixels.to(device))).float().cpu())
             truths.append(labels)
         return torch.cat(outputs), torch.cat(truths)
@@ -88,10 +94,12 @@ def test(
     recipe, notes = operating_point(_untempered(training, sets, collection), *scores("val"))
     outputs, labels = scores("test")
     units = units_of(collection.part("test"))
-    result = evaluate_robustness(
+    preset = options.preset or ("grey" if recipe.preparation.channels == 1 else "all")
+    result = _evaluated(
+        run.name,
         Tempered(network, recipe.temperature),
-        loader("test", "testing"),
-        preset=options.preset or ("grey" if recipe.preparation.channels == 1 else "all"),
+        loader("test"),
+        preset=preset,
         task=collection.task,
         normalize=normalise,
         severities=sorted(options.severities),
@@ -115,13 +123,28 @@ def test(
     return found
 
 
+def _evaluated(
+    name: str, network: nn.Module, loader: DataLoader, **settings: Any
+) -> RobustnessResult:
+    """`evaluate_robustness`, with one bar for the images and one for the intervals."""
+    conditions = 1 + len(resolve_preset(settings["preset"])) * len(settings["severities"])
+    total = conditions * len(loader.dataset)  # type: ignore[arg-type]
+    with (
+        tqdm(total=total, desc=f"{name}, testing", leave=False) as images,
+        tqdm(total=conditions, desc=f"{name}, intervals", leave=False) as intervals,
+    ):
+        return evaluate_robustness(
+            network, loader, progress=images.update, scored=intervals.update, **settings
+        )
+
+
 def _measured_before(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     """What an earlier start measured; None if other figures were asked for."""
     with of_an_earlier_start(path, remove=path):
         stored = read_json(path)
         if stored["asked"] != asked:
             return None
-        if missing := _KEPT - stored.keys():
+        if missing := NAMES - stored.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return stored
 

@@ -88,7 +88,8 @@ def adapt(
     files = find_files([images], path_column)
     marks = read_labels(labels, trained.recipe, path_column) if labels else None
     used = min(limit, len(files))
-    with progress(4 * used) as show:
+    # Each image is read once, and passes the network before, during and after the adaptation.
+    with progress({"reading": used, "adapting": 3 * used}) as show:
         read = read_site(
             trained,
             files,

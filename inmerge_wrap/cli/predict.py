@@ -59,7 +59,7 @@ def predict(
 
     trained = TrainedModel.read(model, device)
     files = find_files(images, path_column)
-    with progress(len(files)) as show:
+    with progress({"images": len(files)}) as show:
         found = answers_to(
             trained,
             files,

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from inmerge_wrap.images.cells import write_table
 from inmerge_wrap.images.collection import PARTS, ImageCollection, check, counted, named, split
@@ -192,7 +193,8 @@ def read_part(
     collection, facts = without_broken(collection, facts, skip=False)
     names = [image.name for image in collection.images]
     images = ImageSet(collection.images, preparation or prepare(facts, size, names=names))
-    pixels = torch.stack([images[index][0] for index in range(len(images))])
+    places = tqdm(range(len(images)), desc="reading images", unit="image", leave=False)
+    pixels = torch.stack([images[place][0] for place in places])
     return pixels, images.labels, collection
 
 
