@@ -78,18 +78,6 @@ def derived_seed(*numbers: int) -> int:
     return int.from_bytes(digest, "big")
 
 
-class Normalise:
-    """Turns uint8 pixels (N, C, H, W), or floats in [0, 1], into network input."""
-
-    def __init__(self, mean: list[float], std: list[float], device: torch.device) -> None:
-        self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
-        self.std = torch.tensor(std, device=device).view(-1, 1, 1)
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
-        return (scaled - self.mean) / self.std
-
-
 @dataclass
 class Batches:
     """The images of an epoch in their order, and those of validation."""

@@ -15,9 +15,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from inmerge_wrap.app.model import Tempered
 from inmerge_wrap.architectures import is_timm_folder
 from inmerge_wrap.errors import ArgumentError
+from inmerge_wrap.images.collection import units_of
 from inmerge_wrap.images.folders import read_part
 from inmerge_wrap.images.labelled import ImageFolder, fit_images, read_npz
 from inmerge_wrap.images.preparation import FILE, Preparation, Recipe, digest_of
+from inmerge_wrap.images.sets import as_floats
 from inmerge_wrap.robustness import RobustnessResult, evaluate_robustness
 
 __all__ = ["INTERVALS", "Contender", "LabelledImages", "contender", "evaluate_all", "open_data"]
@@ -118,12 +120,14 @@ class LabelledImages:
         labels: Class indices (N,), or marks (N, labels).
         part: train, val, test or all.
         digests: Of each image's file, where files were read.
+        groups: Whose image each is, where this is known.
     """
 
     loader: DataLoader[Any]
     labels: Tensor
     part: str
     digests: Sequence[str] = ()
+    groups: Sequence[str] | None = None
 
 
 def open_data(
@@ -207,18 +211,15 @@ def _read_part(
     if limit is not None and limit < len(pixels):  # not the first ones, which are of one class
         places = torch.from_numpy(np.linspace(0, len(pixels) - 1, limit).round().astype(int))
     pixels, labels = pixels[places], labels[places]
-    split = any(image.part is not None for image in collection.images)
+    images = [collection.images[int(place)] for place in places]
+    split = any(image.part is not None for image in images)
     return LabelledImages(
-        DataLoader(TensorDataset(pixels, labels), batch_size=batch_size, collate_fn=_as_floats),
+        DataLoader(TensorDataset(pixels, labels), batch_size=batch_size, collate_fn=as_floats),
         labels,
         part if split or (data / part).is_dir() else "all",
-        [collection.images[int(place)].digest or "" for place in places],
+        [image.digest for image in images],
+        units_of(images),
     )
-
-
-def _as_floats(batch: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    pixels, labels = zip(*batch, strict=True)
-    return torch.stack(pixels).float() / 255, torch.stack(labels)
 
 
 def outputs_of(network: nn.Module, loader: DataLoader[Any]) -> int:
@@ -293,11 +294,13 @@ def evaluate_all(
             threshold=0.5 if recipe is None else recipe.thresholds or 0.5,
             progress=show,
             scored=lambda: progress(INTERVALS, 1),
+            groups=images.groups,
             **settings,
         )
         results[each.name].settings |= {"weights": str(each.path), "split": images.part} | {
             "mean": list(each.mean),
             "std": list(each.std),
+            "groups": len(set(images.groups)) if images.groups is not None else None,
         }
         if recipe is not None:
             results[each.name].settings |= {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from inmerge_wrap.app import findings
-from inmerge_wrap.app.batches import Normalise
-from inmerge_wrap.app.model import Tempered
+from inmerge_wrap.app.model import Normalise, Tempered
 from inmerge_wrap.app.operating import operating_point
 from inmerge_wrap.app.options import prevalences_of
 from inmerge_wrap.app.records import of_an_earlier_start
 from inmerge_wrap.app.training import Run
 from inmerge_wrap.files import read_json, write_json
-from inmerge_wrap.images.collection import ImageCollection, ImageFile
+from inmerge_wrap.images.collection import ImageCollection, units_of
 from inmerge_wrap.images.preparation import Recipe
-from inmerge_wrap.images.sets import ImageSet
+from inmerge_wrap.images.sets import ImageSet, as_floats
 from inmerge_wrap.robustness import RobustnessResult, bootstrap_weights, evaluate_robustness
 from inmerge_wrap.robustness.corruptions import resolve_preset
 
@@ -39,19 +39,6 @@ def load_best(run: Run, training: dict[str, Any], classes: int) -> nn.Module:
     )
     network.load_state_dict(load_file(run.folder / "best.safetensors"))
     return network.eval()
-
-
-def as_floats(batch: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Collates items of an ImageSet for corruptions, which act on floats in [0, 1]."""
-    pixels, labels = zip(*batch, strict=True)
-    return torch.stack(pixels).float() / 255, torch.stack(labels)
-
-
-def units_of(images: tuple[ImageFile, ...]) -> list[str] | None:
-    """Whose image each is, an image without a group being its own; None where no groups are."""
-    if all(image.group is None for image in images):
-        return None
-    return [image.group or f"image {image.name}" for image in images]
 
 
 # The names that `test` writes: an evaluation.json that lacks one is damaged, or of another version.
@@ -87,11 +74,11 @@ def test(
         outputs, truths = [], []
         bar = tqdm(loader(part), desc=f"{run.name}, {part} images", unit="batch", leave=False)
         for pixels, labels in bar:
-            outputs.append(network(normalise(pixels.to(device))).float().cpu())
+            outputs.append(network(normalise(pixels)).float().cpu())
             truths.append(labels)
         return torch.cat(outputs), torch.cat(truths)
 
-    recipe, notes = operating_point(_untempered(training, sets, collection), *scores("val"))
+    recipe, notes = operating_point(untempered(training, sets, collection), *scores("val"))
     outputs, labels = scores("test")
     units = units_of(collection.part("test"))
     preset = options.preset or ("grey" if recipe.preparation.channels == 1 else "all")
@@ -149,9 +136,10 @@ def _measured_before(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None
         return stored
 
 
-def _untempered(
-    training: dict[str, Any], sets: dict[str, ImageSet], collection: ImageCollection
+def untempered(
+    training: dict[str, Any], sets: Mapping[str, ImageSet], collection: ImageCollection
 ) -> Recipe:
+    """How a network is used before its temperature and thresholds are chosen."""
     several = collection.task == "multilabel"
     return Recipe(
         preparation=sets["test"].preparation,

@@ -28,7 +28,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from inmerge_wrap.app.batches import Batches, Normalise, derived_seed, open_batches, statistics
+from inmerge_wrap.app.batches import Batches, derived_seed, open_batches, statistics
+from inmerge_wrap.app.model import Normalise
 from inmerge_wrap.app.records import of_an_earlier_start
 from inmerge_wrap.app.starting_weights import start_network
 from inmerge_wrap.card import merging_settings

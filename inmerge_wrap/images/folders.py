@@ -175,8 +175,13 @@ def read_part(
         DataError: If there is no such part, a class is not among ``classes``, or a file is broken.
     """
     if directory.is_file():
-        labels = _label_columns(directory, classes)
-        collection = find_images(directory.parent, table=directory, labels=labels)
+        columns = list(table_rows(directory)[0])
+        collection = find_images(
+            directory.parent,
+            table=directory,
+            labels=_label_columns(columns, classes),
+            groups="group" if "group" in columns else None,
+        )
     else:
         parts = [name for name in PARTS if (directory / name).is_dir()]
         if parts and part not in parts:
@@ -198,8 +203,7 @@ def read_part(
     return pixels, images.labels, collection
 
 
-def _label_columns(table: Path, classes: Sequence[str] | None) -> list[str]:
-    columns = list(table_rows(table)[0])
+def _label_columns(columns: list[str], classes: Sequence[str] | None) -> list[str]:
     if classes is not None and set(classes) <= set(columns):
         return list(classes)
     if "label" in columns or "group" not in columns:

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from inmerge_wrap.images.labelled import ImageFolder, fit_images
-from inmerge_wrap.images.preparation import Preparation
 
 CONFIG = {"input_size": (3, 16, 16), "crop_pct": 1.0, "interpolation": "bicubic"}
 
@@ -148,20 +147,6 @@ def clinic(tmp_path: Path) -> tuple[Path, np.ndarray]:
     (tmp_path / "b").mkdir()
     scan.save_as(tmp_path / "b" / "1.2.840.1")
     return tmp_path, deep / 4095
-
-
-def test_files_are_read_as_a_preparation_says(clinic: tuple[Path, np.ndarray]) -> None:
-    folder, shown = clinic
-    preparation = Preparation(size=16, channels=1, pixel_range=(0.0, 4095.0))
-    data = ImageFolder(folder, config=CONFIG, preparation=preparation)
-    assert data.classes == ["a", "b"]
-    for index in range(2):
-        expected = torch.from_numpy(shown).float()[None]
-        torch.testing.assert_close(data[index][0], expected, rtol=0, atol=0.5 / 255 + 1e-6)
-    (folder / "b" / "broken.dcm").write_bytes(b"no image")
-    data = ImageFolder(folder, config=CONFIG, preparation=preparation)
-    with pytest.raises(ValueError, match=r"broken\.dcm cannot be read as an image"):
-        data[2]
 
 
 def test_dicom_files_show_what_they_say_themselves(clinic: tuple[Path, np.ndarray]) -> None:
