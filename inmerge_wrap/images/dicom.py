@@ -68,8 +68,8 @@ def _check_inflated(path: Path) -> None:
     inflater, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
     with open(path, "rb") as file:
         file.seek(144 + int(meta.FileMetaInformationGroupLength))  # preamble, and the length itself
-        while chunk := file.read(2**16):
-            while chunk:
+        while not inflater.eof and (chunk := file.read(2**16)):
+            while chunk and not inflater.eof:  # after the end a pad byte stays unconsumed for ever
                 total += len(inflater.decompress(chunk, 2**20))
                 chunk = inflater.unconsumed_tail
                 if total > _MOST_BYTES:
