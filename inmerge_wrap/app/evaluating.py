@@ -216,7 +216,7 @@ def _read_part(
     return LabelledImages(
         DataLoader(TensorDataset(pixels, labels), batch_size=batch_size, collate_fn=as_floats),
         labels,
-        part if split or (data / part).is_dir() else "all",
+        part if split else "all",
         [image.digest for image in images],
         units_of(images),
     )

@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from inmerge_wrap.images.cells import write_table
-from inmerge_wrap.images.collection import PARTS, ImageCollection, check, counted, named, split
+from inmerge_wrap.images.collection import ImageCollection, check, counted, named, split
 from inmerge_wrap.images.files import DataError, Facts, range_of
-from inmerge_wrap.images.finding import find_images, table_rows
+from inmerge_wrap.images.finding import find_images, listed, parts_in, table_rows
 from inmerge_wrap.images.preparation import Preparation
 from inmerge_wrap.images.sets import ImageSet, examine_all, without_broken
 
@@ -183,11 +183,13 @@ def read_part(
             groups="group" if "group" in columns else None,
         )
     else:
-        parts = [name for name in PARTS if (directory / name).is_dir()]
+        parts = parts_in(directory)
         if parts and part not in parts:
-            raise DataError(f"{directory} has {' and '.join(parts)} but no {part}")
-        alone = parts and "train" not in parts
-        collection = find_images(directory / part if alone else directory)
+            raise DataError(f"{directory} has {listed(parts)} but no {part}")
+        collection = find_images(parts.get(part, directory))
+        if parts:
+            images = tuple(replace(image, part=part) for image in collection.images)
+            collection = replace(collection, images=images)
     if any(image.part is not None for image in collection.images):
         collection = replace(collection, images=collection.part(part))
     if not collection.images:
@@ -197,10 +199,10 @@ def read_part(
     facts = examine_all(collection)
     collection, facts = without_broken(collection, facts, skip=False)
     names = [image.name for image in collection.images]
-    images = ImageSet(collection.images, preparation or prepare(facts, size, names=names))
-    places = tqdm(range(len(images)), desc="reading images", unit="image", leave=False)
-    pixels = torch.stack([images[place][0] for place in places])
-    return pixels, images.labels, collection
+    opened = ImageSet(collection.images, preparation or prepare(facts, size, names=names))
+    places = tqdm(range(len(opened)), desc="reading images", unit="image", leave=False)
+    pixels = torch.stack([opened[place][0] for place in places])
+    return pixels, opened.labels, collection
 
 
 def _label_columns(columns: list[str], classes: Sequence[str] | None) -> list[str]:

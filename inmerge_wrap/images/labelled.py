@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from inmerge_wrap.images.files import DICOM, RASTER, decode, is_dicom, is_image
+from inmerge_wrap.images.finding import listed, parts_in
 
 __all__ = ["ImageFolder", "fit_images", "read_npz"]
 
-_SPLITS = ("train", "val", "test")
 _SUFFIXES = {*RASTER, *DICOM, ".webp", ".gif"}
 
 
@@ -119,12 +119,12 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         from timm.data import create_transform, resolve_data_config
 
         root = Path(folder)
-        splits = [name for name in _SPLITS if (root / name).is_dir()]
-        if split not in splits and (splits or split != "test"):
-            there = f"it has {', '.join(splits)}" if splits else "it is not split"
+        parts = parts_in(root) if root.is_dir() else {}
+        if split not in parts and (parts or split != "test"):
+            there = f"it has {listed(parts)}" if parts else "it is not split"
             raise ValueError(f"{root} holds no folder {split}: {there}")
-        self.part = split if splits else "all"
-        root = root / split if splits else root
+        self.part = split if parts else "all"
+        root = parts.get(split, root)
         found = {entry.name: _images_in(entry) for entry in sorted(root.iterdir()) if _shown(entry)}
         found = {name: paths for name, paths in found.items() if paths}
         if not found:

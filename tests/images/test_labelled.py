@@ -11,6 +11,7 @@ import timm
 import torch
 from PIL import Image
 
+from inmerge_wrap.images.folders import read_part
 from inmerge_wrap.images.labelled import ImageFolder, fit_images
 
 CONFIG = {"input_size": (3, 16, 16), "crop_pct": 1.0, "interpolation": "bicubic"}
@@ -58,6 +59,20 @@ def test_a_split_is_taken_where_there_is_one(folder: Path) -> None:
         ImageFolder(folder, config=CONFIG)
     with pytest.raises(ValueError, match="holds no folder train: it is not split"):
         ImageFolder(folder / "val", config=CONFIG, split="train")
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing"), ("Val", "TEST")])
+def test_parts_are_no_classes_whatever_they_are_called(
+    tmp_path: Path, names: tuple[str, str]
+) -> None:
+    for seed, name in enumerate(names):
+        for label in ("ant", "cat"):
+            save(tmp_path / name / label, "only.png", picture(seed))
+    data = ImageFolder(tmp_path, config=CONFIG)
+    assert data.classes == ["ant", "cat"] and data.part == "test"
+    assert {path.parts[-3] for path in data.paths} == {names[1]}
+    pixels, labels, collection = read_part(tmp_path, "test", size=16)
+    assert len(pixels) == len(labels) == 2 and collection.images[0].part == "test"
 
 
 def test_labels_follow_the_order_of_the_model(folder: Path) -> None:
