@@ -16,12 +16,10 @@ from torch import nn
 
 from inmerge_wrap.markdown import one_line, template
 from inmerge_wrap.report import MergeReport
-from inmerge_wrap.thresholds import Fixed, Quantile, ZScore
 from inmerge_wrap.unwrapping import find_wrapper
 
 if TYPE_CHECKING:
     from inmerge_wrap.robustness import RobustnessResult
-    from inmerge_wrap.settings import MergeSettings
 
 __all__ = ["PLACE", "CardResult", "ModelCard", "merging_settings", "push_to_hub", "results_of"]
 
@@ -127,7 +125,8 @@ def results_of(
                     dataset_id=dataset_id,
                     config=config,
                     split=split,
-                    interval=None if low is None or high is None else (low, high),
+                    # One without width would look like certainty.
+                    interval=None if low is None or high is None or low == high else (low, high),
                     note="; ".join(filter(None, notes)),
                 )
             )
@@ -385,7 +384,7 @@ def merging_settings(model: nn.Module) -> dict[str, Any]:
         return {}
     plan = wrapper.plan
     return {
-        _IN_WORDS: _in_words(wrapper.settings),
+        _IN_WORDS: wrapper.settings.in_words,
         "merge_weight (alpha)": wrapper.merge_weight,
         "similarity_threshold (tau)": wrapper.similarity_threshold,
         "merge_probability (p)": wrapper.merge_probability,
@@ -401,36 +400,6 @@ def merging_settings(model: nn.Module) -> dict[str, Any]:
         "seed": wrapper.seed,
         **_outcome(wrapper.report()),
     }
-
-
-def _in_words(settings: MergeSettings) -> str:
-    """Returns what merging did to the kernels, in one or two sentences."""
-    match rule := settings.similarity_threshold:
-        case Fixed(tau=-1.0):
-            which = "however similar"
-        case Fixed():
-            which = f"with a cosine above {rule}"
-        case ZScore():
-            which = f"{rule.z:g} standard deviations more similar than chance"
-        case Quantile():
-            which = f"the most similar {rule.share:.0%} of those drawn"
-        case _:
-            which = f"that {rule} lets pass"
-    toward = "away from" if settings.merge_weight > 1 else "toward"
-    how = {
-        "partner": f"a kernel moved {toward} its partner",
-        "signed": "a kernel moved toward its partner or away from it, as the draw said",
-        "gaussian": "a kernel moved in a random direction, by a share of its norm",
-        "multiplicative": "the weights of a kernel were multiplied by random factors near 1",
-    }.get(str(settings.direction), f"a kernel moved as {settings.direction} says")
-    when = {
-        "step": "After each optimizer step",
-        "outputs": "In each forward pass of the training and for each image, on the outputs",
-        "weights": "In each forward pass of the training",
-    }[settings.mode]
-    stays = settings.mode == "step"
-    kept = "The moved kernels stayed in the weights" if stays else "No weight was written"
-    return f"{when}, pairs of kernels of a layer were drawn; in pairs {which}, {how}. {kept}."
 
 
 def _outcome(report: MergeReport) -> dict[str, Any]:

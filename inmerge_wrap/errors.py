@@ -7,9 +7,9 @@ A message marks an argument as ``<name>`` or ``<name=value>``. Python shows ``na
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
-__all__ = ["ArgumentError", "ArgumentWarning", "as_option"]
+__all__ = ["ArgumentError", "ArgumentWarning", "as_option", "for_command_line"]
 
 _MARK = re.compile(r"<([a-z][a-z_]*)(?:=([^<>]*))?>")
 
@@ -58,3 +58,15 @@ class ArgumentWarning(_NamesArguments, UserWarning):
 def as_option(argument: str) -> str:
     """Returns the option that an argument has by default: ``--pixel-range`` for pixel_range."""
     return f"--{argument.replace('_', '-')}"
+
+
+def for_command_line(message: Exception | str, options: Mapping[str, str] | None = None) -> str:
+    """Returns a message with options in place of the arguments that it names, if it names any.
+
+    Args:
+        message: An error, a warning or a text.
+        options: By argument, the option that has another name than `as_option` gives.
+    """
+    if not isinstance(message, ArgumentError | ArgumentWarning):
+        return str(message)
+    return message.with_options(lambda name: (options or {}).get(name, as_option(name)))

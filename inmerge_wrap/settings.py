@@ -14,7 +14,7 @@ from torch import Tensor
 
 from inmerge_wrap.merging import check_range
 from inmerge_wrap.schedule import Schedule
-from inmerge_wrap.thresholds import Fixed, Threshold, ZScore, as_threshold
+from inmerge_wrap.thresholds import Fixed, Quantile, Threshold, ZScore, as_threshold
 
 __all__ = [
     "DirectionRule",
@@ -175,6 +175,36 @@ class MergeSettings:
         """Whether every kernel is drawn in every step that merges, now and later."""
         thins = self.schedule.decay != "constant" and self.schedule.anneals == "probability"
         return self.merge_probability == 1.0 and not thins
+
+    @property
+    def in_words(self) -> str:
+        """What merging does to the kernels, in two sentences."""
+        match rule := self.similarity_threshold:
+            case Fixed(tau=-1.0):
+                which = "however similar"
+            case Fixed():
+                which = f"with a cosine above {rule}"
+            case ZScore():
+                which = f"{rule.z:g} standard deviations more similar than chance"
+            case Quantile():
+                which = f"the most similar {rule.share:.0%} of those drawn"
+            case _:
+                which = f"that {rule} lets pass"
+        toward = "away from" if self.merge_weight > 1 else "toward"
+        how = {
+            "partner": f"a kernel moved {toward} its partner",
+            "signed": "a kernel moved toward its partner or away from it, as the draw said",
+            "gaussian": "a kernel moved in a random direction, by a share of its norm",
+            "multiplicative": "the weights of a kernel were multiplied by random factors near 1",
+        }.get(str(self.direction), f"a kernel moved as {self.direction} says")
+        when = {
+            "step": "After each optimizer step",
+            "outputs": "In each forward pass of the training and for each image, on the outputs",
+            "weights": "In each forward pass of the training",
+        }[self.mode]
+        stays = self.mode == "step"
+        kept = "The moved kernels stayed in the weights" if stays else "No weight was written"
+        return f"{when}, pairs of kernels of a layer were drawn; in pairs {which}, {how}. {kept}."
 
     def strength(self, step: int) -> Strength | None:
         """Returns how strongly an optimizer step merges; None where it does not merge."""

@@ -41,17 +41,18 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from inmerge_wrap import InMergeWrapper, export_timm
+from inmerge_wrap.app.batches import per_process
 from inmerge_wrap.app.records import environment
 from inmerge_wrap.app.starting_weights import start_network
-from inmerge_wrap.app.training import make_accelerator, one_line_if_out_of_memory, per_process
+from inmerge_wrap.app.training import make_accelerator, one_line_if_out_of_memory
+from inmerge_wrap.errors import for_command_line
 from inmerge_wrap.files import replacing, write_json
 from inmerge_wrap.images import nih
-from inmerge_wrap.images.nih import FINDINGS, Part, Radiographs
 from inmerge_wrap.robustness import classification_metrics
 
 # -- options ---------------------------------------------------------------------------------------
 
-Parts, Options, Areas = dict[str, Part], argparse.Namespace, dict[str, float | None]
+Parts, Options, Areas = dict[str, nih.Part], argparse.Namespace, dict[str, float | None]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 SHORT = "Atel Card Effu Infi Mass Nodu Pnma Pntx Cons Edem Emph Fibr P_T Hern mean".split()
 PUBLISHED = {  # test AUROC in the same order, as the paper lists them
@@ -110,7 +111,7 @@ def read_parts(options: Options) -> Parts:
             source = str(options.data_root.resolve())
             parts = nih.read_release(options.data_root, options.seed)
     except ValueError as error:
-        raise SystemExit(str(error)) from error
+        raise SystemExit(for_command_line(error)) from error
     if not options.cache:
         return parts
     about = source, options.size, options.workers
@@ -134,7 +135,7 @@ def predict(accelerator: Accelerator, model: nn.Module, loader: DataLoader) -> l
 def aurocs(logits: Tensor, labels: Tensor) -> Areas:
     """Returns the AUROC of each finding, None without positives or negatives, and their mean."""
     found: Areas = {}
-    for finding, scores, truth in zip(FINDINGS, logits.sigmoid().T, labels.T, strict=True):
+    for finding, scores, truth in zip(nih.FINDINGS, logits.sigmoid().T, labels.T, strict=True):
         area = float(classification_metrics(scores, truth, task="binary")[0]["auroc"])
         found[finding] = None if math.isnan(area) else area
     known = [area for area in found.values() if area is not None]
@@ -158,7 +159,7 @@ def loaders_of(accelerator: Accelerator, parts: Parts, options: Options) -> list
     loaders = []
     for name in ("train", "val", "test"):
         train, size = name == "train", per_process(options.batch_size, accelerator.num_processes)
-        images = Radiographs(parts[name], options.size, train=train)
+        images = nih.Radiographs(parts[name], options.size, train=train)
         about = {"num_workers": options.workers, "pin_memory": torch.cuda.is_available()}
         loaders.append(DataLoader(images, size, shuffle=train, drop_last=train, **about))
     return accelerator.prepare(*loaders)
@@ -189,7 +190,7 @@ def train(
     epochs, folder = options.epochs[phase != "first"], options.out / phase
     set_seed(options.seed)
     train_loader, val_loader, test_loader = loaders_of(accelerator, parts, options)
-    network, *_ = start_network(options.arch, start, num_classes=len(FINDINGS), channels=3)
+    network, *_ = start_network(options.arch, start, num_classes=len(nih.FINDINGS), channels=3)
     model: nn.Module = network
     if phase == "merged" and options.paper:
         model = InMergeWrapper(network, seed=options.seed)
@@ -226,7 +227,7 @@ def train(
         if accelerator.is_main_process:
             if row["val_loss"] == min(one["val_loss"] for one in history):
                 about = {"input_size": (3, options.size, options.size), "crop_pct": 224 / 256}
-                export_timm(network, folder, mean=MEAN, std=STD, label_names=FINDINGS, **about)
+                export_timm(network, folder, mean=MEAN, std=STD, label_names=nih.FINDINGS, **about)
             with replacing(checkpoint) as draft:
                 states = {name: part.state_dict() for name, part in saved.items()}
                 torch.save(states | {"history": history}, draft)

@@ -35,8 +35,9 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from inmerge_wrap import InMergeWrapper, export_timm
+from inmerge_wrap.app.batches import per_process
 from inmerge_wrap.app.records import environment
-from inmerge_wrap.app.training import make_accelerator, one_line_if_out_of_memory, per_process
+from inmerge_wrap.app.training import make_accelerator, one_line_if_out_of_memory
 from inmerge_wrap.files import write_json
 from inmerge_wrap.robustness import classification_metrics, evaluate_robustness, paired_difference
 

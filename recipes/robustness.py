@@ -50,6 +50,7 @@ from inmerge_wrap.robustness.corruptions import CORRUPTIONS, DATASET_PRESETS, re
 # -- options ---------------------------------------------------------------------------------------
 
 # Okabe and Ito's colours, safe for every kind of colour vision; yellow is too faint for lines.
+CELL = "{:.3f}", "{:.3f} [{:.3f}, {:.3f}]"  # without an interval, and with one
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 
 parser = argparse.ArgumentParser(
@@ -223,7 +224,7 @@ def print_tables(results: Results, comparisons: list[dict[str, Any]]) -> None:
     lines += [(name, "balanced_error") for name in settings["corruptions"]]
     for on, measure in lines:
         found = [summarise(runs, measure, on) for runs in results.values()]
-        cells = ["-" if x is None else f"{x[0]:.3f} [{x[1]:.3f}, {x[2]:.3f}]" for x in found]
+        cells = ["-" if x is None else CELL[x[1] < x[2]].format(*x) for x in found]
         table.add_row("all corruptions" if on == "all" else on, measure, *cells)
     Console().print(table)
     for row in comparisons:  # paired over the seeds

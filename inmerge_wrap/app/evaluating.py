@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,17 @@ from torch.utils.data import DataLoader, TensorDataset
 from inmerge_wrap.app.model import Tempered
 from inmerge_wrap.architectures import is_timm_folder
 from inmerge_wrap.errors import ArgumentError
+from inmerge_wrap.images.collection import units_of
 from inmerge_wrap.images.folders import read_part
 from inmerge_wrap.images.labelled import ImageFolder, fit_images, read_npz
 from inmerge_wrap.images.preparation import FILE, Preparation, Recipe, digest_of
+from inmerge_wrap.images.sets import as_floats
 from inmerge_wrap.robustness import RobustnessResult, evaluate_robustness
 
-__all__ = ["Contender", "LabelledImages", "contender", "evaluate_all", "open_data"]
+__all__ = ["INTERVALS", "Contender", "LabelledImages", "contender", "evaluate_all", "open_data"]
+
+INTERVALS = "metrics and intervals"
+"""What `evaluate_all` calls this part of its work, which comes after the images of each network."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +120,14 @@ class LabelledImages:
         labels: Class indices (N,), or marks (N, labels).
         part: train, val, test or all.
         digests: Of each image's file, where files were read.
+        groups: Whose image each is, where this is known.
     """
 
-    loader: Iterable[Any]
+    loader: DataLoader[Any]
     labels: Tensor
     part: str
     digests: Sequence[str] = ()
+    groups: Sequence[str] | None = None
 
 
 def open_data(
@@ -204,30 +211,27 @@ def _read_part(
     if limit is not None and limit < len(pixels):  # not the first ones, which are of one class
         places = torch.from_numpy(np.linspace(0, len(pixels) - 1, limit).round().astype(int))
     pixels, labels = pixels[places], labels[places]
-    split = any(image.part is not None for image in collection.images)
+    images = [collection.images[int(place)] for place in places]
+    split = any(image.part is not None for image in images)
     return LabelledImages(
-        DataLoader(TensorDataset(pixels, labels), batch_size=batch_size, collate_fn=_as_floats),
+        DataLoader(TensorDataset(pixels, labels), batch_size=batch_size, collate_fn=as_floats),
         labels,
-        part if split or (data / part).is_dir() else "all",
-        [collection.images[int(place)].digest or "" for place in places],
+        part if split else "all",
+        [image.digest for image in images],
+        units_of(images),
     )
 
 
-def _as_floats(batch: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    pixels, labels = zip(*batch, strict=True)
-    return torch.stack(pixels).float() / 255, torch.stack(labels)
-
-
-def outputs_of(network: nn.Module, loader: Any) -> int:
-    """Returns the number of a classifier's outputs.
+def outputs_of(network: nn.Module, loader: DataLoader[Any]) -> int:
+    """Returns the number of a classifier's outputs, for one image of a loader.
 
     Raises:
         ValueError: If it is none.
     """
-    images, _ = next(iter(loader))
+    image, _ = loader.collate_fn([loader.dataset[0]])  # a whole batch takes long to decode
     device = next(network.parameters()).device
     with torch.no_grad():
-        answer = network.eval()(images[:1].to(device))
+        answer = network.eval()(image.to(device))
     if not isinstance(answer, Tensor) or answer.ndim > 2:
         raise ValueError(
             f"{type(network).__name__} returns {type(answer).__name__}, not class scores: choose "
@@ -265,7 +269,8 @@ def evaluate_all(
         contenders: The networks; the first is what the others are compared with.
         images: The images.
         task: See `evaluate_robustness`; by the recipe or the labels if None.
-        progress: Called with a network's name and a number of images.
+        progress: Called with a network's name and a number of images, and with `INTERVALS` and 1
+            after each condition of a network.
         settings: Of `evaluate_robustness`.
 
     Returns:
@@ -288,11 +293,14 @@ def evaluate_all(
             baseline=next(iter(results.values()), None),
             threshold=0.5 if recipe is None else recipe.thresholds or 0.5,
             progress=show,
+            scored=lambda: progress(INTERVALS, 1),
+            groups=images.groups,
             **settings,
         )
         results[each.name].settings |= {"weights": str(each.path), "split": images.part} | {
             "mean": list(each.mean),
             "std": list(each.std),
+            "groups": len(set(images.groups)) if images.groups is not None else None,
         }
         if recipe is not None:
             results[each.name].settings |= {

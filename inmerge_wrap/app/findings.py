@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from scipy.stats import binomtest
 from torch import Tensor
+from tqdm import tqdm
 
 from inmerge_wrap.images.preparation import Recipe
 from inmerge_wrap.robustness import (
@@ -79,7 +80,7 @@ def class_table(
         prevalences: For each class the prevalence at which predictive values are wanted too.
     """
     rows = []
-    for index, name in enumerate(recipe.classes):
+    for index, name in enumerate(tqdm(recipe.classes, desc="classes", delay=1, leave=False)):
         truth, known = _truth_of(labels, index)
         truth, hit = truth[known], said[known, index]
         scores = probabilities[known, index]
@@ -225,30 +226,25 @@ def subgroup_table(
         units: Whose image each is.
     """
     rows = []
-    for column, values in marks.items():
-        for value in sorted(set(values)):
-            inside = torch.tensor([one == value for one in values])
-            row: dict[str, Any] = {"column": column, "value": value, "n": int(inside.sum())}
-            if units is not None:
-                row["units"] = len(
-                    {u for u, one in zip(units, values, strict=True) if one == value}
-                )
-            settings: dict[str, Any] = {
-                "task": recipe.task,
-                "threshold": recipe.thresholds or 0.5,
-            }
-            score = (probabilities[inside], labels[inside])
-            point, _ = classification_metrics(*score, **settings)
-            drawn: dict[str, Tensor] = {}
-            if draws is not None:
-                present = draws[inside].sum(0) > 0  # a resample may hold no image of it
-                weights = draws[inside][:, present]
-                drawn, _ = classification_metrics(*score, weights=weights, **settings)
-            row["balanced_accuracy"] = {"value": _number(1 - point["balanced_error"])} | _ends(
-                1 - drawn["balanced_error"] if drawn else None
-            )
-            row["auroc"] = {"value": _number(point["auroc"])} | _ends(drawn.get("auroc"))
-            rows.append(row)
+    groups = [(column, value) for column in marks for value in sorted(set(marks[column]))]
+    for column, value in tqdm(groups, desc="subgroups", delay=1, leave=False):
+        places = [place for place, one in enumerate(marks[column]) if one == value]
+        row: dict[str, Any] = {"column": column, "value": value, "n": len(places)}
+        if units is not None:
+            row["units"] = len({units[place] for place in places})
+        settings: dict[str, Any] = {"task": recipe.task, "threshold": recipe.thresholds or 0.5}
+        score = (probabilities[places], labels[places])
+        point, _ = classification_metrics(*score, **settings)
+        drawn: dict[str, Tensor] = {}
+        if draws is not None:
+            weights = draws[places]
+            weights = weights[:, weights.sum(0) > 0]  # a resample may hold no image of it
+            drawn, _ = classification_metrics(*score, weights=weights, **settings)
+        row["balanced_accuracy"] = {"value": _number(1 - point["balanced_error"])} | _ends(
+            1 - drawn["balanced_error"] if drawn else None
+        )
+        row["auroc"] = {"value": _number(point["auroc"])} | _ends(drawn.get("auroc"))
+        rows.append(row)
     return rows
 
 

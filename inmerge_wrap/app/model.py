@@ -17,7 +17,7 @@ from inmerge_wrap.images.files import decode, failure
 from inmerge_wrap.images.looks import Look, look_at
 from inmerge_wrap.images.preparation import Preparation, Recipe
 
-__all__ = ["Read", "Tempered", "TrainedModel", "read_files"]
+__all__ = ["Normalise", "Read", "Tempered", "TrainedModel", "read_files"]
 
 
 class Tempered(nn.Module):
@@ -30,6 +30,19 @@ class Tempered(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Returns the outputs (N, classes)."""
         return self.network(images) / self.temperature
+
+
+class Normalise:
+    """Turns uint8 pixels (N, C, H, W), or floats in [0, 1], into network input."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+        self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
+        self.std = torch.tensor(std, device=device).view(-1, 1, 1)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        pixels = pixels.to(self.mean.device)
+        scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+        return (scaled - self.mean) / self.std
 
 
 @dataclass(frozen=True)
@@ -63,11 +76,7 @@ class TrainedModel:
     def normalised(self, pixels: Tensor) -> Tensor:
         """Pixels uint8 (N, C, S, S) as input of the network, on its device."""
         device = next(self.network.parameters()).device
-        mean, std = (
-            torch.tensor(values, device=device).view(-1, 1, 1)
-            for values in (self.recipe.mean, self.recipe.std)
-        )
-        return (pixels.to(device).float() / 255 - mean) / std
+        return Normalise(self.recipe.mean, self.recipe.std, device)(pixels)
 
     def scores(self, pixels: Tensor) -> Tensor:
         """The network's outputs (N, classes) for pixels uint8 (N, C, S, S), on the CPU."""

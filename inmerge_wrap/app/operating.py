@@ -30,7 +30,7 @@ def balanced_accuracy(recipe: Recipe, scores: Tensor, labels: Tensor) -> float:
     found, _ = classification_metrics(
         recipe.probabilities(scores),
         labels,
-        task=recipe.task.replace("-", ""),
+        task=recipe.task,
         threshold=recipe.thresholds or 0.5,
     )
     return 1 - float(found["balanced_error"])

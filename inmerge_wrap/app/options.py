@@ -22,7 +22,8 @@ Trains a classifier on a folder of your own images, and writes a report that you
 
 DIR holds train|val|test/CLASS/*, or CLASS/*, which is then split; or --csv FILE names the path and
 the label of each image. PNG, JPEG, TIFF and DICOM, 8 or 16 bit, grey or colour, any size. Trains
-without and with in-model merging in pairs of seeds (--only merged trains that alone), and writes
+without and with in-model merging in pairs of seeds (--only merged trains that alone), both with
+TrivialAugment, and writes
 
     OUT/report.html      one file, opens offline
     OUT/model/           the best network on validation

@@ -17,7 +17,7 @@ from inmerge_wrap.app.options import title_of
 from inmerge_wrap.app.records import environment
 from inmerge_wrap.app.report import contact_sheet, write_report
 from inmerge_wrap.app.snippet import snippet
-from inmerge_wrap.app.testing import load_best, row_of
+from inmerge_wrap.app.testing import load_best, row_of, untempered
 from inmerge_wrap.app.training import Run, standing
 from inmerge_wrap.card import PLACE, ModelCard, results_of
 from inmerge_wrap.export import export_timm
@@ -46,7 +46,7 @@ def publish(
     """Writes everything that is handed on; returns the page to open."""
     chosen = choose(evaluations)
     found = evaluations[chosen]
-    recipe = recipe_of(found, sets["train"], collection, facts)
+    recipe = recipe_of(found, sets, collection, facts)
     call = export(chosen, found, recipe, collection, options)
     write_predictions(found, collection, options.out / "predictions.csv")
     write_split(collection, options.out / "split.csv")
@@ -79,21 +79,19 @@ def _lists(collection: ImageCollection) -> str:
 
 
 def recipe_of(
-    found: Found, train: ImageSet, collection: ImageCollection, facts: Mapping[Path, Facts]
+    found: Found,
+    sets: Mapping[str, ImageSet],
+    collection: ImageCollection,
+    facts: Mapping[Path, Facts],
 ) -> Recipe:
     """How the network is used, with what its training images were like and which they were."""
-    training = found["training"]
     seen = [image for part in ("train", "val") for image in collection.part(part)]
-    return Recipe(
-        preparation=train.preparation,
-        mean=tuple(training["mean"]),
-        std=tuple(training["std"]),
-        task="multi-label" if collection.task == "multilabel" else "multi-class",
-        classes=collection.classes,
+    return replace(
+        untempered(found["training"], sets, collection),
         temperature=found["temperature"],
         thresholds=tuple(found["thresholds"]) or None,
-        seen=_seen(train, facts),
-        class_shares=_class_shares(train.labels, len(collection.classes)),
+        seen=_seen(sets["train"], facts),
+        class_shares=_class_shares(sets["train"].labels, len(collection.classes)),
         trained_on=tuple(sorted({digest_of(image.digest) for image in seen})),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,20 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from inmerge_wrap.app import findings
-from inmerge_wrap.app.model import Tempered
+from inmerge_wrap.app.model import Normalise, Tempered
 from inmerge_wrap.app.operating import operating_point
 from inmerge_wrap.app.options import prevalences_of
 from inmerge_wrap.app.records import of_an_earlier_start
-from inmerge_wrap.app.training import Normalise, Run
+from inmerge_wrap.app.training import Run
 from inmerge_wrap.files import read_json, write_json
-from inmerge_wrap.images.collection import ImageCollection, ImageFile
+from inmerge_wrap.images.collection import ImageCollection, units_of
 from inmerge_wrap.images.preparation import Recipe
-from inmerge_wrap.images.sets import ImageSet
-from inmerge_wrap.robustness import bootstrap_weights, evaluate_robustness
+from inmerge_wrap.images.sets import ImageSet, as_floats
+from inmerge_wrap.robustness import RobustnessResult, bootstrap_weights, evaluate_robustness
+from inmerge_wrap.robustness.corruptions import resolve_preset
 
 ASKED = ("preset", "severities", "bootstrap", "subgroups", "prevalence")  # what decides the figures
 MISTAKES = 24
-_KEPT = {"training", "temperature", "thresholds", "notes", "rows", "families", "classes"}
-_KEPT |= {"subgroups", "confusion", "calibration", "mistakes", "probabilities", "said"}
 
 
 def load_best(run: Run, training: dict[str, Any], classes: int) -> nn.Module:
@@ -41,17 +41,10 @@ def load_best(run: Run, training: dict[str, Any], classes: int) -> nn.Module:
     return network.eval()
 
 
-def as_floats(batch: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Collates items of an ImageSet for corruptions, which act on floats in [0, 1]."""
-    pixels, labels = zip(*batch, strict=True)
-    return torch.stack(pixels).float() / 255, torch.stack(labels)
-
-
-def units_of(images: tuple[ImageFile, ...]) -> list[str] | None:
-    """Whose image each is, an image without a group being its own; None where no groups are."""
-    if all(image.group is None for image in images):
-        return None
-    return [image.group or f"image {image.name}" for image in images]
+# The names that `test` writes: an evaluation.json that lacks one is damaged, or of another version.
+NAMES = {"asked", "training", "temperature", "thresholds", "notes", "rows", "settings", "seconds"}
+NAMES |= {"families", "classes", "subgroups", "units", "confusion", "calibration", "mistakes"}
+NAMES |= {"probabilities", "said"}
 
 
 def test(
@@ -71,27 +64,29 @@ def test(
         network = load_best(run, training, len(collection.classes)).to(device)
         normalise = Normalise(training["mean"], training["std"], device)
 
-    def loader(part: str, what: str) -> Any:
-        batches = DataLoader(
+    def loader(part: str) -> DataLoader:
+        return DataLoader(
             sets[part], batch_size=64, num_workers=options.workers, collate_fn=as_floats
         )
-        return tqdm(batches, desc=f"{run.name}, {what}", unit="batch", leave=False)
 
     @torch.no_grad()
     def scores(part: str) -> tuple[Tensor, Tensor]:
         outputs, truths = [], []
-        for pixels, labels in loader(part, f"{part} images"):
-            outputs.append(network(normalise(pixels.to(device))).float().cpu())
+        bar = tqdm(loader(part), desc=f"{run.name}, {part} images", unit="batch", leave=False)
+        for pixels, labels in bar:
+            outputs.append(network(normalise(pixels)).float().cpu())
             truths.append(labels)
         return torch.cat(outputs), torch.cat(truths)
 
-    recipe, notes = operating_point(_untempered(training, sets, collection), *scores("val"))
+    recipe, notes = operating_point(untempered(training, sets, collection), *scores("val"))
     outputs, labels = scores("test")
     units = units_of(collection.part("test"))
-    result = evaluate_robustness(
+    preset = options.preset or ("grey" if recipe.preparation.channels == 1 else "all")
+    result = _evaluated(
+        run.name,
         Tempered(network, recipe.temperature),
-        loader("test", "testing"),
-        preset=options.preset or ("grey" if recipe.preparation.channels == 1 else "all"),
+        loader("test"),
+        preset=preset,
         task=collection.task,
         normalize=normalise,
         severities=sorted(options.severities),
@@ -115,20 +110,36 @@ def test(
     return found
 
 
+def _evaluated(
+    name: str, network: nn.Module, loader: DataLoader, **settings: Any
+) -> RobustnessResult:
+    """`evaluate_robustness`, with one bar for the images and one for the intervals."""
+    conditions = 1 + len(resolve_preset(settings["preset"])) * len(settings["severities"])
+    total = conditions * len(loader.dataset)  # type: ignore[arg-type]
+    with (
+        tqdm(total=total, desc=f"{name}, testing", leave=False) as images,
+        tqdm(total=conditions, desc=f"{name}, intervals", leave=False) as intervals,
+    ):
+        return evaluate_robustness(
+            network, loader, progress=images.update, scored=intervals.update, **settings
+        )
+
+
 def _measured_before(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     """What an earlier start measured; None if other figures were asked for."""
     with of_an_earlier_start(path, remove=path):
         stored = read_json(path)
         if stored["asked"] != asked:
             return None
-        if missing := _KEPT - stored.keys():
+        if missing := NAMES - stored.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return stored
 
 
-def _untempered(
-    training: dict[str, Any], sets: dict[str, ImageSet], collection: ImageCollection
+def untempered(
+    training: dict[str, Any], sets: Mapping[str, ImageSet], collection: ImageCollection
 ) -> Recipe:
+    """How a network is used before its temperature and thresholds are chosen."""
     several = collection.task == "multilabel"
     return Recipe(
         preparation=sets["test"].preparation,

@@ -17,13 +17,14 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from inmerge_wrap.app.batches import batches_per_epoch
 from inmerge_wrap.app.options import FREE, parse_arguments, planned_runs, precision, prevalences_of
 from inmerge_wrap.app.publishing import publish
 from inmerge_wrap.app.records import of_an_earlier_start
 from inmerge_wrap.app.starting_weights import start_network
 from inmerge_wrap.app.testing import row_of, test
 from inmerge_wrap.app.training import Run, make_accelerator, one_line_if_out_of_memory, train
-from inmerge_wrap.errors import ArgumentError, as_option
+from inmerge_wrap.errors import ArgumentError, for_command_line
 from inmerge_wrap.files import read_json, replacing, write_json
 from inmerge_wrap.images.cells import write_table
 from inmerge_wrap.images.collection import PARTS, ImageCollection
@@ -97,7 +98,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 def _with_list(error: ArgumentError, folder: Path) -> str:
     """The message, and a file with all names where the message shows only the first."""
-    text = error.with_options(lambda name: "--split" if name == "shares" else as_option(name))
+    text = for_command_line(error, {"shares": "--split"})
     if not isinstance(error, DataError) or len(error.names) <= 5:
         return f"error: {text}"
     path = folder / "lists.txt"
@@ -151,7 +152,10 @@ def _site_rows(site: str, folder: Path) -> list[list[str | int | float | None]]:
         clean = run["clean"]
         error, low, high = (clean.get(f"balanced_error{end}") for end in ("", "_low", "_high"))
         figures = [None if value is None else 1 - value for value in (error, high, low)]
-        rows.append([site, run["name"], content["images"]["test"], *figures, clean.get("auroc")])
+        figures = [
+            None if value is None else round(value, 7) for value in (*figures, clean.get("auroc"))
+        ]
+        rows.append([site, run["name"], content["images"]["test"], *figures])
     return rows
 
 
@@ -173,10 +177,15 @@ def train_and_report(options: argparse.Namespace, accelerator: Accelerator, memo
         begin_or_continue(runs, data.collection, options, accelerator.num_processes)
     accelerator.wait_for_everyone()
 
-    images = len(data.sets["train"])
+    per_epoch = batches_per_epoch(
+        len(data.sets["train"]),
+        len(data.sets["val"]),
+        options.batch_size,
+        accelerator.num_processes,
+    )
     bar = tqdm(
-        total=len(runs) * options.epochs * (images // min(options.batch_size, images)),
-        unit="step",
+        total=len(runs) * options.epochs * per_epoch,
+        unit="batch",
         disable=not accelerator.is_main_process,
     )
     with bar:

@@ -8,7 +8,6 @@ run and the epoch, and merging from its own seed.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,10 +25,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms import v2
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from inmerge_wrap.app.batches import Batches, derived_seed, open_batches, statistics
+from inmerge_wrap.app.model import Normalise
 from inmerge_wrap.app.records import of_an_earlier_start
 from inmerge_wrap.app.starting_weights import start_network
 from inmerge_wrap.card import merging_settings
@@ -81,20 +81,6 @@ def one_line_if_out_of_memory() -> Iterator[None]:
         raise SystemExit(f"out of memory: pass a smaller --batch-size ({cause})") from None
 
 
-def per_process(batch_size: int, processes: int) -> int:
-    """Returns the batch size of each process.
-
-    Raises:
-        SystemExit: If the batch cannot be divided evenly.
-    """
-    if batch_size < 1 or batch_size % processes:
-        raise SystemExit(
-            f"--batch-size {batch_size} is the size over all processes: "
-            f"pass a positive multiple of their number, {processes}"
-        )
-    return batch_size // processes
-
-
 def merged_share(model: nn.Module) -> dict[str, float]:
     """Returns the share of merged pairs; empty without merging.
 
@@ -106,81 +92,7 @@ def merged_share(model: nn.Module) -> dict[str, float]:
     return {"merged_share": report.merged / report.drawn if report.drawn else 0.0}
 
 
-# -- images ----------------------------------------------------------------------------------------
-
-
-def statistics(images: ImageSet, most: int = 1000) -> tuple[list[float], list[float]]:
-    """Returns mean and standard deviation per channel of up to 1,000 images, pixels in [0, 1]."""
-    step = max(1, len(images) // most)
-    places = range(0, len(images), step)
-    decoding = images.pixels is None
-    bar = tqdm(places, desc="brightness of images", unit="image", leave=False, disable=not decoding)
-    pixels = torch.stack([images[n][0] for n in bar]).float() / 255
-    return pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).clamp_min(1e-3).tolist()
-
-
-def augmentation(flip: str) -> v2.Compose:
-    """Returns TrivialAugment (arXiv 2103.10158) on uint8 pixels, and flips where harmless."""
-    steps: list[nn.Module] = [v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)]
-    if flip in ("horizontal", "both"):
-        steps.append(v2.RandomHorizontalFlip())
-    if flip == "both":
-        steps.append(v2.RandomVerticalFlip())
-    return v2.Compose(steps)
-
-
-class Augmented(Dataset[tuple[Tensor, Tensor]]):
-    """The images of a set, augmented by chance that depends only on seed, epoch and image.
-
-    So it is the same however many processes read them, and in a run that continues.
-    """
-
-    def __init__(self, images: ImageSet, transform: Callable[[Tensor], Tensor], seed: int) -> None:
-        self.images, self.transform, self.seed, self.epoch = images, transform, seed, 0
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        pixels, label = self.images[index]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived_seed(self.seed, self.epoch, index))
-            return self.transform(pixels), label
-
-
-class EpochOrder(Sampler[int]):
-    """An order of the images that depends only on seed and epoch, to be repeatable."""
-
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed, self.epoch = count, seed, 0
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
-        yield from torch.randperm(self.count, generator=generator).tolist()
-
-
-def derived_seed(*numbers: int) -> int:
-    """Derives a 32-bit seed, as many bits as torch's CPU generator reads."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big")
-
-
 # -- the parts of training ---------------------------------------------------------------------
-
-
-class Normalise:
-    """Turns uint8 pixels (N, C, H, W), or floats in [0, 1], into network input."""
-
-    def __init__(self, mean: list[float], std: list[float], device: torch.device) -> None:
-        self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
-        self.std = torch.tensor(std, device=device).view(-1, 1, 1)
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
-        return (scaled - self.mean) / self.std
 
 
 def loss_of(
@@ -225,7 +137,11 @@ def warm_up_and_cosine(warm_up: int, total: int) -> Callable[[int], float]:
 
 @torch.no_grad()
 def predict(
-    network: nn.Module, loader: DataLoader, normalise: Normalise, accelerator: Accelerator
+    network: nn.Module,
+    loader: DataLoader,
+    normalise: Normalise,
+    accelerator: Accelerator,
+    bar: tqdm,
 ) -> tuple[Tensor, Tensor]:
     """Returns logits and labels of all images of a prepared loader, on the CPU of every process."""
     was_training = network.training
@@ -236,6 +152,7 @@ def predict(
         scored, truth = accelerator.gather_for_metrics(pair)
         outputs.append(scored.cpu())
         truths.append(truth.cpu())
+        bar.update()
     network.train(was_training)
     return torch.cat(outputs), torch.cat(truths)
 
@@ -299,39 +216,6 @@ class _Training:
             best_epoch(self.history)
 
 
-@dataclass
-class _Batches:
-    """The images of an epoch in their order, and those of validation."""
-
-    loader: DataLoader
-    val_loader: DataLoader
-    order: EpochOrder
-    images: Augmented
-
-    def start(self, epoch: int) -> None:
-        """Sets the order and the augmentation of an epoch."""
-        self.order.epoch = self.images.epoch = epoch
-
-
-def _batches(
-    run: Run, sets: dict[str, ImageSet], options: argparse.Namespace, accelerator: Accelerator
-) -> _Batches:
-    count, processes = len(sets["train"]), accelerator.num_processes
-    batch = min(options.batch_size, count // processes * processes)
-    order = EpochOrder(count, run.seed)
-    images = Augmented(sets["train"], augmentation(options.flip), run.seed)
-    loader = DataLoader(
-        images,
-        batch_size=per_process(batch, processes),
-        sampler=order,
-        num_workers=options.workers,
-        drop_last=True,  # BatchNorm cannot train on a last batch of one image
-    )
-    val_loader = DataLoader(sets["val"], batch_size=64, num_workers=options.workers)
-    loader, val_loader = accelerator.prepare(loader, val_loader)
-    return _Batches(loader, val_loader, order, images)
-
-
 def _begin(
     run: Run, network: nn.Module, steps: int, options: argparse.Namespace, accelerator: Accelerator
 ) -> _Training:
@@ -376,9 +260,8 @@ def train(
     if mean is None or std is None:
         mean, std = statistics(sets["train"])
     normalise = Normalise(mean, std, accelerator.device)
-    batches = _batches(run, sets, options, accelerator)
-    steps = len(batches.loader)
-    training = _begin(run, network, steps, options, accelerator)
+    batches = open_batches(sets, options, run.seed, accelerator)
+    training = _begin(run, network, len(batches.loader), options, accelerator)
     loss_function = loss_of(
         task,
         sets["train"].labels,
@@ -387,12 +270,12 @@ def train(
     )
     if checkpoint.exists():
         training.load(checkpoint, options.epochs)
-        bar.update(len(training.history) * steps)
+        bar.update(len(training.history) * len(batches))
     for epoch in range(len(training.history), options.epochs):
         began = time.perf_counter()
         bar.set_description(f"{run.name}, epoch {epoch + 1}/{options.epochs}")
         loss = _epoch(run, training, batches, epoch, loss_function, normalise, bar)
-        logits, truth = predict(training.final, batches.val_loader, normalise, accelerator)
+        logits, truth = predict(training.final, batches.val_loader, normalise, accelerator, bar)
         area = validation_auroc(logits, truth, task)
         plain = loss_of(task, truth, balanced=False, device=logits.device)
         entry: dict[str, Any] = {
@@ -417,7 +300,7 @@ def train(
 def _epoch(
     run: Run,
     training: _Training,
-    batches: _Batches,
+    batches: Batches,
     epoch: int,
     loss_function: Callable[[Tensor, Tensor], Tensor],
     normalise: Normalise,

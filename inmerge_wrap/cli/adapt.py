@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from inmerge_wrap.cli.options import AsJson, Device, Workers, check_there
+from inmerge_wrap.cli.options import (
+    AsJson,
+    Device,
+    PathColumn,
+    TrainedFolder,
+    Workers,
+    check_there,
+)
 from inmerge_wrap.cli.shell import command, print_json, progress, say, warn
 from inmerge_wrap.cli.tables import KEPT, Column, print_table
 
@@ -15,9 +22,6 @@ if TYPE_CHECKING:
     from inmerge_wrap.app.adapting import Adaptation
 
 
-_Model = Annotated[
-    Path, typer.Argument(help="The folder `model/` that a training wrote.", show_default=False)
-]
 _Images = Annotated[
     Path,
     typer.Argument(
@@ -47,7 +51,6 @@ _Site = Annotated[
 _Limit = Annotated[
     int, typer.Option(min=1, metavar="N", help="Images to use, evenly spaced over all.")
 ]
-_PathColumn = Annotated[str, typer.Option(metavar="NAME", help="Column of the paths in CSV files.")]
 
 
 @command(
@@ -56,14 +59,14 @@ _PathColumn = Annotated[str, typer.Option(metavar="NAME", help="Column of the pa
     "inmerge evaluate before=runs/mine/model after=adapted --data labelled.csv",
 )
 def adapt(
-    model: _Model,
+    model: TrainedFolder,
     images: _Images,
     out: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the adapted network.")],
     prior: _Prior = 16.0,
     labels: _Labels = None,
     site: _Site = None,
     limit: _Limit = 2000,
-    path_column: _PathColumn = "path",
+    path_column: PathColumn = "path",
     workers: Workers = 0,
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -88,7 +91,8 @@ def adapt(
     files = find_files([images], path_column)
     marks = read_labels(labels, trained.recipe, path_column) if labels else None
     used = min(limit, len(files))
-    with progress(4 * used) as show:
+    # Each image is read once, and passes the network before, during and after the adaptation.
+    with progress({"reading": used, "adapting": 3 * used}) as show:
         read = read_site(
             trained,
             files,

@@ -106,23 +106,24 @@ def evaluate(
     check_there(data)
     check_pixels(mean, std)
     networks = {n: load(path, arch, num_classes, in_chans, key)[0] for n, path in paths.items()}
-    from inmerge_wrap.app.evaluating import contender, evaluate_all, open_data, seen_in_training
+    from inmerge_wrap.app import evaluating
     from inmerge_wrap.robustness import Attack
     from inmerge_wrap.robustness.corruptions import DATASET_PRESETS, resolve_preset
 
     contenders = [
-        contender(name, paths[name], network.to(device), mean=mean, std=std, size=size)
+        evaluating.contender(name, paths[name], network.to(device), mean=mean, std=std, size=size)
         for name, network in networks.items()
     ]
-    images = open_data(data, contenders, part=split, limit=limit, batch_size=batch_size)
-    for warning in seen_in_training(contenders, images):
+    images = evaluating.open_data(data, contenders, part=split, limit=limit, batch_size=batch_size)
+    for warning in evaluating.seen_in_training(contenders, images):
         warn(warning)
     chosen = preset or DATASET_PRESETS.get(data.stem.split("_")[0], "quick")
     severities = sorted(severity) if severity else (1, 2, 3, 4, 5)
     attacks = [Attack(name, eps=eps / 255) for name in attack or ()]
     conditions = 1 + len(resolve_preset(chosen)) * len(severities) + len(attacks)
-    with progress(len(contenders) * conditions * len(images.labels)) as show:
-        results = evaluate_all(
+    lengths = dict.fromkeys(paths, conditions * len(images.labels))
+    with progress(lengths | {evaluating.INTERVALS: len(contenders) * conditions}) as show:
+        results = evaluating.evaluate_all(
             contenders,
             images,
             task=task,

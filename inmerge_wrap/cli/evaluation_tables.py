@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -31,8 +31,9 @@ def print_result(result: RobustnessResult) -> None:
     title = f"{settings['weights']} on {settings['data']} ({_part(settings)})"
     print_table(title, columns, [_row_style(row) for row in rows])
     Console().print(
-        f"{_corruptions_said(settings)}; normalised with mean {settings['mean']}, std "
-        f"{settings['std']}. In brackets: 95% confidence interval over images.",
+        f"{_corruptions_said(settings)}; normalised with mean {_rounded(settings['mean'])}, "
+        f"std {_rounded(settings['std'])}. In brackets: 95% confidence interval over "
+        f"{_units(settings)}.",
         highlight=False,
     )
 
@@ -58,8 +59,8 @@ def print_comparison(
     print_table(title, columns, [_row_style(row) for row in rows])
     Console().print(
         f"{_corruptions_said(settings)}. A difference below 0 is better than {first}; in brackets: "
-        "paired 95% confidence interval over images. It does not cover the variation between "
-        "training seeds.",
+        f"paired 95% confidence interval over {_units(settings)}. It does not cover the variation "
+        "between training seeds.",
         highlight=False,
     )
 
@@ -85,9 +86,17 @@ def _interval_cell(row: Mapping[str, Any], metric: str, sign: str = "") -> str:
         return "-"
     cell = f"{row[metric]:{sign}.3f}"
     low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
-    if low is None or metric == "ece":
+    if low is None or low == high or metric == "ece":  # no width would look like certainty
         return cell
     return f"{cell} ({low:.3f}-{high:.3f})" if not sign else f"{cell} ({low:+.3f}…{high:+.3f})"
+
+
+def _units(settings: Mapping[str, Any]) -> str:
+    return f"{settings['groups']} groups" if settings["groups"] else "images"
+
+
+def _rounded(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
 
 
 def _part(settings: Mapping[str, Any]) -> str:

@@ -69,6 +69,10 @@ Weights = Annotated[
         show_default=False,
     ),
 ]
+TrainedFolder = Annotated[
+    Path, typer.Argument(help="The folder `model/` that a training wrote.", show_default=False)
+]
+PathColumn = Annotated[str, typer.Option(metavar="NAME", help="Column of the paths in CSV files.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Does not affect the results.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read; 0 for this one.")]

@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from inmerge_wrap.cli.options import AsJson, BatchSize, Device, Workers, check_there
+from inmerge_wrap.cli.options import (
+    AsJson,
+    BatchSize,
+    Device,
+    PathColumn,
+    TrainedFolder,
+    Workers,
+    check_there,
+)
 from inmerge_wrap.cli.shell import command, print_json, progress, say, warn
 
 if TYPE_CHECKING:
     from inmerge_wrap.app.predicting import Prediction
-
-Model = Annotated[
-    Path,
-    typer.Argument(help="The folder `model/` that a training wrote.", show_default=False),
-]
 
 
 @command(
@@ -26,7 +29,7 @@ Model = Annotated[
     "inmerge predict runs/mine/model patients.csv --path-column file --json",
 )
 def predict(
-    model: Model,
+    model: TrainedFolder,
     images: Annotated[
         list[Path],
         typer.Argument(
@@ -38,9 +41,7 @@ def predict(
     out: Annotated[
         Path, typer.Option(metavar="CSV", help="File with one row for each image.")
     ] = Path("predictions.csv"),
-    path_column: Annotated[
-        str, typer.Option(metavar="NAME", help="Column of the paths in a CSV file.")
-    ] = "path",
+    path_column: PathColumn = "path",
     batch_size: BatchSize = 64,
     workers: Workers = 0,
     device: Device = "cpu",
@@ -59,7 +60,7 @@ def predict(
 
     trained = TrainedModel.read(model, device)
     files = find_files(images, path_column)
-    with progress(len(files)) as show:
+    with progress({"images": len(files)}) as show:
         found = answers_to(
             trained,
             files,

@@ -6,7 +6,7 @@ import functools
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ from rich.console import Console
 # Only modules that do not import torch: help, completion and usage errors must not wait for it.
 from inmerge_wrap import __version__
 from inmerge_wrap.cli.help import Command, Group
-from inmerge_wrap.errors import ArgumentError, ArgumentWarning, as_option
+from inmerge_wrap.errors import for_command_line
 
 app = typer.Typer(
     name="inmerge",
@@ -68,29 +68,25 @@ def _reports_errors(function: Callable[..., None]) -> Callable[..., None]:
             function(*args, **kwargs)
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             Console(stderr=True).print(
-                f"error: {_told(error)}", style="red", markup=False, soft_wrap=True
+                f"error: {for_command_line(error, _OPTIONS)}",
+                style="red",
+                markup=False,
+                soft_wrap=True,
             )
             raise typer.Exit(1) from error
 
     return guarded
 
 
-def _told(message: Exception | str) -> str:
-    """Returns a message with options in place of arguments, where it names any."""
-    if isinstance(message, ArgumentError | ArgumentWarning):
-        return message.with_options(lambda name: _OPTIONS.get(name, as_option(name)))
-    return str(message)
-
-
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[str, int], None]]:
-    """Shows a progress bar on stderr if it is a terminal.
+def progress(totals: Mapping[str, int]) -> Iterator[Callable[[str, int], None]]:
+    """Shows progress bars on stderr if it is a terminal.
 
     Args:
-        total: Number of images.
+        totals: What is to be done: a bar for each entry, and its length.
 
     Yields:
-        A function that takes what is being done and how many images were done.
+        A function that takes the name of a bar and how much more of it was done.
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -99,8 +95,8 @@ def progress(total: int) -> Iterator[Callable[[str, int], None]]:
     with Progress(
         *columns, console=console, transient=True, disable=not sys.stderr.isatty()
     ) as bar:
-        whole = bar.add_task("", total=total)
-        yield lambda name, images: bar.update(whole, advance=images, description=name)
+        tasks = {name: bar.add_task(name, total=total) for name, total in totals.items()}
+        yield lambda name, count: bar.update(tasks[name], advance=count)
 
 
 def warn(text: str) -> None:
@@ -124,7 +120,7 @@ def _plain_warnings() -> Iterator[None]:
     shown = warnings.showwarning
 
     def show(message: Any, *_: Any) -> None:
-        warn(_told(message))
+        warn(for_command_line(message, _OPTIONS))
 
     warnings.showwarning = show  # type: ignore[assignment]
     try:

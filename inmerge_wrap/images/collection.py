@@ -113,6 +113,13 @@ def shown(image: ImageFile) -> list[int]:
     return [index for index, value in enumerate(image.label) if value == 1]
 
 
+def units_of(images: Sequence[ImageFile]) -> list[str] | None:
+    """Whose image each is, an image without a group being its own; None where no groups are."""
+    if all(image.group is None for image in images):
+        return None
+    return [image.group or f"image {image.name}" for image in images]
+
+
 def named(names: Sequence[str], limit: int = SHOWN) -> str:
     """``a, b, c, d, e and 7 more``."""
     shown = ", ".join(names[:limit])
@@ -173,16 +180,17 @@ def split(
         for n, image in enumerate(collection.images)
     )
     grouped = any(image.group is not None for image in collection.images)
-    new = named([part for part in wanted if part != "train"])
+    new = [part for part in wanted if part != "train"]
+    made = f"{' and '.join(new)} {'was' if len(new) == 1 else 'were'}"
     note = (
-        f"{'All parts were' if None in given else new + ' was'} split from the data with seed "
+        f"{'All parts were' if None in given else made} split from the data with seed "
         f"{seed}, in equal proportions of the classes, "
         + ("each group in one part." if grouped else "image by image.")
     )
-    made = replace(collection, images=images).noted(note)
+    done = replace(collection, images=images).noted(note)
     if grouped:
-        return made
-    return made.warned(
+        return done
+    return done.warned(
         "Images were split one by one, for no groups were named. If there are several of one "
         "patient, figures are too good: name the patients as groups."
     )

@@ -255,14 +255,17 @@ def range_of(
         return 0.0, 2.0**bits - 1
     floats = [n for n in places if facts[n].kind == "floats"]
     whole = [n for n in places if facts[n].kind == "integers"]
-    mixed = f": {len(whole):,} whole numbers, {len(floats):,} floats" if floats and whole else ""
+    mixed = ""
+    if floats and whole:
+        mixed = f" ({len(whole):,} of them whole numbers, {len(floats):,} fractions)"
     odd = min(floats, whole, key=len) if mixed else [n for n in places if _unbounded(facts[n])]
     odd_names = [names[n] for n in odd] if names is not None else []
-    shown = f". Look at {', '.join(odd_names[:5])}" if odd_names else ""
+    shown = ", ".join(odd_names[:5])
+    more = f" and {len(odd_names) - 5:,} more" if len(odd_names) > 5 else ""
     raise DataError(
         f"{len(deep):,} images hold values from {low:g} to {high:g}{mixed}, and nothing says which "
-        f"of them are black and white: give <pixel_range=BLACK WHITE>{shown}"
-        + (f" and {len(odd_names) - 5:,} more" if len(odd_names) > 5 else ""),
+        "values are black and white: give <pixel_range=BLACK WHITE>"
+        + (f", or convert or remove {shown}{more}" if odd_names else ""),
         names=odd_names,
     )
 

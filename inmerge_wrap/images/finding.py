@@ -150,40 +150,54 @@ def _from_folders(directory: Path) -> ImageCollection:
     return collection
 
 
-def _parts_of(directory: Path) -> tuple[dict[str, Path], list[str]]:
+def parts_in(directory: Path) -> dict[str, Path]:
     """The folders of train, val and test, whatever they are called; none if there are none.
 
     Raises:
-        DataError: If it is not clear whether folders are parts or classes.
+        DataError: If two look like the same part, or folders can be parts as well as classes.
     """
     folders = _inside(directory, folders=True)
     meant = {folder: part for folder in folders if (part := _part_named(folder.name))}
     exact = [folder for folder in meant if folder.name in PARTS]
     if not exact and len(set(meant.values())) < 2:
         _refuse_equal_insides(directory, folders)
-        return {}, []
-    others = named([folder.name for folder in folders if folder not in meant])
-    if others:
-        raise DataError(
-            f"{directory} has {_listed(meant)} and also {others}: is that a part, or a class? Put "
-            "the parts into a folder of their own, or name the images in a CSV file"
-        )
+        return {}
     parts: dict[str, Path] = {}
     for folder, part in meant.items():
         if part in parts:
             raise DataError(f"{parts[part]} and {folder} both look like {part}: keep one")
         parts[part] = folder
+    return {part: parts[part] for part in PARTS if part in parts}
+
+
+def listed(parts: Mapping[str, Path]) -> str:
+    """The names of the folders of parts, for an error."""
+    return " and ".join(sorted(folder.name for folder in parts.values()))
+
+
+def _parts_of(directory: Path) -> tuple[dict[str, Path], list[str]]:
+    """All folders as parts of a training, and notes on their names; none if they are classes.
+
+    Raises:
+        DataError: As `parts_in`, or if there are other folders, or none of training images.
+    """
+    parts = parts_in(directory)
+    if not parts:
+        return {}, []
+    folders = _inside(directory, folders=True)
+    others = named([folder.name for folder in folders if folder not in parts.values()])
+    if others:
+        raise DataError(
+            f"{directory} has {listed(parts)} and also {others}: is that a part, or a class? Put "
+            "the parts into a folder of their own, or name the images in a CSV file"
+        )
     if "train" not in parts:
-        raise DataError(f"{directory} has {_listed(meant)} but no train")
-    return {part: parts[part] for part in PARTS if part in parts}, [
+        raise DataError(f"{directory} has {listed(parts)} but no train")
+    return parts, [
         f"The folder {folder.name} was taken as the part {part}."
         for part, folder in parts.items()
         if folder.name != part
     ]
-
-
-def _listed(folders: Mapping[Path, str]) -> str:
-    return " and ".join(sorted(folder.name for folder in folders))
 
 
 def _part_named(name: str) -> str | None:

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from inmerge_wrap.images.cells import write_table
-from inmerge_wrap.images.collection import PARTS, ImageCollection, check, counted, named, split
+from inmerge_wrap.images.collection import ImageCollection, check, counted, named, split
 from inmerge_wrap.images.files import DataError, Facts, range_of
-from inmerge_wrap.images.finding import find_images, table_rows
+from inmerge_wrap.images.finding import find_images, listed, parts_in, table_rows
 from inmerge_wrap.images.preparation import Preparation
 from inmerge_wrap.images.sets import ImageSet, examine_all, without_broken
 
@@ -174,14 +175,21 @@ def read_part(
         DataError: If there is no such part, a class is not among ``classes``, or a file is broken.
     """
     if directory.is_file():
-        labels = _label_columns(directory, classes)
-        collection = find_images(directory.parent, table=directory, labels=labels)
+        columns = list(table_rows(directory)[0])
+        collection = find_images(
+            directory.parent,
+            table=directory,
+            labels=_label_columns(columns, classes),
+            groups="group" if "group" in columns else None,
+        )
     else:
-        parts = [name for name in PARTS if (directory / name).is_dir()]
+        parts = parts_in(directory)
         if parts and part not in parts:
-            raise DataError(f"{directory} has {' and '.join(parts)} but no {part}")
-        alone = parts and "train" not in parts
-        collection = find_images(directory / part if alone else directory)
+            raise DataError(f"{directory} has {listed(parts)} but no {part}")
+        collection = find_images(parts.get(part, directory))
+        if parts:
+            images = tuple(replace(image, part=part) for image in collection.images)
+            collection = replace(collection, images=images)
     if any(image.part is not None for image in collection.images):
         collection = replace(collection, images=collection.part(part))
     if not collection.images:
@@ -191,13 +199,13 @@ def read_part(
     facts = examine_all(collection)
     collection, facts = without_broken(collection, facts, skip=False)
     names = [image.name for image in collection.images]
-    images = ImageSet(collection.images, preparation or prepare(facts, size, names=names))
-    pixels = torch.stack([images[index][0] for index in range(len(images))])
-    return pixels, images.labels, collection
+    opened = ImageSet(collection.images, preparation or prepare(facts, size, names=names))
+    places = tqdm(range(len(opened)), desc="reading images", unit="image", leave=False)
+    pixels = torch.stack([opened[place][0] for place in places])
+    return pixels, opened.labels, collection
 
 
-def _label_columns(table: Path, classes: Sequence[str] | None) -> list[str]:
-    columns = list(table_rows(table)[0])
+def _label_columns(columns: list[str], classes: Sequence[str] | None) -> list[str]:
     if classes is not None and set(classes) <= set(columns):
         return list(classes)
     if "label" in columns or "group" not in columns:

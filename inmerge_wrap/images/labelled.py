@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from inmerge_wrap.images.files import DICOM, RASTER, decode, is_dicom, is_image
-from inmerge_wrap.images.preparation import Preparation
+from inmerge_wrap.images.finding import listed, parts_in
 
 __all__ = ["ImageFolder", "fit_images", "read_npz"]
 
-_SPLITS = ("train", "val", "test")
 _SUFFIXES = {*RASTER, *DICOM, ".webp", ".gif"}
 
 
@@ -85,16 +84,15 @@ def fit_images(images: Tensor, channels: int, size: tuple[int, int] | None = Non
 class ImageFolder(Dataset[tuple[Tensor, int]]):
     """The images of FOLDER/SPLIT/CLASS/*, or of FOLDER/CLASS/* if it is not split.
 
-    Images are resized and cropped as timm does at inference, read one by one on demand.
+    Images are resized and cropped as timm does at inference, read one by one on demand. In images
+    of more than 8 bits, black is 0 and white the largest 16-bit number; DICOM is shown as the file
+    says.
 
     Args:
         folder: Holds one folder for each class.
         split: "train", "val" or "test", if the folder has any of these; a folder that is not
             split is used as the test part as a whole.
         config: Size, interpolation and crop as timm stores them; `input_size` is required.
-        preparation: How a file becomes pixels, instead of the config: for example with the range of
-            deep images that the network was trained on. Without it, black is 0 in images of more
-            than 8 bits and white the largest 16-bit number; DICOM is shown as the file says.
         classes: Names in the order of the outputs; those of the folders, sorted, if None.
         limit: Number of images to use, evenly spaced over all classes.
 
@@ -114,7 +112,6 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         folder: str | Path,
         *,
         config: Mapping[str, Any],
-        preparation: Preparation | None = None,
         split: str = "test",
         classes: Sequence[str] | None = None,
         limit: int | None = None,
@@ -122,12 +119,12 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         from timm.data import create_transform, resolve_data_config
 
         root = Path(folder)
-        splits = [name for name in _SPLITS if (root / name).is_dir()]
-        if split not in splits and (splits or split != "test"):
-            there = f"it has {', '.join(splits)}" if splits else "it is not split"
+        parts = parts_in(root) if root.is_dir() else {}
+        if split not in parts and (parts or split != "test"):
+            there = f"it has {listed(parts)}" if parts else "it is not split"
             raise ValueError(f"{root} holds no folder {split}: {there}")
-        self.part = split if splits else "all"
-        root = root / split if splits else root
+        self.part = split if parts else "all"
+        root = parts.get(split, root)
         found = {entry.name: _images_in(entry) for entry in sorted(root.iterdir()) if _shown(entry)}
         found = {name: paths for name, paths in found.items() if paths}
         if not found:
@@ -149,7 +146,6 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
             named = [named[place] for place in places]
         self.paths = [path for path, _ in named]
         self.labels = torch.tensor([label for _, label in named])
-        self._preparation = preparation
         prepared = resolve_data_config({}, pretrained_cfg=dict(config))
         self._channels = prepared["input_size"][0]
         prepared |= {"mean": (0.0,) * self._channels, "std": (1.0,) * self._channels}
@@ -165,12 +161,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
             ValueError: If the file is not an image; the message names it.
         """
         path, label = self.paths[index], int(self.labels[index])
-        if self._preparation is None:
-            return self._prepare(_open(path, self._channels)), label
-        try:
-            return self._preparation(path).float() / 255, label
-        except Exception as error:  # as in _open
-            raise _unreadable(path, error) from error
+        return self._prepare(_open(path, self._channels)), label
 
 
 def _shown(entry: Path) -> bool:
@@ -180,10 +171,6 @@ def _shown(entry: Path) -> bool:
 def _images_in(folder: Path) -> list[Path]:
     files = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
     return sorted(path for path in files if path.suffix.lower() in _SUFFIXES or is_image(path))
-
-
-def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} cannot be read as an image: {error}")
 
 
 def _open(path: Path, channels: int) -> Any:
@@ -201,4 +188,4 @@ def _open(path: Path, channels: int) -> Any:
                 upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
             return upright.convert(mode)
     except Exception as error:  # readers raise all sorts of things on broken files
-        raise _unreadable(path, error) from error
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error

@@ -31,6 +31,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
+from inmerge_wrap.errors import ArgumentError
 from inmerge_wrap.files import replacing, write_json
 
 __all__ = [
@@ -196,11 +197,11 @@ def read_hub(name: str, revision: str | None, seed: int) -> dict[str, Part]:
 
     local = Path(name).is_dir()
     if local and revision:
-        raise ValueError(f"--revision is for a data set of the hub, but {name} is a folder")
+        raise ArgumentError(f"<revision> is for a data set of the hub, but {name} is a folder")
     if not local and not re.fullmatch("[0-9a-f]{40}", revision or ""):
-        raise ValueError(
-            f"{name} is not a folder, and a data set of the hub can change: pass --revision "
-            f"COMMIT, 40 hex digits from https://huggingface.co/datasets/{name}/commits"
+        raise ArgumentError(
+            f"{name} is not a folder, and a data set of the hub can change: pass "
+            f"<revision=COMMIT>, 40 hex digits from https://huggingface.co/datasets/{name}/commits"
         )
     try:
         loaded = datasets.load_dataset(name, revision=revision)
@@ -323,7 +324,7 @@ class Squares(Sequence[np.ndarray]):
         if described(self.path) != self.holds:
             raise RuntimeError(
                 f"another run has written {self.path} again, for other images: runs at the same "
-                "time with other seeds or sizes need a --cache each"
+                "time with other seeds or sizes need a folder each"
             )
         return array
 

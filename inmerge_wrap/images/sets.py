@@ -182,6 +182,12 @@ class ImageSet(Dataset):
         return torch.tensor([image.label for image in self.images])
 
 
+def as_floats(batch: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Collates items of an ImageSet for corruptions, which act on floats in [0, 1]."""
+    pixels, labels = zip(*batch, strict=True)
+    return torch.stack(pixels).float() / 255, torch.stack(labels)
+
+
 def keep_pixels(images: ImageSet, path: Path, *, workers: int = 0) -> ImageSet:
     """The same set, its pixels decoded once into a file that all processes map into memory.
 

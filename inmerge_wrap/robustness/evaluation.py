@@ -78,6 +78,7 @@ def evaluate_robustness(
     groups: Sequence[Hashable] | None = None,
     device: torch.device | str | None = None,
     progress: Callable[[int], None] | None = None,
+    scored: Callable[[], None] | None = None,
 ) -> RobustnessResult:
     """Evaluates a model on clean, corrupted and attacked images.
 
@@ -105,6 +106,8 @@ def evaluate_robustness(
         device: Where the model is; taken from its parameters if None.
         progress: Called with the number of images after each condition of a batch: each image
             passes once clean, once for every corruption and severity, once for every attack.
+        scored: Called after that, as often as there are conditions: each time the metrics and
+            intervals of one are known.
 
     Returns:
         Rows, settings and times.
@@ -136,7 +139,7 @@ def evaluate_robustness(
     with _undisturbed(model, run.device):
         for batch in loader:
             run.add(batch)
-    return _result_of(run, coverages, bootstrap, groups, baseline)
+    return _result_of(run, coverages, bootstrap, groups, baseline, scored or (lambda: None))
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -322,6 +325,7 @@ def _result_of(
     bootstrap: int,
     groups: Sequence[Hashable] | None,
     baseline: RobustnessResult | None,
+    scored: Callable[[], None],
 ) -> RobustnessResult:
     logits, targets = run.joined()
     threshold = run.threshold if isinstance(run.threshold, int | float) else list(run.threshold)
@@ -342,10 +346,10 @@ def _result_of(
 
     started = time.perf_counter()
     weights = bootstrap_weights(len(targets), bootstrap, seed=run.seed, groups=groups)
-    scores = {
-        condition: score(outputs, targets, run.task, run.threshold, coverages, weights)
-        for condition, outputs in logits.items()
-    }
+    scores = {}
+    for condition, outputs in logits.items():
+        scores[condition] = score(outputs, targets, run.task, run.threshold, coverages, weights)
+        scored()
     rows = rows_of(scores, settings, run.conditions.corruptions, baseline)
     run.seconds["statistics"] = time.perf_counter() - started
     replicates = {

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from inmerge_wrap.app.model import TrainedModel
+from inmerge_wrap.cli.evaluation_tables import _interval_cell
 from inmerge_wrap.images.files import decode
 from inmerge_wrap.images.preparation import Recipe, digest_of
 from tests.app.trained import pictures, trained
@@ -87,6 +88,35 @@ def test_before_and_after_are_compared_and_training_images_are_told(tmp_path: Pa
     said = " ".join(result.stderr.split())
     assert "5 of 12 images were used in the training of before" in said and "of after" not in said
     assert "after - before" in result.stdout
+
+
+def test_groups_of_a_table_are_drawn_whole(tmp_path: Path) -> None:
+    """The intervals of a patient's images: four equal copies count as one."""
+    pictures(tmp_path / "images", "png16", count=12)
+    trained(tmp_path / "model", "png16", tmp_path / "images")
+    paths = sorted((tmp_path / "images").iterdir())
+    widths = []
+    for groups in ([""] * 12, [f"patient {index // 4}" for index in range(12)]):
+        rows = [
+            [path.relative_to(tmp_path).as_posix(), "abc"[index % 3], group, "test"]
+            for index, (path, group) in enumerate(zip(paths, groups, strict=True))
+        ]
+        with open(tmp_path / "split.csv", "w", newline="") as file:
+            csv.writer(file).writerows([["path", "label", "group", "part"], *rows])
+        options = ("--data", tmp_path / "split.csv", "--severity", 3, "--preset", "quick")
+        content = run_json("evaluate", tmp_path / "model", *options)
+        assert content["settings"]["groups"] == (3 if groups[0] else None)
+        clean = content["rows"][0]
+        widths.append((clean["brier_low"], clean["brier_high"]))
+    assert widths[0] != widths[1]
+    shown = " ".join(run("evaluate", tmp_path / "model", *options).stdout.split())
+    assert "95% confidence interval over 3 groups" in shown
+
+
+def test_an_interval_without_width_is_not_shown() -> None:
+    row = {"accuracy": 1.0, "accuracy_low": 1.0, "accuracy_high": 1.0}
+    assert _interval_cell(row, "accuracy") == "1.000"
+    assert _interval_cell(row | {"accuracy_low": 0.9}, "accuracy") == "1.000 (0.900-1.000)"
 
 
 def test_a_table_needs_a_preparation(tmp_path: Path) -> None:

@@ -38,11 +38,13 @@ from sklearn.metrics import (  # noqa: E402
 )
 
 from inmerge_wrap.app import (  # noqa: E402
+    batches,
     drawings,
     findings,
     options,
     report,
     starting_weights,
+    testing,
     train,
     training,
 )
@@ -409,6 +411,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list
         ("training.json", b'{"arch": "resnet10t", "mean": "a", "std": 1e999}'),
         ("evaluation.json", b"null"),
         ("evaluation.json", {"rows"}),
+        ("evaluation.json", {"settings"}),
         ("best.safetensors", b"\xff" * 8),
     ],
 )
@@ -421,6 +424,7 @@ def test_a_hostile_file_of_a_finished_run_is_one_line(
     _, out, arguments, _ = finished
     monkeypatch.chdir(out.parent)
     run = out / "runs" / "plain-0"
+    assert json.loads((run / "evaluation.json").read_text()).keys() == testing.NAMES
     kept = {path.name: path.read_bytes() for path in run.iterdir()}
     if name != "evaluation.json":
         (run / "evaluation.json").unlink()
@@ -573,6 +577,7 @@ def test_each_site_is_held_out_in_turn(tmp_path: Path, monkeypatch: pytest.Monke
         assert row["site"] not in {r["hospital"] for r in split if r["part"] != "test"}
         clean = results(folder)["runs"][0]["clean"]
         assert float(row["balanced accuracy"]) == pytest.approx(1 - clean["balanced_error"])
+        assert all(len(row[name]) <= 9 for name in ("balanced accuracy", "low", "high", "auroc"))
     message = run_here(monkeypatch, *arguments, "--site", "hospital", "west")
     assert "hospital west: there are north, south/1" in str(message)
 
@@ -758,18 +763,27 @@ def test_the_tensors_of_the_package_go_by_their_order(
 
 
 def test_an_order_depends_on_seed_and_epoch_alone() -> None:
-    order = training.EpochOrder(50, seed=1)
+    order = batches.EpochOrder(50, seed=1)
     first = list(order)
     order.epoch = 1
     second = list(order)
-    again = training.EpochOrder(50, seed=1)
+    again = batches.EpochOrder(50, seed=1)
     again.epoch = 1
     assert sorted(first) == list(range(50)) and first != second and list(again) == second
-    assert list(training.EpochOrder(50, seed=2)) != first
+    assert list(batches.EpochOrder(50, seed=2)) != first
+
+
+@pytest.mark.parametrize(("train", "val"), [(20, 70), (3, 1), (64, 64)])
+def test_the_bar_counts_the_batches_that_are_read(train: int, val: int) -> None:
+    sets: Any = {"train": range(train), "val": range(val)}
+    settings: Any = SimpleNamespace(batch_size=8, workers=0, flip="none")
+    alone: Any = SimpleNamespace(num_processes=1, prepare=lambda *loaders: loaders)
+    opened = batches.open_batches(sets, settings, 0, alone)
+    assert batches.batches_per_epoch(train, val, 8, 1) == len(opened)
 
 
 def test_augmentation_gives_bytes_of_the_same_shape() -> None:
-    augmentation = training.augmentation("both")
+    augmentation = batches.augmentation("both")
     torch.manual_seed(0)
     for channels in (1, 3):
         pixels = torch.randint(256, (channels, 20, 20), dtype=torch.uint8)

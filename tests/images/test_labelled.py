@@ -11,8 +11,8 @@ import timm
 import torch
 from PIL import Image
 
+from inmerge_wrap.images.folders import read_part
 from inmerge_wrap.images.labelled import ImageFolder, fit_images
-from inmerge_wrap.images.preparation import Preparation
 
 CONFIG = {"input_size": (3, 16, 16), "crop_pct": 1.0, "interpolation": "bicubic"}
 
@@ -59,6 +59,20 @@ def test_a_split_is_taken_where_there_is_one(folder: Path) -> None:
         ImageFolder(folder, config=CONFIG)
     with pytest.raises(ValueError, match="holds no folder train: it is not split"):
         ImageFolder(folder / "val", config=CONFIG, split="train")
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing"), ("Val", "TEST")])
+def test_parts_are_no_classes_whatever_they_are_called(
+    tmp_path: Path, names: tuple[str, str]
+) -> None:
+    for seed, name in enumerate(names):
+        for label in ("ant", "cat"):
+            save(tmp_path / name / label, "only.png", picture(seed))
+    data = ImageFolder(tmp_path, config=CONFIG)
+    assert data.classes == ["ant", "cat"] and data.part == "test"
+    assert {path.parts[-3] for path in data.paths} == {names[1]}
+    pixels, labels, collection = read_part(tmp_path, "test", size=16)
+    assert len(pixels) == len(labels) == 2 and collection.images[0].part == "test"
 
 
 def test_labels_follow_the_order_of_the_model(folder: Path) -> None:
@@ -148,20 +162,6 @@ def clinic(tmp_path: Path) -> tuple[Path, np.ndarray]:
     (tmp_path / "b").mkdir()
     scan.save_as(tmp_path / "b" / "1.2.840.1")
     return tmp_path, deep / 4095
-
-
-def test_files_are_read_as_a_preparation_says(clinic: tuple[Path, np.ndarray]) -> None:
-    folder, shown = clinic
-    preparation = Preparation(size=16, channels=1, pixel_range=(0.0, 4095.0))
-    data = ImageFolder(folder, config=CONFIG, preparation=preparation)
-    assert data.classes == ["a", "b"]
-    for index in range(2):
-        expected = torch.from_numpy(shown).float()[None]
-        torch.testing.assert_close(data[index][0], expected, rtol=0, atol=0.5 / 255 + 1e-6)
-    (folder / "b" / "broken.dcm").write_bytes(b"no image")
-    data = ImageFolder(folder, config=CONFIG, preparation=preparation)
-    with pytest.raises(ValueError, match=r"broken\.dcm cannot be read as an image"):
-        data[2]
 
 
 def test_dicom_files_show_what_they_say_themselves(clinic: tuple[Path, np.ndarray]) -> None:

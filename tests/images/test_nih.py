@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from inmerge_wrap.errors import ArgumentError, for_command_line
 from inmerge_wrap.images import nih
 
 datasets = pytest.importorskip("datasets")
@@ -124,7 +125,7 @@ def test_images_of_another_split_are_never_read(part: Any, tmp_path: Path) -> No
     others = nih.Part(part.names[::-1], part.labels, part.images[::-1])
     nih.cached(others, path, "here", 56)
     assert np.array_equal(begun.images[0], expected)  # mapped before, and so kept
-    with pytest.raises(RuntimeError, match="with other seeds or sizes need a --cache each"):
+    with pytest.raises(RuntimeError, match="with other seeds or sizes need a folder each"):
         first.images[0]
 
 
@@ -253,12 +254,13 @@ def test_a_patient_in_two_splits_is_refused(tmp_path: Path, part: str) -> None:
 
 @pytest.mark.parametrize("revision", [None, "main", "0123456789ab"])
 def test_a_hub_name_needs_a_commit(revision: str | None) -> None:
-    with pytest.raises(ValueError, match="can change: pass --revision COMMIT"):
+    with pytest.raises(ArgumentError, match="can change: pass revision=COMMIT") as stop:
         nih.read_hub("owner/name", revision, seed=0)
+    assert "pass --revision COMMIT" in for_command_line(stop.value)
 
 
 def test_a_folder_has_no_revision(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--revision is for a data set of the hub"):
+    with pytest.raises(ValueError, match=r"^revision is for a data set of the hub"):
         nih.read_hub(str(tmp_path), 40 * "0", seed=0)
 
 

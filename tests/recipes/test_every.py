@@ -14,7 +14,7 @@ import inmerge_wrap
 from tests.recipes.running import ROOT, recipe
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
-WITH_OPTIONS = ["quickstart", "medmnist_2d", "chestxray", "robustness"]
+WITH_OPTIONS = ["adapt_to_a_site", "quickstart", "medmnist_2d", "chestxray", "robustness"]
 PUBLIC = {
     *("inmerge_wrap", "accelerate", "datasets", "matplotlib", "medmnist", "numpy", "rich"),
     *("safetensors", "sklearn", "timm", "torch", "torchvision", "tqdm"),

@@ -273,6 +273,7 @@ def test_differences_need_the_same_pictures_and_know_their_limits(tmp_path):
 def test_progress_counts_every_image_of_every_condition():
     images, labels = data("multiclass")
     seen: list[int] = []
+    scored: list[int] = []
     evaluate_robustness(
         network(4),
         batches(images, labels),
@@ -281,8 +282,11 @@ def test_progress_counts_every_image_of_every_condition():
         attacks=["fgsm"],
         bootstrap=0,
         progress=seen.append,
+        scored=lambda: scored.append(sum(seen)),
     )
-    assert sum(seen) == len(images) * (1 + len(FEW) * 2 + 1)
+    conditions = 1 + len(FEW) * 2 + 1
+    assert sum(seen) == len(images) * conditions
+    assert scored == [sum(seen)] * conditions, "after all images"
 
 
 def test_json_round_trip_serves_as_a_baseline(tmp_path):

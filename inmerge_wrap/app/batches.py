@@ -1,0 +1,141 @@
+"""The batches of a training: in an order and with an augmentation that a continued run repeats."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from inmerge_wrap.images.sets import ImageSet
+
+_EVALUATED = 64  # images in a batch of validation
+
+
+def statistics(images: ImageSet, most: int = 1000) -> tuple[list[float], list[float]]:
+    """Returns mean and standard deviation per channel of up to 1,000 images, pixels in [0, 1]."""
+    step = max(1, len(images) // most)
+    places = range(0, len(images), step)
+    decoding = images.pixels is None
+    bar = tqdm(places, desc="brightness of images", unit="image", leave=False, disable=not decoding)
+    pixels = torch.stack([images[n][0] for n in bar]).float() / 255
+    return pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).clamp_min(1e-3).tolist()
+
+
+def augmentation(flip: str) -> v2.Compose:
+    """Returns TrivialAugment (arXiv 2103.10158) on uint8 pixels, and flips where harmless."""
+    steps: list[nn.Module] = [v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)]
+    if flip in ("horizontal", "both"):
+        steps.append(v2.RandomHorizontalFlip())
+    if flip == "both":
+        steps.append(v2.RandomVerticalFlip())
+    return v2.Compose(steps)
+
+
+class Augmented(Dataset[tuple[Tensor, Tensor]]):
+    """The images of a set, augmented by chance that depends only on seed, epoch and image.
+
+    So it is the same however many processes read them, and in a run that continues.
+    """
+
+    def __init__(self, images: ImageSet, transform: Callable[[Tensor], Tensor], seed: int) -> None:
+        self.images, self.transform, self.seed, self.epoch = images, transform, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        pixels, label = self.images[index]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed(self.seed, self.epoch, index))
+            return self.transform(pixels), label
+
+
+class EpochOrder(Sampler[int]):
+    """An order of the images that depends only on seed and epoch, to be repeatable."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
+        yield from torch.randperm(self.count, generator=generator).tolist()
+
+
+def derived_seed(*numbers: int) -> int:
+    """Derives a 32-bit seed, as many bits as torch's CPU generator reads."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big")
+
+
+@dataclass
+class Batches:
+    """The images of an epoch in their order, and those of validation."""
+
+    loader: DataLoader
+    val_loader: DataLoader
+    order: EpochOrder
+    images: Augmented
+
+    def __len__(self) -> int:
+        """Batches that this process reads in an epoch, of training and of validation."""
+        return len(self.loader) + len(self.val_loader)
+
+    def start(self, epoch: int) -> None:
+        """Sets the order and the augmentation of an epoch."""
+        self.order.epoch = self.images.epoch = epoch
+
+
+def per_process(batch_size: int, processes: int) -> int:
+    """Returns the batch size of each process.
+
+    Raises:
+        SystemExit: If the batch cannot be divided evenly.
+    """
+    if batch_size < 1 or batch_size % processes:
+        raise SystemExit(
+            f"--batch-size {batch_size} is the size over all processes: "
+            f"pass a positive multiple of their number, {processes}"
+        )
+    return batch_size // processes
+
+
+def open_batches(
+    sets: dict[str, ImageSet], options: argparse.Namespace, seed: int, accelerator: Accelerator
+) -> Batches:
+    """Returns the batches of a run: those of the parts train and val, prepared."""
+    count, processes = len(sets["train"]), accelerator.num_processes
+    order = EpochOrder(count, seed)
+    images = Augmented(sets["train"], augmentation(options.flip), seed)
+    loader = DataLoader(
+        images,
+        batch_size=per_process(min(options.batch_size, count // processes * processes), processes),
+        sampler=order,
+        num_workers=options.workers,
+        drop_last=True,  # BatchNorm cannot train on a last batch of one image
+    )
+    val_loader = DataLoader(sets["val"], batch_size=_EVALUATED, num_workers=options.workers)
+    loader, val_loader = accelerator.prepare(loader, val_loader)
+    return Batches(loader, val_loader, order, images)
+
+
+def batches_per_epoch(train: int, val: int, batch_size: int, processes: int) -> int:
+    """Returns the length of `Batches` before the images are read.
+
+    Args:
+        train: Number of training images.
+        val: Number of validation images.
+        batch_size: Of training, over all processes.
+        processes: Their number.
+    """
+    return train // min(batch_size, train) + -(-val // (_EVALUATED * processes))
