@@ -23,12 +23,12 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from inmerge_wrap._constants import DEFAULT_SHALLOW_SHARE, SKIPPED_KINDS
-from inmerge_wrap.errors import ArgumentError, ArgumentWarning
+from inmerge_wrap.errors import ArgumentError, ArgumentWarning, check_choice
 from inmerge_wrap.inputs import is_quantised
 from inmerge_wrap.kernels import kernel_shape, store_of
 from inmerge_wrap.kinds import kinds_of
 from inmerge_wrap.plan import ConvSite, MergePlan
-from inmerge_wrap.settings import MODES, Mode, check_choice
+from inmerge_wrap.settings import MODES, Mode
 from inmerge_wrap.tracing import Call, bystanders_kept, first_possible_trace, named_convs
 from inmerge_wrap.unwrapping import check_network
 

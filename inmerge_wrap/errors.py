@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 __all__ = ["ArgumentError", "ArgumentWarning", "as_option", "for_command_line"]
 
@@ -70,3 +71,20 @@ def for_command_line(message: Exception | str, options: Mapping[str, str] | None
     if not isinstance(message, ArgumentError | ArgumentWarning):
         return str(message)
     return message.with_options(lambda name: (options or {}).get(name, as_option(name)))
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raises a TypeError or ValueError that names the setting, its value and its range."""
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...], rule: str = "") -> None:
+    """Raises an error that lists the values of a setting, and the method of a rule."""
+    if value in choices if isinstance(value, str) else rule and callable(getattr(value, rule, "")):
+        return
+    listed = " or ".join(map(repr, choices))
+    other = f", or an object with a method {rule}()" if rule else ""
+    raise ValueError(f"{name} must be {listed}{other}, got {value!r}")

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inmerge_wrap.errors import check_range
+
 __all__ = [
     "blend_kernels",
     "cyclic_sources",
@@ -432,11 +434,3 @@ def _shifted(values: Tensor, shift: Tensor, groups: int) -> Tensor:
 def _over_map(per_channel: Tensor, outputs: Tensor) -> Tensor:
     """Returns a view of (N, C) that broadcasts over the map of a convolution."""
     return per_channel.reshape(*per_channel.shape, *[1] * (outputs.ndim - 2))
-
-
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raises a TypeError or ValueError that names the setting, its value and its range."""
-    if not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {value!r}")

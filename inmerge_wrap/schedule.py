@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from inmerge_wrap.errors import check_choice
+
 __all__ = ["Schedule"]
 
 
@@ -46,10 +48,8 @@ class Schedule:
             raise ValueError(f"end must come after start={self.start}, got {self.end}")
         if self.every < 1:
             raise ValueError(f"every must be a count of steps >= 1, got {self.every}")
-        if not isinstance(self.decay, str) or self.decay not in ("constant", "linear", "cosine"):
-            raise ValueError(f"decay must be constant, linear or cosine, got {self.decay!r}")
-        if not isinstance(self.anneals, str) or self.anneals not in ("probability", "strength"):
-            raise ValueError(f"anneals must be probability or strength, got {self.anneals!r}")
+        check_choice("decay", self.decay, ("constant", "linear", "cosine"))
+        check_choice("anneals", self.anneals, ("probability", "strength"))
         if self.decay != "constant" and self.end is None:
             raise ValueError(f"decay={self.decay!r} needs an end: the step at which merging stops")
 

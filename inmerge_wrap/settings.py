@@ -12,7 +12,7 @@ from typing import Any, Literal, ParamSpec, Protocol
 import torch
 from torch import Tensor
 
-from inmerge_wrap.merging import check_range
+from inmerge_wrap.errors import check_choice, check_range
 from inmerge_wrap.schedule import Schedule
 from inmerge_wrap.thresholds import Fixed, Quantile, Threshold, ZScore, as_threshold
 
@@ -219,15 +219,6 @@ class MergeSettings:
         }
         probability = self.merge_probability * (1.0 if fades else level)
         return Strength(probability, full[self.size])
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...], rule: str = "") -> None:
-    """Raises an error that lists the values of a setting, and the method of a rule."""
-    if value in choices if isinstance(value, str) else rule and callable(getattr(value, rule, "")):
-        return
-    listed = " or ".join(map(repr, choices))
-    other = f", or an object with a method {rule}()" if rule else ""
-    raise ValueError(f"{name} must be {listed}{other}, got {value!r}")
 
 
 def _contradictions(of: MergeSettings) -> list[str]:

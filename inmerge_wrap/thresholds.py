@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from inmerge_wrap.merging import check_range
+from inmerge_wrap.errors import check_range
 
 __all__ = ["Fixed", "Quantile", "Threshold", "ZScore"]
 
