@@ -67,6 +67,19 @@ COMPARISONS = {  # of the second study's confirmation: arm, baseline -> heading,
         "ink",
     ),
 }
+ARMS = {  # of the third study's pilot: name -> colour, shape
+    "plain": ("soft", "circle"),
+    "plain, TrivialAugment": ("soft", "open circle"),
+    "merging per image": ("forward", "circle"),
+    "channel noise": ("noise", "open square"),
+    "channel dropout": ("noise", "square"),
+}
+STEPS = {"flips": "600", "trivial": "1000"}  # of the runs that are drawn
+INSIDE = {  # column of mechanism.csv -> in words, range
+    "moved_by_mixing": ("probability moved by mixing", 0.45, 0.80),
+    "channel_correlation": ("correlation of channels", 0.07, 0.18),
+    "cka_under_noise": ("similarity under noise (CKA)", 0.40, 0.75),
+}
 SHIFT = 2  # the partner of a channel, shared by the batch
 SIGNS = ((1, -1, -1, 1, -1), (-1, 1, -1, 1, 1))  # of the channels, drawn for each image
 
@@ -247,10 +260,49 @@ def evidence() -> str:
     return picture("Second study, confirmation: AUROC under corruption", bottom + 52, parts)
 
 
+def mechanism() -> str:
+    """Draws each network of the third study's pilot: one panel for each quantity inside it."""
+    with (ROOT / "studies" / "3" / "mechanism.csv").open(newline="", encoding="utf-8") as file:
+        runs = list(csv.DictReader(file))
+    wide, high, top = 290, 118, 98
+    parts, areas = [], (0.86, 0.99)
+    for place, (name, kind) in enumerate(ARMS.items()):
+        x, y = 22 + 200 * (place % 2), 20 + 20 * (place // 2)
+        parts += [dot(x, y - 5, kind[0], kind[1]), text(x + 12, y, name, 13, anchor="start")]
+    parts.append(text(14, 88, "AUROC under corruption", 14, anchor="start"))
+    for quantity, (label, low, most) in INSIDE.items():
+        for area in (0.88, 0.98):
+            y = top + high * (areas[1] - area) / (areas[1] - areas[0])
+            parts.append(text(54, y + 5, f"{area:.2f}", 13, "soft", anchor="end"))
+        parts.append(f'<path class="soft" d="M62 {top} v{high}" fill="none"/>')
+        parts.append(f'<path class="soft" d="M62 {top + high} h{wide}" fill="none"/>')
+        for run in runs:
+            arm = "plain, TrivialAugment" if run["augmentation"] == "trivial" else run["arm"]
+            if run["steps"] != STEPS[run["augmentation"]] or arm not in ARMS:
+                continue
+            x = 62 + wide * (float(run[quantity]) - low) / (most - low)
+            y = top + high * (areas[1] - float(run["AUROC, corrupted"])) / (areas[1] - areas[0])
+            parts.append(dot(x, y, *ARMS[arm]))
+        for value in (low, most):
+            x = 62 + wide * (value - low) / (most - low)
+            parts.append(text(x, top + high + 17, f"{value:.2f}", 13, "soft"))
+        parts.append(text(62 + wide / 2, top + high + 18, label, 13))
+        top += high + 40
+    return picture("Third study, pilot: networks inside, and their robustness", top - 14, parts)
+
+
+def dot(x: float, y: float, kind: str, shape: str) -> str:
+    """A mark: a circle, a square, or either of them open."""
+    path = "m-4 0 a4 4 0 1 0 8 0 a4 4 0 1 0 -8 0" if "circle" in shape else "m-4 -4 h8 v8 h-8 z"
+    hollow = ' style="fill:none" stroke-width="1.8"' if "open" in shape else ""
+    return f'<path class="{kind}"{hollow} d="M{x:.1f} {y:.1f} {path}"/>'
+
+
 PICTURES = {
     "after-each-step.svg": after_each_step,
     "evidence.svg": evidence,
     "forward-pass.svg": in_the_forward_pass,
+    "mechanism.svg": mechanism,
 }
 
 if __name__ == "__main__":

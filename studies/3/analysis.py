@@ -149,6 +149,23 @@ def training(groups: Mapping[Group, Arms]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: tuple(row.values())[:6])
 
 
+def inside(groups: Mapping[Group, Arms]) -> list[dict[str, Any]]:
+    """Returns a row for each run whose network was looked into: :func:`studies.common.mechanism`.
+
+    Beside it the AUROC under corruption, of which it may be the reason.
+    """
+    return [
+        vars(group.cell)
+        | {"steps": group.steps, "arm": arm, "seed": seed}
+        | run["mechanism"]
+        | {"AUROC, corrupted": score(run, "test", "AUROC", "corrupted")}
+        for group, arms in groups.items()
+        for arm, runs in arms.items()
+        for seed, run in sorted(runs.items())
+        if "mechanism" in run and not group.confirming
+    ]
+
+
 # -- the confirmation ------------------------------------------------------------------------------
 
 

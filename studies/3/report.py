@@ -4,10 +4,11 @@
     python -m studies.3.report --pictures docs/images/study3
 
 ``training.csv``: plain training by augmentation, length and rate, scored on the validation part.
-``differences.csv``: every cell, arm minus plain, channel noise and channel dropout. ``pooled.csv``:
-the confirmation over its data sets, with the primary family. ``laboratories.csv``: the other
-laboratories. Pictures: ``forest.png`` (each data set of the confirmation, and pooled), ``map.png``
-(augmentation x images, plain and merging per image), ``mechanism.png``. What has no runs yet is not
+``differences.csv``: every cell, arm minus plain, channel noise and channel dropout.
+``mechanism.csv``: what each network is like inside. ``pooled.csv``: the confirmation over its data
+sets, with the primary family. ``laboratories.csv``: the other laboratories. Pictures:
+``forest.png`` (each data set of the confirmation, and pooled), ``choice.png`` (the pilot),
+``map.png`` (augmentation x images, plain and merging per image). What has no runs yet is not
 written.
 
 Hardware and time: a minute on a CPU. Expected: README.md.
@@ -33,6 +34,7 @@ from .analysis import (
     by_data_set,
     differences,
     grouped,
+    inside,
     laboratories,
     pooled,
     score,
@@ -72,9 +74,10 @@ def group_of(arm: str) -> str:
 
 
 def write_tables(groups: Mapping[Group, Arms], out: Path) -> None:
-    """Writes training.csv, differences.csv, pooled.csv and laboratories.csv, if they have rows."""
+    """Writes each table that has rows."""
     tables = {
         "training": training,
+        "mechanism": inside,
         "differences": differences,
         "pooled": pooled,
         "laboratories": laboratories,
@@ -209,41 +212,6 @@ def draw_map(groups: Mapping[Group, Arms], path: Path) -> bool:
     return True
 
 
-def draw_mechanism(groups: Mapping[Group, Arms], path: Path) -> bool:
-    """What a network is like inside against its AUROC under corruption, a mark for each run."""
-    panels = {
-        "moved_by_mixing": "probability moved by mixing\nthe channels of the trained network",
-        "channel_correlation": "mean correlation of the channels\nof the last features",
-        "cka_under_noise": "similarity of features with\nand without noise (CKA)",
-    }
-    points = [
-        (arm, run["mechanism"], score(run, "test", "AUROC", "corrupted"))
-        for group, arms in groups.items()
-        if (group.cell.dataset, group.cell.arch) == ("bloodmnist", LITE0) and not group.confirming
-        for arm, done in arms.items()
-        for run in done.values()
-        if "mechanism" in run
-    ]
-    if not points:
-        return False
-    figure, axes = plt.subplots(1, 3, figsize=(7.6, 3.4), sharey=True, layout="constrained")
-    colours = dict(zip(ARMS, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
-    for axis, (key, label) in zip(axes, panels.items(), strict=True):
-        for arm in dict.fromkeys(arm for arm, _, _ in points):
-            own = [(found[key], area) for name, found, area in points if name == arm]
-            axis.plot(*zip(*own, strict=True), "o", color=colours[arm], ms=5, label=arm)
-        axis.set_xlabel(label, fontsize=8.5)
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("AUROC under corruption", fontsize=8.5)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
-    figure.suptitle("Blood cells: what a network is like inside, and its robustness", fontsize=10)
-    figure.savefig(path, dpi=200, facecolor="white")
-    plt.close(figure)
-    return True
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -265,7 +233,7 @@ def main() -> None:
         f"forest-{a}": draw_confirmation(groups, a, options.pictures / f"forest-{a}.png")
         for a in ("flips", "trivial")
     }
-    for name, draw in (("choice", draw_choice), ("map", draw_map), ("mechanism", draw_mechanism)):
+    for name, draw in (("choice", draw_choice), ("map", draw_map)):
         drawn[name] = draw(groups, options.pictures / f"{name}.png")
     for name, done in drawn.items():
         print(f"{name}: {'drawn' if done else 'no runs yet'}")
