@@ -194,6 +194,21 @@ def test_the_page_of_evidence_shows_the_pilot_as_it_was_analysed() -> None:
         assert f"and channel dropout {dropout.split()[0]} " in text
 
 
+def test_the_means_inside_the_networks_are_those_of_the_table() -> None:
+    with (STUDIES / "3" / "mechanism.csv").open(newline="") as file:
+        runs = [row for row in csv.DictReader(file) if row["augmentation"] == "flips"]
+    runs = [row for row in runs if row["steps"] == "600"]
+    page = (ROOT / "docs" / "evidence-negative.md").read_text().partition("### Inside")[2]
+    lines = page.partition("|---")[2].partition("\n\n")[0].splitlines()[1:]
+    columns = ("moved_by_mixing", "channel_correlation", "cka_under_noise")
+    arms = ("plain", "merging per image", "channel noise", "channel dropout")
+    for line, column in zip(lines, columns, strict=True):
+        values = [[float(row[column]) for row in runs if row["arm"] == arm] for arm in arms]
+        assert {len(of) for of in values} == {5}
+        means = [f"{np.mean(of):.3f}" for of in values]
+        assert [cell.strip() for cell in line.strip("|").split("|")][1:] == means
+
+
 def test_the_page_of_evidence_shows_the_second_study_as_it_was_analysed() -> None:
     study = STUDIES / "2"
     with (study / "reanalysis.csv").open(newline="") as file:
