@@ -723,8 +723,9 @@ def test_groups_in_two_parts_are_an_error(tmp_path: Path) -> None:
     save(tmp_path / "train" / "a" / "p7_0.png", picture(start))
     save(tmp_path / "test" / "b" / "p7_1.png", picture(start + 1))
     pattern = r"(p7|[a-z]+\d)[^/]*\.png"
-    with pytest.raises(DataError, match=r"1 group in several parts: p7 \(train, test\)"):
+    with pytest.raises(DataError, match=r"1 group in several parts: p7 \(train, test\)") as raised:
         opened(tmp_path, groups=pattern)
+    assert raised.value.names == ("p7 (train, test)",), "for lists.txt, where there are many"
     collection, _ = opened(tmp_path, groups=pattern, allow_overlap=True)
     assert any("1 group in several parts: p7" in text for text in collection.warnings)
 
