@@ -552,6 +552,13 @@ def test_broken_files_are_named_counted_and_skipped_by_choice(tmp_path: Path) ->
     assert any("3 of 27 images cannot be read and were left out" in n for n in collection.warnings)
 
 
+def test_the_reason_of_a_broken_file_has_its_name_without_its_folder(tmp_path: Path) -> None:
+    path = tmp_path / "broken.png"
+    path.write_bytes(b"junk")
+    reason = str(examine(path).error)
+    assert "cannot identify image file 'broken.png'" in reason and str(tmp_path) not in reason
+
+
 def test_a_dangling_link_says_where_it_leads(tmp_path: Path) -> None:
     fill(tmp_path, {"a": 6, "b": 6})
     (tmp_path / "a" / "link.png").symlink_to(tmp_path / "gone.png")
