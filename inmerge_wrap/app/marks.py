@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from inmerge_wrap.errors import ArgumentError
-from inmerge_wrap.images.finding import mark_of, table_rows
+from inmerge_wrap.images.finding import mark_of
 from inmerge_wrap.images.preparation import Recipe
+from inmerge_wrap.images.tables import read_table
 
 __all__ = ["read_labels"]
 
@@ -31,11 +32,7 @@ def read_labels(table: Path, recipe: Recipe, path_column: str = "path") -> dict[
     several = recipe.task == "multi-label"
     needed = [path_column, *(recipe.classes if several else ["label"])]
     found: dict[str, Any] = {}
-    rows = table_rows(table)
-    for column in needed:
-        if column not in rows[0]:
-            raise ArgumentError(f"{table} has no column {column!r}; it has {', '.join(rows[0])}")
-    for number, row in enumerate(rows, start=2):
+    for number, row in enumerate(read_table(table, dict.fromkeys(needed)), start=2):
         name = row[path_column].replace("\\", "/")
         if several:
             marks = tuple(mark_of(table, number, label, row[label]) for label in recipe.classes)

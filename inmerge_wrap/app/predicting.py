@@ -64,8 +64,8 @@ def find_files(sources: Sequence[Path], path_column: str = "path") -> list[tuple
                 raise ArgumentError(f"no image in {source}: PNG, JPEG, TIFF, BMP or DICOM")
             found += [(path.relative_to(source).as_posix(), path) for path in images]
         elif source.suffix.lower() == ".csv":
-            rows = read_table(source, needed=[path_column], option="path_column")
-            names = [row[path_column].strip().replace("\\", "/") for row in rows]
+            rows = read_table(source, {path_column: "path_column"})
+            names = [row[path_column].replace("\\", "/") for row in rows]
             found += [(name, source.parent / name) for name in names]
         elif source.exists():
             found.append((str(source), source))

@@ -96,7 +96,8 @@ def _units(settings: Mapping[str, Any]) -> str:
 
 
 def _rounded(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.4g}" for value in values)
+    shown = ", ".join(f"{value:.4g}" for value in values)
+    return f"[{shown}]"
 
 
 def _part(settings: Mapping[str, Any]) -> str:

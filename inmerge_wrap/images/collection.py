@@ -299,40 +299,41 @@ def check(collection: ImageCollection, *, allow_overlap: bool = False) -> ImageC
         few = [f"{name} ({count})" for name, count in by_class if 0 < count < 10]
         if few and part == "test":
             warnings.append(f"Fewer than 10 test images of {named(few)}: their figures say little.")
-    overlaps = [*_groups_across(collection), *_equal_across(collection)]
+    overlaps = _overlaps(collection)
     if overlaps and not allow_overlap:
-        errors += overlaps
+        errors += [f"{title}: {named(names)}" for title, names in overlaps.items()]
         errors.append(
             "figures would be too good: remove the overlap, or pass <allow_overlap=True> to train "
             "all the same"
         )
-    elif overlaps:
-        warnings += [f"{text[0].upper()}{text[1:]}. Figures are too good." for text in overlaps]
     if errors:
-        raise DataError("\n".join(errors))
+        raise DataError("\n".join(errors), names=[n for names in overlaps.values() for n in names])
+    for title, names in overlaps.items():
+        collection = collection.listed(f"Figures are too good, with {title}", names, warn=True)
     return _suspicious(collection.warned(*warnings))
 
 
-def _groups_across(collection: ImageCollection) -> list[str]:
+def _overlaps(collection: ImageCollection) -> dict[str, list[str]]:
+    """What stands in several parts, by what it is."""
     parts: dict[str, set[str]] = {}
     for image in collection.images:
         if image.group is not None and image.part is not None:
             parts.setdefault(image.group, set()).add(image.part)
-    across = sorted(group for group, found in parts.items() if len(found) > 1)
-    shown = [f"{group} ({', '.join(p for p in PARTS if p in parts[group])})" for group in across]
-    return [f"{counted(len(across), 'group')} in several parts: {named(shown)}"] if across else []
-
-
-def _equal_across(collection: ImageCollection) -> list[str]:
-    across = [
+    groups = [
+        f"{group} ({', '.join(part for part in PARTS if part in found)})"
+        for group, found in sorted(parts.items())
+        if len(found) > 1
+    ]
+    equal = [
         " = ".join(f"{image.name} ({image.part})" for image in same)
         for same in _equal(collection)
         if len({image.part for image in same}) > 1
     ]
-    what = "image" if len(across) == 1 else "images"
-    return [f"{len(across):,} {what} with equal pixels in several parts: {named(across)}"] * bool(
-        across
-    )
+    titles = {
+        f"{counted(len(groups), 'group')} in several parts": groups,
+        f"{counted(len(equal), 'image')} with equal pixels in several parts": equal,
+    }
+    return {title: names for title, names in titles.items() if names}
 
 
 def _equal(collection: ImageCollection) -> list[list[ImageFile]]:

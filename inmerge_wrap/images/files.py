@@ -217,7 +217,7 @@ def failure(error: Exception, path: Path) -> str:
     """Returns in one line why a file could not be read."""
     if path.is_symlink() and not path.exists():
         return f"it is a link to {path.readlink()}, which does not exist"
-    reason = " ".join(str(error).split()).replace(str(path), "the file")
+    reason = " ".join(str(error).split()).replace(str(path), path.name)
     return f"{reason[:200] or 'no reason given'} ({type(error).__name__})"
 
 

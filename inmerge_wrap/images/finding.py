@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from inmerge_wrap.errors import ArgumentError
 from inmerge_wrap.images.collection import PARTS, ImageCollection, ImageFile, counted, named
 from inmerge_wrap.images.files import DataError, is_image
 from inmerge_wrap.images.tables import read_table
@@ -248,28 +247,8 @@ def _natural(name: str) -> tuple[Any, ...]:
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def table_rows(table: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, as text without space around it.
-
-    Raises:
-        DataError: If it cannot be read or has none.
-    """
-    try:
-        rows = read_table(table)
-    except ArgumentError as error:
-        raise DataError(error.message) from error
-    return [{name.strip(): value.strip() for name, value in row.items()} for row in rows]
-
-
 def _rows_of(table: Path, path_column: str, labels: Sequence[str]) -> list[dict[str, str]]:
-    rows = table_rows(table)
-    options = {path_column: "<path_column>"} | dict.fromkeys(labels, "<labels>")
-    for wanted, option in options.items():
-        if wanted not in rows[0]:
-            raise DataError(
-                f"{table} has no column {wanted!r}: name it with {option}; "
-                f"it has {named(list(rows[0]), 20) or 'none'}"
-            )
+    rows = read_table(table, {path_column: "path_column"} | dict.fromkeys(labels, "labels"))
     seen: dict[str, int] = {}
     for number, row in enumerate(rows, start=2):
         path, place = row[path_column], f"{table}, row {number}"

@@ -21,9 +21,10 @@ from tqdm import tqdm
 from inmerge_wrap.images.cells import write_table
 from inmerge_wrap.images.collection import ImageCollection, check, counted, named, split
 from inmerge_wrap.images.files import DataError, Facts, range_of
-from inmerge_wrap.images.finding import find_images, listed, parts_in, table_rows
+from inmerge_wrap.images.finding import find_images, listed, parts_in
 from inmerge_wrap.images.preparation import Preparation
 from inmerge_wrap.images.sets import ImageSet, examine_all, without_broken
+from inmerge_wrap.images.tables import read_table
 
 
 def open_images(
@@ -175,7 +176,7 @@ def read_part(
         DataError: If there is no such part, a class is not among ``classes``, or a file is broken.
     """
     if directory.is_file():
-        columns = list(table_rows(directory)[0])
+        columns = list(read_table(directory)[0])
         collection = find_images(
             directory.parent,
             table=directory,

@@ -567,6 +567,13 @@ def test_broken_files_are_named_counted_and_skipped_by_choice(tmp_path: Path) ->
     assert any("3 of 27 images cannot be read and were left out" in n for n in collection.warnings)
 
 
+def test_the_reason_of_a_broken_file_has_its_name_without_its_folder(tmp_path: Path) -> None:
+    path = tmp_path / "broken.png"
+    path.write_bytes(b"junk")
+    reason = str(examine(path).error)
+    assert "cannot identify image file 'broken.png'" in reason and str(tmp_path) not in reason
+
+
 def test_a_dangling_link_says_where_it_leads(tmp_path: Path) -> None:
     fill(tmp_path, {"a": 6, "b": 6})
     (tmp_path / "a" / "link.png").symlink_to(tmp_path / "gone.png")
@@ -738,8 +745,9 @@ def test_groups_in_two_parts_are_an_error(tmp_path: Path) -> None:
     save(tmp_path / "train" / "a" / "p7_0.png", picture(start))
     save(tmp_path / "test" / "b" / "p7_1.png", picture(start + 1))
     pattern = r"(p7|[a-z]+\d)[^/]*\.png"
-    with pytest.raises(DataError, match=r"1 group in several parts: p7 \(train, test\)"):
+    with pytest.raises(DataError, match=r"1 group in several parts: p7 \(train, test\)") as raised:
         opened(tmp_path, groups=pattern)
+    assert raised.value.names == ("p7 (train, test)",), "for lists.txt, where there are many"
     collection, _ = opened(tmp_path, groups=pattern, allow_overlap=True)
     assert any("1 group in several parts: p7" in text for text in collection.warnings)
 
