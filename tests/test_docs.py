@@ -143,7 +143,7 @@ def documented() -> dict[str, list[str]]:
 
 # Modules that are no part of the public face: what they hold may change between versions.
 INSIDE = {
-    "_constants", "architectures", "driver", "errors", "files", "forward", "images",
+    "_constants", "architectures", "counts", "driver", "errors", "files", "forward", "images",
     "images.cells", "images.collection", "images.dicom", "images.files", "images.finding",
     "images.folders", "images.looks", "images.nih", "images.preparation", "images.sets",
     "images.tables", "inputs", "kernels", "kinds", "markdown", "neighbours", "optimizers",
@@ -232,8 +232,8 @@ def test_every_parameter_is_described() -> None:
 
 # Whose warnings and errors people meet while they wrap, train, resume and export.
 SPEAKING = [
-    "discovery", "driver", "export", "forward", "kernels", "neighbours", "optimizers", "pairs",
-    "persistent", "plan", "proxy", "recalibration", "replicas", "schedule", "settings", "steps",
+    "discovery", "driver", "errors", "export", "forward", "kernels", "neighbours", "optimizers",
+    "pairs", "persistent", "plan", "proxy", "recalibration", "replicas", "schedule", "settings", "steps",
     "tally", "thresholds", "trial", "unwrapping", "watch", "wrapper",
 ]  # fmt: skip
 OF_TORCH = 'Unexpected key(s) in state_dict: "_extra_state"'  # test_export.py raises it

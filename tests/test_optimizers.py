@@ -696,7 +696,7 @@ def test_an_optimizer_attached_in_mid_training_continues_the_schedule() -> None:
     model.attach(first)
     train(model, first, 3)
     second = torch.optim.SGD(model.last.parameters(), lr=0.05)
-    with pytest.warns(NoEffectWarning, match=r"ended at step 3 and 3 steps .* model\.reset\(\)"):
+    with pytest.warns(NoEffectWarning, match=r"ended at step 3 and 3 steps .* model\.restart\(\)"):
         model.attach(second)
     train(model, second, 2, start=3)
     assert [layer.drawn > 0 for layer in model.report()] == [True, False]
