@@ -233,8 +233,8 @@ def test_every_parameter_is_described() -> None:
 # Whose warnings and errors people meet while they wrap, train, resume and export.
 SPEAKING = [
     "discovery", "driver", "errors", "export", "forward", "kernels", "neighbours", "optimizers",
-    "pairs", "persistent", "plan", "proxy", "recalibration", "replicas", "schedule", "settings", "steps",
-    "tally", "thresholds", "trial", "unwrapping", "watch", "wrapper",
+    "pairs", "persistent", "plan", "proxy", "recalibration", "replicas", "schedule", "settings",
+    "steps", "tally", "thresholds", "trial", "unwrapping", "watch", "wrapper",
 ]  # fmt: skip
 OF_TORCH = 'Unexpected key(s) in state_dict: "_extra_state"'  # test_export.py raises it
 
