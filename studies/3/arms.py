@@ -50,7 +50,7 @@ class Length:
 
 TRAINING = {  # by augmentation; provisional until ``rates`` was run, see protocol.md
     "none": Length(600),
-    "flips": Length(300),
+    "flips": Length(600),
     "noise and blur": Length(1000),
     "trivial": Length(1000),
     "augmix": Length(1000),
