@@ -277,7 +277,7 @@ def mechanism() -> str:
         parts.append(f'<path class="soft" d="M62 {top} v{high}" fill="none"/>')
         parts.append(f'<path class="soft" d="M62 {top + high} h{wide}" fill="none"/>')
         for run in runs:
-            arm = "plain, TrivialAugment" if run["augmentation"] == "trivial" else run["arm"]
+            arm = run["arm"] + {"flips": "", "trivial": ", TrivialAugment"}[run["augmentation"]]
             if run["steps"] != STEPS[run["augmentation"]] or arm not in ARMS:
                 continue
             x = 62 + wide * (float(run[quantity]) - low) / (most - low)
