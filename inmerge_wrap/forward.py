@@ -72,13 +72,14 @@ class _Draw:
     rows: int
     shares: Tensor
     shifts: Sequence[int]
-    _converted: dict[torch.dtype, Tensor] = field(default_factory=dict)
+    _converted: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict)
 
     def shares_as(self, output: Tensor) -> Tensor:
         """Returns the shares in the dtype and on the device of an output; converted once a pass."""
-        if output.dtype not in self._converted:
-            self._converted[output.dtype] = self.shares.to(output)
-        return self._converted[output.dtype]
+        kind = output.dtype, output.device
+        if kind not in self._converted:
+            self._converted[kind] = self.shares.to(output)
+        return self._converted[kind]
 
 
 class _State:

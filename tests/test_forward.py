@@ -583,6 +583,16 @@ def test_recomputed_activations_draw_the_same(mode: str, reentrant: bool, where:
     assert again.report().drawn == model.report().drawn  # counted once
 
 
+def test_layers_on_two_devices_merge_where_they_are() -> None:
+    network = net()
+    model, _ = made(network=network, direction="signed")
+    network.last.to("meta")
+    network.forward = lambda x: network.last(  # type: ignore[method-assign]
+        network.grouped(network.norm(network.stem(x)).relu()).relu().to("meta")
+    )
+    assert model(images()).device.type == "meta"
+
+
 @pytest.mark.parametrize(
     "settings",
     [
