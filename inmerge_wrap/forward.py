@@ -100,7 +100,7 @@ class _State:
             self.size = torch.zeros((), dtype=torch.float32)
             self.probability = torch.zeros((), dtype=torch.float32)
             self.shifts = torch.zeros(len(sites), dtype=torch.int64)
-            # Each layer's shift as the length of a tensor, which a compiler takes as a number.
+            # On the CPU, each shift as the length of a tensor, which a compiler takes as a number.
             self.rulers: list[Tensor] = []
             # In the weights: the partner of each kernel, whether it was drawn, its sign.
             self.sources = torch.zeros(channels, dtype=torch.int64)
@@ -182,7 +182,8 @@ class ForwardMerge:
         if settings.mode == "outputs":
             self._shifts = [shared_shift(site, settings.seed, step) for site in self._sites]
             state.shifts.copy_(torch.tensor(self._shifts, device="cpu"))
-            state.rulers = [_ruler(shift) for shift in self._shifts]
+            if state.device.type == "cpu":
+                state.rulers = [_ruler(shift) for shift in self._shifts]
         else:
             self._draw_kernels(step, strength, settings, state)
 
@@ -325,7 +326,7 @@ class ForwardMerge:
             shift: Tensor | int = 1 + (bits >> 8).to(output.device) % (size - 1)
         elif not torch.compiler.is_compiling():
             shift = draw.shifts[number]
-        elif output.device.type == "cpu":  # ranges of channels, for a gather is slow there
+        elif state.rulers:  # ranges of channels, for a gather is slow on the CPU
             shift = len(state.rulers[number])
             torch._check(shift < size)
         else:  # CUDA graphs repeat a number
