@@ -41,12 +41,14 @@ parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
 add = parser.add_argument
-add("--model", type=Path, help="timm folder of a network for these digits, such as "
+one = parser.add_mutually_exclusive_group()
+one.add_argument("--model", type=Path, help="timm folder of a network for these digits, such as "
     "runs/quickstart/model (default: train one)")  # fmt: skip
-add("--arch", default="resnet10t", help="timm CNN with BatchNorm (default: %(default)s)")
-add("--epochs", type=int, default=3, help="passes over 1,100 images (default: %(default)s)")
+one.add_argument("--arch", default="resnet10t", help="timm CNN to train (default: %(default)s)")
+add("--epochs", type=int, default=3, help="of training, without --model (default: %(default)s)")
 add("--images", type=int, default=200, help="unlabelled ones, up to 200 (default: %(default)s)")
-add("--digits", type=int, nargs="+", default=range(10), help="that they show (default: all)")
+add("--digits", type=int, nargs="+", default=range(10), choices=range(10), metavar="DIGIT",
+    help="that they show (default: all)")  # fmt: skip
 add("--prior", type=float, default=16.0, help="images that the old statistics count as")
 add("--seed", type=int, default=0, help="of network, order and noise (default: %(default)s)")
 add("--out", type=Path, default=Path("runs/adapt_to_a_site"), help="folder")
