@@ -148,11 +148,11 @@ def draw_ways(rows: Tensor, columns: Tensor) -> Tensor:
     Returns:
         float32, shape (rows, 8 * blocks).
     """
-    # Bytes, because most of the time would go into moving wider integers through memory.
-    drawn = (draw_bits(rows, columns) & 0xFF).to(torch.uint8).unsqueeze(2)
-    masks = 2 ** torch.arange(8, dtype=torch.uint8, device=rows.device)
-    ways = torch.where((drawn & masks) > 0, -1.0, 1.0)
-    return ways.flatten(1)
+    byte = torch.arange(256, device=rows.device).unsqueeze(1)
+    signs = 1.0 - 2.0 * (byte >> torch.arange(8, device=rows.device) & 1)
+    drawn = draw_bits(rows, columns) & 0xFF
+    # A table, because comparing and selecting eight times as many numbers takes five times longer.
+    return signs.index_select(0, drawn.flatten()).reshape(len(rows), -1)
 
 
 def _scramble(bits: Tensor, shift: int, factor: int) -> Tensor:
