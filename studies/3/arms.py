@@ -121,12 +121,16 @@ def runs_of(cells: Sequence[Cell], arms: Sequence[str], seeds: Sequence[int]) ->
                 yield run_of(cell, arm, seed)
 
 
-def frozen_content() -> dict[str, Any]:
-    """Returns arms, training and cells by name, as the freeze file holds them."""
+def frozen_content(augmentation: str) -> dict[str, Any]:
+    """Returns arms, training and cells of an augmentation, as its freeze file holds them."""
     from studies.common.freezing import described
 
     return {
         "arms": described(ARMS),
-        "training": {name: vars(length) for name, length in TRAINING.items()},
-        "cells": {f"{number:02d}": vars(cell) for number, cell in enumerate(CONFIRMING)},
+        "training": {augmentation: vars(TRAINING[augmentation])},
+        "cells": {
+            f"{cell.arch}, {cell.dataset}": vars(cell)
+            for cell in CONFIRMING
+            if cell.augmentation == augmentation
+        },
     }

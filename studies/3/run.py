@@ -4,7 +4,7 @@
     python -m studies.3.run rates --data-root DIR     # at the lengths chosen
     python -m studies.3.run arms --data-root DIR      # all arms, BloodMNIST, 600 images
     python -m studies.3.run map --data-root DIR       # augmentation x images x plain and merging
-    python -m studies.3.run freeze                    # then commit studies/3/frozen.json
+    python -m studies.3.run freeze                    # then commit frozen-flips.json, -trivial.json
     python -m studies.3.run confirm --data-root DIR --chest-root NIH --laboratories wbc_labs.npz
     python -m studies.3.run collect                   # adds finished runs to runs.jsonl.gz
 
@@ -61,8 +61,13 @@ from .arms import (
 )
 
 HERE = Path(__file__).parent
-FROZEN, RUNS = HERE / "frozen.json", HERE / "runs.jsonl.gz"
+RUNS = HERE / "runs.jsonl.gz"
 FEW, ALL = (3,), (1, 3, 5)  # severities: for choices, and for the confirmation
+
+
+def frozen(augmentation: str) -> Path:
+    """Returns the freeze file of an augmentation, whose training is chosen by itself."""
+    return HERE / f"frozen-{augmentation}.json"
 
 
 def planned(options: argparse.Namespace) -> list[Run]:
@@ -174,15 +179,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(options: argparse.Namespace) -> None:
+    confirmed = options.augmentations or sorted({cell.augmentation for cell in CONFIRMING})
     if options.command == "freeze":
-        freeze(frozen_content(), FROZEN)
-        print(f"Written: {FROZEN}. Commit it before the confirmation runs.")
+        for augmentation in confirmed:
+            freeze(frozen_content(augmentation), frozen(augmentation))
+            print(f"Written: {frozen(augmentation)}. Commit it before the confirmation runs.")
         return
     if options.command == "collect":
         print(f"{add_runs(RUNS, options.out)} new runs in {RUNS}")
         return
     if options.command == "confirm":
-        check_frozen(frozen_content(), FROZEN)
+        for augmentation in confirmed:
+            check_frozen(frozen_content(augmentation), frozen(augmentation))
     torch.set_num_threads(options.threads)
     severities = ALL if options.command == "confirm" else FEW
 

@@ -214,7 +214,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The study on digits with a tiny network; returns the folder of its files."""
     monkeypatch.setattr(run, "load", lambda *_: load_digits().in_colour())
     monkeypatch.setattr(run, "RUNS", tmp_path / "runs.jsonl.gz")
-    monkeypatch.setattr(run, "FROZEN", tmp_path / "frozen.json")
+    monkeypatch.setattr(run, "HERE", tmp_path)
     monkeypatch.setitem(arms.NETWORKS, "test_resnet", "")
     for name in arms.TRAINING:
         monkeypatch.setitem(arms.TRAINING, name, arms.Length(4))
@@ -250,13 +250,16 @@ def test_the_command_carries_out_what_is_missing(
 def test_nothing_is_confirmed_before_it_is_frozen(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    only = ["--augmentations", "flips"]
     with pytest.raises(SystemExit, match="is missing: write it with freeze"):
+        carry_out(small, "confirm", *only)
+    carry_out(small, "freeze", *only)
+    run.check_frozen(run.frozen_content("flips"), small / "frozen-flips.json")
+    with pytest.raises(SystemExit, match="frozen-trivial.json is missing"):
         carry_out(small, "confirm")
-    carry_out(small, "freeze")
-    run.check_frozen(run.frozen_content(), small / "frozen.json")
     monkeypatch.setitem(arms.TRAINING, "flips", arms.Length(5))
     with pytest.raises(SystemExit, match=r"the training \['flips'\] are not what"):
-        carry_out(small, "confirm")
+        carry_out(small, "confirm", *only)
 
 
 def test_every_arm_trains(small: Path) -> None:
