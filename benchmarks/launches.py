@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -90,7 +92,9 @@ def main(options: argparse.Namespace) -> None:
         print(markdown(row))
         rows.append(row)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(rows, indent=1) + "\n")
+    command = shlex.join(["python", *sys.argv])
+    content = {"command": command, "torch": torch.__version__, "rows": rows}
+    options.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
