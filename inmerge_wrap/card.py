@@ -125,8 +125,7 @@ def results_of(
                     dataset_id=dataset_id,
                     config=config,
                     split=split,
-                    # One without width would look like certainty.
-                    interval=None if low is None or high is None or low == high else (low, high),
+                    interval=None if low is None or high is None else (low, high),
                     note="; ".join(filter(None, notes)),
                 )
             )

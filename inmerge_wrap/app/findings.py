@@ -175,11 +175,8 @@ def _number(value: Tensor) -> float | None:
 
 
 def _ends(drawn: Tensor | None) -> dict[str, float]:
-    """The ends of an interval; none where all resamples agree, which would look like certainty."""
     interval = percentile_interval(drawn.numpy()) if drawn is not None else None
-    if interval is None or interval[0] == interval[1]:
-        return {}
-    return {"low": interval[0], "high": interval[1]}
+    return {} if interval is None else {"low": interval[0], "high": interval[1]}
 
 
 def _auroc(scores: Tensor, truth: Tensor, weights: Tensor | None) -> dict[str, Any]:

@@ -48,10 +48,10 @@ def percent(value: float) -> str:
 
 
 def interval(entry: Mapping[str, Any], name: str = "", *, flip: bool = False) -> str:
-    """Formats an interval as ``0.91 to 0.95``; nothing if there is none, or it has no width."""
+    """Formats an interval as ``0.91 to 0.95``; nothing if there is none."""
     prefix = f"{name}_" if name else ""
     low, high = entry.get(f"{prefix}low"), entry.get(f"{prefix}high")
-    if low is None or high is None or low == high:
+    if low is None or high is None:
         return ""
     low, high = (1 - high, 1 - low) if flip else (low, high)
     return f"{low:.3f} to {high:.3f}"

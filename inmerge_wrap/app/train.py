@@ -151,8 +151,6 @@ def _site_rows(site: str, folder: Path) -> list[list[str | int | float | None]]:
     for run in content["runs"]:
         clean = run["clean"]
         error, low, high = (clean.get(f"balanced_error{end}") for end in ("", "_low", "_high"))
-        if low == high:  # an interval without width would look like certainty
-            low = high = None
         figures = [None if value is None else 1 - value for value in (error, high, low)]
         figures = [
             None if value is None else round(value, 7) for value in (*figures, clean.get("auroc"))

@@ -86,7 +86,7 @@ def _interval_cell(row: Mapping[str, Any], metric: str, sign: str = "") -> str:
         return "-"
     cell = f"{row[metric]:{sign}.3f}"
     low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
-    if low is None or low == high or metric == "ece":  # no width would look like certainty
+    if low is None or metric == "ece":
         return cell
     return f"{cell} ({low:.3f}-{high:.3f})" if not sign else f"{cell} ({low:+.3f}…{high:+.3f})"
 

@@ -89,7 +89,8 @@ def percentile_interval(
         level: Share of the replicates inside.
 
     Returns:
-        Lower and upper end, or None where no replicate is finite.
+        Lower and upper end, or None where no replicate is finite or all agree: an interval without
+        width would look like certainty.
 
     Raises:
         ValueError: If `level` is not in (0, 1).
@@ -101,7 +102,7 @@ def percentile_interval(
     if values.size == 0:
         return None
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return (float(low), float(high)) if low < high else None
 
 
 def paired_difference(

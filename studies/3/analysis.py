@@ -22,7 +22,7 @@ from studies.common.statistics import (
     random_effects,
 )
 
-from .arms import FIRST_CONFIRMING_SEED, LITE0, Cell
+from .arms import FIRST_CONFIRMING_SEED, LITE0, TRAINING, Cell
 
 Result = Mapping[str, Any]
 Arms = dict[str, dict[int, Result]]  # arm -> seed -> result
@@ -150,7 +150,7 @@ def training(groups: Mapping[Group, Arms]) -> list[dict[str, Any]]:
 
 
 def inside(groups: Mapping[Group, Arms]) -> list[dict[str, Any]]:
-    """Returns a row for each run whose network was looked into: :func:`studies.common.mechanism`.
+    """Returns a row for each run at the rate chosen: see :func:`studies.common.mechanism`.
 
     Beside it the AUROC under corruption, of which it may be the reason.
     """
@@ -162,7 +162,9 @@ def inside(groups: Mapping[Group, Arms]) -> list[dict[str, Any]]:
         for group, arms in groups.items()
         for arm, runs in arms.items()
         for seed, run in sorted(runs.items())
-        if "mechanism" in run and not group.confirming
+        if "mechanism" in run
+        and not group.confirming
+        and group.lr == TRAINING[group.cell.augmentation].lr
     ]
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from inmerge_wrap.app.model import TrainedModel
-from inmerge_wrap.cli.evaluation_tables import _interval_cell
 from inmerge_wrap.images.files import decode
 from inmerge_wrap.images.preparation import Recipe, digest_of
 from tests.app.trained import pictures, trained
@@ -111,12 +110,6 @@ def test_groups_of_a_table_are_drawn_whole(tmp_path: Path) -> None:
     assert widths[0] != widths[1]
     shown = " ".join(run("evaluate", tmp_path / "model", *options).stdout.split())
     assert "95% confidence interval over 3 groups" in shown
-
-
-def test_an_interval_without_width_is_not_shown() -> None:
-    row = {"accuracy": 1.0, "accuracy_low": 1.0, "accuracy_high": 1.0}
-    assert _interval_cell(row, "accuracy") == "1.000"
-    assert _interval_cell(row | {"accuracy_low": 0.9}, "accuracy") == "1.000 (0.900-1.000)"
 
 
 def test_a_table_needs_a_preparation(tmp_path: Path) -> None:

@@ -255,7 +255,7 @@ def test_nothing_is_confirmed_before_it_is_frozen(
         carry_out(small, "confirm", *only)
     carry_out(small, "freeze", *only)
     run.check_frozen(run.frozen_content("flips"), small / "frozen-flips.json")
-    with pytest.raises(SystemExit, match="frozen-trivial.json is missing"):
+    with pytest.raises(SystemExit, match=r"frozen-trivial\.json is missing"):
         carry_out(small, "confirm")
     monkeypatch.setitem(arms.TRAINING, "flips", arms.Length(5))
     with pytest.raises(SystemExit, match=r"the training \['flips'\] are not what"):
