@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,13 @@ from studies.common.statistics import (
     random_effects,
 )
 
-from .arms import FIRST_CONFIRMING_SEED, LITE0, TRAINING, Cell
+from .arms import FIRST_CONFIRMING_SEED, LABORATORY_PAIRS, LITE0, TRAINING, Cell
 
 Result = Mapping[str, Any]
 Arms = dict[str, dict[int, Result]]  # arm -> seed -> result
 MEASURES = {"AUROC": "auroc", "balanced accuracy": "balanced_error", "calibration error": "ece"}
 BASELINES = ("plain", "channel noise", "channel dropout")
+WAYS = ("as trained", "adapted")  # in another laboratory
 MARGIN = 0.02  # of clean balanced accuracy
 PRIMARY = (  # arm, baseline, augmentation, of the AUROC under corruption
     ("merging per image", "plain", "flips"),
@@ -84,26 +86,19 @@ def effect(arms: Arms, arm: str, baseline: str, measure: str, images: str) -> Ef
         return None
     pairs = [(arms[arm][seed], arms[baseline][seed]) for seed in seeds]
     if images in pairs[0][0]["contributions"].get(measure, {}):
-        return over_seeds_and_images(*_by_image(pairs, measure, images, ("contributions",)))
+        kept = [(a["contributions"], b["contributions"]) for a, b in pairs]
+        return over_seeds_and_images(*_by_image(kept, measure, images))
     return over_seeds(
         [score(a, "test", measure, images) - score(b, "test", measure, images) for a, b in pairs]
     )
 
 
 def _by_image(
-    pairs: Iterable[tuple[Result, Result]], measure: str, images: str, path: tuple[str, ...]
+    pairs: Sequence[tuple[Result, Result]], measure: str, images: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the contributions (pairs, images) to the difference, and the classes."""
-    found = [(at(a, path), at(b, path)) for a, b in pairs]
-    rows = [unpack(a[measure][images]) - unpack(b[measure][images]) for a, b in found]
-    return np.stack(rows), classes_of(found[0][0])
-
-
-def at(result: Any, path: tuple[str, ...]) -> Any:
-    """Returns what stands in a result under these keys, one inside the other."""
-    for key in path:
-        result = result[key]
-    return result
+    rows = [unpack(a[measure][images]) - unpack(b[measure][images]) for a, b in pairs]
+    return np.stack(rows), classes_of(pairs[0][0])
 
 
 def differences(groups: Mapping[Group, Arms]) -> list[dict[str, Any]]:
@@ -240,31 +235,50 @@ def pooled(groups: Mapping[Group, Arms]) -> list[dict[str, Any]]:
 
 
 def laboratories(groups: Mapping[Group, Arms]) -> list[dict[str, Any]]:
-    """Returns a row for each arm, laboratory and way: mean score, and difference from plain."""
+    """Returns the other laboratories' rows: the mean of each arm, and paired differences.
+
+    A difference is of two arms, ``arm`` minus ``baseline``, or of one network before and after
+    re-estimating BatchNorm: there ``way`` is ``adapted - as trained``. An arm has no rows before
+    all its pairs have run.
+    """
     rows = []
     for group, arms in groups.items():
-        for arm, done in arms.items():
-            held = {seed: run for seed, run in done.items() if "laboratories" in run}
-            for name in next(iter(held.values()))["laboratories"] if held else ():
-                for way in ("as trained", "adapted"):
-                    for measure in ("balanced accuracy", "AUROC"):
-                        path = ("laboratories", name, way, "contributions")
-                        rows.append(
-                            vars(group.cell)
-                            | {"arm": arm, "laboratory": name, "way": way, "measure": measure}
-                            | _in_laboratory(arms, arm, held, path, measure)
-                        )
+        all_held = {
+            arm: {seed: run["laboratories"] for seed, run in done.items() if "laboratories" in run}
+            for arm, done in arms.items()
+        }
+        held = {arm: done for arm, done in all_held.items() if len(done) >= LABORATORY_PAIRS}
+        runs = [run for done in held.values() for run in done.values()]
+        names = dict.fromkeys(name for run in runs for name in run)
+        for name, measure in product(names, ("balanced accuracy", "AUROC")):
+            for found in _in_laboratory(held, name, measure):
+                rows.append(vars(group.cell) | {"laboratory": name, "measure": measure} | found)
     return rows
 
 
 def _in_laboratory(
-    arms: Arms, arm: str, held: Mapping[int, Result], path: tuple[str, ...], measure: str
-) -> dict[str, Any]:
-    totals = [unpack(at(run, path)[measure]["clean"]).sum() for run in held.values()]
-    found: dict[str, Any] = {"runs": len(totals), "mean": float(np.mean(totals))}
-    seeds = sorted(set(held) & set(arms.get("plain", {})))
-    if arm != "plain" and len(seeds) > 1:
-        pairs = [(held[seed], arms["plain"][seed]) for seed in seeds]
-        one = over_seeds_and_images(*_by_image(pairs, measure, "clean", path))
-        found |= {"difference": one.mean, "low": one.low, "high": one.high, "pairs": one.pairs}
-    return found
+    held: Mapping[str, Mapping[int, Result]], name: str, measure: str
+) -> Iterator[dict[str, Any]]:
+    def kept(arm: str, way: str) -> dict[int, Result]:
+        return {seed: run[name][way]["contributions"] for seed, run in held[arm].items()}
+
+    def difference(left: Mapping[int, Result], right: Mapping[int, Result]) -> dict[str, Any]:
+        pairs = [(left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())]
+        if len(pairs) < 2:
+            return {}
+        one = over_seeds_and_images(*_by_image(pairs, measure, "clean"))
+        return {"runs": one.pairs, "mean": one.mean, "low": one.low, "high": one.high}
+
+    for arm in held:
+        for way in WAYS:
+            totals = [unpack(run[measure]["clean"]).sum() for run in kept(arm, way).values()]
+            head = {"arm": arm, "baseline": "", "way": way}
+            yield head | {"runs": len(totals), "mean": float(np.mean(totals))}
+            for baseline in BASELINES:
+                if baseline in held and baseline != arm:
+                    found = difference(kept(arm, way), kept(baseline, way))
+                    if found:
+                        yield {"arm": arm, "baseline": baseline, "way": way} | found
+        found = difference(kept(arm, WAYS[1]), kept(arm, WAYS[0]))
+        if found:
+            yield {"arm": arm, "baseline": "", "way": f"{WAYS[1]} - {WAYS[0]}"} | found

@@ -89,6 +89,7 @@ CONFIRMING = tuple(
     for augmentation in ("flips", "trivial")
 )
 FIRST_CONFIRMING_SEED = 1000  # no seed of the choice
+LABORATORY_PAIRS = 10  # before which nobody looks, see protocol.md
 
 
 def run_of(cell: Cell, arm: str, seed: int, length: Length | None = None) -> Run:

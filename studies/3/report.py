@@ -6,7 +6,8 @@
 ``training.csv``: plain training by augmentation, length and rate, scored on the validation part.
 ``differences.csv``: every cell, arm minus plain, channel noise and channel dropout.
 ``mechanism.csv``: what each network is like inside. ``pooled.csv``: the confirmation over its data
-sets, with the primary family. ``laboratories.csv``: the other laboratories. Pictures:
+sets, with the primary family. ``laboratories.csv``: the other laboratories, when all their pairs
+have run. Pictures:
 ``forest.png`` (each data set of the confirmation, and pooled), ``choice.png`` (the pilot),
 ``map.png`` (augmentation x images, plain and merging per image). What has no runs yet is not
 written.

@@ -331,6 +331,43 @@ def test_the_report_pools_what_was_confirmed(tmp_path: Path, monkeypatch: Any) -
     assert not (tmp_path / "laboratories.csv").exists()
 
 
+def test_the_laboratories_are_reported_when_all_pairs_have_run() -> None:
+    labels = torch.arange(40) % 4  # as many of each class: balanced accuracy is the share of hits
+    right = torch.nn.functional.one_hot(labels, 4)
+    gains = {
+        "plain": {"as trained": 0.4, "adapted": 1.2},
+        "channel noise": {"as trained": 0.8, "adapted": 1.2},
+    }
+    hits: dict[tuple[str, str], list[float]] = {}
+    results = []
+    for seed in range(1000, 1010):
+        noise = torch.randn(40, 4, generator=torch.Generator().manual_seed(seed))
+        for arm, ways in gains.items():
+            scores = {}
+            for way, gain in ways.items():
+                logits = noise + gain * right
+                packed = contributions({"clean": logits}, labels, torch.ones(40), "multiclass")
+                scores[way] = {"contributions": packed}
+                hits.setdefault((arm, way), []).append(
+                    float((logits.argmax(1) == labels).float().mean())
+                )
+            one = arms.run_of(arms.Cell("bloodmnist", 600, "flips"), arm, seed).to_dict()
+            results.append({"run": one, "laboratories": {"north": scores}})
+    rows = analysis.laboratories(analysis.grouped(results))
+    found = {(row["measure"], row["arm"], row["baseline"], row["way"]): row for row in rows}
+    for (arm, way), shares in hits.items():
+        mean = found["balanced accuracy", arm, "", way]["mean"]
+        assert mean == pytest.approx(np.mean(shares))
+    gain = found["balanced accuracy", "channel noise", "plain", "as trained"]
+    wanted = np.mean(hits["channel noise", "as trained"]) - np.mean(hits["plain", "as trained"])
+    assert gain["mean"] == pytest.approx(wanted) and gain["low"] > 0 and gain["runs"] == 10
+    assert found["AUROC", "plain", "", "adapted - as trained"]["low"] > 0
+    level = found["balanced accuracy", "channel noise", "plain", "adapted"]
+    assert level["mean"] == level["low"] == level["high"] == 0
+    kept = {row["arm"] for row in analysis.laboratories(analysis.grouped(results[:-1]))}
+    assert kept == {"plain"}
+
+
 def test_two_runs_of_a_seed_are_refused() -> None:
     runs = made_up({"plain": 0.0}, seeds=1)
     with pytest.raises(SystemExit, match="a second run of 'plain', seed 1000"):
