@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from inmerge_wrap.images.collection import spaced
 from inmerge_wrap.images.sets import ImageSet
 
 _EVALUATED = 64  # images in a batch of validation
@@ -21,10 +22,13 @@ _EVALUATED = 64  # images in a batch of validation
 
 def statistics(images: ImageSet, most: int = 1000) -> tuple[list[float], list[float]]:
     """Returns mean and standard deviation per channel of up to 1,000 images, pixels in [0, 1]."""
-    step = max(1, len(images) // most)
-    places = range(0, len(images), step)
-    decoding = images.pixels is None
-    bar = tqdm(places, desc="brightness of images", unit="image", leave=False, disable=not decoding)
+    bar = tqdm(
+        spaced(len(images), most),
+        desc="brightness of images",
+        unit="image",
+        leave=False,
+        disable=images.pixels is not None,
+    )
     pixels = torch.stack([images[n][0] for n in bar]).float() / 255
     return pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).clamp_min(1e-3).tolist()
 

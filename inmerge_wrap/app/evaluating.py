@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from inmerge_wrap.app.model import Tempered
 from inmerge_wrap.architectures import is_timm_folder
 from inmerge_wrap.errors import ArgumentError
-from inmerge_wrap.images.collection import units_of
+from inmerge_wrap.images.collection import spaced, units_of
 from inmerge_wrap.images.folders import read_part
 from inmerge_wrap.images.labelled import ImageFolder, fit_images, read_npz
 from inmerge_wrap.images.preparation import FILE, Preparation, Recipe, digest_of
@@ -207,11 +206,9 @@ def _read_part(
     pixels, labels, collection = read_part(
         data, part, size=preparation.size, preparation=preparation, classes=classes
     )
-    places = torch.arange(len(pixels))
-    if limit is not None and limit < len(pixels):  # not the first ones, which are of one class
-        places = torch.from_numpy(np.linspace(0, len(pixels) - 1, limit).round().astype(int))
+    places = spaced(len(pixels), limit)
     pixels, labels = pixels[places], labels[places]
-    images = [collection.images[int(place)] for place in places]
+    images = [collection.images[place] for place in places]
     split = any(image.part is not None for image in images)
     return LabelledImages(
         DataLoader(TensorDataset(pixels, labels), batch_size=batch_size, collate_fn=as_floats),

@@ -12,7 +12,7 @@ import torch
 from inmerge_wrap.app.model import Read, TrainedModel, read_files
 from inmerge_wrap.errors import ArgumentError
 from inmerge_wrap.images.cells import write_table
-from inmerge_wrap.images.files import is_image
+from inmerge_wrap.images.finding import images_below
 from inmerge_wrap.images.looks import Look, unlike, warnings_about
 from inmerge_wrap.images.preparation import Recipe
 from inmerge_wrap.images.tables import read_table
@@ -55,11 +55,7 @@ def find_files(sources: Sequence[Path], path_column: str = "path") -> list[tuple
     found: list[tuple[str, Path]] = []
     for source in sources:
         if source.is_dir():
-            images = [
-                path
-                for path in sorted(source.rglob("*"))
-                if path.is_file() and not _hidden(path.relative_to(source)) and is_image(path)
-            ]
+            images, _ = images_below(source)
             if not images:
                 raise ArgumentError(f"no image in {source}: PNG, JPEG, TIFF, BMP or DICOM")
             found += [(path.relative_to(source).as_posix(), path) for path in images]
@@ -72,10 +68,6 @@ def find_files(sources: Sequence[Path], path_column: str = "path") -> list[tuple
         else:
             raise ArgumentError(f"no such file or folder: {source}")
     return found
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
 def predict(
@@ -95,35 +87,29 @@ def predict(
         workers: Processes that read; 0 for this one.
         progress: Called with the number of files after each batch.
     """
-    loader = read_files(
-        [path for _, path in files],
-        model.recipe.preparation,
-        batch_size=batch_size,
-        workers=workers,
-    )
     found: list[Prediction] = []
-    for batch in loader:
-        names = [name for name, _ in files[len(found) : len(found) + len(batch)]]
-        found += _answers(model, names, batch)
+    preparation = model.recipe.preparation
+    for batch in read_files(files, preparation, batch_size=batch_size, workers=workers):
+        found += _answers(model, batch)
         if progress is not None:
             progress(len(batch))
     return found
 
 
-def _answers(model: TrainedModel, names: Sequence[str], batch: Sequence[Read]) -> list[Prediction]:
+def _answers(model: TrainedModel, batch: Sequence[Read]) -> list[Prediction]:
     pixels = [entry.pixels for entry in batch if entry.pixels is not None]
     recipe, seen = model.recipe, model.recipe.seen
     rows = recipe.probabilities(model.scores(torch.stack(pixels))) if pixels else torch.empty(0, 1)
     answers = zip(rows, recipe.named(rows), strict=True)
     found = []
-    for name, entry in zip(names, batch, strict=True):
+    for entry in batch:
         if entry.look is None:
-            found.append(Prediction(name, error=entry.error))
+            found.append(Prediction(entry.name, error=entry.error))
             continue
         row, named = next(answers)
         found.append(
             Prediction(
-                name,
+                entry.name,
                 probabilities=tuple(row.tolist()),
                 predicted=tuple(n for n, is_so in zip(recipe.classes, named, strict=True) if is_so),
                 unlike=tuple(unlike(entry.look, seen)) if seen is not None else (),

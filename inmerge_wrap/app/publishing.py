@@ -23,10 +23,10 @@ from inmerge_wrap.card import PLACE, ModelCard, results_of
 from inmerge_wrap.export import export_timm
 from inmerge_wrap.files import replacing, write_json
 from inmerge_wrap.images.cells import write_table
-from inmerge_wrap.images.collection import PARTS, ImageCollection
+from inmerge_wrap.images.collection import PARTS, ImageCollection, spaced
 from inmerge_wrap.images.files import Facts
 from inmerge_wrap.images.folders import write_split
-from inmerge_wrap.images.looks import Look, seen_of
+from inmerge_wrap.images.looks import look_at, seen_of
 from inmerge_wrap.images.preparation import Recipe, Seen, digest_of
 from inmerge_wrap.images.sets import ImageSet
 from inmerge_wrap.markdown import plain_text
@@ -105,31 +105,14 @@ def _class_shares(labels: Tensor, classes: int) -> tuple[float, ...]:
 
 def _seen(train: ImageSet, facts: Mapping[Path, Facts]) -> Seen:
     """What the training images are like: files of all of them, pixels of up to 1,000."""
-    places = range(0, len(train), max(1, len(train) // MOST_LOOKED_AT))
-    looks = []
-    for place in tqdm(places, desc="looking at training images", unit="image", leave=False):
-        shown = train[place][0].float() / 255
-        looks.append(
-            _look(
-                facts[train.images[place].path], float(shown.mean()), float(shown.std(correction=0))
-            )
-        )
-    pixels = seen_of(looks)
-    whole = seen_of([_look(facts[image.path], 0.0, 0.0) for image in train.images])
-    return replace(whole, means=pixels.means, spreads=pixels.spreads)
-
-
-def _look(facts: Facts, brightness: float, spread: float) -> Look:
-    return Look(
-        kind=facts.kind,
-        colour=facts.colour,
-        low=facts.low,
-        high=facts.high,
-        shortest=min(facts.height, facts.width),
-        longest=max(facts.height, facts.width),
-        mean=brightness,
-        spread=spread,
+    entries = [facts[image.path] for image in train.images]
+    places = tqdm(
+        spaced(len(train), MOST_LOOKED_AT),
+        desc="looking at training images",
+        unit="image",
+        leave=False,
     )
+    return seen_of(entries, [look_at(entries[place], train[place][0]) for place in places])
 
 
 def export(

@@ -131,6 +131,13 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}" + ("" if count == 1 else "s")
 
 
+def spaced(count: int, most: int | None) -> list[int]:
+    """Places of up to ``most`` of ``count`` images, evenly: the first ones may be of one class."""
+    if most is None or most >= count:
+        return list(range(count))
+    return np.linspace(0, count - 1, most).round().astype(int).tolist()
+
+
 # -- splitting -------------------------------------------------------------------------------------
 
 

@@ -186,6 +186,25 @@ class Facts:
     low: float = 0.0
     high: float = 0.0
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """The shorter and the longer side in pixels."""
+        return min(self.height, self.width), max(self.height, self.width)
+
+
+def facts_of(decoded: Decoded) -> Facts:
+    """What is found out about a file that was read."""
+    values = decoded.values
+    return Facts(
+        digest=decoded.digest,
+        colour=decoded.colour,
+        height=values.shape[0],
+        width=values.shape[1],
+        kind=decoded.kind,
+        low=float(values.min()),
+        high=float(values.max()),
+    )
+
 
 def examine(path: Path) -> Facts:
     """Reads a file and says what it is, or what is wrong with it.
@@ -195,18 +214,9 @@ def examine(path: Path) -> Facts:
     """
     try:
         decoded = decode(path)
-        values = decoded.values
         if decoded.window is not None:
             decoded.to_bytes(None, override=False)  # a window may be impossible
-        return Facts(
-            digest=decoded.digest,
-            colour=decoded.colour,
-            height=values.shape[0],
-            width=values.shape[1],
-            kind=decoded.kind,
-            low=float(values.min()),
-            high=float(values.max()),
-        )
+        return facts_of(decoded)
     except DataError:
         raise
     except Exception as error:  # readers raise all sorts of things on files that are not sound

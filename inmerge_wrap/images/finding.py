@@ -116,7 +116,7 @@ def _from_folders(directory: Path) -> ImageCollection:
             continue
         ignored += [path.relative_to(directory).as_posix() for path in loose]
         for folder in folders:
-            images, others = _images_below(folder)
+            images, others = images_below(folder)
             files += [(part, folder.name, path) for path in images]
             ignored += [path.relative_to(directory).as_posix() for path in others]
             if not images:
@@ -218,7 +218,7 @@ def _refuse_equal_insides(directory: Path, folders: Sequence[Path]) -> None:
         )
 
 
-def _images_below(folder: Path) -> tuple[list[Path], list[Path]]:
+def images_below(folder: Path) -> tuple[list[Path], list[Path]]:
     """The images in a folder and the folders in it, and its other files."""
     images: list[Path] = []
     others: list[Path] = []

@@ -115,8 +115,7 @@ def _suspicious(facts: Sequence[Facts]) -> list[str]:
             f"{counted(unwindowed, 'DICOM file')} without a window: all of the values that the "
             "bits can hold are shown, unless a pixel range is given."
         )
-    shapes = [(entry.width, entry.height) for entry in facts]
-    long = sum(max(shape) > 1.5 * min(shape) for shape in shapes)
+    long = sum(entry.sides[1] > 1.5 * entry.sides[0] for entry in facts)
     if long:
         warnings.append(
             f"{counted(long, 'image')} with one side more than half as long again as the other: "

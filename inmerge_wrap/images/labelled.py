@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from inmerge_wrap.images.collection import spaced
 from inmerge_wrap.images.files import DICOM, RASTER, decode, is_dicom, is_image
 from inmerge_wrap.images.finding import listed, parts_in
 
@@ -140,10 +141,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
                 f"its classes are {', '.join(self.classes)}"
             )
         named = [(path, self.classes.index(name)) for name in found for path in found[name]]
-        if limit is not None and limit < len(named):
-            # Not the first ones, which belong to one class.
-            places = np.linspace(0, len(named) - 1, limit).round().astype(int)
-            named = [named[place] for place in places]
+        named = [named[place] for place in spaced(len(named), limit)]
         self.paths = [path for path, _ in named]
         self.labels = torch.tensor([label for _, label in named])
         prepared = resolve_data_config({}, pretrained_cfg=dict(config))

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import binom
 from torch import Tensor
 
-from inmerge_wrap.images.files import Decoded
+from inmerge_wrap.images.files import Facts
 from inmerge_wrap.images.preparation import Seen
 
 __all__ = ["Look", "look_at", "seen_of", "unlike", "warnings_about"]
@@ -23,61 +23,47 @@ class Look:
     """One image as its file holds it, and as the network sees it.
 
     Attributes:
-        kind: ``"bytes"``, ``"integers"``, ``"floats"``, ``"windowed"`` or ``"unwindowed"`` (DICOM).
-        colour: Whether it shows colours.
-        low: The smallest value in the file.
-        high: The largest value in the file.
-        shortest: Its shorter side in pixels.
-        longest: Its longer side in pixels.
+        facts: What was found in its file.
         mean: Of the prepared pixels in [0, 1].
         spread: Their standard deviation.
     """
 
-    kind: str
-    colour: bool
-    low: float
-    high: float
-    shortest: int
-    longest: int
+    facts: Facts
     mean: float
     spread: float
 
 
-def look_at(decoded: Decoded, pixels: Tensor) -> Look:
+def look_at(facts: Facts, pixels: Tensor) -> Look:
     """Returns what an image is like.
 
     Args:
-        decoded: The file's content.
+        facts: What was found in its file.
         pixels: What a `Preparation` made of it, uint8.
     """
-    values, shown = decoded.values, pixels.float() / 255
-    return Look(
-        kind=decoded.kind,
-        colour=decoded.colour,
-        low=float(values.min()),
-        high=float(values.max()),
-        shortest=min(values.shape[:2]),
-        longest=max(values.shape[:2]),
-        mean=float(shown.mean()),
-        spread=float(shown.std(correction=0)),
-    )
+    shown = pixels.float() / 255
+    return Look(facts, float(shown.mean()), float(shown.std(correction=0)))
 
 
-def seen_of(looks: Sequence[Look]) -> Seen:
-    """Returns what a training keeps of its images, to recognise others."""
+def seen_of(facts: Sequence[Facts], looks: Sequence[Look]) -> Seen:
+    """Returns what a training keeps of its images, to recognise others.
+
+    Args:
+        facts: Of the files of all images.
+        looks: Of as many of the images as were looked at.
+    """
 
     def percentiles(values: list[float]) -> tuple[float, float]:
         low, high = np.percentile(values, [100 * _OUTSIDE / 2, 100 * (1 - _OUTSIDE / 2)])
         return float(low), float(high)
 
     return Seen(
-        images=len(looks),
-        kinds=tuple(sorted({look.kind for look in looks})),
-        colour=sum(look.colour for look in looks) / len(looks),
-        low=min(look.low for look in looks),
-        high=max(look.high for look in looks),
-        smallest=min(look.shortest for look in looks),
-        largest=max(look.longest for look in looks),
+        images=len(facts),
+        kinds=tuple(sorted({entry.kind for entry in facts})),
+        colour=sum(entry.colour for entry in facts) / len(facts),
+        low=min(entry.low for entry in facts),
+        high=max(entry.high for entry in facts),
+        smallest=min(entry.sides[0] for entry in facts),
+        largest=max(entry.sides[1] for entry in facts),
         means=percentiles([look.mean for look in looks]),
         spreads=percentiles([look.spread for look in looks]),
     )
@@ -93,38 +79,38 @@ def _differences(seen: Seen) -> list[tuple[str, str, float, Callable[[Look], boo
             "values",
             f"hold values outside of {seen.low:g} to {seen.high:g}, the range in training",
             few,
-            lambda look: look.low < seen.low or look.high > seen.high,
+            lambda look: look.facts.low < seen.low or look.facts.high > seen.high,
         ),
         (
             "range",
             f"hold only values up to a quarter of {seen.high:g}, the highest in training: their "
             "range may be another",
             few,
-            lambda look: seen.high > 0 and look.high <= seen.high / 4,
+            lambda look: seen.high > 0 and look.facts.high <= seen.high / 4,
         ),
         (
             "format",
             f"are of a kind that training did not see (it saw {', '.join(seen.kinds)})",
             few,
-            lambda look: look.kind not in seen.kinds,
+            lambda look: look.facts.kind not in seen.kinds,
         ),
         (
             "colour",
             "show colours, and no training image did",
             few,
-            lambda look: look.colour and seen.colour == 0,
+            lambda look: look.facts.colour and seen.colour == 0,
         ),
         (
             "grey",
             "are grey, and all training images showed colours",
             few,
-            lambda look: not look.colour and seen.colour == 1,
+            lambda look: not look.facts.colour and seen.colour == 1,
         ),
         (
             "size",
             f"have sides outside of {seen.smallest} to {seen.largest} pixels, those in training",
             few,
-            lambda look: look.shortest < seen.smallest or look.longest > seen.largest,
+            lambda look: look.facts.sides[0] < seen.smallest or look.facts.sides[1] > seen.largest,
         ),
         (
             "brightness",

@@ -8,7 +8,7 @@ they are what corruptions act on.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,24 @@ from inmerge_wrap.images.preparation import Preparation
 # -- examining -------------------------------------------------------------------------------------
 
 
-class _Examined(Dataset):
-    def __init__(self, images: Sequence[ImageFile]) -> None:
-        self.paths = [image.path for image in images]
+class Mapped(Dataset[Any]):
+    """A function of each of some items, which the processes of a DataLoader compute."""
+
+    def __init__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> None:
+        self.function, self.items = function, items
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.items)
 
-    def __getitem__(self, index: int) -> Facts | str:
-        try:
-            return examine(self.paths[index])
-        except DataError as error:  # a worker's traceback would bury the message
-            return str(error)
+    def __getitem__(self, index: int) -> Any:
+        return self.function(self.items[index])
+
+
+def _examined(path: Path) -> Facts | str:
+    try:
+        return examine(path)
+    except DataError as error:  # a worker's traceback would bury the message
+        return str(error)
 
 
 def examine_all(
@@ -70,7 +76,8 @@ def examine_all(
         path for path, stamp in stamps.items() if path in known and known[path]["stamp"] == stamp
     }
     fresh = [image for image in collection.images if str(image.path) not in unchanged]
-    loader = DataLoader(_Examined(fresh), batch_size=None, num_workers=workers)
+    paths = [image.path for image in fresh]
+    loader = DataLoader(Mapped(_examined, paths), batch_size=None, num_workers=workers)
     bar = tqdm(loader, desc="checking images", unit="image", disable=not fresh)
     for image, facts in zip(fresh, bar, strict=True):
         if isinstance(facts, str):
