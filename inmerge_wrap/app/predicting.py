@@ -1,4 +1,4 @@
-"""New images through the preparation of the training: a row of probabilities for each file."""
+"""New images and their labels: a row of probabilities for each file, prepared as in training."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ import torch
 
 from inmerge_wrap.app.model import Read, TrainedModel, read_files
 from inmerge_wrap.errors import ArgumentError
-from inmerge_wrap.images.cells import write_table
-from inmerge_wrap.images.finding import images_below
+from inmerge_wrap.images.finding import images_below, mark_of
 from inmerge_wrap.images.looks import Look, unlike, warnings_about
 from inmerge_wrap.images.preparation import Recipe
-from inmerge_wrap.images.tables import read_table
+from inmerge_wrap.images.tables import read_table, write_table
 
-__all__ = ["Prediction", "find_files", "predict", "warnings_of", "write_predictions"]
+__all__ = [
+    "Prediction",
+    "find_files",
+    "predict",
+    "read_labels",
+    "warnings_of",
+    "write_predictions",
+]
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,43 @@ def find_files(sources: Sequence[Path], path_column: str = "path") -> list[tuple
             found.append((str(source), source))
         else:
             raise ArgumentError(f"no such file or folder: {source}")
+    return found
+
+
+def read_labels(table: Path, recipe: Recipe, path_column: str = "path") -> dict[str, Any]:
+    """Returns the label of each image by its name.
+
+    Args:
+        table: CSV file with a column of names. A column ``label`` holds the class; of a multi-label
+            task, a column for each label holds 0, 1 or nothing (unknown). Rows without a label are
+            left out.
+        recipe: Of the network.
+        path_column: Column of the names.
+
+    Returns:
+        Class indices; or for a multi-label task tuples of 0, 1 and NaN.
+
+    Raises:
+        ArgumentError: If a column is missing, or a label is none of the network.
+    """
+    several = recipe.task == "multi-label"
+    needed = [path_column, *(recipe.classes if several else ["label"])]
+    found: dict[str, Any] = {}
+    for number, row in enumerate(read_table(table, dict.fromkeys(needed)), start=2):
+        name = row[path_column].replace("\\", "/")
+        if several:
+            marks = tuple(mark_of(table, number, label, row[label]) for label in recipe.classes)
+            if any(mark == mark for mark in marks):
+                found[name] = marks
+        elif label := row["label"]:
+            if label not in recipe.classes:
+                raise ArgumentError(
+                    f"{table}, row {number}: label {label!r} is no class of the network; its "
+                    f"classes are {', '.join(recipe.classes)}"
+                )
+            found[name] = recipe.classes.index(label)
+    if not found:
+        raise ArgumentError(f"{table} holds no label")
     return found
 
 

@@ -22,13 +22,13 @@ from inmerge_wrap.app.training import Run, standing
 from inmerge_wrap.card import PLACE, ModelCard, results_of
 from inmerge_wrap.export import export_timm
 from inmerge_wrap.files import replacing, write_json
-from inmerge_wrap.images.cells import write_table
 from inmerge_wrap.images.collection import PARTS, ImageCollection, spaced
 from inmerge_wrap.images.files import Facts
 from inmerge_wrap.images.folders import write_split
 from inmerge_wrap.images.looks import look_at, seen_of
 from inmerge_wrap.images.preparation import Recipe, Seen, digest_of
 from inmerge_wrap.images.sets import ImageSet
+from inmerge_wrap.images.tables import write_table
 from inmerge_wrap.markdown import plain_text
 from inmerge_wrap.robustness import RobustnessResult, paired_difference
 

@@ -26,13 +26,13 @@ from inmerge_wrap.app.testing import row_of, test
 from inmerge_wrap.app.training import Run, make_accelerator, one_line_if_out_of_memory, train
 from inmerge_wrap.errors import ArgumentError, for_command_line
 from inmerge_wrap.files import read_json, replacing, write_json
-from inmerge_wrap.images.cells import write_table
 from inmerge_wrap.images.collection import PARTS, ImageCollection
 from inmerge_wrap.images.files import DataError, Facts
 from inmerge_wrap.images.finding import find_images
 from inmerge_wrap.images.folders import open_images
 from inmerge_wrap.images.preparation import Preparation
 from inmerge_wrap.images.sets import ImageSet, keep_pixels
+from inmerge_wrap.images.tables import write_table
 from inmerge_wrap.wrapper import InMergeWrapper
 
 __all__ = ["main"]

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from inmerge_wrap.images.cells import write_table
 from inmerge_wrap.images.collection import ImageCollection, check, counted, named, split
 from inmerge_wrap.images.files import DataError, Facts, range_of
 from inmerge_wrap.images.finding import find_images, listed, parts_in
 from inmerge_wrap.images.preparation import Preparation
 from inmerge_wrap.images.sets import ImageSet, examine_all, without_broken
-from inmerge_wrap.images.tables import read_table
+from inmerge_wrap.images.tables import read_table, write_table
 
 
 def open_images(
