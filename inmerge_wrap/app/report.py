@@ -15,6 +15,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.utils import make_grid
 
 from inmerge_wrap.app import drawings
 from inmerge_wrap.files import replacing
@@ -65,13 +67,8 @@ def flipped(value: float | None) -> float | None:
 # -- images ----------------------------------------------------------------------------------------
 
 
-def _picture(pixels: Tensor) -> Image.Image:
-    values = pixels.permute(1, 2, 0).numpy()
-    return Image.fromarray(values[..., 0] if values.shape[2] == 1 else values)
-
-
 def _inline(pixels: Tensor) -> str:
-    picture, buffer = _picture(pixels), io.BytesIO()
+    picture, buffer = to_pil_image(pixels), io.BytesIO()
     small = max(picture.size) <= 64
     if small:  # a browser would blur it, and JPEG would degrade it
         picture = picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST)
@@ -84,16 +81,9 @@ def _inline(pixels: Tensor) -> str:
 
 def contact_sheet(pictures: Sequence[Tensor], path: Path, columns: int = 6) -> None:
     """Writes all images to one sheet, row by row, as a PNG file."""
-    tiles = [_picture(pixels) for pixels in pictures]
-    side, gap = max(tiles[0].size), 4
-    columns = min(columns, len(tiles))
-    rows = -(-len(tiles) // columns)
-    size = (columns * (side + gap) - gap, rows * (side + gap) - gap)
-    sheet = Image.new(tiles[0].mode, size, "white")
-    for place, tile in enumerate(tiles):
-        sheet.paste(tile, (place % columns * (side + gap), place // columns * (side + gap)))
+    sheet = make_grid(list(pictures), nrow=columns, padding=4, pad_value=255)
     with replacing(path) as draft:
-        sheet.save(draft, "PNG")
+        to_pil_image(sheet).save(draft, "PNG")
 
 
 # -- the page --------------------------------------------------------------------------------------
