@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -23,6 +22,7 @@ from inmerge_wrap.cli.options import (
 )
 from inmerge_wrap.cli.shell import command, print_json, say
 from inmerge_wrap.cli.tables import KEPT, Column, print_table
+from inmerge_wrap.files import write_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,9 +61,8 @@ def similarity(
         "arch": arch,
         "layers": [layer.to_dict() for layer in layers],
     }
-    output.mkdir(parents=True, exist_ok=True)
     written = [output / "similarity.json"]
-    written[0].write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(written[0], content)
     if pictures:
         from inmerge_wrap.plots import plot_matrices, plot_overview, plot_pairs
 
