@@ -15,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from inmerge_wrap.images.files import DataError
+from inmerge_wrap.images.files import SHOWN, DataError, counted, named
 
 PARTS = ("train", "val", "test")
-SHOWN = 5  # of names, before "and 7 more"
 SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
 
 
@@ -118,17 +117,6 @@ def units_of(images: Sequence[ImageFile]) -> list[str] | None:
     if all(image.group is None for image in images):
         return None
     return [image.group or f"image {image.name}" for image in images]
-
-
-def named(names: Sequence[str], limit: int = SHOWN) -> str:
-    """``a, b, c, d, e and 7 more``."""
-    shown = ", ".join(names[:limit])
-    return shown + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
-
-
-def counted(count: int, what: str) -> str:
-    """``1 file``, ``12 files``."""
-    return f"{count:,} {what}" + ("" if count == 1 else "s")
 
 
 def spaced(count: int, most: int | None) -> list[int]:

@@ -14,6 +14,7 @@ from inmerge_wrap.errors import ArgumentError
 
 RASTER = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 DICOM = (".dcm", ".dicom")
+SHOWN = 5  # of names, before "and 7 more"
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 
 
@@ -34,6 +35,17 @@ class DataError(ArgumentError):
     def __init__(self, message: str, *, names: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.names = tuple(names)
+
+
+def named(names: Sequence[str], limit: int = SHOWN) -> str:
+    """``a, b, c, d, e and 7 more``."""
+    shown = ", ".join(names[:limit])
+    return shown + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
+
+
+def counted(count: int, what: str) -> str:
+    """``1 file``, ``12 files``."""
+    return f"{count:,} {what}" + ("" if count == 1 else "s")
 
 
 @dataclass(frozen=True)
@@ -270,12 +282,10 @@ def range_of(
         mixed = f" ({len(whole):,} of them whole numbers, {len(floats):,} fractions)"
     odd = min(floats, whole, key=len) if mixed else [n for n in places if _unbounded(facts[n])]
     odd_names = [names[n] for n in odd] if names is not None else []
-    shown = ", ".join(odd_names[:5])
-    more = f" and {len(odd_names) - 5:,} more" if len(odd_names) > 5 else ""
     raise DataError(
         f"{len(deep):,} images hold values from {low:g} to {high:g}{mixed}, and nothing says which "
         "values are black and white: give <pixel_range=BLACK WHITE>"
-        + (f", or convert or remove {shown}{more}" if odd_names else ""),
+        + (f", or convert or remove {named(odd_names)}" if odd_names else ""),
         names=odd_names,
     )
 

@@ -105,8 +105,8 @@ def _from_folders(directory: Path) -> ImageCollection:
     empty: list[str] = []
     warnings: list[str] = []
     for part, root in roots:
-        folders = _inside(root, folders=True)
-        loose = [path for path in _inside(root, folders=False) if is_image(path)]
+        folders = inside(root, folders=True)
+        loose = [path for path in inside(root, folders=False) if is_image(path)]
         if part and loose and not folders:
             warnings.append(
                 f"{root.name} holds {counted(len(loose), 'image')} and no class folders: without "
@@ -155,7 +155,7 @@ def parts_in(directory: Path) -> dict[str, Path]:
     Raises:
         DataError: If two look like the same part, or folders can be parts as well as classes.
     """
-    folders = _inside(directory, folders=True)
+    folders = inside(directory, folders=True)
     meant = {folder: part for folder in folders if (part := _part_named(folder.name))}
     exact = [folder for folder in meant if folder.name in PARTS]
     if not exact and len(set(meant.values())) < 2:
@@ -183,7 +183,7 @@ def _parts_of(directory: Path) -> tuple[dict[str, Path], list[str]]:
     parts = parts_in(directory)
     if not parts:
         return {}, []
-    folders = _inside(directory, folders=True)
+    folders = inside(directory, folders=True)
     others = named([folder.name for folder in folders if folder not in parts.values()])
     if others:
         raise DataError(
@@ -208,7 +208,7 @@ def _part_named(name: str) -> str | None:
 
 
 def _refuse_equal_insides(directory: Path, folders: Sequence[Path]) -> None:
-    insides = [tuple(inner.name for inner in _inside(f, folders=True)) for f in folders]
+    insides = [tuple(inner.name for inner in inside(f, folders=True)) for f in folders]
     if len(folders) > 1 and len(set(insides)) == 1 and len(insides[0]) > 1:
         raise DataError(
             f"all folders of {directory} ({named([f.name for f in folders])}) hold the folders "
@@ -230,7 +230,7 @@ def images_below(folder: Path) -> tuple[list[Path], list[Path]]:
     return images, others
 
 
-def _inside(directory: Path, *, folders: bool) -> list[Path]:
+def inside(directory: Path, *, folders: bool) -> list[Path]:
     entries = sorted(path for path in directory.iterdir() if not _hidden(path.name))
     return [path for path in entries if path.is_dir() == folders]
 

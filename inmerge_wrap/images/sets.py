@@ -114,40 +114,29 @@ def without_broken(
     Raises:
         DataError: If there are broken ones that are not to be skipped; or a class has no others.
     """
-    broken = [
-        (image, entry.error)
-        for image, entry in zip(collection.images, facts, strict=True)
-        if entry.error is not None
-    ]
-    images = tuple(
-        replace(image, digest=entry.digest)
-        for image, entry in zip(collection.images, facts, strict=True)
-    )
-    collection = replace(collection, images=images)
+    pairs = list(zip(collection.images, facts, strict=True))
+    sound = [entry for entry in facts if entry.error is None]
+    images = [replace(i, digest=entry.digest) for i, entry in pairs if entry.error is None]
+    left = replace(collection, images=tuple(images))
+    broken = [(image.name, entry.error) for image, entry in pairs if entry.error is not None]
     if not broken:
-        return collection, list(facts)
-    shown = "\n".join(f"  {image.name}: {error}" for image, error in broken[:10])
-    where = f", all of them in {memory}" if memory is not None else ""
-    more = f"\n  and {len(broken) - 10:,} more{where}" if len(broken) > 10 else ""
+        return left, sound
     title = f"{len(broken):,} of {counted(len(facts), 'image')} cannot be read"
+    lines = [f"  {name}: {error}" for name, error in broken]
+    if len(lines) > 10:
+        where = f", all of them in {memory}" if memory is not None else ""
+        lines[10:] = [f"  and {len(broken) - 10:,} more{where}"]
+    shown = "\n".join(lines)
     if not skip:
         raise DataError(
-            f"{title}:\n{shown}{more}\n"
-            "Mend or remove them, or leave them out with <skip_broken=True>"
+            f"{title}:\n{shown}\nMend or remove them, or leave them out with <skip_broken=True>"
         )
-    kept = [
-        (image, entry)
-        for image, entry in zip(collection.images, facts, strict=True)
-        if entry.error is None
-    ]
-    left = replace(collection, images=tuple(image for image, _ in kept))
     counts = left.counts(left.images)
     gone = [name for name, count in zip(left.classes, counts, strict=True) if not count]
     if gone:
-        raise DataError(f"{title}, and so no image is left of {named(gone)}:\n{shown}{more}")
-    names = [image.name for image, _ in broken]
-    left = left.listed(f"{title} and were left out", names, warn=True)
-    return left, [entry for _, entry in kept]
+        raise DataError(f"{title}, and so no image is left of {named(gone)}:\n{shown}")
+    names = [name for name, _ in broken]
+    return left.listed(f"{title} and were left out", names, warn=True), sound
 
 
 # -- reading ---------------------------------------------------------------------------------------
