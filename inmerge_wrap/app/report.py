@@ -19,6 +19,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from inmerge_wrap.app import drawings
+from inmerge_wrap.app.testing import row_of
 from inmerge_wrap.files import replacing
 from inmerge_wrap.images.collection import counted
 
@@ -107,15 +108,14 @@ def render(content: Mapping[str, Any], pictures: Sequence[Tensor]) -> str:
     environment.filters.update(filters)
     environment.globals.update(counted=counted, families=FAMILIES, metrics=METRICS)
     test = content["test"]
-    rows = {name: _row(test["rows"], name) for name in ("clean", "all")}
     rocs = [entry for entry in test["classes"] if entry["roc"]]
     if content["task"] == "multiclass" and len(content["classes"]) == 2:
         rocs = rocs[-1:]  # the other is its mirror image
     return environment.get_template("report.html").render(
         content,
         several=content["task"] == "multilabel",
-        clean=rows["clean"],
-        damaged=rows["all"],
+        clean=row_of(test, "clean"),
+        damaged=row_of(test, "all"),
         pictures=[_inline(pixels) for pixels in pictures],
         course=drawings.draw_course(content["runs"]),
         reliability={
@@ -128,10 +128,6 @@ def render(content: Mapping[str, Any], pictures: Sequence[Tensor]) -> str:
         ),
         merging=next(r["merging"] for r in content["runs"] if r["name"] == content["chosen"]),
     )
-
-
-def _row(rows: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
-    return [row for row in rows if row["corruption"] == name][-1]
 
 
 def write_report(content: Mapping[str, Any], pictures: Sequence[Tensor], path: Path) -> Path:
