@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,68 +70,20 @@ def seen_of(facts: Sequence[Facts], looks: Sequence[Look]) -> Seen:
     )
 
 
-def _differences(seen: Seen) -> list[tuple[str, str, float, Callable[[Look], bool]]]:
-    """What can differ: a word for one image, a sentence, how often by chance, and the check."""
-    few, many = 1 / (seen.images + 1), _OUTSIDE + 2 / seen.images
-    low, high = seen.means
-    least, most = seen.spreads
-    return [
-        (
-            "values",
-            f"hold values outside of {seen.low:g} to {seen.high:g}, the range in training",
-            few,
-            lambda look: look.facts.low < seen.low or look.facts.high > seen.high,
-        ),
-        (
-            "range",
-            f"hold only values up to a quarter of {seen.high:g}, the highest in training: their "
-            "range may be another",
-            few,
-            lambda look: seen.high > 0 and look.facts.high <= seen.high / 4,
-        ),
-        (
-            "format",
-            f"are of a kind that training did not see (it saw {', '.join(seen.kinds)})",
-            few,
-            lambda look: look.facts.kind not in seen.kinds,
-        ),
-        (
-            "colour",
-            "show colours, and no training image did",
-            few,
-            lambda look: look.facts.colour and seen.colour == 0,
-        ),
-        (
-            "grey",
-            "are grey, and all training images showed colours",
-            few,
-            lambda look: not look.facts.colour and seen.colour == 1,
-        ),
-        (
-            "size",
-            f"have sides outside of {seen.smallest} to {seen.largest} pixels, those in training",
-            few,
-            lambda look: look.facts.sides[0] < seen.smallest or look.facts.sides[1] > seen.largest,
-        ),
-        (
-            "brightness",
-            f"have a mean outside of {low:.2f} to {high:.2f}, that of 98% of the training images",
-            many,
-            lambda look: not low <= look.mean <= high,
-        ),
-        (
-            "contrast",
-            f"have a spread outside of {least:.2f} to {most:.2f}, that of 98% of the training "
-            "images",
-            many,
-            lambda look: not least <= look.spread <= most,
-        ),
-    ]
-
-
 def unlike(look: Look, seen: Seen) -> list[str]:
     """Returns a word for each respect in which an image differs from those of the training."""
-    return [word for word, _, _, differs in _differences(seen) if differs(look)]
+    facts = look.facts
+    differs = {
+        "values": facts.low < seen.low or facts.high > seen.high,
+        "range": seen.high > 0 and facts.high <= seen.high / 4,
+        "format": facts.kind not in seen.kinds,
+        "colour": facts.colour and seen.colour == 0,
+        "grey": not facts.colour and seen.colour == 1,
+        "size": facts.sides[0] < seen.smallest or facts.sides[1] > seen.largest,
+        "brightness": not seen.means[0] <= look.mean <= seen.means[1],
+        "contrast": not seen.spreads[0] <= look.spread <= seen.spreads[1],
+    }
+    return [word for word, is_so in differs.items() if is_so]
 
 
 def warnings_about(looks: Sequence[Look], seen: Seen) -> list[str]:
@@ -139,9 +92,27 @@ def warnings_about(looks: Sequence[Look], seen: Seen) -> list[str]:
     A few images outside of the percentiles are expected; a warning needs more than would occur
     once in a thousand times (binomial).
     """
+    (low, high), (least, most) = seen.means, seen.spreads
+    sentences = {
+        "values": f"hold values outside of {seen.low:g} to {seen.high:g}, the range in training",
+        "range": f"hold only values up to a quarter of {seen.high:g}, the highest in training: "
+        "their range may be another",
+        "format": f"are of a kind that training did not see (it saw {', '.join(seen.kinds)})",
+        "colour": "show colours, and no training image did",
+        "grey": "are grey, and all training images showed colours",
+        "size": f"have sides outside of {seen.smallest} to {seen.largest} pixels, those in "
+        "training",
+        "brightness": f"have a mean outside of {low:.2f} to {high:.2f}, that of 98% of the "
+        "training images",
+        "contrast": f"have a spread outside of {least:.2f} to {most:.2f}, that of 98% of the "
+        "training images",
+    }
+    extremes, percentiles = 1 / (seen.images + 1), _OUTSIDE + 2 / seen.images
+    counts = Counter(word for look in looks for word in unlike(look, seen))
     found = []
-    for _, sentence, expected, differs in _differences(seen):
-        count = sum(map(differs, looks))
-        if count and binom.sf(count - 1, len(looks), min(expected, 1.0)) < _CHANCE:
-            found.append(f"{count} of {len(looks)} images {sentence}")
+    for word, sentence in sentences.items():
+        expected = percentiles if word in ("brightness", "contrast") else extremes
+        chance = binom.sf(counts[word] - 1, len(looks), min(expected, 1.0))
+        if counts[word] and chance < _CHANCE:
+            found.append(f"{counts[word]} of {len(looks)} images {sentence}")
     return found
