@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from inmerge_wrap.cli.options import (
     Arch,
@@ -107,9 +106,8 @@ def _print_similarity(weights: Path, layers: list[LayerSimilarity]) -> None:
         Column("least", [extreme(layer.least_similar) for layer in layers], 1),
         Column("rank", [f"{layer.effective_rank:.3f}" for layer in layers], KEPT),
     ]
-    print_table(f"Kernels of {weights}", columns)
-    Console().print(
+    footer = (
         "Cosines of all pairs of kernels of a layer: spread by chance, share above a "
-        "threshold, highest, lowest; effective rank (1: orthogonal, 1/n: all identical).",
-        highlight=False,
+        "threshold, highest, lowest; effective rank (1: orthogonal, 1/n: all identical)."
     )
+    print_table(f"Kernels of {weights}", columns, footer=footer)
