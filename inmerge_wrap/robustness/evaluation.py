@@ -193,14 +193,12 @@ def _normaliser(
 
 def _device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
     tensor = next(iter([*model.parameters(), *model.buffers()]), None)
-    if device is None:
-        return tensor.device if tensor is not None else torch.device("cpu")
-    wanted = torch.device(device)
-    if tensor is not None and (
-        tensor.device.type != wanted.type or wanted.index not in (None, tensor.device.index)
-    ):
-        raise ValueError(f"device is {wanted} and the model is on {tensor.device}; move the model")
-    return tensor.device if tensor is not None else wanted
+    if tensor is None:
+        return torch.device(device or "cpu")
+    found, wanted = tensor.device, torch.device(device or tensor.device)
+    if found.type != wanted.type or wanted.index not in (None, found.index):
+        raise ValueError(f"device is {wanted} and the model is on {found}; move the model")
+    return found
 
 
 # --- the run --------------------------------------------------------------------------------------

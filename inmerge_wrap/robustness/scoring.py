@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,23 +43,20 @@ def score(
 ) -> Score:
     """Scores the logits of one condition, and its bootstrap resamples by ``weights`` (N, R)."""
 
-    def metrics(given: Tensor | None) -> tuple[dict[str, Tensor], dict[str, str]]:
-        return classification_metrics(
-            probabilities,
-            targets,
-            task=task,
-            threshold=threshold,
-            coverages=coverages,
-            weights=given,
-        )
-
-    probabilities = to_probabilities(logits, task)
-    points, left_out = metrics(None)
+    metrics = partial(
+        classification_metrics,
+        to_probabilities(logits, task),
+        targets,
+        task=task,
+        threshold=threshold,
+        coverages=coverages,
+    )
+    points, left_out = metrics()
     values = {name: float(point) for name, point in points.items() if not point.isnan()}
     # Resamples in chunks, so that a large data set does not need them all in memory at once.
     portion = max(1, 20_000_000 // len(targets))
     parts = [
-        metrics(torch.from_numpy(weights[:, start : start + portion]))[0]
+        metrics(weights=torch.from_numpy(weights[:, start : start + portion]))[0]
         for start in range(0, weights.shape[1], portion)
     ]
     replicates = {
