@@ -294,7 +294,9 @@ def evaluate_all(
             groups=images.groups,
             **settings,
         )
-        results[each.name].settings |= {"weights": str(each.path), "split": images.part} | {
+        results[each.name].settings |= {
+            "weights": str(each.path),
+            "split": images.part,
             "mean": list(each.mean),
             "std": list(each.std),
             "groups": len(set(images.groups)) if images.groups is not None else None,

@@ -335,10 +335,9 @@ def by_family(result: RobustnessResult) -> list[dict[str, Any]]:
             "corruptions": list(dict.fromkeys(row["corruption"] for row in rows)),
             "balanced_accuracy": 1 - float(np.mean([row["balanced_error"] for row in rows])),
         }
-        drawn = [result.replicates.get((row["corruption"], row["severity"])) for row in rows]
-        known = [values for values in drawn if values is not None]
-        if len(known) == len(drawn):
-            ends = _ends(torch.from_numpy(1 - np.mean(known, axis=0)))
+        if result.replicates:
+            drawn = [result.replicates[row["corruption"], row["severity"]] for row in rows]
+            ends = _ends(torch.from_numpy(1 - np.mean(drawn, axis=0)))
             entry |= {f"balanced_accuracy_{end}": value for end, value in ends.items()}
         areas = [row["auroc"] for row in rows if "auroc" in row]
         entry |= {"auroc": float(np.mean(areas))} if areas else {}

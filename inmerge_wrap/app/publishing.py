@@ -52,7 +52,8 @@ def publish(
     write_split(collection, options.out / "split.csv")
     if any(len(names) > 5 for _, names in collection.lists):
         with replacing(options.out / "lists.txt") as draft:
-            draft.write_text(_lists(collection), encoding="utf-8")
+            lists = ("\n".join([f"{title}:", *names]) for title, names in collection.lists)
+            draft.write_text("\n\n".join(lists), encoding="utf-8")
     test = sets["test"]
     pictures = [test[mistake["index"]][0] for mistake in found["mistakes"]]
     content = content_of(chosen, evaluations, collection, recipe, options) | {"load": call}
@@ -69,10 +70,6 @@ def choose(evaluations: Mapping[Run, Found]) -> Run:
         return max(map(standing, evaluations[run]["training"]["history"]))
 
     return max(evaluations, key=best)
-
-
-def _lists(collection: ImageCollection) -> str:
-    return "\n\n".join("\n".join([f"{title}:", *names]) for title, names in collection.lists)
 
 
 # -- the network -----------------------------------------------------------------------------------
@@ -169,12 +166,9 @@ def write_predictions(found: Found, collection: ImageCollection, path: Path) -> 
     for image, said, row in zip(
         collection.part("test"), found["said"], found["probabilities"], strict=True
     ):
-        if isinstance(image.label, int):
-            truth: list[Any] = [classes[image.label]]
-        else:
-            truth = ["" if value != value else int(value) for value in image.label]
         named = "; ".join(name for name, is_so in zip(classes, said, strict=True) if is_so)
-        rows.append([image.name, *truth, named, *(round(value, 7) for value in row)])
+        figures = [round(value, 7) for value in row]
+        rows.append([image.name, *collection.cells(image), named, *figures])
     write_table(path, ["image", *truths, "prediction", *classes], rows)
 
 

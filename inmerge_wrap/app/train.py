@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -53,10 +53,8 @@ def main(
     options = parse_arguments(arguments, program)
     accelerator = make_accelerator(mixed_precision=precision(options.mixed_precision))
     try:
-        with ExitStack() as stack:
-            stack.enter_context(one_line_if_out_of_memory())
-            if accelerator.is_main_process:
-                stack.enter_context(_alone_in(options.out))
+        alone = _alone_in(options.out) if accelerator.is_main_process else nullcontext()
+        with one_line_if_out_of_memory(), alone:
             if options.site:
                 train_each_site(options, accelerator)
             else:

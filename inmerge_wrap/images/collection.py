@@ -82,6 +82,12 @@ class ImageCollection:
             found.update(shown(image))
         return [found[index] for index in range(len(self.classes))]
 
+    def cells(self, image: ImageFile) -> list[str]:
+        """An image's label as a table holds it: its class, or 0, 1 or nothing for each label."""
+        if isinstance(image.label, int):
+            return [self.classes[image.label]]
+        return ["" if value != value else f"{value:.0f}" for value in image.label]
+
     @property
     def fingerprint(self) -> str:
         """Of all contents, labels and parts."""

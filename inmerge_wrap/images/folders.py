@@ -242,10 +242,6 @@ def write_split(collection: ImageCollection, path: Path) -> None:
     extra = [name for name, _ in collection.images[0].marks]
     rows = []
     for image in collection.images:
-        if isinstance(image.label, int):
-            marks = [collection.classes[image.label]]
-        else:
-            marks = ["" if value != value else f"{value:.0f}" for value in image.label]
-        further = [image.mark(name) for name in extra]
-        rows.append([str(image.path.resolve()), *marks, image.group or "", image.part, *further])
+        known = [image.group or "", image.part, *(image.mark(name) for name in extra)]
+        rows.append([str(image.path.resolve()), *collection.cells(image), *known])
     write_table(path, ["path", *names, "group", "part", *extra], rows)
