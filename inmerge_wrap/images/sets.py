@@ -61,31 +61,28 @@ def examine_all(
     Raises:
         DataError: If a package is missing.
     """
-    known: dict[str, Any] = {}
+    known: dict[str, tuple[list[int] | None, Facts]] = {}
     if memory is not None and memory.exists():
         try:
-            known = read_json(memory)
-            for entry in known.values():
-                Facts(**entry["facts"]), entry["stamp"]
+            for path, entry in read_json(memory).items():
+                known[path] = entry["stamp"], Facts(**entry["facts"])
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{memory} cannot be used ({error}): remove it, and the images are checked again"
             ) from error
     stamps = {str(image.path): _stamp(image.path) for image in collection.images}
-    unchanged = {
-        path for path, stamp in stamps.items() if path in known and known[path]["stamp"] == stamp
-    }
-    fresh = [image for image in collection.images if str(image.path) not in unchanged]
-    paths = [image.path for image in fresh]
-    loader = DataLoader(Mapped(_examined, paths), batch_size=None, num_workers=workers)
+    fresh = [p for p, stamp in stamps.items() if p not in known or known[p][0] != stamp]
+    reading = Mapped(_examined, [Path(path) for path in fresh])
+    loader = DataLoader(reading, batch_size=None, num_workers=workers)
     bar = tqdm(loader, desc="checking images", unit="image", disable=not fresh)
-    for image, facts in zip(fresh, bar, strict=True):
+    for path, facts in zip(fresh, bar, strict=True):
         if isinstance(facts, str):
             raise DataError(facts)
-        known[str(image.path)] = {"stamp": stamps[str(image.path)], "facts": asdict(facts)}
+        known[path] = stamps[path], facts
     if memory is not None and fresh:
-        write_json(memory, {path: known[path] for path in stamps})
-    return [Facts(**known[str(image.path)]["facts"]) for image in collection.images]
+        kept = {path: {"stamp": stamps[path], "facts": asdict(known[path][1])} for path in stamps}
+        write_json(memory, kept)
+    return [known[str(image.path)][1] for image in collection.images]
 
 
 def _stamp(path: Path) -> list[int] | None:
