@@ -264,23 +264,23 @@ def range_of(
     """
     if given is not None:
         return given
-    places = [n for n, entry in enumerate(facts) if entry.kind in ("integers", "floats")]
-    if not places:
+    floats = [n for n, entry in enumerate(facts) if entry.kind == "floats"]
+    whole = [n for n, entry in enumerate(facts) if entry.kind == "integers"]
+    deep = [facts[n] for n in floats + whole]
+    if not deep:
         return None
-    deep = [facts[n] for n in places]
     low, high = min(entry.low for entry in deep), max(entry.high for entry in deep)
-    kinds = {entry.kind for entry in deep}
-    if kinds == {"floats"} and low >= 0 and high <= 1:
-        return 0.0, 1.0
-    if kinds == {"integers"} and low >= 0 and high < 2**16:
-        bits = next(bits for bits in (8, 10, 12, 14, 16) if high < 2**bits)
-        return 0.0, 2.0**bits - 1
-    floats = [n for n in places if facts[n].kind == "floats"]
-    whole = [n for n in places if facts[n].kind == "integers"]
-    mixed = ""
+    mixed, most = "", 1 if floats else 2**16 - 1
     if floats and whole:
         mixed = f" ({len(whole):,} of them whole numbers, {len(floats):,} fractions)"
-    odd = min(floats, whole, key=len) if mixed else [n for n in places if _unbounded(facts[n])]
+        odd = min(floats, whole, key=len)
+    elif low >= 0 and high <= most:
+        if floats:
+            return 0.0, 1.0
+        bits = next(bits for bits in (8, 10, 12, 14, 16) if high < 2**bits)
+        return 0.0, 2.0**bits - 1
+    else:
+        odd = [n for n in floats + whole if facts[n].low < 0 or facts[n].high > most]
     odd_names = [names[n] for n in odd] if names is not None else []
     raise DataError(
         f"{len(deep):,} images hold values from {low:g} to {high:g}{mixed}, and nothing says which "
@@ -288,7 +288,3 @@ def range_of(
         + (f", or convert or remove {named(odd_names)}" if odd_names else ""),
         names=odd_names,
     )
-
-
-def _unbounded(entry: Facts) -> bool:
-    return entry.low < 0 or entry.high >= (2**16 if entry.kind == "integers" else 1 + 1e-9)
