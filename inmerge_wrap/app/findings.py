@@ -294,25 +294,20 @@ def worst_mistakes(
         wrong = (said != (labels == 1)) & ~labels.isnan()
         distance = torch.where(wrong, (probabilities - labels.nan_to_num()).abs(), -1.0)
         worst, which = distance.max(1)
-        order = worst.argsort(descending=True, stable=True)[:limit].tolist()
-        return [
-            {
-                "index": n,
-                "said": int(which[n]),
-                "present": bool(labels[n, which[n]] == 1),
-                "stated": float(probabilities[n, which[n]]),
-            }
-            for n in order
-            if worst[n] >= 0
-        ]
-    stated, named = probabilities.max(1)
-    stated = torch.where(named != labels, stated, -1.0)
-    order = stated.argsort(descending=True, stable=True)[:limit].tolist()
-    return [
-        {"index": n, "truth": int(labels[n]), "said": int(named[n]), "stated": float(stated[n])}
-        for n in order
-        if stated[n] >= 0
-    ]
+    else:
+        stated, which = probabilities.max(1)
+        worst = torch.where(which != labels, stated, -1.0)
+    found = []
+    for n in worst.argsort(descending=True, stable=True)[:limit].tolist():
+        if worst[n] < 0:
+            break
+        named = int(which[n])
+        entry = {"index": n, "said": named, "stated": float(probabilities[n, named])}
+        if task == "multilabel":
+            found.append(entry | {"present": bool(labels[n, named] == 1)})
+        else:
+            found.append(entry | {"truth": int(labels[n])})
+    return found
 
 
 def by_family(result: RobustnessResult) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import torch
 from inmerge_wrap.app.model import Read, TrainedModel, read_files
 from inmerge_wrap.errors import ArgumentError
 from inmerge_wrap.images.finding import images_below, mark_of
-from inmerge_wrap.images.looks import Look, unlike, warnings_about
+from inmerge_wrap.images.looks import unlike, warnings_about
 from inmerge_wrap.images.preparation import Recipe
 from inmerge_wrap.images.tables import read_table, write_table
 
@@ -35,7 +35,6 @@ class Prediction:
         probabilities: One for each class; None if the file could not be read.
         predicted: The most probable class, or the labels above their thresholds.
         unlike: In which respects the image differs from those of the training, as words.
-        look: What the image is like.
         error: Why the file could not be read, or None.
     """
 
@@ -43,7 +42,6 @@ class Prediction:
     probabilities: tuple[float, ...] | None = None
     predicted: tuple[str, ...] = ()
     unlike: tuple[str, ...] = ()
-    look: Look | None = None
     error: str | None = None
 
 
@@ -156,7 +154,6 @@ def _answers(model: TrainedModel, batch: Sequence[Read]) -> list[Prediction]:
                 probabilities=tuple(row.tolist()),
                 predicted=tuple(n for n, is_so in zip(recipe.classes, named, strict=True) if is_so),
                 unlike=tuple(unlike(entry.look, seen)) if seen is not None else (),
-                look=entry.look,
             )
         )
     return found
@@ -174,9 +171,9 @@ def warnings_of(found: Sequence[Prediction], recipe: Recipe) -> list[str]:
             "checked whether these images resemble them"
         )
         return said
-    looks = [entry.look for entry in found if entry.look is not None]
-    differences = warnings_about(looks, recipe.seen)
-    return said + [f"{sentence}; the network may be wrong on them" for sentence in differences]
+    differences = [entry.unlike for entry in found if entry.error is None]
+    sentences = warnings_about(differences, recipe.seen)
+    return said + [f"{sentence}; the network may be wrong on them" for sentence in sentences]
 
 
 def write_predictions(found: Sequence[Prediction], recipe: Recipe, path: Path) -> None:

@@ -86,11 +86,15 @@ def unlike(look: Look, seen: Seen) -> list[str]:
     return [word for word, is_so in differs.items() if is_so]
 
 
-def warnings_about(looks: Sequence[Look], seen: Seen) -> list[str]:
+def warnings_about(differences: Sequence[Sequence[str]], seen: Seen) -> list[str]:
     """Returns a sentence for each respect in which more images differ than chance explains.
 
     A few images outside of the percentiles are expected; a warning needs more than would occur
     once in a thousand times (binomial).
+
+    Args:
+        differences: The words of `unlike` for each image.
+        seen: What the training images were like.
     """
     (low, high), (least, most) = seen.means, seen.spreads
     sentences = {
@@ -108,11 +112,11 @@ def warnings_about(looks: Sequence[Look], seen: Seen) -> list[str]:
         "training images",
     }
     extremes, percentiles = 1 / (seen.images + 1), _OUTSIDE + 2 / seen.images
-    counts = Counter(word for look in looks for word in unlike(look, seen))
+    counts = Counter(word for words in differences for word in words)
     found = []
     for word, sentence in sentences.items():
         expected = percentiles if word in ("brightness", "contrast") else extremes
-        chance = binom.sf(counts[word] - 1, len(looks), min(expected, 1.0))
+        chance = binom.sf(counts[word] - 1, len(differences), min(expected, 1.0))
         if counts[word] and chance < _CHANCE:
-            found.append(f"{counts[word]} of {len(looks)} images {sentence}")
+            found.append(f"{counts[word]} of {len(differences)} images {sentence}")
     return found
