@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.stats import binomtest
 from torch import Tensor
 from tqdm import tqdm
@@ -79,10 +80,10 @@ def class_table(
         units: Whose image each is, where whole patients were drawn.
         prevalences: For each class the prevalence at which predictive values are wanted too.
     """
-    rows = []
+    rows, marks = [], marks_of(labels, len(recipe.classes))
     for index, name in enumerate(tqdm(recipe.classes, desc="classes", delay=1, leave=False)):
-        truth, known = _truth_of(labels, index)
-        truth, hit = truth[known], said[known, index]
+        known = ~marks[:, index].isnan()
+        truth, hit = marks[known, index] == 1, said[known, index]
         scores = probabilities[known, index]
         weights = draws[known] if draws is not None else None
         given = prevalences[index] if prevalences else None
@@ -102,11 +103,9 @@ def class_table(
     return rows
 
 
-def _truth_of(labels: Tensor, index: int) -> tuple[Tensor, Tensor]:
-    """Whether each image shows a class, and whether that is known."""
-    if labels.ndim == 1:
-        return labels == index, torch.ones(len(labels), dtype=torch.bool)
-    return labels[:, index] == 1, ~labels[:, index].isnan()
+def marks_of(labels: Tensor, classes: int) -> Tensor:
+    """Labels of either task as 0, 1 and, where it is unknown, NaN (N, classes)."""
+    return labels if labels.ndim == 2 else F.one_hot(labels, classes).double()
 
 
 def _operating_figures(

@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
+from inmerge_wrap.app.findings import marks_of
 from inmerge_wrap.app.options import title_of
 from inmerge_wrap.app.records import environment
 from inmerge_wrap.app.report import contact_sheet, write_report
@@ -83,21 +83,15 @@ def recipe_of(
 ) -> Recipe:
     """How the network is used, with what its training images were like and which they were."""
     seen = [image for part in ("train", "val") for image in collection.part(part)]
+    marks = marks_of(sets["train"].labels, len(collection.classes))
     return replace(
         untempered(found["training"], sets, collection),
         temperature=found["temperature"],
         thresholds=tuple(found["thresholds"]) or None,
         seen=_seen(sets["train"], facts),
-        class_shares=_class_shares(sets["train"].labels, len(collection.classes)),
+        class_shares=tuple(marks.nanmean(0).nan_to_num().tolist()),
         trained_on=tuple(sorted({digest_of(image.digest) for image in seen})),
     )
-
-
-def _class_shares(labels: Tensor, classes: int) -> tuple[float, ...]:
-    """For each class the share of images that show it, of those where it is known."""
-    if labels.ndim == 1:
-        return tuple((labels.bincount(minlength=classes) / len(labels)).tolist())
-    return tuple(((labels == 1).sum(0) / (~labels.isnan()).sum(0).clamp_min(1)).tolist())
 
 
 def _seen(train: ImageSet, facts: Mapping[Path, Facts]) -> Seen:
