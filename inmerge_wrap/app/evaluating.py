@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,6 @@ class Contender:
     def preparation(self) -> Preparation | None:
         """How training read its files."""
         return None if self.recipe is None else self.recipe.preparation
-
-    @property
-    def calibrated(self) -> nn.Module:
-        """The network with its outputs divided by the temperature."""
-        if self.recipe is None or self.recipe.temperature == 1:
-            return self.network
-        return Tempered(self.network, self.recipe.temperature)
 
 
 def contender(
@@ -275,21 +269,17 @@ def evaluate_all(
     """
     results: dict[str, RobustnessResult] = {}
     for each in contenders:
-
-        def show(count: int, name: str = each.name) -> None:
-            progress(name, count)
-
         outputs = outputs_of(each.network, images.loader)
-        recipe = each.recipe
+        network, recipe = each.network, each.recipe
         results[each.name] = evaluate_robustness(
-            each.calibrated,
+            network if recipe is None else Tempered(network, recipe.temperature),
             images.loader,
             task=task or _guess_task(images.labels, outputs),
             mean=each.mean,
             std=each.std,
             baseline=next(iter(results.values()), None),
             threshold=0.5 if recipe is None else recipe.thresholds or 0.5,
-            progress=show,
+            progress=partial(progress, each.name),
             scored=lambda: progress(INTERVALS, 1),
             groups=images.groups,
             **settings,
