@@ -41,7 +41,10 @@ def _sections(command: Any, ctx: Any) -> Iterator[tuple[str, list[tuple[str, str
         yield "Arguments", [(names_of(entry), meaning_of(entry)) for entry in arguments]
     if isinstance(command, typer.core.TyperGroup):
         commands = [(name, command.commands[name]) for name in command.list_commands(ctx)]
-        yield "Commands", [(name, entry.help.partition("\n")[0]) for name, entry in commands]
+        yield (
+            "Commands",
+            [(name, (entry.help or "").partition("\n")[0]) for name, entry in commands],
+        )
     yield "Options", [(names_of(entry), meaning_of(entry)) for entry in options]
 
 
