@@ -15,7 +15,7 @@ from tqdm import tqdm
 from inmerge_wrap.app.findings import marks_of
 from inmerge_wrap.app.options import title_of
 from inmerge_wrap.app.records import environment
-from inmerge_wrap.app.report import contact_sheet, write_report
+from inmerge_wrap.app.report import contact_sheet, flipped, write_report
 from inmerge_wrap.app.snippet import snippet
 from inmerge_wrap.app.testing import load_best, row_of, untempered
 from inmerge_wrap.app.training import Run, standing
@@ -221,10 +221,8 @@ def content_of(
 
 def compare(evaluations: Mapping[Run, Found]) -> list[dict[str, Any]]:
     """Merged minus plain, paired over the seeds; empty without both."""
-    by_method: dict[str, list[Found]] = {}
-    for run, found in evaluations.items():
-        by_method.setdefault(run.method, []).append(found)
-    if len(by_method) < 2:
+    methods = ("plain", "merged")
+    if {run.method for run in evaluations} != set(methods):
         return []
     differences = []
     for metric, condition in (
@@ -236,10 +234,11 @@ def compare(evaluations: Mapping[Run, Found]) -> list[dict[str, Any]]:
         plain, merged = (
             [
                 value
-                for found in by_method[method]
-                if (value := figure(row_of(found, condition), metric)) is not None
+                for run, found in evaluations.items()
+                if run.method == method
+                and (value := figure(row_of(found, condition), metric)) is not None
             ]
-            for method in ("plain", "merged")
+            for method in methods
         )
         if len(plain) + len(merged) < len(evaluations):
             continue
@@ -257,6 +256,6 @@ def compare(evaluations: Mapping[Run, Found]) -> list[dict[str, Any]]:
 
 def figure(row: Mapping[str, Any], metric: str) -> float | None:
     """A figure of a row, None where it is undefined; rows hold the balanced error."""
-    if metric != "balanced_accuracy":
-        return row.get(metric)
-    return 1 - row["balanced_error"] if "balanced_error" in row else None
+    if metric == "balanced_accuracy":
+        return flipped(row.get("balanced_error"))
+    return row.get(metric)

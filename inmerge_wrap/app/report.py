@@ -40,9 +40,9 @@ METRICS = {
 ROCS = 14  # classes for which a ROC is drawn
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def number(value: float | None) -> str:
     """Formats a number as ``0.934``, or a dash if it is undefined."""
-    return "–" if value is None else f"{value:.{digits}f}"
+    return "–" if value is None else f"{value:.3f}"
 
 
 def percent(value: float) -> str:

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
@@ -20,6 +21,7 @@ from inmerge_wrap.app.batches import batches_per_epoch
 from inmerge_wrap.app.options import FREE, parse_arguments, planned_runs, precision, prevalences_of
 from inmerge_wrap.app.publishing import publish
 from inmerge_wrap.app.records import of_an_earlier_start
+from inmerge_wrap.app.report import flipped
 from inmerge_wrap.app.starting_weights import start_network
 from inmerge_wrap.app.testing import row_of, test
 from inmerge_wrap.app.training import Run, make_accelerator, one_line_if_out_of_memory, train
@@ -131,17 +133,14 @@ def folder_name(site: str) -> str:
     return plain if plain == site else f"{plain}-{digest}"
 
 
-def _site_rows(site: str, folder: Path) -> list[list[str | int | float | None]]:
+def _site_rows(site: str, folder: Path) -> list[list[Any]]:
     content = read_json(folder / "results.json")
-    rows: list[list[str | int | float | None]] = []
+    rows = []
     for run in content["runs"]:
-        clean = run["clean"]
-        error, low, high = (clean.get(f"balanced_error{end}") for end in ("", "_low", "_high"))
-        figures = [None if value is None else 1 - value for value in (error, high, low)]
-        figures = [
-            None if value is None else round(value, 7) for value in (*figures, clean.get("auroc"))
-        ]
-        rows.append([site, run["name"], content["images"]["test"], *figures])
+        errors = [run["clean"].get(f"balanced_error{end}") for end in ("", "_high", "_low")]
+        figures = [*map(flipped, errors), run["clean"].get("auroc")]
+        rounded = [None if value is None else round(value, 7) for value in figures]
+        rows.append([site, run["name"], content["images"]["test"], *rounded])
     return rows
 
 
