@@ -98,6 +98,9 @@ def _values_of(
 
 
 def _from_folders(directory: Path) -> ImageCollection:
+    def below(path: Path) -> str:
+        return path.relative_to(directory).as_posix()
+
     parts, notes = _parts_of(directory)
     roots: list[tuple[str | None, Path]] = [*parts.items()] if parts else [(None, directory)]
     files: list[tuple[str | None, str, Path]] = []
@@ -114,13 +117,13 @@ def _from_folders(directory: Path) -> ImageCollection:
                 "answers for them."
             )
             continue
-        ignored += [path.relative_to(directory).as_posix() for path in loose]
+        ignored += map(below, loose)
         for folder in folders:
             images, others = images_below(folder)
             files += [(part, folder.name, path) for path in images]
-            ignored += [path.relative_to(directory).as_posix() for path in others]
+            ignored += map(below, others)
             if not images:
-                empty.append(folder.relative_to(directory).as_posix())
+                empty.append(below(folder))
     if not files:
         raise DataError(
             f"{directory} holds no images in class folders: DIR/CLASS/image.png, or "
@@ -134,14 +137,8 @@ def _from_folders(directory: Path) -> ImageCollection:
         )
     classes = tuple(sorted({name for _, name, _ in files}, key=_natural))
     index = {name: number for number, name in enumerate(classes)}
-    collection = ImageCollection(
-        classes,
-        "multiclass",
-        tuple(
-            ImageFile(path, path.relative_to(directory).as_posix(), index[name], part=part)
-            for part, name, path in files
-        ),
-    )
+    found = [ImageFile(path, below(path), index[name], part=part) for part, name, path in files]
+    collection = ImageCollection(classes, "multiclass", tuple(found))
     collection = collection.noted(*notes).warned(*warnings)
     if ignored:
         what = counted(len(ignored), "file")
@@ -271,7 +268,7 @@ def _from_table(
     several = len(labels) > 1
     classes = labels if several else sorted({row[labels[0]] for row in rows}, key=_natural)
     index = {name: number for number, name in enumerate(classes)}
-    images = []
+    root, images = directory.resolve(), []
     for number, row in enumerate(rows, start=2):
         path = Path(row[path_column].replace("\\", "/"))
         label: int | tuple[float, ...]
@@ -279,7 +276,7 @@ def _from_table(
             label = tuple(mark_of(table, number, name, row[name]) for name in labels)
         else:
             label = index[row[labels[0]]]
-        name = path.as_posix() if not path.is_absolute() else _below(path, directory)
+        name = (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
         images.append(ImageFile(directory / path, name, label, part=row.get("part") or None))
     return ImageCollection(tuple(classes), "multilabel" if several else "multiclass", tuple(images))
 
@@ -298,10 +295,3 @@ def mark_of(table: Path, row: int, column: str, text: str) -> float:
     raise DataError(
         f"{table}, row {row}: {column} is {text!r}; of several labels each is 0, 1 or empty"
     )
-
-
-def _below(path: Path, directory: Path) -> str:
-    try:
-        return path.relative_to(directory.resolve()).as_posix()
-    except ValueError:
-        return path.as_posix()
