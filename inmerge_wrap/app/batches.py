@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from inmerge_wrap.images.collection import spaced
 from inmerge_wrap.images.sets import ImageSet
+from inmerge_wrap.robustness.effects import seed_of
 
 _EVALUATED = 64  # images in a batch of validation
 
@@ -77,9 +77,8 @@ class EpochOrder(Sampler[int]):
 
 
 def derived_seed(*numbers: int) -> int:
-    """Derives a 32-bit seed, as many bits as torch's CPU generator reads."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big")
+    """Derives a seed of 32 bits from numbers, such as a run's seed and the epoch."""
+    return seed_of(repr(numbers))
 
 
 @dataclass
