@@ -115,7 +115,7 @@ def is_image(path: Path) -> bool:
         return True
     if suffix and not suffix[1:].isdigit():  # scanners name files by UIDs, which end in .123
         return False
-    return path.name != "DICOMDIR" and _starts_as_dicom(path)
+    return path.name != "DICOMDIR" and path.is_file() and _starts_as_dicom(path)
 
 
 def _starts_as_dicom(path: Path) -> bool:
