@@ -62,12 +62,11 @@ def find_images(
             found = found.noted(
                 f"{counted(alone, 'image')} without a {groups}, each taken as a group of its own."
             )
-    for name in dict.fromkeys(marks):
-        values = _values_of(name, "<site> or <subgroups>", images, rows)
-        images = [
-            replace(image, marks=(*image.marks, (name, value)))
-            for image, value in zip(images, values, strict=True)
-        ]
+    known = {name: _values_of(name, "<site> or <subgroups>", images, rows) for name in marks}
+    images = [
+        replace(image, marks=tuple((name, values[n]) for name, values in known.items()))
+        for n, image in enumerate(images)
+    ]
     return replace(found, images=tuple(images))
 
 
