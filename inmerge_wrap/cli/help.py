@@ -40,11 +40,8 @@ def _sections(command: Any, ctx: Any) -> Iterator[tuple[str, list[tuple[str, str
     if arguments:
         yield "Arguments", [(names_of(entry), meaning_of(entry)) for entry in arguments]
     if isinstance(command, typer.core.TyperGroup):
-        commands = [(name, command.commands[name]) for name in command.list_commands(ctx)]
-        yield (
-            "Commands",
-            [(name, (entry.help or "").partition("\n")[0]) for name, entry in commands],
-        )
+        texts = {name: command.commands[name].help or "" for name in command.list_commands(ctx)}
+        yield "Commands", [(name, text.partition("\n")[0]) for name, text in texts.items()]
     yield "Options", [(names_of(entry), meaning_of(entry)) for entry in options]
 
 
