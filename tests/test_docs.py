@@ -144,7 +144,7 @@ def documented() -> dict[str, list[str]]:
 # Modules that are no part of the public face: what they hold may change between versions.
 INSIDE = {
     "_constants", "architectures", "counts", "driver", "errors", "files", "forward", "images",
-    "images.cells", "images.collection", "images.dicom", "images.files", "images.finding",
+    "images.collection", "images.dicom", "images.files", "images.finding",
     "images.folders", "images.looks", "images.nih", "images.preparation", "images.sets",
     "images.tables", "inputs", "kernels", "kinds", "markdown", "neighbours", "optimizers",
     "pairs", "persistent", "proxy", "replicas", "robustness.attacks", "robustness.effects",

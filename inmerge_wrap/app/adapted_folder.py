@@ -15,7 +15,6 @@ from inmerge_wrap.app.snippet import snippet
 from inmerge_wrap.card import PLACE
 from inmerge_wrap.errors import ArgumentError
 from inmerge_wrap.export import export_timm
-from inmerge_wrap.files import read_json
 from inmerge_wrap.markdown import plain_text
 
 __all__ = ["check_out", "write_adapted"]
@@ -49,7 +48,6 @@ def write_adapted(adaptation: Adaptation, source: Path, out: Path, *, site: str)
     check_out(out)
     recipe = adaptation.model.recipe
     size = recipe.preparation.size
-    config = read_json(source / "config.json")["pretrained_cfg"]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".draft-") as drafts:
         draft = Path(drafts) / out.name
@@ -59,9 +57,7 @@ def write_adapted(adaptation: Adaptation, source: Path, out: Path, *, site: str)
             input_size=(recipe.preparation.channels, size, size),
             mean=recipe.mean,
             std=recipe.std,
-            crop_pct=config.get("crop_pct", 1.0),
             crop_mode=recipe.preparation.crop_mode,
-            interpolation=config.get("interpolation", "bicubic"),
             label_names=recipe.classes,
         )
         recipe.write(draft)

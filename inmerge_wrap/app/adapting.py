@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from inmerge_wrap.app.model import TrainedModel, read_files
 from inmerge_wrap.app.operating import balanced_accuracy, operating_point
 from inmerge_wrap.errors import ArgumentError
+from inmerge_wrap.images.collection import spaced
 from inmerge_wrap.images.looks import Look, seen_of
 from inmerge_wrap.images.preparation import Recipe, digest_of
 from inmerge_wrap.recalibration import recalibrate
@@ -44,14 +44,12 @@ class Site:
         names: Of the images that can be read.
         pixels: uint8 (N, C, S, S), prepared as in training.
         looks: What each image is like.
-        digests: Of each file's values.
         errors: Reason by name, of files that cannot be read.
     """
 
     names: tuple[str, ...]
     pixels: Tensor
     looks: tuple[Look, ...]
-    digests: tuple[str, ...]
     errors: Mapping[str, str]
 
 
@@ -111,29 +109,22 @@ def read_site(
     Raises:
         ArgumentError: If no file can be read.
     """
-    if limit is not None and limit < len(files):
-        places = np.linspace(0, len(files) - 1, limit).round().astype(int)
-        files = [files[place] for place in places]
-    loader = read_files([path for _, path in files], model.recipe.preparation, workers=workers)
-    names, pixels, looks, digests, errors = [], [], [], [], {}
-    place = 0
-    for batch in loader:
+    files = [files[place] for place in spaced(len(files), limit)]
+    names, pixels, looks, errors = [], [], [], {}
+    for batch in read_files(files, model.recipe.preparation, workers=workers):
         for entry in batch:
-            name = files[place][0]
-            place += 1
             if entry.pixels is None or entry.look is None:
-                errors[name] = str(entry.error)
+                errors[entry.name] = str(entry.error)
                 continue
-            names.append(name)
+            names.append(entry.name)
             pixels.append(entry.pixels)
             looks.append(entry.look)
-            digests.append(entry.digest)
         if progress is not None:
             progress(len(batch))
     if not pixels:
         name, error = next(iter(errors.items()))
         raise ArgumentError(f"none of {len(files)} files can be read, for example {name}: {error}")
-    return Site(tuple(names), torch.stack(pixels), tuple(looks), tuple(digests), errors)
+    return Site(tuple(names), torch.stack(pixels), tuple(looks), errors)
 
 
 def adapt(
@@ -184,8 +175,10 @@ def adapt(
             balanced_accuracy(recipe, after[kept], known),
         )
         recipe, notes = operating_point(recipe, after[kept], known)
-    trained_on = {*recipe.trained_on, *(digest_of(site.digests[place]) for place in kept)}
-    recipe = replace(recipe, seen=seen_of(site.looks), trained_on=tuple(sorted(trained_on)))
+    facts = [look.facts for look in site.looks]
+    trained_on = {*recipe.trained_on, *(digest_of(facts[place].digest) for place in kept)}
+    seen = seen_of(facts, site.looks)
+    recipe = replace(recipe, seen=seen, trained_on=tuple(sorted(trained_on)))
     return Adaptation(
         model=replace(adapted, recipe=recipe),
         prior=prior,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,17 +13,22 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from inmerge_wrap.images.collection import spaced
 from inmerge_wrap.images.sets import ImageSet
+from inmerge_wrap.robustness.effects import seed_of
 
 _EVALUATED = 64  # images in a batch of validation
 
 
 def statistics(images: ImageSet, most: int = 1000) -> tuple[list[float], list[float]]:
     """Returns mean and standard deviation per channel of up to 1,000 images, pixels in [0, 1]."""
-    step = max(1, len(images) // most)
-    places = range(0, len(images), step)
-    decoding = images.pixels is None
-    bar = tqdm(places, desc="brightness of images", unit="image", leave=False, disable=not decoding)
+    bar = tqdm(
+        spaced(len(images), most),
+        desc="brightness of images",
+        unit="image",
+        leave=False,
+        disable=images.pixels is not None,
+    )
     pixels = torch.stack([images[n][0] for n in bar]).float() / 255
     return pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).clamp_min(1e-3).tolist()
 
@@ -73,9 +77,8 @@ class EpochOrder(Sampler[int]):
 
 
 def derived_seed(*numbers: int) -> int:
-    """Derives a 32-bit seed, as many bits as torch's CPU generator reads."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big")
+    """Derives a seed of 32 bits from numbers, such as a run's seed and the epoch."""
+    return seed_of(repr(numbers))
 
 
 @dataclass

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from inmerge_wrap.app.model import Tempered
 from inmerge_wrap.architectures import is_timm_folder
 from inmerge_wrap.errors import ArgumentError
-from inmerge_wrap.images.collection import units_of
+from inmerge_wrap.images.collection import spaced, units_of
 from inmerge_wrap.images.folders import read_part
 from inmerge_wrap.images.labelled import ImageFolder, fit_images, read_npz
 from inmerge_wrap.images.preparation import FILE, Preparation, Recipe, digest_of
@@ -63,13 +63,6 @@ class Contender:
     def preparation(self) -> Preparation | None:
         """How training read its files."""
         return None if self.recipe is None else self.recipe.preparation
-
-    @property
-    def calibrated(self) -> nn.Module:
-        """The network with its outputs divided by the temperature."""
-        if self.recipe is None or self.recipe.temperature == 1:
-            return self.network
-        return Tempered(self.network, self.recipe.temperature)
 
 
 def contender(
@@ -207,11 +200,9 @@ def _read_part(
     pixels, labels, collection = read_part(
         data, part, size=preparation.size, preparation=preparation, classes=classes
     )
-    places = torch.arange(len(pixels))
-    if limit is not None and limit < len(pixels):  # not the first ones, which are of one class
-        places = torch.from_numpy(np.linspace(0, len(pixels) - 1, limit).round().astype(int))
+    places = spaced(len(pixels), limit)
     pixels, labels = pixels[places], labels[places]
-    images = [collection.images[int(place)] for place in places]
+    images = [collection.images[place] for place in places]
     split = any(image.part is not None for image in images)
     return LabelledImages(
         DataLoader(TensorDataset(pixels, labels), batch_size=batch_size, collate_fn=as_floats),
@@ -278,26 +269,24 @@ def evaluate_all(
     """
     results: dict[str, RobustnessResult] = {}
     for each in contenders:
-
-        def show(count: int, name: str = each.name) -> None:
-            progress(name, count)
-
         outputs = outputs_of(each.network, images.loader)
-        recipe = each.recipe
+        network, recipe = each.network, each.recipe
         results[each.name] = evaluate_robustness(
-            each.calibrated,
+            network if recipe is None else Tempered(network, recipe.temperature),
             images.loader,
             task=task or _guess_task(images.labels, outputs),
             mean=each.mean,
             std=each.std,
             baseline=next(iter(results.values()), None),
             threshold=0.5 if recipe is None else recipe.thresholds or 0.5,
-            progress=show,
+            progress=partial(progress, each.name),
             scored=lambda: progress(INTERVALS, 1),
             groups=images.groups,
             **settings,
         )
-        results[each.name].settings |= {"weights": str(each.path), "split": images.part} | {
+        results[each.name].settings |= {
+            "weights": str(each.path),
+            "split": images.part,
             "mean": list(each.mean),
             "std": list(each.std),
             "groups": len(set(images.groups)) if images.groups is not None else None,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.stats import binomtest
 from torch import Tensor
 from tqdm import tqdm
@@ -79,10 +80,10 @@ def class_table(
         units: Whose image each is, where whole patients were drawn.
         prevalences: For each class the prevalence at which predictive values are wanted too.
     """
-    rows = []
+    rows, marks = [], marks_of(labels, len(recipe.classes))
     for index, name in enumerate(tqdm(recipe.classes, desc="classes", delay=1, leave=False)):
-        truth, known = _truth_of(labels, index)
-        truth, hit = truth[known], said[known, index]
+        known = ~marks[:, index].isnan()
+        truth, hit = marks[known, index] == 1, said[known, index]
         scores = probabilities[known, index]
         weights = draws[known] if draws is not None else None
         given = prevalences[index] if prevalences else None
@@ -102,11 +103,9 @@ def class_table(
     return rows
 
 
-def _truth_of(labels: Tensor, index: int) -> tuple[Tensor, Tensor]:
-    """Whether each image shows a class, and whether that is known."""
-    if labels.ndim == 1:
-        return labels == index, torch.ones(len(labels), dtype=torch.bool)
-    return labels[:, index] == 1, ~labels[:, index].isnan()
+def marks_of(labels: Tensor, classes: int) -> Tensor:
+    """Labels of either task as 0, 1 and, where it is unknown, NaN (N, classes)."""
+    return labels if labels.ndim == 2 else F.one_hot(labels, classes).double()
 
 
 def _operating_figures(
@@ -294,25 +293,20 @@ def worst_mistakes(
         wrong = (said != (labels == 1)) & ~labels.isnan()
         distance = torch.where(wrong, (probabilities - labels.nan_to_num()).abs(), -1.0)
         worst, which = distance.max(1)
-        order = worst.argsort(descending=True, stable=True)[:limit].tolist()
-        return [
-            {
-                "index": n,
-                "said": int(which[n]),
-                "present": bool(labels[n, which[n]] == 1),
-                "stated": float(probabilities[n, which[n]]),
-            }
-            for n in order
-            if worst[n] >= 0
-        ]
-    stated, named = probabilities.max(1)
-    stated = torch.where(named != labels, stated, -1.0)
-    order = stated.argsort(descending=True, stable=True)[:limit].tolist()
-    return [
-        {"index": n, "truth": int(labels[n]), "said": int(named[n]), "stated": float(stated[n])}
-        for n in order
-        if stated[n] >= 0
-    ]
+    else:
+        stated, which = probabilities.max(1)
+        worst = torch.where(which != labels, stated, -1.0)
+    found = []
+    for n in worst.argsort(descending=True, stable=True)[:limit].tolist():
+        if worst[n] < 0:
+            break
+        named = int(which[n])
+        entry = {"index": n, "said": named, "stated": float(probabilities[n, named])}
+        if task == "multilabel":
+            found.append(entry | {"present": bool(labels[n, named] == 1)})
+        else:
+            found.append(entry | {"truth": int(labels[n])})
+    return found
 
 
 def by_family(result: RobustnessResult) -> list[dict[str, Any]]:
@@ -335,10 +329,9 @@ def by_family(result: RobustnessResult) -> list[dict[str, Any]]:
             "corruptions": list(dict.fromkeys(row["corruption"] for row in rows)),
             "balanced_accuracy": 1 - float(np.mean([row["balanced_error"] for row in rows])),
         }
-        drawn = [result.replicates.get((row["corruption"], row["severity"])) for row in rows]
-        known = [values for values in drawn if values is not None]
-        if len(known) == len(drawn):
-            ends = _ends(torch.from_numpy(1 - np.mean(known, axis=0)))
+        if result.replicates:
+            drawn = [result.replicates[row["corruption"], row["severity"]] for row in rows]
+            ends = _ends(torch.from_numpy(1 - np.mean(drawn, axis=0)))
             entry |= {f"balanced_accuracy_{end}": value for end, value in ends.items()}
         areas = [row["auroc"] for row in rows if "auroc" in row]
         entry |= {"auroc": float(np.mean(areas))} if areas else {}

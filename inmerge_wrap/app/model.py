@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from inmerge_wrap.errors import ArgumentError
-from inmerge_wrap.images.files import decode, failure
+from inmerge_wrap.images.files import decode, facts_of, failure
 from inmerge_wrap.images.looks import Look, look_at
 from inmerge_wrap.images.preparation import Preparation, Recipe
+from inmerge_wrap.images.sets import Mapped
 
 __all__ = ["Normalise", "Read", "Tempered", "TrainedModel", "read_files"]
 
@@ -86,47 +87,39 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class Read:
-    """One file: its pixels uint8 (C, S, S) and its look, or why it cannot be read."""
+    """One file: its name, and its pixels uint8 (C, S, S) and look, or why it cannot be read."""
 
-    pixels: Tensor | None
-    look: Look | None
-    digest: str = ""
+    name: str
+    pixels: Tensor | None = None
+    look: Look | None = None
     error: str | None = None
 
 
-class _Files(Dataset[Any]):
-    def __init__(self, paths: Sequence[Path], preparation: Preparation) -> None:
-        self.paths, self.preparation = paths, preparation
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Read:
-        path = self.paths[index]
-        try:
-            decoded = decode(path)
-            pixels = self.preparation.pixels_of(decoded)
-            return Read(pixels, look_at(decoded, pixels), decoded.digest)
-        except Exception as error:  # readers raise all sorts of things on files that are not sound
-            return Read(None, None, error=failure(error, path))
+def _read(preparation: Preparation, file: tuple[str, Path]) -> Read:
+    name, path = file
+    try:
+        decoded = decode(path)
+        pixels = preparation.pixels_of(decoded)
+        return Read(name, pixels, look_at(facts_of(decoded), pixels))
+    except Exception as error:  # readers raise all sorts of things on files that are not sound
+        return Read(name, error=failure(error, path))
 
 
 def read_files(
-    paths: Sequence[Path],
+    files: Sequence[tuple[str, Path]],
     preparation: Preparation,
     *,
     batch_size: int = 64,
     workers: int = 0,
 ) -> Iterable[list[Read]]:
-    """Returns batches of files in their order, read as in training.
+    """Returns batches of files, given by name and path, in their order, read as in training.
 
     A file that cannot be read becomes a `Read` with its reason.
 
     Raises:
         ArgumentError: If there is no file.
     """
-    if not paths:
+    if not files:
         raise ArgumentError("there is no image to read")
-    return DataLoader(
-        _Files(paths, preparation), batch_size=batch_size, num_workers=workers, collate_fn=list
-    )
+    reading = Mapped(partial(_read, preparation), files)
+    return DataLoader(reading, batch_size=batch_size, num_workers=workers, collate_fn=list)

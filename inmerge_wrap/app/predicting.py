@@ -1,4 +1,4 @@
-"""New images through the preparation of the training: a row of probabilities for each file."""
+"""New images and their labels: a row of probabilities for each file, prepared as in training."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ import torch
 
 from inmerge_wrap.app.model import Read, TrainedModel, read_files
 from inmerge_wrap.errors import ArgumentError
-from inmerge_wrap.images.cells import write_table
-from inmerge_wrap.images.files import is_image
-from inmerge_wrap.images.looks import Look, unlike, warnings_about
+from inmerge_wrap.images.finding import images_below, mark_of
+from inmerge_wrap.images.looks import unlike, warnings_about
 from inmerge_wrap.images.preparation import Recipe
-from inmerge_wrap.images.tables import read_table
+from inmerge_wrap.images.tables import read_table, write_table
 
-__all__ = ["Prediction", "find_files", "predict", "warnings_of", "write_predictions"]
+__all__ = [
+    "Prediction",
+    "find_files",
+    "predict",
+    "read_labels",
+    "warnings_of",
+    "write_predictions",
+]
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,6 @@ class Prediction:
         probabilities: One for each class; None if the file could not be read.
         predicted: The most probable class, or the labels above their thresholds.
         unlike: In which respects the image differs from those of the training, as words.
-        look: What the image is like.
         error: Why the file could not be read, or None.
     """
 
@@ -37,7 +42,6 @@ class Prediction:
     probabilities: tuple[float, ...] | None = None
     predicted: tuple[str, ...] = ()
     unlike: tuple[str, ...] = ()
-    look: Look | None = None
     error: str | None = None
 
 
@@ -55,11 +59,7 @@ def find_files(sources: Sequence[Path], path_column: str = "path") -> list[tuple
     found: list[tuple[str, Path]] = []
     for source in sources:
         if source.is_dir():
-            images = [
-                path
-                for path in sorted(source.rglob("*"))
-                if path.is_file() and not _hidden(path.relative_to(source)) and is_image(path)
-            ]
+            images, _ = images_below(source)
             if not images:
                 raise ArgumentError(f"no image in {source}: PNG, JPEG, TIFF, BMP or DICOM")
             found += [(path.relative_to(source).as_posix(), path) for path in images]
@@ -74,8 +74,41 @@ def find_files(sources: Sequence[Path], path_column: str = "path") -> list[tuple
     return found
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+def read_labels(table: Path, recipe: Recipe, path_column: str = "path") -> dict[str, Any]:
+    """Returns the label of each image by its name.
+
+    Args:
+        table: CSV file with a column of names. A column ``label`` holds the class; of a multi-label
+            task, a column for each label holds 0, 1 or nothing (unknown). Rows without a label are
+            left out.
+        recipe: Of the network.
+        path_column: Column of the names.
+
+    Returns:
+        Class indices; or for a multi-label task tuples of 0, 1 and NaN.
+
+    Raises:
+        ArgumentError: If a column is missing, or a label is none of the network.
+    """
+    several = recipe.task == "multi-label"
+    needed = [path_column, *(recipe.classes if several else ["label"])]
+    found: dict[str, Any] = {}
+    for number, row in enumerate(read_table(table, dict.fromkeys(needed)), start=2):
+        name = row[path_column].replace("\\", "/")
+        if several:
+            marks = tuple(mark_of(table, number, label, row[label]) for label in recipe.classes)
+            if any(mark == mark for mark in marks):
+                found[name] = marks
+        elif label := row["label"]:
+            if label not in recipe.classes:
+                raise ArgumentError(
+                    f"{table}, row {number}: label {label!r} is no class of the network; its "
+                    f"classes are {', '.join(recipe.classes)}"
+                )
+            found[name] = recipe.classes.index(label)
+    if not found:
+        raise ArgumentError(f"{table} holds no label")
+    return found
 
 
 def predict(
@@ -95,39 +128,32 @@ def predict(
         workers: Processes that read; 0 for this one.
         progress: Called with the number of files after each batch.
     """
-    loader = read_files(
-        [path for _, path in files],
-        model.recipe.preparation,
-        batch_size=batch_size,
-        workers=workers,
-    )
     found: list[Prediction] = []
-    for batch in loader:
-        names = [name for name, _ in files[len(found) : len(found) + len(batch)]]
-        found += _answers(model, names, batch)
+    preparation = model.recipe.preparation
+    for batch in read_files(files, preparation, batch_size=batch_size, workers=workers):
+        found += _answers(model, batch)
         if progress is not None:
             progress(len(batch))
     return found
 
 
-def _answers(model: TrainedModel, names: Sequence[str], batch: Sequence[Read]) -> list[Prediction]:
+def _answers(model: TrainedModel, batch: Sequence[Read]) -> list[Prediction]:
     pixels = [entry.pixels for entry in batch if entry.pixels is not None]
     recipe, seen = model.recipe, model.recipe.seen
     rows = recipe.probabilities(model.scores(torch.stack(pixels))) if pixels else torch.empty(0, 1)
     answers = zip(rows, recipe.named(rows), strict=True)
     found = []
-    for name, entry in zip(names, batch, strict=True):
+    for entry in batch:
         if entry.look is None:
-            found.append(Prediction(name, error=entry.error))
+            found.append(Prediction(entry.name, error=entry.error))
             continue
         row, named = next(answers)
         found.append(
             Prediction(
-                name,
+                entry.name,
                 probabilities=tuple(row.tolist()),
                 predicted=tuple(n for n, is_so in zip(recipe.classes, named, strict=True) if is_so),
                 unlike=tuple(unlike(entry.look, seen)) if seen is not None else (),
-                look=entry.look,
             )
         )
     return found
@@ -145,9 +171,9 @@ def warnings_of(found: Sequence[Prediction], recipe: Recipe) -> list[str]:
             "checked whether these images resemble them"
         )
         return said
-    looks = [entry.look for entry in found if entry.look is not None]
-    differences = warnings_about(looks, recipe.seen)
-    return said + [f"{sentence}; the network may be wrong on them" for sentence in differences]
+    differences = [entry.unlike for entry in found if entry.error is None]
+    sentences = warnings_about(differences, recipe.seen)
+    return said + [f"{sentence}; the network may be wrong on them" for sentence in sentences]
 
 
 def write_predictions(found: Sequence[Prediction], recipe: Recipe, path: Path) -> None:

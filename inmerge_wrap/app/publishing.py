@@ -10,25 +10,25 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
+from inmerge_wrap.app.findings import marks_of
 from inmerge_wrap.app.options import title_of
 from inmerge_wrap.app.records import environment
-from inmerge_wrap.app.report import contact_sheet, write_report
+from inmerge_wrap.app.report import contact_sheet, flipped, write_report
 from inmerge_wrap.app.snippet import snippet
 from inmerge_wrap.app.testing import load_best, row_of, untempered
 from inmerge_wrap.app.training import Run, standing
 from inmerge_wrap.card import PLACE, ModelCard, results_of
 from inmerge_wrap.export import export_timm
 from inmerge_wrap.files import replacing, write_json
-from inmerge_wrap.images.cells import write_table
-from inmerge_wrap.images.collection import PARTS, ImageCollection
+from inmerge_wrap.images.collection import PARTS, ImageCollection, spaced
 from inmerge_wrap.images.files import Facts
 from inmerge_wrap.images.folders import write_split
-from inmerge_wrap.images.looks import Look, seen_of
+from inmerge_wrap.images.looks import look_at, seen_of
 from inmerge_wrap.images.preparation import Recipe, Seen, digest_of
 from inmerge_wrap.images.sets import ImageSet
+from inmerge_wrap.images.tables import write_table
 from inmerge_wrap.markdown import plain_text
 from inmerge_wrap.robustness import RobustnessResult, paired_difference
 
@@ -52,7 +52,8 @@ def publish(
     write_split(collection, options.out / "split.csv")
     if any(len(names) > 5 for _, names in collection.lists):
         with replacing(options.out / "lists.txt") as draft:
-            draft.write_text(_lists(collection), encoding="utf-8")
+            lists = ("\n".join([f"{title}:", *names]) for title, names in collection.lists)
+            draft.write_text("\n\n".join(lists), encoding="utf-8")
     test = sets["test"]
     pictures = [test[mistake["index"]][0] for mistake in found["mistakes"]]
     content = content_of(chosen, evaluations, collection, recipe, options) | {"load": call}
@@ -71,10 +72,6 @@ def choose(evaluations: Mapping[Run, Found]) -> Run:
     return max(evaluations, key=best)
 
 
-def _lists(collection: ImageCollection) -> str:
-    return "\n\n".join("\n".join([f"{title}:", *names]) for title, names in collection.lists)
-
-
 # -- the network -----------------------------------------------------------------------------------
 
 
@@ -86,50 +83,27 @@ def recipe_of(
 ) -> Recipe:
     """How the network is used, with what its training images were like and which they were."""
     seen = [image for part in ("train", "val") for image in collection.part(part)]
+    marks = marks_of(sets["train"].labels, len(collection.classes))
     return replace(
         untempered(found["training"], sets, collection),
         temperature=found["temperature"],
         thresholds=tuple(found["thresholds"]) or None,
         seen=_seen(sets["train"], facts),
-        class_shares=_class_shares(sets["train"].labels, len(collection.classes)),
+        class_shares=tuple(marks.nanmean(0).nan_to_num().tolist()),
         trained_on=tuple(sorted({digest_of(image.digest) for image in seen})),
     )
 
 
-def _class_shares(labels: Tensor, classes: int) -> tuple[float, ...]:
-    """For each class the share of images that show it, of those where it is known."""
-    if labels.ndim == 1:
-        return tuple((labels.bincount(minlength=classes) / len(labels)).tolist())
-    return tuple(((labels == 1).sum(0) / (~labels.isnan()).sum(0).clamp_min(1)).tolist())
-
-
 def _seen(train: ImageSet, facts: Mapping[Path, Facts]) -> Seen:
     """What the training images are like: files of all of them, pixels of up to 1,000."""
-    places = range(0, len(train), max(1, len(train) // MOST_LOOKED_AT))
-    looks = []
-    for place in tqdm(places, desc="looking at training images", unit="image", leave=False):
-        shown = train[place][0].float() / 255
-        looks.append(
-            _look(
-                facts[train.images[place].path], float(shown.mean()), float(shown.std(correction=0))
-            )
-        )
-    pixels = seen_of(looks)
-    whole = seen_of([_look(facts[image.path], 0.0, 0.0) for image in train.images])
-    return replace(whole, means=pixels.means, spreads=pixels.spreads)
-
-
-def _look(facts: Facts, brightness: float, spread: float) -> Look:
-    return Look(
-        kind=facts.kind,
-        colour=facts.colour,
-        low=facts.low,
-        high=facts.high,
-        shortest=min(facts.height, facts.width),
-        longest=max(facts.height, facts.width),
-        mean=brightness,
-        spread=spread,
+    entries = [facts[image.path] for image in train.images]
+    places = tqdm(
+        spaced(len(train), MOST_LOOKED_AT),
+        desc="looking at training images",
+        unit="image",
+        leave=False,
     )
+    return seen_of(entries, [look_at(entries[place], train[place][0]) for place in places])
 
 
 def export(
@@ -186,12 +160,9 @@ def write_predictions(found: Found, collection: ImageCollection, path: Path) -> 
     for image, said, row in zip(
         collection.part("test"), found["said"], found["probabilities"], strict=True
     ):
-        if isinstance(image.label, int):
-            truth: list[Any] = [classes[image.label]]
-        else:
-            truth = ["" if value != value else int(value) for value in image.label]
         named = "; ".join(name for name, is_so in zip(classes, said, strict=True) if is_so)
-        rows.append([image.name, *truth, named, *(round(value, 7) for value in row)])
+        figures = [round(value, 7) for value in row]
+        rows.append([image.name, *collection.cells(image), named, *figures])
     write_table(path, ["image", *truths, "prediction", *classes], rows)
 
 
@@ -250,10 +221,8 @@ def content_of(
 
 def compare(evaluations: Mapping[Run, Found]) -> list[dict[str, Any]]:
     """Merged minus plain, paired over the seeds; empty without both."""
-    by_method: dict[str, list[Found]] = {}
-    for run, found in evaluations.items():
-        by_method.setdefault(run.method, []).append(found)
-    if len(by_method) < 2:
+    methods = ("plain", "merged")
+    if {run.method for run in evaluations} != set(methods):
         return []
     differences = []
     for metric, condition in (
@@ -265,10 +234,11 @@ def compare(evaluations: Mapping[Run, Found]) -> list[dict[str, Any]]:
         plain, merged = (
             [
                 value
-                for found in by_method[method]
-                if (value := figure(row_of(found, condition), metric)) is not None
+                for run, found in evaluations.items()
+                if run.method == method
+                and (value := figure(row_of(found, condition), metric)) is not None
             ]
-            for method in ("plain", "merged")
+            for method in methods
         )
         if len(plain) + len(merged) < len(evaluations):
             continue
@@ -286,6 +256,6 @@ def compare(evaluations: Mapping[Run, Found]) -> list[dict[str, Any]]:
 
 def figure(row: Mapping[str, Any], metric: str) -> float | None:
     """A figure of a row, None where it is undefined; rows hold the balanced error."""
-    if metric != "balanced_accuracy":
-        return row.get(metric)
-    return 1 - row["balanced_error"] if "balanced_error" in row else None
+    if metric == "balanced_accuracy":
+        return flipped(row.get("balanced_error"))
+    return row.get(metric)

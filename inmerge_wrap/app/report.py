@@ -15,8 +15,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.utils import make_grid
 
 from inmerge_wrap.app import drawings
+from inmerge_wrap.app.testing import row_of
 from inmerge_wrap.files import replacing
 from inmerge_wrap.images.collection import counted
 
@@ -37,9 +40,9 @@ METRICS = {
 ROCS = 14  # classes for which a ROC is drawn
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def number(value: float | None) -> str:
     """Formats a number as ``0.934``, or a dash if it is undefined."""
-    return "–" if value is None else f"{value:.{digits}f}"
+    return "–" if value is None else f"{value:.3f}"
 
 
 def percent(value: float) -> str:
@@ -65,13 +68,8 @@ def flipped(value: float | None) -> float | None:
 # -- images ----------------------------------------------------------------------------------------
 
 
-def _picture(pixels: Tensor) -> Image.Image:
-    values = pixels.permute(1, 2, 0).numpy()
-    return Image.fromarray(values[..., 0] if values.shape[2] == 1 else values)
-
-
 def _inline(pixels: Tensor) -> str:
-    picture, buffer = _picture(pixels), io.BytesIO()
+    picture, buffer = to_pil_image(pixels), io.BytesIO()
     small = max(picture.size) <= 64
     if small:  # a browser would blur it, and JPEG would degrade it
         picture = picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST)
@@ -84,16 +82,9 @@ def _inline(pixels: Tensor) -> str:
 
 def contact_sheet(pictures: Sequence[Tensor], path: Path, columns: int = 6) -> None:
     """Writes all images to one sheet, row by row, as a PNG file."""
-    tiles = [_picture(pixels) for pixels in pictures]
-    side, gap = max(tiles[0].size), 4
-    columns = min(columns, len(tiles))
-    rows = -(-len(tiles) // columns)
-    size = (columns * (side + gap) - gap, rows * (side + gap) - gap)
-    sheet = Image.new(tiles[0].mode, size, "white")
-    for place, tile in enumerate(tiles):
-        sheet.paste(tile, (place % columns * (side + gap), place // columns * (side + gap)))
+    sheet = make_grid(list(pictures), nrow=columns, padding=4, pad_value=255)
     with replacing(path) as draft:
-        sheet.save(draft, "PNG")
+        to_pil_image(sheet).save(draft, "PNG")
 
 
 # -- the page --------------------------------------------------------------------------------------
@@ -117,15 +108,14 @@ def render(content: Mapping[str, Any], pictures: Sequence[Tensor]) -> str:
     environment.filters.update(filters)
     environment.globals.update(counted=counted, families=FAMILIES, metrics=METRICS)
     test = content["test"]
-    rows = {name: _row(test["rows"], name) for name in ("clean", "all")}
     rocs = [entry for entry in test["classes"] if entry["roc"]]
     if content["task"] == "multiclass" and len(content["classes"]) == 2:
         rocs = rocs[-1:]  # the other is its mirror image
     return environment.get_template("report.html").render(
         content,
         several=content["task"] == "multilabel",
-        clean=rows["clean"],
-        damaged=rows["all"],
+        clean=row_of(test, "clean"),
+        damaged=row_of(test, "all"),
         pictures=[_inline(pixels) for pixels in pictures],
         course=drawings.draw_course(content["runs"]),
         reliability={
@@ -138,10 +128,6 @@ def render(content: Mapping[str, Any], pictures: Sequence[Tensor]) -> str:
         ),
         merging=next(r["merging"] for r in content["runs"] if r["name"] == content["chosen"]),
     )
-
-
-def _row(rows: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
-    return [row for row in rows if row["corruption"] == name][-1]
 
 
 def write_report(content: Mapping[str, Any], pictures: Sequence[Tensor], path: Path) -> Path:

@@ -12,12 +12,8 @@ model = timm.create_model("{place}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 """
 
-_BYTES = """\
-image = Image.open("{file}").convert("{mode}")
-"""
-
 _DEEP = """\
-values = np.asarray(Image.open("{file}"))
+values = np.asarray(Image.open("image.png"))
 if values.dtype != np.uint8:  # of more than 8 bits: {black:g} is black and {white:g} is white
     values = ((values.astype(float) - {black!r}) / ({white!r} - {black!r})).clip(0, 1)
     values = np.round(255 * values).astype(np.uint8)
@@ -25,7 +21,7 @@ image = Image.fromarray(values).convert("{mode}")
 """
 
 _DICOM = """\
-file = pydicom.dcmread("{file}")
+file = pydicom.dcmread("image.dcm")
 values = apply_modality_lut(file.pixel_array, file).astype(float)
 {shown}
 if file.PhotometricInterpretation == "MONOCHROME1":
@@ -67,15 +63,15 @@ def snippet(recipe: Recipe, place: str) -> str:
     dicom = recipe.seen is not None and bool({"windowed", "unwindowed"} & set(recipe.seen.kinds))
     imports = ["import timm", "import torch", "from PIL import Image"]
     if dicom:
-        reading = _DICOM.format(file="image.dcm", mode=mode, shown=_shown(recipe))
+        reading = _DICOM.format(mode=mode, shown=_shown(recipe))
         imports = ["import numpy as np", "import pydicom", *imports]
         imports += ["from pydicom.pixels import apply_modality_lut"]
     elif deep is not None:
         black, white = deep
-        reading = _DEEP.format(file="image.png", mode=mode, black=black, white=white)
+        reading = _DEEP.format(mode=mode, black=black, white=white)
         imports = ["import numpy as np", *imports]
     else:
-        reading = _BYTES.format(file="image.png", mode=mode)
+        reading = f'image = Image.open("image.png").convert("{mode}")\n'
     parts = ["\n".join(imports) + "\n", _NETWORK.format(place=place), reading + _ANSWER]
     return "\n".join(parts) + _meaning(recipe)
 

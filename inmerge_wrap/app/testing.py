@@ -69,17 +69,14 @@ def test(
             sets[part], batch_size=64, num_workers=options.workers, collate_fn=as_floats
         )
 
-    @torch.no_grad()
-    def scores(part: str) -> tuple[Tensor, Tensor]:
-        outputs, truths = [], []
+    def scores(part: str) -> Tensor:
         bar = tqdm(loader(part), desc=f"{run.name}, {part} images", unit="batch", leave=False)
-        for pixels, labels in bar:
-            outputs.append(network(normalise(pixels)).float().cpu())
-            truths.append(labels)
-        return torch.cat(outputs), torch.cat(truths)
+        with torch.no_grad():
+            return torch.cat([network(normalise(pixels)).float().cpu() for pixels, _ in bar])
 
-    recipe, notes = operating_point(untempered(training, sets, collection), *scores("val"))
-    outputs, labels = scores("test")
+    recipe = untempered(training, sets, collection)
+    recipe, notes = operating_point(recipe, scores("val"), sets["val"].labels)
+    outputs, labels = scores("test"), sets["test"].labels
     units = units_of(collection.part("test"))
     preset = options.preset or ("grey" if recipe.preparation.channels == 1 else "all")
     result = _evaluated(
@@ -192,6 +189,6 @@ def _about(
     }
 
 
-def row_of(found: dict[str, Any], corruption: str) -> dict[str, Any]:
+def row_of(found: Mapping[str, Any], corruption: str) -> dict[str, Any]:
     """The row of a condition, of several severities their mean."""
     return [row for row in found["rows"] if row["corruption"] == corruption][-1]

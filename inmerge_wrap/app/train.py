@@ -9,9 +9,9 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
@@ -21,31 +21,21 @@ from inmerge_wrap.app.batches import batches_per_epoch
 from inmerge_wrap.app.options import FREE, parse_arguments, planned_runs, precision, prevalences_of
 from inmerge_wrap.app.publishing import publish
 from inmerge_wrap.app.records import of_an_earlier_start
+from inmerge_wrap.app.report import flipped
 from inmerge_wrap.app.starting_weights import start_network
 from inmerge_wrap.app.testing import row_of, test
 from inmerge_wrap.app.training import Run, make_accelerator, one_line_if_out_of_memory, train
 from inmerge_wrap.errors import ArgumentError, for_command_line
 from inmerge_wrap.files import read_json, replacing, write_json
-from inmerge_wrap.images.cells import write_table
 from inmerge_wrap.images.collection import PARTS, ImageCollection
 from inmerge_wrap.images.files import DataError, Facts
 from inmerge_wrap.images.finding import find_images
 from inmerge_wrap.images.folders import open_images
-from inmerge_wrap.images.preparation import Preparation
 from inmerge_wrap.images.sets import ImageSet, keep_pixels
+from inmerge_wrap.images.tables import write_table
 from inmerge_wrap.wrapper import InMergeWrapper
 
 __all__ = ["main"]
-
-
-@dataclass
-class Data:
-    """The images, how they are read, what was found in each file, and the set of each part."""
-
-    collection: ImageCollection
-    preparation: Preparation
-    facts: dict[Path, Facts]
-    sets: dict[str, ImageSet]
 
 
 def main(
@@ -65,10 +55,8 @@ def main(
     options = parse_arguments(arguments, program)
     accelerator = make_accelerator(mixed_precision=precision(options.mixed_precision))
     try:
-        with ExitStack() as stack:
-            stack.enter_context(one_line_if_out_of_memory())
-            if accelerator.is_main_process:
-                stack.enter_context(_alone_in(options.out))
+        alone = _alone_in(options.out) if accelerator.is_main_process else nullcontext()
+        with one_line_if_out_of_memory(), alone:
             if options.site:
                 train_each_site(options, accelerator)
             else:
@@ -145,17 +133,14 @@ def folder_name(site: str) -> str:
     return plain if plain == site else f"{plain}-{digest}"
 
 
-def _site_rows(site: str, folder: Path) -> list[list[str | int | float | None]]:
+def _site_rows(site: str, folder: Path) -> list[list[Any]]:
     content = read_json(folder / "results.json")
-    rows: list[list[str | int | float | None]] = []
+    rows = []
     for run in content["runs"]:
-        clean = run["clean"]
-        error, low, high = (clean.get(f"balanced_error{end}") for end in ("", "_low", "_high"))
-        figures = [None if value is None else 1 - value for value in (error, high, low)]
-        figures = [
-            None if value is None else round(value, 7) for value in (*figures, clean.get("auroc"))
-        ]
-        rows.append([site, run["name"], content["images"]["test"], *figures])
+        errors = [run["clean"].get(f"balanced_error{end}") for end in ("", "_high", "_low")]
+        figures = [*map(flipped, errors), run["clean"].get("auroc")]
+        rounded = [None if value is None else round(value, 7) for value in figures]
+        rows.append([site, run["name"], content["images"]["test"], *rounded])
     return rows
 
 
@@ -167,21 +152,18 @@ def train_and_report(options: argparse.Namespace, accelerator: Accelerator, memo
     runs = planned_runs(options)
     with accelerator.main_process_first():
         check_network(runs, options)
-        data = read_data(options, runs, memory)
-    prevalences_of(options, data.collection.classes)
-    for note in data.collection.notes:
+        collection, facts, sets = read_data(options, runs, memory)
+    prevalences_of(options, collection.classes)
+    for note in collection.notes:
         accelerator.print(f"note: {note}")
-    for warning in data.collection.warnings:
+    for warning in collection.warnings:
         accelerator.print(f"warning: {warning}")
     if accelerator.is_main_process:
-        begin_or_continue(runs, data.collection, options, accelerator.num_processes)
+        begin_or_continue(runs, collection, options, accelerator.num_processes)
     accelerator.wait_for_everyone()
 
     per_epoch = batches_per_epoch(
-        len(data.sets["train"]),
-        len(data.sets["val"]),
-        options.batch_size,
-        accelerator.num_processes,
+        len(sets["train"]), len(sets["val"]), options.batch_size, accelerator.num_processes
     )
     bar = tqdm(
         total=len(runs) * options.epochs * per_epoch,
@@ -193,13 +175,11 @@ def train_and_report(options: argparse.Namespace, accelerator: Accelerator, memo
             if (run.folder / "training.json").exists():
                 bar.update(bar.total // len(runs))
             else:
-                train(run, data.sets, data.collection, options, accelerator, bar)
+                train(run, sets, collection, options, accelerator, bar)
     if not accelerator.is_main_process:
         return
-    found = {
-        run: test(run, data.sets, data.collection, options, accelerator.device) for run in runs
-    }
-    page = publish(found, data.sets, data.collection, data.facts, options)
+    found = {run: test(run, sets, collection, options, accelerator.device) for run in runs}
+    page = publish(found, sets, collection, facts, options)
     shutil.rmtree(options.out / "cache", ignore_errors=True)
     for run, each in found.items():
         clean = row_of(each, "clean")
@@ -220,8 +200,14 @@ def check_network(runs: list[Run], options: argparse.Namespace) -> None:
             raise SystemExit(f"--arch {options.arch}: {error}") from error
 
 
-def read_data(options: argparse.Namespace, runs: list[Run], memory: Path) -> Data:
-    """Reads and checks the images, and decodes them once unless nothing is left to train."""
+def read_data(
+    options: argparse.Namespace, runs: list[Run], memory: Path
+) -> tuple[ImageCollection, dict[Path, Facts], dict[str, ImageSet]]:
+    """Reads and checks the images, and decodes them once unless nothing is left to train.
+
+    Returns:
+        The images, what was found in each file, and the set of each part.
+    """
     collection, preparation, facts = open_images(
         options.data_dir,
         size=options.size,
@@ -250,7 +236,7 @@ def read_data(options: argparse.Namespace, runs: list[Run], memory: Path) -> Dat
         for part, images in sets.items():
             path = options.out / "cache" / f"{part}-{key}.npy"
             sets[part] = keep_pixels(images, path, workers=options.workers)
-    return Data(collection, preparation, facts, sets)
+    return collection, facts, sets
 
 
 def begin_or_continue(

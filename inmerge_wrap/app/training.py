@@ -278,14 +278,14 @@ def train(
         logits, truth = predict(training.final, batches.val_loader, normalise, accelerator, bar)
         area = validation_auroc(logits, truth, task)
         plain = loss_of(task, truth, balanced=False, device=logits.device)
-        entry: dict[str, Any] = {
+        entry = {
             "epoch": epoch + 1,
             "loss": loss,
             "val_loss": float(plain(logits, truth)),
+            "val_auroc": area,
+            "seconds": time.perf_counter() - began,
         }
-        entry |= {"val_auroc": area, "seconds": time.perf_counter() - began}
-        entry |= merged_share(accelerator.unwrap_model(training.model))
-        training.history.append(entry)
+        training.history.append(entry | merged_share(accelerator.unwrap_model(training.model)))
         bar.set_postfix(loss=f"{loss:.3f}", val_auroc=area and f"{area:.3f}")
         if best_epoch(training.history) == epoch + 1:
             export_weights(training.final, run.folder / "best.safetensors")

@@ -81,9 +81,8 @@ def adapt(
     from inmerge_wrap.app.adapted_folder import check_out, write_adapted
     from inmerge_wrap.app.adapting import adapt as adapted_to
     from inmerge_wrap.app.adapting import check_norms, read_site
-    from inmerge_wrap.app.marks import read_labels
     from inmerge_wrap.app.model import TrainedModel
-    from inmerge_wrap.app.predicting import find_files
+    from inmerge_wrap.app.predicting import find_files, read_labels
 
     check_out(out)
     trained = TrainedModel.read(model, device)

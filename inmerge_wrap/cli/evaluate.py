@@ -22,7 +22,8 @@ from inmerge_wrap.cli.options import (
     check_there,
     load,
 )
-from inmerge_wrap.cli.shell import command, progress, warn
+from inmerge_wrap.cli.shell import command, print_json, progress, warn
+from inmerge_wrap.files import write_json
 
 if TYPE_CHECKING:
     from inmerge_wrap.robustness import RobustnessResult
@@ -140,24 +141,18 @@ def evaluate(
 
 
 def _report(results: dict[str, RobustnessResult], output: Path | None, as_json: bool) -> None:
-    from inmerge_wrap.files import replacing
     from inmerge_wrap.robustness import compare_results
 
     first, *others = results
     differences = {name: compare_results(results[name], results[first]) for name in others}
-    text = results[first].to_json()
+    models = {name: json.loads(result.to_json()) for name, result in results.items()}
+    content = models[first]
     if others:
-        content = {
-            "models": {name: json.loads(result.to_json()) for name, result in results.items()},
-            "minus": first,
-            "differences": differences,
-        }
-        text = json.dumps(content, indent=1, allow_nan=False)
+        content = {"models": models, "minus": first, "differences": differences}
     if output is not None:
-        with replacing(output) as draft:
-            draft.write_text(text + "\n", encoding="utf-8")
+        write_json(output, content)
     if as_json:
-        print(text)
+        print_json(content)
     elif others:
         print_comparison(results, differences)
     else:

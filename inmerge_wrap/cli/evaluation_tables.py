@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from inmerge_wrap.cli.tables import KEPT, Column, print_table
 
 if TYPE_CHECKING:
@@ -29,13 +27,12 @@ def print_result(result: RobustnessResult) -> None:
         if metric in result.rows[0]
     ]
     title = f"{settings['weights']} on {settings['data']} ({_part(settings)})"
-    print_table(title, columns, [_row_style(row) for row in rows])
-    Console().print(
+    footer = (
         f"{_corruptions_said(settings)}; normalised with mean {_rounded(settings['mean'])}, "
         f"std {_rounded(settings['std'])}. In brackets: 95% confidence interval over "
-        f"{_units(settings)}.",
-        highlight=False,
+        f"{_units(settings)}."
     )
+    print_table(title, columns, [_row_style(row) for row in rows], footer)
 
 
 def print_comparison(
@@ -56,13 +53,12 @@ def print_comparison(
         cells = [_interval_cell(entry, "difference", sign="+") for entry in entries]
         columns.append(Column(heading, cells, KEPT, wraps=True))
     title = f"Balanced error on {settings['data']} ({_part(settings)})"
-    print_table(title, columns, [_row_style(row) for row in rows])
-    Console().print(
+    footer = (
         f"{_corruptions_said(settings)}. A difference below 0 is better than {first}; in brackets: "
         f"paired 95% confidence interval over {_units(settings)}. It does not cover the variation "
-        "between training seeds.",
-        highlight=False,
+        "between training seeds."
     )
+    print_table(title, columns, [_row_style(row) for row in rows], footer)
 
 
 def _shown_rows(result: RobustnessResult) -> list[dict[str, Any]]:

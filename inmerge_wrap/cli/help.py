@@ -14,23 +14,7 @@ from rich.padding import Padding
 _AT_COMPLETION = ("install_completion", "show_completion")
 
 
-class Command(typer.core.TyperCommand):
-    """A command with such a help."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Prints the help of the command."""
-        _print_help(self, ctx)
-
-
-class Group(typer.core.TyperGroup):
-    """The command that holds all others, with such a help."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Prints the help of the group and the first line of each command."""
-        _print_help(self, ctx)
-
-
-def _print_help(command: Any, ctx: Any) -> None:
+def _print_help(command: Any, ctx: Any, formatter: Any) -> None:
     console = Console(highlight=False)
     pieces = [ctx.command_path, "[OPTIONS]"]
     pieces += [names_of(entry) for entry in command.params if entry.param_type_name == "argument"]
@@ -56,13 +40,9 @@ def _sections(command: Any, ctx: Any) -> Iterator[tuple[str, list[tuple[str, str
     if arguments:
         yield "Arguments", [(names_of(entry), meaning_of(entry)) for entry in arguments]
     if isinstance(command, typer.core.TyperGroup):
-        commands = [(name, command.commands[name]) for name in command.list_commands(ctx)]
-        yield "Commands", [(name, _first_line(entry.help)) for name, entry in commands]
+        texts = {name: command.commands[name].help or "" for name in command.list_commands(ctx)}
+        yield "Commands", [(name, text.partition("\n")[0]) for name, text in texts.items()]
     yield "Options", [(names_of(entry), meaning_of(entry)) for entry in options]
-
-
-def _first_line(text: str | None) -> str:
-    return (text or "").partition("\n")[0]
 
 
 def names_of(parameter: Any) -> str:
@@ -90,3 +70,15 @@ def _worth_showing(default: Any) -> bool:
     if default is None or isinstance(default, bool) or callable(default):
         return False
     return not (isinstance(default, Iterable) and not isinstance(default, str) and not [*default])
+
+
+class Command(typer.core.TyperCommand):
+    """A command with such a help."""
+
+    format_help = _print_help
+
+
+class Group(typer.core.TyperGroup):
+    """The command that holds all others, with such a help and the first line of each command."""
+
+    format_help = _print_help

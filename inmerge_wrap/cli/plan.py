@@ -7,7 +7,6 @@ import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from inmerge_wrap._constants import DEFAULT_SHALLOW_SHARE, SKIPPED_KINDS
 from inmerge_wrap.architectures import build
@@ -136,19 +135,15 @@ def _print_plan(model: str, found: MergePlan, recommended: bool) -> None:
         ),
     ]
     styles = ["bold green" if site.reason is None else "dim" for site in sites]
-    print_table(f"Convolutions of {model}", columns, styles)
-    console = Console()
     kinds = {site.reason_kind for site in found.skipped}
-    for kind, reason in SKIPPED_KINDS.items():
-        if kind in kinds:
-            kind = kind.replace("_", " ")
-            console.print(f"{kind}: {reason.removeprefix(f'{kind}: ')}", highlight=False)
+    shown = {kind.replace("_", " "): SKIPPED_KINDS[kind] for kind in SKIPPED_KINDS if kind in kinds}
     weights = sum(math.prod(site.shape) for site in found.merged)
-    console.print(
+    footer = [
+        *(f"{kind}: {reason.removeprefix(f'{kind}: ')}" for kind, reason in shown.items()),
         f"{len(found.merged)} of {len(sites)} convolutions are merged, {weights:,} weights. "
         f"{_LAST_WORDS[recommended]}",
-        highlight=False,
-    )
+    ]
+    print_table(f"Convolutions of {model}", columns, styles, "\n".join(footer))
 
 
 def _shape(site: ConvSite) -> str:

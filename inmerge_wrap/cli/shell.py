@@ -46,36 +46,27 @@ def command(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a function as the command of its name.
 
+    User errors are reported on stderr, with exit code 1; any other exception goes through.
+
     Args:
         examples: Lines for the help.
         settings: Of typer's command.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        guarded = _reports_errors(function)
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> None:
+            try:
+                function(*args, **kwargs)
+            except (ValueError, OSError, ImportError, RuntimeError) as error:
+                text = f"error: {for_command_line(error, _OPTIONS)}"
+                Console(stderr=True).print(text, style="red", markup=False, soft_wrap=True)
+                raise typer.Exit(1) from error
+
         app.command(cls=Command, epilog="\n".join(examples), **settings)(guarded)
         return guarded
 
     return register
-
-
-def _reports_errors(function: Callable[..., None]) -> Callable[..., None]:
-    """Reports user errors on stderr with exit code 1; lets any other exception through."""
-
-    @functools.wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> None:
-        try:
-            function(*args, **kwargs)
-        except (ValueError, OSError, ImportError, RuntimeError) as error:
-            Console(stderr=True).print(
-                f"error: {for_command_line(error, _OPTIONS)}",
-                style="red",
-                markup=False,
-                soft_wrap=True,
-            )
-            raise typer.Exit(1) from error
-
-    return guarded
 
 
 @contextmanager
@@ -114,22 +105,12 @@ def print_json(content: Any) -> None:
     print(json.dumps(content, indent=1, allow_nan=False))
 
 
-@contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Prints warnings as one line, without the source line that raised them."""
-    shown = warnings.showwarning
+def main() -> None:
+    """Runs the command; a warning is one line, without the source line that raised it."""
 
     def show(message: Any, *_: Any) -> None:
         warn(for_command_line(message, _OPTIONS))
 
-    warnings.showwarning = show  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        warnings.showwarning = shown
-
-
-def main() -> None:
-    """Runs the command."""
-    with _plain_warnings():
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
         app(prog_name="inmerge")

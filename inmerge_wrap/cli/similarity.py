@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from inmerge_wrap.cli.options import (
     Arch,
@@ -23,6 +21,7 @@ from inmerge_wrap.cli.options import (
 )
 from inmerge_wrap.cli.shell import command, print_json, say
 from inmerge_wrap.cli.tables import KEPT, Column, print_table
+from inmerge_wrap.files import write_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,9 +60,8 @@ def similarity(
         "arch": arch,
         "layers": [layer.to_dict() for layer in layers],
     }
-    output.mkdir(parents=True, exist_ok=True)
     written = [output / "similarity.json"]
-    written[0].write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(written[0], content)
     if pictures:
         from inmerge_wrap.plots import plot_matrices, plot_overview, plot_pairs
 
@@ -108,9 +106,8 @@ def _print_similarity(weights: Path, layers: list[LayerSimilarity]) -> None:
         Column("least", [extreme(layer.least_similar) for layer in layers], 1),
         Column("rank", [f"{layer.effective_rank:.3f}" for layer in layers], KEPT),
     ]
-    print_table(f"Kernels of {weights}", columns)
-    Console().print(
+    footer = (
         "Cosines of all pairs of kernels of a layer: spread by chance, share above a "
-        "threshold, highest, lowest; effective rank (1: orthogonal, 1/n: all identical).",
-        highlight=False,
+        "threshold, highest, lowest; effective rank (1: orthogonal, 1/n: all identical)."
     )
+    print_table(f"Kernels of {weights}", columns, footer=footer)

@@ -33,7 +33,9 @@ class Column:
         )
 
 
-def print_table(title: str, columns: Sequence[Column], styles: Sequence[str] = ()) -> None:
+def print_table(
+    title: str, columns: Sequence[Column], styles: Sequence[str] = (), footer: str = ""
+) -> None:
     """Prints a table of columns, with a style for each row, and names the columns left out."""
     console = Console()
     shown = list(columns)
@@ -57,3 +59,5 @@ def print_table(title: str, columns: Sequence[Column], styles: Sequence[str] = (
     hidden = [column.heading for column in columns if column not in shown]
     if hidden:
         console.print(f"Too narrow for {', '.join(hidden)}: see --json.", highlight=False)
+    if footer:
+        console.print(footer, highlight=False)

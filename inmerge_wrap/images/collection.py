@@ -15,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from inmerge_wrap.images.files import DataError
+from inmerge_wrap.images.files import SHOWN, DataError, counted, named
 
 PARTS = ("train", "val", "test")
-SHOWN = 5  # of names, before "and 7 more"
 SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
 
 
@@ -83,6 +82,12 @@ class ImageCollection:
             found.update(shown(image))
         return [found[index] for index in range(len(self.classes))]
 
+    def cells(self, image: ImageFile) -> list[str]:
+        """An image's label as a table holds it: its class, or 0, 1 or nothing for each label."""
+        if isinstance(image.label, int):
+            return [self.classes[image.label]]
+        return ["" if value != value else f"{value:.0f}" for value in image.label]
+
     @property
     def fingerprint(self) -> str:
         """Of all contents, labels and parts."""
@@ -120,15 +125,11 @@ def units_of(images: Sequence[ImageFile]) -> list[str] | None:
     return [image.group or f"image {image.name}" for image in images]
 
 
-def named(names: Sequence[str], limit: int = SHOWN) -> str:
-    """``a, b, c, d, e and 7 more``."""
-    shown = ", ".join(names[:limit])
-    return shown + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
-
-
-def counted(count: int, what: str) -> str:
-    """``1 file``, ``12 files``."""
-    return f"{count:,} {what}" + ("" if count == 1 else "s")
+def spaced(count: int, most: int | None) -> list[int]:
+    """Places of up to ``most`` of ``count`` images, evenly: the first ones may be of one class."""
+    if most is None or most >= count:
+        return list(range(count))
+    return np.linspace(0, count - 1, most).round().astype(int).tolist()
 
 
 # -- splitting -------------------------------------------------------------------------------------

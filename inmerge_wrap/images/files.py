@@ -14,6 +14,7 @@ from inmerge_wrap.errors import ArgumentError
 
 RASTER = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 DICOM = (".dcm", ".dicom")
+SHOWN = 5  # of names, before "and 7 more"
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 
 
@@ -34,6 +35,17 @@ class DataError(ArgumentError):
     def __init__(self, message: str, *, names: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.names = tuple(names)
+
+
+def named(names: Sequence[str], limit: int = SHOWN) -> str:
+    """``a, b, c, d, e and 7 more``."""
+    shown = ", ".join(names[:limit])
+    return shown + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
+
+
+def counted(count: int, what: str) -> str:
+    """``1 file``, ``12 files``."""
+    return f"{count:,} {what}" + ("" if count == 1 else "s")
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,7 @@ def is_image(path: Path) -> bool:
         return True
     if suffix and not suffix[1:].isdigit():  # scanners name files by UIDs, which end in .123
         return False
-    return path.name != "DICOMDIR" and _starts_as_dicom(path)
+    return path.name != "DICOMDIR" and path.is_file() and _starts_as_dicom(path)
 
 
 def _starts_as_dicom(path: Path) -> bool:
@@ -186,6 +198,25 @@ class Facts:
     low: float = 0.0
     high: float = 0.0
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """The shorter and the longer side in pixels."""
+        return min(self.height, self.width), max(self.height, self.width)
+
+
+def facts_of(decoded: Decoded) -> Facts:
+    """What is found out about a file that was read."""
+    values = decoded.values
+    return Facts(
+        digest=decoded.digest,
+        colour=decoded.colour,
+        height=values.shape[0],
+        width=values.shape[1],
+        kind=decoded.kind,
+        low=float(values.min()),
+        high=float(values.max()),
+    )
+
 
 def examine(path: Path) -> Facts:
     """Reads a file and says what it is, or what is wrong with it.
@@ -195,18 +226,9 @@ def examine(path: Path) -> Facts:
     """
     try:
         decoded = decode(path)
-        values = decoded.values
         if decoded.window is not None:
             decoded.to_bytes(None, override=False)  # a window may be impossible
-        return Facts(
-            digest=decoded.digest,
-            colour=decoded.colour,
-            height=values.shape[0],
-            width=values.shape[1],
-            kind=decoded.kind,
-            low=float(values.min()),
-            high=float(values.max()),
-        )
+        return facts_of(decoded)
     except DataError:
         raise
     except Exception as error:  # readers raise all sorts of things on files that are not sound
@@ -242,33 +264,27 @@ def range_of(
     """
     if given is not None:
         return given
-    places = [n for n, entry in enumerate(facts) if entry.kind in ("integers", "floats")]
-    if not places:
+    floats = [n for n, entry in enumerate(facts) if entry.kind == "floats"]
+    whole = [n for n, entry in enumerate(facts) if entry.kind == "integers"]
+    deep = [facts[n] for n in floats + whole]
+    if not deep:
         return None
-    deep = [facts[n] for n in places]
     low, high = min(entry.low for entry in deep), max(entry.high for entry in deep)
-    kinds = {entry.kind for entry in deep}
-    if kinds == {"floats"} and low >= 0 and high <= 1:
-        return 0.0, 1.0
-    if kinds == {"integers"} and low >= 0 and high < 2**16:
-        bits = next(bits for bits in (8, 10, 12, 14, 16) if high < 2**bits)
-        return 0.0, 2.0**bits - 1
-    floats = [n for n in places if facts[n].kind == "floats"]
-    whole = [n for n in places if facts[n].kind == "integers"]
-    mixed = ""
+    mixed, most = "", 1 if floats else 2**16 - 1
     if floats and whole:
         mixed = f" ({len(whole):,} of them whole numbers, {len(floats):,} fractions)"
-    odd = min(floats, whole, key=len) if mixed else [n for n in places if _unbounded(facts[n])]
+        odd = min(floats, whole, key=len)
+    elif low >= 0 and high <= most:
+        if floats:
+            return 0.0, 1.0
+        bits = next(bits for bits in (8, 10, 12, 14, 16) if high < 2**bits)
+        return 0.0, 2.0**bits - 1
+    else:
+        odd = [n for n in floats + whole if facts[n].low < 0 or facts[n].high > most]
     odd_names = [names[n] for n in odd] if names is not None else []
-    shown = ", ".join(odd_names[:5])
-    more = f" and {len(odd_names) - 5:,} more" if len(odd_names) > 5 else ""
     raise DataError(
         f"{len(deep):,} images hold values from {low:g} to {high:g}{mixed}, and nothing says which "
         "values are black and white: give <pixel_range=BLACK WHITE>"
-        + (f", or convert or remove {shown}{more}" if odd_names else ""),
+        + (f", or convert or remove {named(odd_names)}" if odd_names else ""),
         names=odd_names,
     )
-
-
-def _unbounded(entry: Facts) -> bool:
-    return entry.low < 0 or entry.high >= (2**16 if entry.kind == "integers" else 1 + 1e-9)

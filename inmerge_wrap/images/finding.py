@@ -62,12 +62,11 @@ def find_images(
             found = found.noted(
                 f"{counted(alone, 'image')} without a {groups}, each taken as a group of its own."
             )
-    for name in dict.fromkeys(marks):
-        values = _values_of(name, "<site> or <subgroups>", images, rows)
-        images = [
-            replace(image, marks=(*image.marks, (name, value)))
-            for image, value in zip(images, values, strict=True)
-        ]
+    known = {name: _values_of(name, "<site> or <subgroups>", images, rows) for name in marks}
+    images = [
+        replace(image, marks=tuple((name, values[n]) for name, values in known.items()))
+        for n, image in enumerate(images)
+    ]
     return replace(found, images=tuple(images))
 
 
@@ -98,6 +97,9 @@ def _values_of(
 
 
 def _from_folders(directory: Path) -> ImageCollection:
+    def below(path: Path) -> str:
+        return path.relative_to(directory).as_posix()
+
     parts, notes = _parts_of(directory)
     roots: list[tuple[str | None, Path]] = [*parts.items()] if parts else [(None, directory)]
     files: list[tuple[str | None, str, Path]] = []
@@ -105,8 +107,8 @@ def _from_folders(directory: Path) -> ImageCollection:
     empty: list[str] = []
     warnings: list[str] = []
     for part, root in roots:
-        folders = _inside(root, folders=True)
-        loose = [path for path in _inside(root, folders=False) if is_image(path)]
+        folders = inside(root, folders=True)
+        loose = [path for path in inside(root, folders=False) if is_image(path)]
         if part and loose and not folders:
             warnings.append(
                 f"{root.name} holds {counted(len(loose), 'image')} and no class folders: without "
@@ -114,13 +116,13 @@ def _from_folders(directory: Path) -> ImageCollection:
                 "answers for them."
             )
             continue
-        ignored += [path.relative_to(directory).as_posix() for path in loose]
+        ignored += map(below, loose)
         for folder in folders:
-            images, others = _images_below(folder)
+            images, others = images_below(folder)
             files += [(part, folder.name, path) for path in images]
-            ignored += [path.relative_to(directory).as_posix() for path in others]
+            ignored += map(below, others)
             if not images:
-                empty.append(folder.relative_to(directory).as_posix())
+                empty.append(below(folder))
     if not files:
         raise DataError(
             f"{directory} holds no images in class folders: DIR/CLASS/image.png, or "
@@ -134,14 +136,8 @@ def _from_folders(directory: Path) -> ImageCollection:
         )
     classes = tuple(sorted({name for _, name, _ in files}, key=_natural))
     index = {name: number for number, name in enumerate(classes)}
-    collection = ImageCollection(
-        classes,
-        "multiclass",
-        tuple(
-            ImageFile(path, path.relative_to(directory).as_posix(), index[name], part=part)
-            for part, name, path in files
-        ),
-    )
+    found = [ImageFile(path, below(path), index[name], part=part) for part, name, path in files]
+    collection = ImageCollection(classes, "multiclass", tuple(found))
     collection = collection.noted(*notes).warned(*warnings)
     if ignored:
         what = counted(len(ignored), "file")
@@ -155,7 +151,7 @@ def parts_in(directory: Path) -> dict[str, Path]:
     Raises:
         DataError: If two look like the same part, or folders can be parts as well as classes.
     """
-    folders = _inside(directory, folders=True)
+    folders = inside(directory, folders=True)
     meant = {folder: part for folder in folders if (part := _part_named(folder.name))}
     exact = [folder for folder in meant if folder.name in PARTS]
     if not exact and len(set(meant.values())) < 2:
@@ -183,7 +179,7 @@ def _parts_of(directory: Path) -> tuple[dict[str, Path], list[str]]:
     parts = parts_in(directory)
     if not parts:
         return {}, []
-    folders = _inside(directory, folders=True)
+    folders = inside(directory, folders=True)
     others = named([folder.name for folder in folders if folder not in parts.values()])
     if others:
         raise DataError(
@@ -208,7 +204,7 @@ def _part_named(name: str) -> str | None:
 
 
 def _refuse_equal_insides(directory: Path, folders: Sequence[Path]) -> None:
-    insides = [tuple(inner.name for inner in _inside(f, folders=True)) for f in folders]
+    insides = [tuple(inner.name for inner in inside(f, folders=True)) for f in folders]
     if len(folders) > 1 and len(set(insides)) == 1 and len(insides[0]) > 1:
         raise DataError(
             f"all folders of {directory} ({named([f.name for f in folders])}) hold the folders "
@@ -218,7 +214,7 @@ def _refuse_equal_insides(directory: Path, folders: Sequence[Path]) -> None:
         )
 
 
-def _images_below(folder: Path) -> tuple[list[Path], list[Path]]:
+def images_below(folder: Path) -> tuple[list[Path], list[Path]]:
     """The images in a folder and the folders in it, and its other files."""
     images: list[Path] = []
     others: list[Path] = []
@@ -230,7 +226,7 @@ def _images_below(folder: Path) -> tuple[list[Path], list[Path]]:
     return images, others
 
 
-def _inside(directory: Path, *, folders: bool) -> list[Path]:
+def inside(directory: Path, *, folders: bool) -> list[Path]:
     entries = sorted(path for path in directory.iterdir() if not _hidden(path.name))
     return [path for path in entries if path.is_dir() == folders]
 
@@ -271,7 +267,7 @@ def _from_table(
     several = len(labels) > 1
     classes = labels if several else sorted({row[labels[0]] for row in rows}, key=_natural)
     index = {name: number for number, name in enumerate(classes)}
-    images = []
+    root, images = directory.resolve(), []
     for number, row in enumerate(rows, start=2):
         path = Path(row[path_column].replace("\\", "/"))
         label: int | tuple[float, ...]
@@ -279,7 +275,7 @@ def _from_table(
             label = tuple(mark_of(table, number, name, row[name]) for name in labels)
         else:
             label = index[row[labels[0]]]
-        name = path.as_posix() if not path.is_absolute() else _below(path, directory)
+        name = (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
         images.append(ImageFile(directory / path, name, label, part=row.get("part") or None))
     return ImageCollection(tuple(classes), "multilabel" if several else "multiclass", tuple(images))
 
@@ -298,10 +294,3 @@ def mark_of(table: Path, row: int, column: str, text: str) -> float:
     raise DataError(
         f"{table}, row {row}: {column} is {text!r}; of several labels each is 0, 1 or empty"
     )
-
-
-def _below(path: Path, directory: Path) -> str:
-    try:
-        return path.relative_to(directory.resolve()).as_posix()
-    except ValueError:
-        return path.as_posix()

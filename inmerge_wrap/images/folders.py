@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from inmerge_wrap.images.cells import write_table
 from inmerge_wrap.images.collection import ImageCollection, check, counted, named, split
 from inmerge_wrap.images.files import DataError, Facts, range_of
 from inmerge_wrap.images.finding import find_images, listed, parts_in
 from inmerge_wrap.images.preparation import Preparation
 from inmerge_wrap.images.sets import ImageSet, examine_all, without_broken
-from inmerge_wrap.images.tables import read_table
+from inmerge_wrap.images.tables import read_table, write_table
 
 
 def open_images(
@@ -115,8 +114,7 @@ def _suspicious(facts: Sequence[Facts]) -> list[str]:
             f"{counted(unwindowed, 'DICOM file')} without a window: all of the values that the "
             "bits can hold are shown, unless a pixel range is given."
         )
-    shapes = [(entry.width, entry.height) for entry in facts]
-    long = sum(max(shape) > 1.5 * min(shape) for shape in shapes)
+    long = sum(entry.sides[1] > 1.5 * entry.sides[0] for entry in facts)
     if long:
         warnings.append(
             f"{counted(long, 'image')} with one side more than half as long again as the other: "
@@ -244,10 +242,6 @@ def write_split(collection: ImageCollection, path: Path) -> None:
     extra = [name for name, _ in collection.images[0].marks]
     rows = []
     for image in collection.images:
-        if isinstance(image.label, int):
-            marks = [collection.classes[image.label]]
-        else:
-            marks = ["" if value != value else f"{value:.0f}" for value in image.label]
-        further = [image.mark(name) for name in extra]
-        rows.append([str(image.path.resolve()), *marks, image.group or "", image.part, *further])
+        known = [image.group or "", image.part, *(image.mark(name) for name in extra)]
+        rows.append([str(image.path.resolve()), *collection.cells(image), *known])
     write_table(path, ["path", *names, "group", "part", *extra], rows)

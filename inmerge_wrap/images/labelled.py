@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from inmerge_wrap.images.collection import spaced
 from inmerge_wrap.images.files import DICOM, RASTER, decode, is_dicom, is_image
-from inmerge_wrap.images.finding import listed, parts_in
+from inmerge_wrap.images.finding import inside, listed, parts_in
 
 __all__ = ["ImageFolder", "fit_images", "read_npz"]
 
@@ -125,7 +126,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
             raise ValueError(f"{root} holds no folder {split}: {there}")
         self.part = split if parts else "all"
         root = parts.get(split, root)
-        found = {entry.name: _images_in(entry) for entry in sorted(root.iterdir()) if _shown(entry)}
+        found = {entry.name: _images_in(entry) for entry in inside(root, folders=True)}
         found = {name: paths for name, paths in found.items() if paths}
         if not found:
             raise ValueError(
@@ -140,10 +141,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
                 f"its classes are {', '.join(self.classes)}"
             )
         named = [(path, self.classes.index(name)) for name in found for path in found[name]]
-        if limit is not None and limit < len(named):
-            # Not the first ones, which belong to one class.
-            places = np.linspace(0, len(named) - 1, limit).round().astype(int)
-            named = [named[place] for place in places]
+        named = [named[place] for place in spaced(len(named), limit)]
         self.paths = [path for path, _ in named]
         self.labels = torch.tensor([label for _, label in named])
         prepared = resolve_data_config({}, pretrained_cfg=dict(config))
@@ -162,10 +160,6 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         """
         path, label = self.paths[index], int(self.labels[index])
         return self._prepare(_open(path, self._channels)), label
-
-
-def _shown(entry: Path) -> bool:
-    return entry.is_dir() and not entry.name.startswith(".")
 
 
 def _images_in(folder: Path) -> list[Path]:

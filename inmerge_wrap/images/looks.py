@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import binom
 from torch import Tensor
 
-from inmerge_wrap.images.files import Decoded
+from inmerge_wrap.images.files import Facts
 from inmerge_wrap.images.preparation import Seen
 
 __all__ = ["Look", "look_at", "seen_of", "unlike", "warnings_about"]
@@ -23,139 +24,99 @@ class Look:
     """One image as its file holds it, and as the network sees it.
 
     Attributes:
-        kind: ``"bytes"``, ``"integers"``, ``"floats"``, ``"windowed"`` or ``"unwindowed"`` (DICOM).
-        colour: Whether it shows colours.
-        low: The smallest value in the file.
-        high: The largest value in the file.
-        shortest: Its shorter side in pixels.
-        longest: Its longer side in pixels.
+        facts: What was found in its file.
         mean: Of the prepared pixels in [0, 1].
         spread: Their standard deviation.
     """
 
-    kind: str
-    colour: bool
-    low: float
-    high: float
-    shortest: int
-    longest: int
+    facts: Facts
     mean: float
     spread: float
 
 
-def look_at(decoded: Decoded, pixels: Tensor) -> Look:
+def look_at(facts: Facts, pixels: Tensor) -> Look:
     """Returns what an image is like.
 
     Args:
-        decoded: The file's content.
+        facts: What was found in its file.
         pixels: What a `Preparation` made of it, uint8.
     """
-    values, shown = decoded.values, pixels.float() / 255
-    return Look(
-        kind=decoded.kind,
-        colour=decoded.colour,
-        low=float(values.min()),
-        high=float(values.max()),
-        shortest=min(values.shape[:2]),
-        longest=max(values.shape[:2]),
-        mean=float(shown.mean()),
-        spread=float(shown.std(correction=0)),
-    )
+    shown = pixels.float() / 255
+    return Look(facts, float(shown.mean()), float(shown.std(correction=0)))
 
 
-def seen_of(looks: Sequence[Look]) -> Seen:
-    """Returns what a training keeps of its images, to recognise others."""
+def seen_of(facts: Sequence[Facts], looks: Sequence[Look]) -> Seen:
+    """Returns what a training keeps of its images, to recognise others.
+
+    Args:
+        facts: Of the files of all images.
+        looks: Of as many of the images as were looked at.
+    """
 
     def percentiles(values: list[float]) -> tuple[float, float]:
         low, high = np.percentile(values, [100 * _OUTSIDE / 2, 100 * (1 - _OUTSIDE / 2)])
         return float(low), float(high)
 
     return Seen(
-        images=len(looks),
-        kinds=tuple(sorted({look.kind for look in looks})),
-        colour=sum(look.colour for look in looks) / len(looks),
-        low=min(look.low for look in looks),
-        high=max(look.high for look in looks),
-        smallest=min(look.shortest for look in looks),
-        largest=max(look.longest for look in looks),
+        images=len(facts),
+        kinds=tuple(sorted({entry.kind for entry in facts})),
+        colour=sum(entry.colour for entry in facts) / len(facts),
+        low=min(entry.low for entry in facts),
+        high=max(entry.high for entry in facts),
+        smallest=min(entry.sides[0] for entry in facts),
+        largest=max(entry.sides[1] for entry in facts),
         means=percentiles([look.mean for look in looks]),
         spreads=percentiles([look.spread for look in looks]),
     )
 
 
-def _differences(seen: Seen) -> list[tuple[str, str, float, Callable[[Look], bool]]]:
-    """What can differ: a word for one image, a sentence, how often by chance, and the check."""
-    few, many = 1 / (seen.images + 1), _OUTSIDE + 2 / seen.images
-    low, high = seen.means
-    least, most = seen.spreads
-    return [
-        (
-            "values",
-            f"hold values outside of {seen.low:g} to {seen.high:g}, the range in training",
-            few,
-            lambda look: look.low < seen.low or look.high > seen.high,
-        ),
-        (
-            "range",
-            f"hold only values up to a quarter of {seen.high:g}, the highest in training: their "
-            "range may be another",
-            few,
-            lambda look: seen.high > 0 and look.high <= seen.high / 4,
-        ),
-        (
-            "format",
-            f"are of a kind that training did not see (it saw {', '.join(seen.kinds)})",
-            few,
-            lambda look: look.kind not in seen.kinds,
-        ),
-        (
-            "colour",
-            "show colours, and no training image did",
-            few,
-            lambda look: look.colour and seen.colour == 0,
-        ),
-        (
-            "grey",
-            "are grey, and all training images showed colours",
-            few,
-            lambda look: not look.colour and seen.colour == 1,
-        ),
-        (
-            "size",
-            f"have sides outside of {seen.smallest} to {seen.largest} pixels, those in training",
-            few,
-            lambda look: look.shortest < seen.smallest or look.longest > seen.largest,
-        ),
-        (
-            "brightness",
-            f"have a mean outside of {low:.2f} to {high:.2f}, that of 98% of the training images",
-            many,
-            lambda look: not low <= look.mean <= high,
-        ),
-        (
-            "contrast",
-            f"have a spread outside of {least:.2f} to {most:.2f}, that of 98% of the training "
-            "images",
-            many,
-            lambda look: not least <= look.spread <= most,
-        ),
-    ]
-
-
 def unlike(look: Look, seen: Seen) -> list[str]:
     """Returns a word for each respect in which an image differs from those of the training."""
-    return [word for word, _, _, differs in _differences(seen) if differs(look)]
+    facts = look.facts
+    differs = {
+        "values": facts.low < seen.low or facts.high > seen.high,
+        "range": seen.high > 0 and facts.high <= seen.high / 4,
+        "format": facts.kind not in seen.kinds,
+        "colour": facts.colour and seen.colour == 0,
+        "grey": not facts.colour and seen.colour == 1,
+        "size": facts.sides[0] < seen.smallest or facts.sides[1] > seen.largest,
+        "brightness": not seen.means[0] <= look.mean <= seen.means[1],
+        "contrast": not seen.spreads[0] <= look.spread <= seen.spreads[1],
+    }
+    return [word for word, is_so in differs.items() if is_so]
 
 
-def warnings_about(looks: Sequence[Look], seen: Seen) -> list[str]:
+def warnings_about(differences: Sequence[Sequence[str]], seen: Seen) -> list[str]:
     """Returns a sentence for each respect in which more images differ than chance explains.
 
     A few images outside of the percentiles are expected; a warning needs more than would occur
     once in a thousand times (binomial).
+
+    Args:
+        differences: The words of `unlike` for each image.
+        seen: What the training images were like.
     """
+    (low, high), (least, most) = seen.means, seen.spreads
+    sentences = {
+        "values": f"hold values outside of {seen.low:g} to {seen.high:g}, the range in training",
+        "range": f"hold only values up to a quarter of {seen.high:g}, the highest in training: "
+        "their range may be another",
+        "format": f"are of a kind that training did not see (it saw {', '.join(seen.kinds)})",
+        "colour": "show colours, and no training image did",
+        "grey": "are grey, and all training images showed colours",
+        "size": f"have sides outside of {seen.smallest} to {seen.largest} pixels, those in "
+        "training",
+        "brightness": f"have a mean outside of {low:.2f} to {high:.2f}, that of 98% of the "
+        "training images",
+        "contrast": f"have a spread outside of {least:.2f} to {most:.2f}, that of 98% of the "
+        "training images",
+    }
+    extremes, percentiles = 1 / (seen.images + 1), _OUTSIDE + 2 / seen.images
+    counts = Counter(word for words in differences for word in words)
     found = []
-    for _, sentence, expected, differs in _differences(seen):
-        count = sum(map(differs, looks))
-        if count and binom.sf(count - 1, len(looks), min(expected, 1.0)) < _CHANCE:
-            found.append(f"{count} of {len(looks)} images {sentence}")
+    for word, sentence in sentences.items():
+        expected = percentiles if word in ("brightness", "contrast") else extremes
+        chance = binom.sf(counts[word] - 1, len(differences), min(expected, 1.0))
+        if counts[word] and chance < _CHANCE:
+            found.append(f"{counts[word]} of {len(differences)} images {sentence}")
     return found

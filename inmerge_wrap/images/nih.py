@@ -171,14 +171,14 @@ def read_dataset(loaded: Mapping[str, Any], seed: int) -> dict[str, Part]:
     sources = {"train_val": "train", "test": "test"}
     if "validation" in loaded:
         sources = {"train": "train", "val": "validation", "test": "test"}
-    columns = {source: _Columns(loaded[key], key) for source, key in sources.items()}
-    patients = {source: column.patients for source, column in columns.items()}
+    columns = {source: _columns(loaded[key], key) for source, key in sources.items()}
+    patients = {source: owners for source, (_, _, owners) in columns.items()}
     parts = {}
     for part, (source, rows) in split(patients, seed).items():
-        column = columns[source]
-        names = [column.names[row] for row in rows]
-        labels = label_matrix(names, [column.findings[row] for row in rows])
-        parts[part] = Part(names, labels, column.table.select(rows)["image"])
+        names, findings, _ = columns[source]
+        chosen = [names[row] for row in rows]
+        labels = label_matrix(chosen, [findings[row] for row in rows])
+        parts[part] = Part(chosen, labels, loaded[sources[source]].select(rows)["image"])
     return parts
 
 
@@ -211,56 +211,44 @@ def read_hub(name: str, revision: str | None, seed: int) -> dict[str, Part]:
     return read_dataset(loaded, seed)
 
 
-class _Columns:
+def _columns(table: Any, split: str) -> tuple[list[str], list[list[str]], list[str]]:
     """The names, findings and patients of one split, row by row."""
-
-    def __init__(self, table: Any, split: str) -> None:
-        self.table = table
-        self._complaint = (
-            f"split {split} has the columns "
-            f"{', '.join(f'{key} ({type(kind).__name__})' for key, kind in table.features.items())}"
-            ": it needs image (Image), one of label, labels or 'Finding Labels' (names in a list "
-            "or joined by |, or ClassLabel), and 'Patient ID' or patient_id or else names such as "
-            "00000061_012.png in 'Image Index' or as the images' file names"
-        )
-        if type(table.features.get("image")).__name__ != "Image":
-            raise ValueError(self._complaint)
-        self.names = self._read_names(split)
-        self.findings = self._read_findings()
-        self.patients = self._read_patients()
-
-    def _first(self, *names: str) -> str | None:
-        return next((name for name in names if name in self.table.features), None)
-
-    def _read_names(self, split: str) -> list[str]:
-        if self._first("Image Index"):
-            return self.table["Image Index"][:]
+    kinds = table.features
+    complaint = ValueError(
+        f"split {split} has the columns "
+        f"{', '.join(f'{key} ({type(kind).__name__})' for key, kind in kinds.items())}"
+        ": it needs image (Image), one of label, labels or 'Finding Labels' (names in a list "
+        "or joined by |, or ClassLabel), and 'Patient ID' or patient_id or else names such as "
+        "00000061_012.png in 'Image Index' or as the images' file names"
+    )
+    if type(kinds.get("image")).__name__ != "Image":
+        raise complaint
+    if "Image Index" in kinds:
+        names = table["Image Index"][:]
+    else:
         # Only the stored path: reading the column from the data set would read the images.
-        chunks = self.table.data.column("image").chunks
+        chunks = table.data.column("image").chunks
         paths = [path for chunk in chunks for path in chunk.field("path").to_pylist()]
-        return [Path(path).name if path else f"{split} {row}" for row, path in enumerate(paths)]
+        names = [Path(path).name if path else f"{split} {row}" for row, path in enumerate(paths)]
 
-    def _read_findings(self) -> list[list[str]]:
-        key = self._first("label", "labels", "Finding Labels")
-        kind = self.table.features[key] if key else None
-        inner = getattr(kind, "feature", kind)  # of a list
-        to_text = getattr(inner, "int2str", str)  # of a ClassLabel
-        if to_text is str and getattr(inner, "dtype", "") not in ("string", "large_string"):
-            raise ValueError(self._complaint)  # numbers without names could be any finding
-        values = self.table[key][:]
-        rows = [value if isinstance(value, list) else [value] for value in values]
-        return [[one for value in row for one in to_text(value).split("|")] for row in rows]
+    label = next((key for key in ("label", "labels", "Finding Labels") if key in kinds), None)
+    kind = kinds.get(label)
+    inner = getattr(kind, "feature", kind)  # of a list
+    to_text = getattr(inner, "int2str", str)  # of a ClassLabel
+    if to_text is str and getattr(inner, "dtype", "") not in ("string", "large_string"):
+        raise complaint  # numbers without names could be any finding
+    rows = [value if isinstance(value, list) else [value] for value in table[label][:]]
+    findings = [[one for value in row for one in to_text(value).split("|")] for row in rows]
 
-    def _read_patients(self) -> list[str]:
-        key = self._first("Patient ID", "patient_id")
-        if key:
-            patients = self.table[key][:]
-        else:
-            found = [_NAME.fullmatch(name) for name in self.names]
-            patients = [int(match[1]) if match else None for match in found]
-        if None in patients:
-            raise ValueError(self._complaint)
-        return [str(patient) for patient in patients]
+    owner = next((key for key in ("Patient ID", "patient_id") if key in kinds), None)
+    if owner:
+        patients = table[owner][:]
+    else:
+        found = [_NAME.fullmatch(name) for name in names]
+        patients = [int(match[1]) if match else None for match in found]
+    if None in patients:
+        raise complaint
+    return names, findings, [str(patient) for patient in patients]
 
 
 # -- images ----------------------------------------------------------------------------------------

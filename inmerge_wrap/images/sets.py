@@ -8,7 +8,7 @@ they are what corruptions act on.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,24 @@ from inmerge_wrap.images.preparation import Preparation
 # -- examining -------------------------------------------------------------------------------------
 
 
-class _Examined(Dataset):
-    def __init__(self, images: Sequence[ImageFile]) -> None:
-        self.paths = [image.path for image in images]
+class Mapped(Dataset[Any]):
+    """A function of each of some items, which the processes of a DataLoader compute."""
+
+    def __init__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> None:
+        self.function, self.items = function, items
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.items)
 
-    def __getitem__(self, index: int) -> Facts | str:
-        try:
-            return examine(self.paths[index])
-        except DataError as error:  # a worker's traceback would bury the message
-            return str(error)
+    def __getitem__(self, index: int) -> Any:
+        return self.function(self.items[index])
+
+
+def _examined(path: Path) -> Facts | str:
+    try:
+        return examine(path)
+    except DataError as error:  # a worker's traceback would bury the message
+        return str(error)
 
 
 def examine_all(
@@ -55,30 +61,28 @@ def examine_all(
     Raises:
         DataError: If a package is missing.
     """
-    known: dict[str, Any] = {}
+    known: dict[str, tuple[list[int] | None, Facts]] = {}
     if memory is not None and memory.exists():
         try:
-            known = read_json(memory)
-            for entry in known.values():
-                Facts(**entry["facts"]), entry["stamp"]
+            for path, entry in read_json(memory).items():
+                known[path] = entry["stamp"], Facts(**entry["facts"])
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{memory} cannot be used ({error}): remove it, and the images are checked again"
             ) from error
     stamps = {str(image.path): _stamp(image.path) for image in collection.images}
-    unchanged = {
-        path for path, stamp in stamps.items() if path in known and known[path]["stamp"] == stamp
-    }
-    fresh = [image for image in collection.images if str(image.path) not in unchanged]
-    loader = DataLoader(_Examined(fresh), batch_size=None, num_workers=workers)
+    fresh = [p for p, stamp in stamps.items() if p not in known or known[p][0] != stamp]
+    reading = Mapped(_examined, [Path(path) for path in fresh])
+    loader = DataLoader(reading, batch_size=None, num_workers=workers)
     bar = tqdm(loader, desc="checking images", unit="image", disable=not fresh)
-    for image, facts in zip(fresh, bar, strict=True):
+    for path, facts in zip(fresh, bar, strict=True):
         if isinstance(facts, str):
             raise DataError(facts)
-        known[str(image.path)] = {"stamp": stamps[str(image.path)], "facts": asdict(facts)}
+        known[path] = stamps[path], facts
     if memory is not None and fresh:
-        write_json(memory, {path: known[path] for path in stamps})
-    return [Facts(**known[str(image.path)]["facts"]) for image in collection.images]
+        kept = {path: {"stamp": stamps[path], "facts": asdict(known[path][1])} for path in stamps}
+        write_json(memory, kept)
+    return [known[str(image.path)][1] for image in collection.images]
 
 
 def _stamp(path: Path) -> list[int] | None:
@@ -107,40 +111,29 @@ def without_broken(
     Raises:
         DataError: If there are broken ones that are not to be skipped; or a class has no others.
     """
-    broken = [
-        (image, entry.error)
-        for image, entry in zip(collection.images, facts, strict=True)
-        if entry.error is not None
-    ]
-    images = tuple(
-        replace(image, digest=entry.digest)
-        for image, entry in zip(collection.images, facts, strict=True)
-    )
-    collection = replace(collection, images=images)
+    pairs = list(zip(collection.images, facts, strict=True))
+    sound = [entry for entry in facts if entry.error is None]
+    images = [replace(i, digest=entry.digest) for i, entry in pairs if entry.error is None]
+    left = replace(collection, images=tuple(images))
+    broken = [(image.name, entry.error) for image, entry in pairs if entry.error is not None]
     if not broken:
-        return collection, list(facts)
-    shown = "\n".join(f"  {image.name}: {error}" for image, error in broken[:10])
-    where = f", all of them in {memory}" if memory is not None else ""
-    more = f"\n  and {len(broken) - 10:,} more{where}" if len(broken) > 10 else ""
+        return left, sound
     title = f"{len(broken):,} of {counted(len(facts), 'image')} cannot be read"
+    lines = [f"  {name}: {error}" for name, error in broken]
+    if len(lines) > 10:
+        where = f", all of them in {memory}" if memory is not None else ""
+        lines[10:] = [f"  and {len(broken) - 10:,} more{where}"]
+    shown = "\n".join(lines)
     if not skip:
         raise DataError(
-            f"{title}:\n{shown}{more}\n"
-            "Mend or remove them, or leave them out with <skip_broken=True>"
+            f"{title}:\n{shown}\nMend or remove them, or leave them out with <skip_broken=True>"
         )
-    kept = [
-        (image, entry)
-        for image, entry in zip(collection.images, facts, strict=True)
-        if entry.error is None
-    ]
-    left = replace(collection, images=tuple(image for image, _ in kept))
     counts = left.counts(left.images)
     gone = [name for name, count in zip(left.classes, counts, strict=True) if not count]
     if gone:
-        raise DataError(f"{title}, and so no image is left of {named(gone)}:\n{shown}{more}")
-    names = [image.name for image, _ in broken]
-    left = left.listed(f"{title} and were left out", names, warn=True)
-    return left, [entry for _, entry in kept]
+        raise DataError(f"{title}, and so no image is left of {named(gone)}:\n{shown}")
+    names = [name for name, _ in broken]
+    return left.listed(f"{title} and were left out", names, warn=True), sound
 
 
 # -- reading ---------------------------------------------------------------------------------------

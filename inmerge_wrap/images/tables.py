@@ -1,21 +1,44 @@
-"""CSV files as spreadsheets write them: comma, semicolon or tab; UTF-8, UTF-16 or Windows-1252."""
+"""CSV files: read as spreadsheets write them, and written so that they run no cell as a formula."""
 
 from __future__ import annotations
 
 import codecs
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from inmerge_wrap.images.cells import restored
+from inmerge_wrap.files import replacing
 from inmerge_wrap.images.files import DataError
 
-__all__ = ["read_table"]
+__all__ = ["read_table", "restored", "safe", "write_table"]
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
+
+
+def safe(text: str) -> str:
+    """Returns a text that a spreadsheet shows and does not run: an apostrophe in front of it."""
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def restored(text: str) -> str:
+    """Returns the text of which `safe` made this one."""
+    return text[1:] if text.startswith("'") and text[1:].startswith(_FORMULA) else text
+
+
+def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a CSV file atomically, UTF-8; texts are made `safe`, numbers are not touched."""
+    with replacing(path) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        for row in (header, *rows):
+            writer.writerow([safe(cell) if isinstance(cell, str) else cell for cell in row])
 
 
 def read_table(path: Path, needed: Mapping[str, str | None] | None = None) -> list[dict[str, str]]:
     """Returns the rows of a CSV file with a header: by column, text without space around it.
+
+    Comma, semicolon or tab; UTF-8, UTF-16 or Windows-1252.
 
     Args:
         path: The file.

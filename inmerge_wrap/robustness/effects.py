@@ -43,6 +43,11 @@ _STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
 _MOST_BUBBLES, _MOST_SPECKS, _MOST_CHARACTERS, STRIPES = 8, 32, 6, 28
 
 
+def seed_of(key: str) -> int:
+    """Returns a seed of 32 bits, as many as torch's CPU generator reads."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "big")
+
+
 class Draws:
     """Random numbers for a batch, from one independent CPU stream per image.
 
@@ -61,15 +66,8 @@ class Draws:
             indices: Index of each image of the batch within its data set.
             seed: Seed of the whole evaluation.
         """
-        # torch's CPU generator reads only the low 32 bits of a seed: hash the key down to them.
         self._generators = [
-            torch.Generator().manual_seed(
-                int.from_bytes(
-                    hashlib.blake2b(f"{seed}/{name}/{index}".encode(), digest_size=4).digest(),
-                    "big",
-                )
-            )
-            for index in indices
+            torch.Generator().manual_seed(seed_of(f"{seed}/{name}/{index}")) for index in indices
         ]
 
     def normal(self, *shape: int, like: Tensor) -> Tensor:

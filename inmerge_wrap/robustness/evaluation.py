@@ -125,10 +125,11 @@ def evaluate_robustness(
             "the loader shuffles, and the corruption of an image depends on its index: every model "
             "would see different images; build it with shuffle=False"
         )
-    conditions = _conditions(preset, severities, attacks)
     run = _Run(
         model,
-        conditions,
+        resolve_preset(preset),
+        _checked_levels(severities),
+        _checked_attacks(attacks),
         task=resolve_task(task),
         normalise=_normaliser(mean, std, normalize),
         threshold=threshold,
@@ -145,28 +146,19 @@ def evaluate_robustness(
 # --- settings -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Conditions:
-    """What an image goes through, besides nothing."""
-
-    corruptions: tuple[Corruption, ...]
-    levels: tuple[int, ...]
-    attacks: tuple[Attack, ...]
-
-
-def _conditions(
-    preset: str | Sequence[str | Corruption],
-    severities: Sequence[int],
-    attacks: Sequence[Attack | str],
-) -> _Conditions:
+def _checked_levels(severities: Sequence[int]) -> tuple[int, ...]:
     levels = tuple(severities)
     if not levels or len(set(levels)) < len(levels) or not set(levels) <= {1, 2, 3, 4, 5}:
         raise ValueError(f"severities is {levels}; choose some of 1, 2, 3, 4, 5, each once")
+    return levels
+
+
+def _checked_attacks(attacks: Sequence[Attack | str]) -> tuple[Attack, ...]:
     chosen = tuple(Attack(entry) if isinstance(entry, str) else entry for entry in attacks)
     names = [(attack.name, attack.eps) for attack in chosen]
     if len(set(names)) < len(names):
         raise ValueError(f"attacks repeat a name and eps: {names}; give each once")
-    return _Conditions(resolve_preset(preset), levels, chosen)
+    return chosen
 
 
 def _normaliser(
@@ -201,14 +193,12 @@ def _normaliser(
 
 def _device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
     tensor = next(iter([*model.parameters(), *model.buffers()]), None)
-    if device is None:
-        return tensor.device if tensor is not None else torch.device("cpu")
-    wanted = torch.device(device)
-    if tensor is not None and (
-        tensor.device.type != wanted.type or wanted.index not in (None, tensor.device.index)
-    ):
-        raise ValueError(f"device is {wanted} and the model is on {tensor.device}; move the model")
-    return tensor.device if tensor is not None else wanted
+    if tensor is None:
+        return torch.device(device or "cpu")
+    found, wanted = tensor.device, torch.device(device or tensor.device)
+    if found.type != wanted.type or wanted.index not in (None, found.index):
+        raise ValueError(f"device is {wanted} and the model is on {found}; move the model")
+    return found
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -240,7 +230,9 @@ class _Run:
     """One pass over the loader: the logits of every condition, batch by batch."""
 
     model: nn.Module
-    conditions: _Conditions
+    corruptions: tuple[Corruption, ...]
+    levels: tuple[int, ...]
+    attacks: tuple[Attack, ...]
     task: str
     normalise: Callable[[Tensor], Tensor]
     threshold: float | Sequence[float]
@@ -270,13 +262,13 @@ class _Run:
         indices = range(seen, seen + len(images))
         self.targets.append(truth.cpu())
         self._keep(CLEAN, clean)
-        for entry in self.conditions.corruptions:
-            for level in self.conditions.levels:
+        for entry in self.corruptions:
+            for level in self.levels:
                 with self._clock("corruption"):
                     damaged = corrupt(images, entry, level, seed=self.seed, indices=indices)
                 self._keep((entry.name, level), self._infer(damaged))
         truth = truth.to(self.device)
-        for attack in self.conditions.attacks:
+        for attack in self.attacks:
             draws = Draws(attack.name, indices, seed=self.seed)
             with self._clock("attacks"):
                 moved = attack_batch(
@@ -331,13 +323,13 @@ def _result_of(
     threshold = run.threshold if isinstance(run.threshold, int | float) else list(run.threshold)
     settings = {
         "task": run.task,
-        "corruptions": [entry.name for entry in run.conditions.corruptions],
-        "severities": list(run.conditions.levels),
+        "corruptions": [entry.name for entry in run.corruptions],
+        "severities": list(run.levels),
         "seed": run.seed,
         "threshold": threshold,
         "coverages": list(coverages),
         "bootstrap": bootstrap,
-        "attacks": [asdict(attack) for attack in run.conditions.attacks],
+        "attacks": [asdict(attack) for attack in run.attacks],
         "n": len(targets),
         "data_sha256": run.digest.hexdigest(),
     }
@@ -350,7 +342,7 @@ def _result_of(
     for condition, outputs in logits.items():
         scores[condition] = score(outputs, targets, run.task, run.threshold, coverages, weights)
         scored()
-    rows = rows_of(scores, settings, run.conditions.corruptions, baseline)
+    rows = rows_of(scores, settings, run.corruptions, baseline)
     run.seconds["statistics"] = time.perf_counter() - started
     replicates = {
         condition: found.replicates["balanced_error"]

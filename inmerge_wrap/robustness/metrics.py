@@ -227,31 +227,26 @@ def classification_metrics(
             f"threshold is {threshold!r}; give a probability in [0, 1], or one for each of the "
             f"{names} labels"
         )
-    per_label: dict[str, list[Tensor]] = {}
-    left_out: dict[str, list[int]] = {}
+    scores = []
     for label in range(names):
         known = ~targets[:, label].isnan()
-        scores = _binary_metrics(
-            probabilities[known, label],
-            targets[known, label],
-            weights[known],
-            thresholds[label],
-            coverages,
+        scores.append(
+            _binary_metrics(
+                probabilities[known, label],
+                targets[known, label],
+                weights[known],
+                thresholds[label],
+                coverages,
+            )
         )
-        for name, values in scores.items():
-            # Without both classes among the labels themselves no resample can define the figure.
-            if values.isnan().all():
-                left_out.setdefault(name, []).append(label)
-            else:
-                per_label.setdefault(name, []).append(values)
-    nothing = torch.full((weights.shape[1],), math.nan, dtype=weights.dtype)
-    metrics = {
-        name: torch.stack(per_label[name]).nanmean(0) if name in per_label else nothing
-        for name in scores
-    }
-    return metrics, {
-        name: _why_left_out(labels, targets, task) for name, labels in left_out.items()
-    }
+    metrics, left_out = {}, {}
+    for name in scores[0]:
+        metrics[name] = torch.stack([each[name] for each in scores]).nanmean(0)
+        # Without both classes among the labels themselves no resample can define the figure.
+        undefined = [label for label, each in enumerate(scores) if each[name].isnan().all()]
+        if undefined:
+            left_out[name] = _why_left_out(undefined, targets, task)
+    return metrics, left_out
 
 
 def _why_left_out(labels: list[int], targets: Tensor, task: str) -> str:

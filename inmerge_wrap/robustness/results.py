@@ -122,7 +122,7 @@ def compare_results(result: RobustnessResult, baseline: RobustnessResult) -> lis
             continue
         entry: Row = {name: row[name] for name in ("corruption", "severity", "kind")}
         entry["difference"] = row["balanced_error"] - theirs
-        mine_drawn, their_drawn = (_drawn(of, *condition) for of in (result, baseline))
+        mine_drawn, their_drawn = (drawn_of(of, *condition) for of in (result, baseline))
         if mine_drawn is not None and their_drawn is not None:
             interval = percentile_interval(mine_drawn - their_drawn)
             if interval is not None:
@@ -131,12 +131,12 @@ def compare_results(result: RobustnessResult, baseline: RobustnessResult) -> lis
     return differences
 
 
-def _drawn(
+def drawn_of(
     result: RobustnessResult, corruption: str, severity: int | float | str
 ) -> np.ndarray | None:
     """Returns the bootstrap values of the balanced error of any row, means included."""
     if corruption == "all":
-        parts = [_drawn(result, name, "mean") for name in result.settings["corruptions"]]
+        parts = [drawn_of(result, name, "mean") for name in result.settings["corruptions"]]
     elif severity == "mean":
         levels = result.settings["severities"]
         parts = [result.replicates.get((corruption, level)) for level in levels]

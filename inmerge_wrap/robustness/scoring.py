@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from inmerge_wrap.robustness.metrics import (
     percentile_interval,
     to_probabilities,
 )
-from inmerge_wrap.robustness.results import Condition, RobustnessResult, Row
+from inmerge_wrap.robustness.results import Condition, RobustnessResult, Row, drawn_of
 
 CLEAN: Condition = ("clean", 0)
 
@@ -42,23 +43,20 @@ def score(
 ) -> Score:
     """Scores the logits of one condition, and its bootstrap resamples by ``weights`` (N, R)."""
 
-    def metrics(given: Tensor | None) -> tuple[dict[str, Tensor], dict[str, str]]:
-        return classification_metrics(
-            probabilities,
-            targets,
-            task=task,
-            threshold=threshold,
-            coverages=coverages,
-            weights=given,
-        )
-
-    probabilities = to_probabilities(logits, task)
-    points, left_out = metrics(None)
+    metrics = partial(
+        classification_metrics,
+        to_probabilities(logits, task),
+        targets,
+        task=task,
+        threshold=threshold,
+        coverages=coverages,
+    )
+    points, left_out = metrics()
     values = {name: float(point) for name, point in points.items() if not point.isnan()}
     # Resamples in chunks, so that a large data set does not need them all in memory at once.
     portion = max(1, 20_000_000 // len(targets))
     parts = [
-        metrics(torch.from_numpy(weights[:, start : start + portion]))[0]
+        metrics(weights=torch.from_numpy(weights[:, start : start + portion]))[0]
         for start in range(0, weights.shape[1], portion)
     ]
     replicates = {
@@ -134,31 +132,26 @@ def _add_ratios(score: Score, corruption: str, clean: Score, baseline: Robustnes
     base_clean = baseline.value("balanced_error")
     if base is None or base_clean is None:
         return
-    drawn, base_drawn = None, None
-    condition_means = [
-        values for (name, _), values in baseline.replicates.items() if name == corruption
-    ]
-    if condition_means and "balanced_error" in score.replicates:
-        drawn = score.replicates["balanced_error"]
-        base_drawn = np.mean(condition_means, axis=0)
     value = score.values["balanced_error"]
     terms = {
-        "be": (value, base, drawn, base_drawn),
-        "rbe": (
-            value - clean.values["balanced_error"],
-            base - base_clean,
-            None if drawn is None else drawn - clean.replicates["balanced_error"],
-            None if base_drawn is None else base_drawn - baseline.replicates[CLEAN],
-        ),
+        "be": (value, base),
+        "rbe": (value - clean.values["balanced_error"], base - base_clean),
     }
-    for name, (above, below, above_drawn, below_drawn) in terms.items():
+    drawn: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    mine, theirs = score.replicates.get("balanced_error"), drawn_of(baseline, corruption, "mean")
+    if mine is not None and theirs is not None:
+        drawn["be"] = mine, theirs
+        clean_drawn = clean.replicates["balanced_error"]
+        drawn["rbe"] = mine - clean_drawn, theirs - baseline.replicates[CLEAN]
+    for name, (above, below) in terms.items():
         if below <= 1e-12:
             what = "makes no error under" if name == "be" else "loses nothing to"
             score.left_out[name] = f"the baseline {what} {corruption}"
             continue
         score.values[name] = above / below
-        if above_drawn is None or below_drawn is None:
+        if not drawn:
             continue
+        above_drawn, below_drawn = drawn[name]
         defined = below_drawn > 1e-12
         if np.mean(~defined) <= (1 - LEVEL) / 2:
             score.replicates[name] = np.where(

@@ -15,7 +15,7 @@ from inmerge_wrap import export_timm
 from inmerge_wrap.app.model import TrainedModel
 from inmerge_wrap.app.snippet import snippet
 from inmerge_wrap.card import PLACE, CardResult, ModelCard
-from inmerge_wrap.images.files import decode
+from inmerge_wrap.images.files import examine
 from inmerge_wrap.images.looks import look_at, seen_of
 from inmerge_wrap.images.preparation import Preparation, Recipe
 from tests.images.test_folders import dicom
@@ -56,10 +56,9 @@ def recipe_for(folder: Path, form: str) -> Recipe:
         channels=3 if colour else 1,
         pixel_range=(0.0, 4095.0) if form == "png16" else None,
     )
-    looks = []
-    for path in sorted(folder.iterdir()):
-        decoded = decode(path)
-        looks.append(look_at(decoded, preparation.pixels_of(decoded)))
+    paths = sorted(folder.iterdir())
+    facts = [examine(path) for path in paths]
+    looks = [look_at(e, preparation(path)) for e, path in zip(facts, paths, strict=True)]
     several = form == "multilabel"
     return Recipe(
         preparation=preparation,
@@ -69,7 +68,7 @@ def recipe_for(folder: Path, form: str) -> Recipe:
         classes=("a", "b", "c"),
         temperature=1.7,
         thresholds=(0.45, 0.5, 0.55) if several else None,
-        seen=seen_of(looks),
+        seen=seen_of(facts, looks),
         class_shares=(0.2, 0.3, 0.5),
     )
 

@@ -19,12 +19,11 @@ from inmerge_wrap.images import dicom as image_dicom
 from inmerge_wrap.images import files as image_files
 from inmerge_wrap.images import folders as image_folders
 from inmerge_wrap.images import sets as image_sets
-from inmerge_wrap.images.cells import restored, safe, write_table
 from inmerge_wrap.images.collection import ImageCollection, ImageFile, deal
 from inmerge_wrap.images.files import DataError, decode, examine, range_of
 from inmerge_wrap.images.finding import find_images
 from inmerge_wrap.images.preparation import Preparation, Recipe, Seen
-from inmerge_wrap.images.tables import read_table
+from inmerge_wrap.images.tables import read_table, restored, safe, write_table
 
 
 def ramp(height: int = 12, width: int = 10, top: int = 255, dtype: Any = np.uint8) -> np.ndarray:
