@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Counts"]
-
 
 class Counts:
     """Sums for each merged layer, which nothing waits for until they are taken.

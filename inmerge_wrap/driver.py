@@ -51,8 +51,6 @@ from inmerge_wrap.tally import Tally
 from inmerge_wrap.trial import refuse_undone
 from inmerge_wrap.watch import Watch
 
-__all__ = ["Driver"]
-
 
 class Driver:
     """Drives the merging of one network from the steps of its optimizers.

@@ -49,8 +49,6 @@ from inmerge_wrap.pairs import (
 from inmerge_wrap.plan import ConvSite
 from inmerge_wrap.settings import NOISE, MergeSettings, Strength
 
-__all__ = ["ForwardMerge"]
-
 _NOTHING = object()
 
 _BLOCK = 8  # channels whose signs are drawn together

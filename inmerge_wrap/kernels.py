@@ -24,27 +24,6 @@ from torch.nn.utils import parametrizations, parametrize
 
 from inmerge_wrap.plan import ConvSite
 
-__all__ = [
-    "Layout",
-    "MergedLayer",
-    "Plain",
-    "Pruned",
-    "Sharded",
-    "Store",
-    "Transposed",
-    "Unreachable",
-    "WeightNormed",
-    "check_sites",
-    "find_layers",
-    "is_sharded",
-    "layout_of",
-    "modules_of",
-    "store_of",
-    "stream_of",
-    "tensor_store",
-]
-
-
 _NOTHING = torch.empty(0)
 
 

@@ -17,26 +17,6 @@ from inmerge_wrap.plan import ConvSite
 from inmerge_wrap.settings import NOISE, MergeSettings
 from inmerge_wrap.unwrapping import unwrap
 
-__all__ = [
-    "Attachment",
-    "Attachments",
-    "carry_counter",
-    "check_settings",
-    "check_still_held",
-    "companions",
-    "fsdp_modules",
-    "is_schedule_free",
-    "refuse_second",
-    "remedy_for_none_held",
-    "replaced",
-    "stepped_of",
-    "stepping_optimizer",
-    "trained_by",
-    "trained_of",
-    "trains_any",
-    "unprepared",
-]
-
 # By name, so that nothing is imported: they write the weights from copies of their own.
 _STEPS_COPIES = {"DeepSpeedOptimizerWrapper", "MegatronLMOptimizerWrapper", "DummyOptim"}
 

@@ -28,8 +28,6 @@ from inmerge_wrap.pairs import (
 )
 from inmerge_wrap.settings import NOISE, MergeSettings, Strength, compiles
 
-__all__ = ["merge_pairs_", "merge_step"]
-
 
 @torch.no_grad()
 def merge_step(

@@ -13,8 +13,6 @@ from inmerge_wrap.schedule import Schedule
 from inmerge_wrap.settings import DirectionRule, MergeSettings, Mode, PartnerRule
 from inmerge_wrap.thresholds import Threshold
 
-__all__ = ["NetworkProxy"]
-
 _SETTINGS = frozenset(setting.name for setting in fields(MergeSettings))
 
 

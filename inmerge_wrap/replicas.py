@@ -19,8 +19,6 @@ from inmerge_wrap.schedule import Schedule
 from inmerge_wrap.settings import MergeSettings
 from inmerge_wrap.thresholds import Fixed, Quantile, ZScore
 
-__all__ = ["Replicas", "check_replicas"]
-
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -27,16 +27,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from inmerge_wrap.inputs import Arguments, call_arguments, is_quantised, on_device_of, to_meta
 
-__all__ = [
-    "Call",
-    "Trace",
-    "bystanders_kept",
-    "first_possible_trace",
-    "meta_copy",
-    "named_convs",
-    "run_trace",
-]
-
 _HOOK_DICTS = (
     "_forward_hooks",
     "_forward_pre_hooks",

@@ -19,8 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["refuse_undone", "share_kept"]
-
 _STEPS = 24  # before the change and after it; a copy that is used less often is not found
 _KEPT = 0.9
 
