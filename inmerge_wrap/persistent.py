@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inmerge_wrap.kernels import MergedLayer, Plain, Store, Transposed
+from inmerge_wrap.kernels import Layout, MergedLayer, Plain, Store, Transposed
 from inmerge_wrap.pairs import (
     Move,
     Outcome,
@@ -129,7 +129,7 @@ def merge_pairs_(
     targets: Tensor,
     sources: Tensor,
     settings: MergeSettings,
-    size: float,
+    size: float | Tensor,
     *,
     signs: Tensor | None = None,
     noise: Callable[[int], Tensor | None] = lambda count: None,
@@ -160,9 +160,10 @@ def merge_pairs_(
     kernels, partners = store.read(targets), store.read(sources)
     cosines, merged = compare(kernels, partners, settings, centred=centred)
     if skip is not None:
-        merged &= skip == 0
+        merged = merged & (skip == 0)
     mask: Tensor | None = merged
-    if merged.device.type == "cpu":  # finding the merged pairs waits for nothing there
+    # Finding the merged pairs waits for nothing on the CPU, but their number breaks a graph.
+    if merged.device.type == "cpu" and not torch.compiler.is_compiling():
         (known,) = merged.nonzero(as_tuple=True)
         mask = None
         if len(known) < len(targets):
@@ -204,15 +205,10 @@ def _merge_bank_(
     settings: MergeSettings,
 ) -> tuple[Tensor, Tensor]:
     """Merges kernels that are the rows of a matrix, (C_out, fan_in): what is compiled as one."""
-    wide = torch.promote_types(bank.dtype, torch.float32)
-    kernels, partners = bank[targets].to(wide), bank[sources].to(wide)
-    cosines, merged = compare(kernels, partners, settings, centred=centred)
-    if skip is not None:
-        merged = merged & (skip == 0)
-    moved = move(kernels, partners, signs, None, size, settings)
-    rows = torch.where(merged.unsqueeze(1), moved.rows, kernels)
-    bank.index_copy_(0, targets, rows.to(bank.dtype))
-    return cosines, merged
+    store = Plain(bank, (), Layout())  # all given, because a compiler cannot follow defaults
+    return merge_pairs_(
+        store, targets, sources, settings, size, signs=signs, centred=centred, skip=skip
+    )
 
 
 @cache
