@@ -172,7 +172,10 @@ class ForwardMerge:
         self.is_on = strength is not None and settings.mode != "step"
         if not self.is_on or strength is None:
             return
-        state = self._state_on(next(self._modules[0].parameters()).device)
+        device = next(self._modules[0].parameters()).device
+        if self._state is None or self._state.device != device:
+            self._state = _State(self._sites, device)
+        state = self._state
         state.clock.fill_(mix(settings.seed, step))
         state.size.fill_(strength.size)
         state.probability.fill_(strength.probability)
@@ -184,11 +187,6 @@ class ForwardMerge:
                 state.rulers = [_ruler(shift) for shift in self._shifts]
         else:
             self._draw_kernels(step, strength, settings, state)
-
-    def _state_on(self, device: torch.device) -> _State:
-        if self._state is None or self._state.device != device:
-            self._state = _State(self._sites, device)
-        return self._state
 
     def _draw_kernels(
         self, step: int, strength: Strength, settings: MergeSettings, state: _State

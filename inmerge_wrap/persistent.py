@@ -16,7 +16,6 @@ from torch import Tensor
 
 from inmerge_wrap.kernels import Layout, MergedLayer, Plain, Store, Transposed
 from inmerge_wrap.pairs import (
-    Move,
     Outcome,
     choose_sources,
     compare,
@@ -173,7 +172,9 @@ def merge_pairs_(
     moved = move(kernels, partners, signs, noise(len(targets)), size, settings)
     _write_(store, targets, moved.rows, kernels, mask)
     for companion in companions:
-        _follow_(companion, targets, sources, moved, mask)
+        with companion.opened() as kept:
+            rows = kept.read(targets)
+            _write_(kept, targets, moved.follow(rows, kept.read(sources)), rows, mask)
     return cosines, merged
 
 
@@ -183,15 +184,6 @@ def _write_(
     if mask is not None:
         rows = torch.where(mask.unsqueeze(1), rows, before)
     store.write_(targets, rows, mask)
-
-
-def _follow_(
-    companion: Store, targets: Tensor, sources: Tensor, moved: Move, mask: Tensor | None
-) -> None:
-    """Changes what an optimizer keeps of the merged kernels like the kernels."""
-    with companion.opened() as store:
-        rows = store.read(targets)
-        _write_(store, targets, moved.follow(rows, store.read(sources)), rows, mask)
 
 
 def _merge_bank_(
