@@ -81,12 +81,7 @@ class _Draw:
 
 
 class _State:
-    """The numbers of a step on the device of the network; from step to step their content changes.
-
-    Args:
-        sites: The merged layers.
-        device: Where the network is.
-    """
+    """The numbers of a step, on the device of the network; their content changes in place."""
 
     def __init__(self, sites: Sequence[ConvSite], device: torch.device) -> None:
         self.device = device
@@ -109,17 +104,10 @@ class _State:
 
 
 class ForwardMerge:
-    """Merges in the forward pass of one network.
-
-    Args:
-        sites: The merged layers.
-
-    Attributes:
-        is_on: Whether the current step merges.
-    """
+    """Merges in the forward pass of one network."""
 
     def __init__(self, sites: Sequence[ConvSite]) -> None:
-        self.is_on = False
+        self.is_on = False  # whether the current step merges
         self._sites = sites
         # Where each layer has its channels in tables of all layers, each filled up to whole blocks.
         self._spans, begin = [], 0
@@ -163,10 +151,7 @@ class ForwardMerge:
     def set_step(self, step: int, strength: Strength | None, settings: MergeSettings) -> None:
         """Prepares the next step: draws what does not depend on the images, and sets the strength.
 
-        Args:
-            step: The number of the step.
-            strength: None where the step does not merge.
-            settings: The settings of the wrapper.
+        Without a strength the step does not merge.
         """
         self._settings = settings
         self.is_on = strength is not None and settings.mode != "step"

@@ -59,9 +59,6 @@ class Transposed(Layout):
 
     Kernel ``o`` of group ``g`` is ``tensor[g * C_in / groups : (g + 1) * C_in / groups, o]``: the
     weights of output channel ``g * C_out / groups + o`` for its input channels.
-
-    Attributes:
-        groups: Groups of the convolution.
     """
 
     groups: int = 1
@@ -246,12 +243,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def tensor_store(tensor: Tensor, layout: Layout = _ROWS) -> Store:
-    """Returns the store of kernels that are parts of a tensor, which FSDP2 may have sharded.
-
-    Args:
-        tensor: A weight, or a tensor of an optimizer in the shape of one.
-        layout: Layout of the weight.
-    """
+    """Returns the store of kernels that are parts of a weight, or of a tensor in its shape."""
     kind = Sharded if is_sharded(tensor) else Plain
     return kind(tensor.detach(), (tensor,) if isinstance(tensor, nn.Parameter) else (), layout)
 

@@ -92,9 +92,6 @@ class Replicas:
         Inside DDP's ``join()`` a process that has no batches left takes no steps, while the others
         go on. In a forward pass nobody can be ahead: a step needs the gradients of all that are
         left.
-
-        Args:
-            step: The step counter of this process.
         """
         parallel = DistributedDataParallel._get_active_ddp_module()
         if parallel is not None:
