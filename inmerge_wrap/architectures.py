@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["build", "creation_arguments", "is_timm_folder", "known_models", "resolve"]
-
 _FOLDERS = {
     "timm": ("models",),
     # Models of torchvision.models.quantization and .optical_flow are not trained like a CNN.

@@ -5,16 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Counts"]
-
 
 class Counts:
-    """Sums for each merged layer, which nothing waits for until they are taken.
-
-    Args:
-        layers: Merged layers.
-        device: Where the network is.
-    """
+    """Sums for each merged layer, which nothing waits for until they are taken."""
 
     def __init__(self, layers: int, device: torch.device) -> None:
         wide = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64

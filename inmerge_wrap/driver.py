@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from inmerge_wrap.forward import ForwardMerge
-from inmerge_wrap.kernels import MergedLayer, check_layers, check_sites, find_layers
+from inmerge_wrap.kernels import MergedLayer, check_layers, check_sites, find_layers, modules_of
 from inmerge_wrap.merging import cyclic_sources
 from inmerge_wrap.optimizers import (
     Attachment,
@@ -26,13 +26,11 @@ from inmerge_wrap.optimizers import (
     is_schedule_free,
     parameters_of,
     refuse_second,
-    remedy_for_none_held,
     replaced,
     stepped_of,
     stepping_optimizer,
     trained_by,
     trained_of,
-    trains_any,
     unprepared,
 )
 from inmerge_wrap.pairs import Outcome, draw_layer, shared_shift
@@ -51,21 +49,9 @@ from inmerge_wrap.tally import Tally
 from inmerge_wrap.trial import refuse_undone
 from inmerge_wrap.watch import Watch
 
-__all__ = ["Driver"]
-
 
 class Driver:
-    """Drives the merging of one network from the steps of its optimizers.
-
-    Args:
-        network: The network.
-        plan: Its plan.
-        settings: The settings of the wrapper.
-
-    Attributes:
-        tally: The running counts.
-        watch: The history and the warnings.
-    """
+    """Drives the merging of one network from the steps of its optimizers."""
 
     def __init__(self, network: nn.Module, plan: MergePlan, settings: MergeSettings) -> None:
         check_sites(network, plan.merged)
@@ -220,9 +206,16 @@ class Driver:
         layers: Sequence[MergedLayer],
     ) -> None:
         if self._in_step and not held:
+            remedy = (
+                "build it from the parameters of this model"
+                if any(p.requires_grad for layer in layers for p in layer.parameters)
+                else "they are frozen, and it was built from the other parameters. Attach the "
+                "optimizer that trains them once they are unfrozen, or build this one from all "
+                "parameters of the model"
+            )
             raise ValueError(
                 f"the optimizer holds none of the {len(layers)} weights to merge "
-                f"({layers[0].site.name}, ...): {remedy_for_none_held(layers)}"
+                f"({layers[0].site.name}, ...): {remedy}"
             )
         mine = set(map(id, parameters_of(optimizer)))
         if mine.isdisjoint(map(id, self._network.parameters())):
@@ -440,7 +433,9 @@ class Driver:
         if has_ended or (self.watch.steps and not len(self._attachments)):  # or merged by hand
             return
         if self._attachments.miss(optimizer) and not self._pauses:
-            if trains_any(optimizer, self._network, self._plan.merged):
+            held = set(map(id, parameters_of(optimizer)))
+            modules = modules_of(self._network, self._plan.merged)
+            if any(p.requires_grad and id(p) in held for m in modules for p in m.parameters()):
                 self.watch.after_missed_step(type(optimizer).__name__)
 
     def _warn_of_frozen_weights(self) -> None:

@@ -10,15 +10,6 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-__all__ = [
-    "ArgumentError",
-    "ArgumentWarning",
-    "as_option",
-    "check_choice",
-    "check_range",
-    "for_command_line",
-]
-
 _MARK = re.compile(r"<([a-z][a-z_]*)(?:=([^<>]*))?>")
 
 

@@ -12,15 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-__all__ = [
-    "read_json",
-    "replacing",
-    "replacing_files",
-    "supported_or_skipped",
-    "sync",
-    "write_json",
-]
-
 # What CIFS, FUSE and bucket mounts answer to calls that they do not offer.
 _UNSUPPORTED = {
     errno.EACCES,

@@ -49,8 +49,6 @@ from inmerge_wrap.pairs import (
 from inmerge_wrap.plan import ConvSite
 from inmerge_wrap.settings import NOISE, MergeSettings, Strength
 
-__all__ = ["ForwardMerge"]
-
 _NOTHING = object()
 
 _BLOCK = 8  # channels whose signs are drawn together
@@ -83,12 +81,7 @@ class _Draw:
 
 
 class _State:
-    """The numbers of a step on the device of the network; from step to step their content changes.
-
-    Args:
-        sites: The merged layers.
-        device: Where the network is.
-    """
+    """The numbers of a step, on the device of the network; their content changes in place."""
 
     def __init__(self, sites: Sequence[ConvSite], device: torch.device) -> None:
         self.device = device
@@ -111,17 +104,10 @@ class _State:
 
 
 class ForwardMerge:
-    """Merges in the forward pass of one network.
-
-    Args:
-        sites: The merged layers.
-
-    Attributes:
-        is_on: Whether the current step merges.
-    """
+    """Merges in the forward pass of one network."""
 
     def __init__(self, sites: Sequence[ConvSite]) -> None:
-        self.is_on = False
+        self.is_on = False  # whether the current step merges
         self._sites = sites
         # Where each layer has its channels in tables of all layers, each filled up to whole blocks.
         self._spans, begin = [], 0
@@ -165,16 +151,16 @@ class ForwardMerge:
     def set_step(self, step: int, strength: Strength | None, settings: MergeSettings) -> None:
         """Prepares the next step: draws what does not depend on the images, and sets the strength.
 
-        Args:
-            step: The number of the step.
-            strength: None where the step does not merge.
-            settings: The settings of the wrapper.
+        Without a strength the step does not merge.
         """
         self._settings = settings
         self.is_on = strength is not None and settings.mode != "step"
         if not self.is_on or strength is None:
             return
-        state = self._state_on(next(self._modules[0].parameters()).device)
+        device = next(self._modules[0].parameters()).device
+        if self._state is None or self._state.device != device:
+            self._state = _State(self._sites, device)
+        state = self._state
         state.clock.fill_(mix(settings.seed, step))
         state.size.fill_(strength.size)
         state.probability.fill_(strength.probability)
@@ -186,11 +172,6 @@ class ForwardMerge:
                 state.rulers = [_ruler(shift) for shift in self._shifts]
         else:
             self._draw_kernels(step, strength, settings, state)
-
-    def _state_on(self, device: torch.device) -> _State:
-        if self._state is None or self._state.device != device:
-            self._state = _State(self._sites, device)
-        return self._state
 
     def _draw_kernels(
         self, step: int, strength: Strength, settings: MergeSettings, state: _State

@@ -10,9 +10,6 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
-__all__ = ["Arguments", "call_arguments", "is_quantised", "on_device_of", "timm_config", "to_meta"]
-
-
 # Sizes of example inputs by their number of dimensions, the likeliest first: sound and signals,
 # images, videos and volumes.
 _FALLBACK_SIZES: dict[int, list[tuple[int, ...]]] = {

@@ -24,27 +24,6 @@ from torch.nn.utils import parametrizations, parametrize
 
 from inmerge_wrap.plan import ConvSite
 
-__all__ = [
-    "Layout",
-    "MergedLayer",
-    "Plain",
-    "Pruned",
-    "Sharded",
-    "Store",
-    "Transposed",
-    "Unreachable",
-    "WeightNormed",
-    "check_sites",
-    "find_layers",
-    "is_sharded",
-    "layout_of",
-    "modules_of",
-    "store_of",
-    "stream_of",
-    "tensor_store",
-]
-
-
 _NOTHING = torch.empty(0)
 
 
@@ -80,9 +59,6 @@ class Transposed(Layout):
 
     Kernel ``o`` of group ``g`` is ``tensor[g * C_in / groups : (g + 1) * C_in / groups, o]``: the
     weights of output channel ``g * C_out / groups + o`` for its input channels.
-
-    Attributes:
-        groups: Groups of the convolution.
     """
 
     groups: int = 1
@@ -119,21 +95,18 @@ class Store:
         weight: The stored kernels, detached, in the shape that the convolution uses.
         parameters: The parameters that an optimizer must train for merging to act.
         layout: Where the kernels are in the weight, and in all tensors of its shape.
+        reason: Why the kernels cannot be written; None where they can.
     """
 
     weight: Tensor = _NOTHING
     parameters: tuple[nn.Parameter, ...] = ()
     layout: Layout = _ROWS
+    reason: str | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the bank of kernels, (C_out, C_in / groups, *kernel size)."""
         return self.layout.shape(self.weight)
-
-    @property
-    def reason(self) -> str | None:
-        """Why the kernels cannot be written; None where they can."""
-        return None
 
     @contextmanager
     def opened(self) -> Iterator[Store]:
@@ -251,23 +224,13 @@ class Sharded(Store):
 
 @dataclass(frozen=True)
 class Unreachable(Store):
-    """Kernels that cannot be written.
-
-    Attributes:
-        why: The reason, shown in plans and messages.
-    """
-
-    why: str = ""
-
-    @property
-    def reason(self) -> str | None:
-        return self.why
+    """Kernels that cannot be written, for a reason that plans and messages show."""
 
     @contextmanager
     def opened(self) -> Iterator[Store]:
         """Raises a RuntimeError with the reason."""
         raise RuntimeError(
-            f"the kernels of this convolution cannot be written: {self.why}. If a library "
+            f"the kernels of this convolution cannot be written: {self.reason}. If a library "
             "replaced the weights after wrapping (FSDP1, DeepSpeed, Megatron, reparameterisation), "
             "train with DDP or FSDP2 (fully_shard) instead, or wrap the network again"
         )
@@ -280,12 +243,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def tensor_store(tensor: Tensor, layout: Layout = _ROWS) -> Store:
-    """Returns the store of kernels that are parts of a tensor, which FSDP2 may have sharded.
-
-    Args:
-        tensor: A weight, or a tensor of an optimizer in the shape of one.
-        layout: Layout of the weight.
-    """
+    """Returns the store of kernels that are parts of a weight, or of a tensor in its shape."""
     kind = Sharded if is_sharded(tensor) else Plain
     return kind(tensor.detach(), (tensor,) if isinstance(tensor, nn.Parameter) else (), layout)
 
@@ -303,7 +261,7 @@ def store_of(conv: nn.Module) -> Store:
     if plain is not None:  # first, because it is by far the most common and checked in every step
         if isinstance(plain, nn.parameter.UninitializedParameter):
             reason = "lazy: its weight has no shape before the first forward pass"
-            return Unreachable(plain, (plain,), why=reason)
+            return Unreachable(plain, (plain,), reason=reason)
         return tensor_store(plain, layout)
     if parametrize.is_parametrized(conv, "weight"):
         return _parametrized(cast(nn.ModuleDict, conv.parametrizations)["weight"], layout)
@@ -312,29 +270,22 @@ def store_of(conv: nn.Module) -> Store:
         return _weight_normed(direction, magnitude, layout)
     original, mask = own.get("weight_orig"), conv._buffers.get("weight_mask")
     if original is not None and mask is not None:
-        return _unless_sharded(Pruned(original.detach(), (original,), layout, mask))
+        return _unless_sharded(Pruned(original.detach(), (original,), layout, mask=mask))
     if original is not None and conv._buffers.get("weight_u") is not None:
         return tensor_store(original, layout)  # spectral_norm
-    return Unreachable(why="a weight that is not a parameter of the convolution")
+    return Unreachable(reason="a weight that is not a parameter of the convolution")
 
 
 def _weight_normed(direction: nn.Parameter, magnitude: nn.Parameter, layout: Layout) -> Store:
-    if not _is_over_each_kernel(direction, magnitude, layout):
-        why = "weight_norm that is not over each kernel"
+    kernels, *others = layout.shape(direction)
+    # Not of a transposed convolution in groups, where each magnitude is of a kernel in every group.
+    if layout.shape(magnitude) != (kernels, *[1] * len(others)):
+        reason = "weight_norm that is not over each kernel"
         hint = "; of a transposed convolution without groups, dim=1 is"
-        return Unreachable(why=why + hint if isinstance(layout, Transposed) else why)
+        return Unreachable(reason=reason + hint if isinstance(layout, Transposed) else reason)
+    stored, norms = direction.detach(), magnitude.detach()
     parameters = (direction, magnitude)
-    return _unless_sharded(WeightNormed(direction.detach(), parameters, layout, magnitude.detach()))
-
-
-def _is_over_each_kernel(direction: Tensor, magnitude: Tensor, layout: Layout) -> bool:
-    """Returns whether weight normalisation has one magnitude for each kernel."""
-    if isinstance(layout, Transposed) and layout.groups > 1:
-        return False  # a magnitude along dimension 1 is one of a kernel in each group
-    along = 1 if isinstance(layout, Transposed) else 0
-    shape = [1] * direction.ndim
-    shape[along] = direction.shape[along]
-    return list(magnitude.shape) == shape
+    return _unless_sharded(WeightNormed(stored, parameters, layout, magnitude=norms))
 
 
 def _unless_sharded(store: Store) -> Store:
@@ -356,7 +307,7 @@ def _parametrized(chain: nn.Module, layout: Layout) -> Store:
         original = stored["original"]
         assert original is not None
         return tensor_store(original, layout)
-    return Unreachable(why=f"a weight computed by the parametrization {type(first).__name__}")
+    return Unreachable(reason=f"a weight computed by the parametrization {type(first).__name__}")
 
 
 # -- the merged layers of a network ----------------------------------------------------------------

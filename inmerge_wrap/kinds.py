@@ -14,9 +14,6 @@ from inmerge_wrap.inputs import Arguments, call_arguments, timm_config, to_meta
 from inmerge_wrap.kernels import store_of
 from inmerge_wrap.tracing import Call, Trace, meta_copy, run_trace
 
-__all__ = ["kinds_of"]
-
-
 # Modules inside a layer that peft adapts to a task: the two factors of a low-rank update.
 _ADAPTERS = {"lora_A", "lora_B"}
 

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import jinja2
 
-__all__ = ["one_line", "plain_text", "template"]
-
 
 @functools.cache
 def template(name: str) -> jinja2.Template:

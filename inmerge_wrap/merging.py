@@ -25,20 +25,7 @@ from torch import Tensor
 
 from inmerge_wrap.errors import check_range
 
-__all__ = [
-    "blend_kernels",
-    "cyclic_sources",
-    "draw_bits",
-    "draw_pairs",
-    "draw_shift",
-    "draw_ways",
-    "fingerprint",
-    "mix",
-    "mix_channels",
-    "nearest_kernels",
-    "pair_cosines",
-    "relative_weight",
-]
+__all__ = ["blend_kernels", "draw_pairs", "mix_channels", "pair_cosines"]
 
 # -- which kernels are drawn -----------------------------------------------------------------------
 

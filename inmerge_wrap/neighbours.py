@@ -12,14 +12,6 @@ from typing import Any, cast
 
 from torch import nn
 
-__all__ = [
-    "accept_network_state",
-    "plain_for_timms_export",
-    "put_counter_last",
-    "renamed_for_timm",
-    "takes_any_keyword",
-]
-
 _NEAR = 8  # calls between timm and a hook of the state dict, and some more
 
 

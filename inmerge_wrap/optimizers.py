@@ -12,30 +12,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from inmerge_wrap.kernels import MergedLayer, Sharded, Store, modules_of, tensor_store
-from inmerge_wrap.plan import ConvSite
+from inmerge_wrap.kernels import MergedLayer, Sharded, Store, tensor_store
 from inmerge_wrap.settings import NOISE, MergeSettings
 from inmerge_wrap.unwrapping import unwrap
-
-__all__ = [
-    "Attachment",
-    "Attachments",
-    "carry_counter",
-    "check_settings",
-    "check_still_held",
-    "companions",
-    "fsdp_modules",
-    "is_schedule_free",
-    "refuse_second",
-    "remedy_for_none_held",
-    "replaced",
-    "stepped_of",
-    "stepping_optimizer",
-    "trained_by",
-    "trained_of",
-    "trains_any",
-    "unprepared",
-]
 
 # By name, so that nothing is imported: they write the weights from copies of their own.
 _STEPS_COPIES = {"DeepSpeedOptimizerWrapper", "MegatronLMOptimizerWrapper", "DummyOptim"}
@@ -71,12 +50,6 @@ class Attachment:
         """Stops merging with the steps of this optimizer."""
         for handle in self._handles:
             handle.remove()
-
-    def __enter__(self) -> Attachment:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
 
 
 class Attachments:
@@ -156,15 +129,12 @@ def stepped_of(layers: Sequence[MergedLayer]) -> list[MergedLayer]:
 def check_still_held(
     attachment: Attachment, merging: Sequence[MergedLayer], layers: Sequence[MergedLayer]
 ) -> None:
-    """Checks that an attached optimizer still holds the weights that it held before.
+    """Raises a RuntimeError if an attached optimizer lost weights that its steps trained before.
 
     Args:
         attachment: That of the optimizer.
         merging: The layers that merge with this step.
         layers: All layers of the plan.
-
-    Raises:
-        RuntimeError: If it lost some, so that its steps no longer train them.
     """
     attachment.merged.update(layer.number for layer in merging)
     optimizer = attachment.optimizer
@@ -257,26 +227,6 @@ def carry_counter(
     return handles
 
 
-def trains_any(optimizer: Optimizer, network: nn.Module, sites: Sequence[ConvSite]) -> bool:
-    """Returns whether an optimizer trains a weight of the modules at some convolution names."""
-    held = set(map(id, parameters_of(optimizer)))
-    return any(
-        id(parameter) in held and parameter.requires_grad
-        for module in modules_of(network, sites)
-        for parameter in module.parameters()
-    )
-
-
-def remedy_for_none_held(layers: Sequence[MergedLayer]) -> str:
-    """Returns the remedy for an optimizer that holds no weight of some layers."""
-    if any(p.requires_grad for layer in layers for p in layer.parameters):
-        return "build it from the parameters of this model"
-    return (
-        "they are frozen, and it was built from the other parameters. Attach the optimizer that "
-        "trains them once they are unfrozen, or build this one from all parameters of the model"
-    )
-
-
 def refuse_second(optimizer: Optimizer, wrapper: nn.Module) -> None:
     """Raises a ValueError if the optimizer merges for another wrapper of the same network."""
     for hook in optimizer._optimizer_step_post_hooks.values():
@@ -290,11 +240,7 @@ def refuse_second(optimizer: Optimizer, wrapper: nn.Module) -> None:
 
 
 def check_settings(settings: MergeSettings, optimizer: Optimizer) -> None:
-    """Checks that settings work with an optimizer.
-
-    Raises:
-        RuntimeError: If they do not.
-    """
+    """Raises a RuntimeError if settings do not work with an optimizer."""
     if settings.mode == "step" and settings.direction in NOISE and is_schedule_free(optimizer):
         raise RuntimeError(
             f"the averages of {type(optimizer).__name__} cannot follow "

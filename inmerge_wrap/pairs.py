@@ -30,18 +30,6 @@ from inmerge_wrap.merging import (
 from inmerge_wrap.plan import ConvSite
 from inmerge_wrap.settings import MergeSettings
 
-__all__ = [
-    "Move",
-    "Outcome",
-    "choose_sources",
-    "compare",
-    "draw_layer",
-    "draw_noise",
-    "draw_signs",
-    "move",
-    "shared_shift",
-]
-
 # They separate the random streams of directions and of shared partners from that of the pairs.
 _DIRECTION_STREAM, _PARTNER_STREAM = 2**40, 2**41
 

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inmerge_wrap.kernels import MergedLayer, Plain, Store, Transposed
+from inmerge_wrap.kernels import Layout, MergedLayer, Plain, Store, Transposed
 from inmerge_wrap.pairs import (
-    Move,
     Outcome,
     choose_sources,
     compare,
@@ -27,8 +26,6 @@ from inmerge_wrap.pairs import (
     without_autocast,
 )
 from inmerge_wrap.settings import NOISE, MergeSettings, Strength, compiles
-
-__all__ = ["merge_pairs_", "merge_step"]
 
 
 @torch.no_grad()
@@ -131,7 +128,7 @@ def merge_pairs_(
     targets: Tensor,
     sources: Tensor,
     settings: MergeSettings,
-    size: float,
+    size: float | Tensor,
     *,
     signs: Tensor | None = None,
     noise: Callable[[int], Tensor | None] = lambda count: None,
@@ -162,9 +159,10 @@ def merge_pairs_(
     kernels, partners = store.read(targets), store.read(sources)
     cosines, merged = compare(kernels, partners, settings, centred=centred)
     if skip is not None:
-        merged &= skip == 0
+        merged = merged & (skip == 0)
     mask: Tensor | None = merged
-    if merged.device.type == "cpu":  # finding the merged pairs waits for nothing there
+    # Finding the merged pairs waits for nothing on the CPU, but their number breaks a graph.
+    if merged.device.type == "cpu" and not torch.compiler.is_compiling():
         (known,) = merged.nonzero(as_tuple=True)
         mask = None
         if len(known) < len(targets):
@@ -174,7 +172,9 @@ def merge_pairs_(
     moved = move(kernels, partners, signs, noise(len(targets)), size, settings)
     _write_(store, targets, moved.rows, kernels, mask)
     for companion in companions:
-        _follow_(companion, targets, sources, moved, mask)
+        with companion.opened() as kept:
+            rows = kept.read(targets)
+            _write_(kept, targets, moved.follow(rows, kept.read(sources)), rows, mask)
     return cosines, merged
 
 
@@ -184,15 +184,6 @@ def _write_(
     if mask is not None:
         rows = torch.where(mask.unsqueeze(1), rows, before)
     store.write_(targets, rows, mask)
-
-
-def _follow_(
-    companion: Store, targets: Tensor, sources: Tensor, moved: Move, mask: Tensor | None
-) -> None:
-    """Changes what an optimizer keeps of the merged kernels like the kernels."""
-    with companion.opened() as store:
-        rows = store.read(targets)
-        _write_(store, targets, moved.follow(rows, store.read(sources)), rows, mask)
 
 
 def _merge_bank_(
@@ -206,15 +197,10 @@ def _merge_bank_(
     settings: MergeSettings,
 ) -> tuple[Tensor, Tensor]:
     """Merges kernels that are the rows of a matrix, (C_out, fan_in): what is compiled as one."""
-    wide = torch.promote_types(bank.dtype, torch.float32)
-    kernels, partners = bank[targets].to(wide), bank[sources].to(wide)
-    cosines, merged = compare(kernels, partners, settings, centred=centred)
-    if skip is not None:
-        merged = merged & (skip == 0)
-    moved = move(kernels, partners, signs, None, size, settings)
-    rows = torch.where(merged.unsqueeze(1), moved.rows, kernels)
-    bank.index_copy_(0, targets, rows.to(bank.dtype))
-    return cosines, merged
+    store = Plain(bank, (), Layout())  # all given, because a compiler cannot follow defaults
+    return merge_pairs_(
+        store, targets, sources, settings, size, signs=signs, centred=centred, skip=skip
+    )
 
 
 @cache

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from inmerge_wrap.similarity import KernelPair, LayerSimilarity, similarity_histogram
+from inmerge_wrap.similarity import KernelPair, LayerSimilarity, pairs_of, similarity_histogram
 from inmerge_wrap.thresholds import Threshold, as_threshold
 
 if TYPE_CHECKING:
@@ -137,8 +137,7 @@ def plot_matrices(
             )
             panel.set_title(_shortened(layer.name, 24), fontsize=7.5, pad=3)
             panel.set_xlabel(f"{len(chosen)} of {layer.shape[0]} kernels", fontsize=7, labelpad=2)
-            panel.set_xticks([])
-            panel.set_yticks([])
+            panel.set(xticks=[], yticks=[])
             panel.spines[:].set_visible(False)
             bar = figure.colorbar(image, ax=panel, shrink=0.85, aspect=14, pad=0.03)
             bar.ax.tick_params(labelsize=6.5)
@@ -191,7 +190,8 @@ def plot_pairs(
             halves, ("most similar", "least similar"), (similar, apart), strict=True
         ):
             half.suptitle(title, fontsize=9, x=0.01, ha="left")
-            panels = half.subplots(1, 3 * len(chosen) - 1, width_ratios=_with_gaps(len(chosen)))
+            widths = [1.0, 1.0, 0.25] * len(chosen)  # two kernels and a gap
+            panels = half.subplots(1, 3 * len(chosen) - 1, width_ratios=widths[:-1])
             for gap in panels[2::3]:
                 gap.set_axis_off()
             mapped = None
@@ -208,8 +208,7 @@ def plot_pairs(
                         aspect=max(1.0, width / (4 * height)),  # a signal would be a hair line
                     )
                     mapped = image if picture.dim() == 2 else mapped
-                    panel.set_xticks([])
-                    panel.set_yticks([])
+                    panel.set(xticks=[], yticks=[])
                     panel.spines[:].set_visible(True)  # or two mosaics run into one
                     panel.spines[:].set_linewidth(0.5)
                 left.set_xlabel(f"#{pair.first}", fontsize=7, labelpad=2)
@@ -340,8 +339,7 @@ def _bound(rule: Threshold, layer: LayerSimilarity) -> float:
     fan_in = math.prod(layer.shape[1:])
     if callable(bound := getattr(rule, "bound", None)):
         return float(bound(fan_in))
-    rows, columns = torch.triu_indices(len(layer.cosines), len(layer.cosines), offset=1)
-    cosines = layer.cosines[rows, columns]
+    cosines = pairs_of(layer.cosines)
     passing = cosines[rule.is_similar(cosines, fan_in)]
     return passing.min().item() if len(passing) else math.nan
 
@@ -428,10 +426,6 @@ def _flat_maps(kernels: Tensor) -> Tensor:
         return kernels.reshape(2, channels, 1, -1)
     thinnest = size.index(1) if 1 in size else 0  # (kD, 1, kW) is a map already
     return kernels.select(2 + thinnest, size[thinnest] // 2)
-
-
-def _with_gaps(pairs: int) -> list[float]:
-    return ([1.0, 1.0, 0.25] * pairs)[:-1]
 
 
 def _shortened(name: str, length: int) -> str:

@@ -13,8 +13,6 @@ from inmerge_wrap.schedule import Schedule
 from inmerge_wrap.settings import DirectionRule, MergeSettings, Mode, PartnerRule
 from inmerge_wrap.thresholds import Threshold
 
-__all__ = ["NetworkProxy"]
-
 _SETTINGS = frozenset(setting.name for setting in fields(MergeSettings))
 
 
@@ -22,11 +20,8 @@ class NetworkProxy(nn.Module):
     """Passes attributes, length, items and state dicts of a wrapper through to its network.
 
     Unknown attributes are looked up on the network; those that hold parameter names are translated
-    to the names of the wrapper. The settings are attributes too, checked when they are set.
-
-    Args:
-        module: The network.
-        settings: Frozen; setting one of them replaces the object.
+    to the names of the wrapper. The settings are attributes too, checked when they are set: this
+    replaces the frozen object that holds them.
     """
 
     # The settings, for type checkers: a frozen object holds them, and __getattr__ returns them.

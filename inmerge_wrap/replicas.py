@@ -19,8 +19,6 @@ from inmerge_wrap.schedule import Schedule
 from inmerge_wrap.settings import MergeSettings
 from inmerge_wrap.thresholds import Fixed, Quantile, ZScore
 
-__all__ = ["Replicas", "check_replicas"]
-
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -94,9 +92,6 @@ class Replicas:
         Inside DDP's ``join()`` a process that has no batches left takes no steps, while the others
         go on. In a forward pass nobody can be ahead: a step needs the gradients of all that are
         left.
-
-        Args:
-            step: The step counter of this process.
         """
         parallel = DistributedDataParallel._get_active_ddp_module()
         if parallel is not None:

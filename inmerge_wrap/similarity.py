@@ -99,7 +99,7 @@ def similarity_histogram(cosines: Tensor, bins: int = 80) -> tuple[Tensor, Tenso
     """
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
-    counts = torch.histc(_pairs_of(cosines).float().cpu(), bins, -1.0, 1.0)
+    counts = torch.histc(pairs_of(cosines).float().cpu(), bins, -1.0, 1.0)
     return counts.long(), torch.linspace(-1.0, 1.0, bins + 1)
 
 
@@ -174,12 +174,12 @@ class LayerSimilarity:
     @property
     def pairs(self) -> int:
         """Pairs that have a cosine."""
-        return len(_pairs_of(self.cosines))
+        return len(pairs_of(self.cosines))
 
     @property
     def mean_cosine(self) -> float:
         """Mean over all pairs; NaN without a pair."""
-        return _pairs_of(self.cosines).double().mean().item()
+        return pairs_of(self.cosines).double().mean().item()
 
     @property
     def chance(self) -> float:
@@ -188,7 +188,7 @@ class LayerSimilarity:
 
     def share_above(self, threshold: float) -> float:
         """Returns the share of the pairs whose cosine is above a threshold; NaN without a pair."""
-        return (_pairs_of(self.cosines) > threshold).double().mean().item()
+        return (pairs_of(self.cosines) > threshold).double().mean().item()
 
     def to_dict(self, thresholds: Sequence[float] = THRESHOLDS, bins: int = 80) -> dict[str, Any]:
         """Returns plain numbers for a JSON file: no matrix, and None in place of NaN.
@@ -309,7 +309,7 @@ def _directions(kernels: Tensor) -> tuple[Tensor, Tensor]:
     return unit, known.squeeze(1)
 
 
-def _pairs_of(cosines: Tensor) -> Tensor:
+def pairs_of(cosines: Tensor) -> Tensor:
     """Returns the cosine of each comparable pair once, as a flat tensor."""
     rows, columns = torch.triu_indices(len(cosines), len(cosines), offset=1, device=cosines.device)
     values = cosines[rows, columns]

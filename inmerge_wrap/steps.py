@@ -13,9 +13,6 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["is_nested_step", "is_no_training_step", "notice_every_step", "refuse_capture"]
-
-
 _listeners: set[weakref.WeakMethod[Callable[[Optimizer], None]]] = set()
 
 

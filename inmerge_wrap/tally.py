@@ -13,8 +13,6 @@ from torch import Tensor
 from inmerge_wrap.pairs import Outcome
 from inmerge_wrap.report import LayerReport, MergeReport
 
-__all__ = ["Tally"]
-
 _FORMAT = 2
 _COLUMNS = 8
 _AVERAGED = 1e-3  # what weights that add up to about 1 may change in the format's number

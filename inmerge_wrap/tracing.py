@@ -27,16 +27,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from inmerge_wrap.inputs import Arguments, call_arguments, is_quantised, on_device_of, to_meta
 
-__all__ = [
-    "Call",
-    "Trace",
-    "bystanders_kept",
-    "first_possible_trace",
-    "meta_copy",
-    "named_convs",
-    "run_trace",
-]
-
 _HOOK_DICTS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -145,11 +135,11 @@ class _Watch(TorchFunctionMode):
                     self._layers_of[tensor] = sources
         return result
 
-    def enter(self, name: str) -> None:
+    def enter(self, name: str, *_: Any) -> None:
         """Records that a convolution is called as a module."""
         self._running = name
 
-    def leave(self, name: str, inputs: tuple[Any, ...], output: Any) -> None:
+    def leave(self, name: str, _: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Records input and output, whatever the convolution's forward pass computed."""
         self._running = ""
         call = self._trace.calls.setdefault(name, Call())
@@ -239,38 +229,26 @@ def run_trace(
         module.training = training
     handles = []
     for name, conv in convs.items():
-        handles.append(conv.register_forward_pre_hook(partial(_enter, watch, name)))
-        handles.append(conv.register_forward_hook(partial(_leave, watch, name)))
+        handles.append(conv.register_forward_pre_hook(partial(watch.enter, name)))
+        handles.append(conv.register_forward_hook(partial(watch.leave, name)))
     try:
         with torch.no_grad(), watch:
             output = model(*arguments[0], **arguments[1])
         watch.note_predictions(output)
     except Exception as error:  # the network's own code ran here
-        raise _ForwardFailed(len(trace.calls)) from error
+        raise _ForwardFailed(len(trace.calls), error) from error
     finally:
         for handle in handles:
             handle.remove()
     return trace
 
 
-def _enter(watch: _Watch, name: str, module: nn.Module, inputs: Any) -> None:
-    watch.enter(name)
-
-
-def _leave(watch: _Watch, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-    watch.leave(name, inputs, output)
-
-
 class _ForwardFailed(Exception):
-    """A forward pass raised; the cause is its ``__cause__``.
+    """A forward pass raised an error after some number of convolutions had run."""
 
-    Args:
-        calls: Number of convolutions that had run.
-    """
-
-    def __init__(self, calls: int) -> None:
-        super().__init__(calls)
-        self.calls = calls
+    def __init__(self, calls: int, error: Exception) -> None:
+        super().__init__(calls, error)
+        self.calls, self.error = calls, error
 
 
 def named_convs(model: nn.Module) -> Iterator[tuple[str, _ConvNd]]:
@@ -408,7 +386,7 @@ def first_possible_trace(
     try:
         twin = meta_copy(network)
     except Exception as error:  # networks may hold anything, and copying it may raise anything
-        on_meta = [_failed(error)]
+        on_meta = [_ForwardFailed(0, error)]
     else:
         for arguments in candidates:
             try:
@@ -440,14 +418,8 @@ def first_possible_trace(
     )
 
 
-def _failed(cause: Exception) -> _ForwardFailed:
-    failure = _ForwardFailed(0)
-    failure.__cause__ = cause
-    return failure
-
-
 def _cause(failures: Sequence[_ForwardFailed]) -> str:
     """Returns why the forward pass that came furthest failed; the others had a wrong input."""
-    error = max(failures, key=lambda failure: failure.calls).__cause__
+    error = max(failures, key=lambda failure: failure.calls).error
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

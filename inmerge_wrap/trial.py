@@ -19,8 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["refuse_undone", "share_kept"]
-
 _STEPS = 24  # before the change and after it; a copy that is used less often is not found
 _KEPT = 0.9
 
@@ -105,7 +103,9 @@ def _twin(
     """Returns an optimizer of the same class and settings that holds other parameters."""
     (group, *_) = (g for g in optimizer.param_groups if any(p is weight for p in g["params"]))
     options = {name: value for name, value in group.items() if name not in ("params", "lr")}
-    groups = [{**copy.deepcopy(options), "params": parameters, "lr": _zero(group.get("lr"))}]
+    rate = group.get("lr")
+    zero = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
+    groups = [{**copy.deepcopy(options), "params": parameters, "lr": zero}]
     if "weight_decay" in options:
         groups[0]["weight_decay"] = 0.0
     # What deepcopy meets of the original it replaces by that of the twin.
@@ -128,10 +128,6 @@ def _state_like(optimizer: Optimizer, weight: Tensor, parameter: nn.Parameter) -
         return parameter.detach().clone() if is_copy else torch.zeros_like(parameter)
 
     return {name: like(value) for name, value in optimizer.state.get(weight, {}).items()}
-
-
-def _zero(rate: Any) -> Any:
-    return torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
 
 
 def _copied(optimizer: Optimizer, groups: list[Any], replaced: dict[int, Any]) -> Any:

@@ -90,9 +90,7 @@ class Watch:
     def why_never(self, step: int, *, attached: bool) -> str | None:
         """Returns why no step was ever seen although training began; None if all is well.
 
-        Args:
-            step: Steps seen, including those before a checkpoint.
-            attached: Whether an optimizer is attached.
+        Steps seen include those before a checkpoint.
         """
         began = self.idle_forwards or self.missed_steps
         return _why_idle(attached=attached) if began and not step else None
@@ -102,10 +100,6 @@ class Watch:
 
         It warns after ten times the schedule's length and at least 100 steps: if epochs are passed
         for steps, the schedule is over within the first epoch.
-
-        Args:
-            step: The number of the step that was taken.
-            schedule: The schedule of the wrapper.
         """
         if schedule.end is None:
             return
@@ -132,8 +126,8 @@ class Watch:
         Args:
             layers: The layers that a pass has just merged.
             passes: Passes of each layer of the plan, including this one.
-            settings: The settings of the wrapper.
-            report: Returns the report; called only if needed, because it waits for the device.
+            settings: Those of the wrapper.
+            report: Called only if needed, because it waits for the device.
         """
         if settings.changes_nothing:
             value = f"{settings.size}={getattr(settings, settings.size)}"
