@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inmerge_wrap.kernels import Layout, MergedLayer, Plain, Store, Transposed
+from inmerge_wrap.kernels import MergedLayer, Plain, Store, Transposed
 from inmerge_wrap.pairs import (
     Outcome,
     choose_sources,
@@ -128,7 +128,7 @@ def merge_pairs_(
     targets: Tensor,
     sources: Tensor,
     settings: MergeSettings,
-    size: float | Tensor,
+    size: float,
     *,
     signs: Tensor | None = None,
     noise: Callable[[int], Tensor | None] = lambda count: None,
@@ -159,10 +159,9 @@ def merge_pairs_(
     kernels, partners = store.read(targets), store.read(sources)
     cosines, merged = compare(kernels, partners, settings, centred=centred)
     if skip is not None:
-        merged = merged & (skip == 0)
+        merged &= skip == 0
     mask: Tensor | None = merged
-    # Finding the merged pairs waits for nothing on the CPU, but their number breaks a graph.
-    if merged.device.type == "cpu" and not torch.compiler.is_compiling():
+    if merged.device.type == "cpu":  # finding the merged pairs waits for nothing there
         (known,) = merged.nonzero(as_tuple=True)
         mask = None
         if len(known) < len(targets):
@@ -197,10 +196,15 @@ def _merge_bank_(
     settings: MergeSettings,
 ) -> tuple[Tensor, Tensor]:
     """Merges kernels that are the rows of a matrix, (C_out, fan_in): what is compiled as one."""
-    store = Plain(bank, (), Layout())  # all given, because a compiler cannot follow defaults
-    return merge_pairs_(
-        store, targets, sources, settings, size, signs=signs, centred=centred, skip=skip
-    )
+    wide = torch.promote_types(bank.dtype, torch.float32)
+    kernels, partners = bank[targets].to(wide), bank[sources].to(wide)
+    cosines, merged = compare(kernels, partners, settings, centred=centred)
+    if skip is not None:
+        merged = merged & (skip == 0)
+    moved = move(kernels, partners, signs, None, size, settings)
+    rows = torch.where(merged.unsqueeze(1), moved.rows, kernels)
+    bank.index_copy_(0, targets, rows.to(bank.dtype))
+    return cosines, merged
 
 
 @cache
