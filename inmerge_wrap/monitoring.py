@@ -65,9 +65,16 @@ def tracker_values(
             values[f"{prefix}_cosine/{layer.name}"] = total / known
     if all_drawn:
         values[f"{prefix}/share"] = all_merged / all_drawn
-    for site in wrapper.plan.merged:
-        kernels = read_kernels(wrapper.module.get_submodule(site.name), centred=site.centred)
-        rank = effective_rank(kernels, site.pair_groups).item()
+    for name, rank in zip(names, _ranks(wrapper), strict=True):
         if math.isfinite(rank):
-            values[f"{prefix}_rank/{site.name}"] = rank
+            values[f"{prefix}_rank/{name}"] = rank
     return values
+
+
+def _ranks(wrapper: Any) -> list[float]:
+    ranks = []
+    for site in wrapper.plan.merged:
+        conv = wrapper.module.get_submodule(site.name)
+        ranks.append(effective_rank(read_kernels(conv, centred=site.centred), site.pair_groups))
+    first = ranks[0].device  # a network may be spread over several
+    return torch.stack([rank.to(first) for rank in ranks]).tolist()

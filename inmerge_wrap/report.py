@@ -98,11 +98,14 @@ def pairs_between(earlier: LayerReport | None, later: LayerReport) -> tuple[int,
         later: The later report of the same layer.
     """
 
-    drawn, merged, known = later.drawn, later.merged, later.compared
-    cosines = (later.mean_cosine or 0.0) * known
+    def sums(layer: LayerReport) -> tuple[int, int, int, float]:
+        known = layer.compared
+        return layer.drawn, layer.merged, known, (layer.mean_cosine or 0.0) * known
+
+    drawn, merged, known, cosines = sums(later)
     if earlier is None:
         return drawn, merged, known, cosines
-    before = pairs_between(None, earlier)
+    before = sums(earlier)
     return drawn - before[0], merged - before[1], known - before[2], cosines - before[3]
 
 
