@@ -26,8 +26,9 @@ class RobustnessResult:
         rows: One plain dict per condition. `corruption` and `severity` identify it: "clean" and 0,
             a corruption and 1 ... 5 or "mean" (over its severities), "all" and "mean" (over the
             corruptions), or an attack and its eps. Then `kind`, `n`, and each metric by name with
-            `_low` and `_high`. An undefined metric is absent; `left_out` gives the reason, and
-            names the classes that a mean leaves out.
+            `_low` and `_high`, which are absent without a bootstrap and where all resamples agree.
+            An undefined metric is absent; `left_out` gives the reason, and names the classes that
+            a mean leaves out.
         settings: What the figures depend on, with a fingerprint of the data.
         seconds: Wall-clock time in corruption, inference, attacks and statistics.
         replicates: Bootstrap values of the balanced error per condition, for intervals of
