@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 
 from inmerge_wrap import export_timm
+from inmerge_wrap.cli.evaluation_tables import _interval_cell
 from inmerge_wrap.images.preparation import Preparation, Recipe
 from inmerge_wrap.robustness import RobustnessResult, evaluate_robustness
 from tests.cli.common import ARCH, PREPARED, complaint, run, run_json
@@ -165,7 +166,6 @@ def exported(net: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return {name: root / name for name in ("plain", "merged")}
 
 
-ENDS = ("difference_low", "difference_high")
 QUICKLY = ("--severity", 3, "--bootstrap", 50, "--preset", "quick")
 
 
@@ -238,9 +238,16 @@ def test_evaluate_compares_models_in_pairs(
         monkeypatch.setenv("COLUMNS", str(width))
         text = run("evaluate", *models, *options).stdout
         assert max(map(len, text.splitlines())) <= width
-        shown = [entry["difference"] for entry in differences]
-        shown += [entry[end] for entry in differences for end in ENDS if end in entry]
-        assert len(shown) > len(differences) and all(f"{value:+.3f}" in text for value in shown)
+        assert all(f"{entry['difference']:+.3f}" in text for entry in differences)
+
+
+def test_a_figure_is_shown_with_the_interval_that_it_has() -> None:
+    row = {"accuracy": 1.0, "difference": 0.1}
+    assert _interval_cell(row, "accuracy") == "1.000"
+    row |= {"accuracy_low": 0.9, "accuracy_high": 1.0}
+    row |= {"difference_low": -0.02, "difference_high": 0.22}
+    assert _interval_cell(row, "accuracy") == "1.000 (0.900-1.000)"
+    assert _interval_cell(row, "difference", "+") == "+0.100 (-0.020…+0.220)"
 
 
 def test_evaluate_tells_what_cannot_be_compared(
