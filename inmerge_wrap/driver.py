@@ -114,7 +114,7 @@ class Driver:
         merges = self._forward.is_on and not self._pauses and (wrapper.training or network.training)
         if not merges or not (compiling or self._attachments.live):
             return network(*args, **kwargs)
-        if vars(wrapper).get("_is_replica"):
+        if not compiling and vars(wrapper).get("_is_replica"):
             raise RuntimeError(
                 "nn.DataParallel runs copies of the network in threads, which would share one "
                 "draw: train with DistributedDataParallel"

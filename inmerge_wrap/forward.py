@@ -51,6 +51,7 @@ from inmerge_wrap.settings import NOISE, MergeSettings, Strength
 
 _NOTHING = object()
 
+_COMPILES_RANGES = "2.14"  # 2.6 refuses to split by a length that it does not know
 _BLOCK = 8  # channels whose signs are drawn together
 _IMAGES = 0x3C6EF35F  # an odd factor that sets the keys of the images of a batch apart
 
@@ -93,7 +94,8 @@ class _State:
             self.size = torch.zeros((), dtype=torch.float32)
             self.probability = torch.zeros((), dtype=torch.float32)
             self.shifts = torch.zeros(len(sites), dtype=torch.int64)
-            # On the CPU, each shift as the length of a tensor, which a compiler takes as a number.
+            # On the CPU, each shift as the length of a tensor, which a compiler takes as a number;
+            # none where it cannot.
             self.rulers: list[Tensor] = []
             # In the weights: the partner of each kernel, whether it was drawn, its sign.
             self.sources = torch.zeros(channels, dtype=torch.int64)
@@ -168,7 +170,7 @@ class ForwardMerge:
         if settings.mode == "outputs":
             self._shifts = [shared_shift(site, settings.seed, step) for site in self._sites]
             state.shifts.copy_(torch.tensor(self._shifts, device="cpu"))
-            if state.device.type == "cpu":
+            if state.device.type == "cpu" and torch.__version__ >= _COMPILES_RANGES:
                 state.rulers = [_ruler(shift) for shift in self._shifts]
         else:
             self._draw_kernels(step, strength, settings, state)
@@ -205,8 +207,8 @@ class ForwardMerge:
         if self._settings.mode != "outputs":  # the step has drawn for all batches
             self._draw = _Draw(state.clock, 1, state.size, self._shifts)
             return
-        tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        batch = next((t for t in tensors if t.ndim), torch.zeros(1, device=state.device))
+        found = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
+        batch = found[0] if found else torch.zeros(1, device=state.device)
         key = state.clock ^ fingerprint(batch.detach()).to(state.device)
         self._draw = self._drawn(key, len(batch), self._shifts)
 
@@ -310,7 +312,7 @@ class ForwardMerge:
         elif state.rulers:  # ranges of channels, for a gather is slow on the CPU
             shift = len(state.rulers[number])
             torch._check(shift < size)
-        else:  # CUDA graphs repeat a number
+        else:  # a graph would repeat a number
             shift = state.shifts[number].to(output.device).reshape(1, 1)
         self._count(number, rows, shares)
         bias = self._biases.pop(number, None)

@@ -168,7 +168,8 @@ class MergeSettings:
     @property
     def compares(self) -> bool:
         """Whether the merge looks at cosines: a threshold of -1 lets every pair pass."""
-        return self.similarity_threshold != Fixed(-1.0)
+        threshold = self.similarity_threshold
+        return not (isinstance(threshold, Fixed) and threshold.tau == -1.0)
 
     @property
     def draws_all(self) -> bool:
