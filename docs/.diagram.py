@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 Square = list[list[float]]  # entries of a kernel or a map, row by row
+Rows = dict[str, dict[str, float]]  # name -> mean, low and high
 
 ALPHA, TAU = 0.8, 0.3
 WIDTH = 400
@@ -74,6 +75,7 @@ ARMS = {  # of the third study's pilot: name -> colour, shape
     "channel noise": ("noise", "open square"),
     "channel dropout": ("noise", "square"),
 }
+LABORATORIES, WAYS = ("Jiangxi", "CellaVision"), ("", ", adapted")
 STEPS = {"flips": "600", "trivial": "1000"}  # of the runs that are drawn
 INSIDE = {  # column of mechanism.csv -> in words, range
     "moved_by_mixing": ("probability moved by mixing", 0.45, 0.80),
@@ -218,9 +220,9 @@ def in_the_forward_pass() -> str:
     return picture("In the forward pass, each image blends the channels in its own way", 388, parts)
 
 
-def differences() -> dict[tuple[str, str], dict[str, dict[str, float]]]:
+def differences() -> dict[tuple[str, str], Rows]:
     """Returns comparison -> data set, or "all" -> mean, low and high of AUROC under corruption."""
-    found: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    found: dict[tuple[str, str], Rows] = {}
     with (ROOT / "studies" / "2" / "reanalysis.csv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             is_drawn = (row["measure"], row["images"]) == ("AUROC", "corrupted")
@@ -231,18 +233,68 @@ def differences() -> dict[tuple[str, str], dict[str, dict[str, float]]]:
 
 
 def evidence() -> str:
-    scale, zero, line = 1900, 205, 23
-    top, parts = 26, []
-    for comparison, (heading, kind) in COMPARISONS.items():
-        rows = differences()[comparison]
+    found = differences()
+    groups = [
+        (heading, kind, {"all three" if n == "all" else n: of for n, of in found[pair].items()})
+        for pair, (heading, kind) in COMPARISONS.items()
+    ]
+    parts, bottom = forest(groups, 1900, (-0.04, 0.0, 0.04), zero=205)
+    parts.append(text(200, bottom + 40, "difference in AUROC under corruption, 95% interval", 14))
+    return picture("Second study, confirmation: AUROC under corruption", bottom + 52, parts)
+
+
+def laboratories() -> str:
+    """What each disturbance changes in two other laboratories, before and after adapting."""
+    found: dict[str, Rows] = {}
+    with (ROOT / "studies" / "3" / "laboratories.csv").open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            drawn = (row["measure"], row["baseline"]) == ("balanced accuracy", "plain")
+            if drawn and row["arch"] == "tf_efficientnet_lite0" and row["augmentation"] == "flips":
+                name = row["laboratory"] + (", adapted" if row["way"] == "adapted" else "")
+                interval = {end: float(row[end]) for end in ("mean", "low", "high")}
+                found.setdefault(row["arm"], {})[name] = interval
+    groups = [
+        (
+            f"{arm.replace('per image', 'for each image')} − plain training",
+            kind,
+            {f"{lab}{way}": found[arm][f"{lab}{way}"] for lab in LABORATORIES for way in WAYS},
+        )
+        for arm, (kind, _) in ARMS.items()
+        if arm in found
+    ]
+    parts, bottom = forest(groups, 520, (-0.1, 0.0, 0.1, 0.2), zero=210, names=150)
+    parts.append(text(200, bottom + 40, "difference in balanced accuracy, 95% interval", 14))
+    return picture("Third study: blood cells of two other laboratories", bottom + 52, parts)
+
+
+def forest(
+    groups: list[tuple[str, str, Rows]],
+    scale: float,
+    ticks: tuple[float, ...],
+    *,
+    zero: float,
+    names: float = 88,
+) -> tuple[list[str], int]:
+    """Returns the parts of a forest plot, and where its last row ends.
+
+    Args:
+        groups: Heading, colour, and the rows below it; a row over all data is bold, with a diamond.
+        scale: Pixels for a difference of one.
+        ticks: Labelled differences.
+        zero: Where a difference of zero stands.
+        names: Where the names of the rows end.
+    """
+    line, top = 23, 26
+    parts: list[str] = []
+    for heading, kind, rows in groups:
         parts.append(text(8, top, heading, 14, bold=True, anchor="start"))
         axis = f"M{zero} {top + 8} v{line * len(rows)}"
         parts.append(f'<path class="soft" stroke-dasharray="3 4" d="{axis}"/>')
-        for data, of in rows.items():
+        for name, of in rows.items():
             top += line
-            mean, low, high = (zero + scale * of[name] for name in ("mean", "low", "high"))
-            name, pooled = ("all three", True) if data == "all" else (data, False)
-            parts.append(text(88, top, name, 14, anchor="end", bold=pooled))
+            pooled = name.startswith("all")
+            mean, low, high = (zero + scale * of[end] for end in ("mean", "low", "high"))
+            parts.append(text(names, top, name, 14, anchor="end", bold=pooled))
             parts.append(text(392, top, f"{of['mean']:+.3f}", 14, anchor="end", bold=pooled))
             middle = top - 5
             parts.append(
@@ -254,10 +306,8 @@ def evidence() -> str:
             parts.append(f'<path class="{kind}" d="{shape}"/>')
         top += 38
     bottom = top - 30
-    for value in (-0.04, 0.0, 0.04):
-        parts.append(text(zero + scale * value, bottom + 18, f"{value:+.2f}", 13, "soft"))
-    parts.append(text(200, bottom + 40, "difference in AUROC under corruption, 95% interval", 14))
-    return picture("Second study, confirmation: AUROC under corruption", bottom + 52, parts)
+    parts += [text(zero + scale * at, bottom + 18, f"{at:+.2f}", 13, "soft") for at in ticks]
+    return parts, bottom
 
 
 def mechanism() -> str:
@@ -302,6 +352,7 @@ PICTURES = {
     "after-each-step.svg": after_each_step,
     "evidence.svg": evidence,
     "forward-pass.svg": in_the_forward_pass,
+    "laboratories.svg": laboratories,
     "mechanism.svg": mechanism,
 }
 

@@ -18,6 +18,13 @@ from studies.common.records import read_runs
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "studies"
+PLACES = ("Jiangxi", "CellaVision")
+CHANNELS = ("channel noise", "channel dropout")
+MEASURES = (
+    ("AUROC", "corrupted"),
+    ("balanced accuracy", "corrupted"),
+    ("balanced accuracy", "clean"),
+)
 
 
 def written_lines() -> set[str]:
@@ -171,6 +178,7 @@ def test_the_page_of_evidence_shows_the_pilot_as_it_was_analysed() -> None:
             tuple(row[name] for name in ("arm", "baseline", "measure", "tested_on")): row
             for row in rows
             if (row["augmentation"], row["images"], row["steps"]) == ("flips", "600", steps)
+            and row["confirmation"] == "False"
         }
         shown = re.findall(r"^\| (.+) − (.+) \| (\d+) \| (.+) \|$", part, re.MULTILINE)
         assert len(shown) == 5
@@ -183,17 +191,70 @@ def test_the_page_of_evidence_shows_the_pilot_as_it_was_analysed() -> None:
             ]
             assert {row["pairs"] for row in found} == {pairs}
             assert cells == " | ".join(interval(row) for row in found)
-    summary = (ROOT / "docs" / "evidence.md").read_text().partition("## A pilot")[2]
-    short = re.findall(r"^- (.+): (\S+ \(\S+ to \S+\))$", summary, re.MULTILINE)
-    assert len(short) == 3
-    for arm, gain in short:
-        name = arm.replace("for each image", "per image")
-        assert gain == interval(measured[name, "plain", "AUROC", "corrupted"])
-    merging, noise, dropout = (gain.replace("+", "") for _, gain in short)
+    confirmed = {
+        (row["arm"], row["measure"], row["tested_on"]): row
+        for row in rows
+        if row["baseline"] == "plain" and row["confirmation"] == "True"
+    }
+    part = (ROOT / "docs" / "evidence.md").read_text().partition("### The same networks")[2]
+    shown = [line for line in part.partition("\n## ")[0].splitlines() if line.startswith("|")][2:]
+    for line, arm in zip(shown, ("merging per image", *CHANNELS), strict=True):
+        cells = [interval(confirmed[(arm, *measure)]) for measure in MEASURES]
+        assert line == f"| {arm.replace('per image', 'for each image')} | {' | '.join(cells)} |"
+
+
+def test_the_page_of_evidence_shows_the_other_laboratories_as_they_were_analysed() -> None:
+    analysis = importlib.import_module("studies.3.analysis")
+    fresh = analysis.laboratories(analysis.grouped(read_runs(STUDIES / "3" / "runs.jsonl.gz")))
+    with (STUDIES / "3" / "laboratories.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row, again in zip(rows, fresh, strict=True):
+        for name in ("mean", "low", "high"):
+            stored = float(row[name]) if row[name] else None
+            assert stored == pytest.approx(again.get(name), abs=1e-5)
+    names = ("measure", "arm", "baseline", "laboratory", "way")
+    found = {tuple(row[name] for name in names): row for row in rows}
+    assert {row["runs"] for row in rows} == {"10"}
+    places = [(place, way) for place in PLACES for way in ("as trained", "adapted")]
+    page = (ROOT / "docs" / "evidence.md").read_text().partition("## In another laboratory")[2]
+    page = page.partition("\n## ")[0]
+    parts = page.partition("\n### ")[0].split("\n\n")
+    tables = [part.splitlines()[2:] for part in parts if part.startswith("|")]
+    for measure, table in zip(("balanced accuracy", "AUROC"), tables, strict=True):
+        means = [float(found[(measure, "plain", "", *place)]["mean"]) for place in places]
+        assert table[0] == f"| plain | {' | '.join(f'{mean:.3f}' for mean in means)} |"
+        wanted = [(arm, "plain") for arm in ("merging per image", *CHANNELS)]
+        wanted += [("merging per image", arm) for arm in CHANNELS]
+        for line, pair in zip(table[1:], wanted, strict=True):
+            cells = [interval(found[(measure, *pair, *place)]) for place in places]
+            name = " − ".join(pair).replace("per image", "for each image")
+            assert line == f"| {name} | {' | '.join(cells)} |"
+    merging, noise = (
+        [
+            interval(found["balanced accuracy", arm, "plain", place, "as trained"])
+            for place in PLACES
+        ]
+        for arm in ("merging per image", "channel noise")
+    )
+    adapting = [
+        interval(found["balanced accuracy", "plain", "", place, "adapted - as trained"])
+        for place in PLACES
+    ]
+    text = " ".join(page.split())
+    assert f"{adapting[0]} of plain training" in text and f"it gave {adapting[1]}, which" in text
+    first, second = (gain.split()[0] for gain in noise)
+    gain, auroc = (
+        found[measure, "merging per image", "plain", "Jiangxi", "as trained"]
+        for measure in ("balanced accuracy", "AUROC")
+    )
+    assert f"by {float(gain['mean']):.3f} and {float(auroc['mean']):.3f}" in text
     for front_page in ("README.md", "docs/index.md"):
-        text = " ".join((ROOT / front_page).read_text().split())
-        assert f"rose by {merging}. Channel noise gave {noise.split()[0]} and" in text
-        assert f"and channel dropout {dropout.split()[0]} " in text
+        text = " ".join((ROOT / front_page).read_text().split()).replace("95% interval ", "")
+        assert f"{merging[0]} and {merging[1]}. Channel noise: {first} and {second} (" in text
+        assert (
+            f"accuracy by {merging[0].replace('+', '')}, and channel noise by {first[1:]};" in text
+        )
+        assert f"gave plain training {adapting[0].split()[0][1:]}" in text
 
 
 def test_the_means_inside_the_networks_are_those_of_the_table() -> None:
@@ -218,11 +279,6 @@ def test_the_page_of_evidence_shows_the_second_study_as_it_was_analysed() -> Non
     found = {
         (row["arm"], row["baseline"], row["measure"], row["images"]): interval(row) for row in rows
     }
-    measures = (
-        ("AUROC", "corrupted"),
-        ("balanced accuracy", "corrupted"),
-        ("balanced accuracy", "clean"),
-    )
     page = (ROOT / "docs" / "evidence.md").read_text()
     for label, *arms in (
         ("merging in the weights − plain", "transient, signed 0.3", "plain"),
@@ -230,12 +286,12 @@ def test_the_page_of_evidence_shows_the_second_study_as_it_was_analysed() -> Non
         ("weight averaging (EMA) − plain", "EMA .98", "plain"),
         ("merging in the weights − Gaussian noise", "transient, signed 0.3", "Gaussian noise 0.3"),
     ):
-        cells = [found[(*arms, *measure)] for measure in measures]
+        cells = [found[(*arms, *measure)] for measure in MEASURES]
         assert f"| {label} | {' | '.join(cells)} |" in page
     wide = {
         row["arm"]: "{:+.3f} to {:+.3f}".format(*(float(row[x]) for x in ("wide_low", "wide_high")))
         for row in rows
-        if (row["baseline"], row["measure"], row["images"]) == ("plain", *measures[0])
+        if (row["baseline"], row["measure"], row["images"]) == ("plain", *MEASURES[0])
     }
     limits = " ".join(page.partition("## Limits")[2].split())
     assert (
