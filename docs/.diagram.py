@@ -75,7 +75,8 @@ ARMS = {  # of the third study's pilot: name -> colour, shape
     "channel noise": ("noise", "open square"),
     "channel dropout": ("noise", "square"),
 }
-LABORATORIES, WAYS = ("Jiangxi", "CellaVision"), ("", ", adapted")
+LABORATORIES = ("Jiangxi", "CellaVision")
+WAYS = {"as trained": "", "adapted": ", adapted"}  # as the table names them -> after a laboratory
 STEPS = {"flips": "600", "trivial": "1000"}  # of the runs that are drawn
 INSIDE = {  # column of mechanism.csv -> in words, range
     "moved_by_mixing": ("probability moved by mixing", 0.45, 0.80),
@@ -227,9 +228,13 @@ def differences() -> dict[tuple[str, str], Rows]:
         for row in csv.DictReader(file):
             is_drawn = (row["measure"], row["images"]) == ("AUROC", "corrupted")
             if is_drawn and not row["data"].startswith("without"):
-                interval = {name: float(row[name]) for name in ("mean", "low", "high")}
-                found.setdefault((row["arm"], row["baseline"]), {})[row["data"]] = interval
+                found.setdefault((row["arm"], row["baseline"]), {})[row["data"]] = ends(row)
     return found
+
+
+def ends(row: dict[str, str]) -> dict[str, float]:
+    """Returns the mean of a difference and the ends of its interval."""
+    return {name: float(row[name]) for name in ("mean", "low", "high")}
 
 
 def evidence() -> str:
@@ -250,14 +255,12 @@ def laboratories() -> str:
         for row in csv.DictReader(file):
             drawn = (row["measure"], row["baseline"]) == ("balanced accuracy", "plain")
             if drawn and row["arch"] == "tf_efficientnet_lite0" and row["augmentation"] == "flips":
-                name = row["laboratory"] + (", adapted" if row["way"] == "adapted" else "")
-                interval = {end: float(row[end]) for end in ("mean", "low", "high")}
-                found.setdefault(row["arm"], {})[name] = interval
+                found.setdefault(row["arm"], {})[row["laboratory"] + WAYS[row["way"]]] = ends(row)
     groups = [
         (
             f"{arm.replace('per image', 'for each image')} − plain training",
             kind,
-            {f"{lab}{way}": found[arm][f"{lab}{way}"] for lab in LABORATORIES for way in WAYS},
+            {lab + way: found[arm][lab + way] for lab in LABORATORIES for way in WAYS.values()},
         )
         for arm, (kind, _) in ARMS.items()
         if arm in found

@@ -22,8 +22,7 @@ from inmerge_wrap.cli.options import (
     check_there,
     load,
 )
-from inmerge_wrap.cli.shell import command, print_json, progress, warn
-from inmerge_wrap.files import write_json
+from inmerge_wrap.cli.shell import command, print_json, progress, save_json, warn
 
 if TYPE_CHECKING:
     from inmerge_wrap.robustness import RobustnessResult
@@ -150,7 +149,7 @@ def _report(results: dict[str, RobustnessResult], output: Path | None, as_json: 
     if others:
         content = {"models": models, "minus": first, "differences": differences}
     if output is not None:
-        write_json(output, content)
+        save_json(output, content)
     if as_json:
         print_json(content)
     elif others:

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,7 @@ from rich.console import Console
 from inmerge_wrap import __version__
 from inmerge_wrap.cli.help import Command, Group
 from inmerge_wrap.errors import for_command_line
+from inmerge_wrap.files import replacing
 
 app = typer.Typer(
     name="inmerge",
@@ -102,7 +104,18 @@ def say(text: str) -> None:
 
 def print_json(content: Any) -> None:
     """Prints the result of a command for programs."""
-    print(json.dumps(content, indent=1, allow_nan=False))
+    print(_strict_json(content))
+
+
+def save_json(path: Path, content: Any) -> None:
+    """Writes the result of a command for programs."""
+    text = _strict_json(content)
+    with replacing(path) as draft:
+        draft.write_text(text + "\n", encoding="utf-8")
+
+
+def _strict_json(content: Any) -> str:
+    return json.dumps(content, indent=1, allow_nan=False)  # other programs cannot read NaN
 
 
 def main() -> None:

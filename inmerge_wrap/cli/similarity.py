@@ -19,9 +19,8 @@ from inmerge_wrap.cli.options import (
     Weights,
     load,
 )
-from inmerge_wrap.cli.shell import command, print_json, say
+from inmerge_wrap.cli.shell import command, print_json, save_json, say
 from inmerge_wrap.cli.tables import KEPT, Column, print_table
-from inmerge_wrap.files import write_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,7 +60,7 @@ def similarity(
         "layers": [layer.to_dict() for layer in layers],
     }
     written = [output / "similarity.json"]
-    write_json(written[0], content)
+    save_json(written[0], content)
     if pictures:
         from inmerge_wrap.plots import plot_matrices, plot_overview, plot_pairs
 

@@ -264,8 +264,6 @@ def _in_laboratory(
 
     def difference(left: Mapping[int, Result], right: Mapping[int, Result]) -> dict[str, Any]:
         pairs = [(left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())]
-        if len(pairs) < 2:
-            return {}
         one = over_seeds_and_images(*_by_image(pairs, measure, "clean"))
         return {"runs": one.pairs, "mean": one.mean, "low": one.low, "high": one.high}
 
@@ -276,9 +274,7 @@ def _in_laboratory(
             yield head | {"runs": len(totals), "mean": float(np.mean(totals))}
             for baseline in BASELINES:
                 if baseline in held and baseline != arm:
-                    found = difference(kept(arm, way), kept(baseline, way))
-                    if found:
-                        yield {"arm": arm, "baseline": baseline, "way": way} | found
-        found = difference(kept(arm, WAYS[1]), kept(arm, WAYS[0]))
-        if found:
-            yield {"arm": arm, "baseline": "", "way": f"{WAYS[1]} - {WAYS[0]}"} | found
+                    head = {"arm": arm, "baseline": baseline, "way": way}
+                    yield head | difference(kept(arm, way), kept(baseline, way))
+        head = {"arm": arm, "baseline": "", "way": f"{WAYS[1]} - {WAYS[0]}"}
+        yield head | difference(kept(arm, WAYS[1]), kept(arm, WAYS[0]))

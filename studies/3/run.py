@@ -179,7 +179,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(options: argparse.Namespace) -> None:
-    confirmed = options.augmentations or sorted({cell.augmentation for cell in CONFIRMING})
+    confirmable = {cell.augmentation for cell in CONFIRMING}
+    confirmed = sorted(options.augmentations or confirmable)
+    if options.command in ("freeze", "confirm") and not confirmable.issuperset(confirmed):
+        raise SystemExit(f"--augmentations: the confirmation has {', '.join(sorted(confirmable))}")
     if options.command == "freeze":
         for augmentation in confirmed:
             freeze(frozen_content(augmentation), frozen(augmentation))
@@ -206,8 +209,11 @@ def main(options: argparse.Namespace) -> None:
         data, exams = prepared(run.dataset)
         return train(run, data, accelerator, partial(measured, run, exams, options))
 
+    runs = planned(options)
+    if not runs:
+        raise SystemExit("no run of this command matches --datasets, --archs and --arms")
     done = {name_of(run["run"]) for run in read_runs(RUNS)}
-    sweep(planned(options), options.out, accelerator, carry_out, done)
+    sweep(runs, options.out, accelerator, carry_out, done)
 
 
 if __name__ == "__main__":

@@ -257,6 +257,11 @@ def test_nothing_is_confirmed_before_it_is_frozen(
     run.check_frozen(run.frozen_content("flips"), small / "frozen-flips.json")
     with pytest.raises(SystemExit, match=r"frozen-trivial\.json is missing"):
         carry_out(small, "confirm")
+    for command in ("freeze", "confirm"):
+        with pytest.raises(SystemExit, match="the confirmation has flips, trivial"):
+            carry_out(small, command, "--augmentations", "none")
+    with pytest.raises(SystemExit, match="no run of this command matches"):
+        carry_out(small, "confirm", *only, "--datasets", "dermamnist")
     monkeypatch.setitem(arms.TRAINING, "flips", arms.Length(5))
     with pytest.raises(SystemExit, match=r"the training \['flips'\] are not what"):
         carry_out(small, "confirm", *only)
