@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from inmerge_wrap import __version__, plan_merging
 from inmerge_wrap.cli import app
+from inmerge_wrap.cli.shell import save_json
 from inmerge_wrap.errors import ArgumentError, ArgumentWarning, as_option
 from tests.cli.common import ARCH, complaint, run
 
@@ -190,3 +191,13 @@ def test_train_is_the_program_of_the_recipe(tmp_path: Path) -> None:
     failed = subprocess.run(missing, capture_output=True, text=True, timeout=120)
     assert failed.returncode != 0 and "no-such-folder" in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+def test_a_result_that_is_no_json_leaves_no_file(tmp_path: Path) -> None:
+    save_json(tmp_path / "result.json", {"auroc": 0.9})
+    before = (tmp_path / "result.json").read_text()
+    assert before == '{\n "auroc": 0.9\n}\n'
+    with pytest.raises(ValueError, match="JSON compliant"):
+        save_json(tmp_path / "result.json", {"auroc": float("nan")})
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    assert (tmp_path / "result.json").read_text() == before
