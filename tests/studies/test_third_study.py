@@ -324,10 +324,10 @@ def test_the_report_pools_what_was_confirmed(tmp_path: Path, monkeypatch: Any) -
     assert float(gain["mean"]) > 0.1 and float(gain["low"]) > 0
     control = rows["merging per image", "channel noise", "AUROC", "corrupted"]
     assert 0 < float(control["mean"]) < 0.3 * float(gain["mean"])
-    # Two members of the primary family are there: Holm doubles the smaller p.
+    # Holm counts the three members of the primary family, also the one that has not been run.
     smaller = min(float(gain["p"]), float(control["p"]))
     held = gain if float(gain["p"]) == smaller else control
-    assert float(held["p_holm"]) == pytest.approx(2 * smaller, abs=1e-4)
+    assert float(held["p_holm"]) == pytest.approx(3 * smaller, abs=1e-4)
     assert not rows["channel noise", "plain", "AUROC", "corrupted"]["p_holm"]
     level = rows["merging per image", "plain", "balanced accuracy", "clean"]
     assert abs(float(level["mean"])) < 0.05 and level["p_level"] and level["p_loss"]
