@@ -95,13 +95,14 @@ class _Watch(TorchFunctionMode):
         self._cut: set[str] = set()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if self._shapes_only and func in _KEEPS_SHAPE and args:
             result = torch.empty_like(args[0])  # on meta tensors these take most of the time
+        elif self._shapes_only and name in _RECURRENT and isinstance(args[3], bool):  # not packed
+            result = _recurrent_shapes(*args)
         else:
             result = func(*args, **kwargs)
         outputs = [result] if isinstance(result, Tensor) else _tensors_in(result)
-        name = getattr(func, "__name__", "")
         if not outputs:
             if name == "__setitem__":
                 self._layers_of[args[0]] = self._sources([args[0], args[2]])
@@ -175,8 +176,9 @@ _CONVOLUTIONS = {
     *(torch.conv1d, torch.conv2d, torch.conv3d),
     *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
 }
+_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 _LAYERS = {
-    *("linear", "bilinear", "embedding", "lstm", "gru", "rnn_tanh", "rnn_relu"),
+    *("linear", "bilinear", "embedding", *_RECURRENT),
     *(convolution.__name__ for convolution in _CONVOLUTIONS),
     *("batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm"),
 }
@@ -189,6 +191,17 @@ _KEEPS_SHAPE = {
     *(F.batch_norm, F.layer_norm, F.group_norm),
     *(F.relu, F.gelu, F.silu, F.hardswish, F.hardsigmoid),
 }
+
+
+def _recurrent_shapes(
+    inputs: Tensor, states: Any, _weights: Any, _biases: bool, *others: Any
+) -> tuple[Tensor, ...]:
+    """Returns empty results of an LSTM, GRU or RNN, which meta tensors pass step by step."""
+    held = [states] if isinstance(states, Tensor) else states
+    is_bidirectional = others[3]
+    width = held[0].shape[-1] * (2 if is_bidirectional else 1)
+    outputs = inputs.new_empty((*inputs.shape[:-1], width))
+    return outputs, *(torch.empty_like(state) for state in held)
 
 
 def _tensors_in(values: Any) -> list[Tensor]:

@@ -787,6 +787,65 @@ def test_outputs_of_deep_supervision_are_heads_though_evaluation_drops_them() ->
     assert of_kind(plan_merging(Supervised()), "head") == ["middle", "last"]
 
 
+class Recurrent(nn.Module):
+    """Convolutions before and after a recurrent layer; wrong shapes are an error."""
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.before, self.layer = nn.Conv2d(3, 6, 3, padding=1), layer
+        ways = 2 if layer.bidirectional else 1
+        self.after = nn.Conv2d(ways * layer.num_layers * layer.hidden_size, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lines = self.before(x).mean(2).movedim(2, 1 if self.layer.batch_first else 0)
+        found, states = self.layer(lines)
+        ways = 2 if self.layer.bidirectional else 1
+        size = self.layer.hidden_size
+        assert found.shape == (*lines.shape[:2], ways * size)
+        hidden, *cell = states if isinstance(states, tuple) else (states,)
+        assert hidden.shape == (ways * self.layer.num_layers, len(x), size)
+        assert all(each.shape == hidden.shape for each in cell)
+        return self.after(hidden.movedim(0, 1).reshape(len(x), -1, 1, 1))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"hidden_size": 4},
+        {"hidden_size": 4, "num_layers": 2, "bidirectional": True, "batch_first": True},
+    ],
+)
+def test_a_recurrent_layer_is_not_run_step_by_step(
+    kind: type[nn.RNNBase], settings: dict[str, Any]
+) -> None:
+    network, counted = Recurrent(kind(6, **settings)), 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+            nonlocal counted
+            counted += 1
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        plan = plan_merging(network, shallow_layers=0, example_input=torch.zeros(2, 3, 8, 900))
+    assert plan.found_by == "trace" and [site.name for site in plan.merged] == ["before"]
+    assert counted < 300  # a few for each of the 900 places otherwise
+
+
+def test_a_packed_sequence_passes_the_trace() -> None:
+    class Packed(Recurrent):
+        def forward(self, x: Tensor) -> Tensor:
+            lines = self.before(x).mean(2).transpose(1, 2)
+            packed = nn.utils.rnn.pack_padded_sequence(lines, [5] * len(x), batch_first=True)
+            _, (hidden, _) = self.layer(packed)
+            return self.after(hidden.movedim(0, 1).reshape(len(x), 4, 1, 1))
+
+    network = Packed(nn.LSTM(6, 4))
+    plan = plan_merging(network, shallow_layers=0, example_input=torch.zeros(2, 3, 8, 8))
+    assert "before" in [site.name for site in plan.merged]
+
+
 def test_what_the_trace_cannot_follow_is_no_head() -> None:
     class Swish(torch.autograd.Function):
         """As the memory-efficient ones of some libraries: torch does not see it in a trace."""
