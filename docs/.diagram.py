@@ -68,6 +68,11 @@ COMPARISONS = {  # of the second study's confirmation: arm, baseline -> heading,
         "ink",
     ),
 }
+PER_IMAGE = {  # the same of the third study's
+    ("merging per image", "plain"): ("merging for each image − plain training", "forward"),
+    ("channel noise", "plain"): ("channel noise − plain training", "noise"),
+    ("merging per image", "channel noise"): ("merging for each image − channel noise", "ink"),
+}
 ARMS = {  # of the third study's pilot: name -> colour, shape
     "plain": ("soft", "circle"),
     "plain, TrivialAugment": ("soft", "open circle"),
@@ -238,14 +243,41 @@ def ends(row: dict[str, str]) -> dict[str, float]:
 
 
 def evidence() -> str:
-    found = differences()
+    return area_under_corruption("Second", differences(), COMPARISONS)
+
+
+def confirmation() -> str:
+    """The third study's confirmation: each data set, and all of them as random effects."""
+    found: dict[tuple[str, str], Rows] = {}
+    for table in ("differences", "pooled"):
+        path = ROOT / "studies" / "3" / f"{table}.csv"
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                drawn = (row["measure"], row["tested_on"]) == ("AUROC", "corrupted")
+                if not drawn or row["augmentation"] != "flips":
+                    continue
+                name = "all"
+                if table == "differences":
+                    name = row["dataset"].removesuffix("mnist").capitalize()
+                    if row["confirmation"] != "True" or name == "Blood":
+                        continue
+                elif row["data"].startswith("without"):
+                    continue
+                found.setdefault((row["arm"], row["baseline"]), {})[name] = ends(row)
+    return area_under_corruption("Third", found, PER_IMAGE)
+
+
+def area_under_corruption(
+    study: str, found: dict[tuple[str, str], Rows], drawn: dict[tuple[str, str], tuple[str, str]]
+) -> str:
+    """A forest plot of the comparisons of a confirmation."""
     groups = [
         (heading, kind, {"all three" if n == "all" else n: of for n, of in found[pair].items()})
-        for pair, (heading, kind) in COMPARISONS.items()
+        for pair, (heading, kind) in drawn.items()
     ]
     parts, bottom = forest(groups, 1900, (-0.04, 0.0, 0.04), zero=205)
     parts.append(text(200, bottom + 40, "difference in AUROC under corruption, 95% interval", 14))
-    return picture("Second study, confirmation: AUROC under corruption", bottom + 52, parts)
+    return picture(f"{study} study, confirmation: AUROC under corruption", bottom + 52, parts)
 
 
 def laboratories() -> str:
@@ -353,6 +385,7 @@ def dot(x: float, y: float, kind: str, shape: str) -> str:
 
 PICTURES = {
     "after-each-step.svg": after_each_step,
+    "confirmation.svg": confirmation,
     "evidence.svg": evidence,
     "forward-pass.svg": in_the_forward_pass,
     "laboratories.svg": laboratories,

@@ -98,7 +98,7 @@ def plan_merging(
     if not plan.merged:
         why = _why_empty(plan, shallow_layers)
         raise ArgumentError(f"nothing to merge in {type(model).__name__}: {why}")
-    return replace(plan, found_by=found_by)
+    return replace(plan, found_by=found_by, mode=mode)
 
 
 def plan_or_make(

@@ -55,11 +55,10 @@ class Driver:
 
     def __init__(self, network: nn.Module, plan: MergePlan, settings: MergeSettings) -> None:
         check_sites(network, plan.merged)
-        depthwise = [site.name for site in plan.merged if site.kind == "depthwise"]
-        if settings.mode == "outputs" and depthwise:
+        if plan.mode != settings.mode:
             raise ValueError(
-                f"the plan merges depthwise convolutions ({depthwise[0]}, ...), which mode="
-                "'outputs' cannot: make it with plan_merging(network, mode='outputs')"
+                f"the plan was made for mode={plan.mode!r}, which can merge other convolutions: "
+                f"make it with plan_merging(network, mode={settings.mode!r})"
             )
         self._network, self._plan, self._settings = network, plan, settings
         self.tally = Tally(len(plan.merged))
@@ -108,8 +107,10 @@ class Driver:
         """Calls the network of the wrapper, and merges on the way where the mode says so."""
         network: Any = wrapper.module
         compiling = torch.compiler.is_compiling()
-        # A counter would make torch.compile specialise on its value and compile every step.
-        if wrapper.training and torch.is_grad_enabled() and not (compiling and self._forward.is_on):
+        # A counter would make torch.compile specialise on its value and compile every step; once an
+        # optimizer is attached, its steps say what a compiled pass would.
+        counted_by_steps = compiling and not self._in_step and len(self._attachments)
+        if wrapper.training and torch.is_grad_enabled() and not counted_by_steps:
             self._watch_forward(wrapper, network)
         merges = self._forward.is_on and not self._pauses and (wrapper.training or network.training)
         if not merges or not (compiling or self._attachments.live):
@@ -143,7 +144,8 @@ class Driver:
         """Prepares the next forward pass, if it is to merge."""
         if not self._in_step and len(self._attachments):
             step = self.tally.step
-            self._forward.set_step(step, self._settings.strength(step), self._settings)
+            strength = self._settings.strength(step) if self._attachments.live else None
+            self._forward.set_step(step, strength, self._settings)
 
     # -- the optimizers ---------------------------------------------------------------------------
 
@@ -181,7 +183,7 @@ class Driver:
             optimizer.register_step_post_hook(hook),
             *carry_counter([given, optimizer], wrapper.get_extra_state, wrapper.set_extra_state),
         ]
-        attachment = Attachment(optimizer, handles)
+        attachment = Attachment(optimizer, handles, self._prepare)
         if self._in_step:  # found again in each step, from the first on
             attachment.merged.update(layer.number for layer in trained_of(held))
         self._attachments.add(attachment)

@@ -161,7 +161,9 @@ class ForwardMerge:
             return
         device = next(self._modules[0].parameters()).device
         if self._state is None or self._state.device != device:
-            self._state = _State(self._sites, device)
+            before, self._state = self._state, _State(self._sites, device)
+            if before is not None:
+                self._state.counts = before.counts.moved(device)
         state = self._state
         state.clock.fill_(mix(settings.seed, step))
         state.size.fill_(strength.size)

@@ -28,11 +28,18 @@ class Attachment:
     Args:
         optimizer: No strong reference is kept, or a copy of the wrapper would take it along.
         handles: The hooks that make up the attachment, that of the steps first.
+        ended: Called when the optimizer is gone or the attachment removed: a compiled forward pass
+            does not look for itself.
     """
 
-    def __init__(self, optimizer: Optimizer, handles: Sequence[RemovableHandle]) -> None:
-        self._optimizer = weakref.ref(optimizer)
-        self._handles = handles
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        handles: Sequence[RemovableHandle],
+        ended: Callable[[], None],
+    ) -> None:
+        self._optimizer = weakref.ref(optimizer, lambda _: ended())
+        self._handles, self._ended = handles, ended
         self.merged: set[int] = set()  # numbers of all layers that its steps are to merge
 
     @property
@@ -50,6 +57,7 @@ class Attachment:
         """Stops merging with the steps of this optimizer."""
         for handle in self._handles:
             handle.remove()
+        self._ended()
 
 
 class Attachments:

@@ -63,11 +63,14 @@ class MergePlan:
         skipped: All the others, in depth order, each with its reason.
         found_by: How the order was found: ``"trace"`` (meta tensors), ``"forward"`` (a real
             forward pass), or ``"registration"`` (no forward pass was possible).
+        mode: The mode of :class:`InMergeWrapper` that it was made for: other modes can merge other
+            convolutions.
     """
 
     merged: tuple[ConvSite, ...]
     skipped: tuple[ConvSite, ...]
     found_by: str = "trace"
+    mode: str = "step"
 
     def __str__(self) -> str:
         sites = sorted(

@@ -168,7 +168,10 @@ class InMergeWrapper(NetworkProxy):
         Raises:
             ValueError: If ``total_steps`` is not positive, or as the constructor does.
         """
-        return cls(module, **{**recommended_settings(total_steps, mode=mode), **settings})
+        chosen = recommended_settings(total_steps, mode=mode)
+        if settings.get("plan") is not None:  # it has decided on the layers
+            chosen.pop("shallow_layers", None)
+        return cls(module, **{**chosen, **settings})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the network; merges on the way if the mode is one of the forward pass."""

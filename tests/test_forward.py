@@ -20,6 +20,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from inmerge_wrap import InMergeWrapper, NoEffectWarning, Quantile, Schedule, plan_merging
+from inmerge_wrap.counts import Counts
 from inmerge_wrap.kernels import layout_of
 from inmerge_wrap.merging import draw_bits, draw_shift, draw_ways, fingerprint, mix_channels
 from tests import reference
@@ -394,8 +395,12 @@ def test_what_no_hook_can_reach_is_in_the_plan_with_its_reason() -> None:
     assert "its channels read different inputs" in (reasons["depthwise"] or "")
     in_step = plan_merging(Functional(), shallow_layers=0, also_merge=["depthwise"])
     assert len(in_step.merged) == 3
-    with pytest.raises(ValueError, match="merges depthwise convolutions"):
+    with pytest.raises(ValueError, match=r"made for mode='step'.*, mode='outputs'\)"):
         InMergeWrapper(Functional(), mode="outputs", plan=in_step)
+    with pytest.raises(ValueError, match=r"made for mode='outputs'.*, mode='step'\)"):
+        InMergeWrapper(Functional(), plan=plan)
+    model = InMergeWrapper.recommended(Functional(), total_steps=10, plan=plan)
+    assert model.plan is plan and model.mode == "outputs"
 
 
 def test_a_convolution_called_twice_merges_in_both_calls_alike() -> None:
@@ -583,6 +588,15 @@ def test_recomputed_activations_draw_the_same(mode: str, reentrant: bool, where:
     assert again.report().drawn == model.report().drawn  # counted once
 
 
+def test_counts_go_to_another_device_with_the_network() -> None:
+    counts = Counts(2, torch.device("cpu"))
+    counts.add(1, 40, torch.tensor(30))
+    counts.add_cosines(1, torch.tensor([0.5, torch.nan, 0.25]), 2)
+    numbers, cosines = counts.moved(torch.device("cpu")).take()
+    assert numbers.tolist() == [[0] * 4, [40, 30, 2, 4]]
+    assert cosines.tolist() == [[0.0, -2.0], [1.5, 0.5]]
+
+
 def test_layers_on_two_devices_merge_where_they_are() -> None:
     network = net()
     model, _ = made(network=network, direction="signed")
@@ -625,6 +639,40 @@ def test_one_whole_graph_is_compiled_once_for_all_steps(
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
     reports = [[(layer.drawn, layer.merged) for layer in m.report()] for m in (eager, model)]
     assert reports[0] == reports[1] and all(merged > 0 for _, merged in reports[0])
+
+
+def test_a_whole_graph_begins_and_ends_with_the_schedule() -> None:
+    schedule = Schedule(start=1, end=3)
+    torch._dynamo.reset()
+    eager, first = made(direction="signed", schedule=schedule)
+    model, second = made(direction="signed", schedule=schedule)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for number in range(5):
+        step(eager, first, number)
+        step(compiled, second, number)
+    for one, other in zip(eager.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+    drawn = [layer.drawn for layer in model.report()]
+    assert drawn == [layer.drawn for layer in eager.report()] == [2 * 5 * n for n in (8, 12, 6)]
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_compiled_network_without_an_optimizer_is_plain(gone: bool) -> None:
+    model, optimizer = made(direction="signed")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    plain = model.module(images())
+    assert not torch.allclose(compiled(images()), plain)
+    if gone:
+        del optimizer
+    else:
+        model.attach(optimizer).remove()
+    torch.testing.assert_close(compiled(images()), plain)
+    model.attach(torch.optim.SGD(model.parameters(), lr=0.05))
+    assert torch.allclose(compiled(images()), plain)  # the new optimizer is gone at once
+    kept = torch.optim.SGD(model.parameters(), lr=0.05)
+    model.attach(kept)
+    assert not torch.allclose(compiled(images()), plain)
 
 
 # -- optimizers ------------------------------------------------------------------------------------
