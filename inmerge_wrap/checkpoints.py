@@ -133,10 +133,12 @@ def read_state(path: str | Path, *, key: str | None = None) -> dict[str, Tensor]
         ValueError: If there is no such file or entry, or it cannot be read without running code.
     """
     path = Path(path)
-    if path.is_dir():
-        return _read_folder(path)
     if not path.exists():
         raise ValueError(f"no such file or folder: {path}")
+    if key is not None and (path.is_dir() or path.suffix == ".safetensors"):
+        raise ArgumentError(f"{path} holds one set of weights and no entries: leave out <key>")
+    if path.is_dir():
+        return _read_folder(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     content = read_pickle(path)
@@ -169,11 +171,18 @@ def _load_timm_folder(
         )
     _read_safetensors(folder / "model.safetensors")  # timm names neither the file nor the fault
     try:
-        network: Any = build(str(folder), num_classes, in_chans)
+        network: Any = build(str(folder))
     except Exception as error:  # whatever timm raises, the cause is a file of the folder
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"timm cannot load {folder} ({type(error).__name__}: {reason})") from error
-    return network, {**arguments, "num_classes": network.num_classes}
+    arguments = {**arguments, "num_classes": network.num_classes}
+    held = {"num_classes": network.num_classes, "in_chans": arguments.get("in_chans", 3)}
+    for name, asked in (("num_classes", num_classes), ("in_chans", in_chans)):
+        if asked not in (None, held[name]):  # timm would draw a new head at random
+            raise ArgumentError(
+                f"{folder} does not fit {name}={asked}: pass <{name}={held[name]}>, or leave it out"
+            )
+    return network, arguments
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -46,6 +46,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(draft, target)
         sync(target.parent)
     except OSError as error:
+        if _is_about_another(error, draft, target):
+            raise
         raise _not_written(path, error) from error
     finally:
         draft.unlink(missing_ok=True)
@@ -79,7 +81,17 @@ def replacing_files(directory: str | os.PathLike[str]) -> Iterator[Path]:
                 os.replace(draft, target / draft.name)
             sync(target)
         except OSError as error:
+            if _is_about_another(error, Path(folder), target):
+                raise
             raise _not_written(directory, error) from error
+
+
+def _is_about_another(error: OSError, draft: Path, target: Path) -> bool:
+    """Returns whether an error names a file that was not to be written, such as one to read."""
+    if not isinstance(error.filename, str | os.PathLike):
+        return False
+    named = Path(error.filename)
+    return draft not in (named, *named.parents) and named not in (target, *target.parents)
 
 
 def _not_written(path: str | os.PathLike[str], error: OSError) -> OSError:

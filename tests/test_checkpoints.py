@@ -213,6 +213,23 @@ def test_a_timm_folder_without_num_classes_loads_as_timm_loads_it(
     assert equal(loaded, net) and arguments["num_classes"] == 7
 
 
+@pytest.mark.parametrize(("name", "held"), [("num_classes", 7), ("in_chans", 3)])
+def test_a_timm_folder_gets_no_random_layer(
+    net: nn.Module, tmp_path: Path, name: str, held: int
+) -> None:
+    exported(net, tmp_path)
+    assert equal(load_network(tmp_path, **{name: held})[0], net)
+    with pytest.raises(ValueError, match=f"does not fit {name}=1: pass {name}={held},"):
+        load_network(tmp_path, **{name: 1})
+
+
+def test_a_key_is_refused_where_nothing_has_entries(net: nn.Module, tmp_path: Path) -> None:
+    exported(net, tmp_path)
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(ValueError, match="no entries: leave out key"):
+            read_state(path, key="state_dict_ema")
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [

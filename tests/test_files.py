@@ -12,7 +12,7 @@ import pytest
 import timm
 
 from inmerge_wrap import export_timm, export_weights
-from inmerge_wrap.files import replacing, sync, write_json
+from inmerge_wrap.files import replacing, replacing_files, sync, write_json
 
 CALLS = ("chmod", "fsync")
 
@@ -107,6 +107,14 @@ def test_a_symbolic_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
         write_json(link, {"run": run})
         assert link.is_symlink() and json.loads(disk.read_text()) == {"run": run}
     assert len(list(tmp_path.rglob("*.json"))) == 2
+
+
+def test_an_error_of_another_file_names_that_file(tmp_path: Path) -> None:
+    missing = tmp_path / "images" / "1.png"
+    for write in (replacing, replacing_files):
+        with pytest.raises(FileNotFoundError) as caught, write(tmp_path / "result"):
+            missing.read_bytes()
+        assert caught.value.filename == str(missing) and "not written" not in str(caught.value)
 
 
 def test_a_block_that_fails_leaves_nothing(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ disease only, it can do harm (Vianna et al. 2025, arXiv 2402.04958).
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -170,11 +171,12 @@ def adapt(
         )
     if labels:
         known = torch.tensor([labels[site.names[place]] for place in kept])
-        accuracy = (
-            balanced_accuracy(recipe, before[kept], known),
-            balanced_accuracy(recipe, after[kept], known),
-        )
+        first, last = (balanced_accuracy(recipe, of[kept], known) for of in (before, after))
         recipe, notes = operating_point(recipe, after[kept], known)
+        if math.isnan(first):
+            notes.append("the labelled images hold one class, so balanced accuracy is undefined")
+        else:
+            accuracy = first, last
     facts = [look.facts for look in site.looks]
     trained_on = {*recipe.trained_on, *(digest_of(facts[place].digest) for place in kept)}
     seen = seen_of(facts, site.looks)

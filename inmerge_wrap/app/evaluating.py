@@ -16,6 +16,7 @@ from inmerge_wrap.app.model import Tempered
 from inmerge_wrap.architectures import is_timm_folder
 from inmerge_wrap.errors import ArgumentError
 from inmerge_wrap.images.collection import spaced, units_of
+from inmerge_wrap.images.finding import inside, parts_in
 from inmerge_wrap.images.folders import read_part
 from inmerge_wrap.images.labelled import ImageFolder, fit_images, read_npz
 from inmerge_wrap.images.preparation import FILE, Preparation, Recipe, digest_of
@@ -155,6 +156,8 @@ def open_data(
         return LabelledImages(DataLoader(dataset, batch_size=batch_size), labels[:limit], part)
     if size is None:
         raise ArgumentError(f"{data} holds images of any size: pass <size>, the side in training")
+    if classes is not None and len(classes) == 1:
+        classes = _with_its_opposite(data, part, classes[0])
     config = {**first.config, "input_size": (first.channels, *size)}
     folder = ImageFolder(data, config=config, split=part, classes=classes, limit=limit)
     loader = DataLoader(folder, batch_size=batch_size)
@@ -178,6 +181,18 @@ def _check_same_images(contenders: Sequence[Contender], *, files: bool) -> None:
                     f"is {wanted[what]} and {theirs}"
                     + ("; <size> makes them equal" if what == "size" else "")
                 )
+
+
+def _with_its_opposite(data: Path, part: str, name: str) -> list[str]:
+    """Returns the folders of two classes, that of the network's single output second."""
+    root = parts_in(data).get(part, data)
+    others = [folder.name for folder in inside(root, folders=True) if folder.name != name]
+    if len(others) != 1 or not (root / name).is_dir():
+        raise ArgumentError(
+            f"{root} must hold two folders, {name} and one other, because the network has the "
+            f"single output {name}"
+        )
+    return [*others, name]
 
 
 def _check_classes(data: Path, classes: Sequence[str], name: str, outputs: int) -> None:

@@ -137,12 +137,13 @@ def _operating_figures(
     found["prevalence"] = float(truth.double().mean())
     found["elsewhere"] = None
     if given is not None:
-        point = {name: torch.tensor(found[name]["value"] or 0.0) for name in names[:2]}
-        values, spread = predictive(given, **point), None
+        values = [found[name]["value"] for name in names[:2]]
+        point = [torch.tensor(torch.nan if value is None else value) for value in values]
+        there, spread = predictive(given, *point), None
         if drawn:
             spread = predictive(given, drawn["sensitivity"], drawn["specificity"])
         found["elsewhere"] = {"prevalence": given} | {
-            name: {"value": _number(values[place]), **_ends(spread[place] if spread else None)}
+            name: {"value": _number(there[place]), **_ends(spread[place] if spread else None)}
             for place, name in enumerate(("ppv", "npv"))
         }
     return found

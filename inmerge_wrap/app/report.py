@@ -123,7 +123,8 @@ def render(content: Mapping[str, Any], pictures: Sequence[Tensor]) -> str:
             for name, found in test["calibration"].items()
         },
         rocs=[drawings.draw_roc(entry) for entry in rocs[:ROCS]],
-        damage=drawings.draw_families(
+        damage=test["families"]
+        and drawings.draw_families(
             test["families"], {name: words for name, (words, _) in FAMILIES.items()}
         ),
         merging=next(r["merging"] for r in content["runs"] if r["name"] == content["chosen"]),

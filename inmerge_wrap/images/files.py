@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from inmerge_wrap.errors import ArgumentError
 
@@ -129,7 +129,7 @@ def is_dicom(path: Path) -> bool:
 
 
 def decode(path: Path) -> Decoded:
-    """Reads a file whole.
+    """Reads a file whole, upright as its EXIF orientation says.
 
     Raises:
         DataError: If pydicom is needed and missing.
@@ -146,15 +146,15 @@ def decode(path: Path) -> Decoded:
             raise ValueError(f"it holds {frames} images; give each its own file")
         # Pillow keeps the upper 8 of the 16 bits of a colour.
         shortened = "16" in str(image.tile[0][3]) if image.tile else False
-        image.load()
-        if image.mode in _DEEP:
-            values = np.asarray(image)
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode in _DEEP:
+            values = np.asarray(upright)
             if values.dtype.byteorder == ">":
                 values = values.astype(values.dtype.newbyteorder("="))
-        elif image.mode in ("1", "L", "LA", "La"):
-            values = np.asarray(image.convert("L"))
+        elif upright.mode in ("1", "L", "LA", "La"):
+            values = np.asarray(upright.convert("L"))
         else:
-            values = np.asarray(image.convert("RGB"))
+            values = np.asarray(upright.convert("RGB"))
             if shortened and values.max() < 64:
                 raise ValueError(
                     "it is a colour image of 16 bits that uses only the lowest of them: "

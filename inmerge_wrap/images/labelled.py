@@ -180,6 +180,11 @@ def _open(path: Path, channels: int) -> Any:
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):  # 16 bits, which PIL would clip at 255
                 upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
+            elif upright.mode == "F":
+                values = np.asarray(upright)
+                if not (0 <= values.min() and values.max() <= 1):
+                    raise ValueError("it holds fractions outside of [0, 1]: scale it to 8 bits")
+                upright = Image.fromarray((values * 255).round().astype(np.uint8))
             return upright.convert(mode)
     except Exception as error:  # readers raise all sorts of things on broken files
         raise ValueError(f"{path} cannot be read as an image: {error}") from error

@@ -71,7 +71,12 @@ def examine_all(
                 f"{memory} cannot be used ({error}): remove it, and the images are checked again"
             ) from error
     stamps = {str(image.path): _stamp(image.path) for image in collection.images}
-    fresh = [p for p, stamp in stamps.items() if p not in known or known[p][0] != stamp]
+    # One that could not be read may be readable now: its decoder may have been missing.
+    fresh = [
+        path
+        for path, stamp in stamps.items()
+        if path not in known or known[path][0] != stamp or known[path][1].error is not None
+    ]
     reading = Mapped(_examined, [Path(path) for path in fresh])
     loader = DataLoader(reading, batch_size=None, num_workers=workers)
     bar = tqdm(loader, desc="checking images", unit="image", disable=not fresh)

@@ -54,10 +54,15 @@ def read_table(path: Path, needed: Mapping[str, str | None] | None = None) -> li
     header = text.partition("\n")[0]
     delimiter = max(",;\t", key=header.count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows = []
     try:
-        rows = [
-            {_cell(key): _cell(value or "") for key, value in row.items() if key} for row in reader
-        ]
+        for row in reader:
+            if any(cell.strip() for cell in row.get(None, ())):  # type: ignore[call-overload]
+                raise DataError(
+                    f"{path}, row {reader.line_num} has more cells than the header: put a text "
+                    f"that holds {delimiter!r} in quotes"
+                )
+            rows.append({_cell(key): _cell(value or "") for key, value in row.items() if key})
     except csv.Error as error:
         raise DataError(f"{path}, row {reader.line_num}: {error}") from error
     columns = [_cell(name) for name in reader.fieldnames or () if name]

@@ -152,6 +152,15 @@ def test_labels_give_temperature_and_accuracy(site: Path, tmp_path: Path) -> Non
     assert "row 2: label 'd' is no class of the network; its classes are a, b, c" in told
 
 
+def test_labels_of_one_class_give_no_balanced_accuracy(site: Path, tmp_path: Path) -> None:
+    names = [name for name, _ in find_files([site / "other"])]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label", *(f"{n},a" for n in names)]))
+    options = ("--labels", tmp_path / "labels.csv", "--out", tmp_path / "out")
+    content = run_json("adapt", site / "model", site / "other", *options)
+    assert content["balanced_accuracy"] is None and content["labelled"] == 40
+    assert "the labelled images hold one class" in " ".join(content["warnings"])
+
+
 def test_labels_that_name_no_image_are_an_error(site: Path, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("path,label\nelsewhere.png,a\n")
     options = ("--labels", tmp_path / "labels.csv", "--out", tmp_path / "out")

@@ -111,6 +111,25 @@ def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
     return 0
 
 
+def test_a_test_part_of_one_class_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part, count, classes in (
+        ("train", 6, CLASSES),
+        ("val", 3, CLASSES),
+        ("test", 6, ["mixed"]),
+    ):
+        for label, name in enumerate(classes):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            for n in range(count):
+                image = coloured(label, 10_000 * len(part) + 1000 * label + n)
+                image.save(tmp_path / "data" / part / name / f"{n}.png")
+    given = ["--data-dir", tmp_path / "data", *TINY, "--epochs", "1", "--out", tmp_path / "mine"]
+    assert run_here(monkeypatch, *given) == 0
+    text = (tmp_path / "mine" / "report.html").read_text()
+    assert "The test images hold one class" in text
+
+
 # -- end to end ------------------------------------------------------------------------------------
 
 
@@ -828,6 +847,17 @@ def test_a_finding_without_a_positive_has_no_figures_and_patients_are_drawn_whol
     )  # fmt: skip
     for end in ("low", "high"):
         assert whole[0]["auroc"][end] == pytest.approx(few[0]["auroc"][end], abs=1e-6)
+
+
+def test_nothing_is_said_of_another_prevalence_without_a_specificity() -> None:
+    labels = torch.ones(12, 1)
+    recipe = recipe_of(["a"], thresholds=(0.5,))
+    (row,) = findings.class_table(
+        labels.double(), labels, labels == 1, recipe, draws=None, units=None,
+        prevalences=[0.02],
+    )  # fmt: skip
+    assert row["specificity"]["value"] is None
+    assert row["elsewhere"]["ppv"]["value"] is None
 
 
 def test_patients_who_all_agree_leave_the_interval_of_their_number() -> None:

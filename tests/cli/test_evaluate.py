@@ -183,6 +183,29 @@ def test_evaluate_reads_folders_in_the_order_of_the_models_classes(
     assert content["rows"][0]["accuracy"] == pytest.approx(np.mean(right))
 
 
+def test_a_single_output_is_that_of_the_folder_of_its_name(tmp_path: Path) -> None:
+    net = timm.create_model(ARCH, num_classes=1).eval()
+    prepared: dict[str, Any] = {"input_size": (3, 32, 32), "mean": [0.3] * 3, "std": [0.2] * 3}
+    export_timm(net, tmp_path / "model", **prepared, label_names=["disease"])
+    generator, hits = np.random.default_rng(0), []
+    for index in range(12):
+        name = ("disease", "healthy")[index % 2]
+        path = tmp_path / "photos" / name / f"{index:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+        with torch.no_grad():
+            score = net((torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255 - 0.3) / 0.2)
+        hits.append((float(score) > 0) == (name == "disease"))
+    command = ("evaluate", tmp_path / "model", "--data", tmp_path / "photos")
+    content = run_json(*command, *QUICKLY)
+    assert content["rows"][0]["accuracy"] == pytest.approx(np.mean(hits))
+    (tmp_path / "photos" / "healthy").rename(tmp_path / "photos" / "sick")
+    assert run_json(*command, *QUICKLY)["rows"][0]["accuracy"] == pytest.approx(np.mean(hits))
+    (tmp_path / "photos" / "disease").rename(tmp_path / "photos" / "ill")
+    assert "must hold two folders, disease and one other" in complaint(*command)
+
+
 def test_evaluate_reads_images_as_the_model_was_trained_on_them(
     net: nn.Module, tmp_path: Path
 ) -> None:

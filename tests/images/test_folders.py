@@ -495,6 +495,14 @@ def test_cells_that_a_spreadsheet_would_run_are_made_safe_and_read_back(tmp_path
     assert again.classes == ("=a", "=b")
 
 
+def test_cells_beyond_the_header_are_not_lost(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("path,label\n1.png,benign,\n2.png,benign, mild\n")
+    with pytest.raises(ValueError, match=r"t\.csv, row 3 has more cells than the header: put"):
+        read_table(tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_text('path,label\n1.png,benign,\n2.png,"benign, mild"\n')
+    assert [row["label"] for row in read_table(tmp_path / "t.csv")] == ["benign", "benign, mild"]
+
+
 def test_a_site_is_held_out_whole(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = []
     for n in range(40):
@@ -819,6 +827,12 @@ def test_files_are_examined_once_until_they_change(
     changed = save(tmp_path / "data" / "a" / "0.png", picture(99, 9))
     other, _ = opened(tmp_path / "data", memory=memory)
     assert read == [changed] and other.fingerprint != first.fingerprint
+    broken = tmp_path / "data" / "a" / "broken.png"
+    broken.write_bytes(b"no image")
+    for _ in range(2):  # its reader may have been missing
+        read.clear()
+        opened(tmp_path / "data", memory=memory, skip_broken=True)
+        assert read == [broken]
 
 
 def test_channels_and_sizes_of_mixed_files(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import timm
 import torch
 from PIL import Image
 
+from inmerge_wrap.images.files import decode
 from inmerge_wrap.images.folders import read_part
 from inmerge_wrap.images.labelled import ImageFolder, fit_images
 
@@ -113,6 +114,17 @@ def test_a_photograph_lying_on_its_side_is_put_upright(tmp_path: Path) -> None:
     upright = np.rot90(picture(0), k=-1).copy()
     expected = torch.from_numpy(upright).permute(2, 0, 1) / 255
     assert torch.equal(ImageFolder(tmp_path, config=CONFIG)[0][0], expected)
+    assert np.array_equal(decode(tmp_path / "a" / "side.png").values, upright)  # so it is trained
+
+
+def test_fractions_are_read_where_black_and_white_are_known(tmp_path: Path) -> None:
+    values = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    save(tmp_path / "a", "fractions.tif", values)
+    (shown, _), *_ = ImageFolder(tmp_path, config={**CONFIG, "input_size": (1, 16, 16)})
+    torch.testing.assert_close(shown[0], torch.from_numpy(values), atol=1e-3, rtol=0)
+    save(tmp_path / "a", "fractions.tif", values * 300)
+    with pytest.raises(ValueError, match=r"fractions\.tif .* fractions outside of \[0, 1\]"):
+        ImageFolder(tmp_path, config=CONFIG)[0]
 
 
 def test_a_limit_takes_images_of_all_classes(folder: Path) -> None:

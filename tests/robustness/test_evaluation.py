@@ -230,6 +230,17 @@ def test_a_baseline_of_other_data_or_settings_is_refused():
             evaluate_robustness(model, given.pop("loader"), baseline=base, **given)
 
 
+def test_networks_are_compared_each_at_its_own_threshold():
+    images, labels = data("multilabel")
+    model = network(labels.shape[1])
+    settings = {"preset": FEW, "bootstrap": 5, "task": "multilabel"}
+    base = evaluate_robustness(model, [(images, labels)], threshold=0.4, **settings)
+    other = evaluate_robustness(model, [(images, labels)], threshold=0.6, baseline=base, **settings)
+    (clean, *_) = compare_results(other, base)
+    values = [each.value("balanced_error") for each in (other, base)]
+    assert clean["difference"] == values[0] - values[1]
+
+
 def test_differences_are_paired_over_the_images():
     images, labels = data("multiclass")
     first, second = network(4), network(4)
