@@ -96,6 +96,7 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        result: Any
         if self._shapes_only and func in _KEEPS_SHAPE and args:
             result = torch.empty_like(args[0])  # on meta tensors these take most of the time
         elif self._shapes_only and name in _RECURRENT and isinstance(args[3], bool):  # not packed

@@ -57,7 +57,7 @@ def read_table(path: Path, needed: Mapping[str, str | None] | None = None) -> li
     rows = []
     try:
         for row in reader:
-            if any(cell.strip() for cell in row.get(None, ())):  # type: ignore[call-overload]
+            if any(cell.strip() for cell in row.get(None, ())):
                 raise DataError(
                     f"{path}, row {reader.line_num} has more cells than the header: put a text "
                     f"that holds {delimiter!r} in quotes"
