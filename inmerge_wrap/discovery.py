@@ -242,6 +242,8 @@ def _why_out_of_reach(
         return "lazy: its weight has no shape before the first forward pass", "unwritable"
     if call is not None and not call.is_called:
         return "its weight is used without calling the module, so that no hook runs", "functional"
+    if mode == "outputs" and call is not None and not call.is_whole:
+        return f"{_class_name(conv)} goes on after its convolution: use mode='weights'", "composite"
     if mode == "outputs" and kind == "depthwise":
         return "depthwise: its channels read different inputs, which outputs cannot mix", kind
     return None

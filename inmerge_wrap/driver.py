@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from inmerge_wrap.forward import ForwardMerge
+from inmerge_wrap.forward import ForwardMerge, after_backward
 from inmerge_wrap.kernels import MergedLayer, check_layers, check_sites, find_layers, modules_of
 from inmerge_wrap.merging import cyclic_sources
 from inmerge_wrap.optimizers import (
@@ -49,6 +49,8 @@ from inmerge_wrap.tally import Tally
 from inmerge_wrap.trial import refuse_undone
 from inmerge_wrap.watch import Watch
 
+_OVER = 1.05  # the end of a training run, where the schedule ends 5% before it
+
 
 class Driver:
     """Drives the merging of one network from the steps of its optimizers."""
@@ -61,7 +63,7 @@ class Driver:
                 f"make it with plan_merging(network, mode={settings.mode!r})"
             )
         self._network, self._plan, self._settings = network, plan, settings
-        self.tally = Tally(len(plan.merged))
+        self.tally = Tally(len(plan.merged), per_image=settings.mode == "outputs")
         self.watch = Watch()
         self._pauses = 0
         # Of each layer that merged with the last step of its optimizer, how.
@@ -69,7 +71,7 @@ class Driver:
         self._attachments = Attachments()
         self._forward = ForwardMerge(plan.merged)
         self._passes = 0  # steps that merged
-        self._uncounted = 0  # of these, since the counts of the forward pass were last read
+        self._uncounted = 0  # of these, those whose counts have not been read; -1: one more has
         self._ran = False  # whether a forward pass merged since the last step
         self._sharded: list[Any] | None = None  # modules of FSDP2
         self._replicas = Replicas()
@@ -142,10 +144,13 @@ class Driver:
 
     def _prepare(self) -> None:
         """Prepares the next forward pass, if it is to merge."""
-        if not self._in_step and len(self._attachments):
+        if self._in_step:
+            return
+        if self._attachments.live:
             step = self.tally.step
-            strength = self._settings.strength(step) if self._attachments.live else None
-            self._forward.set_step(step, strength, self._settings)
+            self._forward.set_step(step, self._settings.strength(step), self._settings)
+        else:
+            self._forward.uninstall()
 
     # -- the optimizers ---------------------------------------------------------------------------
 
@@ -170,12 +175,7 @@ class Driver:
         if self._in_step and not is_schedule_free(optimizer):
             for each in {id(found): found for found in (unprepared(given), optimizer)}.values():
                 refuse_undone(each, held[0].parameters[0])
-        end = self._settings.schedule.end
-        if end is not None and self.tally.step >= end:
-            self.watch.warn(
-                f"the schedule ended at step {end:,} and {self.tally.step:,} steps are counted, so "
-                "that nothing merges with this optimizer: call model.restart() to begin again"
-            )
+        self._warn_if_over(1.0)
         if not getattr(type(optimizer).step, "hooked", False):
             # timm's Lookahead skips Optimizer.__init__, without which step() runs no hooks.
             optimizer._patch_step_function()
@@ -191,9 +191,21 @@ class Driver:
         for layer in held:  # a training run that goes on with another optimizer keeps its schedule
             self.tally.steps[layer.number] = now
         if not self._in_step:
+            check_sites(
+                self._network, self._plan.merged
+            )  # it may have changed since it was wrapped
             self._forward.install(self._network)
             self._prepare()
         return attachment
+
+    def _warn_if_over(self, times: float) -> None:
+        """Warns if so many times the steps of the schedule are counted."""
+        end = self._settings.schedule.end
+        if end is not None and self.tally.step >= times * end:
+            self.watch.warn(
+                f"the schedule ended at step {end:,} and {self.tally.step:,} steps are counted, so "
+                "that nothing merges with this optimizer: call model.restart() to begin again"
+            )
 
     def _held_by(self, optimizer: Optimizer, layers: Sequence[MergedLayer]) -> list[MergedLayer]:
         """Returns the layers that an optimizer's steps merge, or count in the forward pass."""
@@ -251,6 +263,7 @@ class Driver:
             return
         if self._pauses:
             self.watch.idle_forwards = self.watch.missed_steps = 0
+            self._last.clear()
             return
         if self._in_step:
             refuse_capture("optimizer.step()")
@@ -315,7 +328,9 @@ class Driver:
             self._check_replicas()
         self._replicas.counted(self.tally.step)
         self.watch.steps += 1
-        self._prepare()
+        if self.tally.step > seen:
+            # An optimizer may step in the backward pass, which can still repeat forward passes.
+            after_backward(self._prepare)
 
     def _merge(
         self,
@@ -326,7 +341,9 @@ class Driver:
     ) -> None:
         """Merges after a step the layers that it moved."""
         if optimizer is not None:
-            trained = stepped_of(trained)
+            trained = stepped_of(trained, optimizer)
+        if not trained:
+            return
         found, problem = companions(optimizer, trained, moments=self._settings.merge_momentum)
         if problem is not None:
             self.watch.warn_once("momentum", f"merge_momentum has no effect: {problem}")
@@ -361,14 +378,15 @@ class Driver:
             found.layers,
             ended=end if end is not None and self.tally.step > end else None,
             idle=self.watch.why_never(self.tally.step, attached=bool(self._attachments.live)),
-            unit="images x channels" if self._settings.mode == "outputs" else "drawn pairs",
+            unit=found.unit,
         )
 
     def _read_counts(self) -> None:
         counts = self._forward.take_counts()
         if counts is not None:
-            self.tally.add_totals(*counts, passes=self._uncounted)
-            self._uncounted = 0
+            # A pass that came before its step counts now, and not again at the step.
+            self.tally.add_totals(*counts, passes=self._uncounted + self._ran)
+            self._uncounted = -int(self._ran)
 
     @property
     def statistics_lag(self) -> bool:
@@ -430,15 +448,21 @@ class Driver:
 
     def _after_any_step(self, optimizer: Optimizer) -> None:
         """Counts steps of optimizers that train the merged weights without being attached."""
+        if self._last and not self._attachments.live and self._trains(optimizer):
+            self._last.clear()  # a plain step, whose forward pass measured these weights
         end = self._settings.schedule.end
         has_ended = end is not None and self.tally.step >= end
         if has_ended or (self.watch.steps and not len(self._attachments)):  # or merged by hand
             return
-        if self._attachments.miss(optimizer) and not self._pauses:
-            held = set(map(id, parameters_of(optimizer)))
-            modules = modules_of(self._network, self._plan.merged)
-            if any(p.requires_grad and id(p) in held for m in modules for p in m.parameters()):
-                self.watch.after_missed_step(type(optimizer).__name__)
+        missed = self._attachments.miss(optimizer) and not self._pauses
+        if missed and self._trains(optimizer):
+            self.watch.after_missed_step(type(optimizer).__name__)
+
+    def _trains(self, optimizer: Optimizer) -> bool:
+        """Returns whether an optimizer trains one of the layers to merge."""
+        held = set(map(id, parameters_of(optimizer)))
+        modules = modules_of(self._network, self._plan.merged)
+        return any(p.requires_grad and id(p) in held for m in modules for p in m.parameters())
 
     def _warn_of_frozen_weights(self) -> None:
         self.watch.warn_once(
@@ -460,14 +484,17 @@ class Driver:
         tally = Tally.from_state(state, layers=len(self._plan.merged), seed=self._settings.seed)
         if tally is None:
             return
+        tally.per_image = self.tally.per_image
         self._begin(tally)
         # The totals may have gone back: what came after them no longer belongs to this run.
         self.watch.rewind(self.tally.step)
         self._prepare()
+        if self._attachments.live:  # not of a run that is resumed near its end
+            self._warn_if_over(_OVER)
 
     def restart(self) -> None:
         """Begins again at step 0."""
-        self._begin(Tally(len(self._plan.merged)))
+        self._begin(Tally(len(self._plan.merged), per_image=self.tally.per_image))
         self.watch = Watch()
         self._prepare()
 
@@ -475,4 +502,5 @@ class Driver:
         self._forward.take_counts()
         self._replicas.begin()
         self.tally, self._passes, self._uncounted = tally, max(tally.passes), 0
+        self._ran = False
         self._last.clear()

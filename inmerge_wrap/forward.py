@@ -15,7 +15,7 @@ and the channel: a pass that is run again in the backward pass finds the draws o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from inmerge_wrap.counts import Counts
 from inmerge_wrap.kernels import layout_of, modules_of, stream_of
@@ -53,7 +54,8 @@ _NOTHING = object()
 
 _COMPILES_RANGES = "2.14"  # 2.6 refuses to split by a length that it does not know
 _BLOCK = 8  # channels whose signs are drawn together
-_IMAGES = 0x3C6EF35F  # an odd factor that sets the keys of the images of a batch apart
+# Odd factors that set the images of a batch apart, and the arguments of a call.
+_IMAGES, _ARGUMENTS = 0x3C6EF35F, 0x7FEB352D
 
 
 @dataclass(frozen=True)
@@ -118,11 +120,12 @@ class ForwardMerge:
             begin += _width(site)
         self._settings = MergeSettings()
         self._modules: list[nn.Module] = []
+        self._hooks: list[RemovableHandle] = []
         self._state: _State | None = None
         self._shifts: list[int] = []
-        self._trains = [True] * len(sites)
         self._draw: _Draw | None = None  # of the forward pass that runs
         self._replayed: _Draw | None = None  # of the one whose backward pass runs
+        self._is_lost = False  # whether the last pass returned nothing that leads to its backward
         # Of a layer, from before its convolution to after it.
         self._shares: dict[int, Tensor] = {}
         self._biases: dict[int, Tensor] = {}
@@ -134,11 +137,20 @@ class ForwardMerge:
             return
         self._modules = modules_of(network, self._sites)
         for number, module in enumerate(self._modules):
-            module.register_forward_pre_hook(partial(self._before, number))
-            module.register_forward_hook(partial(self._after, number), always_call=True)
+            self._hooks += [
+                module.register_forward_pre_hook(partial(self._before, number)),
+                module.register_forward_hook(partial(self._after, number), always_call=True),
+            ]
             if parametrize.is_parametrized(module, "weight"):
                 computed: Any = module.parametrizations["weight"]  # type: ignore[index]
-                computed.register_forward_hook(partial(self._computed, number))
+                self._hooks.append(computed.register_forward_hook(partial(self._computed, number)))
+
+    def uninstall(self) -> None:
+        """Takes the hooks off the network, when no optimizer drives the merging any more."""
+        self.is_on = False
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._modules = [], []
 
     def replaced(self, network: nn.Module) -> tuple[str, nn.Module] | None:
         """Returns the name of a convolution that another module has replaced, and that module."""
@@ -168,7 +180,6 @@ class ForwardMerge:
         state.clock.fill_(mix(settings.seed, step))
         state.size.fill_(strength.size)
         state.probability.fill_(strength.probability)
-        self._trains = [next(module.parameters()).requires_grad for module in self._modules]
         if settings.mode == "outputs":
             self._shifts = [shared_shift(site, settings.seed, step) for site in self._sites]
             state.shifts.copy_(torch.tensor(self._shifts, device="cpu"))
@@ -209,10 +220,13 @@ class ForwardMerge:
         if self._settings.mode != "outputs":  # the step has drawn for all batches
             self._draw = _Draw(state.clock, 1, state.size, self._shifts)
             return
-        found = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
-        batch = found[0] if found else torch.zeros(1, device=state.device)
-        key = state.clock ^ fingerprint(batch.detach()).to(state.device)
-        self._draw = self._drawn(key, len(batch), self._shifts)
+        found = [tensor for tensor in _tensors_in(inputs) if tensor.ndim]
+        content = torch.zeros_like(state.clock)
+        for tensor in found:  # of all, because labels may come before the images
+            content = content * _ARGUMENTS + fingerprint(tensor.detach()).to(state.device)
+            content = content & 0xFFFFFFFF
+        rows = len(found[0]) if found else 1
+        self._draw = self._drawn(state.clock ^ content, rows, self._shifts)
 
     def end(self, outputs: Any) -> None:
         """Ends a forward pass; the passes that its backward pass repeats will draw the same."""
@@ -223,12 +237,17 @@ class ForwardMerge:
             self._unshadow(number)
         if draw is None or torch.compiler.is_compiling():  # a compiled graph repeats what it drew
             return
-        for leaf in tree_leaves(outputs):
-            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
-                leaf.grad_fn.register_prehook(partial(self._replay, draw))
+        nodes = [t.grad_fn for t in _tensors_in(outputs) if t.grad_fn is not None]
+        self._is_lost = not nodes and torch.is_grad_enabled()
+        for node in nodes:
+            node.register_prehook(partial(self._replay, draw))
 
     def _replay(self, draw: _Draw, _: Any) -> None:
         self._replayed = draw
+        after_backward(self._forget)
+
+    def _forget(self) -> None:
+        self._replayed = None
 
     def _current(self) -> _Draw | None:
         """Returns the draw of the pass that runs, or of the one that a checkpoint repeats."""
@@ -257,7 +276,14 @@ class ForwardMerge:
 
         FSDP2 gathers them for the module alone, and frees them before the hook that comes after it.
         """
-        if self._current() is None or not module.training or not self._trains[number]:
+        draw = self._current()
+        if draw is None and self._is_lost and _in_backward():
+            raise RuntimeError(
+                "activation checkpointing repeats a forward pass whose outputs hold no tensor that "
+                "can be found, so that it would draw other pairs: return tensors, tuples, lists, "
+                "dicts or objects with tensors as attributes"
+            )
+        if draw is None or not module.training or not _trains(module):
             return
         settings = self._settings
         if settings.mode == "weights":
@@ -277,7 +303,7 @@ class ForwardMerge:
             self._unshadow(number)
             return None
         draw = self._current()
-        if draw is None or not module.training or not self._trains[number]:
+        if draw is None or not module.training or not _trains(module):
             return None
         if self._settings.mode != "outputs" or not isinstance(output, Tensor):  # it raised
             return None
@@ -387,7 +413,7 @@ class ForwardMerge:
 
     def _count(self, number: int, rows: int, shares: Tensor) -> None:
         """Counts images x channels of a layer that acted, and those whose channel moved."""
-        if _in_backward():  # a pass that is repeated has been counted
+        if _in_backward() or not rows:  # a pass that is repeated has been counted
             return
         settings, drawn = self._settings, rows * self._sites[number].shape[0]
         assert self._state is not None
@@ -433,6 +459,33 @@ def _image_keys(key: Tensor, images: int) -> Tensor:
     return (key + torch.arange(images, device=key.device) * _IMAGES) & 0xFFFFFFFF
 
 
+def _tensors_in(content: Any) -> list[Tensor]:
+    """Returns the tensors in nested lists, tuples, dicts, and objects that hold them."""
+    found = []
+    for leaf in tree_leaves(content):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):
+            found += [each for each in tree_leaves(vars(leaf)) if isinstance(each, Tensor)]
+    return found
+
+
+def _trains(module: nn.Module) -> bool:
+    """Returns whether the weight of a convolution, or what it is computed from, is trained."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        weight = next(p for name, p in module.named_parameters() if name != "bias")
+    return weight.requires_grad
+
+
 def _in_backward() -> bool:
     """Returns whether autograd runs a backward pass, in which checkpoints repeat forward passes."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def after_backward(call: Callable[[], None]) -> None:
+    """Calls a function when the backward pass that runs is over; at once if none does."""
+    if _in_backward():
+        torch.autograd.Variable._execution_engine.queue_callback(call)
+    else:
+        call()

@@ -139,7 +139,7 @@ def draw_ways(rows: Tensor, columns: Tensor) -> Tensor:
     signs = 1.0 - 2.0 * (byte >> torch.arange(8, device=rows.device) & 1)
     drawn = draw_bits(rows, columns) & 0xFF
     # A table, because comparing and selecting eight times as many numbers takes five times longer.
-    return signs.index_select(0, drawn.flatten()).reshape(len(rows), -1)
+    return signs.index_select(0, drawn.flatten()).reshape(len(rows), 8 * len(columns))
 
 
 def _scramble(bits: Tensor, shift: int, factor: int) -> Tensor:
@@ -158,7 +158,7 @@ def fingerprint(inputs: Tensor) -> Tensor:
         whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(inputs.element_size())
         inputs = inputs.view(whole) if whole else inputs.float().view(torch.int32)
     if inputs.element_size() == 8:
-        inputs = inputs >> 24  # else the sum could overflow
+        inputs = (inputs ^ (inputs >> 32)) & 0xFFFFFFFF  # else the sum could overflow
     total = inputs.sum(dtype=torch.int64)
     return (total ^ (total >> 32)) & 0xFFFFFFFF
 

@@ -124,14 +124,15 @@ def trained_of(layers: Sequence[MergedLayer]) -> list[MergedLayer]:
     return [layer for layer in layers if all(p.requires_grad for p in layer.parameters)]
 
 
-def stepped_of(layers: Sequence[MergedLayer]) -> list[MergedLayer]:
+def stepped_of(layers: Sequence[MergedLayer], optimizer: Optimizer) -> list[MergedLayer]:
     """Returns the layers that a step has just moved: those whose weights have a gradient.
 
-    A branch that did not run has none. Some optimizers drop all gradients in their step; then
-    nothing can be known, and all layers count.
+    A branch that did not run has none, nor has a backbone whose head alone is trained. Some
+    optimizers drop all gradients in their step; then nothing can be known, and all layers count.
     """
-    moved = [layer for layer in layers if any(p.grad is not None for p in layer.parameters)]
-    return moved or list(layers)
+    if all(parameter.grad is None for parameter in parameters_of(optimizer)):
+        return list(layers)
+    return [layer for layer in layers if any(p.grad is not None for p in layer.parameters)]
 
 
 def check_still_held(

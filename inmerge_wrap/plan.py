@@ -29,8 +29,8 @@ class ConvSite:
         reason_kind: The reason as an identifier: the ``kind`` if that is the reason; ``"shallow"``,
             ``"excluded"``, ``"not_included"``; ``"unwritable"`` (a weight that is computed,
             quantised or complex, or has no shape yet), ``"shared"`` (with an earlier layer),
-            ``"functional"`` (used without calling the module), ``"one_kernel"`` (alone, or in its
-            group).
+            ``"functional"`` (used without calling the module), ``"composite"`` (on the outputs: the
+            module computes more after its convolution), ``"one_kernel"`` (alone, or in its group).
     """
 
     name: str

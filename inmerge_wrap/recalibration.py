@@ -31,8 +31,10 @@ def recalibrate(
 ) -> int:
     """Measures the running statistics of every BatchNorm on the images of a loader.
 
-    The new statistics are the mean of those of the batches, each weighted by its images. With
-    ``prior``, each statistic becomes ``(prior * old + n * new) / (prior + n)`` for n images.
+    The new statistics are the mean of those of the batches, each weighted by its images; of a
+    BatchNorm that runs several times in a pass, over all its calls. With ``prior``, each statistic
+    becomes ``(prior * old + n * new) / (prior + n)`` for n images. A BatchNorm that does not run,
+    such as that of another branch, keeps its statistics.
 
     Only BatchNorm runs in train mode; dropout and stochastic depth are off, as at inference. The
     mode of every module is restored, and on failure the old statistics too.
@@ -49,7 +51,7 @@ def recalibrate(
     Raises:
         TypeError: If a batch is neither a tensor nor a sequence that begins with one.
         ValueError: If the loader yields no batch, ``prior`` is negative or not finite, or
-            ``max_batches`` is not positive.
+            ``max_batches`` is not positive; or if no BatchNorm runs.
     """
     if max_batches is not None and not (isinstance(max_batches, int) and max_batches >= 1):
         raise ValueError(f"max_batches must be a count >= 1 or None, got {max_batches!r}")
@@ -81,10 +83,19 @@ def _measure(
         for norm in norms:
             norm.reset_running_stats()
             norm.train()
-        batches, images = _run(model, norms, loader, max_batches)
+        batches, images, rows = _run(model, norms, loader, max_batches)
         if not batches:
             raise ValueError("the loader yielded no batch, so there are no statistics to measure")
+        if not rows:
+            raise ValueError(
+                "no BatchNorm runs in the forward pass of these images, so there are no statistics "
+                "to measure: pass batches that reach it"
+            )
         for norm, old in zip(norms, before, strict=True):
+            if norm not in rows:
+                for name, value in old.items():
+                    norm.get_buffer(name).copy_(value)
+                continue
             for name in ("running_mean", "running_var"):
                 # An exact 0 keeps nothing, not even an old value that is not finite.
                 kept = prior / (prior + images) * old[name] if prior else 0.0
@@ -104,20 +115,31 @@ def _measure(
 
 def _run(
     model: nn.Module, norms: list[_BatchNorm], loader: Iterable[Any], max_batches: int | None
-) -> tuple[int, int]:
-    """Runs the batches; returns how many there were and their images."""
+) -> tuple[int, int, dict[nn.Module, int]]:
+    """Runs the batches; returns how many there were, their images, and the rows of each norm."""
     device = next(model.parameters()).device
     batches = images = 0
-    with torch.no_grad():
-        for batch in loader:
-            if max_batches is not None and batches >= max_batches:
-                break
-            pixels = _images(batch).to(device)
-            batches, images = batches + 1, images + len(pixels)
-            for norm in norms:
-                norm.momentum = len(pixels) / images  # the mean so far, weighted by images
-            model(pixels)
-    return batches, images
+    rows: dict[nn.Module, int] = {}
+
+    def weigh(norm: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        found = len(args[0] if args else kwargs["input"])
+        rows[norm] = rows.get(norm, 0) + found
+        norm.momentum = found / rows[norm]  # type: ignore[assignment]  # the mean so far
+
+    hooks = [norm.register_forward_pre_hook(weigh, with_kwargs=True) for norm in norms]
+    try:
+        # A compiled network does not look for new hooks.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            for batch in loader:
+                if max_batches is not None and batches >= max_batches:
+                    break
+                pixels = _images(batch).to(device)
+                batches, images = batches + 1, images + len(pixels)
+                model(pixels)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return batches, images, rows
 
 
 def _images(batch: Any) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from inmerge_wrap.discovery import SKIPPED_KINDS, Pattern, plan_merging
-from inmerge_wrap.kernels import store_of
+from inmerge_wrap.kernels import layout_of, store_of
 from inmerge_wrap.merging import centre
 from inmerge_wrap.plan import ConvSite
 from inmerge_wrap.unwrapping import unwrap
@@ -292,8 +292,14 @@ def read_kernels(conv: nn.Module, *, centred: bool = False) -> Tensor:
         conv: A convolution. Under FSDP2 all ranks must call this together.
         centred: Subtract the mean of each kernel, for layers that standardise their weight.
     """
-    with store_of(conv).opened() as stored:
-        kernels = stored.read(torch.arange(stored.shape[0], device=stored.weight.device))
+    store = store_of(conv)
+    if store.reason is not None and isinstance(weight := getattr(conv, "weight", None), Tensor):
+        layout, weight = layout_of(conv), weight.detach()  # computed in a way that none can write
+        everyone = torch.arange(layout.shape(weight)[0], device=weight.device)
+        kernels = layout.rows(weight, everyone)
+    else:
+        with store.opened() as stored:
+            kernels = stored.read(torch.arange(stored.shape[0], device=stored.weight.device))
     return centre(kernels) if centred else kernels
 
 

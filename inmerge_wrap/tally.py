@@ -13,7 +13,8 @@ from torch import Tensor
 from inmerge_wrap.pairs import Outcome
 from inmerge_wrap.report import LayerReport, MergeReport
 
-_FORMAT = 2
+_FORMAT = 3
+_HEADER = 4  # format, seed, layers, whether images are counted
 _COLUMNS = 8
 _AVERAGED = 1e-3  # what weights that add up to about 1 may change in the format's number
 _NO_COSINE = -2.0  # below every cosine
@@ -28,9 +29,11 @@ class Tally:
     Attributes:
         steps: Optimizer steps that each layer has seen.
         passes: Of these, the steps in which it was merged.
+        per_image: Whether what is drawn is a channel of an image, and not a pair of kernels.
     """
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, *, per_image: bool = False) -> None:
+        self.per_image = per_image
         self.steps = [0] * layers
         self.passes = [0] * layers
         self._drawn = [0] * layers
@@ -121,7 +124,8 @@ class Tally:
                     max_cosine=highest[index] if known else None,
                 )
             )
-        return MergeReport(tuple(layers))
+        unit = "images x channels" if self.per_image else "drawn pairs"
+        return MergeReport(tuple(layers), unit=unit)
 
     def to_state(self, seed: int) -> Tensor:
         """Returns the whole tally as one float64 CPU tensor (exact up to 2**53 pairs)."""
@@ -131,7 +135,7 @@ class Tally:
             table = torch.stack(
                 [torch.as_tensor(column).detach().cpu().double() for column in columns], dim=1
             )
-            header = table.new_tensor([_FORMAT, seed, len(self.steps)])
+            header = table.new_tensor([_FORMAT, seed, len(self.steps), self.per_image])
             return torch.cat([header, table.flatten()])
 
     @classmethod
@@ -160,7 +164,7 @@ class Tally:
             return None
         if (
             not isinstance(state, Tensor)
-            or state.numel() < 3
+            or state.numel() < _HEADER
             or not math.isclose(state[0].item(), _FORMAT, rel_tol=_AVERAGED)
         ):
             raise ValueError(
@@ -170,12 +174,12 @@ class Tally:
         if not bool(state.isfinite().all()):
             raise ValueError("_extra_state of the checkpoint holds numbers that are not finite")
         written_seed, written_layers = round(state[1].item()), round(state[2].item())
-        if state.numel() != 3 + _COLUMNS * written_layers:
+        if state.numel() != _HEADER + _COLUMNS * written_layers:
             raise ValueError(
                 f"_extra_state holds {state.numel()} numbers where {written_layers} merged layers "
-                f"need {3 + _COLUMNS * written_layers}: the checkpoint is truncated"
+                f"need {_HEADER + _COLUMNS * written_layers}: the checkpoint is truncated"
             )
-        table = state[3:].detach().cpu().reshape(written_layers, _COLUMNS)
+        table = state[_HEADER:].detach().cpu().reshape(written_layers, _COLUMNS)
         if seed is not None and written_seed != seed:
             warnings.warn(
                 f"the checkpoint was trained with seed={written_seed}, this wrapper draws with "
@@ -185,7 +189,8 @@ class Tally:
         steps, passes, drawn = (
             [round(value) for value in column] for column in table[:, :3].T.tolist()
         )
-        tally = cls(written_layers if layers is None else layers)
+        per_image = bool(round(state[3].item()))
+        tally = cls(written_layers if layers is None else layers, per_image=per_image)
         if layers is not None and written_layers != layers:
             warnings.warn(
                 f"the checkpoint merged {written_layers} layers and this plan {layers}: the step "

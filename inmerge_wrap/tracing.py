@@ -44,6 +44,8 @@ class Call:
     used_own_weight: bool = False
     is_called: bool = False
     """Whether it ran as a module, so that its hooks ran too."""
+    is_whole: bool = True
+    """Whether it returned what its convolution gave, with nothing computed after it."""
 
     def is_vector(self, dims: int) -> bool:
         """Returns whether all maps, with that many dimensions, have a single position."""
@@ -89,6 +91,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self._owners, self._trace, self._shapes_only = owners, trace, shapes_only
         self._running = ""  # the convolution whose module is being called
+        self._given: Tensor | None = None  # by the last convolution
         self._layers_of = WeakTensorKeyDictionary()  # tensor -> names of the layers it comes from
         self._read: set[str] = {_OTHER_LAYER}
         self._summed: set[str] = set()
@@ -131,6 +134,7 @@ class _Watch(TorchFunctionMode):
                 call.inputs.append((args[0] if args else kwargs["input"]).shape)
                 call.outputs.append(result.shape)
                 sources = frozenset([owner])
+                self._given = result
         if sources:
             for tensor in outputs:
                 if tensor.is_floating_point():  # an index or a mask carries no features
@@ -146,6 +150,8 @@ class _Watch(TorchFunctionMode):
         self._running = ""
         call = self._trace.calls.setdefault(name, Call())
         call.is_called = True
+        if call.used_own_weight:
+            call.is_whole = call.is_whole and output is self._given
         if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
             call.inputs.append(inputs[0].shape)
             call.outputs.append(output.shape)

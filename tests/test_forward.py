@@ -6,8 +6,10 @@ import copy
 import itertools
 import pickle
 import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -551,6 +553,132 @@ def test_evaluation_is_plain(mode: str) -> None:
     assert model.report().drawn == before  # nothing is counted that did not act
 
 
+def test_an_empty_batch_passes() -> None:
+    model, _ = made(direction="signed")
+    assert model(images(count=0)[:, :, :9]).shape == (0, 4)
+    assert model.report().drawn == 0
+
+
+def test_passes_are_counted_however_often_the_counts_are_read() -> None:
+    model, optimizer = made()
+    for number in range(4):
+        optimizer.zero_grad()
+        model(images(number)).sum().backward()
+        assert {layer.passes for layer in model.report()} == {number + 1}
+        optimizer.step()
+        assert {layer.passes for layer in model.report()} == {number + 1}
+
+
+def test_a_layer_is_merged_as_long_as_its_weight_is_trained() -> None:
+    model, _ = made()
+    model.module.stem.weight.requires_grad_(False)  # after attach
+    model(images())
+    assert [layer.drawn > 0 for layer in model.report()] == [False, True, True]
+    model.module.stem.weight.requires_grad_(True)
+    model(images())
+    assert [layer.drawn for layer in model.report()] == [5 * 8, 10 * 12, 10 * 6]
+    network = net()
+    parametrizations.weight_norm(network.stem)
+    network.stem.bias.requires_grad_(False)  # the first parameter, which is not merged
+    model, _ = made(network=network)
+    model(images())
+    assert all(layer.drawn for layer in model.report())
+
+
+class Called(nn.Module):
+    """A network whose arguments and result are whatever its test needs."""
+
+    def __init__(self, inner: nn.Module, result: Callable[[Tensor], Any] = lambda x: x) -> None:
+        super().__init__()
+        self.inner, self.result = inner, result
+
+    def forward(self, *, labels: Tensor | None = None, pixels: Any) -> Any:
+        return self.result(self.inner(getattr(pixels, "tensors", pixels)))
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_draws_follow_the_images_wherever_they_are_in_the_call(held: bool) -> None:
+    """Labels come first in the batches of transformers, and DETR's images are in an object."""
+    model, _ = made(network=Called(net()), direction="signed",
+                    example_input={"pixels": images()})  # fmt: skip
+
+    def mixed(number: int) -> Tensor:
+        pixels = types.SimpleNamespace(tensors=images(number)) if held else images(number)
+        found = []
+        hook = model.module.inner.stem.register_forward_hook(lambda *a: found.append(a[2]))
+        model(labels=torch.arange(5) + number, pixels=pixels)
+        hook.remove()
+        plain = model.module.inner.stem._conv_forward(
+            images(number), model.module.inner.stem.weight, model.module.inner.stem.bias
+        )
+        shift = model.next_pairs()["inner.stem"][1]
+        return ((found[0] - plain) / (plain[:, shift] - plain)).mean((2, 3)).sign()
+
+    signs = [mixed(number) for number in (0, 1)]
+    assert 0.2 < float((signs[0] == signs[1]).double().mean()) < 0.8
+
+
+@dataclass
+class Output:
+    logits: Any
+
+
+def test_a_convolution_that_goes_on_after_itself_is_left_out_of_the_outputs() -> None:
+    class Conv2d(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).relu()
+
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3), Conv2d(8, 8, 3), Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+    )
+    plan = plan_merging(network, mode="outputs", shallow_layers=0, example_input=images().float())
+    assert [site.name for site in plan.merged] == ["0", "3"]
+    assert all("goes on after its convolution" in str(site.reason) for site in plan.skipped)
+    other = plan_merging(network, mode="weights", shallow_layers=0, example_input=images().float())
+    assert len(other.merged) == 4
+
+
+def test_hooks_leave_the_network_with_the_last_optimizer() -> None:
+    model, optimizer = made()
+    others = [torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2)]
+    handles = [model.attach(other) for other in others]
+    convolutions = [m for m in model.module.modules() if isinstance(m, nn.Conv2d)]
+    for handle in handles:
+        handle.remove()
+    assert all(conv._forward_hooks for conv in convolutions)
+    model.attach(optimizer).remove()
+    assert not any(conv._forward_hooks or conv._forward_pre_hooks for conv in convolutions)
+    model.attach(optimizer)
+    step(model, optimizer, 0)
+    assert model.report().merged > 0
+
+
+def test_a_layer_that_was_replaced_before_attach_is_named() -> None:
+    model = InMergeWrapper(net(), mode="outputs", **ALWAYS, example_input=images())
+    model.module.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)).double()
+    with pytest.raises(ValueError, match="has no convolution 'stem'"):
+        model.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("mode", ["outputs", "weights"])
+def test_a_weight_that_is_computed_in_a_way_of_ones_own_is_merged_and_inspected(mode: str) -> None:
+    class Low(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left = nn.Parameter(torch.randn(8, 2).double())
+            self.right = nn.Parameter(torch.randn(2, 27).double())
+
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight + (self.left @ self.right).reshape(weight.shape)
+
+    network = net()
+    nn.utils.parametrize.register_parametrization(network.stem, "weight", Low())
+    model, optimizer = made(mode, network=network, inspect_every=1)
+    step(model, optimizer, 0)
+    assert model.report()["stem"].merged > 0
+    assert {entry.name for entry in model.history} == {"stem", "grouped", "last"}
+
+
 def test_layers_in_eval_mode_are_reported_as_what_they_are_not_merged() -> None:
     model, optimizer = made()
     with pytest.warns(NoEffectWarning, match="no pair was drawn in 100 steps; call the wrapper"):
@@ -586,6 +714,65 @@ def test_recomputed_activations_draw_the_same(mode: str, reentrant: bool, where:
     for one, other in zip(plain, repeated, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
     assert again.report().drawn == model.report().drawn  # counted once
+
+
+@pytest.mark.parametrize("mode", ["outputs", "weights"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_result_in_an_object_is_followed_into_the_backward_pass(
+    mode: str, reentrant: bool
+) -> None:
+    found = []
+    for again in (False, True):
+        network = Called(net(), Output)
+        model, _ = made(mode, network, direction="signed", example_input={"pixels": images()})
+        inner = network.inner.features
+        if again:
+            network.inner.features = lambda x, inner=inner: checkpoint(  # type: ignore[method-assign]
+                inner, x, use_reentrant=reentrant
+            )
+        x = images(1).requires_grad_()
+        found.append(gradients(model, lambda m=model, x=x: m(pixels=x).logits))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_result_that_cannot_be_followed_is_an_error_where_it_would_matter() -> None:
+    network = Called(net(), lambda x: Output(Output(Output(x))))
+    model, _ = made(network=network, direction="signed", example_input={"pixels": images()})
+    gradients(model, lambda: model(pixels=images()).logits.logits.logits)
+    inner = network.inner.features
+    network.inner.features = lambda x: checkpoint(inner, x, use_reentrant=True)  # type: ignore
+    x = images().requires_grad_()
+    with pytest.raises(RuntimeError, match="hold no tensor that can be found"):
+        gradients(model, lambda: model(pixels=x).logits.logits.logits)
+
+
+@pytest.mark.parametrize("settings", [{}, {"radius": 0.3}, {"mode": "weights"}])
+def test_optimizers_in_the_backward_pass_leave_what_is_repeated_alone(
+    settings: dict[str, Any],
+) -> None:
+    found = []
+    for again in (False, True):
+        model, _ = made(direction="signed", **settings)
+        if again:
+            inner = model.module.features
+            model.module.features = lambda x, inner=inner: checkpoint(  # type: ignore[assignment]
+                inner, x, use_reentrant=False
+            )
+        each = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+
+        def steps(parameter: Tensor, each: dict[Tensor, Any] = each) -> None:
+            each[parameter].step()
+            parameter.grad = None
+
+        for parameter, optimizer in each.items():
+            model.attach(optimizer)
+            parameter.register_post_accumulate_grad_hook(steps)
+        for number in range(3):
+            model(images(number)).square().mean().backward()
+        found.append(list(model.parameters()))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_counts_go_to_another_device_with_the_network() -> None:

@@ -1209,3 +1209,17 @@ def test_making_a_fresh_optimizers_state_is_no_step() -> None:
     train(resumed, fresh, 1)
     train(model, optimizer, 1)
     assert resumed.step == 3 and equal(weights_of(resumed), weights_of(model))
+
+
+def test_a_backbone_whose_head_alone_is_trained_is_not_merged() -> None:
+    model = wrapped(similarity_threshold=-1.0, merge_probability=1.0)
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    head = next(m for m in model.modules() if isinstance(m, nn.Linear))
+    convolutions = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+    before = [weight.clone() for weight in convolutions]
+    for _ in range(3):
+        optimizer.zero_grad()
+        head(torch.randn(4, head.in_features)).square().mean().backward()
+        optimizer.step()
+    assert all(map(torch.equal, before, convolutions)) and model.report().drawn == 0

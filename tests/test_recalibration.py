@@ -68,3 +68,43 @@ def test_without_a_prior_old_statistics_that_are_not_finite_are_forgotten() -> N
 def test_a_prior_is_a_number_of_images(prior: float) -> None:
     with pytest.raises(ValueError, match=r"^prior must be a number of images >= 0, got"):
         recalibrate(network(), [torch.randn(2, 3, 9, 9)], prior=prior)
+
+
+class Views(nn.Module):
+    """One norm for both views of an image, and one that no image reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.other = nn.BatchNorm2d(2), nn.BatchNorm2d(2)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.other.running_mean.fill_(7.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * sum(self.norm(view) for view in x.unbind(1))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_norm_that_runs_twice_counts_both_and_one_that_does_not_run_is_kept(
+    compiled: bool,
+) -> None:
+    net = Views()
+    batches = [torch.randn(count, 2, 2, 4, 4) + torch.arange(2.0)[:, None, None, None] * 10
+               for count in (8, 4)]  # fmt: skip
+    model = torch.compile(net, backend="eager") if compiled else net
+    model(batches[0])  # compiled before there are hooks
+    recalibrate(model, batches, prior=6)
+    old = nn.BatchNorm2d(2)
+    old(batches[0][:, 0])
+    old(batches[0][:, 1])
+    means = [batch[:, view].mean((0, 2, 3)) for batch in batches for view in (0, 1)]
+    new = (8 * means[0] + 8 * means[1] + 4 * means[2] + 4 * means[3]) / 24
+    expected = (6 * old.running_mean + 12 * new) / 18
+    torch.testing.assert_close(net.norm.running_mean, expected)
+    assert net.other.running_mean.tolist() == [7.0, 7.0] and net.norm.momentum == 0.1
+
+
+def test_images_that_reach_no_norm_are_refused_and_nothing_changes() -> None:
+    net = Views()
+    with pytest.raises(ValueError, match="no BatchNorm runs in the forward pass"):
+        recalibrate(net, [torch.randn(2, 0, 2, 4, 4).expand(2, 0, 2, 4, 4)])
+    assert net.other.running_mean.tolist() == [7.0, 7.0]

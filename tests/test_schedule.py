@@ -347,6 +347,36 @@ def test_a_failed_recalibration_changes_nothing(
     assert not any(module.training for module in net.modules())
 
 
+@pytest.mark.parametrize("way", ["paused", "removed"])
+def test_statistics_fit_again_after_plain_steps(way: str) -> None:
+    model = wrapped(similarity_threshold=-1.0)
+    optimizer = sgd(model)
+    handle = model.attach(optimizer)
+    train(model, optimizer, 2)
+    assert model.statistics_lag
+    if way == "paused":
+        with model.paused():
+            train(model, optimizer, 1)
+    else:
+        handle.remove()
+        train(model, optimizer, 1)
+    assert not model.statistics_lag
+
+
+def test_a_finished_run_that_is_loaded_after_attaching_is_told() -> None:
+    finished, near = wrapped(schedule=Schedule(end=20)), wrapped(schedule=Schedule(end=20))
+    for model, steps in ((finished, 22), (near, 20)):
+        optimizer = sgd(model)
+        model.attach(optimizer)
+        train(model, optimizer, steps)
+    model = wrapped(schedule=Schedule(end=20))
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    model.load_state_dict(near.state_dict())  # a run that is resumed near its end
+    with pytest.warns(NoEffectWarning, match="ended at step 20 and 22 steps are counted"):
+        model.load_state_dict(finished.state_dict())
+
+
 def test_the_wrapper_knows_when_its_statistics_lag() -> None:
     model = wrapped(similarity_threshold=-1.0, schedule=Schedule(end=2))
     optimizer = sgd(model)

@@ -322,7 +322,7 @@ def test_draws_depend_on_seed_step_and_layer_only() -> None:
     "state,message",
     [
         (torch.tensor([9.0, 0, 2]).double(), "not that of an InMergeWrapper"),
-        (torch.tensor([2.0, 0, 2, 5]).double(), "truncated"),
+        (torch.tensor([3.0, 0, 2, 0, 5]).double(), "truncated"),
     ],
 )
 def test_a_foreign_counter_is_refused(state: torch.Tensor, message: str) -> None:

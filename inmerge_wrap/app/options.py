@@ -198,6 +198,12 @@ def parse_arguments(arguments: Sequence[str] | None, program: str) -> argparse.N
         parser.error("--bootstrap and --weight-decay must not be negative, and --lr positive")
     if not 0 <= options.ema < 1:
         parser.error(f"--ema must lie in [0, 1), got {options.ema:g}")
+    inside = options.out.resolve().is_relative_to(options.data_dir.resolve())
+    if options.csv is None and inside:
+        parser.error(
+            f"--out {options.out} lies in --data-dir {options.data_dir}, whose folders are "
+            "classes: choose a folder elsewhere"
+        )
     if options.csv is None and (options.labels or options.path_column):
         parser.error("--labels and --path-column name columns of a table: give --csv FILE")
     if options.arch is not None and not timm.is_model(options.arch):

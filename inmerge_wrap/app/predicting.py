@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,8 @@ from typing import Any
 import torch
 
 from inmerge_wrap.app.model import Read, TrainedModel, read_files
-from inmerge_wrap.errors import ArgumentError
+from inmerge_wrap.errors import ArgumentError, ArgumentWarning
+from inmerge_wrap.images.files import counted, named
 from inmerge_wrap.images.finding import images_below, mark_of
 from inmerge_wrap.images.looks import unlike, warnings_about
 from inmerge_wrap.images.preparation import Recipe
@@ -31,7 +34,7 @@ class Prediction:
     """What the network says of one file.
 
     Attributes:
-        name: As it was given, below its folder.
+        name: As it was given; of a single folder, below it.
         probabilities: One for each class; None if the file could not be read.
         predicted: The most probable class, or the labels above their thresholds.
         unlike: In which respects the image differs from those of the training, as words.
@@ -59,10 +62,20 @@ def find_files(sources: Sequence[Path], path_column: str = "path") -> list[tuple
     found: list[tuple[str, Path]] = []
     for source in sources:
         if source.is_dir():
-            images, _ = images_below(source)
+            images, others = images_below(source)
             if not images:
                 raise ArgumentError(f"no image in {source}: PNG, JPEG, TIFF, BMP or DICOM")
-            found += [(path.relative_to(source).as_posix(), path) for path in images]
+            if others:
+                names = [path.relative_to(source).as_posix() for path in others]
+                message = (
+                    f"{counted(len(others), 'file')} in {source} left out, as not PNG, JPEG, TIFF, "
+                    f"BMP or DICOM: {named(names)}"
+                )
+                warnings.warn(ArgumentWarning(message), stacklevel=2)
+            alone = len(sources) == 1  # names in two folders can be equal
+            found += [
+                ((path.relative_to(source) if alone else path).as_posix(), path) for path in images
+            ]
         elif source.suffix.lower() == ".csv":
             rows = read_table(source, {path_column: "path_column"})
             names = [row[path_column].replace("\\", "/") for row in rows]
@@ -99,7 +112,7 @@ def read_labels(table: Path, recipe: Recipe, path_column: str = "path") -> dict[
             marks = tuple(mark_of(table, number, label, row[label]) for label in recipe.classes)
             if any(mark == mark for mark in marks):
                 found[name] = marks
-        elif label := row["label"]:
+        elif label := unicodedata.normalize("NFC", row["label"]):
             if label not in recipe.classes:
                 raise ArgumentError(
                     f"{table}, row {number}: label {label!r} is no class of the network; its "

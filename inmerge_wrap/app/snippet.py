@@ -13,7 +13,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 """
 
 _DEEP = """\
-values = np.asarray(Image.open("image.png"))
+values = np.asarray(ImageOps.exif_transpose(Image.open("image.png")))
 if values.dtype != np.uint8:  # of more than 8 bits: {black:g} is black and {white:g} is white
     values = ((values.astype(float) - {black!r}) / ({white!r} - {black!r})).clip(0, 1)
     values = np.round(255 * values).astype(np.uint8)
@@ -61,7 +61,8 @@ def snippet(recipe: Recipe, place: str) -> str:
     mode = "L" if recipe.preparation.channels == 1 else "RGB"
     deep = recipe.preparation.pixel_range
     dicom = recipe.seen is not None and bool({"windowed", "unwindowed"} & set(recipe.seen.kinds))
-    imports = ["import timm", "import torch", "from PIL import Image"]
+    pillow = "from PIL import Image" if dicom else "from PIL import Image, ImageOps"
+    imports = ["import timm", "import torch", pillow]
     if dicom:
         reading = _DICOM.format(mode=mode, shown=_shown(recipe))
         imports = ["import numpy as np", "import pydicom", *imports]
@@ -71,7 +72,8 @@ def snippet(recipe: Recipe, place: str) -> str:
         reading = _DEEP.format(mode=mode, black=black, white=white)
         imports = ["import numpy as np", *imports]
     else:
-        reading = f'image = Image.open("image.png").convert("{mode}")\n'
+        reading = 'image = ImageOps.exif_transpose(Image.open("image.png"))'
+        reading += f'.convert("{mode}")\n'
     parts = ["\n".join(imports) + "\n", _NETWORK.format(place=place), reading + _ANSWER]
     return "\n".join(parts) + _meaning(recipe)
 

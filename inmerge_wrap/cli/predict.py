@@ -78,6 +78,8 @@ def predict(
         counts = Counter(name for entry in found for name in entry.predicted)
         shown = ", ".join(f"{name} {counts[name]}" for name in trained.recipe.classes)
         say(f"{len(found)} images: {shown}\nwritten: {out}")
+    if all(entry.error is not None for entry in found):
+        raise typer.Exit(1)
 
 
 def _content(

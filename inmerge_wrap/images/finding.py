@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -215,13 +217,20 @@ def _refuse_equal_insides(directory: Path, folders: Sequence[Path]) -> None:
 
 
 def images_below(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The images in a folder and the folders in it, and its other files."""
+    """The images in a folder and the folders in it, and its other files; links are followed."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not _hidden(name))
+        found += [Path(parent, name) for name in files if not _hidden(name)]
     images: list[Path] = []
     others: list[Path] = []
-    for path in sorted(folder.rglob("*")):
-        hidden = any(_hidden(name) for name in path.relative_to(folder).parts)
-        if hidden or path.is_dir():
-            continue
+    for path in sorted(found):
         (images if is_image(path) else others).append(path)
     return images, others
 
@@ -265,6 +274,8 @@ def _from_table(
     table: Path, rows: list[dict[str, str]], directory: Path, labels: list[str], path_column: str
 ) -> ImageCollection:
     several = len(labels) > 1
+    if not several:  # an accent is one letter or two, which look alike
+        rows = [row | {labels[0]: unicodedata.normalize("NFC", row[labels[0]])} for row in rows]
     classes = labels if several else sorted({row[labels[0]] for row in rows}, key=_natural)
     index = {name: number for number, name in enumerate(classes)}
     root, images = directory.resolve(), []

@@ -66,6 +66,9 @@ def read_table(path: Path, needed: Mapping[str, str | None] | None = None) -> li
     except csv.Error as error:
         raise DataError(f"{path}, row {reader.line_num}: {error}") from error
     columns = [_cell(name) for name in reader.fieldnames or () if name]
+    twice = sorted({name for name in columns if columns.count(name) > 1})
+    if twice:
+        raise DataError(f"{path} has several columns {twice[0]!r}: keep one of them")
     for name, argument in (needed or {}).items():
         if name not in columns:
             remedy = f": name it with <{argument}>" if argument else ""

@@ -27,6 +27,11 @@ def test_the_lines_of_the_card_give_what_predict_gives(form: str, tmp_path: Path
     """In a process that cannot import this library."""
     images, folder = tmp_path / "images", tmp_path / "model"
     pictures(images, form, count=6)
+    if form.startswith("png"):  # a photograph on its side
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        with Image.open(images / "05.png") as picture:
+            picture.copy().save(images / "05.png", exif=exif)
     trained(folder, form, images)
     run("predict", folder, images, "--out", tmp_path / "predictions.csv")
     rows = rows_of(tmp_path / "predictions.csv")
@@ -76,6 +81,7 @@ def test_deep_images_are_not_clipped(tmp_path: Path) -> None:
     assert "4095" in code and ".open" in code
 
 
+@pytest.mark.filterwarnings("default::inmerge_wrap.errors.ArgumentWarning")  # shown, as in a shell
 def test_a_broken_file_is_a_row_with_its_reason(tmp_path: Path) -> None:
     images, folder = tmp_path / "images", tmp_path / "model"
     pictures(images, "png8", count=4)
@@ -85,7 +91,9 @@ def test_a_broken_file_is_a_row_with_its_reason(tmp_path: Path) -> None:
     (images / "notes.txt").write_text("no image")
     out = tmp_path / "out" / "predictions.csv"
     result = run("predict", folder, images, "--out", out)
-    assert "2 of 6 files cannot be read" in result.stderr
+    said = " ".join(result.stderr.split())
+    assert "2 of 6 files cannot be read" in said
+    assert f"1 file in {images} left out, as not PNG" in said and "notes.txt" in said
     rows = rows_of(out)
     assert set(rows) == {"00.png", "01.png", "02.png", "03.png", "broken.png", "deep.png"}
     assert "cannot identify image file" in rows["broken.png"]["error"]
@@ -96,6 +104,24 @@ def test_a_broken_file_is_a_row_with_its_reason(tmp_path: Path) -> None:
     )
     content = run_json("predict", folder, images, "--out", out)
     assert content["images"][4]["probabilities"] is None and content["output"] == str(out)
+
+
+def test_names_of_two_folders_differ_and_nothing_readable_is_a_failure(tmp_path: Path) -> None:
+    images, other, folder = tmp_path / "images", tmp_path / "other", tmp_path / "model"
+    pictures(images, "png8", count=3)
+    pictures(other / "inside", "png8", count=3, seed=1)
+    trained(folder, "png8", images)
+    (images / "linked").symlink_to(other / "inside")
+    (other / "inside" / "back").symlink_to(other)
+    found = run_json("predict", folder, images, other, "--out", tmp_path / "p.csv")["images"]
+    names = [str(images / f"0{n}.png") for n in range(3)]
+    names += [str(images / "linked" / f"0{n}.png") for n in range(3)]
+    names += [str(other / "inside" / f"0{n}.png") for n in range(3)]
+    assert [entry["image"] for entry in found] == names
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    broken = ("predict", folder, tmp_path / "broken.png", "--out", tmp_path / "p.csv")
+    assert "1 of 1 files cannot be read" in run(*broken, code=1).stderr
+    assert rows_of(tmp_path / "p.csv")[str(tmp_path / "broken.png")]["error"]
 
 
 def test_files_and_tables_of_spreadsheets_are_read(tmp_path: Path) -> None:

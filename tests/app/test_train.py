@@ -625,6 +625,14 @@ def test_settings_out_of_range_are_refused_at_once(
     assert message in capsys.readouterr().err
 
 
+def test_results_inside_the_class_folders_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_here(monkeypatch, "--data-dir", ".") == 2
+    assert "--out runs/own_images lies in --data-dir ., whose folders" in capsys.readouterr().err
+
+
 # -- the parts of it -------------------------------------------------------------------------------
 
 

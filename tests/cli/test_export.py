@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from inmerge_wrap import InMergeWrapper
+from inmerge_wrap.checkpoints import read_merging
 from tests.cli.common import ARCH, complaint, run, run_json, same_weights
 
 
@@ -226,6 +227,19 @@ def test_export_answers_mistakes(
 ) -> None:
     assert told in complaint("export", weights, tmp_path / output, "--arch", ARCH, *options)
     assert not (tmp_path / output).exists()
+
+
+def test_the_card_of_a_checkpoint_counts_images_where_training_did(tmp_path: Path) -> None:
+    net = timm.create_model("test_resnet", num_classes=3)
+    model = InMergeWrapper.recommended(net, total_steps=100)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.attach(optimizer)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "net.pt")
+    report = read_merging(tmp_path / "net.pt")
+    assert report is not None and report.unit == "images x channels"
+    assert (report.drawn, report.merged) == (model.report().drawn, model.report().merged)
 
 
 @pytest.mark.parametrize(

@@ -495,6 +495,21 @@ def test_cells_that_a_spreadsheet_would_run_are_made_safe_and_read_back(tmp_path
     assert again.classes == ("=a", "=b")
 
 
+def test_an_accent_of_two_characters_is_that_of_one(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = []
+    for n in range(30):
+        save(tmp_path / f"{n}.png", picture(n))
+        rows.append({"path": f"{n}.png", "label": ("gesund", "\u00d6dem", "O\u0308dem")[n % 3]})
+    collection, _ = opened(tmp_path, table=write_table_of(tmp_path / "t.csv", rows))
+    assert collection.classes == ("gesund", "\u00d6dem")
+
+
+def test_equal_columns_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("path,label, label\n1.png,a,b\n")
+    with pytest.raises(ValueError, match="has several columns 'label': keep one"):
+        read_table(tmp_path / "t.csv")
+
+
 def test_cells_beyond_the_header_are_not_lost(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("path,label\n1.png,benign,\n2.png,benign, mild\n")
     with pytest.raises(ValueError, match=r"t\.csv, row 3 has more cells than the header: put"):
