@@ -191,9 +191,7 @@ class Driver:
         for layer in held:  # a training run that goes on with another optimizer keeps its schedule
             self.tally.steps[layer.number] = now
         if not self._in_step:
-            check_sites(
-                self._network, self._plan.merged
-            )  # it may have changed since it was wrapped
+            check_sites(self._network, self._plan.merged)  # it may have changed since
             self._forward.install(self._network)
             self._prepare()
         return attachment

@@ -217,7 +217,16 @@ def _refuse_equal_insides(directory: Path, folders: Sequence[Path]) -> None:
 
 
 def images_below(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The images in a folder and the folders in it, and its other files; links are followed."""
+    """The images in a folder and the folders in it, and its other files."""
+    images: list[Path] = []
+    others: list[Path] = []
+    for path in files_below(folder):
+        (images if is_image(path) else others).append(path)
+    return images, others
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files in a folder and the folders in it, but hidden ones; links are followed."""
     found: list[Path] = []
     seen: set[str] = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
@@ -228,11 +237,7 @@ def images_below(folder: Path) -> tuple[list[Path], list[Path]]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not _hidden(name))
         found += [Path(parent, name) for name in files if not _hidden(name)]
-    images: list[Path] = []
-    others: list[Path] = []
-    for path in sorted(found):
-        (images if is_image(path) else others).append(path)
-    return images, others
+    return sorted(found)
 
 
 def inside(directory: Path, *, folders: bool) -> list[Path]:

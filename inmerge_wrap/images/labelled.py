@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from inmerge_wrap.images.collection import spaced
 from inmerge_wrap.images.files import DICOM, RASTER, decode, is_dicom, is_image
-from inmerge_wrap.images.finding import inside, listed, parts_in
+from inmerge_wrap.images.finding import files_below, inside, listed, parts_in
 
 __all__ = ["ImageFolder", "fit_images", "read_npz"]
 
@@ -163,8 +163,8 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
 
 
 def _images_in(folder: Path) -> list[Path]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
-    return sorted(path for path in files if path.suffix.lower() in _SUFFIXES or is_image(path))
+    files = files_below(folder)
+    return [path for path in files if path.suffix.lower() in _SUFFIXES or is_image(path)]
 
 
 def _open(path: Path, channels: int) -> Any:
