@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 from inmerge_wrap.forward import ForwardMerge, after_backward
 from inmerge_wrap.kernels import MergedLayer, check_layers, check_sites, find_layers, modules_of
-from inmerge_wrap.merging import cyclic_sources
 from inmerge_wrap.optimizers import (
     Attachment,
     Attachments,
@@ -33,7 +32,7 @@ from inmerge_wrap.optimizers import (
     trained_of,
     unprepared,
 )
-from inmerge_wrap.pairs import Outcome, draw_layer, shared_shift
+from inmerge_wrap.pairs import Outcome, pairs_of_step
 from inmerge_wrap.persistent import merge_step
 from inmerge_wrap.plan import MergePlan
 from inmerge_wrap.replicas import Replicas, check_replicas
@@ -400,25 +399,7 @@ class Driver:
 
     def next_pairs(self) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Returns the pairs that the next step draws; see :meth:`InMergeWrapper.next_pairs`."""
-        step, found = self.tally.step, {}
-        strength = self._settings.strength(step)
-        for site in self._plan.merged:
-            sources: Tensor | None
-            if self._settings.mode == "outputs":
-                if not self._settings.shared_partner:
-                    raise RuntimeError(
-                        "with shared_partner=False each image draws its own pairs from its content"
-                    )
-                targets = torch.arange(0 if strength is None else site.shape[0])
-                size = site.shape[0] // site.pair_groups
-                shift = shared_shift(site, self._settings.seed, step)
-                sources = cyclic_sources(targets, shift, size)
-            else:
-                probability = 0.0 if strength is None else strength.probability
-                targets, drawn = draw_layer(site, probability, self._settings.seed, step)
-                sources = drawn if self._settings.partner == "random" else None
-            found[site.name] = targets, sources
-        return found
+        return pairs_of_step(self._plan.merged, self._settings, self.tally.step)
 
     def _layers(self) -> list[MergedLayer]:
         return find_layers(self._network, self._plan.merged)

@@ -18,6 +18,7 @@ from inmerge_wrap.merging import (
     add_gaussian,
     blend_kernels,
     centre,
+    cyclic_sources,
     draw_pairs,
     draw_shift,
     mix,
@@ -96,6 +97,29 @@ def shared_shift(site: ConvSite, seed: int, step: int) -> int:
     return draw_shift(
         site.shape[0], site.pair_groups, seed, step, _PARTNER_STREAM + stream_of(site)
     )
+
+
+def pairs_of_step(
+    sites: Sequence[ConvSite], settings: MergeSettings, step: int
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Returns the pairs that a step draws; see :meth:`InMergeWrapper.next_pairs`."""
+    strength, found = settings.strength(step), {}
+    for site in sites:
+        sources: Tensor | None
+        if settings.mode == "outputs":
+            if not settings.shared_partner:
+                raise RuntimeError(
+                    "with shared_partner=False each image draws its own pairs from its content"
+                )
+            targets = torch.arange(0 if strength is None else site.shape[0])
+            shift = shared_shift(site, settings.seed, step)
+            sources = cyclic_sources(targets, shift, site.shape[0] // site.pair_groups)
+        else:
+            probability = 0.0 if strength is None else strength.probability
+            targets, drawn = draw_layer(site, probability, settings.seed, step)
+            sources = drawn if settings.partner == "random" else None
+        found[site.name] = targets, sources
+    return found
 
 
 def draw_signs(site: ConvSite, count: int, seed: int, step: int) -> Tensor:
