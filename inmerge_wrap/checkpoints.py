@@ -94,7 +94,7 @@ def load_network(
             what would.
     """
     weights = Path(weights)
-    if is_timm_folder(weights):
+    if is_timm_folder(weights) and key is None:  # read_state refuses a key
         if arch is not None:
             raise ArgumentError(f"{weights} has its own architecture: leave out <arch>")
         return _load_timm_folder(weights, num_classes, in_chans)

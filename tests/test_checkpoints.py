@@ -228,6 +228,8 @@ def test_a_key_is_refused_where_nothing_has_entries(net: nn.Module, tmp_path: Pa
     for path in (tmp_path, tmp_path / "model.safetensors"):
         with pytest.raises(ValueError, match="no entries: leave out key"):
             read_state(path, key="state_dict_ema")
+        with pytest.raises(ValueError, match="no entries: leave out key"):
+            load_network(path, key="state_dict_ema")
 
 
 @pytest.mark.parametrize(

@@ -142,13 +142,14 @@ def open_data(
     size = next((each.size for each in contenders if each.size is not None), None)
     preparation = next((each.preparation for each in contenders if each.preparation), None)
     classes = next((each.classes for each in contenders if each.classes), None)
-    if data.suffix == ".csv" or (data.is_dir() and preparation is not None):
+    if data.suffix.lower() == ".csv" or (data.is_dir() and preparation is not None):
         if preparation is None:
             raise ArgumentError(
                 f"{first.path} has no {FILE}, which says how files are read: of such networks a "
                 "folder of classes or an .npz file is read, not a table"
             )
-        return _read_part(data, preparation, classes, part, limit, batch_size)
+        several = next((e.recipe.task == "multi-label" for e in contenders if e.recipe), None)
+        return _read_part(data, preparation, classes, several, part, limit, batch_size)
     if not data.is_dir():
         images, labels = read_npz(data, part)
         images = fit_images(images[:limit], first.channels, size)  # type: ignore[arg-type]
@@ -208,12 +209,18 @@ def _read_part(
     data: Path,
     preparation: Preparation,
     classes: Sequence[str] | None,
+    several: bool | None,
     part: str,
     limit: int | None,
     batch_size: int,
 ) -> LabelledImages:
     pixels, labels, collection = read_part(
-        data, part, size=preparation.size, preparation=preparation, classes=classes
+        data,
+        part,
+        size=preparation.size,
+        preparation=preparation,
+        classes=classes,
+        several=several,
     )
     places = spaced(len(pixels), limit)
     pixels, labels = pixels[places], labels[places]
@@ -274,7 +281,7 @@ def evaluate_all(
     Args:
         contenders: The networks; the first is what the others are compared with.
         images: The images.
-        task: See `evaluate_robustness`; by the recipe or the labels if None.
+        task: See `evaluate_robustness`; by the labels and outputs if None.
         progress: Called with a network's name and a number of images, and with `INTERVALS` and 1
             after each condition of a network.
         settings: Of `evaluate_robustness`.

@@ -121,10 +121,7 @@ def export(
         license=options.license,
         description=f"A {training['arch']} that {aim}.",
         training_data=f"{plain_text(name)}: {counts} images. {said}",
-        training=f"{options.epochs} epochs of AdamW from weights {options.weights!r}, learning "
-        f"rate {options.lr:g} with warm-up and cosine decay, TrivialAugment, average of the "
-        f"weights with decay {options.ema:g}; epoch {training['best_epoch']} was best on "
-        "validation.",
+        training=_training_of(training, options),
         task=collection.task,
         thresholds=recipe.thresholds or (),
         code=snippet(recipe, PLACE),
@@ -147,6 +144,22 @@ def export(
     )
     recipe.write(folder)
     return call
+
+
+def _training_of(training: Mapping[str, Any], options: argparse.Namespace) -> str:
+    """How the network was trained, in a sentence."""
+    parts = [
+        f"{options.epochs} epochs of AdamW from weights {options.weights!r}",
+        f"learning rate {options.lr:g} with warm-up and cosine decay",
+        "TrivialAugment",
+    ]
+    if options.flip != "none":
+        parts.append(f"flips ({options.flip})")
+    if options.class_balanced:
+        parts.append("classes balanced")
+    if options.ema:
+        parts.append(f"average of the weights with decay {options.ema:g}")
+    return f"{', '.join(parts)}; epoch {training['best_epoch']} was best on validation."
 
 
 # -- tables ----------------------------------------------------------------------------------------

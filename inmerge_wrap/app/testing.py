@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +58,7 @@ def test(
 ) -> dict[str, Any]:
     """Measures a network, or reads what was measured of it before."""
     path = run.folder / "evaluation.json"
-    asked = {key: getattr(options, key) for key in ASKED}
+    asked = asked_of(options, collection)
     if path.exists() and (stored := _measured_before(path, asked)) is not None:
         return stored
     with of_an_earlier_start(run.folder, remove=run.folder):
@@ -105,6 +107,13 @@ def test(
     }
     write_json(path, found)
     return found
+
+
+def asked_of(options: argparse.Namespace, collection: ImageCollection) -> dict[str, Any]:
+    """What decides the figures of a network: options, and what is known of the test images."""
+    about = [[image.group, image.marks] for image in collection.part("test")]
+    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+    return {key: getattr(options, key) for key in ASKED} | {"about": digest}
 
 
 def _evaluated(

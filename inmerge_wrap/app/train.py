@@ -33,6 +33,7 @@ from inmerge_wrap.images.finding import find_images
 from inmerge_wrap.images.folders import open_images
 from inmerge_wrap.images.sets import ImageSet, keep_pixels
 from inmerge_wrap.images.tables import write_table
+from inmerge_wrap.robustness.corruptions import resolve_preset
 from inmerge_wrap.wrapper import InMergeWrapper
 
 __all__ = ["main"]
@@ -227,6 +228,12 @@ def read_data(
         workers=options.workers,
         memory=memory,
     )
+    coloured = [each.name for each in resolve_preset(options.preset or "grey") if each.rgb_only]
+    if coloured and preparation.channels == 1:
+        raise SystemExit(
+            f"--preset {options.preset} needs colours ({coloured[0]}), and the images are grey: "
+            "choose grey or quick, or --channels 3"
+        )
     sets = {part: ImageSet(collection.part(part), preparation) for part in PARTS}
     finished = all((run.folder / "evaluation.json").exists() for run in runs)
     if not (options.no_cache or finished):

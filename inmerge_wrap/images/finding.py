@@ -19,6 +19,7 @@ _MEANT = {
     "val": ("val", "valid", "validation", "dev", "development", "tuning"),
     "test": ("test", "testing", "tst", "holdout", "eval", "evaluation"),
 }
+_UNKNOWN = ("", "nan", "na")  # how tables write an empty cell
 _PART_OF = {word: part for part, words in _MEANT.items() for word in words}
 
 
@@ -77,7 +78,7 @@ def _values_of(
 ) -> list[str]:
     """The column of a table, or what a pattern finds in each image's name."""
     if rows and what in rows[0]:
-        return [row[what] for row in rows]
+        return ["" if row[what].lower() in _UNKNOWN else row[what] for row in rows]
     try:
         expression = re.compile(what)
     except re.error as error:
@@ -270,7 +271,7 @@ def _rows_of(table: Path, path_column: str, labels: Sequence[str]) -> list[dict[
         part = row.get("part", "")
         if part and part not in PARTS:
             raise DataError(f"{place}: part is {part!r}; give train, val or test")
-        if len(labels) == 1 and not row[labels[0]]:
+        if len(labels) == 1 and row[labels[0]].lower() in _UNKNOWN:
             raise DataError(f"{place}: {path} has no {labels[0]}")
     return rows
 
@@ -303,7 +304,7 @@ def mark_of(table: Path, row: int, column: str, text: str) -> float:
         DataError: If it is none of these.
     """
     value = text.lower()
-    if value in ("", "nan", "na"):
+    if value in _UNKNOWN:
         return float("nan")
     if value in ("0", "0.0", "1", "1.0"):
         return float(value)

@@ -103,7 +103,14 @@ def hold_out(collection: ImageCollection, column: str, site: str) -> ImageCollec
         for image, held in zip(collection.images, there, strict=True)
     )
     note = f"The test part is all {counted(sum(there), 'image')} of {column} {site}, and no other."
-    return replace(collection, images=images).noted(note)
+    collection = replace(collection, images=images).noted(note)
+    unknown = sum(not image.mark(column) for image in images)
+    if unknown:
+        collection = collection.warned(
+            f"{counted(unknown, 'image')} without a {column}, used in training: they may be of "
+            f"{site} too."
+        )
+    return collection
 
 
 def _suspicious(facts: Sequence[Facts]) -> list[str]:
@@ -155,6 +162,7 @@ def read_part(
     size: int,
     preparation: Preparation | None = None,
     classes: Sequence[str] | None = None,
+    several: bool | None = None,
 ) -> tuple[Tensor, Tensor, ImageCollection]:
     """One part of images that are split already, whole in memory, for an evaluation.
 
@@ -166,6 +174,7 @@ def read_part(
         size: Side in pixels, where no preparation is given.
         preparation: As the network was trained with; guessed from these files if None.
         classes: Names in the order of the network's outputs; those found, sorted, if None.
+        several: Whether the task is multi-label; as the columns say if None.
 
     Returns:
         Pixels uint8 (N, C, S, S), labels, and the collection of this part.
@@ -178,7 +187,7 @@ def read_part(
         collection = find_images(
             directory.parent,
             table=directory,
-            labels=_label_columns(columns, classes),
+            labels=_label_columns(columns, classes, several),
             groups="group" if "group" in columns else None,
         )
     else:
@@ -204,10 +213,12 @@ def read_part(
     return pixels, opened.labels, collection
 
 
-def _label_columns(columns: list[str], classes: Sequence[str] | None) -> list[str]:
-    if classes is not None and set(classes) <= set(columns):
+def _label_columns(
+    columns: list[str], classes: Sequence[str] | None, several: bool | None
+) -> list[str]:
+    if several is not False and classes is not None and set(classes) <= set(columns):
         return list(classes)
-    if "label" in columns or "group" not in columns:
+    if several is False or "label" in columns or "group" not in columns:
         return ["label"]
     return columns[1 : columns.index("group")]
 

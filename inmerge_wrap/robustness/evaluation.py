@@ -321,6 +321,7 @@ def _result_of(
 ) -> RobustnessResult:
     logits, targets = run.joined()
     threshold = run.threshold if isinstance(run.threshold, int | float) else list(run.threshold)
+    weights = bootstrap_weights(len(targets), bootstrap, seed=run.seed, groups=groups)
     settings = {
         "task": run.task,
         "corruptions": [entry.name for entry in run.corruptions],
@@ -332,12 +333,12 @@ def _result_of(
         "attacks": [asdict(attack) for attack in run.attacks],
         "n": len(targets),
         "data_sha256": run.digest.hexdigest(),
+        "resamples_sha256": hashlib.sha256(weights.tobytes()).hexdigest(),
     }
     if baseline is not None:
         check_baseline(baseline, settings)
 
     started = time.perf_counter()
-    weights = bootstrap_weights(len(targets), bootstrap, seed=run.seed, groups=groups)
     scores = {}
     for condition, outputs in logits.items():
         scores[condition] = score(outputs, targets, run.task, run.threshold, coverages, weights)

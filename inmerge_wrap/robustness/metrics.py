@@ -36,6 +36,7 @@ _TASKS = {
     "multi-label": "multilabel",
 }
 _ECE_BINS = 15
+_ROUNDED = 1e-5  # of a sum of probabilities in half precision
 LEVEL = 0.95
 _MOST_EXACT_FLIPS = 13
 
@@ -197,19 +198,22 @@ def classification_metrics(
         threshold: Probability above which a label is predicted (binary, multi-label; one for all or
             one per label).
         coverages: Shares c in (0, 1] for the selective accuracy.
-        weights: (N, R), such as counts of bootstrap resamples; all ones (R = 1) if None.
+        weights: (N, R), counts such as those of bootstrap resamples; all ones (R = 1) if None.
+            Scale other weights to a mean of 1: `selective_accuracy` takes whole images.
 
     Returns:
         Values of shape (R,) by name, and the reason for everything left out, by name.
 
     Raises:
-        ValueError: If shapes, labels or settings do not fit.
+        ValueError: If shapes, labels or settings do not fit, or values are no probabilities.
     """
     task = resolve_task(task)
     check_coverages(coverages)
     if probabilities.ndim == 1:
         probabilities = probabilities[:, None]
     probabilities = probabilities.detach().double().cpu()
+    if not bool(((probabilities >= 0) & (probabilities <= 1 + _ROUNDED)).all()):
+        raise ValueError("probabilities must lie in [0, 1]: apply softmax or sigmoid to logits")
     targets = check_targets(targets, probabilities.shape, task).cpu()
     if weights is None:
         weights = torch.ones(len(targets), 1, dtype=torch.float64)
@@ -217,6 +221,10 @@ def classification_metrics(
         raise ValueError(
             f"weights have shape {tuple(weights.shape)} for {len(targets)} images; give (N, R)"
         )
+    if not weights.is_floating_point():
+        weights = weights.double()
+    if bool((weights < 0).any()):
+        raise ValueError(f"weights must not be negative, the smallest is {float(weights.min()):g}")
     if task == "multiclass":
         return _multiclass_metrics(probabilities, targets, weights, coverages)
 

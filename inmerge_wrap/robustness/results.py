@@ -158,7 +158,7 @@ def check_baseline(baseline: RobustnessResult, settings: Mapping[str, Any]) -> N
     # Not the threshold, which each network has of its own, chosen on validation data.
     names = ["data_sha256", "task", "severities", "seed"]
     if baseline.replicates:
-        names.append("bootstrap")
+        names += ["bootstrap", "resamples_sha256"]
     for name in names:
         theirs = baseline.settings.get(name)
         if theirs != settings[name]:
@@ -166,6 +166,11 @@ def check_baseline(baseline: RobustnessResult, settings: Mapping[str, Any]) -> N
                 f"the baseline was measured with {name} {theirs!r}, not {settings[name]!r}: run it "
                 "again on the same data with the same settings"
             )
+    theirs = {(attack["name"], attack["eps"]): attack for attack in baseline.settings["attacks"]}
+    for attack in settings["attacks"]:
+        other = theirs.get((attack["name"], attack["eps"]), attack)
+        if other != attack:
+            raise ValueError(f"the baseline was measured under {other}, not {attack}: run it again")
     missing = sorted(set(settings["corruptions"]) - set(baseline.settings["corruptions"]))
     if missing:
         raise ValueError(

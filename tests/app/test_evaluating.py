@@ -58,6 +58,24 @@ def test_several_labels_are_evaluated_at_the_thresholds_of_the_training(tmp_path
     assert content["settings"]["temperature"] == 1.7
 
 
+def test_columns_of_the_classes_do_not_change_the_task(tmp_path: Path) -> None:
+    """As in the tables of ISIC, which hold the label and a column for each class."""
+    pictures(tmp_path / "images", "png16", count=12)
+    trained(tmp_path / "model", "png16", tmp_path / "images")
+    rows = table(tmp_path / "list.csv", tmp_path / "images", several=False)
+    with open(tmp_path / "wide.CSV", "w", newline="") as file:
+        csv.writer(file).writerows(
+            [["path", "label", "a", "b", "c"]]
+            + [[path, label, *(int(label == name) for name in "abc")] for path, label, _ in rows]
+        )
+    found = [
+        run_json("evaluate", tmp_path / "model", "--data", tmp_path / name, *QUICKLY)
+        for name in ("list.csv", "wide.CSV")
+    ]
+    assert found[1]["settings"]["task"] == "multiclass"
+    assert found[0]["rows"] == found[1]["rows"]
+
+
 def test_the_temperature_counts(tmp_path: Path) -> None:
     pictures(tmp_path / "images", "png16", count=12)
     trained(tmp_path / "model", "png16", tmp_path / "images")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +52,7 @@ from inmerge_wrap.app import (  # noqa: E402
 from inmerge_wrap.app.model import TrainedModel  # noqa: E402
 from inmerge_wrap.app.predicting import predict  # noqa: E402
 from inmerge_wrap.images import files as image_files  # noqa: E402
+from inmerge_wrap.images.collection import ImageCollection, ImageFile  # noqa: E402
 from inmerge_wrap.images.preparation import Preparation, Recipe, digest_of  # noqa: E402
 from inmerge_wrap.robustness import (  # noqa: E402
     bootstrap_weights,
@@ -125,9 +127,29 @@ def test_a_test_part_of_one_class_is_reported(
                 image = coloured(label, 10_000 * len(part) + 1000 * label + n)
                 image.save(tmp_path / "data" / part / name / f"{n}.png")
     given = ["--data-dir", tmp_path / "data", *TINY, "--epochs", "1", "--out", tmp_path / "mine"]
+    given += ["--ema", "0", "--flip", "both", "--class-balanced"]
     assert run_here(monkeypatch, *given) == 0
     text = (tmp_path / "mine" / "report.html").read_text()
     assert "The test images hold one class" in text
+    card = (tmp_path / "mine" / "model" / "README.md").read_text()
+    assert "TrivialAugment, flips (both), classes balanced; epoch" in " ".join(card.split())
+    grey = run_here(monkeypatch, *given, "--channels", "1", "--preset", "blood", "--out", "grey")
+    assert "--preset blood needs colours" in str(grey)
+
+
+def test_a_patient_that_is_corrected_is_measured_again() -> None:
+    options = SimpleNamespace(
+        preset=None, severities=[3], bootstrap=5, subgroups=["sex"], prevalence=[]
+    )
+    image = ImageFile(Path("1.png"), "1.png", 0, part="test", group="p1", marks=(("sex", "f"),))
+    asked = [
+        testing.asked_of(options, ImageCollection(("a", "b"), "multiclass", (each,)))
+        for each in (image, replace(image, group="p2"), replace(image, marks=(("sex", "m"),)))
+    ]
+    assert asked[0] != asked[1] != asked[2] != asked[0]
+    other = replace(image, part="train", group="p2")
+    collection = ImageCollection(("a", "b"), "multiclass", (image, other))
+    assert testing.asked_of(options, collection) == asked[0]
 
 
 # -- end to end ------------------------------------------------------------------------------------
@@ -242,6 +264,7 @@ def test_plain_timm_computes_the_same_from_the_files(
         assert torch.allclose(found, expected, atol=2e-4)
     card = (out / "model" / "README.md").read_text()
     assert "Blobs & <colours>" in card and "TrivialAugment" in card and "cannot be read" in card
+    assert "average of the weights with decay 0.998" in card and "flips" not in card
 
 
 class Page(HTMLParser):

@@ -504,6 +504,24 @@ def test_an_accent_of_two_characters_is_that_of_one(tmp_path: Path) -> None:
     assert collection.classes == ("gesund", "\u00d6dem")
 
 
+@pytest.mark.parametrize("empty", ["nan", "NA", ""])
+def test_what_tables_write_for_nothing_is_neither_a_patient_nor_a_class(
+    tmp_path: Path, empty: str
+) -> None:
+    rows: list[dict[str, object]] = []
+    for n in range(30):
+        save(tmp_path / f"{n}.png", picture(n))
+        patient = empty if n < 8 else f"p{n}"
+        rows.append({"path": f"{n}.png", "label": "ab"[n % 2], "patient": patient})
+    table = write_table_of(tmp_path / "t.csv", rows)
+    collection, _ = opened(tmp_path, table=table, groups="patient")
+    assert sum(image.group is None for image in collection.images) == 8
+    assert "8 images without a patient" in " ".join(collection.notes)
+    rows[5]["label"] = empty
+    with pytest.raises(DataError, match=r"row 7: 5\.png has no label"):
+        opened(tmp_path, table=write_table_of(tmp_path / "t.csv", rows))
+
+
 def test_equal_columns_are_refused(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("path,label, label\n1.png,a,b\n")
     with pytest.raises(ValueError, match="has several columns 'label': keep one"):
@@ -530,6 +548,11 @@ def test_a_site_is_held_out_whole(tmp_path: Path) -> None:
     assert len(collection.part("test")) == 13 and len(collection.part("val")) > 0
     with pytest.raises(DataError, match="there are X, Y, Z; two are needed"):
         opened(tmp_path, table=table, site=("hospital", "W"))
+    for row in rows[:4]:
+        row["hospital"] = ""
+    table = write_table_of(tmp_path / "t.csv", rows)
+    collection, _ = opened(tmp_path, table=table, site=("hospital", "Y"))
+    assert "4 images without a hospital, used in training" in " ".join(collection.warnings)
     by_name, _ = opened(tmp_path, table=table, site=(r"^\d", "1"))
     assert {image.name[0] for image in by_name.part("test")} == {"1"}
 

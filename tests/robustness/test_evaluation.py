@@ -222,12 +222,17 @@ def test_a_baseline_of_other_data_or_settings_is_refused():
         ({"seed": 1}, "seed"),
         ({"severities": (1, 2)}, "severities"),
         ({"bootstrap": 6}, "bootstrap"),
+        ({"groups": [n // 4 for n in range(len(images))]}, "resamples_sha256"),
         ({"preset": "quick"}, "not measured under brightness_up"),
     ]
     for change, message in changes:
         given = {"loader": [(images, labels)], **settings, **change}
         with pytest.raises(ValueError, match=message):
             evaluate_robustness(model, given.pop("loader"), baseline=base, **given)
+    weak, strong = (Attack("pgd", eps=0.02, steps=steps) for steps in (1, 2))
+    base = evaluate_robustness(model, [(images, labels)], attacks=[weak], **settings)
+    with pytest.raises(ValueError, match=r"was measured under .*'steps': 1.*, not .*'steps': 2"):
+        evaluate_robustness(model, [(images, labels)], attacks=[strong], baseline=base, **settings)
 
 
 def test_networks_are_compared_each_at_its_own_threshold():

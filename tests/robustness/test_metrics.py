@@ -248,3 +248,22 @@ def test_paired_difference_at_the_edges():
         paired_difference([1.0], [1.0, 2.0])
     with pytest.raises(ValueError, match="finite"):
         paired_difference([math.nan], [1.0])
+
+
+def test_whole_weights_are_weights_and_what_is_no_probability_is_refused():
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(30, 4, generator=generator).softmax(1)
+    targets = torch.randint(4, (30,), generator=generator)
+    plain, _ = classification_metrics(probabilities, targets)
+    whole, _ = classification_metrics(
+        probabilities, targets, weights=torch.ones(30, 1, dtype=torch.long)
+    )
+    assert {name: float(value) for name, value in whole.items()} == pytest.approx(
+        {name: float(value) for name, value in plain.items()}
+    )
+    with pytest.raises(ValueError, match="weights must not be negative, the smallest is -1"):
+        classification_metrics(probabilities, targets, weights=-torch.ones(30, 1))
+    for wrong in (probabilities * 10 - 5, probabilities.clone().index_fill_(0, torch.tensor(3),
+                                                                           torch.nan)):  # fmt: skip
+        with pytest.raises(ValueError, match="apply softmax or sigmoid to logits"):
+            classification_metrics(wrong, targets)
