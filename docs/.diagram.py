@@ -243,7 +243,7 @@ def ends(row: dict[str, str]) -> dict[str, float]:
 
 
 def evidence() -> str:
-    return area_under_corruption("Second", differences(), COMPARISONS)
+    return area_under_corruption("Second", differences(), COMPARISONS, 1900, 205)
 
 
 def confirmation() -> str:
@@ -264,18 +264,23 @@ def confirmation() -> str:
                 elif row["data"].startswith("without"):
                     continue
                 found.setdefault((row["arm"], row["baseline"]), {})[name] = ends(row)
-    return area_under_corruption("Third", found, PER_IMAGE)
+    return area_under_corruption("Third", found, PER_IMAGE, 1250, 175)
 
 
 def area_under_corruption(
-    study: str, found: dict[tuple[str, str], Rows], drawn: dict[tuple[str, str], tuple[str, str]]
+    study: str,
+    found: dict[tuple[str, str], Rows],
+    drawn: dict[tuple[str, str], tuple[str, str]],
+    scale: float,
+    zero: float,
 ) -> str:
     """A forest plot of the comparisons of a confirmation."""
-    groups = [
-        (heading, kind, {"all three" if n == "all" else n: of for n, of in found[pair].items()})
-        for pair, (heading, kind) in drawn.items()
-    ]
-    parts, bottom = forest(groups, 1900, (-0.04, 0.0, 0.04), zero=205)
+    groups = []
+    for pair, (heading, kind) in drawn.items():
+        rows = found[pair]
+        names = {name: name for name in sorted(rows.keys() - {"all"})} | {"all three": "all"}
+        groups.append((heading, kind, {shown: rows[name] for shown, name in names.items()}))
+    parts, bottom = forest(groups, scale, (-0.04, 0.0, 0.04), zero=zero)
     parts.append(text(200, bottom + 40, "difference in AUROC under corruption, 95% interval", 14))
     return picture(f"{study} study, confirmation: AUROC under corruption", bottom + 52, parts)
 

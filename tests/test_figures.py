@@ -197,13 +197,54 @@ def test_the_pages_of_evidence_show_the_third_study_as_it_was_analysed() -> None
     confirmed = {
         (row["arm"], row["measure"], row["tested_on"]): row
         for row in rows
-        if row["baseline"] == "plain" and row["confirmation"] == "True"
+        if (row["baseline"], row["confirmation"]) == ("plain", "True")
+        and row["dataset"] == "bloodmnist"
     }
     part = (ROOT / "docs" / "evidence.md").read_text().partition("### The same networks")[2]
     shown = [line for line in part.partition("\n## ")[0].splitlines() if line.startswith("|")][2:]
     for line, arm in zip(shown, ("merging per image", *CHANNELS), strict=True):
         cells = [interval(confirmed[(arm, *measure)]) for measure in MEASURES]
         assert line == f"| {arm.replace('per image', 'for each image')} | {' | '.join(cells)} |"
+
+
+def test_the_page_of_evidence_shows_the_confirmation_as_it_was_pooled() -> None:
+    pooled = [row for row in third_study("pooled") if not row["data"].startswith("without")]
+    found = {
+        (row["arm"], row["baseline"], row["measure"], row["tested_on"]): row for row in pooled
+    }
+    page = (ROOT / "docs" / "evidence.md").read_text().partition("## On three other data sets")[2]
+    page = page.partition("\n## ")[0]
+    for arm, baseline in (
+        ("merging per image", "plain"),
+        ("channel noise", "plain"),
+        ("merging per image", "channel noise"),
+    ):
+        cells = [interval(found[(arm, baseline, *measure)]) for measure in MEASURES]
+        name = f"{arm} − {baseline}".replace("per image", "for each image")
+        assert f"| {name} | {' | '.join(cells)} |" in page
+    analysis = importlib.import_module("studies.3.analysis")
+    groups = analysis.grouped(read_runs(STUDIES / "3" / "runs.jsonl.gz"))
+    plain = {
+        group.cell.dataset.removesuffix("mnist").capitalize(): list(arms["plain"].values())
+        for group, arms in groups.items()
+        if group.confirming and group.cell.augmentation == "flips"
+    }
+    for name in ("Breast", "Chest", "Pneumonia"):
+        values = [
+            [analysis.score(run, "test", *measure) for run in plain[name]] for measure in MEASURES
+        ]
+        cells = [f"{np.mean(of):.3f} ± {np.std(of, ddof=1):.3f}" for of in values]
+        assert f"| plain, {name} | {' | '.join(cells)} |" in page
+    gain = found[("merging per image", "plain", *MEASURES[0])]
+    text = " ".join(page.split())
+    assert f"p is {float(gain['p_holm']):.2f}" in text
+    wide = "{:+.3f} to {:+.3f}".format(*(float(gain[end]) for end in ("wide_low", "wide_high")))
+    assert wide in text
+    level = found[("merging per image", "plain", "balanced accuracy", "clean")]
+    assert f"p = {float(level['p_loss']):.2f}" in text
+    for front_page in ("README.md", "docs/index.md"):
+        text = " ".join((ROOT / front_page).read_text().split()).replace("95% interval ", "")
+        assert interval(gain).replace("+", "") in text.replace("+", "")
 
 
 def test_the_page_of_evidence_shows_the_other_laboratories_as_they_were_analysed() -> None:
