@@ -209,9 +209,7 @@ def test_the_pages_of_evidence_show_the_third_study_as_it_was_analysed() -> None
 
 def test_the_page_of_evidence_shows_the_confirmation_as_it_was_pooled() -> None:
     pooled = [row for row in third_study("pooled") if not row["data"].startswith("without")]
-    found = {
-        (row["arm"], row["baseline"], row["measure"], row["tested_on"]): row for row in pooled
-    }
+    found = {(row["arm"], row["baseline"], row["measure"], row["tested_on"]): row for row in pooled}
     page = (ROOT / "docs" / "evidence.md").read_text().partition("## On three other data sets")[2]
     page = page.partition("\n## ")[0]
     for arm, baseline in (
