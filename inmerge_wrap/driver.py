@@ -440,7 +440,10 @@ class Driver:
     def _trains(self, optimizer: Optimizer) -> bool:
         """Returns whether an optimizer trains one of the layers to merge."""
         held = set(map(id, parameters_of(optimizer)))
-        modules = modules_of(self._network, self._plan.merged)
+        try:
+            modules = modules_of(self._network, self._plan.merged)
+        except KeyError:  # reparameterised for inference: the layers of the plan are gone
+            return False
         return any(p.requires_grad and id(p) in held for m in modules for p in m.parameters())
 
     def _warn_of_frozen_weights(self) -> None:

@@ -28,8 +28,8 @@ class Attachment:
     Args:
         optimizer: No strong reference is kept, or a copy of the wrapper would take it along.
         handles: The hooks that make up the attachment, that of the steps first.
-        ended: Called when the optimizer is gone or the attachment removed: a compiled forward pass
-            does not look for itself.
+        ended: A bound method that is called when the optimizer is gone or the attachment removed,
+            for a compiled forward pass does not look for itself. No strong reference is kept.
     """
 
     def __init__(
@@ -38,8 +38,14 @@ class Attachment:
         handles: Sequence[RemovableHandle],
         ended: Callable[[], None],
     ) -> None:
-        self._optimizer = weakref.ref(optimizer, lambda _: ended())
-        self._handles, self._ended = handles, ended
+        told = weakref.WeakMethod(ended)
+
+        def end(_: Any = None) -> None:
+            if (call := told()) is not None:
+                call()
+
+        self._optimizer = weakref.ref(optimizer, end)
+        self._handles, self._end = handles, end
         self.merged: set[int] = set()  # numbers of all layers that its steps are to merge
 
     @property
@@ -57,7 +63,7 @@ class Attachment:
         """Stops merging with the steps of this optimizer."""
         for handle in self._handles:
             handle.remove()
-        self._ended()
+        self._end()
 
 
 class Attachments:

@@ -1223,3 +1223,26 @@ def test_a_backbone_whose_head_alone_is_trained_is_not_merged() -> None:
         head(torch.randn(4, head.in_features)).square().mean().backward()
         optimizer.step()
     assert all(map(torch.equal, before, convolutions)) and model.report().drawn == 0
+
+
+def test_a_wrapper_is_freed_with_its_last_reference_and_changed_layers_disturb_no_other() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        model = wrapped()
+        optimizer = sgd(model)
+        model.attach(optimizer)
+        train(model, optimizer, 1)
+        gone = weakref.ref(model)
+        del model, optimizer
+        assert gone() is None
+    finally:
+        gc.enable()
+    model = wrapped()
+    name = next(iter(model.plan.merged)).name.rpartition(".")[0] or model.plan.merged[0].name
+    parent, _, last = name.rpartition(".")
+    delattr(model.module.get_submodule(parent), last)
+    other = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    other(torch.ones(1, 2)).sum().backward()
+    optimizer.step()  # of another network in the same process
