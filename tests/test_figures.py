@@ -8,7 +8,9 @@ import json
 import re
 import runpy
 import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,13 +165,19 @@ def interval(row: dict[str, str]) -> str:
     return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
+@cache
+def third_groups() -> Any:
+    """The runs of the third study, by what may be compared."""
+    analysis = importlib.import_module("studies.3.analysis")
+    return analysis.grouped(read_runs(STUDIES / "3" / "runs.jsonl.gz"))
+
+
 def third_study(table: str) -> list[dict[str, str]]:
     """The rows of a table of the third study, after they have been made again from its runs."""
     analysis = importlib.import_module("studies.3.analysis")
-    groups = analysis.grouped(read_runs(STUDIES / "3" / "runs.jsonl.gz"))
     with (STUDIES / "3" / f"{table}.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    for row, again in zip(rows, getattr(analysis, table)(groups), strict=True):
+    for row, again in zip(rows, getattr(analysis, table)(third_groups()), strict=True):
         for name in ("mean", "low", "high"):
             stored = float(row[name]) if row[name] else None
             assert stored == pytest.approx(again.get(name), abs=1e-5)
@@ -221,10 +229,9 @@ def test_the_page_of_evidence_shows_the_confirmation_as_it_was_pooled() -> None:
         name = f"{arm} − {baseline}".replace("per image", "for each image")
         assert f"| {name} | {' | '.join(cells)} |" in page
     analysis = importlib.import_module("studies.3.analysis")
-    groups = analysis.grouped(read_runs(STUDIES / "3" / "runs.jsonl.gz"))
     plain = {
         group.cell.dataset.removesuffix("mnist").capitalize(): list(arms["plain"].values())
-        for group, arms in groups.items()
+        for group, arms in third_groups().items()
         if group.confirming and group.cell.augmentation == "flips"
     }
     for name in ("Breast", "Chest", "Pneumonia"):

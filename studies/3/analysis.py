@@ -76,6 +76,12 @@ def score(result: Result, part: str, measure: str, images: str) -> float:
     return 1 - value if measure == "balanced accuracy" else value
 
 
+def is_compared(arm: str, baseline: str) -> bool:
+    """Returns whether arm minus baseline is a row; of two baselines, only one way round."""
+    order = (*BASELINES, arm)
+    return order.index(arm) > order.index(baseline)
+
+
 def effect(arms: Arms, arm: str, baseline: str, measure: str, images: str) -> Effect | None:
     """Returns arm minus baseline on the test part; None with fewer than two pairs.
 
@@ -109,7 +115,7 @@ def differences(groups: Mapping[Group, Arms]) -> list[dict[str, Any]]:
         head |= {"confirmation": group.confirming}
         for baseline in BASELINES:
             for arm in arms:
-                for measure in MEASURES if arm != baseline else ():
+                for measure in MEASURES if is_compared(arm, baseline) else ():
                     for images in ("clean", "corrupted"):
                         one = effect(arms, arm, baseline, measure, images)
                         if one:
@@ -203,7 +209,7 @@ def pooled(groups: Mapping[Group, Arms]) -> list[dict[str, Any]]:
     for augmentation in augmentations:
         for baseline in BASELINES:
             for arm in names:
-                for measure in MEASURES if arm != baseline else ():
+                for measure in MEASURES if is_compared(arm, baseline) else ():
                     for images in ("clean", "corrupted"):
                         found = by_data_set(groups, arm, baseline, augmentation, measure, images)
                         if len(found) < 2:
@@ -275,7 +281,7 @@ def _in_laboratory(
             head = {"arm": arm, "baseline": "", "way": way}
             yield head | {"runs": len(totals), "mean": float(np.mean(totals))}
             for baseline in BASELINES:
-                if baseline in held and baseline != arm:
+                if baseline in held and is_compared(arm, baseline):
                     head = {"arm": arm, "baseline": baseline, "way": way}
                     yield head | difference(kept(arm, way), kept(baseline, way))
         head = {"arm": arm, "baseline": "", "way": f"{WAYS[1]} - {WAYS[0]}"}
