@@ -133,7 +133,8 @@ def test_a_test_part_of_one_class_is_reported(
     assert "The test images hold one class" in text
     card = (tmp_path / "mine" / "model" / "README.md").read_text()
     assert "TrivialAugment, flips (both), classes balanced; epoch" in " ".join(card.split())
-    grey = run_here(monkeypatch, *given, "--channels", "1", "--preset", "blood", "--out", "grey")
+    given += ["--channels", "1", "--preset", "blood", "--out", tmp_path / "grey"]
+    grey = run_here(monkeypatch, *given)
     assert "--preset blood needs colours" in str(grey)
 
 
