@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from inmerge_wrap.app.model import Read, TrainedModel, read_files
 from inmerge_wrap.errors import ArgumentError, ArgumentWarning
 from inmerge_wrap.images.files import counted, named
-from inmerge_wrap.images.finding import images_below, mark_of
+from inmerge_wrap.images.finding import class_name, images_below, is_unknown, mark_of
 from inmerge_wrap.images.looks import unlike, warnings_about
 from inmerge_wrap.images.preparation import Recipe
 from inmerge_wrap.images.tables import read_table, write_table
@@ -112,7 +111,8 @@ def read_labels(table: Path, recipe: Recipe, path_column: str = "path") -> dict[
             marks = tuple(mark_of(table, number, label, row[label]) for label in recipe.classes)
             if any(mark == mark for mark in marks):
                 found[name] = marks
-        elif label := unicodedata.normalize("NFC", row["label"]):
+        elif not is_unknown(row["label"]):
+            label = class_name(row["label"])
             if label not in recipe.classes:
                 raise ArgumentError(
                     f"{table}, row {number}: label {label!r} is no class of the network; its "

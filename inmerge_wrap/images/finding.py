@@ -19,7 +19,6 @@ _MEANT = {
     "val": ("val", "valid", "validation", "dev", "development", "tuning"),
     "test": ("test", "testing", "tst", "holdout", "eval", "evaluation"),
 }
-_UNKNOWN = ("", "nan", "na")  # how tables write an empty cell
 _PART_OF = {word: part for part, words in _MEANT.items() for word in words}
 
 
@@ -78,7 +77,7 @@ def _values_of(
 ) -> list[str]:
     """The column of a table, or what a pattern finds in each image's name."""
     if rows and what in rows[0]:
-        return ["" if row[what].lower() in _UNKNOWN else row[what] for row in rows]
+        return ["" if is_unknown(row[what]) else row[what] for row in rows]
     try:
         expression = re.compile(what)
     except re.error as error:
@@ -122,7 +121,7 @@ def _from_folders(directory: Path) -> ImageCollection:
         ignored += map(below, loose)
         for folder in folders:
             images, others = images_below(folder)
-            files += [(part, folder.name, path) for path in images]
+            files += [(part, class_name(folder.name), path) for path in images]
             ignored += map(below, others)
             if not images:
                 empty.append(below(folder))
@@ -255,6 +254,11 @@ def _natural(name: str) -> tuple[Any, ...]:
     return (0, int(name), name) if name.isdigit() else (1, 0, name)
 
 
+def class_name(text: str) -> str:
+    """The name of a class: of an accent, which is one character or two, always the one."""
+    return unicodedata.normalize("NFC", text)
+
+
 # -- tables ----------------------------------------------------------------------------------------
 
 
@@ -271,7 +275,7 @@ def _rows_of(table: Path, path_column: str, labels: Sequence[str]) -> list[dict[
         part = row.get("part", "")
         if part and part not in PARTS:
             raise DataError(f"{place}: part is {part!r}; give train, val or test")
-        if len(labels) == 1 and row[labels[0]].lower() in _UNKNOWN:
+        if len(labels) == 1 and is_unknown(row[labels[0]]):
             raise DataError(f"{place}: {path} has no {labels[0]}")
     return rows
 
@@ -280,8 +284,8 @@ def _from_table(
     table: Path, rows: list[dict[str, str]], directory: Path, labels: list[str], path_column: str
 ) -> ImageCollection:
     several = len(labels) > 1
-    if not several:  # an accent is one letter or two, which look alike
-        rows = [row | {labels[0]: unicodedata.normalize("NFC", row[labels[0]])} for row in rows]
+    if not several:
+        rows = [row | {labels[0]: class_name(row[labels[0]])} for row in rows]
     classes = labels if several else sorted({row[labels[0]] for row in rows}, key=_natural)
     index = {name: number for number, name in enumerate(classes)}
     root, images = directory.resolve(), []
@@ -297,17 +301,21 @@ def _from_table(
     return ImageCollection(tuple(classes), "multilabel" if several else "multiclass", tuple(images))
 
 
+def is_unknown(cell: str) -> bool:
+    """Whether a cell is empty, as programs write it."""
+    return cell.lower() in ("", "nan", "na")
+
+
 def mark_of(table: Path, row: int, column: str, text: str) -> float:
     """Reads one of several labels: 0, 1, or NaN for unknown.
 
     Raises:
         DataError: If it is none of these.
     """
-    value = text.lower()
-    if value in _UNKNOWN:
+    if is_unknown(text):
         return float("nan")
-    if value in ("0", "0.0", "1", "1.0"):
-        return float(value)
+    if text in ("0", "0.0", "1", "1.0"):
+        return float(text)
     raise DataError(
         f"{table}, row {row}: {column} is {text!r}; of several labels each is 0, 1 or empty"
     )

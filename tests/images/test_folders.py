@@ -502,6 +502,9 @@ def test_an_accent_of_two_characters_is_that_of_one(tmp_path: Path) -> None:
         rows.append({"path": f"{n}.png", "label": ("gesund", "\u00d6dem", "O\u0308dem")[n % 3]})
     collection, _ = opened(tmp_path, table=write_table_of(tmp_path / "t.csv", rows))
     assert collection.classes == ("gesund", "\u00d6dem")
+    fill(tmp_path / "folders", {"gesund": 6, "O\u0308dem": 6})  # as a Mac writes names
+    collection, _ = opened(tmp_path / "folders")
+    assert collection.classes == ("gesund", "\u00d6dem")
 
 
 @pytest.mark.parametrize("empty", ["nan", "NA", ""])
