@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -369,13 +370,11 @@ class Driver:
     def report(self) -> MergeReport:
         """Returns what merging did so far, layer by layer; waits for the device."""
         self._read_counts()
-        found = self.tally.report([site.name for site in self._plan.merged])
         end = self._settings.schedule.end
-        return MergeReport(
-            found.layers,
+        return replace(
+            self.tally.report([site.name for site in self._plan.merged]),
             ended=end if end is not None and self.tally.step > end else None,
             idle=self.watch.why_never(self.tally.step, attached=bool(self._attachments.live)),
-            unit=found.unit,
         )
 
     def _read_counts(self) -> None:

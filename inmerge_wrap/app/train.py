@@ -228,7 +228,8 @@ def read_data(
         workers=options.workers,
         memory=memory,
     )
-    coloured = [each.name for each in resolve_preset(options.preset or "grey") if each.rgb_only]
+    asked = resolve_preset(options.preset) if options.preset is not None else ()
+    coloured = [each.name for each in asked if each.rgb_only]
     if coloured and preparation.channels == 1:
         raise SystemExit(
             f"--preset {options.preset} needs colours ({coloured[0]}), and the images are grey: "

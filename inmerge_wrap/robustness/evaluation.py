@@ -321,6 +321,7 @@ def _result_of(
 ) -> RobustnessResult:
     logits, targets = run.joined()
     threshold = run.threshold if isinstance(run.threshold, int | float) else list(run.threshold)
+    started = time.perf_counter()
     weights = bootstrap_weights(len(targets), bootstrap, seed=run.seed, groups=groups)
     settings = {
         "task": run.task,
@@ -338,7 +339,6 @@ def _result_of(
     if baseline is not None:
         check_baseline(baseline, settings)
 
-    started = time.perf_counter()
     scores = {}
     for condition, outputs in logits.items():
         scores[condition] = score(outputs, targets, run.task, run.threshold, coverages, weights)

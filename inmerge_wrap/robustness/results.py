@@ -166,9 +166,9 @@ def check_baseline(baseline: RobustnessResult, settings: Mapping[str, Any]) -> N
                 f"the baseline was measured with {name} {theirs!r}, not {settings[name]!r}: run it "
                 "again on the same data with the same settings"
             )
-    theirs = {(attack["name"], attack["eps"]): attack for attack in baseline.settings["attacks"]}
+    attacks = {(attack["name"], attack["eps"]): attack for attack in baseline.settings["attacks"]}
     for attack in settings["attacks"]:
-        other = theirs.get((attack["name"], attack["eps"]), attack)
+        other = attacks.get((attack["name"], attack["eps"]), attack)
         if other != attack:
             raise ValueError(f"the baseline was measured under {other}, not {attack}: run it again")
     missing = sorted(set(settings["corruptions"]) - set(baseline.settings["corruptions"]))
