@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from inmerge_wrap.counts import Counts
-from inmerge_wrap.kernels import layout_of, modules_of, stream_of
+from inmerge_wrap.inputs import tensors_of
+from inmerge_wrap.kernels import deciding_parameter, layout_of, modules_of, rows_of, stream_of
 from inmerge_wrap.merging import (
     cyclic_sources,
     draw_bits,
@@ -220,7 +220,7 @@ class ForwardMerge:
         if self._settings.mode != "outputs":  # the step has drawn for all batches
             self._draw = _Draw(state.clock, 1, state.size, self._shifts)
             return
-        found = [tensor for tensor in _tensors_in(inputs) if tensor.ndim]
+        found = [tensor for tensor in tensors_of(inputs) if tensor.ndim]
         content = torch.zeros_like(state.clock)
         for tensor in found:  # of all, because labels may come before the images
             content = content * _ARGUMENTS + fingerprint(tensor.detach()).to(state.device)
@@ -237,7 +237,7 @@ class ForwardMerge:
             self._unshadow(number)
         if draw is None or torch.compiler.is_compiling():  # a compiled graph repeats what it drew
             return
-        nodes = [t.grad_fn for t in _tensors_in(outputs) if t.grad_fn is not None]
+        nodes = [t.grad_fn for t in tensors_of(outputs) if t.grad_fn is not None]
         self._is_lost = not nodes and torch.is_grad_enabled()
         for node in nodes:
             node.register_prehook(partial(self._replay, draw))
@@ -283,7 +283,7 @@ class ForwardMerge:
                 "can be found, so that it would draw other pairs: return tensors, tuples, lists, "
                 "dicts or objects with tensors as attributes"
             )
-        if draw is None or not module.training or not _trains(module):
+        if draw is None or not module.training or not deciding_parameter(module).requires_grad:
             return
         settings = self._settings
         if settings.mode == "weights":
@@ -303,7 +303,7 @@ class ForwardMerge:
             self._unshadow(number)
             return None
         draw = self._current()
-        if draw is None or not module.training or not _trains(module):
+        if draw is None or not module.training or not deciding_parameter(module).requires_grad:
             return None
         if self._settings.mode != "outputs" or not isinstance(output, Tensor):  # it raised
             return None
@@ -351,7 +351,7 @@ class ForwardMerge:
         site, settings, state = self._sites[number], self._settings, self._state
         assert state is not None
         with torch.no_grad(), without_autocast(state.device):
-            kernels = self._rows(module, module.weight)
+            kernels = rows_of(module, module.weight)
             everyone = torch.arange(len(kernels), device=kernels.device)
             shift = state.shifts[number].to(kernels.device)
             partners = kernels[cyclic_sources(everyone, shift, len(kernels) // site.pair_groups)]
@@ -374,7 +374,7 @@ class ForwardMerge:
         assert state is not None
         span = self._spans[number]
         with torch.no_grad(), without_autocast(state.device):
-            kernels = self._rows(module, weight)
+            kernels = rows_of(module, weight)
             device = kernels.device
             sources, drawn, signs = (
                 values[span].to(device) for values in (state.sources, state.drawn, state.signs)
@@ -402,12 +402,6 @@ class ForwardMerge:
         if number not in self._shadowed:  # somebody reads the weight, no convolution runs
             return None
         return self._stand_in(number, weight, self._modules[number])
-
-    def _rows(self, module: nn.Module, weight: Any) -> Tensor:
-        """Returns the kernels of a layer, shape (C_out, fan_in), float32 or wider, detached."""
-        layout, stored = layout_of(module), weight.detach()
-        everyone = torch.arange(layout.shape(stored)[0], device=stored.device)
-        return layout.rows(stored, everyone)
 
     # -- what acted -------------------------------------------------------------------------------
 
@@ -457,25 +451,6 @@ def _width(site: ConvSite) -> int:
 def _image_keys(key: Tensor, images: int) -> Tensor:
     """Returns a key for each image of a batch, int64, shape (images,)."""
     return (key + torch.arange(images, device=key.device) * _IMAGES) & 0xFFFFFFFF
-
-
-def _tensors_in(content: Any) -> list[Tensor]:
-    """Returns the tensors in nested lists, tuples, dicts, and objects that hold them."""
-    found = []
-    for leaf in tree_leaves(content):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):
-            found += [each for each in tree_leaves(vars(leaf)) if isinstance(each, Tensor)]
-    return found
-
-
-def _trains(module: nn.Module) -> bool:
-    """Returns whether the weight of a convolution, or what it is computed from, is trained."""
-    weight = module._parameters.get("weight")
-    if weight is None:
-        weight = next(p for name, p in module.named_parameters() if name != "bias")
-    return weight.requires_grad
 
 
 def _in_backward() -> bool:

@@ -1,4 +1,4 @@
-"""Guesses the arguments that a network is called with, the likeliest first."""
+"""Arguments and results of a network: guesses of the first, and the tensors in either."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 # Sizes of example inputs by their number of dimensions, the likeliest first: sound and signals,
 # images, videos and volumes.
@@ -20,6 +20,17 @@ _FALLBACK_SIZES: dict[int, list[tuple[int, ...]]] = {
 
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def tensors_of(content: Any) -> list[Tensor]:
+    """Returns the tensors in nested lists, tuples, dicts, and objects that hold them."""
+    found = []
+    for leaf in tree_leaves(content):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):
+            found += [each for each in tree_leaves(vars(leaf)) if isinstance(each, Tensor)]
+    return found
 
 
 def call_arguments(

@@ -354,6 +354,27 @@ def modules_of(network: nn.Module, sites: Sequence[ConvSite]) -> list[nn.Module]
     return found
 
 
+def rows_of(conv: nn.Module, weight: Any) -> Tensor:
+    """Returns the kernels that a weight of a convolution holds, detached.
+
+    Shape (C_out, fan_in), float32 or wider.
+    """
+    layout, stored = layout_of(conv), weight.detach()
+    everyone = torch.arange(layout.shape(stored)[0], device=stored.device)
+    return layout.rows(stored, everyone)
+
+
+def deciding_parameter(conv: nn.Module) -> nn.Parameter:
+    """Returns the weight of a convolution, or the first parameter of what computes it.
+
+    Whether it is trained, and by which optimizer, decides for the layer.
+    """
+    weight = conv._parameters.get("weight")
+    if weight is None:
+        return next(p for name, p in conv.named_parameters() if name != "bias")
+    return weight
+
+
 def check_layers(layers: Sequence[MergedLayer]) -> None:
     """Checks that the weights of some layers can be merged where they are now.
 

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from inmerge_wrap.kernels import MergedLayer, Sharded, Store, tensor_store
+from inmerge_wrap.kernels import MergedLayer, Sharded, Store, deciding_parameter, tensor_store
 from inmerge_wrap.settings import NOISE, MergeSettings
 from inmerge_wrap.unwrapping import unwrap
 
@@ -118,11 +118,7 @@ def trained_by(optimizer: Optimizer, layers: Sequence[MergedLayer]) -> list[Merg
     each parameter, one counts the steps of the layer.
     """
     mine = set(map(id, parameters_of(optimizer)))
-
-    def first(layer: MergedLayer) -> nn.Parameter:
-        return next(p for name, p in layer.module.named_parameters() if name != "bias")
-
-    return [layer for layer in layers if id(first(layer)) in mine]
+    return [layer for layer in layers if id(deciding_parameter(layer.module)) in mine]
 
 
 def trained_of(layers: Sequence[MergedLayer]) -> list[MergedLayer]:

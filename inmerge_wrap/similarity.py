@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from inmerge_wrap.discovery import SKIPPED_KINDS, Pattern, plan_merging
-from inmerge_wrap.kernels import layout_of, store_of
+from inmerge_wrap.kernels import rows_of, store_of
 from inmerge_wrap.merging import centre
 from inmerge_wrap.plan import ConvSite
 from inmerge_wrap.unwrapping import unwrap
@@ -294,9 +294,7 @@ def read_kernels(conv: nn.Module, *, centred: bool = False) -> Tensor:
     """
     store = store_of(conv)
     if store.reason is not None and isinstance(weight := getattr(conv, "weight", None), Tensor):
-        layout, weight = layout_of(conv), weight.detach()  # computed in a way that none can write
-        everyone = torch.arange(layout.shape(weight)[0], device=weight.device)
-        kernels = layout.rows(weight, everyone)
+        kernels = rows_of(conv, weight)  # computed in a way that none can write
     else:
         with store.opened() as stored:
             kernels = stored.read(torch.arange(stored.shape[0], device=stored.weight.device))

@@ -22,10 +22,16 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from inmerge_wrap.inputs import Arguments, call_arguments, is_quantised, on_device_of, to_meta
+from inmerge_wrap.inputs import (
+    Arguments,
+    call_arguments,
+    is_quantised,
+    on_device_of,
+    tensors_of,
+    to_meta,
+)
 
 _HOOK_DICTS = (
     "_forward_hooks",
@@ -160,10 +166,10 @@ class _Watch(TorchFunctionMode):
 
     def note_predictions(self, output: Any) -> None:
         """Finds the convolutions whose outputs are the network's."""
-        for leaf in (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
-            self._trace.outputs.append(leaf.shape)
-            for name in self._sources([leaf]):
-                self._trace.predictions[name] = leaf.ndim == 2
+        for tensor in tensors_of(output):
+            self._trace.outputs.append(tensor.shape)
+            for name in self._sources([tensor]):
+                self._trace.predictions[name] = tensor.ndim == 2
         for name in self._cut:
             self._trace.predictions.setdefault(name, False)
         self._trace.summed = self._trace.predictions.keys() & self._summed - self._read
@@ -201,11 +207,18 @@ _KEEPS_SHAPE = {
 
 
 def _recurrent_shapes(
-    inputs: Tensor, states: Any, _weights: Any, _biases: bool, *others: Any
+    inputs: Tensor,
+    states: Any,
+    _weights: Any,
+    _biases: bool,
+    _layers: int,
+    _dropout: float,
+    _training: bool,
+    is_bidirectional: bool,
+    *_: Any,
 ) -> tuple[Tensor, ...]:
     """Returns empty results of an LSTM, GRU or RNN, which meta tensors pass step by step."""
     held = [states] if isinstance(states, Tensor) else states
-    is_bidirectional = others[3]
     width = held[0].shape[-1] * (2 if is_bidirectional else 1)
     outputs = inputs.new_empty((*inputs.shape[:-1], width))
     return outputs, *(torch.empty_like(state) for state in held)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -949,6 +950,22 @@ class UNet(nn.Module):
         x = self.down(x).relu()
         y = self.deeper(self.deep(x).relu()).relu()
         return self.classes(self.join(torch.cat([x, self.up(y)], 1)).relu()).sigmoid()
+
+
+def test_a_head_is_found_in_whatever_the_network_returns() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+            self.head = nn.Conv2d(8, 5, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            found = self.second(self.first(x).relu()).relu().mean((2, 3), keepdim=True)
+            return types.SimpleNamespace(logits=self.head(found).flatten(1))
+
+    plan = plan_merging(Wrapped(), shallow_layers=0)
+    assert [site.name for site in plan.merged] == ["first", "second"]
+    assert plan.skipped[0].kind == "head"
 
 
 def test_the_last_layer_of_a_users_segmentation_network_is_its_head() -> None:
