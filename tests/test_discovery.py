@@ -960,8 +960,8 @@ def test_a_head_is_found_in_whatever_the_network_returns() -> None:
             self.head = nn.Conv2d(8, 5, 1)
 
         def forward(self, x: Tensor) -> Any:
-            found = self.second(self.first(x).relu()).relu().mean((2, 3), keepdim=True)
-            return types.SimpleNamespace(logits=self.head(found).flatten(1))
+            found = self.head(self.second(self.first(x).relu()).relu())
+            return types.SimpleNamespace(logits=found.mean((2, 3)))
 
     plan = plan_merging(Wrapped(), shallow_layers=0)
     assert [site.name for site in plan.merged] == ["first", "second"]
