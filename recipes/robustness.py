@@ -24,6 +24,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ from inmerge_wrap.robustness.corruptions import CORRUPTIONS, DATASET_PRESETS, re
 
 # -- options ---------------------------------------------------------------------------------------
 
-# Okabe and Ito's colours, safe for every kind of colour vision; yellow is too faint for lines.
 CELL = "{:.3f}", "{:.3f} [{:.3f}, {:.3f}]"  # without an interval, and with one
+# Okabe and Ito's colours, safe for every kind of colour vision; yellow is too faint for lines.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 
 parser = argparse.ArgumentParser(
@@ -80,7 +81,12 @@ Data = tuple[Tensor, Tensor, str]  # pixels in [0, 1], labels, task
 # -- data ------------------------------------------------------------------------------------------
 
 
-def read_test_part(options: argparse.Namespace, first: Path) -> Data:
+def read_test_part(options: argparse.Namespace, folders: list[Path]) -> Data:
+    prepare, names = expected(folders[0])
+    for folder in folders[1:]:
+        pairs = zip((prepare, names), expected(folder), strict=True)
+        if any(None not in pair and pair[0] != pair[1] for pair in pairs):
+            raise SystemExit(f"{folder} and {folders[0]} differ in label_names or preparation")
     if options.data in medmnist.INFO:
         info, suffix = medmnist.INFO[options.data], "" if options.size == 28 else f"_{options.size}"
         path = options.data_root / f"{options.data}{suffix}.npz"
@@ -98,8 +104,6 @@ def read_test_part(options: argparse.Namespace, first: Path) -> Data:
         return pixels[: options.limit], labels[: options.limit], info["task"]
     if not Path(options.data).exists():
         raise SystemExit(f"--data {options.data} is neither a folder, a file nor a MedMNIST flag")
-    about, names = first / "preparation.json", load(first).pretrained_cfg.get("label_names")
-    prepare = Preparation.from_dict(json.loads(about.read_text())) if about.is_file() else None
     try:
         pixels, labels, images = read_part(
             Path(options.data), "test", size=options.size, preparation=prepare, classes=names
@@ -135,6 +139,12 @@ def load(path: Path) -> nn.Module:
     return timm.create_model(f"local-dir:{path}", pretrained=True)
 
 
+def expected(folder: Path) -> tuple[Preparation | None, list[str] | None]:
+    """Returns how a network reads a file, and the order of its classes."""
+    path, names = folder / "preparation.json", load(folder).pretrained_cfg.get("label_names")
+    return Preparation.from_dict(json.loads(path.read_text())) if path.exists() else None, names
+
+
 def normaliser(network: nn.Module) -> Callable[[Tensor], Tensor]:
     """Returns the function from pixels in [0, 1] to the network's input; grey may be repeated."""
     about = network.pretrained_cfg
@@ -154,8 +164,7 @@ def evaluate_all(
     options: argparse.Namespace, groups: Groups, data: Data, preset: str | list[str]
 ) -> Results:
     """Evaluates every network, relative to the baseline of the same seed."""
-    pixels, labels, task = data
-    loader = DataLoader(TensorDataset(pixels, labels), batch_size=options.batch_size)
+    loader = DataLoader(TensorDataset(*data[:2]), batch_size=options.batch_size)
     baseline, results = next(iter(groups)), Results()
     for label, paths in groups.items():
         for seed, path in enumerate(paths):
@@ -164,7 +173,7 @@ def evaluate_all(
                 network,
                 track(loader, description=f"{label} ({path.name})"),
                 preset=preset,
-                task=task,
+                task=data[2],
                 normalize=normaliser(network),
                 severities=options.severities,
                 seed=options.seed,
@@ -186,8 +195,7 @@ def summarise(
     if not values:
         return None
     if len(rows) == 1:
-        value = values[0]
-        return value, rows[0].get(f"{metric}_low", value), rows[0].get(f"{metric}_high", value)
+        return tuple(rows[0].get(metric + end, values[0]) for end in ("", "_low", "_high"))
     center, spread = float(np.mean(values)), float(np.std(values, ddof=min(1, len(values) - 1)))
     return center, center - spread, center + spread
 
@@ -195,17 +203,14 @@ def summarise(
 def compare_seeds(results: Results) -> list[dict[str, Any]]:
     """Compares every label with the baseline, paired over the seeds."""
     baseline, *others = results
-    comparisons = []
-    for label in others:
-        for corruption in ("clean", "all"):
-            for metric in ("accuracy", "balanced_error", "auroc", "ece"):
-                mine, theirs = (
-                    [run.value(metric, corruption) for run in results[name]]
-                    for name in (label, baseline)
-                )
-                if None not in (*mine, *theirs):
-                    about = {"models": f"{label} - {baseline}", "on": corruption, "metric": metric}
-                    comparisons.append(about | paired_difference(mine, theirs))
+    comparisons, measures = [], ("accuracy", "balanced_error", "auroc", "ece")
+    for label, corruption, metric in product(others, ("clean", "all"), measures):
+        mine, theirs = (
+            [run.value(metric, corruption) for run in results[name]] for name in (label, baseline)
+        )
+        if None not in (*mine, *theirs):
+            about = {"models": f"{label} - {baseline}", "on": corruption, "metric": metric}
+            comparisons.append(about | paired_difference(mine, theirs))
     return comparisons
 
 
@@ -213,13 +218,11 @@ def compare_seeds(results: Results) -> list[dict[str, Any]]:
 
 
 def print_tables(results: Results, comparisons: list[dict[str, Any]]) -> None:
-    settings = next(iter(results.values()))[0].settings
-    seeds = len(next(iter(results.values())))
-    spread = "95% bootstrap interval over images" if seeds == 1 else "one SD over the seeds"
+    first, *more = next(iter(results.values()))
+    settings, spread = first.settings, "one SD over the seeds" if more else "95% intervals"
     table = Table("images", "measure", *results, title=f"{settings['n']} images, with {spread}")
     measures = ("accuracy", "balanced_error", "auroc", "ece", "brier")
-    lines = [(on, measure) for on in ("clean", "all") for measure in measures]
-    lines += [("all", "be"), ("all", "rbe")]
+    lines = [*product(("clean", "all"), measures), ("all", "be"), ("all", "rbe")]
     lines += [(attack["name"], "accuracy") for attack in settings["attacks"]]
     lines += [(name, "balanced_error") for name in settings["corruptions"]]
     for on, measure in lines:
@@ -236,15 +239,13 @@ def draw_curves(results: Results, path: Path) -> None:
     """Draws balanced error over severity, one panel per corruption."""
     settings = next(iter(results.values()))[0].settings
     names, levels = settings["corruptions"], [0, *settings["severities"]]
-    columns = min(5, len(names))
-    rows = -(-len(names) // columns)
+    rows, columns = -(-len(names) // 5), min(5, len(names))
     figure = Figure(figsize=(1.2 + 1.75 * columns, 1.0 + 1.65 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axis, name in zip(axes.flat, names, strict=False):
         for colour, (label, runs) in zip(COLOURS, results.items(), strict=False):
             at = {v: summarise(runs, "balanced_error", name if v else "clean", v) for v in levels}
-            known = {level: point for level, point in at.items() if point}
-            if known:
+            if known := {level: point for level, point in at.items() if point}:
                 middle, low, high = zip(*known.values(), strict=True)
                 axis.fill_between([*known], low, high, color=colour, alpha=0.15, linewidth=0)
                 axis.plot([*known], middle, "o-", color=colour, markersize=3, label=label)
@@ -253,11 +254,11 @@ def draw_curves(results: Results, path: Path) -> None:
         axis.tick_params(labelsize=7.5, labelbottom=True)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(names) :]:
-        axis.set_visible(False)
+        axis.remove()
     figure.supxlabel("severity", fontsize=10)
     figure.supylabel("balanced error", fontsize=10)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=len(results), frameon=False)
     figure.savefig(path, dpi=200, facecolor="white")
 
 
@@ -266,9 +267,9 @@ def main() -> None:
     if os.environ.get("RANK", "0") != "0":
         return  # a launcher started several, and a second one would write the same files
     groups = group_models(options.models, options.baseline)
-    data = read_test_part(options, next(iter(groups.values()))[0])
-    fallback = "grey" if data[0].shape[1] == 1 else "all"
-    chosen = options.preset or [DATASET_PRESETS.get(options.data, fallback)]
+    data = read_test_part(options, [path for paths in groups.values() for path in paths])
+    usual = DATASET_PRESETS.get(options.data, "grey" if data[0].shape[1] == 1 else "all")
+    chosen = options.preset or [usual]
     # One word is a preset unless it names a corruption; several are corruptions.
     preset = chosen if len(chosen) > 1 or chosen[0] in CORRUPTIONS else chosen[0]
     try:

@@ -120,6 +120,10 @@ def test_a_folder_of_images_and_a_split_of_own_images(
         assert settings["n"] == 12
         digests.append(settings["data_sha256"])
     assert digests[0] == digests[1]
+    export(tmp_path / "other", 0, classes=2, channels=1, label_names=["b", "a"])
+    both = [f"{name}={tmp_path / name}" for name in ("net", "other")]
+    stopped = refusal(monkeypatch, "robustness", *both, "--data", tmp_path / "data")
+    assert "differ in label_names or preparation" in str(stopped)
     alone = tmp_path / "data" / "train" / "a"
     stopped = refusal(monkeypatch, "robustness", f"net={tmp_path / 'net'}", "--data", alone)
     assert "holds no images in class folders" in str(stopped)
