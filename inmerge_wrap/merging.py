@@ -354,26 +354,11 @@ class _MixChannels(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (shares,) = ctx.saved_tensors
-        transposed = _Transposed.apply if torch.is_grad_enabled() else _transposed
-        return transposed(gradients[0], shares, ctx.shift, ctx.groups), None, None, None
-
-
-class _Transposed(torch.autograd.Function):
-    """The gradient of :class:`_MixChannels`, whose own gradient is that blend again."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, shares: Tensor, shift: Any, groups: int) -> Tensor:
-        ctx.save_for_backward(shares)
-        ctx.shift, ctx.groups = shift, groups
-        return _transposed(gradient, shares, shift, groups)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (shares,) = ctx.saved_tensors
-        return _MixChannels.apply(gradients[0], shares, ctx.shift, ctx.groups), None, None, None
+        return _transposed(gradients[0], shares, ctx.shift, ctx.groups), None, None, None
 
 
 def _transposed(gradient: Tensor, shares: Tensor, shift: Any, groups: int) -> Tensor:
+    """Returns the gradient of the blend: each channel gives its share to its partner."""
     kept = torch.addcmul(gradient, shares, gradient, value=-1)
     if isinstance(shift, Tensor):
         return kept + _shifted(shares * gradient, -shift, groups)
@@ -383,7 +368,7 @@ def _transposed(gradient: Tensor, shares: Tensor, shift: Any, groups: int) -> Te
         _parts(shares, wrapped, groups)[::-1],
         _parts(gradient, wrapped, groups)[::-1],
     )
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # a gradient of the gradient
         return _joined(map(torch.addcmul, *given), gradient)
     for part, *factors in zip(*given, strict=True):
         part.addcmul_(*factors)
@@ -399,7 +384,7 @@ def _parts(tensor: Tensor, first: int, groups: int) -> tuple[Tensor, ...]:
 
 
 def _joined(parts: Iterable[Tensor], like: Tensor) -> Tensor:
-    """Returns parts as one tensor: a compiler fuses the copy, and refuses to write into parts."""
+    """Returns parts as one tensor: compilers and autograd refuse to write into parts."""
     first, last = parts
     return torch.cat((first, last), dim=1 if first.ndim == like.ndim else 2).reshape(like.shape)
 
