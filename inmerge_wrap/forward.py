@@ -276,14 +276,13 @@ class ForwardMerge:
 
         FSDP2 gathers them for the module alone, and frees them before the hook that comes after it.
         """
-        draw = self._current()
-        if draw is None and self._is_lost and _in_backward():
+        if self._is_lost and self._current() is None and _in_backward():
             raise RuntimeError(
                 "activation checkpointing repeats a forward pass whose outputs hold no tensor that "
                 "can be found, so that it would draw other pairs: return tensors, tuples, lists, "
                 "dicts or objects with tensors as attributes"
             )
-        if draw is None or not module.training or not deciding_parameter(module).requires_grad:
+        if self._acting(module) is None:
             return
         settings = self._settings
         if settings.mode == "weights":
@@ -302,15 +301,20 @@ class ForwardMerge:
         if number in self._shadowed:
             self._unshadow(number)
             return None
-        draw = self._current()
-        if draw is None or not module.training or not deciding_parameter(module).requires_grad:
-            return None
-        if self._settings.mode != "outputs" or not isinstance(output, Tensor):  # it raised
-            return None
+        draw = self._acting(module)
+        if draw is None or self._settings.mode != "outputs" or not isinstance(output, Tensor):
+            return None  # no tensor, for instance because the convolution raised
         dims = len(self._sites[number].shape) - 2
         batched = output if output.ndim == dims + 2 else output.unsqueeze(0)
         mixed = self._mixed(number, draw, batched)
         return mixed.reshape(output.shape) if batched is not output else mixed
+
+    def _acting(self, module: nn.Module) -> _Draw | None:
+        """Returns the draw that acts on a convolution; none in eval mode and on a frozen one."""
+        draw = self._current()
+        if draw is None or not module.training or not deciding_parameter(module).requires_grad:
+            return None
+        return draw
 
     def _unshadow(self, number: int) -> None:
         before, held = self._shadowed.pop(number), vars(self._modules[number])
