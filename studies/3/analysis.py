@@ -169,6 +169,31 @@ def inside(groups: Mapping[Group, Arms]) -> list[dict[str, Any]]:
     ]
 
 
+def chart(groups: Mapping[Group, Arms]) -> list[dict[str, Any]]:
+    """Returns the map: a row for each cell of the choice that merging was trained in, too.
+
+    Means over the seeds that both networks have, at the length of the augmentation.
+    """
+    rows = []
+    for group, arms in groups.items():
+        cell, length = group.cell, TRAINING[group.cell.augmentation]
+        seeds = sorted(arms.get("merging per image", {}).keys() & arms.get("plain", {}).keys())
+        if group.confirming or not seeds or (group.steps, group.lr) != (length.steps, length.lr):
+            continue
+        for measure, images in (("AUROC", "corrupted"), ("balanced accuracy", "clean")):
+            plain, merging = (
+                float(np.mean([score(arms[arm][seed], "test", measure, images) for seed in seeds]))
+                for arm in ("plain", "merging per image")
+            )
+            rows.append(
+                vars(cell)
+                | {"steps": group.steps, "measure": measure, "tested_on": images}
+                | {"pairs": len(seeds), "plain": plain, "merging": merging}
+                | {"difference": merging - plain}
+            )
+    return sorted(rows, key=lambda row: tuple(row.values())[:6])
+
+
 # -- the confirmation ------------------------------------------------------------------------------
 
 

@@ -5,12 +5,12 @@
 
 ``training.csv``: plain training by augmentation, length and rate, scored on the validation part.
 ``differences.csv``: every cell, arm minus plain, channel noise and channel dropout.
-``mechanism.csv``: what each network is like inside. ``pooled.csv``: the confirmation over its data
+``mechanism.csv``: what each network is like inside. ``map.csv``: plain training and merging per
+image by augmentation and number of images. ``pooled.csv``: the confirmation over its data
 sets, with the primary family. ``laboratories.csv``: the other laboratories, when all their pairs
 have run. Pictures:
-``forest.png`` (each data set of the confirmation, and pooled), ``choice.png`` (the pilot),
-``map.png`` (augmentation x images, plain and merging per image). What has no runs yet is not
-written.
+``forest-*.png`` (each data set of the confirmation, and pooled), ``choice.png`` (the pilot). What
+has no runs yet is not written. ``docs/.diagram.py`` draws the pictures of the pages.
 
 Hardware and time: a minute on a CPU. Expected: README.md.
 """
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import mean
 
 import matplotlib
 import pandas
@@ -33,18 +32,17 @@ from .analysis import (
     Arms,
     Group,
     by_data_set,
+    chart,
     differences,
     grouped,
     inside,
     laboratories,
     pooled,
-    score,
     training,
 )
-from .arms import ARMS, IMAGES, LITE0, TRAINING
+from .arms import ARMS, LITE0
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 RUNS = HERE / "runs.jsonl.gz"
@@ -56,7 +54,6 @@ AUGMENTATIONS = {  # as the runs name them -> in words
     "augmix": "AugMix",
     "trivial and jitter": "TrivialAugment, colour jitter",
 }
-DATA = {"bloodmnist": "blood cells", "dermamnist": "skin lesions"}
 COLOURS = {
     "merging": "#0072B2",
     "other disturbances for each image": "#009E73",
@@ -79,6 +76,7 @@ def write_tables(groups: Mapping[Group, Arms], out: Path) -> None:
     tables = {
         "training": training,
         "mechanism": inside,
+        "map": chart,
         "differences": differences,
         "pooled": pooled,
         "laboratories": laboratories,
@@ -160,59 +158,6 @@ def draw_choice(groups: Mapping[Group, Arms], path: Path) -> bool:
     return True
 
 
-def draw_map(groups: Mapping[Group, Arms], path: Path) -> bool:
-    """AUROC under corruption by augmentation and images, plain and merging per image."""
-    looks = {"plain": ("0.35", "o", "plain"), "merging per image": ("#0072B2", "s", "merging")}
-    held = [g for g in groups if not g.confirming and g.cell.arch == LITE0 and g.cell.images]
-    if not held:
-        return False
-    figure, axes = plt.subplots(
-        *(len(DATA), len(IMAGES)),
-        figsize=(7.6, 6.2),
-        sharex="row",
-        sharey=True,
-        layout="constrained",
-        squeeze=False,
-    )
-    names = list(AUGMENTATIONS)
-    for line, dataset in zip(axes, DATA, strict=True):
-        for axis, images in zip(line, IMAGES, strict=True):
-            for group in held:
-                cell = group.cell
-                lengths = TRAINING[cell.augmentation]
-                if (cell.dataset, cell.images, group.steps) != (dataset, images, lengths.steps):
-                    continue
-                for arm, (colour, marker, _) in looks.items():
-                    runs = groups[group].get(arm, {}).values()
-                    values = [score(run, "test", "AUROC", "corrupted") for run in runs]
-                    place = names.index(cell.augmentation) + (0.18 if arm == "plain" else -0.18)
-                    axis.plot(values, [place] * len(values), marker, color=colour, ms=3, alpha=0.5)
-                    if values:
-                        axis.plot(mean(values), place, marker, color=colour, ms=7)
-            axis.set_title(f"{DATA[dataset]}, {images} images", fontsize=9)
-            axis.grid(color="0.9", linewidth=0.6)
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.tick_params(labelsize=8)
-            if not axis.has_data():
-                axis.text(
-                    0.5, 0.5, "no runs yet", transform=axis.transAxes, ha="center", color="0.5"
-                )
-    axes[0, 0].set_yticks(range(len(names)), list(AUGMENTATIONS.values()))
-    axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
-    for axis in axes[-1]:
-        axis.set_xlabel("AUROC under corruption", fontsize=8.5)
-    handles = [
-        plt.Line2D([], [], color=colour, marker=marker, ls="", label=label)
-        for colour, marker, label in looks.values()
-    ]
-    handles.append(plt.Line2D([], [], color="0.6", marker="o", ls="", ms=3, label="single runs"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
-    figure.suptitle("Beside which augmentation does merging per image help?", fontsize=10)
-    figure.savefig(path, dpi=200, facecolor="white")
-    plt.close(figure)
-    return True
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -234,8 +179,7 @@ def main() -> None:
         f"forest-{a}": draw_confirmation(groups, a, options.pictures / f"forest-{a}.png")
         for a in ("flips", "trivial")
     }
-    for name, draw in (("choice", draw_choice), ("map", draw_map)):
-        drawn[name] = draw(groups, options.pictures / f"{name}.png")
+    drawn["choice"] = draw_choice(groups, options.pictures / "choice.png")
     for name, done in drawn.items():
         print(f"{name}: {'drawn' if done else 'no runs yet'}")
 

@@ -336,6 +336,29 @@ def test_the_report_pools_what_was_confirmed(tmp_path: Path, monkeypatch: Any) -
     assert not (tmp_path / "laboratories.csv").exists()
 
 
+def test_the_map_pairs_merging_with_plain_training_of_the_same_seeds() -> None:
+    names = ["clean", *(f"{name}/3" for family in FAMILIES.values() for name in family)]
+
+    def result(arm: str, seed: int, auroc: float, length: Any = None) -> dict[str, Any]:
+        row = dict.fromkeys(METRICS, 0.2) | {"auroc": auroc}
+        one = arms.run_of(arms.Cell("bloodmnist", 150, "none"), arm, seed, length)
+        return {"run": one.to_dict(), "test": dict.fromkeys(names, row)}
+
+    results = [
+        result("plain", 0, 0.7),
+        result("plain", 1, 0.1),  # without a partner
+        result("merging per image", 0, 0.8),
+        result("merging per image", 1000, 0.2),  # of the confirmation
+        result("plain", 0, 0.3, arms.Length(77)),  # trained for another length
+    ]
+    auroc, clean = analysis.chart(analysis.grouped(results))
+    assert (auroc["images"], auroc["augmentation"], auroc["pairs"]) == (150, "none", 1)
+    assert (auroc["measure"], clean["measure"]) == ("AUROC", "balanced accuracy")
+    found = [auroc[name] for name in ("plain", "merging", "difference")]
+    assert found == pytest.approx([0.7, 0.8, 0.1])
+    assert [clean[name] for name in ("plain", "merging", "difference")] == [0.8, 0.8, 0.0]
+
+
 def test_the_laboratories_are_reported_when_all_pairs_have_run() -> None:
     labels = torch.arange(40) % 4  # as many of each class: balanced accuracy is the share of hits
     right = torch.nn.functional.one_hot(labels, 4)
