@@ -82,11 +82,20 @@ ARMS = {  # of the third study's pilot: name -> colour, shape
 }
 LABORATORIES = ("Jiangxi", "CellaVision")
 WAYS = {"as trained": "", "adapted": ", adapted"}  # as the table names them -> after a laboratory
+PILOT = "bloodmnist", "600", "tf_efficientnet_lite0"
 STEPS = {"flips": "600", "trivial": "1000"}  # of the runs that are drawn
 INSIDE = {  # column of mechanism.csv -> in words, range
     "moved_by_mixing": ("probability moved by mixing", 0.45, 0.80),
     "channel_correlation": ("correlation of channels", 0.07, 0.18),
     "cka_under_noise": ("similarity under noise (CKA)", 0.40, 0.75),
+}
+MAPPED = {"soft": "plain training", "forward": "merging for each image"}
+DATA = {"bloodmnist": "Blood cells", "dermamnist": "Skin lesions"}
+AUGMENTATIONS = {  # as the runs name them -> in words
+    "none": "no augmentation",
+    "flips": "flips",
+    "noise and blur": "flips, noise and blur",
+    "trivial": "TrivialAugmentWide",
 }
 SHIFT = 2  # the partner of a channel, shared by the batch
 SIGNS = ((1, -1, -1, 1, -1), (-1, 1, -1, 1, 1))  # of the channels, drawn for each image
@@ -367,8 +376,9 @@ def mechanism() -> str:
         parts.append(f'<path class="soft" d="M62 {top} v{high}" fill="none"/>')
         parts.append(f'<path class="soft" d="M62 {top + high} h{wide}" fill="none"/>')
         for run in runs:
-            arm = run["arm"] + {"flips": "", "trivial": ", TrivialAugment"}[run["augmentation"]]
-            if run["steps"] != STEPS[run["augmentation"]] or arm not in ARMS:
+            arm = run["arm"] + {"trivial": ", TrivialAugment"}.get(run["augmentation"], "")
+            cell = run["dataset"], run["images"], run["arch"]
+            if run["steps"] != STEPS.get(run["augmentation"]) or cell != PILOT or arm not in ARMS:
                 continue
             x = 62 + wide * (float(run[quantity]) - low) / (most - low)
             y = top + high * (areas[1] - float(run["AUROC, corrupted"])) / (areas[1] - areas[0])
@@ -381,6 +391,46 @@ def mechanism() -> str:
     return picture("Third study, pilot: networks inside, and their robustness", top - 14, parts)
 
 
+def beside_augmentation() -> str:
+    """The third study's map: plain training and merging, by augmentation and number of images."""
+    with (ROOT / "studies" / "3" / "map.csv").open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["arch"] == "tf_efficientnet_lite0"]
+    first, scale, parts, top = 0.7, 780, [], 26
+    for place, (kind, words) in enumerate(MAPPED.items()):
+        parts.append(dot(18 + 130 * place, top - 5, kind, "circle"))
+        parts.append(text(28 + 130 * place, top, words, 14, anchor="start"))
+    for dataset, title in DATA.items():
+        top += 34
+        parts.append(text(8, top, title, 15, bold=True, anchor="start"))
+        for augmentation, words in AUGMENTATIONS.items():
+            drawn = [
+                row
+                for row in rows
+                if (row["dataset"], row["augmentation"], row["measure"])
+                == (dataset, augmentation, "AUROC")
+            ]
+            if not drawn:
+                continue
+            top += 26
+            parts.append(text(8, top, words, 14, "soft", anchor="start"))
+            for row in sorted(drawn, key=lambda row: int(row["images"])):
+                top += 20
+                ends = [110 + scale * (float(row[arm]) - first) for arm in ("plain", "merging")]
+                line = f"M{ends[0]:.1f} {top - 5} H{ends[1]:.1f}"
+                parts += [
+                    text(88, top, f"{int(row['images']):,}", 14, anchor="end"),
+                    f'<path class="forward" stroke-width="2" d="{line}"/>',
+                    dot(ends[0], top - 5, "soft", "circle"),
+                    dot(ends[1], top - 5, "forward", "circle"),
+                    text(392, top, f"{float(row['difference']):+.3f}", 14, anchor="end"),
+                ]
+    for value in (0.7, 0.8, 0.9, 1.0):
+        parts.append(text(110 + scale * (value - first), top + 24, f"{value:.1f}", 13, "soft"))
+    parts.append(text(200, top + 46, "AUROC under corruption, by training images", 14))
+    title = "Third study: merging for each image beside augmentation"
+    return picture(title, top + 58, parts)
+
+
 def dot(x: float, y: float, kind: str, shape: str) -> str:
     """A mark: a circle, a square, or either of them open."""
     path = "m-4 0 a4 4 0 1 0 8 0 a4 4 0 1 0 -8 0" if "circle" in shape else "m-4 -4 h8 v8 h-8 z"
@@ -390,6 +440,7 @@ def dot(x: float, y: float, kind: str, shape: str) -> str:
 
 PICTURES = {
     "after-each-step.svg": after_each_step,
+    "beside-augmentation.svg": beside_augmentation,
     "confirmation.svg": confirmation,
     "evidence.svg": evidence,
     "forward-pass.svg": in_the_forward_pass,
