@@ -29,7 +29,7 @@ from inmerge_wrap.kernels import kernel_shape, store_of
 from inmerge_wrap.kinds import kinds_of
 from inmerge_wrap.plan import ConvSite, MergePlan
 from inmerge_wrap.settings import MODES, Mode
-from inmerge_wrap.tracing import Call, bystanders_kept, first_possible_trace, named_convs
+from inmerge_wrap.tracing import Call, bystanders_kept, convs_of, first_possible_trace
 from inmerge_wrap.unwrapping import check_network
 
 __all__ = ["DEFAULT_SHALLOW_SHARE", "SKIPPED_KINDS", "plan_merging"]
@@ -165,7 +165,7 @@ def _find_sites(model: nn.Module, example_input: Any, mode: Mode) -> tuple[list[
     network, prefix = model, ""
     while isinstance(getattr(network, "_orig_mod", None), nn.Module):  # made by torch.compile
         network, prefix = network._orig_mod, prefix + "_orig_mod."  # type: ignore[assignment]
-    convs = dict(named_convs(network))
+    convs = convs_of(network)
     if not convs:
         raise ValueError(
             f"{type(network).__name__} has no convolution: in-model merging acts on the kernels of "

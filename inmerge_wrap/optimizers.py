@@ -12,7 +12,13 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from inmerge_wrap.kernels import MergedLayer, Sharded, Store, deciding_parameter, tensor_store
+from inmerge_wrap.kernels import (
+    MergedLayer,
+    Store,
+    deciding_parameter,
+    is_sharded,
+    tensor_store,
+)
 from inmerge_wrap.settings import NOISE, MergeSettings
 from inmerge_wrap.unwrapping import unwrap
 
@@ -118,7 +124,12 @@ def trained_by(optimizer: Optimizer, layers: Sequence[MergedLayer]) -> list[Merg
     each parameter, one counts the steps of the layer.
     """
     mine = set(map(id, parameters_of(optimizer)))
-    return [layer for layer in layers if id(deciding_parameter(layer.module)) in mine]
+    return [
+        layer
+        for layer in layers
+        # What took the place of a convolution may have no parameter at all.
+        if isinstance(layer.module, _ConvNd) and id(deciding_parameter(layer.module)) in mine
+    ]
 
 
 def trained_of(layers: Sequence[MergedLayer]) -> list[MergedLayer]:
@@ -168,7 +179,7 @@ def check_still_held(
     others = [layer for layer in lost if not isinstance(layer.module, _ConvNd)]
     if others:
         raise RuntimeError(replaced(names, others[0].module))
-    if any(isinstance(layer.store, Sharded) for layer in lost):
+    if any(is_sharded(layer.store.weight) for layer in lost):
         remedy = (
             "With FSDP2 (fully_shard) create the optimizer after sharding; with Accelerate "
             "prepare model and optimizer in one call"

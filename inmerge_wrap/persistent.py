@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inmerge_wrap.kernels import MergedLayer, Plain, Store, Transposed
+from inmerge_wrap.kernels import MergedLayer, Store
 from inmerge_wrap.pairs import (
     Outcome,
     choose_sources,
@@ -97,9 +97,8 @@ def _merge_layer_(
     if settings.partner != "random":
         everyone = torch.arange(site.shape[0], device=device)
         sources = choose_sources(store.read(everyone), targets, sources, site, settings)
-    is_plain = isinstance(store, Plain) and not isinstance(store.layout, Transposed)
     is_usual = isinstance(settings.direction, str) and settings.direction not in NOISE
-    if is_plain and is_usual and not companions and compiles(settings.compiled, device):
+    if store.is_matrix and is_usual and not companions and compiles(settings.compiled, device):
         size = torch.tensor(strength.size, device=device)
         bank = _bank(store.weight)
         return _compiled()(bank, targets, sources, signs, size, skip, site.centred, settings)
