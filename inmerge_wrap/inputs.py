@@ -42,12 +42,12 @@ def call_arguments(
     """Returns candidate inputs for the network, the likeliest first."""
     if isinstance(example_input, Mapping):
         return [((), dict(example_input))]
-    # A list holds the arguments, or is the one argument of a detection network.
-    candidates = [(tuple(example_input), {})] if isinstance(example_input, tuple | list) else []
-    if example_input is not None and not isinstance(example_input, tuple):
-        candidates.append(((example_input,), {}))
-    if candidates:
-        return candidates
+    if isinstance(example_input, tuple):
+        return [(example_input, {})]
+    if isinstance(example_input, list):  # of arguments, or the one argument of a detection network
+        return [(tuple(example_input), {}), ((example_input,), {})]
+    if example_input is not None:
+        return [((example_input,), {})]
     configured = timm_config(network).get("input_size") or ()
     shapes: list[tuple[int, ...]] = []
     for dims in dict.fromkeys(len(conv.kernel_size) for conv in convs.values()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import sys
 import warnings
@@ -13,13 +12,6 @@ from typing import Any, cast
 from torch import nn
 
 _NEAR = 8  # calls between timm and a hook of the state dict, and some more
-
-
-def takes_any_keyword(network: nn.Module) -> bool:
-    """Returns whether the network's ``forward`` takes any keyword, for Hugging Face's Trainer."""
-    own = getattr(network, "accepts_loss_kwargs", None)
-    parameters = inspect.signature(network.forward).parameters.values()
-    return any(p.kind is p.VAR_KEYWORD for p in parameters) if own is None else own
 
 
 def renamed_for_timm(name: str, value: Any) -> Any:

@@ -43,16 +43,9 @@ def merge_step(
     Half precision weights are compared and blended in float32 and rounded once. Kernels that are
     zero or hold NaN or Inf neither merge nor spread.
 
-    Args:
-        layers: At least one.
-        settings: The settings of the wrapper.
-        strength: Those that this step changes, see :meth:`MergeSettings.strength`.
-        step: The optimizer step; with the seed it decides the draws.
-        companions: Number of a layer -> tensors of an optimizer that change like its weight.
-        skip: A scalar on the device; non-zero disables the merge.
-
-    Returns:
-        The outcome of each pair, on the device of the first layer.
+    ``companions`` are by the number of a layer the tensors of an optimizer that change like its
+    weight; a scalar ``skip`` that is not zero disables the merge. The outcome is on the device of
+    the first layer.
     """
     cosines, merged = [], []
     for layer in layers:
@@ -138,22 +131,9 @@ def merge_pairs_(
     """Merges the drawn pairs of one weight, in place (eq. 1-4).
 
     All kernels are read before any is written, as the paper's simultaneous update requires, and
-    only the rows in ``targets`` are touched.
-
-    Args:
-        store: Where the kernels are, opened.
-        targets: Kernels to blend, int64, shape (pairs,), without repetition.
-        sources: Their partners, int64, shape (pairs,).
-        settings: The settings of the wrapper.
-        size: The size of the move, see :class:`Strength`.
-        signs: 1 or -1, shape (pairs, 1), of the signed direction.
-        noise: Returns the noise for a number of kernels, for a direction that needs it.
-        centred: Whether kernels are compared without their mean.
-        companions: Tensors of an optimizer that change like the weight.
-        skip: A scalar; non-zero disables the merge.
-
-    Returns:
-        The cosine of each pair and whether it merged, shape (pairs,), on the weight's device.
+    only the rows in ``targets`` are touched. The store is opened; targets and sources are int64,
+    shape (pairs,), the targets without repetition; signs are 1 or -1, shape (pairs, 1); ``noise``
+    returns that of a number of kernels. Returns the cosine of each pair and whether it merged.
     """
     kernels, partners = store.read(targets), store.read(sources)
     cosines, merged = compare(kernels, partners, settings, centred=centred)

@@ -17,12 +17,10 @@ _listeners: set[weakref.WeakMethod[Callable[[Optimizer], None]]] = set()
 
 
 def notice_every_step(listener: Callable[[Optimizer], None]) -> None:
-    """Calls ``listener(optimizer)`` after each step of any optimizer in this process.
+    """Calls a bound method after each step of any optimizer in this process.
 
-    This detects a loop that forgot to attach its optimizer, or that replaced it.
-
-    Args:
-        listener: A bound method; no strong reference to its object is kept.
+    This detects a loop that forgot to attach its optimizer, or that replaced it. No strong
+    reference to the object of the method is kept.
     """
     _register_once()
     _listeners.add(weakref.WeakMethod(listener, _listeners.discard))

@@ -391,7 +391,7 @@ def trace_on_meta(
         twin = meta_copy(network)
     except Exception as error:  # networks may hold anything, and copying it may raise anything
         return None, [_ForwardFailed(0, error)]
-    failures = []
+    failures: list[_ForwardFailed] = []
     for arguments in candidates:
         try:
             return run_trace(twin, to_meta(arguments), training=training), failures
