@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-import sys
 import warnings
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, cast
 
 from torch import nn
 
-_NEAR = 8  # calls between timm and a hook of the state dict, and some more
+from inmerge_wrap.steps import callers
+
+_NEAR = 9  # frames between timm and a hook of the state dict, and some more
 
 
 def renamed_for_timm(name: str, value: Any) -> Any:
@@ -58,13 +59,11 @@ def plain_for_timms_export(_: nn.Module, state_dict: dict[str, Any], prefix: str
     They write whatever ``state_dict()`` returns, beside the network's own configuration, and nobody
     could load the names of the wrapper. Nothing but the caller tells their call from another.
     """
-    callers: list[FrameType] = [sys._getframe(1)]
-    while callers[-1].f_back is not None and len(callers) < _NEAR:
-        callers.append(callers[-1].f_back)
+    near = [*itertools.islice(callers(), _NEAR)]
     if not any(
         caller.f_code.co_name == "save_for_hf"
         and caller.f_globals.get("__name__") == "timm.models._hub"
-        for caller in callers
+        for caller in near
     ):
         return
     state_dict.pop(f"{prefix}_extra_state", None)

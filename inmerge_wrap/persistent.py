@@ -147,21 +147,19 @@ def merge_pairs_(
             targets, sources = targets[known], sources[known]
             kernels, partners = kernels[known], partners[known]
             signs = None if signs is None else signs[known]
+
+    def put_(into: Store, rows: Tensor, before: Tensor) -> None:
+        if mask is not None:
+            rows = torch.where(mask.unsqueeze(1), rows, before)
+        into.write_(targets, rows, mask)
+
     moved = move(kernels, partners, signs, noise(len(targets)), size, settings)
-    _write_(store, targets, moved.rows, kernels, mask)
+    put_(store, moved.rows, kernels)
     for companion in companions:
         with companion.opened() as kept:
             rows = kept.read(targets)
-            _write_(kept, targets, moved.follow(rows, kept.read(sources)), rows, mask)
+            put_(kept, moved.follow(rows, kept.read(sources)), rows)
     return cosines, merged
-
-
-def _write_(
-    store: Store, targets: Tensor, rows: Tensor, before: Tensor, mask: Tensor | None
-) -> None:
-    if mask is not None:
-        rows = torch.where(mask.unsqueeze(1), rows, before)
-    store.write_(targets, rows, mask)
 
 
 def _merge_bank_(
