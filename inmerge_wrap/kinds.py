@@ -24,16 +24,12 @@ def kinds_of(
     """Returns the kind of every convolution: ``"kernels"`` or a key of SKIPPED_KINDS."""
     candidates = call_arguments(network, convs, example_input)
     seen, training = trace or Trace(), Trace()
-    if trace and (len(trace.calls) < len(convs) or trace.unread):  # what matters in training alone
-        if example_input is not None:  # which may be too small for an auxiliary head
-            others = call_arguments(network, convs, None)
-        else:
-            others = []
-        training = trace_on_meta(network, candidates + others, training=True)[0] or training
-    heads = _heads(network, convs, seen)
-    heads |= (
-        seen.unread & training.predictions.keys()
-    )  # of deep supervision, which evaluation drops
+    if trace and (len(trace.calls) < len(convs) or trace.unread):
+        # An example may be too small for an auxiliary head.
+        guesses = [] if example_input is None else call_arguments(network, convs, None)
+        training = trace_on_meta(network, candidates + guesses, training=True)[0] or training
+    # Evaluation drops the outputs of deep supervision.
+    heads = _heads(network, convs, seen) | (seen.unread & training.predictions.keys())
     calls = seen.calls
     if example_input is not None:
         calls = _calls_on_large_maps(network, convs, seen, candidates)

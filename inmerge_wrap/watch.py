@@ -31,20 +31,13 @@ class CollapseWarning(UserWarning):
 
 
 class Watch:
-    """Observes merging in this process, and warns if it has no effect or collapses a layer.
-
-    Attributes:
-        history: Snapshots of the layers, in the order in which they were taken.
-        steps: Steps with merging in this process, not counting those before a checkpoint.
-        idle_forwards: Training forward passes since the last of these steps.
-        missed_steps: Steps since then of optimizers that are not attached.
-    """
+    """Observes merging in this process, and warns if it has no effect or collapses a layer."""
 
     def __init__(self) -> None:
         self.history: list[LayerSnapshot] = []
-        self.steps = 0
-        self.idle_forwards = 0
-        self.missed_steps = 0
+        self.steps = 0  # with merging in this process, not counting those before a checkpoint
+        self.idle_forwards = 0  # training forward passes since the last of these steps
+        self.missed_steps = 0  # since then, of optimizers that are not attached
         self._snapshots: dict[str, tuple[LayerSnapshot, LayerSnapshot]] = {}  # first, last
         self._warned: set[str] = set()
 
@@ -153,12 +146,8 @@ class Watch:
             self.history.append(now)
             # Training alone can lower the rank too, which is no reason to warn of merging. Nor can
             # merging for a gradient alone make copies.
-            if (
-                first
-                and merges_for_good
-                and now.share > _NOTABLE
-                and rank < _COLLAPSED * first.effective_rank
-            ):
+            is_ours = merges_for_good and now.share > _NOTABLE
+            if first and is_ours and rank < _COLLAPSED * first.effective_rank:
                 self.warn_once(
                     now.name,
                     f"the kernels of {now.name} are becoming copies of each other: their effective "
@@ -193,8 +182,7 @@ class Watch:
                 advice = _advice(settings.similarity_threshold)
                 remedy = f"the largest cosine was {cosine:.4f}, in {name}. {advice}"
         self.warn_once(
-            "effect",
-            f"merging has no effect, this is a plain training run: {found}; {remedy}",
+            "effect", f"merging has no effect, this is a plain training run: {found}; {remedy}"
         )
 
 
