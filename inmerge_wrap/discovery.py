@@ -170,8 +170,7 @@ def _find_sites(model: nn.Module, example_input: Any, mode: Mode) -> tuple[list[
         kinds = kinds_of(network, convs, trace, example_input)
     if problem is not None:
         warnings.warn(ArgumentWarning(problem), stacklevel=3)
-    order = list(trace.calls) if trace else list(convs)
-    order += [name for name in convs if name not in order]
+    order = dict.fromkeys([*(trace.calls if trace else ()), *convs])
     sites: list[ConvSite] = []
     owners: dict[int, str] = {}  # of each weight, the first layer that has it
     for place, name in enumerate(order, start=1):

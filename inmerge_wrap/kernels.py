@@ -35,8 +35,7 @@ class Layout:
     group ``g`` is ``tensor[g * C_in / groups : (g + 1) * C_in / groups, o]``.
     """
 
-    transposed_groups: int | None = None
-    """Groups of a transposed convolution; None for any other."""
+    transposed_groups: int | None = None  # of a transposed convolution; None for any other
 
     def shape(self, tensor: Tensor) -> tuple[int, ...]:
         """Returns the shape of the bank of kernels, (C_out, C_in / groups, *kernel size)."""
@@ -80,23 +79,16 @@ class Store:
 
     Spectral normalisation divides all kernels by one number, which changes neither cosines nor
     blends, so the stored kernels represent those in use.
-
-    Attributes:
-        weight: The stored kernels, detached, in the shape that the convolution uses.
-        parameters: The parameters that an optimizer must train for merging to act.
-        layout: Where the kernels are in the weight, and in all tensors of its shape.
-        magnitude: With weight normalisation, the norm of each kernel, of which the weight is the
-            direction: shape (C_out, 1, ...); (1, C_out, 1, ...) of a transposed convolution.
-        mask: With pruning, of the weight's shape, one where the entry is in use.
-        reason: Why the kernels cannot be written; None where they can.
     """
 
-    weight: Tensor = _NOTHING
-    parameters: tuple[nn.Parameter, ...] = ()
+    weight: Tensor = _NOTHING  # detached, in the shape that the convolution uses
+    parameters: tuple[nn.Parameter, ...] = ()  # an optimizer must train them for merging to act
     layout: Layout = _ROWS
     magnitude: Tensor | None = None
-    mask: Tensor | None = None
-    reason: str | None = None
+    """With weight normalisation, the norm of each kernel, and the weight is its direction: shape
+    (C_out, 1, ...); (1, C_out, 1, ...) of a transposed convolution."""
+    mask: Tensor | None = None  # with pruning, of the weight's shape, one where an entry is in use
+    reason: str | None = None  # why the kernels cannot be written
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -48,10 +48,8 @@ def kinds_of(
             return "depthwise"
         if name in heads:
             return "head"
-        if call and max(size) == 1 and call.is_vector(len(size)):
-            return "vector"
-        if call and max(size) > 1 and call.is_dense(size):
-            return "dense"
+        if call and call.is_dense(size):
+            return "dense" if max(size) > 1 else "vector"
         reads_image = conv.in_channels == channels and not conv.transposed
         if reads_image and max(size) > 1 and size == conv.stride:
             return "patch_embedding"
@@ -124,11 +122,7 @@ def _calls_on_large_maps(
     vector if its map is still one pixel when the image is larger.
     """
     sizes = {name: convs[name].kernel_size for name in trace.calls}
-    small = {
-        len(sizes[name])
-        for name, call in trace.calls.items()
-        if call.is_vector(len(sizes[name])) or call.is_dense(sizes[name])
-    }
+    small = {len(sizes[name]) for name, call in trace.calls.items() if call.is_dense(sizes[name])}
     if not small:
         return trace.calls
 

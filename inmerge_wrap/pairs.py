@@ -41,10 +41,8 @@ class Outcome:
 
     numbers: Sequence[int]
     lengths: Sequence[int]
-    cosines: Tensor
-    """Of each drawn pair, layer after layer, shape (pairs,); NaN where undefined."""
-    merged: Tensor
-    """Whether the pair merged, boolean, shape (pairs,)."""
+    cosines: Tensor  # of each drawn pair, layer after layer, shape (pairs,); NaN where undefined
+    merged: Tensor  # whether the pair merged, boolean, shape (pairs,)
 
     @property
     def layer(self) -> Tensor:
@@ -58,12 +56,9 @@ class Outcome:
 class Move:
     """How some kernels move, so that what follows them can move likewise."""
 
-    rows: Tensor
-    """The new kernels, shape (pairs, fan_in)."""
-    merge_weight: float | Tensor | None
-    """alpha, for all pairs or for each, shape (pairs, 1); None for noise."""
-    scale: Tensor | None
-    """The factor that kept the norm, shape (pairs, 1); None if the norm is not kept."""
+    rows: Tensor  # the new kernels, shape (pairs, fan_in)
+    merge_weight: float | Tensor | None  # alpha, for all or each, shape (pairs, 1); None for noise
+    scale: Tensor | None  # the factor that kept the norm, shape (pairs, 1)
 
     def follow(self, rows: Tensor, partners: Tensor) -> Tensor:
         """Blends what an optimizer keeps of the same kernels, shape (pairs, fan_in), likewise."""

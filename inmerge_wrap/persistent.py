@@ -25,6 +25,7 @@ from inmerge_wrap.pairs import (
     move,
     without_autocast,
 )
+from inmerge_wrap.plan import ConvSite
 from inmerge_wrap.settings import NOISE, MergeSettings, Strength, compiles
 
 
@@ -47,32 +48,21 @@ def merge_step(
     weight; a scalar ``skip`` that is not zero disables the merge. The outcome is on the device of
     the first layer.
     """
-    cosines, merged = [], []
+    found = []
     for layer in layers:
         device = layer.store.weight.device
+        kept = (companions or {}).get(layer.number, ())
+        unless = None if skip is None else skip.to(device)
         with without_autocast(device), layer.store.opened() as store:
-            found = _merge_layer_(
-                layer,
-                store,
-                settings,
-                strength,
-                step,
-                (companions or {}).get(layer.number, ()),
-                None if skip is None else skip.to(device),
-            )
-        cosines.append(found[0])
-        merged.append(found[1])
-    first = cosines[0].device
-    return Outcome(
-        [layer.number for layer in layers],
-        [len(part) for part in cosines],
-        torch.cat([part.to(first) for part in cosines]),
-        torch.cat([part.to(first) for part in merged]),
-    )
+            found.append(_merge_layer_(layer.site, store, settings, strength, step, kept, unless))
+    first = found[0][0].device
+    cosines, merged = ([part.to(first) for part in parts] for parts in zip(*found, strict=True))
+    numbers, lengths = [layer.number for layer in layers], [len(part) for part in cosines]
+    return Outcome(numbers, lengths, torch.cat(cosines), torch.cat(merged))
 
 
 def _merge_layer_(
-    layer: MergedLayer,
+    site: ConvSite,
     store: Store,
     settings: MergeSettings,
     strength: Strength,
@@ -81,7 +71,7 @@ def _merge_layer_(
     skip: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Draws and merges the pairs of one layer; see :func:`merge_pairs_`."""
-    site, device = layer.site, store.weight.device
+    device = store.weight.device
     targets, sources = draw_layer(site, strength.probability, settings.seed, step)
     signs = None
     if settings.direction == "signed":

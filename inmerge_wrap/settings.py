@@ -92,8 +92,7 @@ class Strength:
     """How strongly one step merges."""
 
     probability: float
-    size: float
-    """alpha, or the radius, or for a :class:`DirectionRule` the share of its full move."""
+    size: float  # alpha, or the radius, or for a DirectionRule the share of its full move
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,17 +48,11 @@ class Call:
     inputs: list[torch.Size] = field(default_factory=list)
     outputs: list[torch.Size] = field(default_factory=list)
     used_own_weight: bool = False
-    is_called: bool = False
-    """Whether it ran as a module, so that its hooks ran too."""
-    is_whole: bool = True
-    """Whether it returned what its convolution gave, with nothing computed after it."""
-
-    def is_vector(self, dims: int) -> bool:
-        """Returns whether all maps, with that many dimensions, have a single position."""
-        return all(shape[-dims:].numel() == 1 for shape in self.inputs + self.outputs)
+    is_called: bool = False  # as a module, so that its hooks ran too
+    is_whole: bool = True  # returned what its convolution gave, with nothing computed after it
 
     def is_dense(self, kernel_size: tuple[int, ...]) -> bool:
-        """Returns whether the kernel covers the whole map."""
+        """Returns whether the kernel covers the whole map, as of 1x1 a single position."""
         dims = len(kernel_size)
         covered = all(tuple(shape[-dims:]) == kernel_size for shape in self.inputs)
         return covered and all(shape[-dims:].numel() == 1 for shape in self.outputs)
@@ -68,8 +62,7 @@ class Call:
 class Trace:
     """What one forward pass revealed about a network."""
 
-    calls: dict[str, Call] = field(default_factory=dict)
-    """Convolutions in order of their first call."""
+    calls: dict[str, Call] = field(default_factory=dict)  # in order of the first
     predictions: dict[str, bool] = field(default_factory=dict)
     """Convolutions whose output no other layer reads -> whether it ends as one vector per image."""
     summed: set[str] = field(default_factory=set)
@@ -78,8 +71,7 @@ class Trace:
     """Convolutions of either whose output passes an activation of hidden layers."""
     unread: set[str] = field(default_factory=set)
     """Convolutions whose output was neither read nor returned, as far as could be seen."""
-    outputs: list[torch.Size] = field(default_factory=list)
-    """Shapes of the tensors that the network returned."""
+    outputs: list[torch.Size] = field(default_factory=list)  # of what the network returned
 
 
 _OTHER_LAYER = "a layer that is not a convolution"
@@ -403,10 +395,9 @@ def trace_on_meta(
 def first_possible_trace(
     network: nn.Module, convs: Mapping[str, _ConvNd], example_input: Any
 ) -> tuple[Trace | None, str, str | None]:
-    """Traces on meta tensors, else with a real forward pass, else returns no trace.
+    """Traces on meta tensors, else with a real forward pass, else not at all.
 
-    Returns:
-        The trace, how it was made, and a warning if it was not made on meta tensors.
+    Returns the trace, how it was made, and a warning if it was not made on meta tensors.
     """
     candidates = call_arguments(network, convs, example_input)
     trace, on_meta = trace_on_meta(network, candidates)
