@@ -12,7 +12,7 @@ from torch import nn
 
 from inmerge_wrap.steps import callers
 
-_NEAR = 9  # frames between timm and a hook of the state dict, and some more
+_NEAR = 10  # frames between timm and a hook of the state dict, and some more
 
 
 def renamed_for_timm(name: str, value: Any) -> Any:
@@ -59,11 +59,10 @@ def plain_for_timms_export(_: nn.Module, state_dict: dict[str, Any], prefix: str
     They write whatever ``state_dict()`` returns, beside the network's own configuration, and nobody
     could load the names of the wrapper. Nothing but the caller tells their call from another.
     """
-    near = [*itertools.islice(callers(), _NEAR)]
     if not any(
         caller.f_code.co_name == "save_for_hf"
         and caller.f_globals.get("__name__") == "timm.models._hub"
-        for caller in near
+        for caller in itertools.islice(callers(), _NEAR)  # kept nowhere: a frame holds its own
     ):
         return
     state_dict.pop(f"{prefix}_extra_state", None)
