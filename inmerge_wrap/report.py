@@ -71,7 +71,13 @@ class LayerSnapshot:
 
     @classmethod
     def since(cls, last: LayerSnapshot | None, total: LayerReport, rank: float) -> LayerSnapshot:
-        """Returns the snapshot after the last one, if any, of running totals and effective rank."""
+        """Returns the snapshot between an earlier one and the current running totals.
+
+        Args:
+            last: The snapshot before, if there is one.
+            total: What merging did to the layer since the start of the run.
+            rank: The effective rank of its kernels.
+        """
         drawn, merged, known, cosines = pairs_between(last._total if last else None, total)
         return cls(
             name=total.name,
