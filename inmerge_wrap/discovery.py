@@ -25,12 +25,12 @@ from torch.nn.modules.conv import _ConvNd
 from inmerge_wrap._constants import DEFAULT_SHALLOW_SHARE, SKIPPED_KINDS
 from inmerge_wrap.errors import ArgumentError, ArgumentWarning, check_choice
 from inmerge_wrap.inputs import is_quantised
-from inmerge_wrap.kernels import kernel_shape, store_of
+from inmerge_wrap.kernels import Store, kernel_shape, store_of
 from inmerge_wrap.kinds import kinds_of
 from inmerge_wrap.plan import ConvSite, MergePlan
 from inmerge_wrap.settings import MODES, Mode
-from inmerge_wrap.tracing import Call, bystanders_kept, first_possible_trace, named_convs
-from inmerge_wrap.unwrapping import check_network
+from inmerge_wrap.tracing import Call, bystanders_kept, convs_of, first_possible_trace
+from inmerge_wrap.unwrapping import check_network, class_names
 
 __all__ = ["DEFAULT_SHALLOW_SHARE", "SKIPPED_KINDS", "plan_merging"]
 
@@ -88,17 +88,15 @@ def plan_merging(
     _check_arguments(shallow_layers, also_merge)
     _check_model(model)
     sites, found_by = _find_sites(model, example_input, mode)
-    plan = _decide(
-        sites,
-        shallow_layers,
-        also_merge,
-        None if include is None else _patterns("include", include),
-        _patterns("exclude", exclude),
-    )
-    if not plan.merged:
-        why = _why_empty(plan, shallow_layers)
+    included = None if include is None else _matching(sites, "include", include)
+    excluded = _matching(sites, "exclude", exclude)
+    decided = _decide(sites, shallow_layers, also_merge, included, excluded)
+    merged = tuple(site for site in decided if site.reason is None)
+    skipped = tuple(site for site in decided if site.reason is not None)
+    if not merged:
+        why = _why_empty(skipped, shallow_layers)
         raise ArgumentError(f"nothing to merge in {type(model).__name__}: {why}")
-    return replace(plan, found_by=found_by, mode=mode)
+    return MergePlan(merged, skipped, found_by, mode)
 
 
 def plan_or_make(
@@ -111,11 +109,7 @@ def plan_or_make(
     exclude: Pattern | Sequence[Pattern],
     also_merge: Collection[str],
 ) -> MergePlan:
-    """Returns the plan that is given, else one made with the arguments of :func:`plan_merging`.
-
-    Raises:
-        ValueError: If there are both.
-    """
+    """Returns the plan that is given, else one made with the arguments of :func:`plan_merging`."""
     if plan is None:
         return plan_merging(
             model,
@@ -152,7 +146,7 @@ def _check_model(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("a TorchScript module hides its layers; wrap the network it was made from")
     parallel = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"}
-    names = {kind.__name__ for kind in type(model).__mro__} & parallel
+    names = class_names(model) & parallel
     if names:
         raise ValueError(
             f"wrap the network itself, before {names.pop()}: "
@@ -165,7 +159,7 @@ def _find_sites(model: nn.Module, example_input: Any, mode: Mode) -> tuple[list[
     network, prefix = model, ""
     while isinstance(getattr(network, "_orig_mod", None), nn.Module):  # made by torch.compile
         network, prefix = network._orig_mod, prefix + "_orig_mod."  # type: ignore[assignment]
-    convs = dict(named_convs(network))
+    convs = convs_of(network)
     if not convs:
         raise ValueError(
             f"{type(network).__name__} has no convolution: in-model merging acts on the kernels of "
@@ -176,21 +170,18 @@ def _find_sites(model: nn.Module, example_input: Any, mode: Mode) -> tuple[list[
         kinds = kinds_of(network, convs, trace, example_input)
     if problem is not None:
         warnings.warn(ArgumentWarning(problem), stacklevel=3)
-    order = list(trace.calls) if trace else list(convs)
-    order += [name for name in convs if name not in order]
+    order = dict.fromkeys([*(trace.calls if trace else ()), *convs])
     sites: list[ConvSite] = []
-    first_owner: dict[int, str] = {}
+    owners: dict[int, str] = {}  # of each weight, the first layer that has it
     for place, name in enumerate(order, start=1):
         conv = convs[name]
         call = trace.calls.get(name) if trace else None
-        centred = type(conv).__name__ in _WEIGHT_STANDARDISED
-        reason: tuple[str, str] | None
-        if any(parameter.dtype.is_complex for parameter in conv.parameters()):
-            reason = "complex: kernels of complex numbers are not compared", "unwritable"
-        elif mode == "step":
-            reason = _why_unwritable(conv, call, centred, prefix, name, first_owner)
-        else:
-            reason = _why_out_of_reach(conv, call, kinds[name], mode)
+        store = store_of(conv)
+        reason = _why_not(conv, store, call, kinds[name], mode)
+        if mode == "step" and store.reason is None:
+            owner = owners.setdefault(id(store.parameters[0]), name)
+            if owner != name:
+                reason = f"shares its weight with {prefix}{owner}", "shared"
         if reason is None and conv.out_channels == 1:
             reason = "one kernel: there is nothing to pair it with", "one_kernel"
         sites.append(
@@ -200,7 +191,7 @@ def _find_sites(model: nn.Module, example_input: Any, mode: Mode) -> tuple[list[
                 shape=kernel_shape(conv),
                 groups=conv.groups,
                 kind=kinds[name],
-                centred=centred,
+                centred=type(conv).__name__ in _WEIGHT_STANDARDISED,
                 reason=reason and reason[0],
                 reason_kind=reason and reason[1],
             )
@@ -208,41 +199,25 @@ def _find_sites(model: nn.Module, example_input: Any, mode: Mode) -> tuple[list[
     return sites, found_by
 
 
-def _why_unwritable(
-    conv: _ConvNd,
-    call: Call | None,
-    centred: bool,
-    prefix: str,
-    name: str,
-    first_owner: dict[int, str],
+def _why_not(
+    conv: _ConvNd, store: Store, call: Call | None, kind: str, mode: Mode
 ) -> tuple[str, str] | None:
-    """Returns why a step cannot merge the weight of a convolution, in words and as a kind."""
-    store = store_of(conv)
-    reason = store.reason
-    if is_quantised(conv):
-        reason = "quantised: integers, which no optimizer trains"
-    weight = next(iter(store.parameters), None) if reason is None else None
-    stored = conv._parameters.get("weight")
-    if call and stored is not None and not call.used_own_weight and not centred:
-        reason = reason or f"{_class_name(conv)} computes its weight in its forward pass"
-    if weight is not None and id(weight) in first_owner:
-        return f"shares its weight with {prefix}{first_owner[id(weight)]}", "shared"
-    if weight is not None:
-        first_owner[id(weight)] = name
-    return None if reason is None else (reason, "unwritable")
-
-
-def _why_out_of_reach(
-    conv: _ConvNd, call: Call | None, kind: str, mode: Mode
-) -> tuple[str, str] | None:
-    """Returns why the forward pass cannot merge a convolution, in words and as a kind."""
+    """Returns why a mode cannot merge a convolution, in words and as a kind."""
+    weight = conv._parameters.get("weight")
+    if any(parameter.dtype.is_complex for parameter in conv.parameters()):
+        return "complex: kernels of complex numbers are not compared", "unwritable"
     if is_quantised(conv):
         return "quantised: integers, which no optimizer trains", "unwritable"
-    if isinstance(conv._parameters.get("weight"), nn.parameter.UninitializedParameter):
-        return "lazy: its weight has no shape before the first forward pass", "unwritable"
-    if call is not None and not call.is_called:
+    if store.reason is not None and (mode == "step" or weight is not None):  # computed, or lazy
+        return store.reason, "unwritable"
+    if mode == "step":
+        computes = call and weight is not None and not call.used_own_weight
+        if computes and type(conv).__name__ not in _WEIGHT_STANDARDISED:
+            return f"{_class_name(conv)} computes its weight in its forward pass", "unwritable"
+        return None
+    if call and not call.is_called:
         return "its weight is used without calling the module, so that no hook runs", "functional"
-    if mode == "outputs" and call is not None and not call.is_whole:
+    if mode == "outputs" and call and not call.is_whole:
         return f"{_class_name(conv)} goes on after its convolution: use mode='weights'", "composite"
     if mode == "outputs" and kind == "depthwise":
         return "depthwise: its channels read different inputs, which outputs cannot mix", kind
@@ -255,23 +230,19 @@ def _class_name(conv: _ConvNd) -> str:
     return f"{kind.__module__}.{kind.__name__}" if hasattr(nn, kind.__name__) else kind.__name__
 
 
-# ---------------------------------------------------------------------------------------------
-# The decision: which convolutions are banks of comparable kernels, and which of them are deep
-# ---------------------------------------------------------------------------------------------
+# -- which of them are merged ---------------------------------------------------------------------
 
 
 def _decide(
     sites: Sequence[ConvSite],
     shallow_layers: int | float,
     also_merge: Collection[str],
-    include: Sequence[Pattern] | None,
-    exclude: Sequence[Pattern],
-) -> MergePlan:
-    """Splits the sites into merged and skipped."""
-    included = None if include is None else _matching(sites, include, "include")
-    excluded = _matching(sites, exclude, "exclude")
-    counted = [site for site in sites if _counts(site, also_merge)]
-    shallow = {site.name for site in counted[: _shallow_count(shallow_layers, len(counted))]}
+    included: Collection[str] | None,
+    excluded: Collection[str],
+) -> list[ConvSite]:
+    """Returns the sites, those that are skipped with the reason."""
+    counted = [site.name for site in sites if _counts(site, also_merge)]
+    shallow = counted[: _shallow_count(shallow_layers, len(counted))]
 
     def reason(site: ConvSite) -> tuple[str | None, str | None]:
         """Returns the reason in words, and the kind."""
@@ -293,14 +264,11 @@ def _decide(
             return SKIPPED_KINDS[site.kind], site.kind
         return ("shallow", "shallow") if site.name in shallow else (None, None)
 
-    decided = []
-    for site in sites:
-        words, kind = reason(site)
-        decided.append(replace(site, reason=words, reason_kind=kind))
-    return MergePlan(
-        merged=tuple(site for site in decided if site.reason is None),
-        skipped=tuple(site for site in decided if site.reason is not None),
-    )
+    reasons = [reason(site) for site in sites]
+    return [
+        replace(site, reason=words, reason_kind=kind)
+        for site, (words, kind) in zip(sites, reasons, strict=True)
+    ]
 
 
 def _counts(site: ConvSite, also_merge: Collection[str]) -> bool:
@@ -318,18 +286,16 @@ def _shallow_count(shallow_layers: int | float, depth: int) -> int:
     return max(1, min(depth - 1, round(shallow_layers * depth)))
 
 
-def _patterns(argument: str, given: Pattern | Sequence[Pattern]) -> Sequence[Pattern]:
+def _matching(
+    sites: Sequence[ConvSite], argument: str, given: Pattern | Sequence[Pattern]
+) -> set[str]:
+    """Returns the names that some pattern matches; a pattern without a match is an error."""
     patterns: Any = [given] if isinstance(given, str) or callable(given) else given
     is_list = isinstance(patterns, Collection)
     if not is_list or not all(isinstance(each, str) or callable(each) for each in patterns):
         raise ArgumentError(
             f"<{argument}> must be a name, a function of ConvSite or a list of these, got {given!r}"
         )
-    return patterns
-
-
-def _matching(sites: Sequence[ConvSite], patterns: Sequence[Pattern], argument: str) -> set[str]:
-    """Returns the names that some pattern matches; a pattern without a match is an error."""
     names: set[str] = set()
     for pattern in patterns:
         if callable(pattern):
@@ -347,11 +313,11 @@ def _matching(sites: Sequence[ConvSite], patterns: Sequence[Pattern], argument: 
     return names
 
 
-def _why_empty(plan: MergePlan, shallow_layers: int | float) -> str:
-    reasons = Counter(site.reason for site in plan.skipped)
+def _why_empty(skipped: Sequence[ConvSite], shallow_layers: int | float) -> str:
+    reasons = Counter(site.reason for site in skipped)
     listed = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    kinds = Counter(site.reason_kind for site in plan.skipped)
-    shallow, frozen = kinds["shallow"], kinds["frozen"]
+    kinds = Counter(site.reason_kind for site in skipped)
+    shallow = kinds["shallow"]
     if isinstance(shallow_layers, int) and shallow and shallow_layers >= shallow:
         remedy = (
             f"<shallow_layers={shallow_layers}> leaves none of the {shallow} counted layers: pass "
@@ -362,7 +328,7 @@ def _why_empty(plan: MergePlan, shallow_layers: int | float) -> str:
             "the network trains only through adapters; merge while its own convolutions train, "
             "before the adapters are added or after they are merged into it"
         )
-    elif frozen:
+    elif kinds["frozen"]:
         remedy = "unfreeze deep layers before wrapping, or add 'frozen' to <also_merge>"
     elif shallow:
         remedy = (
@@ -373,13 +339,11 @@ def _why_empty(plan: MergePlan, shallow_layers: int | float) -> str:
             "merge in a training run before the weights are replaced (wrap and train the network "
             "first, then prepare_qat or parametrise it); lazy layers need one forward pass"
         )
-    elif set(kinds) <= {"patch_embedding", "depthwise", "one_kernel"}:
+    elif kinds["patch_embedding"]:
         remedy = (
             "choose a convolutional network (for example resnet34); a transformer has no bank of "
             "kernels except the patch embedding, which the option <include> merges anyway"
-            if kinds["patch_embedding"]
-            else "choose a network with other convolutions, or name layers with <include>"
         )
     else:
-        remedy = "choose a convolutional network, or name layers to merge with <include>"
+        remedy = "choose a network with other convolutions, or name layers with <include>"
     return f"{listed}. Remedy: {remedy}"

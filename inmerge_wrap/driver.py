@@ -441,7 +441,7 @@ class Driver:
         held = set(map(id, parameters_of(optimizer)))
         try:
             modules = modules_of(self._network, self._plan.merged)
-        except KeyError:  # reparameterised for inference: the layers of the plan are gone
+        except RuntimeError:  # reparameterised for inference: the layers of the plan are gone
             return False
         return any(p.requires_grad and id(p) in held for m in modules for p in m.parameters())
 

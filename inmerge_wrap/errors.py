@@ -26,11 +26,7 @@ class _NamesArguments(Exception):
         return self._shown(lambda found: found[0][1:-1])
 
     def with_options(self, option_of: Callable[[str], str]) -> str:
-        """Returns the message for the command line.
-
-        Args:
-            option_of: Gives the option of an argument, ``"--size"`` for ``"size"``.
-        """
+        """Returns the message with the option of each argument, ``"--size"`` for ``"size"``."""
 
         def option(found: re.Match[str]) -> str:
             name, value = option_of(found[1]), found[2]
@@ -62,9 +58,7 @@ def as_option(argument: str) -> str:
 def for_command_line(message: Exception | str, options: Mapping[str, str] | None = None) -> str:
     """Returns a message with options in place of the arguments that it names, if it names any.
 
-    Args:
-        message: An error, a warning or a text.
-        options: By argument, the option that has another name than `as_option` gives.
+    ``options`` are, by argument, those that have another name than `as_option` gives.
     """
     if not isinstance(message, ArgumentError | ArgumentWarning):
         return str(message)

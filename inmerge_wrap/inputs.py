@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map
 
+from inmerge_wrap.kernels import kernel_shape
+
 # Sizes of example inputs by their number of dimensions, the likeliest first: sound and signals,
 # images, videos and volumes.
 _FALLBACK_SIZES: dict[int, list[tuple[int, ...]]] = {
@@ -20,6 +22,7 @@ _FALLBACK_SIZES: dict[int, list[tuple[int, ...]]] = {
 
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional ones and those by name."""
 
 
 def tensors_of(content: Any) -> list[Tensor]:
@@ -62,7 +65,8 @@ def _likely_shapes(
 ) -> list[tuple[int, ...]]:
     """Returns candidate input shapes (channels, *size) for convolutions of some dimension."""
     first = next(conv for conv in convs.values() if len(conv.kernel_size) == dims)
-    channels = [_channels_read(first)] if _has_shape(first) else []
+    shape = kernel_shape(first)  # from the weight, which users replace to change the channels
+    channels = [shape[1] * first.groups] if shape else []
     channels += [*configured[:1], 3, 1]
     # Of vision transformers in torchvision, in timm, and in timm where img_size was given.
     patches = getattr(network, "patch_embed", None)
@@ -73,20 +77,12 @@ def _likely_shapes(
     return [(channels[0], *size) for size in sizes] + [(count, *sizes[0]) for count in channels]
 
 
-def _channels_read(conv: _ConvNd) -> int:
-    if is_quantised(conv):
-        return conv.in_channels
-    # From the weight, which users replace to change the number of channels.
-    return conv.weight.shape[0] if conv.transposed else conv.weight.shape[1] * conv.groups
-
-
 def _size(size: Any, dims: int) -> tuple[int, ...] | None:
     """Returns a size that a network declares as a tuple, or None if it is not a size."""
     size = (size,) * dims if isinstance(size, int) else size
-    is_size = (
-        isinstance(size, tuple) and len(size) == dims and all(isinstance(n, int) for n in size)
-    )
-    return size if is_size else None
+    if not isinstance(size, tuple) or len(size) != dims:
+        return None
+    return size if all(isinstance(side, int) for side in size) else None
 
 
 def timm_config(network: nn.Module) -> Mapping[str, Any]:
@@ -95,16 +91,13 @@ def timm_config(network: nn.Module) -> Mapping[str, Any]:
     return config if isinstance(config, Mapping) else {}
 
 
-def _has_shape(conv: _ConvNd) -> bool:
-    return not isinstance(conv._parameters.get("weight"), nn.parameter.UninitializedParameter)
-
-
 def to_meta(arguments: Arguments) -> Arguments:
     """Returns the arguments of a call with all tensors on the meta device."""
     return tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, arguments)
 
 
 def on_device_of(network: nn.Module, arguments: Arguments) -> Arguments:
+    """Returns the arguments on the device of a network, with zeros for those without content."""
     device = next(network.parameters()).device
 
     def move(value: Any) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 from zlib import crc32
 
@@ -29,59 +29,45 @@ _NOTHING = torch.empty(0)
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the kernels of a convolution are in a tensor: kernel ``i`` is ``tensor[i]``."""
+    """Where the kernels of a convolution are in a tensor: kernel ``i`` is ``tensor[i]``.
+
+    The weight of a transposed convolution is (C_in, C_out / groups, *kernel size): kernel ``o`` of
+    group ``g`` is ``tensor[g * C_in / groups : (g + 1) * C_in / groups, o]``.
+    """
+
+    transposed_groups: int | None = None  # of a transposed convolution; None for any other
 
     def shape(self, tensor: Tensor) -> tuple[int, ...]:
         """Returns the shape of the bank of kernels, (C_out, C_in / groups, *kernel size)."""
-        return tensor.shape
-
-    def select(self, tensor: Tensor, index: Tensor) -> Tensor:
-        """Returns a copy of some kernels, shape (len(index), C_in / groups, *kernel size)."""
-        return tensor.index_select(0, index)
-
-    def put_(self, tensor: Tensor, index: Tensor, kernels: Tensor) -> None:
-        """Writes kernels of the shape and dtype that :meth:`select` returns."""
-        tensor.index_copy_(0, index, kernels)
+        groups = self.transposed_groups
+        if groups is None or tensor.ndim < 2:  # FSDP1 and DeepSpeed flatten: no bank at all
+            return tensor.shape
+        inputs, outputs, *size = tensor.shape
+        return outputs * groups, inputs // groups, *size
 
     def rows(self, tensor: Tensor, index: Tensor) -> Tensor:
         """Returns a copy of some kernels, shape (len(index), fan_in), float32 or wider."""
-        rows = self.select(tensor, index).flatten(1)
-        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+        if self.transposed_groups is None:
+            kernels = tensor.index_select(0, index)
+        else:
+            bank, places = self._by_group(tensor, index)
+            kernels = bank[places]
+        return kernels.flatten(1).to(torch.promote_types(tensor.dtype, torch.float32))
 
     def put_rows_(self, tensor: Tensor, index: Tensor, rows: Tensor) -> None:
         """Writes rows, shape (len(index), fan_in), in the dtype of the tensor."""
-        self.put_(tensor, index, rows.to(tensor.dtype).unflatten(1, self.shape(tensor)[1:]))
+        kernels = rows.to(tensor.dtype).unflatten(1, self.shape(tensor)[1:])
+        if self.transposed_groups is None:
+            tensor.index_copy_(0, index, kernels)
+        else:
+            bank, places = self._by_group(tensor, index)
+            bank[places] = kernels
 
-
-@dataclass(frozen=True)
-class Transposed(Layout):
-    """The layout of a transposed convolution, whose weight is (C_in, C_out / groups, *kernel size).
-
-    Kernel ``o`` of group ``g`` is ``tensor[g * C_in / groups : (g + 1) * C_in / groups, o]``: the
-    weights of output channel ``g * C_out / groups + o`` for its input channels.
-    """
-
-    groups: int = 1
-
-    def shape(self, tensor: Tensor) -> tuple[int, ...]:
-        if tensor.ndim < 2:  # flattened by FSDP1 or DeepSpeed: no bank of kernels at all
-            return tensor.shape
-        inputs, outputs, *size = tensor.shape
-        return outputs * self.groups, inputs // self.groups, *size
-
-    def select(self, tensor: Tensor, index: Tensor) -> Tensor:
-        return self._by_group(tensor)[self._places(tensor, index)]
-
-    def put_(self, tensor: Tensor, index: Tensor, kernels: Tensor) -> None:
-        self._by_group(tensor)[self._places(tensor, index)] = kernels
-
-    def _by_group(self, tensor: Tensor) -> Tensor:
-        """Returns a view of shape (groups, C_out / groups, C_in / groups, *kernel size)."""
-        return tensor.unflatten(0, (self.groups, -1)).transpose(1, 2)
-
-    def _places(self, tensor: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    def _by_group(self, tensor: Tensor, index: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Returns a view (groups, C_out / groups, C_in / groups, *kernel size) and places in it."""
         in_group = tensor.shape[1]
-        return index // in_group, index % in_group
+        bank = tensor.unflatten(0, (self.transposed_groups, -1)).transpose(1, 2)
+        return bank, (index // in_group, index % in_group)
 
 
 _ROWS = Layout()
@@ -89,152 +75,97 @@ _ROWS = Layout()
 
 @dataclass(frozen=True)
 class Store:
-    """The tensors that hold the kernels of one convolution.
+    """The tensors that hold the kernels of one convolution, or an optimizer's moment of them.
 
-    Attributes:
-        weight: The stored kernels, detached, in the shape that the convolution uses.
-        parameters: The parameters that an optimizer must train for merging to act.
-        layout: Where the kernels are in the weight, and in all tensors of its shape.
-        reason: Why the kernels cannot be written; None where they can.
+    Spectral normalisation divides all kernels by one number, which changes neither cosines nor
+    blends, so the stored kernels represent those in use.
     """
 
-    weight: Tensor = _NOTHING
-    parameters: tuple[nn.Parameter, ...] = ()
+    weight: Tensor = _NOTHING  # detached, in the shape that the convolution uses
+    parameters: tuple[nn.Parameter, ...] = ()  # an optimizer must train them for merging to act
     layout: Layout = _ROWS
-    reason: str | None = None
+    magnitude: Tensor | None = None
+    """With weight normalisation, the norm of each kernel, and the weight is its direction: shape
+    (C_out, 1, ...); (1, C_out, 1, ...) of a transposed convolution."""
+    mask: Tensor | None = None  # with pruning, of the weight's shape, one where an entry is in use
+    reason: str | None = None  # why the kernels cannot be written
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the bank of kernels, (C_out, C_in / groups, *kernel size)."""
         return self.layout.shape(self.weight)
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the weight is what the forward pass uses, and its rows are the kernels."""
+        computed = self.magnitude is not None or self.mask is not None
+        return not computed and self.layout.transposed_groups is None
+
     @contextmanager
     def opened(self) -> Iterator[Store]:
-        """Yields a store whose kernels are all local, for reading and writing."""
-        yield self
+        """Yields a store whose kernels are all local, for reading and writing.
+
+        Of FSDP2's shards it gathers the whole on every rank, and each keeps its own slice of the
+        result: all ranks must call it.
+        """
+        if self.reason is not None:
+            raise RuntimeError(
+                f"the kernels of this convolution cannot be written: {self.reason}. If a library "
+                "replaced the weights after wrapping (FSDP1, DeepSpeed, Megatron, "
+                "reparameterisation), train with DDP or FSDP2 (fully_shard) instead, or wrap the "
+                "network again"
+            )
+        if not is_sharded(self.weight):
+            yield self
+            return
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        sharded = cast(DTensor, self.weight)
+        whole = sharded.full_tensor()
+        yield replace(self, weight=whole)
+        mine = distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None)
+        sharded.copy_(mine)
 
     def read(self, index: Tensor) -> Tensor:
-        """Reads the kernels that the forward pass uses, (len(index), fan_in), float32 or wider.
-
-        Args:
-            index: Which kernels, int64.
-
-        Raises:
-            RuntimeError: If only an opened store can read them; likewise :meth:`write_`.
-        """
-        raise self._closed()
+        """Reads kernels as the forward pass uses them, (len(index), fan_in), float32 or wider."""
+        if self.reason is not None or is_sharded(self.weight):
+            raise self._closed()
+        rows = self.layout.rows(self.weight, index)
+        if self.mask is not None:
+            rows = rows * self.layout.rows(self.mask, index)
+        if self.magnitude is not None:
+            norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+            rows = rows * (self.layout.rows(self.magnitude, index) / norms)
+        return rows
 
     def write_(self, index: Tensor, rows: Tensor, changed: Tensor | None) -> None:
         """Stores ``rows``, shape (len(index), fan_in), where ``changed``, shape (len(index),).
 
         None stores all. The other rows must be those that :meth:`read` returned; they do not
-        change, bit for bit.
+        change, bit for bit. A pruned entry keeps its stored value, so that it stays pruned.
         """
-        raise self._closed()
+        writable = None if changed is None else changed.unsqueeze(1)
+        if self.magnitude is not None:
+            norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+            self._put_(self.magnitude, index, norms, writable)
+            self._put_(self.weight, index, rows, writable)
+        elif self.mask is not None:
+            used = self.layout.rows(self.mask, index) != 0
+            self._put_(self.weight, index, rows, used if writable is None else used & writable)
+        else:
+            self.layout.put_rows_(self.weight, index, rows)
+
+    def _put_(self, tensor: Tensor, index: Tensor, rows: Tensor, writable: Tensor | None) -> None:
+        if writable is not None:
+            rows = torch.where(writable, rows, self.layout.rows(tensor, index))
+        self.layout.put_rows_(tensor, index, rows)
 
     def _closed(self) -> RuntimeError:
-        kind = type(self).__name__
+        kind = "Sharded" if self.reason is None else "Unreachable"
         return RuntimeError(
             f"{kind} kernels are not in local memory: read and write them in the store that "
             "opened() yields, as in `with store.opened() as local:`"
         )
-
-
-@dataclass(frozen=True)
-class Plain(Store):
-    """Kernels that are parts of one tensor: an ordinary weight, or an optimizer's moment.
-
-    Spectral normalisation divides all kernels by one number, which changes neither cosines nor
-    blends, so the stored kernels represent those in use.
-    """
-
-    def read(self, index: Tensor) -> Tensor:
-        return self.layout.rows(self.weight, index)
-
-    def write_(self, index: Tensor, rows: Tensor, changed: Tensor | None) -> None:
-        self.layout.put_rows_(self.weight, index, rows)
-
-
-@dataclass(frozen=True)
-class WeightNormed(Store):
-    """Weight normalisation: a direction, the ``weight`` here, and the norm of each kernel.
-
-    Attributes:
-        magnitude: Norm of each kernel, shape (C_out, 1, ...); (1, C_out, 1, ...) of a transposed
-            convolution.
-    """
-
-    magnitude: Tensor = _NOTHING
-
-    def read(self, index: Tensor) -> Tensor:
-        rows = self.layout.rows(self.weight, index)
-        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        return rows * (self.layout.rows(self.magnitude, index) / norms)
-
-    def write_(self, index: Tensor, rows: Tensor, changed: Tensor | None) -> None:
-        if changed is None:
-            changed = torch.ones_like(index, dtype=torch.bool)
-        changed = changed.unsqueeze(1)
-        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        kept = self.layout.rows(self.magnitude, index)
-        self.layout.put_rows_(self.magnitude, index, torch.where(changed, norms, kept))
-        stored = self.layout.rows(self.weight, index)
-        self.layout.put_rows_(self.weight, index, torch.where(changed, rows, stored))
-
-
-@dataclass(frozen=True)
-class Pruned(Store):
-    """Pruning: a pruned entry keeps its stored value, so that it stays pruned.
-
-    Attributes:
-        mask: Of the weight's shape, one where the entry is in use.
-    """
-
-    mask: Tensor = _NOTHING
-
-    def read(self, index: Tensor) -> Tensor:
-        return self.layout.rows(self.weight, index) * self.layout.rows(self.mask, index)
-
-    def write_(self, index: Tensor, rows: Tensor, changed: Tensor | None) -> None:
-        writable = self.layout.rows(self.mask, index) != 0
-        if changed is not None:
-            writable = writable & changed.unsqueeze(1)
-        stored = self.layout.rows(self.weight, index)
-        self.layout.put_rows_(self.weight, index, torch.where(writable, rows, stored))
-
-
-@dataclass(frozen=True)
-class Sharded(Store):
-    """Kernels that FSDP2 holds in shards: an ordinary weight, or an optimizer's moment."""
-
-    @contextmanager
-    def opened(self) -> Iterator[Store]:
-        """Gathers the whole weight on every rank; each keeps its own slice of the result.
-
-        A collective: all ranks must call it.
-        """
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        sharded = cast(DTensor, self.weight)
-        whole = sharded.full_tensor()
-        yield Plain(whole, self.parameters, self.layout)
-        mine = distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None)
-        sharded.copy_(mine)
-
-
-@dataclass(frozen=True)
-class Unreachable(Store):
-    """Kernels that cannot be written, for a reason that plans and messages show."""
-
-    @contextmanager
-    def opened(self) -> Iterator[Store]:
-        """Raises a RuntimeError with the reason."""
-        raise RuntimeError(
-            f"the kernels of this convolution cannot be written: {self.reason}. If a library "
-            "replaced the weights after wrapping (FSDP1, DeepSpeed, Megatron, reparameterisation), "
-            "train with DDP or FSDP2 (fully_shard) instead, or wrap the network again"
-        )
-        yield self
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -244,36 +175,48 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def tensor_store(tensor: Tensor, layout: Layout = _ROWS) -> Store:
     """Returns the store of kernels that are parts of a weight, or of a tensor in its shape."""
-    kind = Sharded if is_sharded(tensor) else Plain
-    return kind(tensor.detach(), (tensor,) if isinstance(tensor, nn.Parameter) else (), layout)
+    return Store(tensor.detach(), (tensor,) if isinstance(tensor, nn.Parameter) else (), layout)
 
 
 def layout_of(conv: nn.Module) -> Layout:
     """Returns where a convolution has its kernels in its weight."""
-    return Transposed(cast(int, conv.groups)) if getattr(conv, "transposed", False) else _ROWS
+    return Layout(cast(int, conv.groups) if getattr(conv, "transposed", False) else None)
 
 
 def store_of(conv: nn.Module) -> Store:
-    """Returns the store of a convolution's kernels; :class:`Unreachable` if it has none."""
-    own = conv._parameters
-    layout = layout_of(conv)
+    """Returns the store of a convolution's kernels, with a reason if they cannot be written."""
+    own, layout = conv._parameters, layout_of(conv)
     plain = own.get("weight")
     if plain is not None:  # first, because it is by far the most common and checked in every step
         if isinstance(plain, nn.parameter.UninitializedParameter):
             reason = "lazy: its weight has no shape before the first forward pass"
-            return Unreachable(plain, (plain,), reason=reason)
+            return Store(plain, (plain,), reason=reason)
         return tensor_store(plain, layout)
-    if parametrize.is_parametrized(conv, "weight"):
-        return _parametrized(cast(nn.ModuleDict, conv.parametrizations)["weight"], layout)
     direction, magnitude = own.get("weight_v"), own.get("weight_g")
-    if direction is not None and magnitude is not None:
-        return _weight_normed(direction, magnitude, layout)
     original, mask = own.get("weight_orig"), conv._buffers.get("weight_mask")
-    if original is not None and mask is not None:
-        return _unless_sharded(Pruned(original.detach(), (original,), layout, mask=mask))
-    if original is not None and conv._buffers.get("weight_u") is not None:
-        return tensor_store(original, layout)  # spectral_norm
-    return Unreachable(reason="a weight that is not a parameter of the convolution")
+    has_spectral_norm = conv._buffers.get("weight_u") is not None
+    if parametrize.is_parametrized(conv, "weight"):
+        chain = cast(nn.ModuleDict, conv.parametrizations)["weight"]
+        stored, kinds = chain._parameters, [type(part) for part in cast(nn.ModuleList, chain)]
+        has_spectral_norm = kinds == [parametrizations._SpectralNorm]
+        if kinds == [parametrizations._WeightNorm]:
+            magnitude, direction = stored["original0"], stored["original1"]
+        elif has_spectral_norm:
+            original = stored["original"]
+        else:
+            name = kinds[0].__name__
+            return Store(reason=f"a weight computed by the parametrization {name}")
+    if original is not None and mask is None and has_spectral_norm:
+        return tensor_store(original, layout)
+    if direction is not None and magnitude is not None:
+        store = _weight_normed(direction, magnitude, layout)
+    elif original is not None and mask is not None:
+        store = Store(original.detach(), (original,), layout, mask=mask)
+    else:
+        return Store(reason="a weight that is not a parameter of the convolution")
+    if is_sharded(store.weight):
+        return replace(store, reason="a computed weight that FSDP2 has sharded")
+    return store
 
 
 def _weight_normed(direction: nn.Parameter, magnitude: nn.Parameter, layout: Layout) -> Store:
@@ -282,32 +225,9 @@ def _weight_normed(direction: nn.Parameter, magnitude: nn.Parameter, layout: Lay
     if layout.shape(magnitude) != (kernels, *[1] * len(others)):
         reason = "weight_norm that is not over each kernel"
         hint = "; of a transposed convolution without groups, dim=1 is"
-        return Unreachable(reason=reason + hint if isinstance(layout, Transposed) else reason)
-    stored, norms = direction.detach(), magnitude.detach()
-    parameters = (direction, magnitude)
-    return _unless_sharded(WeightNormed(stored, parameters, layout, magnitude=norms))
-
-
-def _unless_sharded(store: Store) -> Store:
-    if not is_sharded(store.weight):
-        return store
-    reason = "a computed weight that FSDP2 has sharded"
-    return Unreachable(store.weight, store.parameters, store.layout, reason)
-
-
-def _parametrized(chain: nn.Module, layout: Layout) -> Store:
-    """Returns the store behind ``torch.nn.utils.parametrizations``."""
-    first, *others = cast(nn.ModuleList, chain)
-    stored = chain._parameters
-    if not others and isinstance(first, parametrizations._WeightNorm):
-        magnitude, direction = stored["original0"], stored["original1"]
-        assert magnitude is not None and direction is not None
-        return _weight_normed(direction, magnitude, layout)
-    if not others and isinstance(first, parametrizations._SpectralNorm):
-        original = stored["original"]
-        assert original is not None
-        return tensor_store(original, layout)
-    return Unreachable(reason=f"a weight computed by the parametrization {type(first).__name__}")
+        return Store(reason=reason if layout.transposed_groups is None else reason + hint)
+    parameters = direction, magnitude
+    return Store(direction.detach(), parameters, layout, magnitude=magnitude.detach())
 
 
 # -- the merged layers of a network ----------------------------------------------------------------
@@ -315,14 +235,7 @@ def _parametrized(chain: nn.Module, layout: Layout) -> Store:
 
 @dataclass(frozen=True)
 class MergedLayer:
-    """One merged convolution as a step finds it.
-
-    Attributes:
-        number: Its position in the plan.
-        site: Its entry in the plan.
-        module: The convolution.
-        store: Where its kernels are.
-    """
+    """One merged convolution of a plan, by its position there, as a step finds it."""
 
     number: int
     site: ConvSite
@@ -349,16 +262,18 @@ def modules_of(network: nn.Module, sites: Sequence[ConvSite]) -> list[nn.Module]
     for site in sites:
         module: Any = network
         for part in filter(None, site.name.split(".")):
-            module = module._modules[part]  # a fifth of the time that get_submodule takes
+            module = module._modules.get(part)  # a fifth of the time that get_submodule takes
+            if module is None:
+                raise RuntimeError(
+                    f"the network has lost the convolution {site.name}, which the plan merges: "
+                    "change the network first, then wrap it and create the optimizer"
+                )
         found.append(module)
     return found
 
 
 def rows_of(conv: nn.Module, weight: Any) -> Tensor:
-    """Returns the kernels that a weight of a convolution holds, detached.
-
-    Shape (C_out, fan_in), float32 or wider.
-    """
+    """Returns the kernels in a weight, detached, shape (C_out, fan_in), float32 or wider."""
     layout, stored = layout_of(conv), weight.detach()
     everyone = torch.arange(layout.shape(stored)[0], device=stored.device)
     return layout.rows(stored, everyone)
@@ -376,11 +291,7 @@ def deciding_parameter(conv: nn.Module) -> nn.Parameter:
 
 
 def check_layers(layers: Sequence[MergedLayer]) -> None:
-    """Checks that the weights of some layers can be merged where they are now.
-
-    Raises:
-        RuntimeError: If kernels have another shape than in the plan, or are on an XLA device.
-    """
+    """Raises a RuntimeError if kernels have another shape than in the plan, or are on XLA."""
     for layer in layers:
         if layer.store.parameters and layer.store.shape != layer.site.shape:
             raise RuntimeError(
@@ -398,11 +309,7 @@ def check_layers(layers: Sequence[MergedLayer]) -> None:
 
 
 def check_sites(network: nn.Module, sites: Sequence[ConvSite]) -> None:
-    """Checks that a plan belongs to this network.
-
-    Raises:
-        ValueError: If it does not, or merges nothing.
-    """
+    """Raises a ValueError if a plan does not belong to this network, or merges nothing."""
     if not sites:
         raise ValueError("the plan merges no convolution")
     modules = dict(network.named_modules())

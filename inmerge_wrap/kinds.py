@@ -12,44 +12,44 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from inmerge_wrap.inputs import Arguments, call_arguments, timm_config, to_meta
 from inmerge_wrap.kernels import store_of
-from inmerge_wrap.tracing import Call, Trace, meta_copy, run_trace
+from inmerge_wrap.tracing import Call, Trace, meta_copy, trace_on_meta
 
 # Modules inside a layer that peft adapts to a task: the two factors of a low-rank update.
 _ADAPTERS = {"lora_A", "lora_B"}
 
 
 def kinds_of(
-    network: nn.Module,
-    convs: Mapping[str, _ConvNd],
-    trace: Trace | None,
-    example_input: Any,
+    network: nn.Module, convs: Mapping[str, _ConvNd], trace: Trace | None, example_input: Any
 ) -> dict[str, str]:
     """Returns the kind of every convolution: ``"kernels"`` or a key of SKIPPED_KINDS."""
-    training = _training_trace(network, convs, trace, example_input)
-    in_training = training.calls.keys() if training else ()
-    heads = _heads(network, convs, trace)
-    if trace and training:  # outputs of deep supervision, which evaluation drops
-        heads |= trace.unread & training.predictions.keys()
-    calls = _calls_on_large_maps(network, convs, trace, example_input)
-    channels = _image_channels(convs, trace)
-    dropped = _only_for_dropped_scores(network, convs, trace, example_input)
+    candidates = call_arguments(network, convs, example_input)
+    seen, training = trace or Trace(), Trace()
+    if trace and (len(trace.calls) < len(convs) or trace.unread):
+        # An example may be too small for an auxiliary head.
+        guesses = [] if example_input is None else call_arguments(network, convs, None)
+        training = trace_on_meta(network, candidates + guesses, training=True)[0] or training
+    # Evaluation drops the outputs of deep supervision.
+    heads = _heads(network, convs, seen) | (seen.unread & training.predictions.keys())
+    calls = seen.calls
+    if example_input is not None:
+        calls = _calls_on_large_maps(network, convs, seen, candidates)
+    channels = _image_channels(convs, seen)
+    dropped = _only_for_dropped_scores(network, seen, candidates)
 
     def kind(name: str, conv: _ConvNd) -> str:
         call, size = calls.get(name), conv.kernel_size
         if not _ADAPTERS.isdisjoint(name.split(".")):
             return "adapter"
         if trace is not None and call is None:
-            return "auxiliary" if name in in_training else "unused"
+            return "auxiliary" if name in training.calls else "unused"
         if name in dropped:
             return "auxiliary"
         if conv.groups == conv.in_channels > 1:
             return "depthwise"
         if name in heads:
             return "head"
-        if call and max(size) == 1 and call.is_vector(len(size)):
-            return "vector"
-        if call and max(size) > 1 and call.is_dense(size):
-            return "dense"
+        if call and call.is_dense(size):
+            return "dense" if max(size) > 1 else "vector"
         reads_image = conv.in_channels == channels and not conv.transposed
         if reads_image and max(size) > 1 and size == conv.stride:
             return "patch_embedding"
@@ -61,15 +61,14 @@ def kinds_of(
     return {name: kind(name, conv) for name, conv in convs.items()}
 
 
-def _image_channels(convs: Mapping[str, _ConvNd], trace: Trace | None) -> int:
+def _image_channels(convs: Mapping[str, _ConvNd], trace: Trace) -> int:
     """Returns the channels of the image: what the first convolution of the forward pass reads."""
-    name, first = next(iter(trace.calls.items()), ("", None)) if trace else ("", None)
-    if first is None or not first.inputs:
-        return 3
-    return first.inputs[0][-1 - len(convs[name].kernel_size)]
+    for name, call in trace.calls.items():
+        return call.inputs[0][-1 - len(convs[name].kernel_size)] if call.inputs else 3
+    return 3
 
 
-def _heads(network: nn.Module, convs: Mapping[str, _ConvNd], trace: Trace | None) -> set[str]:
+def _heads(network: nn.Module, convs: Mapping[str, _ConvNd], trace: Trace) -> set[str]:
     """Returns the convolutions whose outputs are the predictions.
 
     These are the ones that timm's configuration names as classifier, and the ones whose output
@@ -80,9 +79,8 @@ def _heads(network: nn.Module, convs: Mapping[str, _ConvNd], trace: Trace | None
     """
     named = timm_config(network).get("classifier") or ()
     heads = {named} if isinstance(named, str) else set(named)
-    if trace is None or getattr(network, "num_classes", None) == 0:
+    if getattr(network, "num_classes", None) == 0:
         return heads & convs.keys()
-
     restored = _restored(convs, trace)
 
     def predicts(name: str, is_vector: bool) -> bool:
@@ -105,8 +103,7 @@ def _restored(convs: Mapping[str, _ConvNd], trace: Trace) -> set[str]:
         if not call.outputs:
             continue
         size = call.outputs[-1][-dims:]
-        if image is None:
-            image = call.inputs[0][-dims:]
+        image = image or call.inputs[0][-dims:]
         if shrunk and size == image:
             restored.add(name)
         shrunk = shrunk or size.numel() < image.numel()
@@ -116,22 +113,16 @@ def _restored(convs: Mapping[str, _ConvNd], trace: Trace) -> set[str]:
 def _calls_on_large_maps(
     network: nn.Module,
     convs: Mapping[str, _ConvNd],
-    trace: Trace | None,
-    example_input: Any,
-) -> Mapping[str, Call]:
+    trace: Trace,
+    candidates: Sequence[Arguments],
+) -> dict[str, Call]:
     """Returns the calls of the trace, run again with larger images where it matters.
 
     A small example image may shrink to one pixel even without pooling. A layer works on a pooled
     vector if its map is still one pixel when the image is larger.
     """
-    if trace is None or example_input is None:
-        return trace.calls if trace else {}
     sizes = {name: convs[name].kernel_size for name in trace.calls}
-    small = {
-        len(sizes[name])
-        for name, call in trace.calls.items()
-        if call.is_vector(len(sizes[name])) or call.is_dense(sizes[name])
-    }
+    small = {len(sizes[name]) for name, call in trace.calls.items() if call.is_dense(sizes[name])}
     if not small:
         return trace.calls
 
@@ -141,53 +132,24 @@ def _calls_on_large_maps(
         sides = [2 * max(side, 112) for side in value.shape[2:]]
         return value.new_empty((*value.shape[:2], *sides), device="meta")
 
-    candidates = call_arguments(network, convs, example_input)
-    large = _first_run(network, tree_map(enlarged, candidates))
+    large, _ = trace_on_meta(network, tree_map(enlarged, candidates))
     if large is None:  # no copy, or only one size works: keep the maps of that size
         return trace.calls
     return {name: large.calls.get(name, call) for name, call in trace.calls.items()}
 
 
-def _first_run(network: nn.Module, candidates: Sequence[Arguments], **how: Any) -> Trace | None:
-    """Returns the trace of the first inputs that a copy of the network takes, None for none."""
-    for arguments in candidates:
-        try:
-            return run_trace(meta_copy(network), to_meta(arguments), **how)
-        except Exception:  # the copy fails, or another size suits the network
-            continue
-    return None
-
-
-def _training_trace(
-    network: nn.Module,
-    convs: Mapping[str, _ConvNd],
-    trace: Trace | None,
-    example_input: Any,
-) -> Trace | None:
-    """Traces in train mode, only where some outputs may matter in training alone."""
-    if trace is None or (len(trace.calls) == len(convs) and not trace.unread):
-        return None
-    candidates = call_arguments(network, convs, example_input)
-    if example_input is not None:  # which may be too small for an auxiliary head
-        candidates += call_arguments(network, convs, None)
-    return _first_run(network, candidates, training=True)
-
-
 def _only_for_dropped_scores(
-    network: nn.Module,
-    convs: Mapping[str, _ConvNd],
-    trace: Trace | None,
-    example_input: Any,
+    network: nn.Module, trace: Trace, candidates: Sequence[Arguments]
 ) -> set[str]:
     """Returns the convolutions of a timm model that serve none of the first class scores.
 
     timm's Inception returns the scores of its auxiliary head in evaluation as well, where timm's
     own scripts drop all but the first. A layer serves the first if their gradient reaches it.
     """
-    scores = trace.outputs if trace and timm_config(network) else []
-    if trace is None or len(scores) < 2 or len(set(scores)) > 1 or len(scores[0]) != 2:
+    scores = trace.outputs if timm_config(network) else []
+    if len(scores) < 2 or len(set(scores)) > 1 or len(scores[0]) != 2:
         return set()
-    for arguments in call_arguments(network, convs, example_input):
+    for arguments in candidates:
         twin = meta_copy(network).requires_grad_(True)
         for module in twin.modules():
             module.training = False
@@ -197,10 +159,9 @@ def _only_for_dropped_scores(
                 tree_leaves(twin(*given, **named))[0].sum().backward()
         except Exception:  # another size suits the network
             continue
-        reached = dict(twin.named_modules())
         return {
             name
             for name in trace.calls
-            if all(parameter.grad is None for parameter in reached[name].parameters())
+            if all(p.grad is None for p in twin.get_submodule(name).parameters())
         }
     return set()

@@ -16,9 +16,6 @@ def template(name: str) -> jinja2.Template:
     """Returns a template of this package, in which a value without a filter is plain text.
 
     The filter ``prose`` keeps Markdown, and ``fenced(language)`` shows text as a block of code.
-
-    Args:
-        name: Name of the file.
     """
     import jinja2
     from markupsafe import Markup
@@ -34,10 +31,7 @@ def template(name: str) -> jinja2.Template:
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {
-        "fenced": fenced,
-        "prose": lambda text: Markup(_harmless(text)),
-    }
+    environment.filters |= {"fenced": fenced, "prose": lambda text: Markup(_harmless(text))}
     text = resources.files("inmerge_wrap").joinpath(name).read_text(encoding="utf-8")
     return environment.from_string(text)
 

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
+import itertools
 import re
-import sys
 import warnings
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, cast
 
 from torch import nn
 
-_NEAR = 8  # calls between timm and a hook of the state dict, and some more
+from inmerge_wrap.steps import callers
 
-
-def takes_any_keyword(network: nn.Module) -> bool:
-    """Returns whether the network's ``forward`` takes any keyword, for Hugging Face's Trainer."""
-    own = getattr(network, "accepts_loss_kwargs", None)
-    parameters = inspect.signature(network.forward).parameters.values()
-    return any(p.kind is p.VAR_KEYWORD for p in parameters) if own is None else own
+_NEAR = 10  # frames between timm and a hook of the state dict, and some more
 
 
 def renamed_for_timm(name: str, value: Any) -> Any:
@@ -66,13 +59,10 @@ def plain_for_timms_export(_: nn.Module, state_dict: dict[str, Any], prefix: str
     They write whatever ``state_dict()`` returns, beside the network's own configuration, and nobody
     could load the names of the wrapper. Nothing but the caller tells their call from another.
     """
-    callers: list[FrameType] = [sys._getframe(1)]
-    while callers[-1].f_back is not None and len(callers) < _NEAR:
-        callers.append(callers[-1].f_back)
     if not any(
         caller.f_code.co_name == "save_for_hf"
         and caller.f_globals.get("__name__") == "timm.models._hub"
-        for caller in callers
+        for caller in itertools.islice(callers(), _NEAR)  # kept nowhere: a frame holds its own
     ):
         return
     state_dict.pop(f"{prefix}_extra_state", None)

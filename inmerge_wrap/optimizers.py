@@ -12,9 +12,15 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from inmerge_wrap.kernels import MergedLayer, Sharded, Store, deciding_parameter, tensor_store
+from inmerge_wrap.kernels import (
+    MergedLayer,
+    Store,
+    deciding_parameter,
+    is_sharded,
+    tensor_store,
+)
 from inmerge_wrap.settings import NOISE, MergeSettings
-from inmerge_wrap.unwrapping import unwrap
+from inmerge_wrap.unwrapping import class_names, unwrap
 
 # By name, so that nothing is imported: they write the weights from copies of their own.
 _STEPS_COPIES = {"DeepSpeedOptimizerWrapper", "MegatronLMOptimizerWrapper", "DummyOptim"}
@@ -25,11 +31,9 @@ _COUNTERS = "inmerge"  # key in an optimizer's state dict: one entry for each wr
 class Attachment:
     """An optimizer whose steps merge: the handle that ``attach`` returns.
 
-    Args:
-        optimizer: No strong reference is kept, or a copy of the wrapper would take it along.
-        handles: The hooks that make up the attachment, that of the steps first.
-        ended: A bound method that is called when the optimizer is gone or the attachment removed,
-            for a compiled forward pass does not look for itself. No strong reference is kept.
+    It keeps no strong reference to the optimizer, or a copy of the wrapper would take it along. Of
+    its hooks, that of the steps comes first. The bound method ``ended`` is called when the
+    optimizer is gone or the attachment removed: a compiled forward pass does not look for itself.
     """
 
     def __init__(
@@ -105,9 +109,7 @@ class Attachments:
         mine = set(map(id, parameters_of(optimizer)))
         mine = mine.difference(*(map(id, parameters_of(other)) for other in later))
         return [
-            layer
-            for layer in layers
-            if layer.parameters and mine.issuperset(map(id, layer.parameters))
+            each for each in layers if each.parameters and mine.issuperset(map(id, each.parameters))
         ]
 
 
@@ -118,7 +120,12 @@ def trained_by(optimizer: Optimizer, layers: Sequence[MergedLayer]) -> list[Merg
     each parameter, one counts the steps of the layer.
     """
     mine = set(map(id, parameters_of(optimizer)))
-    return [layer for layer in layers if id(deciding_parameter(layer.module)) in mine]
+    return [
+        layer
+        for layer in layers
+        # What took the place of a convolution may have no parameter at all.
+        if isinstance(layer.module, _ConvNd) and id(deciding_parameter(layer.module)) in mine
+    ]
 
 
 def trained_of(layers: Sequence[MergedLayer]) -> list[MergedLayer]:
@@ -142,33 +149,26 @@ def check_still_held(
 ) -> None:
     """Raises a RuntimeError if an attached optimizer lost weights that its steps trained before.
 
-    Args:
-        attachment: That of the optimizer.
-        merging: The layers that merge with this step.
-        layers: All layers of the plan.
+    ``merging`` are the layers that merge with this step, ``layers`` all of the plan.
     """
     attachment.merged.update(layer.number for layer in merging)
     optimizer = attachment.optimizer
     if optimizer is None or len(attachment.merged) == len(merging):
         return
     held = set(map(id, parameters_of(optimizer)))
-    lost = [
-        layer
-        for layer in layers
-        if layer.number in attachment.merged
-        and (
-            not layer.parameters
-            or any(p.requires_grad and id(p) not in held for p in layer.parameters)
-        )
-    ]
+
+    def is_lost(layer: MergedLayer) -> bool:
+        trained = [p for p in layer.parameters if p.requires_grad]
+        return not layer.parameters or not held.issuperset(map(id, trained))
+
+    lost = [layer for layer in layers if layer.number in attachment.merged and is_lost(layer)]
     if not lost:
         return
     names = ", ".join(layer.site.name for layer in lost)
-    # FSDP1 takes the weight out of a convolution but keeps its class.
-    others = [layer for layer in lost if not isinstance(layer.module, _ConvNd)]
-    if others:
-        raise RuntimeError(replaced(names, others[0].module))
-    if any(isinstance(layer.store, Sharded) for layer in lost):
+    for layer in lost:
+        if not isinstance(layer.module, _ConvNd):  # FSDP1 takes the weight out but keeps the class
+            raise RuntimeError(replaced(names, layer.module))
+    if any(is_sharded(layer.store.weight) for layer in lost):
         remedy = (
             "With FSDP2 (fully_shard) create the optimizer after sharding; with Accelerate "
             "prepare model and optimizer in one call"
@@ -195,21 +195,14 @@ def replaced(names: str, by: nn.Module) -> str:
 
 
 def carry_counter(
-    optimizers: Sequence[Any],
-    save: Callable[[], Tensor],
-    load: Callable[[Tensor], None],
+    optimizers: Sequence[Any], save: Callable[[], Tensor], load: Callable[[Tensor], None]
 ) -> list[RemovableHandle]:
     """Makes the state dict of an optimizer carry the step counter and statistics of a wrapper.
 
     Code that resumes an optimizer then resumes merging, even if the network's weights are saved
     without the wrapper (timm, Hugging Face's Trainer). A state dict without them loads too, and
     one with them loads into any optimizer. They are plain numbers, because libraries cast and move
-    the tensors of such a state.
-
-    Args:
-        optimizers: The one that steps and those around it; other objects are ignored.
-        save: A bound method that returns the state; no strong reference to its object is kept.
-        load: A bound method that takes such a state, likewise.
+    the tensors of such a state. No strong reference to the object of the bound methods is kept.
     """
     state, restore = weakref.WeakMethod(save), weakref.WeakMethod(load)
 
@@ -230,9 +223,8 @@ def carry_counter(
     handles = []
     for optimizer in {id(found): found for found in (*optimizers, *inner)}.values():
         # Some subclasses never call Optimizer.__init__; their state is that of another optimizer.
-        if isinstance(optimizer, Optimizer) and "_optimizer_state_dict_post_hooks" in vars(
-            optimizer
-        ):
+        held = vars(optimizer) if isinstance(optimizer, Optimizer) else {}
+        if "_optimizer_state_dict_post_hooks" in held:
             handles.append(optimizer.register_state_dict_post_hook(after_save))
             handles.append(optimizer.register_load_state_dict_pre_hook(before_load))
     return handles
@@ -262,17 +254,13 @@ def check_settings(settings: MergeSettings, optimizer: Optimizer) -> None:
 def stepping_optimizer(optimizer: Any, *, to_write: bool = True) -> Optimizer:
     """Returns the torch optimizer whose step() writes the weights, inside any other wrappers.
 
-    Args:
-        optimizer: A torch optimizer or something around one.
-        to_write: Whether weights are written after its steps; without, steps are only counted, and
-            optimizers that write the weights from copies of their own work too.
+    With ``to_write`` weights are written after its steps. Without, steps are only counted, and
+    optimizers that write the weights from copies of their own work too.
     """
-    kinds = type(optimizer).__mro__
-    names = {kind.__name__ for kind in kinds}
     inner = getattr(optimizer, "optimizer", None)
     if to_write:
         _refuse_copies(optimizer)
-    elif names & _STEPS_COPIES and isinstance(inner, Optimizer):
+    elif class_names(optimizer) & _STEPS_COPIES and isinstance(inner, Optimizer):
         return stepping_optimizer(inner, to_write=False)
     if (bare := unprepared(optimizer)) is not optimizer:
         return stepping_optimizer(bare, to_write=to_write)
@@ -295,16 +283,14 @@ def stepping_optimizer(optimizer: Any, *, to_write: bool = True) -> Optimizer:
 
 def unprepared(optimizer: Any) -> Any:
     """Returns what Accelerate or Lightning wrapped, which runs no code of theirs in its steps."""
-    names = {kind.__name__ for kind in type(optimizer).__mro__}
-    prepared = names & {"AcceleratedOptimizer", "LightningOptimizer"}
+    prepared = class_names(optimizer) & {"AcceleratedOptimizer", "LightningOptimizer"}
     return unprepared(optimizer.optimizer) if prepared else optimizer
 
 
 def _refuse_copies(optimizer: Any) -> None:
     """Raises a RuntimeError for an optimizer that writes the weights from copies of its own."""
-    kinds = type(optimizer).__mro__
-    names = {kind.__name__ for kind in kinds}
-    packages = {kind.__module__.partition(".")[0] for kind in kinds}
+    names = class_names(optimizer)
+    packages = {kind.__module__.partition(".")[0] for kind in type(optimizer).__mro__}
     forward = "or merge in the forward pass, which writes no weight (mode='outputs')"
     if packages & {"deepspeed", "megatron"} or names & _STEPS_COPIES:
         raise RuntimeError(
@@ -319,10 +305,8 @@ def _refuse_copies(optimizer: Any) -> None:
             "too; use SGDScheduleFree, AdamWScheduleFree or RAdamScheduleFree of the package "
             f"schedulefree, {forward}"
         )
-    if isinstance(optimizer, Optimizer) and any(
-        type(p).__name__ == "FlatParameter" or hasattr(p, "_is_flat_param")
-        for p in parameters_of(optimizer)
-    ):
+    held = parameters_of(optimizer) if isinstance(optimizer, Optimizer) else []
+    if any(type(p).__name__ == "FlatParameter" or hasattr(p, "_is_flat_param") for p in held):
         raise RuntimeError(
             "FSDP1 flattens the weights, so that no kernel can be found in them; use FSDP2 "
             f"(fully_shard, or fsdp_version: 2 in Accelerate) or DDP, {forward}"
@@ -334,31 +318,13 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _first_moments(optimizer: Optimizer, weight: nn.Parameter) -> list[Tensor]:
-    """Returns SGD's momentum or Adam's first moment of a weight, if it exists yet."""
-    of_weight = optimizer.state.get(weight, {})
-    moments = (of_weight.get(key) for key in ("momentum_buffer", "exp_avg"))
-    # Some optimizers keep their moments in fewer dimensions, where no kernel can be found.
-    return [m for m in moments if m is not None and m.shape == weight.shape]
-
-
 def companions(
     optimizer: Optimizer | None, layers: Sequence[MergedLayer], *, moments: bool
 ) -> tuple[dict[int, list[Store]], str | None]:
-    """Returns the tensors of an optimizer that change like the weights.
+    """Returns the tensors of an optimizer that change like the weights, by number of the layer.
 
-    Args:
-        optimizer: The optimizer that steps, if any.
-        layers: The layers that merge.
-        moments: Whether to include first moments; the averages of a schedule-free optimizer
-            are always included.
-
-    Returns:
-        Number of each layer -> its tensors; and why a layer's moments cannot follow, if so.
-
-    Raises:
-        RuntimeError: If a schedule-free optimizer averages the tensors that a weight is computed
-            from.
+    These are the averages of a schedule-free optimizer, and the first moments if they are asked
+    for; the second result says why those of a layer cannot follow, if so.
     """
     found: dict[int, list[Store]] = {}
     problem = None
@@ -368,15 +334,20 @@ def companions(
         tensors = _averaged_sequences(optimizer, layer.module)
         if moments:
             weight, *magnitude = layer.parameters
-            first = [] if magnitude else _first_moments(optimizer, weight)
+            kept = {} if magnitude else optimizer.state.get(weight, {})
+            first = [kept[key] for key in ("momentum_buffer", "exp_avg") if key in kept]
+            # Some optimizers keep them in fewer dimensions, where no kernel can be found.
+            first = [each for each in first if each is not None and each.shape == weight.shape]
             tensors = first + tensors
-            if not first and problem is None:
-                problem = (
+            if magnitude:
+                problem = problem or (
                     f"the weight of {layer.site.name} is computed from a direction and a "
                     "magnitude, whose moments cannot be blended"
-                    if magnitude
-                    else f"{type(optimizer).__name__} keeps no momentum_buffer or exp_avg of "
-                    f"the shape of {layer.site.name}.weight"
+                )
+            elif not first:
+                problem = problem or (
+                    f"{type(optimizer).__name__} keeps no momentum_buffer or exp_avg of the shape "
+                    f"of {layer.site.name}.weight"
                 )
         found[layer.number] = [tensor_store(tensor, layer.store.layout) for tensor in tensors]
     return found, problem
@@ -392,9 +363,6 @@ def _averaged_sequences(optimizer: Optimizer, conv: nn.Module) -> list[Tensor]:
 
     Its steps are linear in them: if the same kernels are blended in each, the average that is
     evaluated at the end is merged exactly like the weights that are trained.
-
-    Raises:
-        RuntimeError: If the weight is computed from other tensors.
     """
     if not is_schedule_free(optimizer):
         return []
@@ -415,8 +383,4 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
     After a forward pass without a backward pass, as in evaluation, FSDP2 leaves the weights of its
     root unsharded, where they would not show the step that the optimizer took: call ``reshard()``.
     """
-    return [
-        module
-        for module in model.modules()
-        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
-    ]
+    return [module for module in model.modules() if "FSDPModule" in class_names(module)]

@@ -37,19 +37,12 @@ _DIRECTION_STREAM, _PARTNER_STREAM = 2**40, 2**41
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one pass over some layers did.
-
-    Attributes:
-        numbers: Position of each layer in the plan.
-        lengths: Pairs that each layer drew.
-        cosines: Cosine of each drawn pair, layer after layer, shape (pairs,); NaN where undefined.
-        merged: Whether the pair merged, boolean, shape (pairs,).
-    """
+    """What one pass over some layers did: of each layer its position in the plan, and its pairs."""
 
     numbers: Sequence[int]
     lengths: Sequence[int]
-    cosines: Tensor
-    merged: Tensor
+    cosines: Tensor  # of each drawn pair, layer after layer, shape (pairs,); NaN where undefined
+    merged: Tensor  # whether the pair merged, boolean, shape (pairs,)
 
     @property
     def layer(self) -> Tensor:
@@ -61,17 +54,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Move:
-    """How some kernels move, so that what follows them can move likewise.
+    """How some kernels move, so that what follows them can move likewise."""
 
-    Attributes:
-        rows: The new kernels, shape (pairs, fan_in).
-        merge_weight: alpha, for all pairs or for each, shape (pairs, 1); None for noise.
-        scale: The factor that kept the norm, shape (pairs, 1); None if the norm is not kept.
-    """
-
-    rows: Tensor
-    merge_weight: float | Tensor | None
-    scale: Tensor | None
+    rows: Tensor  # the new kernels, shape (pairs, fan_in)
+    merge_weight: float | Tensor | None  # alpha, for all or each, shape (pairs, 1); None for noise
+    scale: Tensor | None  # the factor that kept the norm, shape (pairs, 1)
 
     def follow(self, rows: Tensor, partners: Tensor) -> Tensor:
         """Blends what an optimizer keeps of the same kernels, shape (pairs, fan_in), likewise."""
@@ -83,11 +70,7 @@ class Move:
 
 
 def draw_layer(site: ConvSite, probability: float, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """Draws the pairs of a layer from the seed, the step and the layer alone.
-
-    Returns:
-        ``(targets, sources)`` on the CPU, see :func:`inmerge_wrap.merging.draw_pairs`.
-    """
+    """Draws the pairs of a layer from the seed, the step and the layer alone, on the CPU."""
     generator = torch.Generator("cpu").manual_seed(mix(seed, step, stream_of(site)))
     return draw_pairs(site.shape[0], probability, generator, site.pair_groups)
 
@@ -148,17 +131,9 @@ def _direction_generator(
 def choose_sources(
     kernels: Tensor, targets: Tensor, sources: Tensor, site: ConvSite, settings: MergeSettings
 ) -> Tensor:
-    """Returns the partners of the drawn kernels: the drawn ones, or those that a rule chooses.
+    """Returns the partners of the targets: the drawn ones, or those that a rule chooses.
 
-    Args:
-        kernels: All kernels of the layer, shape (C_out, fan_in), float32 or wider.
-        targets: The drawn kernels, int64, shape (pairs,).
-        sources: Their drawn partners.
-        site: The layer.
-        settings: The settings of the wrapper.
-
-    Raises:
-        ValueError: If a user's rule returns indices of another shape or dtype.
+    ``kernels`` are all of the layer, shape (C_out, fan_in), float32 or wider.
     """
     if settings.partner == "random":
         return sources
@@ -201,12 +176,8 @@ def weight_of(
 ) -> float | Tensor:
     """Returns alpha, the weight of the kernel itself, for all pairs or for each, (pairs, 1).
 
-    Args:
-        kernels: Shape (pairs, fan_in).
-        partners: Of the same shape.
-        signs: 1 or -1, shape (pairs, 1), of the signed direction; None toward the partner.
-        size: The size of the move at this step, see :class:`Strength`.
-        settings: The settings of the wrapper.
+    Kernels and partners have the shape (pairs, fan_in). The signs, shape (pairs, 1), are 1 or -1;
+    None moves all toward their partners.
     """
     if not isinstance(settings.direction, str):
         return 1.0 - size * (1.0 - settings.direction.weight(kernels, partners))
@@ -224,15 +195,9 @@ def move(
     size: float | Tensor,
     settings: MergeSettings,
 ) -> Move:
-    """Moves kernels toward their partners (eq. 3), or in the direction that is set.
+    """Moves kernels toward their partners (eq. 3), or along standard normal noise.
 
-    Args:
-        kernels: Shape (pairs, fan_in), float32 or wider.
-        partners: Of the same shape.
-        signs: See :func:`weight_of`.
-        noise: Standard normal numbers of the same shape, for a direction that needs them.
-        size: See :func:`weight_of`.
-        settings: The settings of the wrapper.
+    All three have the shape (pairs, fan_in), float32 or wider; signs are as for :func:`weight_of`.
     """
     if noise is None:
         weight = weight_of(kernels, partners, signs, size, settings)

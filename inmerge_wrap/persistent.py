@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inmerge_wrap.kernels import MergedLayer, Plain, Store, Transposed
+from inmerge_wrap.kernels import MergedLayer, Store
 from inmerge_wrap.pairs import (
     Outcome,
     choose_sources,
@@ -25,6 +25,7 @@ from inmerge_wrap.pairs import (
     move,
     without_autocast,
 )
+from inmerge_wrap.plan import ConvSite
 from inmerge_wrap.settings import NOISE, MergeSettings, Strength, compiles
 
 
@@ -43,43 +44,25 @@ def merge_step(
     Half precision weights are compared and blended in float32 and rounded once. Kernels that are
     zero or hold NaN or Inf neither merge nor spread.
 
-    Args:
-        layers: At least one.
-        settings: The settings of the wrapper.
-        strength: Those that this step changes, see :meth:`MergeSettings.strength`.
-        step: The optimizer step; with the seed it decides the draws.
-        companions: Number of a layer -> tensors of an optimizer that change like its weight.
-        skip: A scalar on the device; non-zero disables the merge.
-
-    Returns:
-        The outcome of each pair, on the device of the first layer.
+    ``companions`` are by the number of a layer the tensors of an optimizer that change like its
+    weight; a scalar ``skip`` that is not zero disables the merge. The outcome is on the device of
+    the first layer.
     """
-    cosines, merged = [], []
+    found = []
     for layer in layers:
         device = layer.store.weight.device
+        kept = (companions or {}).get(layer.number, ())
+        unless = None if skip is None else skip.to(device)
         with without_autocast(device), layer.store.opened() as store:
-            found = _merge_layer_(
-                layer,
-                store,
-                settings,
-                strength,
-                step,
-                (companions or {}).get(layer.number, ()),
-                None if skip is None else skip.to(device),
-            )
-        cosines.append(found[0])
-        merged.append(found[1])
-    first = cosines[0].device
-    return Outcome(
-        [layer.number for layer in layers],
-        [len(part) for part in cosines],
-        torch.cat([part.to(first) for part in cosines]),
-        torch.cat([part.to(first) for part in merged]),
-    )
+            found.append(_merge_layer_(layer.site, store, settings, strength, step, kept, unless))
+    first = found[0][0].device
+    cosines, merged = ([part.to(first) for part in parts] for parts in zip(*found, strict=True))
+    numbers, lengths = [layer.number for layer in layers], [len(part) for part in cosines]
+    return Outcome(numbers, lengths, torch.cat(cosines), torch.cat(merged))
 
 
 def _merge_layer_(
-    layer: MergedLayer,
+    site: ConvSite,
     store: Store,
     settings: MergeSettings,
     strength: Strength,
@@ -88,7 +71,7 @@ def _merge_layer_(
     skip: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Draws and merges the pairs of one layer; see :func:`merge_pairs_`."""
-    site, device = layer.site, store.weight.device
+    device = store.weight.device
     targets, sources = draw_layer(site, strength.probability, settings.seed, step)
     signs = None
     if settings.direction == "signed":
@@ -97,9 +80,8 @@ def _merge_layer_(
     if settings.partner != "random":
         everyone = torch.arange(site.shape[0], device=device)
         sources = choose_sources(store.read(everyone), targets, sources, site, settings)
-    is_plain = isinstance(store, Plain) and not isinstance(store.layout, Transposed)
     is_usual = isinstance(settings.direction, str) and settings.direction not in NOISE
-    if is_plain and is_usual and not companions and compiles(settings.compiled, device):
+    if store.is_matrix and is_usual and not companions and compiles(settings.compiled, device):
         size = torch.tensor(strength.size, device=device)
         bank = _bank(store.weight)
         return _compiled()(bank, targets, sources, signs, size, skip, site.centred, settings)
@@ -139,22 +121,9 @@ def merge_pairs_(
     """Merges the drawn pairs of one weight, in place (eq. 1-4).
 
     All kernels are read before any is written, as the paper's simultaneous update requires, and
-    only the rows in ``targets`` are touched.
-
-    Args:
-        store: Where the kernels are, opened.
-        targets: Kernels to blend, int64, shape (pairs,), without repetition.
-        sources: Their partners, int64, shape (pairs,).
-        settings: The settings of the wrapper.
-        size: The size of the move, see :class:`Strength`.
-        signs: 1 or -1, shape (pairs, 1), of the signed direction.
-        noise: Returns the noise for a number of kernels, for a direction that needs it.
-        centred: Whether kernels are compared without their mean.
-        companions: Tensors of an optimizer that change like the weight.
-        skip: A scalar; non-zero disables the merge.
-
-    Returns:
-        The cosine of each pair and whether it merged, shape (pairs,), on the weight's device.
+    only the rows in ``targets`` are touched. The store is opened; targets and sources are int64,
+    shape (pairs,), the targets without repetition; signs are 1 or -1, shape (pairs, 1); ``noise``
+    returns that of a number of kernels. Returns the cosine of each pair and whether it merged.
     """
     kernels, partners = store.read(targets), store.read(sources)
     cosines, merged = compare(kernels, partners, settings, centred=centred)
@@ -168,21 +137,19 @@ def merge_pairs_(
             targets, sources = targets[known], sources[known]
             kernels, partners = kernels[known], partners[known]
             signs = None if signs is None else signs[known]
+
+    def put_(into: Store, rows: Tensor, before: Tensor) -> None:
+        if mask is not None:
+            rows = torch.where(mask.unsqueeze(1), rows, before)
+        into.write_(targets, rows, mask)
+
     moved = move(kernels, partners, signs, noise(len(targets)), size, settings)
-    _write_(store, targets, moved.rows, kernels, mask)
+    put_(store, moved.rows, kernels)
     for companion in companions:
         with companion.opened() as kept:
             rows = kept.read(targets)
-            _write_(kept, targets, moved.follow(rows, kept.read(sources)), rows, mask)
+            put_(kept, moved.follow(rows, kept.read(sources)), rows)
     return cosines, merged
-
-
-def _write_(
-    store: Store, targets: Tensor, rows: Tensor, before: Tensor, mask: Tensor | None
-) -> None:
-    if mask is not None:
-        rows = torch.where(mask.unsqueeze(1), rows, before)
-    store.write_(targets, rows, mask)
 
 
 def _merge_bank_(

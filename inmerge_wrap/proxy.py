@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sized
 from dataclasses import fields, replace
 from typing import Any, cast
@@ -91,4 +92,6 @@ class NetworkProxy(nn.Module):
     @property
     def accepts_loss_kwargs(self) -> bool:
         """Whether the network's ``forward`` takes any keyword, for Hugging Face's Trainer."""
-        return neighbours.takes_any_keyword(self.module)
+        own = getattr(self.module, "accepts_loss_kwargs", None)
+        parameters = inspect.signature(self.module.forward).parameters.values()
+        return any(p.kind is p.VAR_KEYWORD for p in parameters) if own is None else own

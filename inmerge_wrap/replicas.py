@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from inmerge_wrap.kernels import is_sharded
 from inmerge_wrap.optimizers import fsdp_modules
 from inmerge_wrap.plan import MergePlan
 from inmerge_wrap.schedule import Schedule
@@ -20,8 +21,6 @@ from inmerge_wrap.settings import MergeSettings
 from inmerge_wrap.thresholds import Fixed, Quantile, ZScore
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
 _PLAIN = (int, float, str, bool, type(None), Schedule, Fixed, Quantile, ZScore)
 _CHECKED_STEPS = 2  # who differs is found at the first step, and the others hear of it at the next
 _numbers = itertools.count()
@@ -32,13 +31,10 @@ class Replicas:
 
     They talk through the store of the process group. Unlike a collective it makes no process wait
     for another, so that nothing hangs where only some of them step.
-
-    Attributes:
-        joins: Whether DDP's ``join()`` is in use, with which some processes step less often.
     """
 
     def __init__(self) -> None:
-        self.joins = False
+        self.joins = False  # whether DDP's join() is in use, with which some step less often
         self._number: int | None = None  # that of the network, in the order of training
         self._began = 0  # times that the step counter began anew
         self._told = False
@@ -58,11 +54,7 @@ class Replicas:
             self._compare("forward", settings, plan)
 
     def check(self, settings: MergeSettings, plan: MergePlan) -> None:
-        """Checks, at the first steps, that all processes merge with the same settings.
-
-        Raises:
-            RuntimeError: If they do not, naming what differs.
-        """
+        """Checks, at the first steps, that all processes merge with the same settings."""
         if not self._told or self._checked == _CHECKED_STEPS:
             return
         self._checked += 1
@@ -140,18 +132,12 @@ def _described(settings: MergeSettings, plan: MergePlan) -> dict[str, str]:
 def check_replicas(weights: Mapping[str, Tensor], numbers: Mapping[str, int]) -> None:
     """Compares a checksum of each weight over all processes (a collective; waits for the device).
 
-    Weights that FSDP2 has sharded exist only once and are left out.
-
-    Args:
-        weights: Name -> tensor, the same names in the same order on every process.
-        numbers: Name -> another value that must be the same, likewise.
-
-    Raises:
-        RuntimeError: On every process, naming the weights that differ and the ranks.
+    Weights and other numbers come by name, in the same order on every process. Those that FSDP2
+    has sharded exist only once and are left out.
     """
     if not _is_distributed():
         return
-    whole = {name: w.detach() for name, w in weights.items() if not hasattr(w, "full_tensor")}
+    whole = {name: w.detach() for name, w in weights.items() if not is_sharded(w)}
     device = next(iter(weights.values())).device
     sums = [_checksum(weight).to(device) for weight in whole.values()]
     mine = torch.stack([*sums, *torch.tensor(list(numbers.values()), device=device)])
@@ -159,11 +145,7 @@ def check_replicas(weights: Mapping[str, Tensor], numbers: Mapping[str, int]) ->
     dist.all_gather(everyone, mine)
     differs = torch.stack(everyone).cpu() != everyone[0].cpu()
     if bool(differs.any()):
-        names = [
-            name
-            for name, bad in zip([*whole, *numbers], differs.any(dim=0).tolist(), strict=True)
-            if bad
-        ]
+        names = itertools.compress([*whole, *numbers], differs.any(dim=0).tolist())
         ranks = differs.any(dim=1).nonzero().flatten().tolist()
         raise RuntimeError(
             f"the replicas have drifted apart: {', '.join(names)} differ(s) between rank 0 and "

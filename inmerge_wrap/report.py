@@ -78,8 +78,7 @@ class LayerSnapshot:
             total: What merging did to the layer since the start of the run.
             rank: The effective rank of its kernels.
         """
-        earlier = None if last is None else last._total
-        drawn, merged, known, cosines = pairs_between(earlier, total)
+        drawn, merged, known, cosines = pairs_between(last._total if last else None, total)
         return cls(
             name=total.name,
             step=total.steps,
@@ -93,9 +92,7 @@ class LayerSnapshot:
 def pairs_between(earlier: LayerReport | None, later: LayerReport) -> tuple[int, int, int, float]:
     """Returns pairs drawn, merged, and with a cosine, and the cosine sum between two reports.
 
-    Args:
-        earlier: The earlier report; None for all pairs up to the later one.
-        later: The later report of the same layer.
+    Without an earlier report of the same layer, it counts all pairs up to the later one.
     """
 
     def sums(layer: LayerReport) -> tuple[int, int, int, float]:
@@ -103,9 +100,7 @@ def pairs_between(earlier: LayerReport | None, later: LayerReport) -> tuple[int,
         return layer.drawn, layer.merged, known, (layer.mean_cosine or 0.0) * known
 
     drawn, merged, known, cosines = sums(later)
-    if earlier is None:
-        return drawn, merged, known, cosines
-    before = sums(earlier)
+    before = sums(earlier) if earlier else (0, 0, 0, 0.0)
     return drawn - before[0], merged - before[1], known - before[2], cosines - before[3]
 
 

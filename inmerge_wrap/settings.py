@@ -89,16 +89,10 @@ def explains_symbols(function: Callable[_P, None]) -> Callable[_P, None]:
 
 @dataclass(frozen=True)
 class Strength:
-    """How strongly one step merges.
-
-    Attributes:
-        probability: p at this step.
-        size: At this step alpha, or the radius, or for a :class:`DirectionRule` the share of its
-            full move.
-    """
+    """How strongly one step merges."""
 
     probability: float
-    size: float
+    size: float  # alpha, or the radius, or for a DirectionRule the share of its full move
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,9 +155,7 @@ class MergeSettings:
     @property
     def changes_nothing(self) -> bool:
         """Whether the change has size zero, so that pairs count as merged and no kernel changes."""
-        return {"merge_weight": self.merge_weight == 1.0, "radius": self.radius == 0.0}.get(
-            self.size, False
-        )
+        return (self.size, getattr(self, self.size)) in (("merge_weight", 1.0), ("radius", 0.0))
 
     @property
     def compares(self) -> bool:
@@ -225,9 +217,10 @@ class MergeSettings:
 def _contradictions(of: MergeSettings) -> list[str]:
     """Returns what does not go together, each as a message with the remedy."""
     default = MergeSettings.merge_weight
-    noise = of.direction in NOISE if isinstance(of.direction, str) else False
     rule = not isinstance(of.direction, str)
+    noise = not rule and of.direction in NOISE
     outputs, forward = of.mode == "outputs", of.mode != "step"
+    own = outputs and not of.shared_partner
     found = {
         f"direction={of.direction!r} needs a size relative to the kernel: set radius, for "
         "example radius=0.3": noise and of.radius is None,
@@ -244,15 +237,11 @@ def _contradictions(of: MergeSettings) -> list[str]:
         "shared_partner=False needs mode='outputs': only there each image can have its own "
         "pairs": not outputs and not of.shared_partner,
         "shared_partner=False needs a constant size: leave radius and direction rules out, which "
-        "compare the kernels of a pair": outputs
-        and not of.shared_partner
-        and (of.radius is not None or rule),
+        "compare the kernels of a pair": own and (of.radius is not None or rule),
         f"shared_partner=False compares nothing: similarity_threshold={of.similarity_threshold} "
-        "needs the same partners for all images, or set it to -1": (
-            outputs and not of.shared_partner and of.compares
-        ),
+        "needs the same partners for all images, or set it to -1": own and of.compares,
         "shared_sign=True needs mode='outputs', where signs are drawn for each image": (
-            not outputs and of.shared_sign
+            of.shared_sign and not outputs
         ),
         "keep_norm=True needs mode='step' or 'weights': on the outputs no kernel is there to be "
         "rescaled": outputs and of.keep_norm,

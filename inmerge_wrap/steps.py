@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from types import CodeType, FrameType
 from typing import Any
@@ -17,12 +17,10 @@ _listeners: set[weakref.WeakMethod[Callable[[Optimizer], None]]] = set()
 
 
 def notice_every_step(listener: Callable[[Optimizer], None]) -> None:
-    """Calls ``listener(optimizer)`` after each step of any optimizer in this process.
+    """Calls a bound method after each step of any optimizer in this process.
 
-    This detects a loop that forgot to attach its optimizer, or that replaced it.
-
-    Args:
-        listener: A bound method; no strong reference to its object is kept.
+    This detects a loop that forgot to attach its optimizer, or that replaced it. No strong
+    reference to the object of the method is kept.
     """
     _register_once()
     _listeners.add(weakref.WeakMethod(listener, _listeners.discard))
@@ -63,12 +61,11 @@ def is_nested_step(optimizer: Optimizer) -> bool:
     if len(hooked) < 2:
         return False
     patched = [_place(step.__code__) for step in hooked]
-    frame, depth = sys._getframe(), 0
-    while frame is not None:
+    depth = 0
+    for frame in callers():
         arguments = frame.f_locals.get("args") if _place(frame.f_code) in patched else None
         if arguments and arguments[0] is optimizer:
             depth += 1
-        frame = frame.f_back  # type: ignore[assignment]
     return depth > 1
 
 
@@ -84,16 +81,22 @@ def is_no_training_step() -> bool:
     - Lightning's StochasticWeightAveraging steps once at the end of the epoch in which it
       recalibrates BatchNorm and skips all backward passes.
     """
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
+    for frame in callers():
         name = frame.f_code.co_name
-        if name == "_init_optim_state" or (
-            name == "_optimizer_step"
-            and getattr(frame.f_locals.get("self"), "_skip_backward", False) is True
-        ):
+        if name == "_init_optim_state":
             return True
-        frame = frame.f_back
+        if name == "_optimizer_step":
+            if getattr(frame.f_locals.get("self"), "_skip_backward", False) is True:
+                return True
     return False
+
+
+def callers() -> Iterator[FrameType]:
+    """Yields the frames that are running, from that of the caller outwards."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def _place(code: CodeType) -> tuple[str, str, int]:

@@ -25,17 +25,12 @@ class Tally:
 
     What the host knows (steps, passes, drawn pairs) is counted in Python; what only the device
     knows (which pairs merged, their cosines) is added up there, without waiting for it.
-
-    Attributes:
-        steps: Optimizer steps that each layer has seen.
-        passes: Of these, the steps in which it was merged.
-        per_image: Whether what is drawn is a channel of an image, and not a pair of kernels.
     """
 
     def __init__(self, layers: int, *, per_image: bool = False) -> None:
-        self.per_image = per_image
-        self.steps = [0] * layers
-        self.passes = [0] * layers
+        self.per_image = per_image  # whether a channel of an image is drawn, not a pair of kernels
+        self.steps = [0] * layers  # that each layer has seen
+        self.passes = [0] * layers  # of these, the steps in which it was merged
         self._drawn = [0] * layers
         # Pairs that merged, without and with a cosine.
         self._counts = torch.zeros(layers, 3, dtype=torch.int64)
@@ -80,12 +75,9 @@ class Tally:
         self._cosine_max.scatter_reduce_(0, layer, candidates, "amax")
 
     def add_totals(self, counts: Tensor, cosines: Tensor, passes: int) -> None:
-        """Adds what forward passes did, see :meth:`ForwardMerge.take_counts`.
+        """Adds what forward passes did, see :meth:`Counts.take`.
 
-        Args:
-            counts: int64, shape (layers, 4).
-            cosines: float64, shape (layers, 2).
-            passes: Steps in which they merged; they count for the layers that acted.
+        The steps in which they merged count for the layers that acted.
         """
         for number, drawn in enumerate(counts[:, 0].tolist()):
             self._drawn[number] += drawn
@@ -144,16 +136,9 @@ class Tally:
     ) -> Tally | None:
         """Restores the tally that :meth:`to_state` wrote, or returns None with a warning.
 
-        Counters that were averaged over several models, as in federated training, are rounded.
-        Those that were converted to another type have lost digits and are of no use.
-
-        Args:
-            state: The tensor that it returned.
-            layers: Number of layers of the plan that continues; that of the state if None.
-            seed: Seed of the wrapper that continues; not checked if None.
-
-        Raises:
-            ValueError: If the state was not written by an InMergeWrapper.
+        Layers and seed, where given, are those of the wrapper that continues. Counters that were
+        averaged over several models, as in federated training, are rounded; those that were
+        converted to another type have lost digits and are of no use.
         """
         if isinstance(state, Tensor) and state.dtype != torch.float64:
             warnings.warn(
@@ -179,16 +164,15 @@ class Tally:
                 f"_extra_state holds {state.numel()} numbers where {written_layers} merged layers "
                 f"need {_HEADER + _COLUMNS * written_layers}: the checkpoint is truncated"
             )
-        table = state[_HEADER:].detach().cpu().reshape(written_layers, _COLUMNS)
         if seed is not None and written_seed != seed:
             warnings.warn(
                 f"the checkpoint was trained with seed={written_seed}, this wrapper draws with "
                 f"seed={seed}: the run will not continue as it began",
                 stacklevel=3,
             )
-        steps, passes, drawn = (
-            [round(value) for value in column] for column in table[:, :3].T.tolist()
-        )
+        table = state[_HEADER:].detach().cpu().reshape(written_layers, _COLUMNS)
+        counts = table[:, :6].round().long()
+        steps, passes, drawn = counts[:, :3].T.tolist()
         per_image = bool(round(state[3].item()))
         tally = cls(written_layers if layers is None else layers, per_image=per_image)
         if layers is not None and written_layers != layers:
@@ -200,6 +184,6 @@ class Tally:
             tally.steps = [max(steps)] * layers
             return tally
         tally.steps, tally.passes, tally._drawn = steps, passes, drawn
-        tally._counts = table[:, 3:6].round().long()
+        tally._counts = counts[:, 3:].clone()
         tally._cosine_sum, tally._cosine_max = table[:, 6].clone(), table[:, 7].float().clone()
         return tally

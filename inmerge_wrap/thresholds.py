@@ -95,12 +95,7 @@ class Quantile:
 
 
 def as_threshold(value: float | Threshold) -> Threshold:
-    """Returns a rule unchanged, and a number as :class:`Fixed`.
-
-    Raises:
-        TypeError: If it is neither.
-        ValueError: If the number is outside [-1, 1].
-    """
+    """Returns a rule unchanged, and a number in [-1, 1] as :class:`Fixed`."""
     if isinstance(value, int | float):
         return Fixed(value)
     if not callable(getattr(value, "is_similar", None)):

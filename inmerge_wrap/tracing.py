@@ -48,17 +48,11 @@ class Call:
     inputs: list[torch.Size] = field(default_factory=list)
     outputs: list[torch.Size] = field(default_factory=list)
     used_own_weight: bool = False
-    is_called: bool = False
-    """Whether it ran as a module, so that its hooks ran too."""
-    is_whole: bool = True
-    """Whether it returned what its convolution gave, with nothing computed after it."""
-
-    def is_vector(self, dims: int) -> bool:
-        """Returns whether all maps, with that many dimensions, have a single position."""
-        return all(shape[-dims:].numel() == 1 for shape in self.inputs + self.outputs)
+    is_called: bool = False  # as a module, so that its hooks ran too
+    is_whole: bool = True  # returned what its convolution gave, with nothing computed after it
 
     def is_dense(self, kernel_size: tuple[int, ...]) -> bool:
-        """Returns whether the kernel covers the whole map."""
+        """Returns whether the kernel covers the whole map, as of 1x1 a single position."""
         dims = len(kernel_size)
         covered = all(tuple(shape[-dims:]) == kernel_size for shape in self.inputs)
         return covered and all(shape[-dims:].numel() == 1 for shape in self.outputs)
@@ -68,8 +62,7 @@ class Call:
 class Trace:
     """What one forward pass revealed about a network."""
 
-    calls: dict[str, Call] = field(default_factory=dict)
-    """Convolutions in order of their first call."""
+    calls: dict[str, Call] = field(default_factory=dict)  # in order of the first
     predictions: dict[str, bool] = field(default_factory=dict)
     """Convolutions whose output no other layer reads -> whether it ends as one vector per image."""
     summed: set[str] = field(default_factory=set)
@@ -78,8 +71,7 @@ class Trace:
     """Convolutions of either whose output passes an activation of hidden layers."""
     unread: set[str] = field(default_factory=set)
     """Convolutions whose output was neither read nor returned, as far as could be seen."""
-    outputs: list[torch.Size] = field(default_factory=list)
-    """Shapes of the tensors that the network returned."""
+    outputs: list[torch.Size] = field(default_factory=list)  # of what the network returned
 
 
 _OTHER_LAYER = "a layer that is not a convolution"
@@ -112,12 +104,12 @@ class _Watch(TorchFunctionMode):
             result = _recurrent_shapes(*args)
         else:
             result = func(*args, **kwargs)
-        outputs = [result] if isinstance(result, Tensor) else _tensors_in(result)
+        outputs = tensors_of(result)
         if not outputs:
             if name == "__setitem__":
                 self._layers_of[args[0]] = self._sources([args[0], args[2]])
             return result
-        operands = _tensors_in((*args, *kwargs.values()))
+        operands = tensors_of((args, kwargs))
         sources = self._sources(operands)
         if name == "detach":
             self._cut |= sources
@@ -224,42 +216,22 @@ def _recurrent_shapes(
     return outputs, *(torch.empty_like(state) for state in held)
 
 
-def _tensors_in(values: Any) -> list[Tensor]:
-    """Returns the tensors among some values and in lists and tuples among them."""
-    if not isinstance(values, list | tuple):
-        return []
-    found = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            found += _tensors_in(value)
-    return found
-
-
 def run_trace(
     model: nn.Module, arguments: Arguments, *, training: bool = False, shapes_only: bool = True
 ) -> Trace:
     """Runs one forward pass and records which convolutions ran, in which order, on what.
 
-    Args:
-        model: A network without hooks of its users.
-        arguments: The arguments of the call.
-        training: Whether to run in train mode; flags are set without calling modules' methods.
-        shapes_only: Whether all tensors are on the meta device, where only shapes count.
-
-    Raises:
-        _ForwardFailed: If the network raised.
+    The network has no hooks of its users; with ``shapes_only`` its tensors are on the meta device.
     """
     trace = Trace()
     owners: dict[int, list[str]] = {}
-    convs = dict(named_convs(model))
+    convs = convs_of(model)
     for name, conv in convs.items():
         if conv._parameters.get("weight") is not None:
             owners.setdefault(id(conv.weight), []).append(name)
     watch = _Watch(owners, trace, shapes_only)
     for module in model.modules():
-        module.training = training
+        module.training = training  # without train(), which networks override
     handles = []
     for name, conv in convs.items():
         handles.append(conv.register_forward_pre_hook(partial(watch.enter, name)))
@@ -284,15 +256,13 @@ class _ForwardFailed(Exception):
         self.calls, self.error = calls, error
 
 
-def named_convs(model: nn.Module) -> Iterator[tuple[str, _ConvNd]]:
-    """Returns the convolutions of a network in the order of registration, shared ones once.
-
-    Includes any number of dimensions, transposed ones, and quantised ones, which are not
-    ``_ConvNd``.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, _ConvNd) or is_quantised(module):
-            yield name, cast(_ConvNd, module)
+def convs_of(model: nn.Module) -> dict[str, _ConvNd]:
+    """Returns the convolutions of a network in the order of registration, shared ones once."""
+    return {
+        name: cast(_ConvNd, module)
+        for name, module in model.named_modules()
+        if isinstance(module, _ConvNd) or is_quantised(module)
+    }
 
 
 def _is_lazy(module: nn.Module) -> bool:
@@ -405,27 +375,35 @@ def bystanders_kept(network: nn.Module) -> Iterator[None]:
                 numpy_random.set_state(numpy_state)
 
 
-def first_possible_trace(
-    network: nn.Module, convs: Mapping[str, _ConvNd], example_input: Any
-) -> tuple[Trace | None, str, str | None]:
-    """Traces on meta tensors, else with a real forward pass, else returns no trace.
-
-    Returns:
-        The trace, how it was made, and a warning if it was not made on meta tensors.
-    """
-    candidates = call_arguments(network, convs, example_input)
-    on_meta: list[_ForwardFailed] = []
-    really: list[_ForwardFailed] = []
+def trace_on_meta(
+    network: nn.Module, candidates: Sequence[Arguments], *, training: bool = False
+) -> tuple[Trace | None, list[_ForwardFailed]]:
+    """Returns the trace of the first inputs that a copy takes, and why it took no others."""
     try:
         twin = meta_copy(network)
     except Exception as error:  # networks may hold anything, and copying it may raise anything
-        on_meta = [_ForwardFailed(0, error)]
-    else:
-        for arguments in candidates:
-            try:
-                return run_trace(twin, to_meta(arguments)), "trace", None
-            except _ForwardFailed as failure:
-                on_meta.append(failure)
+        return None, [_ForwardFailed(0, error)]
+    failures: list[_ForwardFailed] = []
+    for arguments in candidates:
+        try:
+            return run_trace(twin, to_meta(arguments), training=training), failures
+        except _ForwardFailed as failure:
+            failures.append(failure)
+    return None, failures
+
+
+def first_possible_trace(
+    network: nn.Module, convs: Mapping[str, _ConvNd], example_input: Any
+) -> tuple[Trace | None, str, str | None]:
+    """Traces on meta tensors, else with a real forward pass, else not at all.
+
+    Returns the trace, how it was made, and a warning if it was not made on meta tensors.
+    """
+    candidates = call_arguments(network, convs, example_input)
+    trace, on_meta = trace_on_meta(network, candidates)
+    if trace is not None:
+        return trace, "trace", None
+    really: list[_ForwardFailed] = []
     # A real pass would give lazy layers their shapes, and so change the user's network.
     lazy = any(_is_lazy(module) for module in network.modules())
     for arguments in () if lazy else candidates:

@@ -40,25 +40,14 @@ def share_kept(optimizer: Optimizer, weight: Tensor) -> float | None:
 
     The steps are those of a twin of the optimizer that holds two small tensors, at a learning
     rate of 0 and without weight decay, which shrinks merged weights and others likewise. Neither
-    the optimizer nor its state nor the global generators are touched.
-
-    Args:
-        optimizer: The optimizer.
-        weight: A parameter that it holds; the settings of its group are tried.
-
-    Returns:
-        The share, 1 where all of it is left; None if the trial fails, as for an optimizer that
-        needs a closure.
+    the optimizer nor its state nor the global generators are touched. None if the trial fails, as
+    for an optimizer that needs a closure.
     """
     device = weight.device
     devices = [device] if device.type == "cuda" else []
     before = random.getstate()
     try:
-        with (
-            warnings.catch_warnings(),
-            torch.random.fork_rng(devices),
-            torch.no_grad(),
-        ):
+        with warnings.catch_warnings(), torch.random.fork_rng(devices), torch.no_grad():
             warnings.simplefilter("ignore")
             try:
                 share = _measured(optimizer, weight, device, fills_state=False)

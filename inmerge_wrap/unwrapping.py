@@ -26,7 +26,7 @@ _WRAPPERS = {
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Unwraps InMergeWrapper, DDP, torch.compile and weight averages, in any order."""
-    while _class_names(model) & _WRAPPERS:
+    while class_names(model) & _WRAPPERS:
         children = dict(model.named_children())
         model = children["_orig_mod"] if "_orig_mod" in children else children["module"]
     return model
@@ -35,7 +35,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 def named_wrappers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Returns every InMergeWrapper in a model with its name there, "" for the model itself."""
     for name, module in model.named_modules():
-        if _MERGING in _class_names(module):
+        if _MERGING in class_names(module):
             yield name, module
 
 
@@ -66,5 +66,6 @@ def refuse_wrapped(network: nn.Module) -> None:
         )
 
 
-def _class_names(module: nn.Module) -> set[str]:
-    return {kind.__name__ for kind in type(module).__mro__}
+def class_names(value: object) -> set[str]:
+    """Returns the names of the classes of an object, which need no import."""
+    return {kind.__name__ for kind in type(value).__mro__}

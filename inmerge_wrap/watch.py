@@ -31,20 +31,13 @@ class CollapseWarning(UserWarning):
 
 
 class Watch:
-    """Observes merging in this process, and warns if it has no effect or collapses a layer.
-
-    Attributes:
-        history: Snapshots of the layers, in the order in which they were taken.
-        steps: Steps with merging in this process, not counting those before a checkpoint.
-        idle_forwards: Training forward passes since the last of these steps.
-        missed_steps: Steps since then of optimizers that are not attached.
-    """
+    """Observes merging in this process, and warns if it has no effect or collapses a layer."""
 
     def __init__(self) -> None:
         self.history: list[LayerSnapshot] = []
-        self.steps = 0
-        self.idle_forwards = 0
-        self.missed_steps = 0
+        self.steps = 0  # with merging in this process, not counting those before a checkpoint
+        self.idle_forwards = 0  # training forward passes since the last of these steps
+        self.missed_steps = 0  # since then, of optimizers that are not attached
         self._snapshots: dict[str, tuple[LayerSnapshot, LayerSnapshot]] = {}  # first, last
         self._warned: set[str] = set()
 
@@ -88,18 +81,14 @@ class Watch:
             )
 
     def why_never(self, step: int, *, attached: bool) -> str | None:
-        """Returns why no step was ever seen although training began; None if all is well.
-
-        Steps seen include those before a checkpoint.
-        """
+        """Returns why no step, before a checkpoint or after, was seen although training began."""
         began = self.idle_forwards or self.missed_steps
         return _why_idle(attached=attached) if began and not step else None
 
     def after_step(self, step: int, schedule: Schedule) -> None:
         """Warns where training goes on long after the schedule has ended.
 
-        It warns after ten times the schedule's length and at least 100 steps: if epochs are passed
-        for steps, the schedule is over within the first epoch.
+        If epochs are passed for steps, it is over within the first epoch.
         """
         if schedule.end is None:
             return
@@ -123,11 +112,8 @@ class Watch:
     ) -> None:
         """Inspects layers at their first pass and every few; checks that merging has an effect.
 
-        Args:
-            layers: The layers that a pass has just merged.
-            passes: Passes of each layer of the plan, including this one.
-            settings: Those of the wrapper.
-            report: Called only if needed, because it waits for the device.
+        ``layers`` has a pass just merged, ``passes`` are those of each layer of the plan with this
+        one. The report is made only if needed, because it waits for the device.
         """
         if settings.changes_nothing:
             value = f"{settings.size}={getattr(settings, settings.size)}"
@@ -137,13 +123,11 @@ class Watch:
                 f"change {settings.size}, or train without the wrapper",
             )
         every = settings.inspect_every
-        due = [
-            layer
-            for layer in layers
-            if every
-            and (layer.site.name not in self._snapshots or (passes[layer.number] - 1) % every == 0)
-        ]
-        if due:
+
+        def is_due(layer: MergedLayer) -> bool:
+            return layer.site.name not in self._snapshots or (passes[layer.number] - 1) % every == 0
+
+        if every and (due := list(filter(is_due, layers))):
             self._inspect(due, report(), merges_for_good=settings.mode == "step")
         if max(passes[layer.number] for layer in layers) == _PATIENCE:
             self._judge(report(), settings)
@@ -162,12 +146,8 @@ class Watch:
             self.history.append(now)
             # Training alone can lower the rank too, which is no reason to warn of merging. Nor can
             # merging for a gradient alone make copies.
-            if (
-                first
-                and merges_for_good
-                and now.share > _NOTABLE
-                and rank < _COLLAPSED * first.effective_rank
-            ):
+            is_ours = merges_for_good and now.share > _NOTABLE
+            if first and is_ours and rank < _COLLAPSED * first.effective_rank:
                 self.warn_once(
                     now.name,
                     f"the kernels of {now.name} are becoming copies of each other: their effective "
@@ -193,17 +173,16 @@ class Watch:
                 f"{report.merged or 'none'} of {report.drawn:,} drawn pairs passed "
                 f"similarity_threshold={settings.similarity_threshold} in {_PATIENCE} steps"
             )
-            known = [layer for layer in report if layer.max_cosine is not None]
-            best = max(known, key=lambda layer: layer.max_cosine or 0.0, default=None)
-            remedy = (
-                "all kernels are zero or hold NaN or Inf"
-                if best is None
-                else f"the largest cosine was {best.max_cosine:.4f}, in {best.name}. "
-                + _advice(settings.similarity_threshold)
-            )
+            largest = [
+                (each.max_cosine, each.name) for each in report if each.max_cosine is not None
+            ]
+            remedy = "all kernels are zero or hold NaN or Inf"
+            if largest:
+                cosine, name = max(largest)
+                advice = _advice(settings.similarity_threshold)
+                remedy = f"the largest cosine was {cosine:.4f}, in {name}. {advice}"
         self.warn_once(
-            "effect",
-            f"merging has no effect, this is a plain training run: {found}; {remedy}",
+            "effect", f"merging has no effect, this is a plain training run: {found}; {remedy}"
         )
 
 

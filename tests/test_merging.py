@@ -10,7 +10,7 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from inmerge_wrap.kernels import Plain
+from inmerge_wrap.kernels import tensor_store
 from inmerge_wrap.merging import draw_pairs
 from inmerge_wrap.persistent import merge_pairs_
 from inmerge_wrap.settings import MergeSettings
@@ -52,7 +52,7 @@ def merge_on(
         similarity_threshold=similarity_threshold,  # type: ignore[arg-type]
     )
     with torch.no_grad():
-        return merge_pairs_(Plain(weight.detach()), targets, sources, settings, merge_weight)[1]
+        return merge_pairs_(tensor_store(weight), targets, sources, settings, merge_weight)[1]
 
 
 @pytest.mark.parametrize("shape,groups", SHAPES)

@@ -838,6 +838,22 @@ class Blurred(nn.Module):
         return self.conv(nn.functional.avg_pool2d(x, 3, 1, 1))
 
 
+@pytest.mark.parametrize("mode", ["step", "outputs"])
+@pytest.mark.parametrize("by", [None, nn.Identity()])
+def test_a_convolution_removed_after_attaching_is_an_error_with_its_remedy(
+    mode: str, by: nn.Module | None
+) -> None:
+    model = wrapped(mode=mode)
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    model.module.last = by
+    with pytest.raises(RuntimeError, match=r"\blast\b.*[Cc]hange the network first.*then wrap it"):
+        optimizer.step()
+    del model.module.last
+    with pytest.raises(RuntimeError, match=r"has lost the convolution last, .*then wrap it"):
+        optimizer.step()
+
+
 def test_a_convolution_replaced_after_attaching_is_an_error_with_its_remedy() -> None:
     model = wrapped()
     optimizer = sgd(model)
