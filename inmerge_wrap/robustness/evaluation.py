@@ -174,18 +174,17 @@ def _normaliser(
         return lambda pixels: pixels
     if mean is None or std is None:
         raise ValueError(f"mean is {mean} and std is {std}; give both or neither")
-    centre = torch.as_tensor(mean, dtype=torch.float32).reshape(-1, 1, 1)
-    scale = torch.as_tensor(std, dtype=torch.float32).reshape(-1, 1, 1)
+    centre, scale = (
+        torch.as_tensor(values, dtype=torch.float32).reshape(-1, 1, 1) for values in (mean, std)
+    )
     if not (scale > 0).all():
         raise ValueError(f"std is {std}; every entry must be positive")
 
     def apply(pixels: Tensor) -> Tensor:
         for name, values in (("mean", centre), ("std", scale)):
             if len(values) not in (1, pixels.shape[1]):
-                raise ValueError(
-                    f"{name} has {len(values)} entries for {pixels.shape[1]} channels; give one, "
-                    "or one each"
-                )
+                given = f"{name} has {len(values)} entries for {pixels.shape[1]} channels"
+                raise ValueError(f"{given}; give one, or one each")
         return (pixels - centre.to(pixels)) / scale.to(pixels)
 
     return apply
@@ -243,7 +242,7 @@ class _Run:
     targets: list[Tensor] = field(default_factory=list)
     digest: Any = field(default_factory=hashlib.sha256)
     seconds: dict[str, float] = field(
-        default_factory=lambda: {"corruption": 0.0, "inference": 0.0, "attacks": 0.0}
+        default_factory=lambda: dict.fromkeys(("corruption", "inference", "attacks"), 0.0)
     )
 
     def add(self, batch: Any) -> None:
@@ -276,14 +275,6 @@ class _Run:
                 )
             worst = worst_case(clean, self._infer(moved), truth, self.task, self.threshold)
             self._keep((attack.name, str(attack.eps)), worst)
-
-    def joined(self) -> tuple[dict[Condition, Tensor], Tensor]:
-        """Returns the logits of each condition, and the labels, of all images."""
-        if not self.targets:
-            raise ValueError("the loader is empty; give it at least one batch (images, labels)")
-        targets = torch.cat(self.targets)
-        self.digest.update(targets.numpy().tobytes())
-        return {condition: torch.cat(parts) for condition, parts in self.logits.items()}, targets
 
     def _answer(self, pixels: Tensor) -> Tensor:
         return check_logits(self.model(self.normalise(pixels)), pixels, self.task)
@@ -319,7 +310,10 @@ def _result_of(
     baseline: RobustnessResult | None,
     scored: Callable[[], None],
 ) -> RobustnessResult:
-    logits, targets = run.joined()
+    if not run.targets:
+        raise ValueError("the loader is empty; give it at least one batch (images, labels)")
+    targets = torch.cat(run.targets)
+    run.digest.update(targets.numpy().tobytes())
     threshold = run.threshold if isinstance(run.threshold, int | float) else list(run.threshold)
     started = time.perf_counter()
     weights = bootstrap_weights(len(targets), bootstrap, seed=run.seed, groups=groups)
@@ -340,8 +334,9 @@ def _result_of(
         check_baseline(baseline, settings)
 
     scores = {}
-    for condition, outputs in logits.items():
-        scores[condition] = score(outputs, targets, run.task, run.threshold, coverages, weights)
+    for condition, parts in run.logits.items():
+        logits = torch.cat(parts)
+        scores[condition] = score(logits, targets, run.task, run.threshold, coverages, weights)
         scored()
     rows = rows_of(scores, settings, run.corruptions, baseline)
     run.seconds["statistics"] = time.perf_counter() - started

@@ -13,13 +13,8 @@ import torch
 from torch import Tensor
 
 from inmerge_wrap.robustness.corruptions import Corruption
-from inmerge_wrap.robustness.metrics import (
-    LEVEL,
-    classification_metrics,
-    percentile_interval,
-    to_probabilities,
-)
-from inmerge_wrap.robustness.results import Condition, RobustnessResult, Row, drawn_of
+from inmerge_wrap.robustness.metrics import LEVEL, classification_metrics, to_probabilities
+from inmerge_wrap.robustness.results import Condition, RobustnessResult, Row, add_interval, drawn_of
 
 CLEAN: Condition = ("clean", 0)
 
@@ -42,7 +37,6 @@ def score(
     weights: np.ndarray,
 ) -> Score:
     """Scores the logits of one condition, and its bootstrap resamples by ``weights`` (N, R)."""
-
     metrics = partial(
         classification_metrics,
         to_probabilities(logits, task),
@@ -99,9 +93,7 @@ def _row(corruption: str, kind: str, severity: int | float | str, n: int, score:
         drawn = score.replicates.get(name, np.empty(0))
         if name == "ece" and drawn.size:
             drawn = np.maximum(0, drawn - (drawn.mean() - value))
-        interval = percentile_interval(drawn)
-        if interval is not None:
-            row[f"{name}_low"], row[f"{name}_high"] = interval
+        add_interval(row, name, drawn)
     if score.left_out:
         row["left_out"] = score.left_out
     return row
