@@ -51,8 +51,7 @@ def check_images(images: Tensor) -> None:
         )
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(
-            f"images have shape {tuple(images.shape)}; (batch, 1 or 3 channels, height, width) is "
-            "needed"
+            f"images have shape {tuple(images.shape)}; give (batch, 1 or 3 channels, height, width)"
         )
     if images.numel() == 0:
         raise ValueError(f"images have shape {tuple(images.shape)}: nothing in it to corrupt")

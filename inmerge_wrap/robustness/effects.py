@@ -169,9 +169,6 @@ class Draws:
         return torch.stack([torch.poisson(rate, generator=g) for rate, g in pairs]).to(rates)
 
 
-# --- helpers --------------------------------------------------------------------------------------
-
-
 def _side(images: Tensor) -> int:
     """Returns the shorter side in pixels, the unit of every length in the registry."""
     return min(images.shape[-2:])
@@ -224,9 +221,6 @@ def _blend(images: Tensor, colour: Tensor | float, opacity: Tensor) -> Tensor:
     return images + opacity * (colour - images)
 
 
-# --- noise ----------------------------------------------------------------------------------------
-
-
 @_corruption("noise", random=True, sigma=(0.04, 0.08, 0.12, 0.18, 0.26))
 def gaussian_noise(images: Tensor, draws: Draws, *, sigma: float) -> Tensor:
     """Normal noise of standard deviation sigma on every value: read-out electronics."""
@@ -253,9 +247,6 @@ def impulse_noise(images: Tensor, draws: Draws, *, share: float) -> Tensor:
 def speckle_noise(images: Tensor, draws: Draws, *, sigma: float) -> Tensor:
     """Noise in proportion to the signal: coherent imaging, such as ultrasound and OCT."""
     return images * (1 + sigma * draws.normal(*images.shape[1:], like=images))
-
-
-# --- blur -----------------------------------------------------------------------------------------
 
 
 @_corruption("blur", sigma=(0.014, 0.020, 0.028, 0.038, 0.05))
@@ -309,9 +300,6 @@ def zoom_blur(images: Tensor, draws: Draws, *, zoom: float) -> Tensor:
     return total / steps
 
 
-# --- digital --------------------------------------------------------------------------------------
-
-
 @_corruption("digital", quality=(50, 30, 18, 10, 6))
 def jpeg_compression(images: Tensor, draws: Draws, *, quality: float) -> Tensor:
     """JPEG at this quality."""
@@ -330,9 +318,6 @@ def pixelate(images: Tensor, draws: Draws, *, scale: float) -> Tensor:
     return F.interpolate(
         F.adaptive_avg_pool2d(images, small), size=images.shape[-2:], mode="nearest-exact"
     )
-
-
-# --- colour ---------------------------------------------------------------------------------------
 
 
 @_corruption("colour", "brightness_down", "underexposure", factor=(0.85, 0.70, 0.57, 0.45, 0.35))
@@ -383,9 +368,6 @@ def stain_shift(images: Tensor, draws: Draws, *, strength: float) -> Tensor:
     change = strength * torch.cat([angle.cos(), angle.sin(), torch.zeros_like(angle)], dim=1)
     amounts = amounts * torch.exp(change)[:, :, None, None]
     return torch.exp(-torch.einsum("bshw,sc->bchw", amounts, stains))
-
-
-# --- artefacts ------------------------------------------------------------------------------------
 
 
 @_corruption("artefact", radius=(1.25, 1.15, 1.05, 0.95, 0.85))

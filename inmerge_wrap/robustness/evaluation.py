@@ -1,11 +1,7 @@
 """Evaluation of a model on clean, corrupted and attacked images.
 
-`evaluate_robustness` runs one model over one set of images and returns plain rows. It takes any
-`nn.Module` that maps (B, C, H, W) to logits and leaves it unchanged: the mode of each module,
-gradients and torch's global random generators are restored.
-
-    result = evaluate_robustness(model, loader, preset="dermatoscopy", mean=0.5, std=0.5)
-    result.value("balanced_error", "motion_blur", severity=3)
+`evaluate_robustness` leaves the model unchanged: the mode of each module, gradients and torch's
+global random generators are restored.
 
 The loader is read once; each batch goes through the model clean, at every corruption and severity,
 and under every attack. Images are corrupted as pixels in [0, 1] and normalised after that. The
@@ -143,9 +139,6 @@ def evaluate_robustness(
     return _result_of(run, coverages, bootstrap, groups, baseline, scored or (lambda: None))
 
 
-# --- settings -------------------------------------------------------------------------------------
-
-
 def _checked_levels(severities: Sequence[int]) -> tuple[int, ...]:
     levels = tuple(severities)
     if not levels or len(set(levels)) < len(levels) or not set(levels) <= {1, 2, 3, 4, 5}:
@@ -198,9 +191,6 @@ def _device_of(model: nn.Module, device: torch.device | str | None) -> torch.dev
     if found.type != wanted.type or wanted.index not in (None, found.index):
         raise ValueError(f"device is {wanted} and the model is on {found}; move the model")
     return found
-
-
-# --- the run --------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -297,9 +287,6 @@ class _Run:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds[what] += time.perf_counter() - started
-
-
-# --- the result -----------------------------------------------------------------------------------
 
 
 def _result_of(

@@ -41,9 +41,6 @@ LEVEL = 0.95
 _MOST_EXACT_FLIPS = 13
 
 
-# --- uncertainty: pure functions on arrays --------------------------------------------------------
-
-
 def bootstrap_weights(
     n: int, resamples: int, *, seed: int = 0, groups: Sequence[Hashable] | None = None
 ) -> np.ndarray:
@@ -158,9 +155,6 @@ def paired_difference(
     extreme = np.abs(signs @ differences) >= abs(differences.sum()) - 1e-12
     summary["p_sign_flip"] = float(extreme.mean())
     return summary
-
-
-# --- metrics: every one takes weights, so that value and bootstrap share their code ---
 
 
 def classification_metrics(
@@ -349,9 +343,6 @@ def _selective_accuracy(
         taken = (weights - (running - budget).clamp_min(0)).clamp_min(0)
         accuracies[f"selective_accuracy_{coverage:g}"] = correct @ taken / budget
     return accuracies
-
-
-# --- checks ---------------------------------------------------------------------------------------
 
 
 def resolve_task(task: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from inmerge_wrap.files import replacing
 from inmerge_wrap.robustness.metrics import percentile_interval
 
 __all__ = ["RobustnessResult", "compare_results"]
@@ -82,7 +83,8 @@ class RobustnessResult:
         content = {"settings": self.settings, "seconds": self.seconds, "rows": self.rows}
         text = json.dumps(content, indent=1, allow_nan=False)
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            with replacing(path) as draft:
+                draft.write_text(text + "\n", encoding="utf-8")
         return text
 
     @classmethod

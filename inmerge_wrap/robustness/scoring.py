@@ -118,34 +118,27 @@ def _mean_score(scores: Sequence[Score]) -> Score:
 
 def _add_ratios(score: Score, corruption: str, clean: Score, baseline: RobustnessResult) -> None:
     """Adds BE and rBE of one corruption to its mean over the severities, where they are defined."""
-    if "balanced_error" not in score.values:
-        return
+    value = score.values.get("balanced_error")
     base = baseline.value("balanced_error", corruption, "mean")
     base_clean = baseline.value("balanced_error")
-    if base is None or base_clean is None:
+    if value is None or base is None or base_clean is None:
         return
-    value = score.values["balanced_error"]
-    terms = {
-        "be": (value, base),
-        "rbe": (value - clean.values["balanced_error"], base - base_clean),
-    }
     drawn: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     mine, theirs = score.replicates.get("balanced_error"), drawn_of(baseline, corruption, "mean")
     if mine is not None and theirs is not None:
-        drawn["be"] = mine, theirs
         clean_drawn = clean.replicates["balanced_error"]
+        drawn = {"be": (mine, theirs)}
         drawn["rbe"] = mine - clean_drawn, theirs - baseline.replicates[CLEAN]
-    for name, (above, below) in terms.items():
+    for name, above, below, fault in (
+        ("be", value, base, "makes no error under"),
+        ("rbe", value - clean.values["balanced_error"], base - base_clean, "loses nothing to"),
+    ):
         if below <= 1e-12:
-            what = "makes no error under" if name == "be" else "loses nothing to"
-            score.left_out[name] = f"the baseline {what} {corruption}"
+            score.left_out[name] = f"the baseline {fault} {corruption}"
             continue
         score.values[name] = above / below
-        if not drawn:
-            continue
-        above_drawn, below_drawn = drawn[name]
-        defined = below_drawn > 1e-12
-        if np.mean(~defined) <= (1 - LEVEL) / 2:
-            score.replicates[name] = np.where(
-                defined, above_drawn / np.where(defined, below_drawn, 1.0), math.nan
-            )
+        if drawn:
+            above_drawn, below_drawn = drawn[name]
+            defined = below_drawn > 1e-12
+            if np.mean(~defined) <= (1 - LEVEL) / 2:
+                score.replicates[name] = above_drawn / np.where(defined, below_drawn, math.nan)
