@@ -71,8 +71,8 @@ def resolve(name: str) -> tuple[str, str]:
 def build(name: str, num_classes: int | None = None, in_chans: int | None = None) -> nn.Module:
     """Returns an untrained model, or the trained one of a timm folder.
 
-    The name is as for :func:`resolve`, or a folder; the architecture has its own numbers of outputs
-    and of image channels.
+    The name is as for :func:`resolve`, or a folder. Without ``num_classes`` or ``in_chans`` the
+    model has as many outputs and image channels as the architecture by default.
     """
     wanted = {"num_classes": num_classes, "in_chans": in_chans}
     given: dict[str, Any] = {key: value for key, value in wanted.items() if value is not None}
@@ -96,7 +96,10 @@ def build(name: str, num_classes: int | None = None, in_chans: int | None = None
 
 
 def creation_arguments(library: str, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments that create a model without downloading weights of a backbone."""
+    """Returns the arguments that create a model without downloading anything.
+
+    Some of torchvision's models download ImageNet weights for their backbone by default.
+    """
     if library == "torchvision":
         import torchvision
 

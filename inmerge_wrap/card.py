@@ -41,6 +41,7 @@ _LIMITS = (
 )
 _IN_WORDS = "in words"  # the entry of the settings that is a sentence, not a row of the table
 _TASKS = ("multiclass", "multilabel", "binary")
+_DECIDED = ("accuracy", "balanced_error")  # metrics that depend on a threshold
 _SYMBOLS = {
     "merge_weight": " (alpha)",
     "similarity_threshold": " (tau)",
@@ -117,16 +118,13 @@ def results_of(
         f"mean of {len(settings['corruptions'])} corruptions at severities "
         f"{_numbers(settings['severities'])}"
     )
-    given = settings["threshold"]
-    cuts = {given} if isinstance(given, int | float) else set(given)
-    at = f"at threshold {cuts.pop():.4g}" if len(cuts) == 1 else "at each class's threshold"
-    decided = () if settings["task"] == "multiclass" else ("accuracy", "balanced_error")
+    at_threshold = "" if settings["task"] == "multiclass" else _at(settings["threshold"])
     found = []
     for condition, config in (("clean", None), ("all", "corrupted")):
         row = result.row(condition)
         for metric in (metric for metric in metrics if metric in row):
             ends: Any = row.get(f"{metric}_low"), row.get(f"{metric}_high")
-            notes = [corrupted if config else "", at if metric in decided else ""]
+            notes = [corrupted if config else "", at_threshold if metric in _DECIDED else ""]
             found.append(
                 CardResult(
                     metric=metric,
@@ -140,6 +138,11 @@ def results_of(
                 )
             )
     return found
+
+
+def _at(threshold: float | Sequence[float]) -> str:
+    values = {threshold} if isinstance(threshold, int | float) else set(threshold)
+    return f"at threshold {values.pop():.4g}" if len(values) == 1 else "at each class's threshold"
 
 
 @dataclass(frozen=True)

@@ -144,9 +144,11 @@ def read_state(path: str | Path, *, key: str | None = None) -> dict[str, Tensor]
     content = read_pickle(path)
     entries = content if isinstance(content, Mapping) else {}
     if key is not None and key not in entries:
-        raise ValueError(f"{path} has no entry {key!r}; it has {', '.join(map(str, entries))}")
-    weights = _weights_of(entries, path) if key is None else entries[key]
-    named = weights.items() if isinstance(weights, Mapping) else ()
+        known = ", ".join(map(str, entries)) or "none"
+        raise ValueError(f"{path} has no entry {key!r}; it has {known}")
+    if entries:
+        content = _weights_of(entries, path) if key is None else entries[key]
+    named = content.items() if isinstance(content, Mapping) else ()
     state = {str(name): value for name, value in named if isinstance(value, Tensor)}
     if not state:
         raise ValueError(f"{path} holds no state dict but a {type(content).__name__}")

@@ -347,12 +347,10 @@ def _save_verified(state: dict[str, Tensor], path: Path) -> None:
 
 def _same_bits(stored: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
     """Returns whether two states are equal, compared as bytes so that a NaN equals itself."""
-    if stored.keys() != state.keys():
-        return False
-    pairs = [(tensor, stored[name]) for name, tensor in state.items()]
-    return all(
-        a.dtype == b.dtype and torch.equal(*(each.view(-1).view(torch.uint8) for each in (a, b)))
-        for a, b in pairs
+    return stored.keys() == state.keys() and all(
+        tensor.dtype == stored[name].dtype
+        and torch.equal(tensor.view(-1).view(torch.uint8), stored[name].view(-1).view(torch.uint8))
+        for name, tensor in state.items()
     )
 
 

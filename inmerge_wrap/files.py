@@ -14,7 +14,12 @@ from typing import Any
 
 # What CIFS, FUSE and bucket mounts answer to calls that they do not offer.
 _UNSUPPORTED = {
-    *(errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
+    errno.EACCES,
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.EPERM,
 }
 
 
