@@ -80,12 +80,12 @@ class Command(typer.core.TyperCommand):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        text = inspect.cleandoc(str(self.callback.__doc__))
+        text = inspect.cleandoc(self.callback.__doc__ or "")  # none with python -OO
         self.help, _, described = text.partition("\n\nArgs:\n")
         said = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", described, re.MULTILINE))
         parameters: list[Any] = self.params
         for parameter in parameters:
-            parameter.help = parameter.help or " ".join(said[parameter.name].split())
+            parameter.help = parameter.help or " ".join(said.get(parameter.name, "").split())
 
 
 class Group(typer.core.TyperGroup):

@@ -107,7 +107,7 @@ def _corruption(
     )
 
     def register(effect: _Effect) -> _Effect:
-        about = str(effect.__doc__)
+        about = effect.__doc__ or ""  # none with python -OO
         about = f"{about[:-1]}: {cause}." if cause else about
         entry = Corruption(
             name or effect.__name__, kind, effect, severities, about, random, rgb_only
