@@ -22,12 +22,7 @@ if TYPE_CHECKING:
 _FOLDERS = {
     "timm": ("models",),
     # Models of torchvision.models.quantization and .optical_flow are not trained like a CNN.
-    "torchvision": (
-        "models",
-        "models/segmentation",
-        "models/detection",
-        "models/video",
-    ),
+    "torchvision": ("models", "models/segmentation", "models/detection", "models/video"),
 }
 # A function under @register_model, with any other decorators between the two.
 _REGISTERED = re.compile(r"^@register_model\b.*\n(?:(?:@|[ )]).*\n)*def (\w+)\(", re.MULTILINE)
@@ -54,17 +49,10 @@ def is_timm_folder(path: str | Path) -> bool:
 
 
 def resolve(name: str) -> tuple[str, str]:
-    """Returns the library that a model belongs to, and its name there.
+    """Returns the library that a model belongs to, and its name there; timm if both have it.
 
-    Args:
-        name: ``"NAME"``, ``"timm:NAME"`` or ``"torchvision:NAME"``. timm's may end in a set of
-            weights, as in ``"resnet34.tv_in1k"``.
-
-    Returns:
-        ``"timm"`` or ``"torchvision"`` and the model's name there; timm if both have it.
-
-    Raises:
-        ValueError: If there is no such model; the message names close ones.
+    A name is ``"NAME"``, ``"timm:NAME"`` or ``"torchvision:NAME"``. timm's may end in a set of
+    weights, as in ``"resnet34.tv_in1k"``.
     """
     library, _, rest = name.rpartition(":")
     if library and library not in _FOLDERS:
@@ -83,13 +71,8 @@ def resolve(name: str) -> tuple[str, str]:
 def build(name: str, num_classes: int | None = None, in_chans: int | None = None) -> nn.Module:
     """Returns an untrained model, or the trained one of a timm folder.
 
-    Args:
-        name: As for :func:`resolve`, or a folder.
-        num_classes: Number of outputs; the architecture's own if None.
-        in_chans: Image channels; the architecture's own if None.
-
-    Raises:
-        ValueError: If there is no such model, or it does not support that many channels.
+    The name is as for :func:`resolve`, or a folder. Without ``num_classes`` or ``in_chans`` the
+    model has as many outputs and image channels as the architecture by default.
     """
     wanted = {"num_classes": num_classes, "in_chans": in_chans}
     given: dict[str, Any] = {key: value for key, value in wanted.items() if value is not None}
@@ -115,8 +98,7 @@ def build(name: str, num_classes: int | None = None, in_chans: int | None = None
 def creation_arguments(library: str, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments that create a model without downloading anything.
 
-    Detectors and segmentation networks of torchvision download ImageNet weights for their backbone
-    by default.
+    Some of torchvision's models download ImageNet weights for their backbone by default.
     """
     if library == "torchvision":
         import torchvision

@@ -42,6 +42,14 @@ _LIMITS = (
 _IN_WORDS = "in words"  # the entry of the settings that is a sentence, not a row of the table
 _TASKS = ("multiclass", "multilabel", "binary")
 _DECIDED = ("accuracy", "balanced_error")  # metrics that depend on a threshold
+_SYMBOLS = {
+    "merge_weight": " (alpha)",
+    "similarity_threshold": " (tau)",
+    "merge_probability": " (p)",
+}
+_SETTINGS = (
+    *_SYMBOLS, "schedule", "partner", "direction", "radius", "mode", "keep_norm", "merge_momentum",
+)  # fmt: skip
 _METRIC_NAMES = {
     "accuracy": "Accuracy",
     "auroc": "AUROC",
@@ -115,7 +123,7 @@ def results_of(
     for condition, config in (("clean", None), ("all", "corrupted")):
         row = result.row(condition)
         for metric in (metric for metric in metrics if metric in row):
-            low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
+            ends: Any = row.get(f"{metric}_low"), row.get(f"{metric}_high")
             notes = [corrupted if config else "", at_threshold if metric in _DECIDED else ""]
             found.append(
                 CardResult(
@@ -125,7 +133,7 @@ def results_of(
                     dataset_id=dataset_id,
                     config=config,
                     split=split,
-                    interval=None if low is None or high is None else (low, high),
+                    interval=None if None in ends else ends,
                     note="; ".join(filter(None, notes)),
                 )
             )
@@ -318,7 +326,7 @@ class ModelCard:
         picture = self._write_picture(directory)
         text = card.render(picture=picture, **facts)
         (directory / "README.md").write_text(text, encoding="utf-8")
-        return ["README.md", *([picture] if picture else [])]
+        return ["README.md", picture] if picture else ["README.md"]
 
     @property
     def _claims_merging(self) -> bool:
@@ -362,12 +370,13 @@ class ModelCard:
         if picture is None:
             return None
         if hasattr(picture, "savefig"):
-            picture.savefig(directory / f"{_PICTURE}.png")
-            return f"{_PICTURE}.png"
+            name = f"{_PICTURE}.png"
+            picture.savefig(directory / name)
+            return name
         source = Path(picture)
-        if source.suffix.lower() not in (".png", ".jpg", ".jpeg", ".svg") or not source.is_file():
-            raise ValueError(f"robustness_picture is not a PNG, JPEG or SVG file: {source}")
         name = _PICTURE + source.suffix.lower()
+        if not name.endswith((".png", ".jpg", ".jpeg", ".svg")) or not source.is_file():
+            raise ValueError(f"robustness_picture is not a PNG, JPEG or SVG file: {source}")
         shutil.copyfile(source, directory / name)
         return name
 
@@ -381,21 +390,11 @@ def merging_settings(model: nn.Module) -> dict[str, Any]:
     wrapper: Any = find_wrapper(model)
     if wrapper is None:
         return {}
-    plan = wrapper.plan
+    plan, names = wrapper.plan, [site.name for site in wrapper.plan.merged]
     return {
         _IN_WORDS: wrapper.settings.in_words,
-        "merge_weight (alpha)": wrapper.merge_weight,
-        "similarity_threshold (tau)": wrapper.similarity_threshold,
-        "merge_probability (p)": wrapper.merge_probability,
-        "schedule": wrapper.schedule,
-        "partner": wrapper.partner,
-        "direction": wrapper.direction,
-        "radius": wrapper.radius,
-        "mode": wrapper.mode,
-        "keep_norm": wrapper.keep_norm,
-        "merge_momentum": wrapper.merge_momentum,
-        "merged layers": f"{len(plan.merged)} of {len(plan.merged) + len(plan.skipped)}: "
-        + ", ".join(site.name for site in plan.merged),
+        **{f"{name}{_SYMBOLS.get(name, '')}": getattr(wrapper, name) for name in _SETTINGS},
+        "merged layers": f"{len(names)} of {len(names) + len(plan.skipped)}: {', '.join(names)}",
         "seed": wrapper.seed,
         **_outcome(wrapper.report()),
     }

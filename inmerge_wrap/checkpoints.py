@@ -105,19 +105,19 @@ def load_network(
     fitted = _without_prefix(state, network, arch)
     fitting = _fitting_arguments(fitted, network)
     asked = {"num_classes": num_classes, "in_chans": in_chans}
+    arguments = {name: value for name, value in asked.items() if value is not None}
     if fitting:
-        if any(asked[name] is not None for name in fitting):
+        if wrong := [f"{name}={arguments[name]}" for name in fitting if name in arguments]:
             options = " ".join(f"<{name}={value}>" for name, value in fitting.items())
             raise ArgumentError(
-                f"{weights} does not fit {arch} with "
-                f"{', '.join(f'{n}={asked[n]}' for n in fitting if asked[n] is not None)}: "
-                f"pass {options}, or leave it out"
+                f"{weights} does not fit {arch} with {', '.join(wrong)}: pass {options}, or leave "
+                "it out"
             )
-        asked |= fitting
-        network = build(arch, **asked)
+        arguments |= fitting
+        network = build(arch, **arguments)
     _check_shapes(fitted, network, weights, arch)
     network.load_state_dict(fitted)
-    return network, {name: value for name, value in asked.items() if value is not None}
+    return network, arguments
 
 
 def read_state(path: str | Path, *, key: str | None = None) -> dict[str, Tensor]:
@@ -142,18 +142,14 @@ def read_state(path: str | Path, *, key: str | None = None) -> dict[str, Tensor]
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     content = read_pickle(path)
-    if key is not None:
-        if not isinstance(content, Mapping) or key not in content:
-            keys = ", ".join(map(str, content)) if isinstance(content, Mapping) else "none"
-            raise ValueError(f"{path} has no entry {key!r}; it has {keys}")
-        content = content[key]
-    else:
-        content = _weights_of(content, path)
-    state = {
-        str(name): value
-        for name, value in (content.items() if isinstance(content, Mapping) else ())
-        if isinstance(value, Tensor)
-    }
+    entries = content if isinstance(content, Mapping) else {}
+    if key is not None and key not in entries:
+        known = ", ".join(map(str, entries)) or "none"
+        raise ValueError(f"{path} has no entry {key!r}; it has {known}")
+    if entries:
+        content = _weights_of(entries, path) if key is None else entries[key]
+    named = content.items() if isinstance(content, Mapping) else ()
+    state = {str(name): value for name, value in named if isinstance(value, Tensor)}
     if not state:
         raise ValueError(f"{path} holds no state dict but a {type(content).__name__}")
     return state
@@ -176,11 +172,13 @@ def _load_timm_folder(
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"timm cannot load {folder} ({type(error).__name__}: {reason})") from error
     arguments = {**arguments, "num_classes": network.num_classes}
-    held = {"num_classes": network.num_classes, "in_chans": arguments.get("in_chans", 3)}
-    for name, asked in (("num_classes", num_classes), ("in_chans", in_chans)):
-        if asked not in (None, held[name]):  # timm would draw a new head at random
+    for name, asked, held in (
+        ("num_classes", num_classes, network.num_classes),
+        ("in_chans", in_chans, arguments.get("in_chans", 3)),
+    ):
+        if asked not in (None, held):  # timm would draw a new head at random
             raise ArgumentError(
-                f"{folder} does not fit {name}={asked}: pass <{name}={held[name]}>, or leave it out"
+                f"{folder} does not fit {name}={asked}: pass <{name}={held}>, or leave it out"
             )
     return network, arguments
 
@@ -215,19 +213,18 @@ def read_merging(path: str | Path, *, key: str | None = None) -> MergeReport | N
     return reports[0] if len(reports) == 1 else None
 
 
-def _weights_of(content: Any, path: Path) -> Any:
+def _weights_of(content: Mapping[Any, Any], path: Path) -> Mapping[Any, Any]:
     """Returns the weights inside a training checkpoint, or the content itself if it is bare."""
-    if isinstance(content, Mapping):
-        averages = [name for name in _AVERAGES if isinstance(content.get(name), Mapping)]
-        weights = [name for name in _WEIGHTS if isinstance(content.get(name), Mapping)]
-        if averages and weights:
-            message = ArgumentWarning(
-                f"{path} holds the weights ({weights[0]}) and their moving average "
-                f"({averages[0]}): the weights are used; for the average, pass <key={averages[0]}>"
-            )
-            warnings.warn(message, stacklevel=3)
-    for name in _WEIGHTS:
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+    averages = [name for name in _AVERAGES if isinstance(content.get(name), Mapping)]
+    weights = [name for name in _WEIGHTS if isinstance(content.get(name), Mapping)]
+    if averages and weights:
+        message = ArgumentWarning(
+            f"{path} holds the weights ({weights[0]}) and their moving average ({averages[0]}): "
+            f"the weights are used; for the average, pass <key={averages[0]}>"
+        )
+        warnings.warn(message, stacklevel=3)
+    for name in _WEIGHTS:  # one may hold another
+        if isinstance(content.get(name), Mapping):
             content = content[name]
     return content
 
@@ -279,17 +276,17 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         return f"it holds objects that could run code: {', '.join(foreign[:3])}{more}"
-    lines = _TERMINAL_CODES.sub("", str(error)).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    said = _TERMINAL_CODES.sub("", str(error)).strip()
+    return said.partition("\n")[0] or type(error).__name__
 
 
 def _read_folder(path: Path) -> dict[str, Tensor]:
     """Returns the weights of a folder that Accelerate wrote, in one file or in shards."""
-    for name, suffix in (("model.safetensors", ".safetensors"), ("pytorch_model.bin", ".bin")):
-        index = path / f"{name}.index.json"
-        if index.is_file():
-            return _read_shards(path, index, suffix)
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    names = ("model.safetensors", "pytorch_model.bin")
+    for name in names:
+        if (index := path / f"{name}.index.json").is_file():
+            return _read_shards(index, Path(name).suffix)
+    for name in names:
         if (path / name).is_file():
             return read_state(path / name)
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
@@ -298,8 +295,9 @@ def _read_folder(path: Path) -> dict[str, Tensor]:
     )
 
 
-def _read_shards(folder: Path, index: Path, suffix: str) -> dict[str, Tensor]:
+def _read_shards(index: Path, suffix: str) -> dict[str, Tensor]:
     """Returns the weights that an index assigns to files beside it."""
+    folder = index.parent
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index} has no weight_map, which says which file holds which weight")
@@ -327,8 +325,7 @@ def _without_prefix(
 ) -> dict[str, Tensor]:
     """Returns the entries of a state dict that belong to the network, without prefixes.
 
-    Prefixes that a wrapper or a training framework added to the names (``module.``, ``model.``,
-    ``net.``) are found by comparison with the names that the network has.
+    Prefixes (``module.``, ``model.``) are found by comparison with the network's own names.
     """
     plain = {
         name.replace("_orig_mod.", ""): value
@@ -383,26 +380,24 @@ def _check_shapes(
     state: Mapping[str, Tensor], network: nn.Module, weights: Path, arch: str
 ) -> None:
     own = network.state_dict()
-    missing = [name for name in own if name not in state]
-    unexpected = [name for name in state if name not in own]
-    wrong = [
-        f"{name} is {tuple(state[name].shape)} instead of {tuple(mine.shape)}"
-        for name, mine in own.items()
-        if name in state and state[name].shape != mine.shape
-    ]
-    foreign = [
-        f"{name} is {state[name].dtype} instead of {mine.dtype}"
-        for name, mine in own.items()
-        if name in state and state[name].is_floating_point() != mine.is_floating_point()
-    ]
+    shared = [(name, state[name], mine) for name, mine in own.items() if name in state]
+    found = {
+        "missing": [name for name in own if name not in state],
+        "not in it": [name for name in state if name not in own],
+        "shapes": [
+            f"{name} is {tuple(value.shape)} instead of {tuple(mine.shape)}"
+            for name, value, mine in shared
+            if value.shape != mine.shape
+        ],
+        "types": [
+            f"{name} is {value.dtype} instead of {mine.dtype}"
+            for name, value, mine in shared
+            if value.is_floating_point() != mine.is_floating_point()
+        ],
+    }
     problems = [
         f"{what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-        for what, names in (
-            ("missing", missing),
-            ("not in it", unexpected),
-            ("shapes", wrong),
-            ("types", foreign),
-        )
+        for what, names in found.items()
         if names
     ]
     if problems:

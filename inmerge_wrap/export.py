@@ -208,8 +208,7 @@ def _check_facts(
     """Raises a ValueError if the preprocessing or the names do not fit the network."""
     channels = data_config["input_size"][0]
     for name in ("mean", "std"):
-        count = len(data_config[name])
-        if count != channels:
+        if (count := len(data_config[name])) != channels:
             raise ValueError(f"{name} has {count} values for an image of {channels} channels")
     classes: Any = network.num_classes
     if label_names is not None and len(label_names) != classes:
@@ -251,11 +250,7 @@ def _write_timm_config(
 def _check_timm_draft(
     network: nn.Module, state: Mapping[str, Tensor], draft: Path, data_config: dict[str, Any]
 ) -> int:
-    """Loads the draft with stock timm and compares outputs (the state dict if sharded).
-
-    Returns:
-        The number of tensors that the network returns; 1 if it is sharded.
-    """
+    """Loads the draft with stock timm, compares outputs (if sharded, weights), and counts them."""
     import timm
 
     try:
@@ -290,10 +285,12 @@ def _check_timm_draft(
 
 def _computes_weights(module: nn.Module) -> bool:
     """Returns whether a module computes part of its state from other tensors in each forward."""
-    return parametrize.is_parametrized(module) or any(
-        type(hook).__module__.startswith("torch.nn.utils")
-        for hook in module._forward_pre_hooks.values()
-    )
+    hooks = module._forward_pre_hooks.values()
+    return parametrize.is_parametrized(module) or any(map(_computes, hooks))
+
+
+def _computes(hook: Any) -> bool:
+    return type(hook).__module__.startswith("torch.nn.utils")
 
 
 def _computed_state(network: nn.Module) -> dict[str, Any]:
@@ -304,11 +301,8 @@ def _computed_state(network: nn.Module) -> dict[str, Any]:
             prefix = f"{path}." if path else ""
             # Not by removing the parametrisation of a copy: a copy shares its class with the
             # original, which would lose the attribute.
-            state = {
-                name: value
-                for name, value in state.items()
-                if not name.startswith(f"{prefix}parametrizations.")
-            }
+            for name in [name for name in state if name.startswith(f"{prefix}parametrizations.")]:
+                del state[name]
             for tensor_name in cast(nn.ModuleDict, module.parametrizations):
                 state[f"{prefix}{tensor_name}"] = getattr(module, tensor_name)
     return state
@@ -330,7 +324,7 @@ def _with_stored_weights(network: nn.Module) -> nn.Module:
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)
-            elif type(hook).__module__.startswith("torch.nn.utils"):
+            elif _computes(hook):
                 cast(Any, hook).remove(module)
                 del module._forward_pre_hooks[key]
     return twin

@@ -30,25 +30,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     The draft is an empty file in the same folder, with the mode that the process gives to new
     files. Its name is unique: of several processes that write the same file, the last one wins, and
     a reader sees one version whole. Missing folders are created. A symbolic link stays, and the
-    file that it points to is replaced.
-
-    Raises:
-        OSError: If a file cannot be written there. The previous file is unchanged, and no draft is
-            left.
+    file that it points to is replaced. After an OSError the previous file is unchanged, and no
+    draft is left.
     """
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".draft-{secrets.token_hex(8)}{target.suffix}")
     try:
-        draft.touch(exist_ok=False)
-        yield draft
-        sync(draft)
-        os.replace(draft, target)
-        sync(target.parent)
-    except OSError as error:
-        if _is_about_another(error, draft, target):
-            raise
-        raise _not_written(path, error) from error
+        with _errors_naming(path, target, draft):
+            draft.touch(exist_ok=False)
+            yield draft
+            sync(draft)
+            os.replace(draft, target)
+            sync(target.parent)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -57,17 +51,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def replacing_files(directory: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a draft folder, whose files replace those of a folder when the block ends.
 
-    Each file is replaced atomically, none if the block raises an error. Other files stay, and
-    missing folders are created.
-
-    Raises:
-        OSError: If a file cannot be written there.
-        ValueError: If a file to replace is a symbolic link.
+    Each file is replaced atomically, none if the block raises an error or a file to replace is a
+    symbolic link. Other files stay, and missing folders are created.
     """
     target = Path(os.path.realpath(directory))
     target.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=target, prefix=".draft-") as folder:
-        try:
+        with _errors_naming(directory, target, Path(folder)):
             yield Path(folder)
             drafts = sorted(Path(folder).iterdir(), reverse=True)
             for link in (target / draft.name for draft in drafts):
@@ -80,32 +70,25 @@ def replacing_files(directory: str | os.PathLike[str]) -> Iterator[Path]:
                 sync(draft)
                 os.replace(draft, target / draft.name)
             sync(target)
-        except OSError as error:
-            if _is_about_another(error, Path(folder), target):
+
+
+@contextmanager
+def _errors_naming(path: str | os.PathLike[str], target: Path, draft: Path) -> Iterator[None]:
+    """Makes errors name what was to be written, not its draft; those of another file stay."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error.filename, str | os.PathLike):
+            named = Path(error.filename)
+            if draft not in (named, *named.parents) and named not in (target, *target.parents):
                 raise
-            raise _not_written(directory, error) from error
-
-
-def _is_about_another(error: OSError, draft: Path, target: Path) -> bool:
-    """Returns whether an error names a file that was not to be written, such as one to read."""
-    if not isinstance(error.filename, str | os.PathLike):
-        return False
-    named = Path(error.filename)
-    return draft not in (named, *named.parents) and named not in (target, *target.parents)
-
-
-def _not_written(path: str | os.PathLike[str], error: OSError) -> OSError:
-    """Returns an error that names the file or folder that was to be written, not its draft."""
-    reason = f"{path} was not written, what was there is unchanged: {error.strerror or error}"
-    return OSError(error.errno, reason) if error.errno is not None else OSError(reason)
+        reason = f"{path} was not written, what was there is unchanged: {error.strerror or error}"
+        told = (reason,) if error.errno is None else (error.errno, reason)
+        raise OSError(*told) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object that a JSON file holds.
-
-    Raises:
-        ValueError: If it cannot be read, or holds something else.
-    """
+    """Returns the object that a JSON file holds; a ValueError names the file that has none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -124,11 +107,7 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None
 
 
 def sync(path: Path) -> None:
-    """Makes a file, or the names in a folder, survive a power cut where the file system can.
-
-    Raises:
-        OSError: If the device fails.
-    """
+    """Makes a file, or the names in a folder, survive a power cut where the file system can."""
     if path.is_dir() and os.name != "posix":  # Windows opens no folders
         return
     with supported_or_skipped():

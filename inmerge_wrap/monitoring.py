@@ -55,8 +55,7 @@ def tracker_values(
         raise ValueError("since is the report of a model with other merged layers")
     values = {f"{prefix}/step": float(wrapper.step)}
     all_drawn = all_merged = 0
-    for place, layer in enumerate(report):
-        earlier = since.layers[place] if since is not None else None
+    for earlier, layer in zip(since or [None] * len(names), report, strict=True):
         drawn, merged, known, total = pairs_between(earlier, layer)
         all_drawn, all_merged = all_drawn + drawn, all_merged + merged
         if drawn:

@@ -8,9 +8,11 @@ matplotlib figure that nothing has shown or stored yet.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -35,7 +37,6 @@ _COLOURS = {
     "dark": {"ground": "#16181d", "ink": "#ececec", "merging": "#ff9a52", "chance": "#2fbf94"},
 }
 _SHARES = {"light": ("#c8c8c8", "#4a4a4a"), "dark": ("#4a4a4a", "#e0e0e0")}  # few, many pairs
-_MOSAIC = 16  # channels of a kernel that a picture shows
 
 
 def plot_overview(
@@ -67,29 +68,28 @@ def plot_overview(
         raise ValueError(f"merged names layers that were not measured: {unknown}")
     rule = as_threshold(similarity_threshold)
     with _themed(theme) as figure_of:
+        colours = _COLOURS[theme]
         figure = figure_of(4.2, 5.6)  # a telephone shows no more without shrinking the letters
         axes = figure.subplots(3, 1, sharex=True, height_ratios=(2, 1, 1))
-        colours = _COLOURS[theme]
-        for axis in axes:
-            for place, layer in enumerate(layers, start=1):
-                if layer.name in merged:
-                    sides = place - 0.5, place + 0.5
-                    axis.axvspan(*sides, color=colours["merging"], alpha=0.15, lw=0, zorder=-1)
-        _draw_histograms(axes[0], layers, _SHARES[theme], colours["chance"])
-        _draw_bounds(axes[0], layers, merged, rule, colours["merging"])
-        furthest = max(_off_diagonal(layer.cosines).abs().max().item() for layer in layers)
-        reach = min(1.0, 1.1 * max(furthest, *(2 * layer.chance for layer in layers)))
-        axes[0].set_ylim(-reach, reach)
+        _draw_histograms(axes[0], layers, theme)
+        acting = {place: layer for place, layer in enumerate(layers, 1) if layer.name in merged}
+        for axis, place in itertools.product(axes, acting):
+            sides = place - 0.5, place + 0.5
+            axis.axvspan(*sides, color=colours["merging"], alpha=0.15, lw=0, zorder=-1)
+        if acting:
+            bounds = [_bound(rule, layer) for layer in acting.values()]
+            left, right = ([place + side for place in acting] for side in (-0.5, 0.5))
+            line: dict[str, Any] = {"colors": colours["merging"], "linewidth": 2.2}
+            axes[0].hlines(bounds, left, right, **line, label="threshold of merging")
         _draw_shares(axes[1], layers, thresholds, colours["ink"])
         # Above the panels: inside of them, any corner may hold data.
-        above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "frameon": False, "fontsize": 7.5}
+        above: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1)}
         axes[0].legend(**above)
         axes[1].legend(ncols=3, columnspacing=1, handletextpad=0.4, **above)
         ranks = [layer.effective_rank for layer in layers]
         axes[2].plot(range(1, len(layers) + 1), ranks, "o-", c=colours["ink"], ms=3.5, lw=1)
-        axes[2].set_ylim(0, 1.05)
-        axes[2].set_ylabel("effective rank")
         shaded = "; shaded, in bold: merged" if merged else ""
+        axes[2].set(ylim=(0, 1.05), ylabel="effective rank")
         axes[2].set_xlabel(f"convolution, in depth order{shaded}")
         shown = range(0, len(layers), math.ceil(len(layers) / 24))
         axes[2].set_xticks([i + 1 for i in shown], [layers[i].name for i in shown], rotation=90)
@@ -129,30 +129,25 @@ def plot_matrices(
         panels = figure.subplots(rows, columns, squeeze=False).flatten()
         for panel, layer in zip(panels, layers, strict=False):
             chosen = _clustered(layer.cosines, most)
-            shown = layer.cosines[chosen][:, chosen]
-            reach = max(0.01, _off_diagonal(shown).abs().max().item())
-            shown = shown.clone().fill_diagonal_(math.nan)
+            shown = layer.cosines[chosen][:, chosen].fill_diagonal_(math.nan)
+            reach = max(0.01, shown.nan_to_num().abs().max().item())
             image = panel.imshow(
                 shown.numpy(), cmap="RdBu_r", vmin=-reach, vmax=reach, rasterized=True
             )
-            panel.set_title(_shortened(layer.name, 24), fontsize=7.5, pad=3)
-            panel.set_xlabel(f"{len(chosen)} of {layer.shape[0]} kernels", fontsize=7, labelpad=2)
+            panel.set_title(_shortened(layer.name))
+            panel.set_xlabel(f"{len(chosen)} of {layer.shape[0]} kernels")
             panel.set(xticks=[], yticks=[])
             panel.spines[:].set_visible(False)
             bar = figure.colorbar(image, ax=panel, shrink=0.85, aspect=14, pad=0.03)
-            bar.ax.tick_params(labelsize=6.5)
             bar.outline.set_visible(False)
         for panel in panels[len(layers) :]:
             panel.set_axis_off()
-        figure.suptitle("cosine of two kernels", fontsize=9)
+        figure.suptitle("cosine of two kernels")
     return figure
 
 
 def plot_pairs(
-    layers: Sequence[LayerSimilarity],
-    *,
-    count: int = 4,
-    theme: Theme = "light",
+    layers: Sequence[LayerSimilarity], *, count: int = 4, theme: Theme = "light"
 ) -> Figure:
     """The most and the least similar pairs of kernels as pictures, as in the paper's Figure 1.
 
@@ -179,50 +174,29 @@ def plot_pairs(
     _check_layers(layers)
     wide = [layer for layer in layers if math.prod(layer.shape[2:]) > 1 and layer.most_similar]
     layers = wide or layers
-    similar = _choose_pairs([(layer, layer.most_similar) for layer in layers], count, highest=True)
-    apart = _choose_pairs([(layer, layer.least_similar) for layer in layers], count, highest=False)
-    if not similar:
+    rows = {
+        "most similar": _extremes([(layer, layer.most_similar) for layer in layers], count, -1),
+        "least similar": _extremes([(layer, layer.least_similar) for layer in layers], count, 1),
+    }
+    columns = len(rows["most similar"])
+    if not columns:
         raise ValueError("no layer has a pair of comparable kernels to draw")
     with _themed(theme) as figure_of:
-        figure = figure_of(max(3.6, 1.9 * len(similar)), 3.5)
-        halves = figure.subfigures(2, 1)
-        for half, title, chosen in zip(
-            halves, ("most similar", "least similar"), (similar, apart), strict=True
-        ):
-            half.suptitle(title, fontsize=9, x=0.01, ha="left")
-            widths = [1.0, 1.0, 0.25] * len(chosen)  # two kernels and a gap
-            panels = half.subplots(1, 3 * len(chosen) - 1, width_ratios=widths[:-1])
+        figure = figure_of(max(3.6, 1.9 * columns), 3.5)
+        for half, (title, chosen) in zip(figure.subfigures(2, 1), rows.items(), strict=True):
+            half.suptitle(title, x=0.01, ha="left")
+            widths = [1.0, 1.0, 0.25] * columns  # two kernels and a gap
+            panels = half.subplots(1, 3 * columns - 1, width_ratios=widths[:-1])
             for gap in panels[2::3]:
                 gap.set_axis_off()
-            mapped = None
             for place, (layer, pair) in enumerate(chosen):
-                left, right = panels[3 * place], panels[3 * place + 1]
-                for panel, picture in zip((left, right), _pictures(pair.kernels), strict=True):
-                    height, width = picture.shape[:2]
-                    image = panel.imshow(
-                        picture.numpy(),
-                        cmap="RdBu_r",
-                        vmin=-1,
-                        vmax=1,
-                        interpolation="nearest",
-                        aspect=max(1.0, width / (4 * height)),  # a signal would be a hair line
-                    )
-                    mapped = image if picture.dim() == 2 else mapped
-                    panel.set(xticks=[], yticks=[])
-                    panel.spines[:].set_visible(True)  # or two mosaics run into one
-                    panel.spines[:].set_linewidth(0.5)
-                left.set_xlabel(f"#{pair.first}", fontsize=7, labelpad=2)
-                right.set_xlabel(f"#{pair.second}", fontsize=7, labelpad=2)
-                left.set_title(
-                    f"{_shortened(layer.name, 22)}\n{_extent(layer)}\ncos = {pair.cosine:.2f}",
-                    fontsize=7,
-                    loc="left",
-                    pad=3,
-                )
-            if mapped is not None:
-                bar = half.colorbar(mapped, ax=panels.tolist(), shrink=0.8, aspect=18, pad=0.01)
-                bar.set_label("weight / largest of the pair", fontsize=7)
-                bar.ax.tick_params(labelsize=6.5)
+                _draw_pair(panels[3 * place : 3 * place + 2], layer, pair)
+            scaled = [
+                image for panel in panels for image in panel.images if image.get_array().ndim == 2
+            ]
+            if scaled:  # colours have no scale
+                bar = half.colorbar(scaled[0], ax=panels.tolist(), shrink=0.8, aspect=18, pad=0.01)
+                bar.set_label("weight / largest of the pair")
                 bar.outline.set_visible(False)
     return figure
 
@@ -247,29 +221,27 @@ def _themed(theme: Theme) -> Iterator[Any]:
         raise ImportError('pictures need matplotlib: pip install "inmerge-wrap[cli]"') from error
     ground, ink = _COLOURS[theme]["ground"], _COLOURS[theme]["ink"]
     settings: dict[Any, Any] = {
-        "font.size": 8,
-        "text.color": ink,
-        "axes.labelcolor": ink,
-        "axes.edgecolor": ink,
-        "axes.facecolor": ground,
-        "figure.facecolor": ground,
-        "savefig.facecolor": ground,
-        "xtick.color": ink,
-        "ytick.color": ink,
-        "xtick.labelsize": 7,
-        "ytick.labelsize": 7,
+        "font.size": 7,
+        "axes.titlesize": 7,
+        "axes.titlepad": 3,
+        "axes.labelpad": 2,
         "axes.spines.top": False,
         "axes.spines.right": False,
+        "figure.titlesize": 9,
         "figure.dpi": 150,
         "savefig.dpi": 200,
+        "legend.fontsize": 7,
+        "legend.frameon": False,
     }
+    for part in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"):
+        settings[part] = ink
+    for part in ("axes.facecolor", "figure.facecolor", "savefig.facecolor"):
+        settings[part] = ground
     with mpl.rc_context(settings):
         yield lambda width, height: Figure(figsize=(width, height), layout="constrained")
 
 
-def _draw_histograms(
-    axes: Axes, layers: Sequence[LayerSimilarity], shades: tuple[str, str], colour: str
-) -> None:
+def _draw_histograms(axes: Axes, layers: Sequence[LayerSimilarity], theme: Theme) -> None:
     """One column per layer: how its pairs spread over the cosines, and what chance would give."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
 
@@ -281,44 +253,25 @@ def _draw_histograms(
         aspect="auto",
         extent=(0.5, len(layers) + 0.5, -1, 1),
         norm=LogNorm(1e-3, 100),
-        cmap=LinearSegmentedColormap.from_list("shares", shades),
+        cmap=LinearSegmentedColormap.from_list("shares", _SHARES[theme]),
         interpolation="nearest",
         rasterized=True,
     )
-    chance = [2 * layer.chance for layer in layers]
-    places = range(1, len(layers) + 1)
-    style: dict[str, Any] = {"c": colour, "lw": 1.4, "drawstyle": "steps-mid"}
-    axes.plot(places, chance, **style, label="two standard deviations of random kernels")
-    axes.plot(places, [-value for value in chance], **style)
-    axes.set_ylabel("cosine of two kernels")
+    chance = torch.tensor([2 * layer.chance for layer in layers])
+    style: dict[str, Any] = {"c": _COLOURS[theme]["chance"], "lw": 1.4, "drawstyle": "steps-mid"}
+    for bound, label in ((chance, "two standard deviations of random kernels"), (-chance, None)):
+        axes.plot(range(1, len(layers) + 1), bound, label=label, **style)
+    furthest = [_off_diagonal(layer.cosines).abs().max() for layer in layers]
+    reach = min(1.0, 1.1 * max(*furthest, chance.max()).item())
+    axes.set(ylim=(-reach, reach), ylabel="cosine of two kernels")
     axes.figure.colorbar(image, ax=axes, label="pairs of the layer [%]", pad=0.01)
-
-
-def _draw_bounds(
-    axes: Axes,
-    layers: Sequence[LayerSimilarity],
-    merged: Collection[str],
-    rule: Threshold,
-    colour: str,
-) -> None:
-    """The cosine above which pairs of each merged layer merge."""
-    found = [
-        (place, _bound(rule, layer))
-        for place, layer in enumerate(layers, start=1)
-        if layer.name in merged
-    ]
-    if found:
-        places, bounds = zip(*found, strict=True)
-        left, right = ([place + side for place in places] for side in (-0.5, 0.5))
-        style: dict[str, Any] = {"colors": colour, "linewidth": 2.2}
-        axes.hlines(bounds, left, right, **style, label="threshold of merging")
 
 
 def _draw_shares(
     axes: Axes, layers: Sequence[LayerSimilarity], thresholds: Sequence[float], colour: str
 ) -> None:
     """How many pairs of each layer lie above each cosine; the highest is the darkest."""
-    for rank, (threshold, marker) in enumerate(zip(thresholds, "osD^vP", strict=False), start=1):
+    for rank, (threshold, marker) in enumerate(zip(thresholds, itertools.cycle("osD^vP")), start=1):
         axes.plot(
             range(1, len(layers) + 1),
             [100 * layer.share_above(threshold) for layer in layers],
@@ -329,9 +282,28 @@ def _draw_shares(
             linewidth=1,
             label=f"cosine > {threshold:g}",
         )
-    axes.set_ylabel("pairs [%]")
     axes.set_yscale("symlog", linthresh=0.1)
     axes.set_ylim(bottom=0)
+    axes.set_ylabel("pairs [%]")
+
+
+def _draw_pair(panels: Sequence[Axes], layer: LayerSimilarity, pair: KernelPair) -> None:
+    """Two kernels side by side, named, and above them what is shown of which layer."""
+    pictures, extent = _pictures(pair.kernels)
+    for panel, picture, index in zip(panels, pictures, (pair.first, pair.second), strict=True):
+        height, width = picture.shape[:2]
+        panel.imshow(
+            picture.numpy(),
+            cmap="RdBu_r",
+            vmin=-1,
+            vmax=1,
+            interpolation="nearest",
+            aspect=max(1.0, width / (4 * height)),  # a signal would be a hair line
+        )
+        panel.set(xticks=[], yticks=[], xlabel=f"#{index}")
+        panel.spines[:].set(visible=True, linewidth=0.5)  # or two mosaics run into one
+    title = f"{_shortened(layer.name)}\n{extent}\ncos = {pair.cosine:.2f}"
+    panels[0].set_title(title, loc="left")
 
 
 def _bound(rule: Threshold, layer: LayerSimilarity) -> float:
@@ -369,64 +341,55 @@ def _clustered(cosines: Tensor, most: int) -> list[int]:
     return clusters[0]
 
 
-def _choose_pairs(
-    offers: Sequence[tuple[LayerSimilarity, tuple[KernelPair, ...]]], count: int, *, highest: bool
+def _extremes(
+    offers: Sequence[tuple[LayerSimilarity, tuple[KernelPair, ...]]], count: int, sign: int
 ) -> list[tuple[LayerSimilarity, KernelPair]]:
     """The most extreme pairs; a layer's second pair only where the layers' first do not suffice."""
     ranked = [
-        (rank, pair.cosine, layer, pair)
+        (rank, sign * pair.cosine, layer, pair)
         for layer, pairs in offers
         for rank, pair in enumerate(pairs)
     ]
-    ranked.sort(key=lambda entry: (entry[0], -entry[1] if highest else entry[1]))
-    taken = sorted(ranked[:count], key=lambda entry: entry[1], reverse=highest)
-    return [(layer, pair) for _, _, layer, pair in taken]
+    first = sorted(ranked, key=itemgetter(0, 1))[:count]
+    return [(layer, pair) for _, _, layer, pair in sorted(first, key=itemgetter(1))]
 
 
-def _pictures(kernels: Tensor) -> list[Tensor]:
-    """Pictures of two kernels (2, C, *size): (rows, columns), or (kH, kW, 3) for colours."""
-    flat = kernels.flatten(1)
-    unit = _flat_maps((flat / flat.norm(dim=1, keepdim=True)).view_as(kernels))
+def _pictures(kernels: Tensor) -> tuple[list[Tensor], str]:
+    """Pictures of two kernels (2, C, *size), and how many of their channels that is.
+
+    They are (rows, columns), or (height, width, 3) for colours.
+    """
+    norms = kernels.flatten(1).norm(dim=1).view(-1, *[1] * (kernels.dim() - 1))
+    unit = _flat_maps(kernels / norms)
     scaled = unit / unit.abs().amax()
     channels, height, width = scaled.shape[1:]
-    if channels == 3 and height * width > 1:
-        return list((scaled.permute(0, 2, 3, 1) + 1) / 2)
-    if height * width == 1:  # a kernel of weights alone: all of them, as square as possible
-        height = width = max(1, math.isqrt(min(channels, 256)))
-        weight = scaled.flatten(1)
-        heaviest = weight.square().sum(0).topk(height * width).indices.sort().values
-        return list(weight[:, heaviest].reshape(-1, height, width))
-    side = max(1, math.isqrt(min(channels, _MOSAIC)))
+    alone = height * width == 1  # weights without a width, of which more fit into a picture
+    if channels == 3 and not alone:
+        return list((scaled.permute(0, 2, 3, 1) + 1) / 2), "3 channels, as colours"
+    side = math.isqrt(min(channels, 256 if alone else 16))
     heaviest = scaled.square().sum((0, 2, 3)).topk(side * side).indices.sort().values
     tiles = scaled[:, heaviest].reshape(-1, side, side, height, width)
     # A line of NaN between the tiles is drawn as the background.
-    framed = nn.functional.pad(tiles, (0, 1, 0, 1), value=math.nan)
-    mosaic = framed.permute(0, 1, 3, 2, 4).reshape(-1, side * (height + 1), side * (width + 1))
-    return list(mosaic[:, :-1, :-1])
-
-
-def _extent(layer: LayerSimilarity) -> str:
-    """How much of a kernel its picture shows."""
-    channels, *size = layer.shape[1:]
-    if channels == 3 and math.prod(size) > 1:
-        return "3 channels, as colours"
-    most = 256 if math.prod(size) == 1 else _MOSAIC
-    shown = max(1, math.isqrt(min(channels, most))) ** 2
-    if shown == channels:
-        return f"all {channels} channels" if channels > 1 else "its one channel"
-    return f"heaviest {shown} of {channels} channels"
+    gap = 0 if alone else 1
+    framed = nn.functional.pad(tiles, (gap, 0, gap, 0), value=math.nan)
+    mosaic = framed.permute(0, 1, 3, 2, 4).reshape(2, side * (height + gap), side * (width + gap))
+    extent = f"heaviest {side * side} of {channels} channels"
+    if side * side == channels:
+        extent = f"all {channels} channels" if channels > 1 else "its one channel"
+    return list(mosaic[:, gap:, gap:]), extent
 
 
 def _flat_maps(kernels: Tensor) -> Tensor:
-    """Kernels (2, C, *size) as (2, C, height, width): a strip, a map, or the central slice."""
+    """Kernels (2, C, *size) as (2, C, height, width): a map, the central slice, or a strip."""
     channels, *size = kernels.shape[1:]
     if len(size) == 2:
         return kernels
-    if math.prod(size) == max(size):  # along one dimension at most
-        return kernels.reshape(2, channels, 1, -1)
-    thinnest = size.index(1) if 1 in size else 0  # (kD, 1, kW) is a map already
-    return kernels.select(2 + thinnest, size[thinnest] // 2)
+    wide = [length for length in size if length > 1] or [1]
+    kernels = kernels.reshape(2, channels, *wide)
+    if len(wide) == 3:
+        kernels = kernels.select(2, wide[0] // 2)
+    return kernels.reshape(2, channels, -1, wide[-1])
 
 
-def _shortened(name: str, length: int) -> str:
-    return name if len(name) <= length else "…" + name[1 - length :]
+def _shortened(name: str) -> str:
+    return name if len(name) <= 24 else "…" + name[-23:]

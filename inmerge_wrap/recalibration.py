@@ -8,6 +8,7 @@ robustness against common corruptions by covariate shift adaptation, arXiv 2006.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -78,6 +79,7 @@ def _measure(
     modes = [(module, module.training) for module in model.modules()]
     momenta = [norm.momentum for norm in norms]
     before = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
+    measured: set[nn.Module] = set()
     try:
         model.eval()
         for norm in norms:
@@ -92,22 +94,17 @@ def _measure(
                 "to measure: pass batches that reach it"
             )
         for norm, old in zip(norms, before, strict=True):
-            if norm not in rows:
-                for name, value in old.items():
-                    norm.get_buffer(name).copy_(value)
-                continue
             for name in ("running_mean", "running_var"):
                 # An exact 0 keeps nothing, not even an old value that is not finite.
                 kept = prior / (prior + images) * old[name] if prior else 0.0
                 norm.get_buffer(name).mul_(images / (prior + images)).add_(kept)
-    except BaseException:
-        for norm, buffers in zip(norms, before, strict=True):
-            for name, value in buffers.items():
-                norm.get_buffer(name).copy_(value)
-        raise
+        measured = {*rows}
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, old, momentum in zip(norms, before, momenta, strict=True):
             norm.momentum = momentum
+            if norm not in measured:  # it did not run, or something failed
+                for name, value in old.items():
+                    norm.get_buffer(name).copy_(value)
         for module, training in modes:
             module.training = training
     return batches
@@ -130,9 +127,7 @@ def _run(
     try:
         # A compiled network does not look for new hooks.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            for batch in loader:
-                if max_batches is not None and batches >= max_batches:
-                    break
+            for batch in itertools.islice(loader, max_batches):
                 pixels = _images(batch).to(device)
                 batches, images = batches + 1, images + len(pixels)
                 model(pixels)

@@ -114,18 +114,13 @@ def extreme_pairs(cosines: Tensor, count: int = 4) -> tuple[list[tuple[int, int,
         Two lists of (first, second, cosine), the most similar pairs (highest cosine first) and the
         least similar ones (lowest first).
     """
-    rows, columns = torch.triu_indices(len(cosines), len(cosines), offset=1, device=cosines.device)
-    values = cosines[rows, columns]
-    comparable = ~values.isnan()
-    rows, columns, values = rows[comparable], columns[comparable], values[comparable]
-
-    def pick(largest: bool) -> list[tuple[int, int, float]]:
-        found = values.topk(min(count, len(values)), largest=largest).indices
-        return list(
-            zip(rows[found].tolist(), columns[found].tolist(), values[found].tolist(), strict=True)
-        )
-
-    return pick(True), pick(False)
+    places, values = _comparable(cosines)
+    extremes = []
+    for largest in (True, False):
+        found = values.topk(min(count, len(values)), largest=largest)
+        pairs = zip(places[:, found.indices].T.tolist(), found.values.tolist(), strict=True)
+        extremes.append([(first, second, cosine) for (first, second), cosine in pairs])
+    return tuple(extremes)
 
 
 @dataclass(frozen=True)
@@ -264,14 +259,10 @@ def _measure_layer(network: nn.Module, site: ConvSite, pairs: int) -> LayerSimil
     kernels = read_kernels(network.get_submodule(site.name), centred=site.centred)
     cosines = cosine_matrix(kernels, site.pair_groups).cpu()
     weights = kernels.reshape(site.shape)
-
-    def with_weights(found: list[tuple[int, int, float]]) -> tuple[KernelPair, ...]:
-        return tuple(
-            KernelPair(first, second, cosine, weights[[first, second]].cpu())
-            for first, second, cosine in found
-        )
-
-    most, least = extreme_pairs(cosines, pairs)
+    most, least = (
+        tuple(KernelPair(*pair, weights[[*pair[:2]]].cpu()) for pair in found)
+        for found in extreme_pairs(cosines, pairs)
+    )
     return LayerSimilarity(
         name=site.name,
         depth=site.depth,
@@ -280,8 +271,8 @@ def _measure_layer(network: nn.Module, site: ConvSite, pairs: int) -> LayerSimil
         cosines=cosines,
         effective_rank=effective_rank(kernels, site.pair_groups).item(),
         undefined=int(cosines.diagonal().isnan().sum()),
-        most_similar=with_weights(most),
-        least_similar=with_weights(least),
+        most_similar=most,
+        least_similar=least,
     )
 
 
@@ -315,9 +306,15 @@ def _directions(kernels: Tensor) -> tuple[Tensor, Tensor]:
 
 def pairs_of(cosines: Tensor) -> Tensor:
     """Returns the cosine of each comparable pair once, as a flat tensor."""
-    rows, columns = torch.triu_indices(len(cosines), len(cosines), offset=1, device=cosines.device)
-    values = cosines[rows, columns]
-    return values[~values.isnan()]
+    return _comparable(cosines)[1]
+
+
+def _comparable(cosines: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the comparable pairs as indices (2, pairs), each pair once, and their cosines."""
+    places = torch.triu_indices(len(cosines), len(cosines), offset=1, device=cosines.device)
+    values = cosines[places[0], places[1]]
+    comparable = ~values.isnan()
+    return places[:, comparable], values[comparable]
 
 
 def _finite(value: float) -> float | None:

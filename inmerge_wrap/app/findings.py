@@ -18,7 +18,7 @@ from inmerge_wrap.robustness import (
     classification_metrics,
     percentile_interval,
 )
-from inmerge_wrap.robustness.corruptions import KINDS
+from inmerge_wrap.robustness.effects import KINDS
 
 BINS = 15  # as many as the calibration error has
 

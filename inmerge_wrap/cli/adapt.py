@@ -2,55 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
-from inmerge_wrap.cli.options import (
-    AsJson,
-    Device,
-    PathColumn,
-    TrainedFolder,
-    Workers,
-    check_there,
-)
+from inmerge_wrap.cli import options
+from inmerge_wrap.cli.options import check_there
 from inmerge_wrap.cli.shell import command, print_json, progress, say, warn
 from inmerge_wrap.cli.tables import KEPT, Column, print_table
 
 if TYPE_CHECKING:
     from inmerge_wrap.app.adapting import Adaptation
-
-
-_Images = Annotated[
-    Path,
-    typer.Argument(
-        help="A folder of images of the other site, or a CSV file with a column of paths. "
-        "They need no labels.",
-        show_default=False,
-    ),
-]
-_Prior = Annotated[
-    float,
-    typer.Option(
-        min=0, metavar="N", help="Number of images that the training's statistics count as."
-    ),
-]
-_Labels = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="CSV",
-        help="Labels of some of the images: columns path and label, or path and one of 0 and 1 "
-        "for each label. Temperature and thresholds are chosen on them.",
-    ),
-]
-_Site = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Of the site, for the card; default: the folder's."),
-]
-_Limit = Annotated[
-    int, typer.Option(min=1, metavar="N", help="Images to use, evenly spaced over all.")
-]
 
 
 @command(
@@ -59,22 +23,32 @@ _Limit = Annotated[
     "inmerge evaluate before=runs/mine/model after=adapted --data labelled.csv",
 )
 def adapt(
-    model: TrainedFolder,
-    images: _Images,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the adapted network.")],
-    prior: _Prior = 16.0,
-    labels: _Labels = None,
-    site: _Site = None,
-    limit: _Limit = 2000,
-    path_column: PathColumn = "path",
-    workers: Workers = 0,
-    device: Device = "cpu",
-    as_json: AsJson = False,
+    model: options.TrainedFolder,
+    images: Path,
+    out: Annotated[Path, Option(metavar="DIR")],
+    prior: Annotated[float, Option(min=0, metavar="N")] = 16.0,
+    labels: Annotated[Path | None, Option(metavar="CSV")] = None,
+    site: Annotated[str | None, Option(metavar="NAME")] = None,
+    limit: Annotated[int, Option(min=1, metavar="N")] = 2000,
+    path_column: options.PathColumn = "path",
+    workers: options.Workers = 0,
+    device: options.Device = "cpu",
+    as_json: options.AsJson = False,
 ) -> None:
     """Adapt a trained network to unlabelled images of another site.
 
     BatchNorm's statistics are re-estimated; no other weight changes. The images must show about
     the same mix of classes as those of the training.
+
+    Args:
+        images: A folder of images of the other site, or a CSV file with a column of paths. They
+            need no labels.
+        out: New folder for the adapted network.
+        prior: Number of images that the training's statistics count as.
+        labels: Labels of some of the images: columns path and label, or path and one of 0 and 1
+            for each label. Temperature and thresholds are chosen on them.
+        site: Of the site, for the card; default: the folder's.
+        limit: Images to use, evenly spaced over all.
     """
     for path in (model, images, *([labels] if labels else [])):
         check_there(path)
@@ -92,20 +66,9 @@ def adapt(
     used = min(limit, len(files))
     # Each image is read once, and passes the network before, during and after the adaptation.
     with progress({"reading": used, "adapting": 3 * used}) as show:
-        read = read_site(
-            trained,
-            files,
-            limit=limit,
-            workers=workers,
-            progress=lambda count: show("reading", count),
-        )
-        found = adapted_to(
-            trained,
-            read,
-            prior=prior,
-            labels=marks,
-            progress=lambda count: show("adapting", count),
-        )
+        reading, adapting = partial(show, "reading"), partial(show, "adapting")
+        read = read_site(trained, files, limit=limit, workers=workers, progress=reading)
+        found = adapted_to(trained, read, prior=prior, labels=marks, progress=adapting)
     load = write_adapted(found, model, out, site=site or images.resolve().stem)
     for warning in found.warnings:
         warn(warning)
@@ -130,8 +93,6 @@ def _print(found: Adaptation, out: Path, load: str) -> None:
     )
     if found.balanced_accuracy is not None:
         before, after = found.balanced_accuracy
-        say(
-            f"Balanced accuracy on {found.labelled} labelled images: {before:.3f} before, "
-            f"{after:.3f} after."
-        )
+        scores = f"{before:.3f} before, {after:.3f} after"
+        say(f"Balanced accuracy on {found.labelled} labelled images: {scores}.")
     say(f"written: {out}\nload it with: {load}")

@@ -3,70 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from typer import Argument, Option
 
-from inmerge_wrap.cli.evaluation_tables import print_comparison, print_result
-from inmerge_wrap.cli.options import (
-    Arch,
-    AsJson,
-    BatchSize,
-    Device,
-    InChans,
-    Key,
-    NumClasses,
-    check_pixels,
-    check_there,
-    load,
-)
+from inmerge_wrap.cli import options
+from inmerge_wrap.cli.options import check_pixels, check_there, load
 from inmerge_wrap.cli.shell import command, print_json, progress, save_json, warn
+from inmerge_wrap.cli.tables import KEPT, Column, print_table
 
 if TYPE_CHECKING:
     from inmerge_wrap.robustness import RobustnessResult
-
-
-_Models = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="[NAME=]WEIGHTS...",
-        help="Weights, as for `inmerge export`. Several are compared with the first; "
-        "`NAME=` before each gives its name in the tables.",
-        show_default=False,
-    ),
-]
-_Data = Annotated[
-    Path,
-    typer.Option(
-        help="A folder with one folder of images for each class, FOLDER/CLASS/* or "
-        "FOLDER/test/CLASS/*; an .npz in the MedMNIST layout; or, for a network of `inmerge "
-        "train`, a CSV file such as its split.csv.",
-        show_default=False,
-    ),
-]
-_Mean = Annotated[
-    list[float] | None,
-    typer.Option(help="Mean of pixels in [0, 1] in training; a timm folder has its own."),
-]
-_Preset = Annotated[
-    str | None,
-    typer.Option(help="Corruptions: a preset or MedMNIST name; default: by the data's name."),
-]
-_Severity = Annotated[
-    list[int] | None, typer.Option(help="Severity, 1 to 5; default: all. Repeatable.")
-]
-_Task = Annotated[
-    str | None, typer.Option(help="multiclass, binary or multilabel; default: by the labels.")
-]
-_Size = Annotated[
-    int | None, typer.Option(min=1, help="Side to resize to; default: that of the timm folder.")
-]
-_Limit = Annotated[
-    int | None,
-    typer.Option(min=1, help="Image count: the first of an .npz, or spread over a folder."),
-]
 
 
 @command(
@@ -78,30 +27,51 @@ _Limit = Annotated[
     "--std 0.5 --severity 3 --json",
 )
 def evaluate(
-    models: _Models,
-    data: _Data,
-    arch: Arch = None,
-    num_classes: NumClasses = None,
-    in_chans: InChans = None,
-    key: Key = None,
-    mean: _Mean = None,
-    std: Annotated[list[float] | None, typer.Option(help="Standard deviation, likewise.")] = None,
-    preset: _Preset = None,
-    severity: _Severity = None,
-    attack: Annotated[list[str] | None, typer.Option(help="fgsm or pgd. Repeatable.")] = None,
-    eps: Annotated[float, typer.Option(help="Size of the attacks, in units of 1/255.")] = 2.0,
-    task: _Task = None,
-    split: Annotated[Literal["test", "val", "train"], typer.Option(help="Part to use.")] = "test",
-    size: _Size = None,
-    limit: _Limit = None,
-    seed: Annotated[int, typer.Option(help="Seed of corruptions, attacks and bootstrap.")] = 0,
-    bootstrap: Annotated[int, typer.Option(min=0, help="Bootstrap resamples.")] = 1000,
-    batch_size: BatchSize = 256,
-    device: Device = "cpu",
-    output: Annotated[Path | None, typer.Option(help="JSON file for all rows.")] = None,
-    as_json: AsJson = False,
+    models: Annotated[list[str], Argument(metavar="[NAME=]WEIGHTS...")],
+    data: Annotated[Path, Option()],
+    arch: options.Arch = None,
+    num_classes: options.NumClasses = None,
+    in_chans: options.InChans = None,
+    key: options.Key = None,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    preset: str | None = None,
+    severity: list[int] | None = None,
+    attack: list[str] | None = None,
+    eps: float = 2.0,
+    task: str | None = None,
+    split: Literal["test", "val", "train"] = "test",
+    size: Annotated[int | None, Option(min=1)] = None,
+    limit: Annotated[int | None, Option(min=1)] = None,
+    seed: int = 0,
+    bootstrap: Annotated[int, Option(min=0)] = 1000,
+    batch_size: options.BatchSize = 256,
+    device: options.Device = "cpu",
+    output: Path | None = None,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Evaluate or compare models on clean, corrupted and attacked images."""
+    """Evaluate or compare models on clean, corrupted and attacked images.
+
+    Args:
+        models: Weights, as for `inmerge export`. Several are compared with the first; `NAME=`
+            before each gives its name in the tables.
+        data: A folder with one folder of images for each class, FOLDER/CLASS/* or
+            FOLDER/test/CLASS/*; an .npz in the MedMNIST layout; or, for a network of `inmerge
+            train`, a CSV file such as its split.csv.
+        mean: Mean of pixels in [0, 1] in training; a timm folder has its own.
+        std: Standard deviation, likewise.
+        preset: Corruptions: a preset or MedMNIST name; default: by the data's name.
+        severity: Severity, 1 to 5; default: all. Repeatable.
+        attack: fgsm or pgd. Repeatable.
+        eps: Size of the attacks, in units of 1/255.
+        task: multiclass, binary or multilabel; default: by the labels.
+        split: Part to use.
+        size: Side to resize to; default: that of the timm folder.
+        limit: Image count: the first of an .npz, or spread over a folder.
+        seed: Seed of corruptions, attacks and bootstrap.
+        bootstrap: Bootstrap resamples.
+        output: JSON file for all rows.
+    """
     paths = _named_paths(models)
     check_there(data)
     check_pixels(mean, std)
@@ -153,9 +123,9 @@ def _report(results: dict[str, RobustnessResult], output: Path | None, as_json: 
     if as_json:
         print_json(content)
     elif others:
-        print_comparison(results, differences)
+        _print_comparison(results, differences)
     else:
-        print_result(results[first])
+        _print_result(results[first])
 
 
 def _named_paths(models: Sequence[str]) -> dict[str, Path]:
@@ -169,3 +139,89 @@ def _named_paths(models: Sequence[str]) -> dict[str, Path]:
             raise ValueError(f"two models are called {name!r}: name each one, NAME=WEIGHTS")
         paths[name] = Path(path)
     return paths
+
+
+def _print_result(result: RobustnessResult) -> None:
+    """Prints the metrics of one model."""
+    settings, rows = result.settings, _shown_rows(result)
+    metrics = {"accuracy": 1, "auroc": 2, "balanced_error": KEPT, "ece": 0}
+    columns = [
+        Column(metric.replace("_", " "), cells, importance, wraps=True)
+        for metric, importance in metrics.items()
+        if metric in result.rows[0]
+        for cells in [[_interval_cell(row, metric) for row in rows]]
+    ]
+    mean, std = (", ".join(f"{v:.4g}" for v in settings[name]) for name in ("mean", "std"))
+    _print_rows(
+        result,
+        columns,
+        f"{settings['weights']} on",
+        f"; normalised with mean [{mean}], std [{std}]. In brackets: 95% confidence interval over "
+        f"{_units(settings)}.",
+    )
+
+
+def _print_comparison(
+    results: Mapping[str, RobustnessResult], differences: Mapping[str, list[dict[str, Any]]]
+) -> None:
+    """Prints the balanced error of several models, and how it differs from that of the first."""
+    first = next(iter(results))
+    places = [(row["corruption"], row["severity"]) for row in _shown_rows(results[first])]
+    columns = []
+    for name, result in results.items():
+        errors = [result.value("balanced_error", *place) for place in places]
+        cells = ["-" if error is None else f"{error:.3f}" for error in errors]
+        columns.append(Column(name, cells, 0, wraps=True))
+    for name, found in differences.items():
+        by_place = {(entry["corruption"], entry["severity"]): entry for entry in found}
+        cells = [_interval_cell(by_place.get(p, {}), "difference", sign="+") for p in places]
+        columns.append(Column(f"{name} - {first}", cells, KEPT, wraps=True))
+    _print_rows(
+        results[first],
+        columns,
+        "Balanced error on",
+        f". A difference below 0 is better than {first}; in brackets: paired 95% confidence "
+        f"interval over {_units(results[first].settings)}. It does not cover the variation between "
+        "training seeds.",
+    )
+
+
+def _print_rows(
+    result: RobustnessResult, columns: Sequence[Column], subject: str, explanation: str
+) -> None:
+    settings, rows = result.settings, _shown_rows(result)
+    names = Column("corruption", [_row_name(row) for row in rows], KEPT, justify="left")
+    severities = ", ".join(map(str, settings["severities"]))
+    print_table(
+        f"{subject} {settings['data']} ({settings['split']}, {settings['n']} images)",
+        [names, *columns],
+        ["bold" if row["corruption"] in ("clean", "all") else "" for row in rows],
+        f"Corruptions of preset {settings['preset']}, mean over severities {severities}"
+        f"{explanation}",
+    )
+
+
+def _shown_rows(result: RobustnessResult) -> list[dict[str, Any]]:
+    return [row for row in result.rows if row["severity"] in (0, "mean") or row["kind"] == "attack"]
+
+
+def _row_name(row: Mapping[str, Any]) -> str:
+    name = str(row["corruption"])
+    if row["kind"] == "attack":
+        return f"{name} (eps {row['severity'] * 255:g}/255)"
+    return {"clean": "none", "all": "mean of all"}.get(name, name)
+
+
+def _interval_cell(row: Mapping[str, Any], metric: str, sign: str = "") -> str:
+    """Returns a figure and its interval, which may wrap between the two."""
+    if metric not in row:
+        return "-"
+    cell = f"{row[metric]:{sign}.3f}"
+    low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
+    if low is None or metric == "ece":
+        return cell
+    return f"{cell} ({low:{sign}.3f}{'…' if sign else '-'}{high:{sign}.3f})"
+
+
+def _units(settings: Mapping[str, Any]) -> str:
+    return f"{settings['groups']} groups" if settings["groups"] else "images"

@@ -5,23 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from inmerge_wrap.architectures import creation_arguments, resolve
-from inmerge_wrap.cli.options import (
-    Arch,
-    AsJson,
-    InChans,
-    InputSize,
-    Key,
-    NumClasses,
-    Weights,
-    check_image,
-    check_pixels,
-    load,
-)
+from inmerge_wrap.cli import options
+from inmerge_wrap.cli.options import check_image, check_pixels, load
 from inmerge_wrap.cli.shell import command, print_json, say
 from inmerge_wrap.errors import ArgumentError
 from inmerge_wrap.files import read_json
@@ -30,42 +18,35 @@ if TYPE_CHECKING:
     from inmerge_wrap.card import ModelCard
 
 
-_Output = Annotated[
-    Path,
-    typer.Argument(
-        help="A .safetensors file for plain weights, or a folder for timm's `local-dir:`.",
-        show_default=False,
-    ),
-]
-_Mean = Annotated[
-    list[float] | None, typer.Option(help="Mean of pixels in [0, 1], one or one per channel.")
-]
-_LabelNames = Annotated[str | None, typer.Option(help="Class names, separated by commas.")]
-_Card = Annotated[Path | None, typer.Option(help="JSON file with the fields of the model card.")]
-
-
 @command(
     "inmerge export checkpoints/epoch_9 weights.safetensors --arch resnet34",
     "inmerge export model.safetensors exported/ --arch resnet18 --input-size 3 28 28 "
     "--mean 0.5 --std 0.5 --card card.json",
 )
 def export(
-    weights: Weights,
-    output: _Output,
-    arch: Arch = None,
-    num_classes: NumClasses = None,
-    in_chans: InChans = None,
-    key: Key = None,
-    input_size: InputSize = None,
-    mean: _Mean = None,
-    std: Annotated[list[float] | None, typer.Option(help="Standard deviation, likewise.")] = None,
-    label_names: _LabelNames = None,
-    card: _Card = None,
-    as_json: AsJson = False,
+    weights: options.Weights,
+    output: Path,
+    arch: options.Arch = None,
+    num_classes: options.NumClasses = None,
+    in_chans: options.InChans = None,
+    key: options.Key = None,
+    input_size: options.InputSize = None,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    label_names: str | None = None,
+    card: Path | None = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Turn a training checkpoint into weights that stock timm and torchvision load.
 
     Prefixes of wrappers (`module.`, `_orig_mod.`) and the state of merging are removed.
+
+    Args:
+        output: A .safetensors file for plain weights, or a folder for timm's `local-dir:`.
+        mean: Mean of pixels in [0, 1], one or one per channel.
+        std: Standard deviation, likewise.
+        label_names: Class names, separated by commas.
+        card: JSON file with the fields of the model card.
     """
     check_image(input_size)
     check_pixels(mean, std)

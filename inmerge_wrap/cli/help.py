@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -63,7 +64,7 @@ def meaning_of(parameter: Any) -> str:
     elif _worth_showing(default):
         shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
         said += f" Default: `{shown}`."
-    return re.sub(r"\s+", " ", said)
+    return " ".join(said.split())
 
 
 def _worth_showing(default: Any) -> bool:
@@ -73,9 +74,18 @@ def _worth_showing(default: Any) -> bool:
 
 
 class Command(typer.core.TyperCommand):
-    """A command with such a help."""
+    """A command with such a help; options that give none take it from the docstring's Args."""
 
     format_help = _print_help
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        text = inspect.cleandoc(self.callback.__doc__ or "")  # none with python -OO
+        self.help, _, described = text.partition("\n\nArgs:\n")
+        said = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", described, re.MULTILINE))
+        parameters: list[Any] = self.params
+        for parameter in parameters:
+            parameter.help = parameter.help or " ".join(said.get(parameter.name, "").split())
 
 
 class Group(typer.core.TyperGroup):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from inmerge_wrap.architectures import known_models, resolve
 from inmerge_wrap.errors import ArgumentError
@@ -24,7 +24,7 @@ def complete_model(incomplete: str) -> list[str]:
 
 Arch = Annotated[
     str | None,
-    typer.Option(
+    Option(
         "--arch",
         metavar="MODEL",
         help="Model name in timm or torchvision, or `timm:NAME`, `torchvision:NAME`. Not needed "
@@ -33,49 +33,46 @@ Arch = Annotated[
     ),
 ]
 NumClasses = Annotated[
-    int | None, typer.Option(min=1, help="Number of outputs; default: that of the weights.")
+    int | None, Option(min=1, help="Number of outputs; default: that of the weights.")
 ]
 InChans = Annotated[
-    int | None, typer.Option(min=1, help="Image channels; default: those of the weights.")
+    int | None, Option(min=1, help="Image channels; default: those of the weights.")
 ]
 Include = Annotated[
     list[str] | None,
-    typer.Option(
+    Option(
         metavar="NAME",
         help="Use exactly the convolutions that match (`*` is a wildcard). Repeatable.",
     ),
 ]
 Exclude = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME", help="Leave out convolutions that match. Repeatable."),
+    Option(metavar="NAME", help="Leave out convolutions that match. Repeatable."),
 ]
 Key = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="NAME",
         help="Checkpoint entry that holds the weights, such as `state_dict_ema`.",
     ),
 ]
 InputSize = Annotated[
     tuple[int, int, int] | None,
-    typer.Option(metavar="C H W", help="Channels, height and width of an image."),
+    Option(metavar="C H W", help="Channels, height and width of an image."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+AsJson = Annotated[bool, Option("--json", help="Print the result as JSON.")]
 Weights = Annotated[
     Path,
-    typer.Argument(
+    Argument(
         help="A .safetensors file, a state dict (.pt, .pth), a checkpoint folder of Accelerate, or "
         "a timm folder.",
-        show_default=False,
     ),
 ]
-TrainedFolder = Annotated[
-    Path, typer.Argument(help="The folder `model/` that a training wrote.", show_default=False)
-]
-PathColumn = Annotated[str, typer.Option(metavar="NAME", help="Column of the paths in CSV files.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Does not affect the results.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that read; 0 for this one.")]
+TrainedFolder = Annotated[Path, Argument(help="The folder `model/` that a training wrote.")]
+PathColumn = Annotated[str, Option(metavar="NAME", help="Column of the paths in CSV files.")]
+BatchSize = Annotated[int, Option(min=1, help="Does not affect the results.")]
+Device = Annotated[str, Option(help="cpu or cuda.")]
+Workers = Annotated[int, Option(min=0, help="Processes that read; 0 for this one.")]
 
 
 def load(
@@ -85,11 +82,7 @@ def load(
     in_chans: int | None = None,
     key: str | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Loads a network; usage errors are reported before torch is imported, which takes seconds.
-
-    Raises:
-        ValueError: If there is no such file or model, or the weights do not fit.
-    """
+    """Loads a network; usage errors are reported before torch is imported, which takes seconds."""
     check_there(weights)
     if arch is not None:
         resolve(arch)

@@ -6,24 +6,25 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from inmerge_wrap._constants import DEFAULT_SHALLOW_SHARE, SKIPPED_KINDS
 from inmerge_wrap.architectures import build
-from inmerge_wrap.cli.options import (
-    AsJson,
-    Exclude,
-    Include,
-    InputSize,
-    check_image,
-    complete_model,
-)
+from inmerge_wrap.cli import options
+from inmerge_wrap.cli.options import check_image, complete_model
 from inmerge_wrap.cli.shell import command, print_json
 from inmerge_wrap.cli.tables import KEPT, Column, print_table
 from inmerge_wrap.errors import ArgumentError
 
 if TYPE_CHECKING:
     from inmerge_wrap.plan import ConvSite, MergePlan
+
+
+_SHALLOW = (
+    "First convolutions not to merge: a count, or a share such as 0.5. Default: "
+    f"{DEFAULT_SHALLOW_SHARE}; with `--recommended` 0."
+)
+_ALSO = f"Also merge this kind: {', '.join(SKIPPED_KINDS)}. Repeatable."
 
 
 @command(
@@ -34,39 +35,22 @@ if TYPE_CHECKING:
     "inmerge plan resnet50 --include 'layer4.*' --exclude '*downsample*'",
 )
 def plan(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A timm or torchvision model, or a timm folder.",
-            autocompletion=complete_model,
-            show_default=False,
-        ),
-    ],
-    recommended: Annotated[
-        bool,
-        typer.Option(
-            "--recommended",
-            help="The plan of `InMergeWrapper.recommended`, which merges inside the forward pass; "
-            "otherwise that of the paper, which merges after each step.",
-        ),
-    ] = False,
-    shallow_layers: Annotated[
-        str | None,
-        typer.Option(
-            help="First convolutions not to merge: a count, or a share such as 0.5. Default: "
-            f"{DEFAULT_SHALLOW_SHARE}; with `--recommended` 0."
-        ),
-    ] = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    also_merge: Annotated[
-        list[str] | None,
-        typer.Option(help=f"Also merge this kind: {', '.join(SKIPPED_KINDS)}. Repeatable."),
-    ] = None,
-    input_size: InputSize = None,
-    as_json: AsJson = False,
+    model: Annotated[str, Argument(autocompletion=complete_model)],
+    recommended: Annotated[bool, Option("--recommended")] = False,
+    shallow_layers: Annotated[str | None, Option(help=_SHALLOW)] = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    also_merge: Annotated[list[str] | None, Option(help=_ALSO)] = None,
+    input_size: options.InputSize = None,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Show which convolutions would be merged, and why the others would not."""
+    """Show which convolutions would be merged, and why the others would not.
+
+    Args:
+        model: A timm or torchvision model, or a timm folder.
+        recommended: The plan of `InMergeWrapper.recommended`, which merges inside the forward
+            pass; otherwise that of the paper, which merges after each step.
+    """
     check_image(input_size)
     share = None if shallow_layers is None else _count_or_share(shallow_layers)
     network = build(model, in_chans=None if input_size is None else input_size[0])

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
-from inmerge_wrap.cli.options import (
-    AsJson,
-    BatchSize,
-    Device,
-    PathColumn,
-    TrainedFolder,
-    Workers,
-    check_there,
-)
+from inmerge_wrap.cli import options
+from inmerge_wrap.cli.options import check_there
 from inmerge_wrap.cli.shell import command, print_json, progress, say, warn
 
 if TYPE_CHECKING:
@@ -29,28 +24,23 @@ if TYPE_CHECKING:
     "inmerge predict runs/mine/model patients.csv --path-column file --json",
 )
 def predict(
-    model: TrainedFolder,
-    images: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="IMAGES...",
-            help="Files, folders, or a CSV file with a column of paths relative to its folder.",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[
-        Path, typer.Option(metavar="CSV", help="File with one row for each image.")
-    ] = Path("predictions.csv"),
-    path_column: PathColumn = "path",
-    batch_size: BatchSize = 64,
-    workers: Workers = 0,
-    device: Device = "cpu",
-    as_json: AsJson = False,
+    model: options.TrainedFolder,
+    images: Annotated[list[Path], Argument(metavar="IMAGES...")],
+    out: Annotated[Path, Option(metavar="CSV")] = Path("predictions.csv"),
+    path_column: options.PathColumn = "path",
+    batch_size: options.BatchSize = 64,
+    workers: options.Workers = 0,
+    device: options.Device = "cpu",
+    as_json: options.AsJson = False,
 ) -> None:
     """Classify new images with a trained network.
 
     Images are read and prepared as in training. A file that cannot be read gets a row with the
     reason, and images that differ from those of the training a note.
+
+    Args:
+        images: Files, folders, or a CSV file with a column of paths relative to its folder.
+        out: File with one row for each image.
     """
     for path in (model, *images):
         check_there(path)
@@ -61,13 +51,8 @@ def predict(
     trained = TrainedModel.read(model, device)
     files = find_files(images, path_column)
     with progress({"images": len(files)}) as show:
-        found = answers_to(
-            trained,
-            files,
-            batch_size=batch_size,
-            workers=workers,
-            progress=lambda count: show("images", count),
-        )
+        read = partial(show, "images")
+        found = answers_to(trained, files, batch_size=batch_size, workers=workers, progress=read)
     write_predictions(found, trained.recipe, out)
     notes = warnings_of(found, trained.recipe)
     for note in notes:

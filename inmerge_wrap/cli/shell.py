@@ -46,13 +46,9 @@ def _root(
 def command(
     *examples: str, **settings: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Registers a function as the command of its name.
+    """Registers a function as the command of its name, with examples for its help.
 
     User errors are reported on stderr, with exit code 1; any other exception goes through.
-
-    Args:
-        examples: Lines for the help.
-        settings: Of typer's command.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -73,21 +69,15 @@ def command(
 
 @contextmanager
 def progress(totals: Mapping[str, int]) -> Iterator[Callable[[str, int], None]]:
-    """Shows progress bars on stderr if it is a terminal.
+    """Shows progress bars on stderr if it is a terminal: names, and how much there is to do.
 
-    Args:
-        totals: What is to be done: a bar for each entry, and its length.
-
-    Yields:
-        A function that takes the name of a bar and how much more of it was done.
+    Yields a function that takes the name of a bar and how much more of it was done.
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=not sys.stderr.isatty()
-    ) as bar:
+    console, hidden = Console(stderr=True), not sys.stderr.isatty()
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         tasks = {name: bar.add_task(name, total=total) for name, total in totals.items()}
         yield lambda name, count: bar.update(tasks[name], advance=count)
 

@@ -6,19 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from typer import Option
 
-from inmerge_wrap.cli.options import (
-    Arch,
-    AsJson,
-    Exclude,
-    InChans,
-    Include,
-    Key,
-    NumClasses,
-    Weights,
-    load,
-)
+from inmerge_wrap.cli import options
+from inmerge_wrap.cli.options import load
 from inmerge_wrap.cli.shell import command, print_json, save_json, say
 from inmerge_wrap.cli.tables import KEPT, Column, print_table
 
@@ -34,22 +25,27 @@ if TYPE_CHECKING:
     "inmerge similarity exported/ --include 'layer4.*' --json",
 )
 def similarity(
-    weights: Weights,
-    arch: Arch = None,
-    num_classes: NumClasses = None,
-    in_chans: InChans = None,
-    key: Key = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    output: Annotated[
-        Path, typer.Option(help="Folder for similarity.json and the figures.")
-    ] = Path("similarity"),
-    pictures: Annotated[bool, typer.Option(help="Whether to draw figures.")] = True,
-    pairs: Annotated[int, typer.Option(min=1, help="Extreme pairs to list and draw.")] = 4,
-    theme: Annotated[Literal["light", "dark"], typer.Option(help="Figure theme.")] = "light",
-    as_json: AsJson = False,
+    weights: options.Weights,
+    arch: options.Arch = None,
+    num_classes: options.NumClasses = None,
+    in_chans: options.InChans = None,
+    key: options.Key = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    output: Path = Path("similarity"),
+    pictures: bool = True,
+    pairs: Annotated[int, Option(min=1)] = 4,
+    theme: Literal["light", "dark"] = "light",
+    as_json: options.AsJson = False,
 ) -> None:
-    """Measure and draw how similar the kernels of trained weights are."""
+    """Measure and draw how similar the kernels of trained weights are.
+
+    Args:
+        output: Folder for similarity.json and the figures.
+        pictures: Whether to draw figures.
+        pairs: Extreme pairs to list and draw.
+        theme: Figure theme.
+    """
     network, _ = load(weights, arch, num_classes, in_chans, key)
     from inmerge_wrap.similarity import measure_similarity
 

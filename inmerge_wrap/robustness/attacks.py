@@ -56,19 +56,10 @@ def attack_batch(
     task: str,
     draws: Draws,
 ) -> Tensor:
-    """Attacks a batch of pixels.
+    """Returns pixels in [0, 1] within ``attack.eps`` of the images.
 
-    Args:
-        attack: The attack.
-        model: Maps pixels to checked logits, with the normalisation inside, so that the bound is in
-            pixel units.
-        images: Pixels in [0, 1], shape (B, C, H, W).
-        targets: Labels as ``check_targets`` returns them, on the same device.
-        task: "multiclass", "binary" or "multilabel".
-        draws: Random numbers for the starts of PGD, one stream per image.
-
-    Returns:
-        Pixels in [0, 1] within ``attack.eps`` of the images.
+    The model maps pixels to checked logits, with the normalisation inside, so that the bound is in
+    pixel units; the targets are what ``check_targets`` returns.
     """
     low, high = (images - attack.eps).clamp_min(0), (images + attack.eps).clamp_max(1)
     moved, steps, size = images.detach(), attack.steps, attack.step_size
@@ -97,11 +88,7 @@ def _loss(logits: Tensor, targets: Tensor, task: str) -> Tensor:
 
 
 def worst_case(
-    clean: Tensor,
-    attacked: Tensor,
-    targets: Tensor,
-    task: str,
-    threshold: float | Sequence[float],
+    clean: Tensor, attacked: Tensor, targets: Tensor, task: str, threshold: float | Sequence[float]
 ) -> Tensor:
     """Returns logits of the attacked image, or of the clean one if the attack helped the model.
 

@@ -1,11 +1,7 @@
 """Evaluation of a model on clean, corrupted and attacked images.
 
-`evaluate_robustness` runs one model over one set of images and returns plain rows. It takes any
-`nn.Module` that maps (B, C, H, W) to logits and leaves it unchanged: the mode of each module,
-gradients and torch's global random generators are restored.
-
-    result = evaluate_robustness(model, loader, preset="dermatoscopy", mean=0.5, std=0.5)
-    result.value("balanced_error", "motion_blur", severity=3)
+`evaluate_robustness` leaves the model unchanged: the mode of each module, gradients and torch's
+global random generators are restored.
 
 The loader is read once; each batch goes through the model clean, at every corruption and severity,
 and under every attack. Images are corrupted as pixels in [0, 1] and normalised after that. The
@@ -143,9 +139,6 @@ def evaluate_robustness(
     return _result_of(run, coverages, bootstrap, groups, baseline, scored or (lambda: None))
 
 
-# --- settings -------------------------------------------------------------------------------------
-
-
 def _checked_levels(severities: Sequence[int]) -> tuple[int, ...]:
     levels = tuple(severities)
     if not levels or len(set(levels)) < len(levels) or not set(levels) <= {1, 2, 3, 4, 5}:
@@ -174,18 +167,17 @@ def _normaliser(
         return lambda pixels: pixels
     if mean is None or std is None:
         raise ValueError(f"mean is {mean} and std is {std}; give both or neither")
-    centre = torch.as_tensor(mean, dtype=torch.float32).reshape(-1, 1, 1)
-    scale = torch.as_tensor(std, dtype=torch.float32).reshape(-1, 1, 1)
+    centre, scale = (
+        torch.as_tensor(values, dtype=torch.float32).reshape(-1, 1, 1) for values in (mean, std)
+    )
     if not (scale > 0).all():
         raise ValueError(f"std is {std}; every entry must be positive")
 
     def apply(pixels: Tensor) -> Tensor:
         for name, values in (("mean", centre), ("std", scale)):
             if len(values) not in (1, pixels.shape[1]):
-                raise ValueError(
-                    f"{name} has {len(values)} entries for {pixels.shape[1]} channels; give one, "
-                    "or one each"
-                )
+                given = f"{name} has {len(values)} entries for {pixels.shape[1]} channels"
+                raise ValueError(f"{given}; give one, or one each")
         return (pixels - centre.to(pixels)) / scale.to(pixels)
 
     return apply
@@ -199,9 +191,6 @@ def _device_of(model: nn.Module, device: torch.device | str | None) -> torch.dev
     if found.type != wanted.type or wanted.index not in (None, found.index):
         raise ValueError(f"device is {wanted} and the model is on {found}; move the model")
     return found
-
-
-# --- the run --------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -243,7 +232,7 @@ class _Run:
     targets: list[Tensor] = field(default_factory=list)
     digest: Any = field(default_factory=hashlib.sha256)
     seconds: dict[str, float] = field(
-        default_factory=lambda: {"corruption": 0.0, "inference": 0.0, "attacks": 0.0}
+        default_factory=lambda: dict.fromkeys(("corruption", "inference", "attacks"), 0.0)
     )
 
     def add(self, batch: Any) -> None:
@@ -277,14 +266,6 @@ class _Run:
             worst = worst_case(clean, self._infer(moved), truth, self.task, self.threshold)
             self._keep((attack.name, str(attack.eps)), worst)
 
-    def joined(self) -> tuple[dict[Condition, Tensor], Tensor]:
-        """Returns the logits of each condition, and the labels, of all images."""
-        if not self.targets:
-            raise ValueError("the loader is empty; give it at least one batch (images, labels)")
-        targets = torch.cat(self.targets)
-        self.digest.update(targets.numpy().tobytes())
-        return {condition: torch.cat(parts) for condition, parts in self.logits.items()}, targets
-
     def _answer(self, pixels: Tensor) -> Tensor:
         return check_logits(self.model(self.normalise(pixels)), pixels, self.task)
 
@@ -308,9 +289,6 @@ class _Run:
         self.seconds[what] += time.perf_counter() - started
 
 
-# --- the result -----------------------------------------------------------------------------------
-
-
 def _result_of(
     run: _Run,
     coverages: Sequence[float],
@@ -319,7 +297,10 @@ def _result_of(
     baseline: RobustnessResult | None,
     scored: Callable[[], None],
 ) -> RobustnessResult:
-    logits, targets = run.joined()
+    if not run.targets:
+        raise ValueError("the loader is empty; give it at least one batch (images, labels)")
+    targets = torch.cat(run.targets)
+    run.digest.update(targets.numpy().tobytes())
     threshold = run.threshold if isinstance(run.threshold, int | float) else list(run.threshold)
     started = time.perf_counter()
     weights = bootstrap_weights(len(targets), bootstrap, seed=run.seed, groups=groups)
@@ -340,8 +321,9 @@ def _result_of(
         check_baseline(baseline, settings)
 
     scores = {}
-    for condition, outputs in logits.items():
-        scores[condition] = score(outputs, targets, run.task, run.threshold, coverages, weights)
+    for condition, parts in run.logits.items():
+        logits = torch.cat(parts)
+        scores[condition] = score(logits, targets, run.task, run.threshold, coverages, weights)
         scored()
     rows = rows_of(scores, settings, run.corruptions, baseline)
     run.seconds["statistics"] = time.perf_counter() - started

@@ -41,9 +41,6 @@ LEVEL = 0.95
 _MOST_EXACT_FLIPS = 13
 
 
-# --- uncertainty: pure functions on arrays --------------------------------------------------------
-
-
 def bootstrap_weights(
     n: int, resamples: int, *, seed: int = 0, groups: Sequence[Hashable] | None = None
 ) -> np.ndarray:
@@ -96,8 +93,7 @@ def percentile_interval(
     Raises:
         ValueError: If `level` is not in (0, 1).
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}; it must lie in (0, 1), for example 0.95")
+    _check_level(level)
     values = np.asarray(replicates, dtype=float)
     values = values[np.isfinite(values)]
     if values.size == 0:
@@ -134,8 +130,7 @@ def paired_difference(
         )
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         raise ValueError("a and b must be finite; leave out the seeds where a value is undefined")
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}; it must lie in (0, 1), for example 0.95")
+    _check_level(level)
     differences = first - second
     summary = {"n": len(differences), "mean": float(differences.mean())}
     if len(differences) < 2:
@@ -147,8 +142,8 @@ def paired_difference(
             'paired_difference needs scipy: pip install "inmerge-wrap[robustness]"'
         ) from error
     half_width = stats.sem(differences) * stats.t.ppf((1 + level) / 2, len(differences) - 1)
-    summary["low"] = summary["mean"] - float(half_width)
-    summary["high"] = summary["mean"] + float(half_width)
+    ends = summary["mean"] - half_width, summary["mean"] + half_width
+    summary["low"], summary["high"] = map(float, ends)
     if np.ptp(differences) > 1e-12:
         summary["p_t"] = float(stats.ttest_1samp(differences, 0.0).pvalue)
     if len(differences) <= _MOST_EXACT_FLIPS:
@@ -160,9 +155,6 @@ def paired_difference(
     extreme = np.abs(signs @ differences) >= abs(differences.sum()) - 1e-12
     summary["p_sign_flip"] = float(extreme.mean())
     return summary
-
-
-# --- metrics: every one takes weights, so that value and bootstrap share their code ---
 
 
 def classification_metrics(
@@ -236,17 +228,10 @@ def classification_metrics(
             f"{names} labels"
         )
     scores = []
-    for label in range(names):
+    for label, cut in enumerate(thresholds):
         known = ~targets[:, label].isnan()
-        scores.append(
-            _binary_metrics(
-                probabilities[known, label],
-                targets[known, label],
-                weights[known],
-                thresholds[label],
-                coverages,
-            )
-        )
+        of_label = probabilities[known, label], targets[known, label], weights[known]
+        scores.append(_binary_metrics(*of_label, cut, coverages))
     metrics, left_out = {}, {}
     for name in scores[0]:
         metrics[name] = torch.stack([each[name] for each in scores]).nanmean(0)
@@ -270,11 +255,7 @@ def _why_left_out(labels: list[int], targets: Tensor, task: str) -> str:
 
 
 def _binary_metrics(
-    scores: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    threshold: float,
-    coverages: Sequence[float],
+    scores: Tensor, labels: Tensor, weights: Tensor, threshold: float, coverages: Sequence[float]
 ) -> dict[str, Tensor]:
     positive = labels == 1
     correct = ((scores > threshold) == positive).to(weights)
@@ -310,12 +291,11 @@ def _multiclass_metrics(
         _auroc(probabilities[:, label], targets == label, weights)
         for label in rankable.nonzero().flatten().tolist()
     ]
-    left_out = {}
+    reason = ""
     if not present.all():
-        missing = (~present).nonzero().flatten().tolist()
-        left_out["auroc"] = left_out["balanced_error"] = f"no images of classes {missing}"
+        reason = f"no images of classes {(~present).nonzero().flatten().tolist()}"
     if present.sum() < 2:
-        left_out["auroc"] = left_out["balanced_error"] = "all images are of one class"
+        reason = "all images are of one class"
     metrics = {
         "accuracy": accuracy,
         "error": 1 - accuracy,
@@ -325,7 +305,7 @@ def _multiclass_metrics(
         "brier": _weighted_mean((probabilities - one_hot).square().sum(1), weights),
         **_selective_accuracy(confidence, correct, weights, coverages),
     }
-    return metrics, left_out
+    return metrics, dict.fromkeys(("auroc", "balanced_error"), reason) if reason else {}
 
 
 def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
@@ -365,13 +345,15 @@ def _selective_accuracy(
     return accuracies
 
 
-# --- checks ---------------------------------------------------------------------------------------
-
-
 def resolve_task(task: str) -> str:
     if task not in _TASKS:
         raise ValueError(f"task is {task!r}; choose one of {', '.join(_TASKS)}")
     return _TASKS[task]
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; it must lie in (0, 1), for example 0.95")
 
 
 def check_coverages(coverages: Sequence[float]) -> None:
@@ -383,34 +365,30 @@ def check_coverages(coverages: Sequence[float]) -> None:
 def check_targets(targets: Tensor, shape: Sequence[int], task: str) -> Tensor:
     """Converts labels to what the metrics take: (N,) classes, or (N, L) floats of 0, 1, NaN."""
     targets = torch.as_tensor(targets)
+    n, outputs = shape
     expected = {
-        "multiclass": f"({shape[0]},) or ({shape[0]}, 1) class indices",
-        "binary": f"({shape[0]},) or ({shape[0]}, 1) of 0 and 1",
+        "multiclass": f"({n},) or ({n}, 1) class indices",
+        "binary": f"({n},) or ({n}, 1) of 0 and 1",
         "multilabel": f"{tuple(shape)} of 0, 1 and NaN for unknown",
     }[task]
-    if task == "multilabel":
-        fits = tuple(targets.shape) == tuple(shape)
-    else:
-        fits = len(targets) == shape[0] and targets.numel() == shape[0] and targets.ndim <= 2
-    if not fits:
+    fitting = [(n, outputs)] if task == "multilabel" else [(n,), (n, 1)]
+    if tuple(targets.shape) not in fitting:
         raise ValueError(
             f"labels have shape {tuple(targets.shape)} for task {task!r} and outputs "
             f"{tuple(shape)}; give {expected}"
         )
     if task == "multiclass":
-        whole = targets.reshape(-1).long()
-        if not torch.equal(whole.to(targets.dtype), targets.reshape(-1)) or not (
-            0 <= int(whole.min()) and int(whole.max()) < shape[1]
-        ):
+        targets = targets.reshape(-1)
+        whole = targets.long()
+        fits = torch.equal(whole.to(targets.dtype), targets)
+        if not (fits and whole.min() >= 0 and whole.max() < outputs):
             raise ValueError(
                 f"labels lie in [{targets.min()}, {targets.max()}]; whole numbers from 0 to "
-                f"{shape[1] - 1} fit the {shape[1]} outputs: check num_classes"
+                f"{outputs - 1} fit the {outputs} outputs: check num_classes"
             )
         return whole
     labels = targets.double().reshape(tuple(shape))
-    allowed = (labels == 0) | (labels == 1)
-    if task == "multilabel":
-        allowed |= labels.isnan()
+    allowed = (labels == 0) | (labels == 1) | (labels.isnan() & (task == "multilabel"))
     if not allowed.all():
         raise ValueError(
             f"labels hold {labels[~allowed][0].item():g}; give {expected} for task {task!r}"
@@ -422,9 +400,7 @@ def check_logits(outputs: Any, images: Tensor, task: str) -> Tensor:
     """Converts a model's output to (B, K) logits, (B, 1) for a binary task."""
     logits = getattr(outputs, "logits", outputs)
     if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"the model returned {type(outputs).__name__}; a tensor of logits is required"
-        )
+        raise ValueError(f"the model returned {type(outputs).__name__}; logits are needed")
     if logits.ndim == 1 and task == "binary":
         logits = logits[:, None]
     if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] == 0:
@@ -435,11 +411,12 @@ def check_logits(outputs: Any, images: Tensor, task: str) -> Tensor:
     if task == "binary" and logits.shape[1] == 2:
         # The sigmoid of this difference is the softmax of the two.
         logits = logits[:, 1:] - logits[:, :1]
-    wrong = {"binary": logits.shape[1] != 1, "multiclass": logits.shape[1] < 2}.get(task, False)
-    if wrong:
+    count = logits.shape[1]
+    needed = {"binary": (count == 1, "1 or 2"), "multiclass": (count > 1, "at least 2")}
+    fits, wanted = needed.get(task, (True, ""))
+    if not fits:
         raise ValueError(
-            f"the model has {logits.shape[1]} output(s); task {task!r} needs "
-            f"{'1 or 2' if task == 'binary' else 'at least 2'}: check the task"
+            f"the model has {count} output(s); task {task!r} needs {wanted}: check the task"
         )
     if not logits.isfinite().all():
         raise ValueError(

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from inmerge_wrap.files import replacing
 from inmerge_wrap.robustness.metrics import percentile_interval
 
 __all__ = ["RobustnessResult", "compare_results"]
@@ -65,10 +67,7 @@ class RobustnessResult:
         return found[0]
 
     def value(
-        self,
-        metric: str,
-        corruption: str = "clean",
-        severity: int | float | str | None = None,
+        self, metric: str, corruption: str = "clean", severity: int | float | str | None = None
     ) -> float | None:
         """Returns a figure of the row that `row` finds, or None where it is undefined.
 
@@ -84,7 +83,8 @@ class RobustnessResult:
         content = {"settings": self.settings, "seconds": self.seconds, "rows": self.rows}
         text = json.dumps(content, indent=1, allow_nan=False)
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            with replacing(path) as draft:
+                draft.write_text(text + "\n", encoding="utf-8")
         return text
 
     @classmethod
@@ -125,11 +125,16 @@ def compare_results(result: RobustnessResult, baseline: RobustnessResult) -> lis
         entry["difference"] = row["balanced_error"] - theirs
         mine_drawn, their_drawn = (drawn_of(of, *condition) for of in (result, baseline))
         if mine_drawn is not None and their_drawn is not None:
-            interval = percentile_interval(mine_drawn - their_drawn)
-            if interval is not None:
-                entry["difference_low"], entry["difference_high"] = interval
+            add_interval(entry, "difference", mine_drawn - their_drawn)
         differences.append(entry)
     return differences
+
+
+def add_interval(row: Row, name: str, drawn: ArrayLike) -> None:
+    """Adds the ends of the interval of a figure to a row, if it has one."""
+    interval = percentile_interval(drawn)
+    if interval is not None:
+        row[f"{name}_low"], row[f"{name}_high"] = interval
 
 
 def drawn_of(
@@ -150,11 +155,7 @@ def drawn_of(
 
 
 def check_baseline(baseline: RobustnessResult, settings: Mapping[str, Any]) -> None:
-    """Refuses a baseline that was measured on other data or with other settings.
-
-    Raises:
-        ValueError: If so; the message says what differs.
-    """
+    """Refuses a baseline that was measured on other data or with other settings."""
     # Not the threshold, which each network has of its own, chosen on validation data.
     names = ["data_sha256", "task", "severities", "seed"]
     if baseline.replicates:
@@ -166,11 +167,13 @@ def check_baseline(baseline: RobustnessResult, settings: Mapping[str, Any]) -> N
                 f"the baseline was measured with {name} {theirs!r}, not {settings[name]!r}: run it "
                 "again on the same data with the same settings"
             )
-    attacks = {(attack["name"], attack["eps"]): attack for attack in baseline.settings["attacks"]}
     for attack in settings["attacks"]:
-        other = attacks.get((attack["name"], attack["eps"]), attack)
-        if other != attack:
-            raise ValueError(f"the baseline was measured under {other}, not {attack}: run it again")
+        for other in baseline.settings["attacks"]:
+            same = (attack["name"], attack["eps"]) == (other["name"], other["eps"])
+            if same and attack != other:
+                raise ValueError(
+                    f"the baseline was measured under {other}, not {attack}: run it again"
+                )
     missing = sorted(set(settings["corruptions"]) - set(baseline.settings["corruptions"]))
     if missing:
         raise ValueError(

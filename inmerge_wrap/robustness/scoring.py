@@ -13,13 +13,8 @@ import torch
 from torch import Tensor
 
 from inmerge_wrap.robustness.corruptions import Corruption
-from inmerge_wrap.robustness.metrics import (
-    LEVEL,
-    classification_metrics,
-    percentile_interval,
-    to_probabilities,
-)
-from inmerge_wrap.robustness.results import Condition, RobustnessResult, Row, drawn_of
+from inmerge_wrap.robustness.metrics import LEVEL, classification_metrics, to_probabilities
+from inmerge_wrap.robustness.results import Condition, RobustnessResult, Row, add_interval, drawn_of
 
 CLEAN: Condition = ("clean", 0)
 
@@ -42,7 +37,6 @@ def score(
     weights: np.ndarray,
 ) -> Score:
     """Scores the logits of one condition, and its bootstrap resamples by ``weights`` (N, R)."""
-
     metrics = partial(
         classification_metrics,
         to_probabilities(logits, task),
@@ -99,9 +93,7 @@ def _row(corruption: str, kind: str, severity: int | float | str, n: int, score:
         drawn = score.replicates.get(name, np.empty(0))
         if name == "ece" and drawn.size:
             drawn = np.maximum(0, drawn - (drawn.mean() - value))
-        interval = percentile_interval(drawn)
-        if interval is not None:
-            row[f"{name}_low"], row[f"{name}_high"] = interval
+        add_interval(row, name, drawn)
     if score.left_out:
         row["left_out"] = score.left_out
     return row
@@ -126,34 +118,27 @@ def _mean_score(scores: Sequence[Score]) -> Score:
 
 def _add_ratios(score: Score, corruption: str, clean: Score, baseline: RobustnessResult) -> None:
     """Adds BE and rBE of one corruption to its mean over the severities, where they are defined."""
-    if "balanced_error" not in score.values:
-        return
+    value = score.values.get("balanced_error")
     base = baseline.value("balanced_error", corruption, "mean")
     base_clean = baseline.value("balanced_error")
-    if base is None or base_clean is None:
+    if value is None or base is None or base_clean is None:
         return
-    value = score.values["balanced_error"]
-    terms = {
-        "be": (value, base),
-        "rbe": (value - clean.values["balanced_error"], base - base_clean),
-    }
     drawn: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     mine, theirs = score.replicates.get("balanced_error"), drawn_of(baseline, corruption, "mean")
     if mine is not None and theirs is not None:
-        drawn["be"] = mine, theirs
         clean_drawn = clean.replicates["balanced_error"]
+        drawn = {"be": (mine, theirs)}
         drawn["rbe"] = mine - clean_drawn, theirs - baseline.replicates[CLEAN]
-    for name, (above, below) in terms.items():
+    for name, above, below, fault in (
+        ("be", value, base, "makes no error under"),
+        ("rbe", value - clean.values["balanced_error"], base - base_clean, "loses nothing to"),
+    ):
         if below <= 1e-12:
-            what = "makes no error under" if name == "be" else "loses nothing to"
-            score.left_out[name] = f"the baseline {what} {corruption}"
+            score.left_out[name] = f"the baseline {fault} {corruption}"
             continue
         score.values[name] = above / below
-        if not drawn:
-            continue
-        above_drawn, below_drawn = drawn[name]
-        defined = below_drawn > 1e-12
-        if np.mean(~defined) <= (1 - LEVEL) / 2:
-            score.replicates[name] = np.where(
-                defined, above_drawn / np.where(defined, below_drawn, 1.0), math.nan
-            )
+        if drawn:
+            above_drawn, below_drawn = drawn[name]
+            defined = below_drawn > 1e-12
+            if np.mean(~defined) <= (1 - LEVEL) / 2:
+                score.replicates[name] = above_drawn / np.where(defined, below_drawn, math.nan)

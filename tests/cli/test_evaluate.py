@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from inmerge_wrap import export_timm
-from inmerge_wrap.cli.evaluation_tables import _interval_cell
+from inmerge_wrap.cli.evaluate import _interval_cell
 from inmerge_wrap.images.preparation import Preparation, Recipe
 from inmerge_wrap.robustness import RobustnessResult, evaluate_robustness
 from tests.cli.common import ARCH, PREPARED, complaint, run, run_json
