@@ -17,34 +17,15 @@ from inmerge_wrap.errors import ArgumentError
 from inmerge_wrap.export import export_timm
 from inmerge_wrap.markdown import plain_text
 
-__all__ = ["check_out", "write_adapted"]
-
 
 def check_out(out: Path) -> None:
-    """Raises an error if there is something in the way of a new folder.
-
-    Raises:
-        ArgumentError: If it is a file, or a folder that is not empty.
-    """
+    """Raises an error if there is something in the way of a new folder."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ArgumentError(f"<out> {out} exists: give another folder, or remove it")
 
 
 def write_adapted(adaptation: Adaptation, source: Path, out: Path, *, site: str) -> str:
-    """Writes an adapted network beside which plain timm needs nothing; whole or not at all.
-
-    Args:
-        adaptation: The network and what changed.
-        source: Folder of the network before, for its card.
-        out: New folder.
-        site: What the images are called, for the card.
-
-    Returns:
-        The line of code that loads the network.
-
-    Raises:
-        ArgumentError: If ``out`` is in use.
-    """
+    """Writes an adapted network beside which plain timm needs nothing; whole or not at all."""
     check_out(out)
     recipe = adaptation.model.recipe
     size = recipe.preparation.size

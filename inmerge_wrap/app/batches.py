@@ -100,11 +100,7 @@ class Batches:
 
 
 def per_process(batch_size: int, processes: int) -> int:
-    """Returns the batch size of each process.
-
-    Raises:
-        SystemExit: If the batch cannot be divided evenly.
-    """
+    """Returns the batch size of each process."""
     if batch_size < 1 or batch_size % processes:
         raise SystemExit(
             f"--batch-size {batch_size} is the size over all processes: "
@@ -133,12 +129,5 @@ def open_batches(
 
 
 def batches_per_epoch(train: int, val: int, batch_size: int, processes: int) -> int:
-    """Returns the length of `Batches` before the images are read.
-
-    Args:
-        train: Number of training images.
-        val: Number of validation images.
-        batch_size: Of training, over all processes.
-        processes: Their number.
-    """
+    """Returns the length of `Batches` before the images are read."""
     return train // min(batch_size, train) + -(-val // (_EVALUATED * processes))

@@ -23,27 +23,13 @@ from inmerge_wrap.images.preparation import FILE, Preparation, Recipe, digest_of
 from inmerge_wrap.images.sets import as_floats
 from inmerge_wrap.robustness import RobustnessResult, evaluate_robustness
 
-__all__ = ["INTERVALS", "Contender", "LabelledImages", "contender", "evaluate_all", "open_data"]
-
 INTERVALS = "metrics and intervals"
 """What `evaluate_all` calls this part of its work, which comes after the images of each network."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A network to evaluate.
-
-    Attributes:
-        name: In the tables.
-        path: Its weights.
-        network: Itself.
-        mean: Subtracted from pixels in [0, 1].
-        std: Divides them after that.
-        size: Height and width, if they are known.
-        config: timm's crop mode, share and interpolation.
-        classes: Names in the order of the outputs, if they are known.
-        recipe: Of a training of the application; None of other networks.
-    """
+    """A network to evaluate."""
 
     name: str
     path: Path
@@ -75,11 +61,7 @@ def contender(
     std: Sequence[float] | None = None,
     size: int | None = None,
 ) -> Contender:
-    """Returns a network with its preprocessing: from its folder, unless arguments override it.
-
-    Raises:
-        ArgumentError: If neither says how images were normalised.
-    """
+    """Returns a network with its preprocessing: from its folder, unless arguments override it."""
     config: Mapping[str, Any] = network.pretrained_cfg if is_timm_folder(path) else {}  # type: ignore[assignment]
     mean, std = mean or list(config.get("mean", [])), std or list(config.get("std", []))
     if not mean or not std:
@@ -107,15 +89,7 @@ def contender(
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images in a fixed order, in [0, 1] and not normalised.
-
-    Attributes:
-        loader: Batches of images and labels.
-        labels: Class indices (N,), or marks (N, labels).
-        part: train, val, test or all.
-        digests: Of each image's file, where files were read.
-        groups: Whose image each is, where this is known.
-    """
+    """Images in a fixed order, in [0, 1] and not normalised."""
 
     loader: DataLoader[Any]
     labels: Tensor
@@ -132,11 +106,7 @@ def open_data(
     limit: int | None,
     batch_size: int,
 ) -> LabelledImages:
-    """Opens an .npz file, a folder of classes or a CSV file for networks that read it alike.
-
-    Raises:
-        ValueError: If the networks prepare images differently, or the data do not fit them.
-    """
+    """Opens an .npz file, a folder of classes or a CSV file for networks that read it alike."""
     _check_same_images(contenders, files=data.suffix != ".npz")
     first = contenders[0]
     size = next((each.size for each in contenders if each.size is not None), None)
@@ -236,11 +206,7 @@ def _read_part(
 
 
 def outputs_of(network: nn.Module, loader: DataLoader[Any]) -> int:
-    """Returns the number of a classifier's outputs, for one image of a loader.
-
-    Raises:
-        ValueError: If it is none.
-    """
+    """Returns the number of a classifier's outputs, for one image of a loader."""
     image, _ = loader.collate_fn([loader.dataset[0]])  # a whole batch takes long to decode
     device = next(network.parameters()).device
     with torch.no_grad():
@@ -276,19 +242,7 @@ def evaluate_all(
     progress: Callable[[str, int], None],
     **settings: Any,
 ) -> dict[str, RobustnessResult]:
-    """Evaluates networks on the same images, each at its own temperature and thresholds.
-
-    Args:
-        contenders: The networks; the first is what the others are compared with.
-        images: The images.
-        task: See `evaluate_robustness`; by the labels and outputs if None.
-        progress: Called with a network's name and a number of images, and with `INTERVALS` and 1
-            after each condition of a network.
-        settings: Of `evaluate_robustness`.
-
-    Returns:
-        Results by name.
-    """
+    """Evaluates networks on the same images, each at its own temperature and thresholds."""
     results: dict[str, RobustnessResult] = {}
     for each in contenders:
         outputs = outputs_of(each.network, images.loader)

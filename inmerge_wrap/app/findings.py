@@ -32,15 +32,7 @@ def proportion(successes: int, trials: int) -> dict[str, Any]:
 
 
 def chosen_thresholds(probabilities: Tensor, labels: Tensor) -> list[float]:
-    """For each label of a multi-label task the threshold with the best balanced accuracy.
-
-    Args:
-        probabilities: (N, labels) on validation images.
-        labels: (N, labels) of 0, 1 and NaN.
-
-    Returns:
-        Thresholds; 0.5 where the images are all positive or all negative.
-    """
+    """For each label of a multi-label task the threshold with the best balanced accuracy."""
     thresholds = []
     for scores, marks in zip(probabilities.T, labels.T, strict=True):
         positive, negative = scores[marks == 1], scores[marks == 0]
@@ -70,15 +62,6 @@ def class_table(
     One class is always held against all others. Each figure has ``value``, ``low``, ``high`` and
     ``n``. Intervals of counts are Wilson's for independent images; all others are percentiles of
     the draws. Without a known positive nothing can be said of a class, and all figures are None.
-
-    Args:
-        probabilities: (N, classes).
-        labels: Class indices (N,); or 0, 1 and NaN (N, labels).
-        said: (N, classes), whether the network names the class.
-        recipe: Of the network.
-        draws: (N, R), how often each image occurs in each resample; None for no intervals.
-        units: Whose image each is, where whole patients were drawn.
-        prevalences: For each class the prevalence at which predictive values are wanted too.
     """
     rows, marks = [], marks_of(labels, len(recipe.classes))
     for index, name in enumerate(tqdm(recipe.classes, desc="classes", delay=1, leave=False)):
@@ -212,16 +195,7 @@ def subgroup_table(
     draws: Tensor | None,
     units: Sequence[str] | None,
 ) -> list[dict[str, Any]]:
-    """Balanced accuracy and AUROC in each subgroup of the test images.
-
-    Args:
-        probabilities: (N, classes).
-        labels: Class indices (N,); or 0, 1 and NaN (N, labels).
-        recipe: Of the network.
-        marks: The value of each image, by the name of the column.
-        draws: (N, R), as for `class_table`.
-        units: Whose image each is.
-    """
+    """Balanced accuracy and AUROC in each subgroup of the test images."""
     rows = []
     groups = [(column, value) for column in marks for value in sorted(set(marks[column]))]
     for column, value in tqdm(groups, desc="subgroups", delay=1, leave=False):

@@ -219,11 +219,7 @@ def parse_arguments(arguments: Sequence[str] | None, program: str) -> argparse.N
 
 
 def prevalences_of(options: argparse.Namespace, classes: Sequence[str]) -> list[float | None]:
-    """The prevalence that the reader gave of each class, None where there is none.
-
-    Raises:
-        ValueError: If one is no share, or of no class; with no classes only the shares are checked.
-    """
+    """The prevalence that the reader gave of each class, None where there is none."""
     found: dict[str, float] = {}
     for text in options.prevalence:
         name, _, share = text.rpartition("=")

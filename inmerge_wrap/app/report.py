@@ -91,12 +91,7 @@ def contact_sheet(pictures: Sequence[Tensor], path: Path, columns: int = 6) -> N
 
 
 def render(content: Mapping[str, Any], pictures: Sequence[Tensor]) -> str:
-    """Renders the whole page.
-
-    Args:
-        content: As the training writes it into results.json.
-        pictures: uint8 (C, S, S) of each of the worst mistakes, in their order.
-    """
+    """Renders the whole page."""
     environment = Environment(
         loader=PackageLoader("inmerge_wrap.app", "."),
         autoescape=True,

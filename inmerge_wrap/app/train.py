@@ -36,23 +36,13 @@ from inmerge_wrap.images.tables import write_table
 from inmerge_wrap.robustness.corruptions import resolve_preset
 from inmerge_wrap.wrapper import InMergeWrapper
 
-__all__ = ["main"]
-
 
 def main(
     arguments: Sequence[str] | None = None,
     *,
     program: str = "accelerate launch recipes/own_images.py",
 ) -> None:
-    """Trains and reports as the command line says.
-
-    Args:
-        arguments: Of the command line; those of the process if None.
-        program: What the command is called in its help.
-
-    Raises:
-        SystemExit: With one line that names a remedy, if anything is wrong.
-    """
+    """Trains and reports as the command line says."""
     options = parse_arguments(arguments, program)
     accelerator = make_accelerator(mixed_precision=precision(options.mixed_precision))
     try:
@@ -204,11 +194,7 @@ def check_network(runs: list[Run], options: argparse.Namespace) -> None:
 def read_data(
     options: argparse.Namespace, runs: list[Run], memory: Path
 ) -> tuple[ImageCollection, dict[Path, Facts], dict[str, ImageSet]]:
-    """Reads and checks the images, and decodes them once unless nothing is left to train.
-
-    Returns:
-        The images, what was found in each file, and the set of each part.
-    """
+    """Reads and checks the images, and decodes them once unless nothing is left to train."""
     collection, preparation, facts = open_images(
         options.data_dir,
         size=options.size,
@@ -250,11 +236,7 @@ def read_data(
 def begin_or_continue(
     runs: list[Run], collection: ImageCollection, options: argparse.Namespace, processes: int
 ) -> None:
-    """Notes each run's settings in its folder, or holds those that are there against them.
-
-    Raises:
-        SystemExit: If a run was begun with other settings or other images.
-    """
+    """Notes each run's settings in its folder, or holds those that are there against them."""
     settings = {key: value for key, value in vars(options).items() if key not in FREE} | {
         "images": collection.fingerprint,
         "processes": processes,

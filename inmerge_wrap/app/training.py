@@ -98,14 +98,7 @@ def merged_share(model: nn.Module) -> dict[str, float]:
 def loss_of(
     task: str, labels: Tensor, *, balanced: bool, device: torch.device
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Computes cross-entropy; binary, over the known labels, for a multi-label task.
-
-    Args:
-        task: ``"multiclass"`` or ``"multilabel"``.
-        labels: Labels of the training part, from which balanced weights are computed.
-        balanced: Whether each class has the same total weight, however rare it is.
-        device: Device of the outputs.
-    """
+    """Computes cross-entropy; binary, over the known labels, for a multi-label task."""
     if task == "multiclass":
         counts = labels.bincount().float()
         weights = (len(labels) / (len(counts) * counts)).to(device) if balanced else None
@@ -200,11 +193,7 @@ class _Training:
                 torch.save(state | {"history": self.history}, draft)
 
     def load(self, path: Path, epochs: int) -> None:
-        """Continues from a checkpoint of at most as many epochs.
-
-        Raises:
-            SystemExit: If it is damaged, or of something else.
-        """
+        """Continues from a checkpoint of at most as many epochs."""
         with of_an_earlier_start(path, remove=path):
             stored = read_pickle(path)
             for name, part in self._parts().items():
@@ -306,11 +295,7 @@ def _epoch(
     normalise: Normalise,
     bar: tqdm,
 ) -> float:
-    """Trains for an epoch; returns the mean loss.
-
-    Raises:
-        SystemExit: If the loss is not finite.
-    """
+    """Trains for an epoch; returns the mean loss."""
     accelerator, steps = training.accelerator, len(batches.loader)
     batches.start(epoch)
     set_seed(derived_seed(run.seed, epoch, accelerator.process_index))

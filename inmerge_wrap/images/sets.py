@@ -8,7 +8,7 @@ they are what corruptions act on.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from inmerge_wrap.files import read_json, replacing, write_json
-from inmerge_wrap.images.collection import ImageCollection, ImageFile, counted, named
-from inmerge_wrap.images.files import DataError, Facts, examine
+from inmerge_wrap.images.collection import ImageCollection, ImageFile, spaced
+from inmerge_wrap.images.files import DataError, Facts, counted, examine, named
 from inmerge_wrap.images.preparation import Preparation
 
 # -- examining -------------------------------------------------------------------------------------
@@ -50,16 +50,9 @@ def _examined(path: Path) -> Facts | str:
 def examine_all(
     collection: ImageCollection, *, workers: int = 0, memory: Path | None = None
 ) -> list[Facts]:
-    """Reads every file once, with a progress bar.
+    """Reads every file once; in ``memory``, a JSON file, it keeps the facts until a file changes.
 
-    Args:
-        collection: The images.
-        workers: Processes that read; 0 for this one.
-        memory: JSON file in which what was found is kept; files that have not changed since are
-            not read again.
-
-    Raises:
-        DataError: If a package is missing.
+    ``workers`` are processes that read, 0 for this one.
     """
     known: dict[str, tuple[list[int] | None, Facts]] = {}
     if memory is not None and memory.exists():
@@ -99,22 +92,11 @@ def _stamp(path: Path) -> list[int] | None:
 
 
 def without_broken(
-    collection: ImageCollection,
-    facts: Sequence[Facts],
-    *,
-    skip: bool,
-    memory: Path | None = None,
+    collection: ImageCollection, facts: Sequence[Facts], *, skip: bool, memory: Path | None = None
 ) -> tuple[ImageCollection, list[Facts]]:
     """The images that can be read, with their digests, and what is known of them.
 
-    Args:
-        collection: All images.
-        facts: Of each.
-        skip: Leave out those that cannot be read.
-        memory: File that holds the facts, for the error.
-
-    Raises:
-        DataError: If there are broken ones that are not to be skipped; or a class has no others.
+    Others are an error, which names ``memory``, or with ``skip`` a warning.
     """
     pairs = list(zip(collection.images, facts, strict=True))
     sound = [entry for entry in facts if entry.error is None]
@@ -154,15 +136,8 @@ class ImageSet(Dataset):
         *,
         pixels: np.ndarray | None = None,
     ) -> None:
-        """Takes the images.
-
-        Args:
-            images: Of one collection.
-            preparation: Makes pixels of a file.
-            pixels: The same pixels (N, C, S, S), read before; see `keep_pixels`.
-        """
-        self.images, self.preparation = images, preparation
-        self.pixels = pixels
+        """Takes the images, and if they were decoded before (`keep_pixels`) their pixels."""
+        self.images, self.preparation, self.pixels = images, preparation, pixels
 
     def __len__(self) -> int:
         return len(self.images)
@@ -179,6 +154,12 @@ class ImageSet(Dataset):
         """Class indices (N,), or 0, 1 and NaN (N, labels)."""
         return torch.tensor([image.label for image in self.images])
 
+    def sample(self, most: int | None, what: str) -> Iterator[tuple[ImageFile, Tensor]]:
+        """Up to ``most`` images, evenly spaced, with their pixels; the bar says ``what``."""
+        hidden = self.pixels is not None  # decoded already, so it takes no time
+        for n in tqdm(spaced(len(self), most), what, unit="image", leave=False, disable=hidden):
+            yield self.images[n], self[n][0]
+
 
 def as_floats(batch: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Collates items of an ImageSet for corruptions, which act on floats in [0, 1]."""
@@ -190,9 +171,6 @@ def keep_pixels(images: ImageSet, path: Path, *, workers: int = 0) -> ImageSet:
     """The same set, its pixels decoded once into a file that all processes map into memory.
 
     An existing file is used as it is: its name must be of these images and this preparation.
-
-    Raises:
-        DataError: If the disk has no room for it.
     """
     shape = (len(images), images.preparation.channels, *[images.preparation.size] * 2)
     if not path.exists():
@@ -204,14 +182,7 @@ def keep_pixels(images: ImageSet, path: Path, *, workers: int = 0) -> ImageSet:
                 f"{free / 1e9:.1f} GB are free: decode them in every epoch (inmerge train "
                 "--no-cache)"
             )
-        loader = DataLoader(images, batch_size=None, num_workers=workers)
-        with replacing(path) as draft:
-            pixels = np.lib.format.open_memmap(draft, mode="w+", dtype=np.uint8, shape=shape)
-            bar = tqdm(loader, desc=f"reading {path.stem}", unit="image")
-            for index, (one, _) in enumerate(bar):
-                pixels[index] = one.numpy()
-            pixels.flush()
-            del pixels
+        write_pixels(images, shape, path, workers=workers)
     try:
         pixels = np.load(path, mmap_mode="r")
         if pixels.shape != shape or pixels.dtype != np.uint8:
@@ -221,3 +192,16 @@ def keep_pixels(images: ImageSet, path: Path, *, workers: int = 0) -> ImageSet:
             f"{path} cannot be used ({error}): remove it, and the images are decoded again"
         ) from error
     return ImageSet(images.images, images.preparation, pixels=pixels)
+
+
+def write_pixels(
+    images: Dataset[Any], shape: tuple[int, ...], path: Path, *, workers: int = 0
+) -> None:
+    """Writes the pixels of all items, bytes of this shape together, as an .npy file."""
+    loader = DataLoader(images, batch_size=None, num_workers=workers)
+    # Written, not mapped: on a full disk, a map ends the process without an error message.
+    with replacing(path) as draft, open(draft, "wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for pixels, _ in tqdm(loader, desc=f"reading {path.stem}", unit="image"):
+            file.write(pixels.numpy().tobytes())
