@@ -20,7 +20,6 @@ from inmerge_wrap.images.looks import Look, look_at
 from inmerge_wrap.images.preparation import Preparation, Recipe
 from inmerge_wrap.images.sets import Mapped
 
-
 Progress = Callable[[int], None]  # called with the number of images after each batch
 
 

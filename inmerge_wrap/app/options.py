@@ -179,11 +179,11 @@ add("--title", help="of the report (default: the name of the folder)")
 add("--license", default="unknown", help="of the weights, for the model card")
 add("--out", type=Path, default=Path("runs/own_images"), help="folder (default: %(default)s)")
 
+ASKED = ("preset", "severities", "bootstrap", "subgroups", "prevalence")  # what decides the figures
 # What may differ when a run is continued: none of it changes the weights, and the images
 # themselves are compared.
-FREE = {"out", "workers", "no_cache", "preset", "severities", "bootstrap", "title", "license"}
-FREE |= {"seeds", "only", "data_dir", "csv", "skip_broken", "allow_overlap"}
-FREE |= {"subgroups", "prevalence"}
+FREE = {*ASKED, "out", "workers", "no_cache", "title", "license", "seeds", "only", "data_dir"}
+FREE |= {"csv", "skip_broken", "allow_overlap"}
 
 
 def parse_arguments(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:

@@ -13,7 +13,7 @@ import torch
 from inmerge_wrap.app.model import Progress, Read, TrainedModel, read_files, silent
 from inmerge_wrap.errors import ArgumentError, ArgumentWarning
 from inmerge_wrap.images.files import counted, named
-from inmerge_wrap.images.finding import class_name, images_below, is_unknown, marks_of
+from inmerge_wrap.images.finding import class_name, images_below, is_unknown, read_marks
 from inmerge_wrap.images.looks import unlike, warnings_about
 from inmerge_wrap.images.preparation import Recipe
 from inmerge_wrap.images.tables import read_table, write_table
@@ -72,7 +72,7 @@ def read_labels(table: Path, recipe: Recipe, path_column: str = "path") -> dict[
         if all(is_unknown(row[label]) for label in labels):
             continue
         if recipe.task == "multi-label":
-            found[name] = marks_of(place, row, recipe.classes)
+            found[name] = read_marks(place, row, recipe.classes)
             continue
         label = class_name(row["label"])
         if label not in recipe.classes:
@@ -151,7 +151,7 @@ def write_predictions(found: Sequence[Prediction], recipe: Recipe, path: Path) -
     rows = []
     for entry in found:
         values = [round(value, 7) for value in entry.probabilities or ()]
-        cells = values or [""] * len(recipe.classes)
+        cells: list[Any] = values or [""] * len(recipe.classes)
         said = "; ".join(entry.predicted), *cells, "; ".join(entry.unlike), entry.error or ""
         rows.append([entry.name, *said])
     write_table(path, ["image", "prediction", *recipe.classes, "unlike training", "error"], rows)

@@ -24,11 +24,17 @@ from inmerge_wrap.app.records import of_an_earlier_start
 from inmerge_wrap.app.report import flipped
 from inmerge_wrap.app.starting_weights import start_network
 from inmerge_wrap.app.testing import row_of, test
-from inmerge_wrap.app.training import Run, make_accelerator, one_line_if_out_of_memory, train
+from inmerge_wrap.app.training import (
+    Data,
+    Run,
+    make_accelerator,
+    one_line_if_out_of_memory,
+    train,
+)
 from inmerge_wrap.errors import ArgumentError, for_command_line
 from inmerge_wrap.files import read_json, replacing, write_json
 from inmerge_wrap.images.collection import PARTS, ImageCollection
-from inmerge_wrap.images.files import DataError, Facts
+from inmerge_wrap.images.files import SHOWN, DataError
 from inmerge_wrap.images.finding import find_images
 from inmerge_wrap.images.folders import open_images
 from inmerge_wrap.images.sets import ImageSet, keep_pixels
@@ -78,7 +84,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 def _with_list(error: ArgumentError, folder: Path) -> str:
     """The message, and a file with all names where the message shows only the first."""
     text = for_command_line(error, {"shares": "--split"})
-    if not isinstance(error, DataError) or len(error.names) <= 5:
+    if not isinstance(error, DataError) or len(error.names) <= SHOWN:
         return f"error: {text}"
     path = folder / "lists.txt"
     with replacing(path) as draft:
@@ -143,7 +149,8 @@ def train_and_report(options: argparse.Namespace, accelerator: Accelerator, memo
     runs = planned_runs(options)
     with accelerator.main_process_first():
         check_network(runs, options)
-        collection, facts, sets = read_data(options, runs, memory)
+        data = read_data(options, runs, memory)
+    collection, sets = data.collection, data.sets
     prevalences_of(options, collection.classes)
     for note in collection.notes:
         accelerator.print(f"note: {note}")
@@ -166,11 +173,11 @@ def train_and_report(options: argparse.Namespace, accelerator: Accelerator, memo
             if (run.folder / "training.json").exists():
                 bar.update(bar.total // len(runs))
             else:
-                train(run, sets, collection, options, accelerator, bar)
+                train(run, data, options, accelerator, bar)
     if not accelerator.is_main_process:
         return
-    found = {run: test(run, sets, collection, options, accelerator.device) for run in runs}
-    page = publish(found, sets, collection, facts, options)
+    found = {run: test(run, data, options, accelerator.device) for run in runs}
+    page = publish(found, data, options)
     shutil.rmtree(options.out / "cache", ignore_errors=True)
     for run, each in found.items():
         clean = row_of(each, "clean")
@@ -191,9 +198,7 @@ def check_network(runs: list[Run], options: argparse.Namespace) -> None:
             raise SystemExit(f"--arch {options.arch}: {error}") from error
 
 
-def read_data(
-    options: argparse.Namespace, runs: list[Run], memory: Path
-) -> tuple[ImageCollection, dict[Path, Facts], dict[str, ImageSet]]:
+def read_data(options: argparse.Namespace, runs: list[Run], memory: Path) -> Data:
     """Reads and checks the images, and decodes them once unless nothing is left to train."""
     collection, preparation, facts = open_images(
         options.data_dir,
@@ -230,7 +235,7 @@ def read_data(
         for part, images in sets.items():
             path = options.out / "cache" / f"{part}-{key}.npy"
             sets[part] = keep_pixels(images, path, workers=options.workers)
-    return collection, facts, sets
+    return Data(collection, facts, sets)
 
 
 def begin_or_continue(

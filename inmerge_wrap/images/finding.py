@@ -265,7 +265,7 @@ def _from_table(
             raise DataError(f"{place}: part is {part!r}; give train, val or test")
         label: int | tuple[float, ...] = 0
         if len(labels) > 1:
-            label = marks_of(place, row, labels)
+            label = read_marks(place, row, labels)
         elif is_unknown(row[labels[0]]):
             raise DataError(f"{place}: {text} has no {labels[0]}")
         path = Path(text.replace("\\", "/"))
@@ -284,7 +284,7 @@ def is_unknown(cell: str) -> bool:
     return cell.lower() in ("", "nan", "na")
 
 
-def marks_of(place: str, row: Mapping[str, str], labels: Sequence[str]) -> tuple[float, ...]:
+def read_marks(place: str, row: Mapping[str, str], labels: Sequence[str]) -> tuple[float, ...]:
     """Several labels of a row: 0, 1, or NaN for unknown."""
     marks = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0}
     for name in labels:

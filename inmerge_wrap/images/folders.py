@@ -21,7 +21,7 @@ from inmerge_wrap.images.collection import ImageCollection, check, split
 from inmerge_wrap.images.files import DataError, Facts, counted, named, range_of
 from inmerge_wrap.images.finding import find_images, listed, parts_in
 from inmerge_wrap.images.preparation import Preparation
-from inmerge_wrap.images.sets import ImageSet, examine_all, without_broken
+from inmerge_wrap.images.sets import ImageSet, examine_all
 from inmerge_wrap.images.tables import read_table, write_table
 
 
@@ -54,8 +54,9 @@ def open_images(
     collection = find_images(
         directory, table=table, labels=labels, path_column=path_column, groups=groups, marks=marks
     )
-    facts = examine_all(collection, workers=workers, memory=memory)
-    collection, facts = without_broken(collection, facts, skip=skip_broken, memory=memory)
+    collection, facts = examine_all(
+        collection, skip_broken=skip_broken, workers=workers, memory=memory
+    )
     names = [image.name for image in collection.images]
     preparation = _prepare(facts, names, size, channels, crop_mode, pixel_range)
     if site is not None:
@@ -166,8 +167,7 @@ def read_part(
         raise DataError(f"{directory} has no part {part}")
     if classes is not None:
         collection = _in_order(collection, classes)
-    facts = examine_all(collection)
-    collection, facts = without_broken(collection, facts, skip=False)
+    collection, facts = examine_all(collection)
     names = [image.name for image in collection.images]
     opened = ImageSet(collection.images, preparation or _prepare(facts, names, size))
     pixels = torch.stack([pixels for _, pixels in opened.sample(None, "reading images")])

@@ -48,56 +48,17 @@ def _examined(path: Path) -> Facts | str:
 
 
 def examine_all(
-    collection: ImageCollection, *, workers: int = 0, memory: Path | None = None
-) -> list[Facts]:
-    """Reads every file once; in ``memory``, a JSON file, it keeps the facts until a file changes.
-
-    ``workers`` are processes that read, 0 for this one.
-    """
-    known: dict[str, tuple[list[int] | None, Facts]] = {}
-    if memory is not None and memory.exists():
-        try:
-            for path, entry in read_json(memory).items():
-                known[path] = entry["stamp"], Facts(**entry["facts"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{memory} cannot be used ({error}): remove it, and the images are checked again"
-            ) from error
-    stamps = {str(image.path): _stamp(image.path) for image in collection.images}
-    # One that could not be read may be readable now: its decoder may have been missing.
-    fresh = [
-        path
-        for path, stamp in stamps.items()
-        if path not in known or known[path][0] != stamp or known[path][1].error is not None
-    ]
-    reading = Mapped(_examined, [Path(path) for path in fresh])
-    loader = DataLoader(reading, batch_size=None, num_workers=workers)
-    bar = tqdm(loader, desc="checking images", unit="image", disable=not fresh)
-    for path, facts in zip(fresh, bar, strict=True):
-        if isinstance(facts, str):
-            raise DataError(facts)
-        known[path] = stamps[path], facts
-    if memory is not None and fresh:
-        kept = {path: {"stamp": stamps[path], "facts": asdict(known[path][1])} for path in stamps}
-        write_json(memory, kept)
-    return [known[str(image.path)][1] for image in collection.images]
-
-
-def _stamp(path: Path) -> list[int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return [status.st_size, status.st_mtime_ns]
-
-
-def without_broken(
-    collection: ImageCollection, facts: Sequence[Facts], *, skip: bool, memory: Path | None = None
+    collection: ImageCollection,
+    *,
+    skip_broken: bool = False,
+    workers: int = 0,
+    memory: Path | None = None,
 ) -> tuple[ImageCollection, list[Facts]]:
-    """The images that can be read, with their digests, and what is known of them.
+    """The images that can be read, with their digests, and what is known of each.
 
-    Others are an error, which names ``memory``, or with ``skip`` a warning.
+    Every file is read once; ``memory``, a JSON file, keeps the facts until a file changes.
     """
+    facts = _facts_of([image.path for image in collection.images], workers, memory)
     pairs = list(zip(collection.images, facts, strict=True))
     sound = [entry for entry in facts if entry.error is None]
     images = [replace(i, digest=entry.digest) for i, entry in pairs if entry.error is None]
@@ -111,7 +72,7 @@ def without_broken(
         where = f", all of them in {memory}" if memory is not None else ""
         lines[10:] = [f"  and {len(broken) - 10:,} more{where}"]
     shown = "\n".join(lines)
-    if not skip:
+    if not skip_broken:
         raise DataError(
             f"{title}:\n{shown}\nMend or remove them, or leave them out with <skip_broken=True>"
         )
@@ -121,6 +82,43 @@ def without_broken(
         raise DataError(f"{title}, and so no image is left of {named(gone)}:\n{shown}")
     names = [name for name, _ in broken]
     return left.listed(f"{title} and were left out", names, warn=True), sound
+
+
+def _facts_of(paths: Sequence[Path], workers: int, memory: Path | None) -> list[Facts]:
+    known: dict[Path, tuple[list[int] | None, Facts]] = {}
+    if memory is not None and memory.exists():
+        try:
+            for name, entry in read_json(memory).items():
+                known[Path(name)] = entry["stamp"], Facts(**entry["facts"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{memory} cannot be used ({error}): remove it, and the images are checked again"
+            ) from error
+    stamps = {path: _stamp(path) for path in paths}
+    # One that could not be read may be readable now: its decoder may have been missing.
+    fresh = [
+        path
+        for path, stamp in stamps.items()
+        if path not in known or known[path][0] != stamp or known[path][1].error is not None
+    ]
+    loader = DataLoader(Mapped(_examined, fresh), batch_size=None, num_workers=workers)
+    bar = tqdm(loader, desc="checking images", unit="image", disable=not fresh)
+    for path, facts in zip(fresh, bar, strict=True):
+        if isinstance(facts, str):
+            raise DataError(facts)
+        known[path] = stamps[path], facts
+    if memory is not None and fresh:
+        kept = {str(p): {"stamp": stamps[p], "facts": asdict(known[p][1])} for p in stamps}
+        write_json(memory, kept)
+    return [known[path][1] for path in paths]
+
+
+def _stamp(path: Path) -> list[int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
 
 
 # -- reading ---------------------------------------------------------------------------------------
