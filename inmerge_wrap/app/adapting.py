@@ -53,7 +53,7 @@ class Adaptation:
     labelled: int
     shares: Mapping[str, tuple[float, float]]  # of images named so, before and after
     balanced_accuracy: tuple[float, float] | None  # on the labelled images, before and after
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without the network."""
@@ -133,17 +133,16 @@ def adapt(
             accuracy = first, last
     facts = [look.facts for look in site.looks]
     trained_on = {*recipe.trained_on, *(digest_of(facts[place].digest) for place in kept)}
-    seen = seen_of(facts, site.looks)
-    recipe = replace(recipe, seen=seen, trained_on=tuple(sorted(trained_on)))
-    return Adaptation(
+    recipe = replace(recipe, seen=seen_of(facts, site.looks), trained_on=tuple(sorted(trained_on)))
+    found = Adaptation(
         model=replace(adapted, recipe=recipe),
         prior=prior,
         images=len(site.names),
         labelled=len(kept),
         shares=shares,
         balanced_accuracy=accuracy,
-        warnings=(*_cautions(site, prior, shares, recipe, accuracy), *notes),
     )
+    return replace(found, warnings=(*_cautions(found, site.errors), *notes))
 
 
 def check_norms(network: torch.nn.Module) -> None:
@@ -177,48 +176,42 @@ def _shares(scores: Tensor, recipe: Recipe) -> list[float]:
     return recipe.named(recipe.probabilities(scores)).double().mean(0).tolist()
 
 
-def _cautions(
-    site: Site,
-    prior: float,
-    shares: Mapping[str, tuple[float, float]],
-    recipe: Recipe,
-    accuracy: tuple[float, float] | None,
-) -> list[str]:
+def _cautions(found: Adaptation, errors: Mapping[str, str]) -> Iterator[str]:
     """What can have gone wrong, in sentences."""
-    count = len(site.names)
-    found = []
-    if site.errors:
-        found.append(
-            f"{len(site.errors)} files cannot be read and were left out, for example "
-            + ": ".join(next(iter(site.errors.items())))
+    recipe = found.model.recipe
+    if errors:
+        yield (
+            f"{len(errors)} files cannot be read and were left out, for example "
+            + ": ".join(next(iter(errors.items())))
         )
-    if count < _FEW:
-        found.append(
-            f"{count} images are few to estimate statistics on: use {_FEW} or more, or raise "
-            f"the prior above {prior:g}"
+    if found.images < _FEW:
+        yield (
+            f"{found.images} images are few to estimate statistics on: use {_FEW} or more, or "
+            f"raise the prior above {found.prior:g}"
         )
-    name, (before, after) = max(shares.items(), key=lambda entry: entry[1][1])
-    usual = dict(zip(recipe.classes, recipe.class_shares or [0.0] * len(shares), strict=True))[name]
+    name, (before, after) = max(found.shares.items(), key=lambda entry: entry[1][1])
+    usual = recipe.class_shares[recipe.classes.index(name)] if recipe.class_shares else 0.0
     if recipe.task == "multi-class" and after >= max(_MOST, usual + _MOVED / 2):
-        trained = "" if recipe.class_shares is None else f", {usual:.0%} of the training images"
-        found.append(
+        trained = f", {usual:.0%} of the training images" if recipe.class_shares else ""
+        yield (
             f"{after:.0%} of the images are now taken for {name} ({before:.0%} before{trained}). "
             "If that is the mix of cases here (a ward with one disease), do not adapt on them: "
             "re-estimated statistics assume the mix of the training, and can make the network worse"
         )
     moved = [
         f"{label} from {first:.0%} to {last:.0%}"
-        for label, (first, last) in shares.items()
+        for label, (first, last) in found.shares.items()
         if abs(last - first) >= _MOVED
     ]
     if moved:
-        found.append(
+        yield (
             f"the share of predictions moved: {', '.join(moved)}. Check a sample of the images "
             "against their labels before you use the adapted network"
         )
-    if accuracy is not None and accuracy[1] < accuracy[0]:
-        found.append(
-            f"balanced accuracy on the labelled images fell from {accuracy[0]:.3f} to "
-            f"{accuracy[1]:.3f}: keep the network as it was"
-        )
-    return found
+    if found.balanced_accuracy is not None:
+        first, last = found.balanced_accuracy
+        if last < first:
+            yield (
+                f"balanced accuracy on the labelled images fell from {first:.3f} to {last:.3f}: "
+                "keep the network as it was"
+            )

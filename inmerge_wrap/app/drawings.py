@@ -18,8 +18,8 @@ class Drawing:
     title: str
     x_range: tuple[float, float]
     y_range: tuple[float, float]
-    size: tuple[int, int]
-    left: int = 52
+    size: tuple[int, int]  # of the area inside the axes, in pixels
+    left: int = 52  # pixels left of it, for labels
     x_ticks: Sequence[float] = ()
     y_ticks: Sequence[float] = ()
     x_label: str = ""

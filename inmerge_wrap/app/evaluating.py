@@ -94,12 +94,7 @@ class LabelledImages:
 
 
 def open_data(
-    data: Path,
-    contenders: Sequence[Contender],
-    *,
-    part: str,
-    limit: int | None,
-    batch_size: int,
+    data: Path, contenders: Sequence[Contender], *, part: str, limit: int | None, batch_size: int
 ) -> LabelledImages:
     """Opens an .npz file, a folder of classes or a CSV file for networks that read it alike."""
     _check_same_images(contenders, files=data.suffix != ".npz")

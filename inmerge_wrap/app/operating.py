@@ -20,10 +20,7 @@ _BOUNDS = (math.log(0.05), math.log(20.0))  # of the temperature's logarithm
 def balanced_accuracy(recipe: Recipe, scores: Tensor, labels: Tensor) -> float:
     """Returns the balanced accuracy, of several labels the mean over the labels."""
     found, _ = classification_metrics(
-        recipe.probabilities(scores),
-        labels,
-        task=recipe.task,
-        threshold=recipe.thresholds or 0.5,
+        recipe.probabilities(scores), labels, task=recipe.task, threshold=recipe.thresholds or 0.5
     )
     return 1 - float(found["balanced_error"])
 

@@ -51,9 +51,7 @@ class _Help(argparse.HelpFormatter):
 
 
 parser = argparse.ArgumentParser(
-    description=DESCRIPTION,
-    usage="%(prog)s --data-dir DIR [OPTIONS]",
-    formatter_class=_Help,
+    description=DESCRIPTION, usage="%(prog)s --data-dir DIR [OPTIONS]", formatter_class=_Help
 )
 group = parser.add_argument_group("images")
 add = group.add_argument

@@ -96,11 +96,7 @@ def predict(
 ) -> list[Prediction]:
     """Returns the network's answer to each file, given by name and path."""
     batches = read_files(
-        files,
-        model.recipe.preparation,
-        batch_size=batch_size,
-        workers=workers,
-        progress=progress,
+        files, model.recipe.preparation, batch_size=batch_size, workers=workers, progress=progress
     )
     return [answer for batch in batches for answer in _answers(model, batch)]
 

@@ -24,13 +24,7 @@ from inmerge_wrap.app.records import of_an_earlier_start
 from inmerge_wrap.app.report import flipped
 from inmerge_wrap.app.starting_weights import start_network
 from inmerge_wrap.app.testing import row_of, test
-from inmerge_wrap.app.training import (
-    Data,
-    Run,
-    make_accelerator,
-    one_line_if_out_of_memory,
-    train,
-)
+from inmerge_wrap.app.training import Data, Run, make_accelerator, one_line_if_out_of_memory, train
 from inmerge_wrap.errors import ArgumentError, for_command_line
 from inmerge_wrap.files import read_json, replacing, write_json
 from inmerge_wrap.images.collection import PARTS, ImageCollection

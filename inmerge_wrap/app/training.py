@@ -151,12 +151,7 @@ class _Training:
     """One network in training; what changes are its parts and its history."""
 
     def __init__(
-        self,
-        run: Run,
-        data: Data,
-        options: argparse.Namespace,
-        accelerator: Accelerator,
-        bar: tqdm,
+        self, run: Run, data: Data, options: argparse.Namespace, accelerator: Accelerator, bar: tqdm
     ) -> None:
         self.run, self.options, self.accelerator, self.bar = run, options, accelerator, bar
         self.task, images = data.collection.task, data.sets["train"]

@@ -36,15 +36,7 @@ from inmerge_wrap.files import write_json
 from inmerge_wrap.images.collection import PARTS
 from inmerge_wrap.images.sets import write_pixels
 
-__all__ = [
-    "FINDINGS",
-    "Part",
-    "Radiographs",
-    "cached",
-    "read_dataset",
-    "read_hub",
-    "read_release",
-]
+__all__ = ["FINDINGS", "Part", "Radiographs", "cached", "read_dataset", "read_hub", "read_release"]
 
 FINDINGS = (  # in the column order of the paper's table
     *("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia"),
