@@ -290,13 +290,11 @@ def by_family(result: RobustnessResult) -> list[dict[str, Any]]:
     A family's figure is the mean over its corruptions and severities; its interval is of the same
     mean over the same resamples.
     """
-    measured = [row for row in result.rows if row["severity"] != "mean"]
-    families = [("clean", [row for row in measured if row["kind"] == "clean"])]
-    families += [(kind, [row for row in measured if row["kind"] == kind]) for kind in KINDS]
-    families.append(("all", [row for row in measured if row["kind"] in KINDS]))
+    measured = [r for r in result.rows if r["severity"] != "mean" and "balanced_error" in r]
+    families = {name: (name,) for name in ("clean", *KINDS)} | {"all": tuple(KINDS)}
     table = []
-    for name, rows in families:
-        rows = [row for row in rows if "balanced_error" in row]
+    for name, kinds in families.items():
+        rows = [row for row in measured if row["kind"] in kinds]
         if not rows:
             continue
         entry: dict[str, Any] = {

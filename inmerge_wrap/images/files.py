@@ -105,20 +105,18 @@ def _starts_as_dicom(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
-def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM, by its suffix or its first bytes."""
-    return path.suffix.lower() in DICOM or _starts_as_dicom(path)
+def decode(path: Path, *, first_frame: bool = False) -> Decoded:
+    """Reads a file, upright as its EXIF orientation says; raises anything on a broken one.
 
-
-def decode(path: Path) -> Decoded:
-    """Reads a file whole, upright as its EXIF orientation says; raises anything on a broken one."""
-    if is_dicom(path):
+    One that holds several images is refused, or its first one read.
+    """
+    if path.suffix.lower() in DICOM or _starts_as_dicom(path):
         from inmerge_wrap.images.dicom import decode_dicom
 
         return decode_dicom(path)
     with Image.open(path) as image:
         frames = getattr(image, "n_frames", 1)
-        if frames > 1 and image.format != "MPO":  # cameras add a preview
+        if frames > 1 and not first_frame and image.format != "MPO":  # cameras add a preview
             raise ValueError(f"it holds {frames} images; give each its own file")
         # Pillow keeps the upper 8 of the 16 bits of a colour.
         shortened = "16" in str(image.tile[0][3]) if image.tile else False

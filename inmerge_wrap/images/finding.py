@@ -88,7 +88,7 @@ def _places_of(classes: Iterable[str]) -> dict[str, int]:
     """The place of each class among the outputs: 2 before 10, and numbers before words."""
 
     def natural(name: str) -> tuple[int, int, str]:
-        return (0, int(name), name) if name.isdigit() else (1, 0, name)
+        return (0, int(name), name) if name.isdecimal() else (1, 0, name)
 
     return {name: place for place, name in enumerate(sorted(set(classes), key=natural))}
 
@@ -172,14 +172,16 @@ def listed(parts: Mapping[str, Path]) -> str:
 def _training_parts(directory: Path) -> dict[str, Path]:
     """As `parts_in`, but with a part train and without other folders, if there are any."""
     parts = parts_in(directory)
-    folders = inside(directory, folders=True) if parts else []
+    if not parts:
+        return {}
+    folders = inside(directory, folders=True)
     others = named([folder.name for folder in folders if folder not in parts.values()])
     if others:
         raise DataError(
             f"{directory} has {listed(parts)} and also {others}: is that a part, or a class? Put "
             "the parts into a folder of their own, or name the images in a CSV file"
         )
-    if parts and "train" not in parts:
+    if "train" not in parts:
         raise DataError(f"{directory} has {listed(parts)} but no train")
     return parts
 
