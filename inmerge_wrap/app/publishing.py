@@ -63,7 +63,7 @@ def _described(model: TrainedModel, found: Found, data: Data) -> TrainedModel:
     """The network as it is used, with what its training images were like and which they were."""
     train, val = data.sets["train"], data.sets["val"]
     looks = [
-        look_at(data.facts[image.path], pixels)
+        look_at(image.facts, pixels)
         for image, pixels in train.sample(1000, "looking at training images")
     ]
     marks = marks_of(train.labels, len(data.collection.classes))
@@ -71,7 +71,7 @@ def _described(model: TrainedModel, found: Found, data: Data) -> TrainedModel:
         model.recipe,
         temperature=found["temperature"],
         thresholds=tuple(found["thresholds"]) or None,
-        seen=seen_of([data.facts[image.path] for image in train.images], looks),
+        seen=seen_of([image.facts for image in train.images], looks),
         class_shares=tuple(marks.nanmean(0).nan_to_num().tolist()),
         trained_on=tuple(sorted({digest_of(i.digest) for i in (*train.images, *val.images)})),
     )

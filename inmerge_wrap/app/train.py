@@ -194,7 +194,7 @@ def check_network(runs: list[Run], options: argparse.Namespace) -> None:
 
 def read_data(options: argparse.Namespace, runs: list[Run], memory: Path) -> Data:
     """Reads and checks the images, and decodes them once unless nothing is left to train."""
-    collection, preparation, facts = open_images(
+    collection, preparation = open_images(
         options.data_dir,
         size=options.size,
         channels=options.channels,
@@ -229,7 +229,7 @@ def read_data(options: argparse.Namespace, runs: list[Run], memory: Path) -> Dat
         for part, images in sets.items():
             path = options.out / "cache" / f"{part}-{key}.npy"
             sets[part] = keep_pixels(images, path, workers=options.workers)
-    return Data(collection, facts, sets)
+    return Data(collection, sets)
 
 
 def begin_or_continue(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,6 @@ from inmerge_wrap.checkpoints import read_pickle
 from inmerge_wrap.export import export_weights
 from inmerge_wrap.files import replacing, write_json
 from inmerge_wrap.images.collection import ImageCollection
-from inmerge_wrap.images.files import Facts
 from inmerge_wrap.images.sets import ImageSet
 from inmerge_wrap.robustness import classification_metrics
 from inmerge_wrap.robustness.metrics import to_probabilities
@@ -59,10 +58,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Data:
-    """The images of a training: what they are, the facts of each file, and the set of each part."""
+    """The images of a training: what they are, and the set of each part."""
 
     collection: ImageCollection
-    facts: Mapping[Path, Facts]
     sets: dict[str, ImageSet]
 
 

@@ -10,12 +10,12 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from inmerge_wrap.images.files import SHOWN, DataError, counted, named
+from inmerge_wrap.images.files import SHOWN, DataError, Facts, counted, named
 
 PARTS = ("train", "val", "test")
 SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
@@ -33,8 +33,13 @@ class ImageFile:
     label: int | tuple[float, ...]  # class index; or 0.0, 1.0 or NaN (unknown) for each label
     group: str | None = None  # whose image it is: those of one group never stand in two parts
     part: str | None = None
-    digest: str = ""  # of its content, once it was read
     marks: tuple[tuple[str, str], ...] = ()  # what else is known, by name: its site, its scanner
+    facts: Facts = field(default_factory=Facts)  # of its file, once that was read
+
+    @property
+    def digest(self) -> str:
+        """Of its content: equal images have equal ones."""
+        return self.facts.digest
 
     def mark(self, name: str) -> str:
         """What is known under a name, or an empty text."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from inmerge_wrap.images.collection import ImageCollection, check, split
-from inmerge_wrap.images.files import DataError, Facts, counted, named, range_of
+from inmerge_wrap.images.files import DataError, counted, named, range_of
 from inmerge_wrap.images.finding import find_images, listed, parts_in
 from inmerge_wrap.images.preparation import Preparation
 from inmerge_wrap.images.sets import ImageSet, examine_all
@@ -44,27 +44,22 @@ def open_images(
     allow_overlap: bool = False,
     workers: int = 0,
     memory: Path | None = None,
-) -> tuple[ImageCollection, Preparation, dict[Path, Facts]]:
+) -> tuple[ImageCollection, Preparation]:
     """Finds, checks and splits the images, and settles how they are read.
 
     Arguments are those of `find_images`, `Preparation`, `examine_all`, `split` and `check`; a site
-    is a column or pattern, and its value in the test part. Returns the facts of each file, too.
+    is a column or pattern, and its value in the test part.
     """
     marks = [*([site[0]] if site else []), *subgroups]
     collection = find_images(
         directory, table=table, labels=labels, path_column=path_column, groups=groups, marks=marks
     )
-    collection, facts = examine_all(
-        collection, skip_broken=skip_broken, workers=workers, memory=memory
-    )
-    names = [image.name for image in collection.images]
-    preparation = _prepare(facts, names, size, channels, crop_mode, pixel_range)
+    collection = examine_all(collection, skip_broken=skip_broken, workers=workers, memory=memory)
+    preparation = _prepare(collection, size, channels, crop_mode, pixel_range)
     if site is not None:
         collection = _hold_out(collection, *site)
     collection = split(collection, shares=shares, seed=seed)
-    collection = check(collection, allow_overlap=allow_overlap)
-    by_path = {image.path: entry for image, entry in zip(collection.images, facts, strict=True)}
-    return collection.warned(*_suspicious(facts)), preparation, by_path
+    return _suspicious(check(collection, allow_overlap=allow_overlap)), preparation
 
 
 def _hold_out(collection: ImageCollection, column: str, site: str) -> ImageCollection:
@@ -86,36 +81,36 @@ def _hold_out(collection: ImageCollection, column: str, site: str) -> ImageColle
     return collection
 
 
-def _suspicious(facts: Sequence[Facts]) -> list[str]:
-    warnings = []
+def _suspicious(collection: ImageCollection) -> ImageCollection:
+    facts = [image.facts for image in collection.images]
     if unwindowed := sum(entry.kind == "unwindowed" for entry in facts):
-        warnings.append(
+        collection = collection.warned(
             f"{counted(unwindowed, 'DICOM file')} without a window: all of the values that the "
             "bits can hold are shown, unless a pixel range is given."
         )
     if long := sum(entry.sides[1] > 1.5 * entry.sides[0] for entry in facts):
-        warnings.append(
+        collection = collection.warned(
             f"{counted(long, 'image')} with one side more than half as long again as the other: "
             "the crop mode squash changes their proportions, center cuts off their ends."
         )
-    return warnings
+    return collection
 
 
 def _prepare(
-    facts: Sequence[Facts],
-    names: Sequence[str],
+    collection: ImageCollection,
     size: int,
     channels: int | None = None,
     crop_mode: str = "squash",
     pixel_range: tuple[float, float] | None = None,
 ) -> Preparation:
-    """How files with these facts are read."""
+    """How the files are read."""
+    facts = [image.facts for image in collection.images]
     if pixel_range is not None and all(entry.kind == "bytes" for entry in facts):
         raise DataError("<pixel_range> would do nothing: all images are of 8 bits")
-    colour = any(entry.colour for entry in facts)
+    names = [image.name for image in collection.images]
     return Preparation(
         size=size,
-        channels=channels or (3 if colour else 1),
+        channels=channels or (3 if any(entry.colour for entry in facts) else 1),
         crop_mode=crop_mode,
         pixel_range=range_of(facts, pixel_range, names),
         override_windows=pixel_range is not None,
@@ -167,9 +162,8 @@ def read_part(
         raise DataError(f"{directory} has no part {part}")
     if classes is not None:
         collection = _in_order(collection, classes)
-    collection, facts = examine_all(collection)
-    names = [image.name for image in collection.images]
-    opened = ImageSet(collection.images, preparation or _prepare(facts, names, size))
+    collection = examine_all(collection)
+    opened = ImageSet(collection.images, preparation or _prepare(collection, size))
     pixels = torch.stack([pixels for _, pixels in opened.sample(None, "reading images")])
     return pixels, opened.labels, collection
 

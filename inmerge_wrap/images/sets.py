@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ from inmerge_wrap.images.preparation import Preparation
 # -- examining -------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class Mapped(Dataset[Any]):
     """A function of each of some items, which the processes of a DataLoader compute."""
 
-    def __init__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> None:
-        self.function, self.items = function, items
+    function: Callable[[Any], Any]
+    items: Sequence[Any]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -53,21 +54,19 @@ def examine_all(
     skip_broken: bool = False,
     workers: int = 0,
     memory: Path | None = None,
-) -> tuple[ImageCollection, list[Facts]]:
-    """The images that can be read, with their digests, and what is known of each.
+) -> ImageCollection:
+    """The images that can be read, with the facts of each.
 
     Every file is read once; ``memory``, a JSON file, keeps the facts until a file changes.
     """
     facts = _facts_of([image.path for image in collection.images], workers, memory)
-    pairs = list(zip(collection.images, facts, strict=True))
-    sound = [entry for entry in facts if entry.error is None]
-    images = [replace(i, digest=entry.digest) for i, entry in pairs if entry.error is None]
-    left = replace(collection, images=tuple(images))
-    broken = [(image.name, entry.error) for image, entry in pairs if entry.error is not None]
+    images = [replace(i, facts=f) for i, f in zip(collection.images, facts, strict=True)]
+    left = replace(collection, images=tuple(i for i in images if i.facts.error is None))
+    broken = [image for image in images if image.facts.error is not None]
     if not broken:
-        return left, sound
-    title = f"{len(broken):,} of {counted(len(facts), 'image')} cannot be read"
-    lines = [f"  {name}: {error}" for name, error in broken]
+        return left
+    title = f"{len(broken):,} of {counted(len(images), 'image')} cannot be read"
+    lines = [f"  {image.name}: {image.facts.error}" for image in broken]
     if len(lines) > 10:
         where = f", all of them in {memory}" if memory is not None else ""
         lines[10:] = [f"  and {len(broken) - 10:,} more{where}"]
@@ -80,8 +79,8 @@ def examine_all(
     gone = [name for name, count in zip(left.classes, counts, strict=True) if not count]
     if gone:
         raise DataError(f"{title}, and so no image is left of {named(gone)}:\n{shown}")
-    names = [name for name, _ in broken]
-    return left.listed(f"{title} and were left out", names, warn=True), sound
+    names = [image.name for image in broken]
+    return left.listed(f"{title} and were left out", names, warn=True)
 
 
 def _facts_of(paths: Sequence[Path], workers: int, memory: Path | None) -> list[Facts]:
@@ -124,18 +123,13 @@ def _stamp(path: Path) -> list[int] | None:
 # -- reading ---------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class ImageSet(Dataset):
     """The images of one part, in order. See the top of this file for what an item is."""
 
-    def __init__(
-        self,
-        images: Sequence[ImageFile],
-        preparation: Preparation,
-        *,
-        pixels: np.ndarray | None = None,
-    ) -> None:
-        """Takes the images, and if they were decoded before (`keep_pixels`) their pixels."""
-        self.images, self.preparation, self.pixels = images, preparation, pixels
+    images: Sequence[ImageFile]
+    preparation: Preparation
+    pixels: np.ndarray | None = None  # (N, C, S, S), decoded before: see `keep_pixels`
 
     def __len__(self) -> int:
         return len(self.images)
