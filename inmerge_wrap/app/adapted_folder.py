@@ -14,53 +14,25 @@ from inmerge_wrap.app.adapting import Adaptation
 from inmerge_wrap.app.snippet import snippet
 from inmerge_wrap.card import PLACE
 from inmerge_wrap.errors import ArgumentError
-from inmerge_wrap.export import export_timm
 from inmerge_wrap.markdown import plain_text
-
-__all__ = ["check_out", "write_adapted"]
 
 
 def check_out(out: Path) -> None:
-    """Raises an error if there is something in the way of a new folder.
-
-    Raises:
-        ArgumentError: If it is a file, or a folder that is not empty.
-    """
+    """Raises an error if there is something in the way of a new folder."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ArgumentError(f"<out> {out} exists: give another folder, or remove it")
 
 
 def write_adapted(adaptation: Adaptation, source: Path, out: Path, *, site: str) -> str:
-    """Writes an adapted network beside which plain timm needs nothing; whole or not at all.
+    """Writes an adapted network, whole or not at all; returns the line of code that loads it.
 
-    Args:
-        adaptation: The network and what changed.
-        source: Folder of the network before, for its card.
-        out: New folder.
-        site: What the images are called, for the card.
-
-    Returns:
-        The line of code that loads the network.
-
-    Raises:
-        ArgumentError: If ``out`` is in use.
+    ``source`` is the folder of the network before, for its card.
     """
     check_out(out)
-    recipe = adaptation.model.recipe
-    size = recipe.preparation.size
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".draft-") as drafts:
         draft = Path(drafts) / out.name
-        export_timm(
-            adaptation.model.network,
-            draft,
-            input_size=(recipe.preparation.channels, size, size),
-            mean=recipe.mean,
-            std=recipe.std,
-            crop_mode=recipe.preparation.crop_mode,
-            label_names=recipe.classes,
-        )
-        recipe.write(draft)
+        adaptation.model.write(draft)
         if (source / "README.md").is_file():
             text = (source / "README.md").read_text(encoding="utf-8")
             (draft / "README.md").write_text(_card(text, adaptation, site), encoding="utf-8")
@@ -82,7 +54,7 @@ def _card(text: str, adaptation: Adaptation, site: str) -> str:
             row = rf"^(\| {place} \| .* \|) [\d.]+ \|$"
             body = re.sub(row, rf"\g<1> {threshold:.4g} |", body, count=1, flags=re.M)
     body = body.replace("## Results\n", f"## Results\n\n{_BEFORE}\n", 1)
-    body = body.replace("## Use\n", f"{_section(adaptation, site)}\n## Use\n", 1)
+    body = body.replace("## Use\n", f"{_section(adaptation, plain_text(site))}\n## Use\n", 1)
     return f"---\n{card.data.to_yaml()}\n---\n{body}"
 
 
@@ -90,7 +62,7 @@ _BEFORE = "**These figures were measured before the adaptation** and do not hold
 
 
 def _section(adaptation: Adaptation, site: str) -> str:
-    site = plain_text(site)
+    recipe = adaptation.model.recipe
     lines = [
         "## Adaptation",
         "",
@@ -99,16 +71,14 @@ def _section(adaptation: Adaptation, site: str) -> str:
         f"{adaptation.prior:g} images (Schneider et al. 2020). All other weights are as they were.",
     ]
     if adaptation.labelled:
-        recipe = adaptation.model.recipe
         what = "The temperature" if recipe.thresholds is None else "Temperature and thresholds"
         lines += ["", f"{what}: chosen on {adaptation.labelled} labelled images of {site}."]
-    trained = adaptation.model.recipe.class_shares
-    known = [f"{share:.1%}" for share in trained] if trained else ["-"] * len(adaptation.shares)
     lines += [
         "",
         "| class | in training | predicted before | predicted after |",
         "|---|---|---|---|",
     ]
+    known = [f"{share:.1%}" for share in recipe.class_shares or ()] or ["-"] * len(recipe.classes)
     lines += [
         f"| {plain_text(name)} | {share} | {before:.1%} | {after:.1%} |"
         for (name, (before, after)), share in zip(adaptation.shares.items(), known, strict=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from inmerge_wrap.app.model import TrainedModel, read_files
+from inmerge_wrap.app.model import Progress, TrainedModel, read_files, silent
 from inmerge_wrap.app.operating import balanced_accuracy, operating_point
 from inmerge_wrap.errors import ArgumentError
 from inmerge_wrap.images.collection import spaced
@@ -27,54 +27,33 @@ from inmerge_wrap.images.looks import Look, seen_of
 from inmerge_wrap.images.preparation import Recipe, digest_of
 from inmerge_wrap.recalibration import recalibrate
 
-__all__ = ["Adaptation", "Site", "adapt", "check_norms", "read_site"]
-
 _BATCH = 64  # statistics of smaller batches are noisier
 _FEW = 32  # images, below which a warning is given
 _MOST = 0.8  # share of one class among the predictions, likewise
 _MOVED = 0.2  # change of a share, likewise
 
-Progress = Callable[[int], None] | None
-
 
 @dataclass(frozen=True)
 class Site:
-    """Images of another site.
+    """Images of another site."""
 
-    Attributes:
-        names: Of the images that can be read.
-        pixels: uint8 (N, C, S, S), prepared as in training.
-        looks: What each image is like.
-        errors: Reason by name, of files that cannot be read.
-    """
-
-    names: tuple[str, ...]
-    pixels: Tensor
+    names: tuple[str, ...]  # of those that can be read
+    pixels: Tensor  # uint8 (N, C, S, S), prepared as in training
     looks: tuple[Look, ...]
-    errors: Mapping[str, str]
+    errors: Mapping[str, str]  # reason by name, of files that cannot be read
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """An adapted network and what changed.
-
-    Attributes:
-        model: The network with its new statistics, and its recipe.
-        prior: As it was given.
-        images: Number of images.
-        labelled: Number of labelled images among them.
-        shares: For each class, the share of images in which it was named, before and after.
-        balanced_accuracy: On the labelled images, before and after; None without labels.
-        warnings: What can have gone wrong.
-    """
+    """An adapted network and what changed."""
 
     model: TrainedModel
     prior: float
     images: int
     labelled: int
-    shares: Mapping[str, tuple[float, float]]
-    balanced_accuracy: tuple[float, float] | None
-    warnings: tuple[str, ...]
+    shares: Mapping[str, tuple[float, float]]  # of images named so, before and after
+    balanced_accuracy: tuple[float, float] | None  # on the labelled images, before and after
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without the network."""
@@ -96,23 +75,12 @@ def read_site(
     *,
     limit: int | None = None,
     workers: int = 0,
-    progress: Progress = None,
+    progress: Progress = silent,
 ) -> Site:
-    """Reads images of another site into memory, prepared as in training.
-
-    Args:
-        model: For its preparation.
-        files: Name and path of each image.
-        limit: Number of files to read, evenly spaced; None for all.
-        workers: Processes that read.
-        progress: Called with the number of files after each batch.
-
-    Raises:
-        ArgumentError: If no file can be read.
-    """
+    """Reads images of another site into memory, up to ``limit`` of them, evenly spaced."""
     files = [files[place] for place in spaced(len(files), limit)]
     names, pixels, looks, errors = [], [], [], {}
-    for batch in read_files(files, model.recipe.preparation, workers=workers):
+    for batch in read_files(files, model.recipe.preparation, workers=workers, progress=progress):
         for entry in batch:
             if entry.pixels is None or entry.look is None:
                 errors[entry.name] = str(entry.error)
@@ -120,8 +88,6 @@ def read_site(
             names.append(entry.name)
             pixels.append(entry.pixels)
             looks.append(entry.look)
-        if progress is not None:
-            progress(len(batch))
     if not pixels:
         name, error = next(iter(errors.items()))
         raise ArgumentError(f"none of {len(files)} files can be read, for example {name}: {error}")
@@ -134,24 +100,12 @@ def adapt(
     *,
     prior: float = 16.0,
     labels: Mapping[str, Any] | None = None,
-    progress: Progress = None,
+    progress: Progress = silent,
 ) -> Adaptation:
     """Returns a copy of a network with BatchNorm's statistics re-estimated on a site's images.
 
-    Each statistic becomes ``(prior * old + n * new) / (prior + n)`` for n images. With labels, the
-    temperature and, of a multi-label task, the thresholds are chosen on them afterwards.
-
-    Args:
-        model: The network; it is left as it was.
-        site: Images of the site, of which no label is needed.
-        prior: Number of images that the statistics of the training count as.
-        labels: By the name of an image, the index of its class; or for a multi-label task a 0, 1 or
-            NaN for each label. Images without an entry are not labelled.
-        progress: Called with the number of images after each batch; each image passes three times.
-
-    Raises:
-        ArgumentError: If the network has no BatchNorm, ``prior`` is out of range, or no label
-            belongs to an image.
+    Each statistic becomes ``(prior * old + n * new) / (prior + n)`` for n images. With the labels
+    of some (see `read_labels`), temperature and thresholds are chosen on them afterwards.
     """
     check_norms(model.network)
     adapted = replace(model, network=copy.deepcopy(model.network))
@@ -179,25 +133,20 @@ def adapt(
             accuracy = first, last
     facts = [look.facts for look in site.looks]
     trained_on = {*recipe.trained_on, *(digest_of(facts[place].digest) for place in kept)}
-    seen = seen_of(facts, site.looks)
-    recipe = replace(recipe, seen=seen, trained_on=tuple(sorted(trained_on)))
-    return Adaptation(
+    recipe = replace(recipe, seen=seen_of(facts, site.looks), trained_on=tuple(sorted(trained_on)))
+    found = Adaptation(
         model=replace(adapted, recipe=recipe),
         prior=prior,
         images=len(site.names),
         labelled=len(kept),
         shares=shares,
         balanced_accuracy=accuracy,
-        warnings=(*_cautions(site, prior, shares, recipe, accuracy), *notes),
     )
+    return replace(found, warnings=(*_cautions(found, site.errors), *notes))
 
 
 def check_norms(network: torch.nn.Module) -> None:
-    """Raises an error if a network has no statistics to re-estimate.
-
-    Raises:
-        ArgumentError: If no BatchNorm of it keeps statistics.
-    """
+    """Raises an error if a network has no statistics to re-estimate."""
     if any(isinstance(m, _BatchNorm) and m.track_running_stats for m in network.modules()):
         return
     raise ArgumentError(
@@ -211,8 +160,7 @@ def _scores(model: TrainedModel, pixels: Tensor, progress: Progress) -> Tensor:
     found = []
     for part in pixels.split(_BATCH):
         found.append(model.scores(part))
-        if progress is not None:
-            progress(len(part))
+        progress(len(part))
     return torch.cat(found)
 
 
@@ -221,56 +169,49 @@ def _batches(model: TrainedModel, pixels: Tensor, progress: Progress) -> Iterato
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     for places in order.tensor_split(-(-len(pixels) // _BATCH)):
         yield model.normalised(pixels[places])
-        if progress is not None:
-            progress(len(places))
+        progress(len(places))
 
 
 def _shares(scores: Tensor, recipe: Recipe) -> list[float]:
     return recipe.named(recipe.probabilities(scores)).double().mean(0).tolist()
 
 
-def _cautions(
-    site: Site,
-    prior: float,
-    shares: Mapping[str, tuple[float, float]],
-    recipe: Recipe,
-    accuracy: tuple[float, float] | None,
-) -> list[str]:
+def _cautions(found: Adaptation, errors: Mapping[str, str]) -> Iterator[str]:
     """What can have gone wrong, in sentences."""
-    count = len(site.names)
-    found = []
-    if site.errors:
-        found.append(
-            f"{len(site.errors)} files cannot be read and were left out, for example "
-            + ": ".join(next(iter(site.errors.items())))
+    recipe = found.model.recipe
+    if errors:
+        yield (
+            f"{len(errors)} files cannot be read and were left out, for example "
+            + ": ".join(next(iter(errors.items())))
         )
-    if count < _FEW:
-        found.append(
-            f"{count} images are few to estimate statistics on: use {_FEW} or more, or raise "
-            f"the prior above {prior:g}"
+    if found.images < _FEW:
+        yield (
+            f"{found.images} images are few to estimate statistics on: use {_FEW} or more, or "
+            f"raise the prior above {found.prior:g}"
         )
-    name, (before, after) = max(shares.items(), key=lambda entry: entry[1][1])
-    usual = dict(zip(recipe.classes, recipe.class_shares or [0.0] * len(shares), strict=True))[name]
+    name, (before, after) = max(found.shares.items(), key=lambda entry: entry[1][1])
+    usual = recipe.class_shares[recipe.classes.index(name)] if recipe.class_shares else 0.0
     if recipe.task == "multi-class" and after >= max(_MOST, usual + _MOVED / 2):
-        trained = "" if recipe.class_shares is None else f", {usual:.0%} of the training images"
-        found.append(
+        trained = f", {usual:.0%} of the training images" if recipe.class_shares else ""
+        yield (
             f"{after:.0%} of the images are now taken for {name} ({before:.0%} before{trained}). "
             "If that is the mix of cases here (a ward with one disease), do not adapt on them: "
             "re-estimated statistics assume the mix of the training, and can make the network worse"
         )
     moved = [
         f"{label} from {first:.0%} to {last:.0%}"
-        for label, (first, last) in shares.items()
+        for label, (first, last) in found.shares.items()
         if abs(last - first) >= _MOVED
     ]
     if moved:
-        found.append(
+        yield (
             f"the share of predictions moved: {', '.join(moved)}. Check a sample of the images "
             "against their labels before you use the adapted network"
         )
-    if accuracy is not None and accuracy[1] < accuracy[0]:
-        found.append(
-            f"balanced accuracy on the labelled images fell from {accuracy[0]:.3f} to "
-            f"{accuracy[1]:.3f}: keep the network as it was"
-        )
-    return found
+    if found.balanced_accuracy is not None:
+        first, last = found.balanced_accuracy
+        if last < first:
+            yield (
+                f"balanced accuracy on the labelled images fell from {first:.3f} to {last:.3f}: "
+                "keep the network as it was"
+            )

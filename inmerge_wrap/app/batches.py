@@ -11,9 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
-from tqdm import tqdm
 
-from inmerge_wrap.images.collection import spaced
 from inmerge_wrap.images.sets import ImageSet
 from inmerge_wrap.robustness.effects import seed_of
 
@@ -22,14 +20,8 @@ _EVALUATED = 64  # images in a batch of validation
 
 def statistics(images: ImageSet, most: int = 1000) -> tuple[list[float], list[float]]:
     """Returns mean and standard deviation per channel of up to 1,000 images, pixels in [0, 1]."""
-    bar = tqdm(
-        spaced(len(images), most),
-        desc="brightness of images",
-        unit="image",
-        leave=False,
-        disable=images.pixels is not None,
-    )
-    pixels = torch.stack([images[n][0] for n in bar]).float() / 255
+    sample = images.sample(most, "brightness of images")
+    pixels = torch.stack([pixels for _, pixels in sample]).float() / 255
     return pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).clamp_min(1e-3).tolist()
 
 
@@ -100,11 +92,7 @@ class Batches:
 
 
 def per_process(batch_size: int, processes: int) -> int:
-    """Returns the batch size of each process.
-
-    Raises:
-        SystemExit: If the batch cannot be divided evenly.
-    """
+    """Returns the batch size of each process."""
     if batch_size < 1 or batch_size % processes:
         raise SystemExit(
             f"--batch-size {batch_size} is the size over all processes: "
@@ -133,12 +121,5 @@ def open_batches(
 
 
 def batches_per_epoch(train: int, val: int, batch_size: int, processes: int) -> int:
-    """Returns the length of `Batches` before the images are read.
-
-    Args:
-        train: Number of training images.
-        val: Number of validation images.
-        batch_size: Of training, over all processes.
-        processes: Their number.
-    """
+    """Returns the length of `Batches` before the images are read."""
     return train // min(batch_size, train) + -(-val // (_EVALUATED * processes))

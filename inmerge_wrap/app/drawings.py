@@ -13,26 +13,13 @@ QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass
 class Drawing:
-    """Axes and what is on them.
-
-    Attributes:
-        title: For those who cannot see it.
-        x_range: Values at the left and right end.
-        y_range: Values at the lower and upper end.
-        size: Width and height of the area inside the axes, in pixels.
-        left: Pixels left of it, for labels.
-        x_ticks: Values with a line and a label.
-        y_ticks: Likewise.
-        x_label: Below.
-        y_label: At the left.
-        marks: What is drawn, in order.
-    """
+    """Axes and what is on them."""
 
     title: str
     x_range: tuple[float, float]
     y_range: tuple[float, float]
-    size: tuple[int, int]
-    left: int = 52
+    size: tuple[int, int]  # of the area inside the axes, in pixels
+    left: int = 52  # pixels left of it, for labels
     x_ticks: Sequence[float] = ()
     y_ticks: Sequence[float] = ()
     x_label: str = ""

@@ -19,11 +19,9 @@ from inmerge_wrap.images.collection import spaced, units_of
 from inmerge_wrap.images.finding import inside, parts_in
 from inmerge_wrap.images.folders import read_part
 from inmerge_wrap.images.labelled import ImageFolder, fit_images, read_npz
-from inmerge_wrap.images.preparation import FILE, Preparation, Recipe, digest_of
+from inmerge_wrap.images.preparation import FILE, Recipe, digest_of
 from inmerge_wrap.images.sets import as_floats
 from inmerge_wrap.robustness import RobustnessResult, evaluate_robustness
-
-__all__ = ["INTERVALS", "Contender", "LabelledImages", "contender", "evaluate_all", "open_data"]
 
 INTERVALS = "metrics and intervals"
 """What `evaluate_all` calls this part of its work, which comes after the images of each network."""
@@ -31,39 +29,22 @@ INTERVALS = "metrics and intervals"
 
 @dataclass(frozen=True)
 class Contender:
-    """A network to evaluate.
-
-    Attributes:
-        name: In the tables.
-        path: Its weights.
-        network: Itself.
-        mean: Subtracted from pixels in [0, 1].
-        std: Divides them after that.
-        size: Height and width, if they are known.
-        config: timm's crop mode, share and interpolation.
-        classes: Names in the order of the outputs, if they are known.
-        recipe: Of a training of the application; None of other networks.
-    """
+    """A network to evaluate."""
 
     name: str
     path: Path
     network: nn.Module
     mean: Sequence[float]
     std: Sequence[float]
-    size: tuple[int, ...] | None
-    config: Mapping[str, Any]
-    classes: Sequence[str] | None
-    recipe: Recipe | None
+    size: tuple[int, ...] | None  # height and width, if they are known
+    config: Mapping[str, Any]  # timm's crop mode, share and interpolation
+    classes: Sequence[str] | None  # in the order of the outputs, if they are known
+    recipe: Recipe | None  # of a training of the application
 
     @property
     def channels(self) -> int:
         """Channels that the network reads."""
         return next(m.in_channels for m in self.network.modules() if isinstance(m, nn.Conv2d))
-
-    @property
-    def preparation(self) -> Preparation | None:
-        """How training read its files."""
-        return None if self.recipe is None else self.recipe.preparation
 
 
 def contender(
@@ -75,11 +56,7 @@ def contender(
     std: Sequence[float] | None = None,
     size: int | None = None,
 ) -> Contender:
-    """Returns a network with its preprocessing: from its folder, unless arguments override it.
-
-    Raises:
-        ArgumentError: If neither says how images were normalised.
-    """
+    """Returns a network with its preprocessing: from its folder, unless arguments override it."""
     config: Mapping[str, Any] = network.pretrained_cfg if is_timm_folder(path) else {}  # type: ignore[assignment]
     mean, std = mean or list(config.get("mean", [])), std or list(config.get("std", []))
     if not mean or not std:
@@ -107,49 +84,31 @@ def contender(
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images in a fixed order, in [0, 1] and not normalised.
-
-    Attributes:
-        loader: Batches of images and labels.
-        labels: Class indices (N,), or marks (N, labels).
-        part: train, val, test or all.
-        digests: Of each image's file, where files were read.
-        groups: Whose image each is, where this is known.
-    """
+    """Images in a fixed order, in [0, 1] and not normalised."""
 
     loader: DataLoader[Any]
-    labels: Tensor
-    part: str
-    digests: Sequence[str] = ()
-    groups: Sequence[str] | None = None
+    labels: Tensor  # class indices (N,), or marks (N, labels)
+    part: str  # train, val, test or all
+    digests: Sequence[str] = ()  # of each image's file, where files were read
+    groups: Sequence[str] | None = None  # whose image each is, where this is known
 
 
 def open_data(
-    data: Path,
-    contenders: Sequence[Contender],
-    *,
-    part: str,
-    limit: int | None,
-    batch_size: int,
+    data: Path, contenders: Sequence[Contender], *, part: str, limit: int | None, batch_size: int
 ) -> LabelledImages:
-    """Opens an .npz file, a folder of classes or a CSV file for networks that read it alike.
-
-    Raises:
-        ValueError: If the networks prepare images differently, or the data do not fit them.
-    """
+    """Opens an .npz file, a folder of classes or a CSV file for networks that read it alike."""
     _check_same_images(contenders, files=data.suffix != ".npz")
     first = contenders[0]
     size = next((each.size for each in contenders if each.size is not None), None)
-    preparation = next((each.preparation for each in contenders if each.preparation), None)
+    recipe = next((each.recipe for each in contenders if each.recipe), None)
     classes = next((each.classes for each in contenders if each.classes), None)
-    if data.suffix.lower() == ".csv" or (data.is_dir() and preparation is not None):
-        if preparation is None:
+    if data.suffix.lower() == ".csv" or (data.is_dir() and recipe is not None):
+        if recipe is None:
             raise ArgumentError(
                 f"{first.path} has no {FILE}, which says how files are read: of such networks a "
                 "folder of classes or an .npz file is read, not a table"
             )
-        several = next((e.recipe.task == "multi-label" for e in contenders if e.recipe), None)
-        return _read_part(data, preparation, classes, several, part, limit, batch_size)
+        return _read_part(data, recipe, classes, part, limit, batch_size)
     if not data.is_dir():
         images, labels = read_npz(data, part)
         images = fit_images(images[:limit], first.channels, size)  # type: ignore[arg-type]
@@ -163,14 +122,21 @@ def open_data(
     folder = ImageFolder(data, config=config, split=part, classes=classes, limit=limit)
     loader = DataLoader(folder, batch_size=batch_size)
     for each in contenders:
-        _check_classes(data, folder.classes, each.name, outputs_of(each.network, loader))
+        outputs = outputs_of(each.network, loader)
+        if max(outputs, 2) != len(folder.classes):
+            raise ArgumentError(
+                f"{data} has the classes {', '.join(folder.classes)}, and {each.name} has "
+                f"{outputs} outputs: rename or add folders, or export the model with "
+                "<label_names>, which map outputs to classes"
+            )
     return LabelledImages(loader, folder.labels, folder.part)
 
 
 def _check_same_images(contenders: Sequence[Contender], *, files: bool) -> None:
     def facts(each: Contender) -> dict[str, Any]:
         found = {"channels": each.channels, "size": each.size, "classes": each.classes}
-        return found | {**each.config, "preparation": each.preparation} if files else found
+        prepared = {**each.config, "preparation": each.recipe and each.recipe.preparation}
+        return found | prepared if files else found
 
     first, *others = contenders
     wanted = facts(first)
@@ -196,20 +162,10 @@ def _with_its_opposite(data: Path, part: str, name: str) -> list[str]:
     return [*others, name]
 
 
-def _check_classes(data: Path, classes: Sequence[str], name: str, outputs: int) -> None:
-    if max(outputs, 2) != len(classes):
-        raise ArgumentError(
-            f"{data} has the classes {', '.join(classes)}, and {name} has {outputs} outputs: "
-            "rename or add folders, or export the model with <label_names>, which map outputs to "
-            "classes"
-        )
-
-
 def _read_part(
     data: Path,
-    preparation: Preparation,
+    recipe: Recipe,
     classes: Sequence[str] | None,
-    several: bool | None,
     part: str,
     limit: int | None,
     batch_size: int,
@@ -217,30 +173,25 @@ def _read_part(
     pixels, labels, collection = read_part(
         data,
         part,
-        size=preparation.size,
-        preparation=preparation,
+        size=recipe.preparation.size,
+        preparation=recipe.preparation,
         classes=classes,
-        several=several,
+        several=recipe.task == "multi-label",
     )
     places = spaced(len(pixels), limit)
     pixels, labels = pixels[places], labels[places]
     images = [collection.images[place] for place in places]
-    split = any(image.part is not None for image in images)
     return LabelledImages(
         DataLoader(TensorDataset(pixels, labels), batch_size=batch_size, collate_fn=as_floats),
         labels,
-        part if split else "all",
+        part if any(image.part is not None for image in images) else "all",
         [image.digest for image in images],
         units_of(images),
     )
 
 
 def outputs_of(network: nn.Module, loader: DataLoader[Any]) -> int:
-    """Returns the number of a classifier's outputs, for one image of a loader.
-
-    Raises:
-        ValueError: If it is none.
-    """
+    """Returns the number of a classifier's outputs, for one image of a loader."""
     image, _ = loader.collate_fn([loader.dataset[0]])  # a whole batch takes long to decode
     device = next(network.parameters()).device
     with torch.no_grad():
@@ -278,25 +229,18 @@ def evaluate_all(
 ) -> dict[str, RobustnessResult]:
     """Evaluates networks on the same images, each at its own temperature and thresholds.
 
-    Args:
-        contenders: The networks; the first is what the others are compared with.
-        images: The images.
-        task: See `evaluate_robustness`; by the labels and outputs if None.
-        progress: Called with a network's name and a number of images, and with `INTERVALS` and 1
-            after each condition of a network.
-        settings: Of `evaluate_robustness`.
-
-    Returns:
-        Results by name.
+    The others are compared with the first. ``progress`` is called with a network's name and a
+    number of images, and with `INTERVALS` and 1 after each condition of a network.
     """
     results: dict[str, RobustnessResult] = {}
     for each in contenders:
         outputs = outputs_of(each.network, images.loader)
+        guess = "binary" if outputs == 1 else "multiclass"
         network, recipe = each.network, each.recipe
         results[each.name] = evaluate_robustness(
             network if recipe is None else Tempered(network, recipe.temperature),
             images.loader,
-            task=task or _guess_task(images.labels, outputs),
+            task=task or ("multilabel" if images.labels.ndim == 2 else guess),
             mean=each.mean,
             std=each.std,
             baseline=next(iter(results.values()), None),
@@ -314,14 +258,6 @@ def evaluate_all(
             "groups": len(set(images.groups)) if images.groups is not None else None,
         }
         if recipe is not None:
-            results[each.name].settings |= {
-                "temperature": recipe.temperature,
-                "thresholds": recipe.thresholds,
-            }
+            used = {"temperature": recipe.temperature, "thresholds": recipe.thresholds}
+            results[each.name].settings |= used
     return results
-
-
-def _guess_task(labels: Tensor, outputs: int) -> str:
-    if labels.ndim == 2:
-        return "multilabel"
-    return "binary" if outputs == 1 else "multiclass"

@@ -13,11 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from inmerge_wrap.images.preparation import Recipe
-from inmerge_wrap.robustness import (
-    RobustnessResult,
-    classification_metrics,
-    percentile_interval,
-)
+from inmerge_wrap.robustness import RobustnessResult, classification_metrics, percentile_interval
 from inmerge_wrap.robustness.effects import KINDS
 
 BINS = 15  # as many as the calibration error has
@@ -32,15 +28,7 @@ def proportion(successes: int, trials: int) -> dict[str, Any]:
 
 
 def chosen_thresholds(probabilities: Tensor, labels: Tensor) -> list[float]:
-    """For each label of a multi-label task the threshold with the best balanced accuracy.
-
-    Args:
-        probabilities: (N, labels) on validation images.
-        labels: (N, labels) of 0, 1 and NaN.
-
-    Returns:
-        Thresholds; 0.5 where the images are all positive or all negative.
-    """
+    """For each label the threshold with the best balanced accuracy; 0.5 if no image differs."""
     thresholds = []
     for scores, marks in zip(probabilities.T, labels.T, strict=True):
         positive, negative = scores[marks == 1], scores[marks == 0]
@@ -69,16 +57,8 @@ def class_table(
 
     One class is always held against all others. Each figure has ``value``, ``low``, ``high`` and
     ``n``. Intervals of counts are Wilson's for independent images; all others are percentiles of
-    the draws. Without a known positive nothing can be said of a class, and all figures are None.
-
-    Args:
-        probabilities: (N, classes).
-        labels: Class indices (N,); or 0, 1 and NaN (N, labels).
-        said: (N, classes), whether the network names the class.
-        recipe: Of the network.
-        draws: (N, R), how often each image occurs in each resample; None for no intervals.
-        units: Whose image each is, where whole patients were drawn.
-        prevalences: For each class the prevalence at which predictive values are wanted too.
+    the draws (N, R), how often each image occurs in each resample; of whole patients with
+    ``units``. Without a known positive nothing can be said of a class, and all figures are None.
     """
     rows, marks = [], marks_of(labels, len(recipe.classes))
     for index, name in enumerate(tqdm(recipe.classes, desc="classes", delay=1, leave=False)):
@@ -126,26 +106,22 @@ def _operating_figures(
         "ppv": (truth & hit, hit),
         "npv": (~truth & ~hit, ~hit),
     }
-    found: dict[str, Any] = {}
-    drawn: dict[str, Tensor] = {}
+    found: dict[str, Any] = {"prevalence": float(truth.double().mean()), "elsewhere": None}
+    drawn: dict[str, Tensor | None] = dict.fromkeys(names)
     for name, (right, among) in shares.items():
         found[name] = proportion(int(right.sum()), int(among.sum()))
         if weights is not None:
             drawn[name] = right.to(weights) @ weights / (among.to(weights) @ weights)
         if owners is not None:
-            found[name] = _by_owner(found[name], among, owners, drawn.get(name))
-    found["prevalence"] = float(truth.double().mean())
-    found["elsewhere"] = None
+            found[name] = _by_owner(found[name], among, owners, drawn[name])
     if given is not None:
         values = [found[name]["value"] for name in names[:2]]
         point = [torch.tensor(torch.nan if value is None else value) for value in values]
-        there, spread = predictive(given, *point), None
-        if drawn:
-            spread = predictive(given, drawn["sensitivity"], drawn["specificity"])
-        found["elsewhere"] = {"prevalence": given} | {
-            name: {"value": _number(there[place]), **_ends(spread[place] if spread else None)}
-            for place, name in enumerate(("ppv", "npv"))
-        }
+        there = predictive(given, *point)
+        hits, calm = drawn["sensitivity"], drawn["specificity"]
+        spread = (None, None) if hits is None or calm is None else predictive(given, hits, calm)
+        ppv, npv = map(_figure, there, spread)
+        found["elsewhere"] = {"prevalence": given, "ppv": ppv, "npv": npv}
     return found
 
 
@@ -170,8 +146,9 @@ def predictive(
     return hits / (hits + alarms), rest / (rest + misses)
 
 
-def _number(value: Tensor) -> float | None:
-    return float(value) if bool(value.isfinite()) else None
+def _figure(value: Tensor, drawn: Tensor | None) -> dict[str, Any]:
+    """A figure, None where it is undefined, with the interval of its draws."""
+    return {"value": float(value) if value.isfinite() else None, **_ends(drawn)}
 
 
 def _ends(drawn: Tensor | None) -> dict[str, float]:
@@ -179,15 +156,21 @@ def _ends(drawn: Tensor | None) -> dict[str, float]:
     return {} if interval is None else {"low": interval[0], "high": interval[1]}
 
 
+def _metrics(
+    scores: Tensor, labels: Tensor, weights: Tensor | None, **settings: Any
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """The metrics of the images, and of resamples if there are any."""
+    point, _ = classification_metrics(scores, labels, **settings)
+    if weights is None:
+        return point, {}
+    return point, classification_metrics(scores, labels, weights=weights, **settings)[0]
+
+
 def _auroc(scores: Tensor, truth: Tensor, weights: Tensor | None) -> dict[str, Any]:
     if not truth.any() or truth.all():
         return {"value": None, "n": len(truth)}
-    value, _ = classification_metrics(scores, truth.long(), task="binary")
-    found = {"n": len(truth), "value": float(value["auroc"])}
-    if weights is None:
-        return found
-    drawn, _ = classification_metrics(scores, truth.long(), task="binary", weights=weights)
-    return found | _ends(drawn["auroc"])
+    point, drawn = _metrics(scores, truth.long(), weights, task="binary")
+    return {"n": len(truth), **_figure(point["auroc"], drawn.get("auroc"))}
 
 
 def _roc(scores: Tensor, truth: Tensor, most: int = 200) -> list[list[float]]:
@@ -214,13 +197,7 @@ def subgroup_table(
 ) -> list[dict[str, Any]]:
     """Balanced accuracy and AUROC in each subgroup of the test images.
 
-    Args:
-        probabilities: (N, classes).
-        labels: Class indices (N,); or 0, 1 and NaN (N, labels).
-        recipe: Of the network.
-        marks: The value of each image, by the name of the column.
-        draws: (N, R), as for `class_table`.
-        units: Whose image each is.
+    ``marks`` holds the value of each image by the name of the column.
     """
     rows = []
     groups = [(column, value) for column in marks for value in sorted(set(marks[column]))]
@@ -229,18 +206,21 @@ def subgroup_table(
         row: dict[str, Any] = {"column": column, "value": value, "n": len(places)}
         if units is not None:
             row["units"] = len({units[place] for place in places})
-        settings: dict[str, Any] = {"task": recipe.task, "threshold": recipe.thresholds or 0.5}
-        score = (probabilities[places], labels[places])
-        point, _ = classification_metrics(*score, **settings)
-        drawn: dict[str, Tensor] = {}
-        if draws is not None:
-            weights = draws[places]
+        weights = draws[places] if draws is not None else None
+        if weights is not None:
             weights = weights[:, weights.sum(0) > 0]  # a resample may hold no image of it
-            drawn, _ = classification_metrics(*score, weights=weights, **settings)
-        row["balanced_accuracy"] = {"value": _number(1 - point["balanced_error"])} | _ends(
-            1 - drawn["balanced_error"] if drawn else None
+        point, drawn = _metrics(
+            probabilities[places],
+            labels[places],
+            weights,
+            task=recipe.task,
+            threshold=recipe.thresholds or 0.5,
         )
-        row["auroc"] = {"value": _number(point["auroc"])} | _ends(drawn.get("auroc"))
+        errors = drawn.get("balanced_error")
+        row["balanced_accuracy"] = _figure(
+            1 - point["balanced_error"], 1 - errors if errors is not None else None
+        )
+        row["auroc"] = _figure(point["auroc"], drawn.get("auroc"))
         rows.append(row)
     return rows
 
@@ -253,16 +233,11 @@ def confusion(probabilities: Tensor, labels: Tensor) -> list[list[int]]:
 
 
 def calibration(probabilities: Tensor, labels: Tensor, task: str) -> dict[str, Any]:
-    """The calibration error and the bins of a reliability diagram."""
-    found, _ = classification_metrics(probabilities, labels, task=task)
-    return {"ece": float(found["ece"]), "bins": reliability(probabilities, labels, task)}
-
-
-def reliability(probabilities: Tensor, labels: Tensor, task: str) -> list[dict[str, Any]]:
-    """How often the network was right in each of 15 equal bins of its stated probability.
+    """The calibration error, and how often the network was right in bins of its probability.
 
     Multi-class: the probability of the class it named. Multi-label: that of each label, all in one.
     """
+    found, _ = classification_metrics(probabilities, labels, task=task)
     if task == "multilabel":
         known = ~labels.isnan()
         stated, right = probabilities[known], labels[known] == 1
@@ -278,7 +253,7 @@ def reliability(probabilities: Tensor, labels: Tensor, task: str) -> list[dict[s
         if count:
             share = proportion(int(right[inside].sum()), count)
             bins.append({"stated": float(stated[inside].mean()), **share})
-    return bins
+    return {"ece": float(found["ece"]), "bins": bins}
 
 
 def worst_mistakes(
@@ -303,10 +278,9 @@ def worst_mistakes(
             break
         named = int(which[n])
         entry = {"index": n, "said": named, "stated": float(probabilities[n, named])}
-        if task == "multilabel":
-            found.append(entry | {"present": bool(labels[n, named] == 1)})
-        else:
-            found.append(entry | {"truth": int(labels[n])})
+        several = labels.ndim == 2
+        truth = {"present": bool(labels[n, named] == 1)} if several else {"truth": int(labels[n])}
+        found.append(entry | truth)
     return found
 
 
@@ -316,13 +290,11 @@ def by_family(result: RobustnessResult) -> list[dict[str, Any]]:
     A family's figure is the mean over its corruptions and severities; its interval is of the same
     mean over the same resamples.
     """
-    measured = [row for row in result.rows if row["severity"] != "mean"]
-    families = [("clean", [row for row in measured if row["kind"] == "clean"])]
-    families += [(kind, [row for row in measured if row["kind"] == kind]) for kind in KINDS]
-    families.append(("all", [row for row in measured if row["kind"] in KINDS]))
+    measured = [r for r in result.rows if r["severity"] != "mean" and "balanced_error" in r]
+    families = {name: (name,) for name in ("clean", *KINDS)} | {"all": tuple(KINDS)}
     table = []
-    for name, rows in families:
-        rows = [row for row in rows if "balanced_error" in row]
+    for name, kinds in families.items():
+        rows = [row for row in measured if row["kind"] in kinds]
         if not rows:
             continue
         entry: dict[str, Any] = {

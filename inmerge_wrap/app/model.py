@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,13 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from inmerge_wrap.card import ModelCard
 from inmerge_wrap.errors import ArgumentError
+from inmerge_wrap.export import export_timm
 from inmerge_wrap.images.files import decode, facts_of, failure
 from inmerge_wrap.images.looks import Look, look_at
 from inmerge_wrap.images.preparation import Preparation, Recipe
 from inmerge_wrap.images.sets import Mapped
 
-__all__ = ["Normalise", "Read", "Tempered", "TrainedModel", "read_files"]
+Progress = Callable[[int], None]  # called with the number of images after each batch
+
+
+def silent(count: int) -> None:
+    """The progress that nobody watches."""
 
 
 class Tempered(nn.Module):
@@ -48,23 +54,14 @@ class Normalise:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A network in eval mode and its recipe.
-
-    Attributes:
-        network: Maps normalised images (N, C, S, S) to scores (N, classes).
-        recipe: How images become its input, and what its scores mean.
-    """
+    """A network in eval mode, from normalised images to scores (N, classes), and its recipe."""
 
     network: nn.Module
     recipe: Recipe
 
     @classmethod
     def read(cls, folder: Path, device: str = "cpu") -> TrainedModel:
-        """Reads the folder ``model/`` of a training.
-
-        Raises:
-            ValueError: If it is none.
-        """
+        """Reads the folder ``model/`` of a training."""
         recipe = Recipe.read(folder)
         network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(device)
         if getattr(network, "num_classes", len(recipe.classes)) != len(recipe.classes):
@@ -73,6 +70,22 @@ class TrainedModel:
                 f"{network.num_classes} outputs: they are of different trainings"
             )
         return cls(network, recipe)
+
+    def write(self, folder: Path, card: ModelCard | None = None) -> str:
+        """Writes the folder that `read` reads; returns the line that loads it with plain timm."""
+        preparation = self.recipe.preparation
+        call = export_timm(
+            self.network,
+            folder,
+            input_size=(preparation.channels, preparation.size, preparation.size),
+            mean=self.recipe.mean,
+            std=self.recipe.std,
+            crop_mode=preparation.crop_mode,
+            label_names=self.recipe.classes,
+            card=card,
+        )
+        self.recipe.write(folder)
+        return call
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """Pixels uint8 (N, C, S, S) as input of the network, on its device."""
@@ -111,15 +124,12 @@ def read_files(
     *,
     batch_size: int = 64,
     workers: int = 0,
-) -> Iterable[list[Read]]:
-    """Returns batches of files, given by name and path, in their order, read as in training.
-
-    A file that cannot be read becomes a `Read` with its reason.
-
-    Raises:
-        ArgumentError: If there is no file.
-    """
+    progress: Progress = silent,
+) -> Iterator[list[Read]]:
+    """Reads files, given by name and path, in batches and in their order, as in training."""
     if not files:
         raise ArgumentError("there is no image to read")
     reading = Mapped(partial(_read, preparation), files)
-    return DataLoader(reading, batch_size=batch_size, num_workers=workers, collate_fn=list)
+    for batch in DataLoader(reading, batch_size, num_workers=workers, collate_fn=list):
+        yield batch
+        progress(len(batch))

@@ -13,25 +13,14 @@ from inmerge_wrap.app.findings import chosen_thresholds
 from inmerge_wrap.images.preparation import Recipe
 from inmerge_wrap.robustness import classification_metrics
 
-__all__ = ["balanced_accuracy", "operating_point"]
-
 _FEW = 20  # labelled images, below which a warning is given
 _BOUNDS = (math.log(0.05), math.log(20.0))  # of the temperature's logarithm
 
 
 def balanced_accuracy(recipe: Recipe, scores: Tensor, labels: Tensor) -> float:
-    """Returns the balanced accuracy, of several labels the mean over the labels.
-
-    Args:
-        recipe: For the thresholds.
-        scores: (N, classes), outputs of the network.
-        labels: Class indices (N,); or 0, 1 and NaN (N, labels).
-    """
+    """Returns the balanced accuracy, of several labels the mean over the labels."""
     found, _ = classification_metrics(
-        recipe.probabilities(scores),
-        labels,
-        task=recipe.task,
-        threshold=recipe.thresholds or 0.5,
+        recipe.probabilities(scores), labels, task=recipe.task, threshold=recipe.thresholds or 0.5
     )
     return 1 - float(found["balanced_error"])
 
@@ -41,14 +30,6 @@ def operating_point(recipe: Recipe, scores: Tensor, labels: Tensor) -> tuple[Rec
 
     The temperature minimises the cross-entropy (Guo et al. 2017, arXiv 1706.04599); a threshold
     has the best balanced accuracy of its label.
-
-    Args:
-        recipe: Of the network.
-        scores: (N, classes), its outputs.
-        labels: Class indices (N,); or 0, 1 and NaN (N, labels).
-
-    Returns:
-        The recipe, and warnings.
     """
     found = minimize_scalar(
         lambda log: _cross_entropy(recipe, scores.double() / math.exp(log), labels),

@@ -51,9 +51,7 @@ class _Help(argparse.HelpFormatter):
 
 
 parser = argparse.ArgumentParser(
-    description=DESCRIPTION,
-    usage="%(prog)s --data-dir DIR [OPTIONS]",
-    formatter_class=_Help,
+    description=DESCRIPTION, usage="%(prog)s --data-dir DIR [OPTIONS]", formatter_class=_Help
 )
 group = parser.add_argument_group("images")
 add = group.add_argument
@@ -179,11 +177,11 @@ add("--title", help="of the report (default: the name of the folder)")
 add("--license", default="unknown", help="of the weights, for the model card")
 add("--out", type=Path, default=Path("runs/own_images"), help="folder (default: %(default)s)")
 
+ASKED = ("preset", "severities", "bootstrap", "subgroups", "prevalence")  # what decides the figures
 # What may differ when a run is continued: none of it changes the weights, and the images
 # themselves are compared.
-FREE = {"out", "workers", "no_cache", "preset", "severities", "bootstrap", "title", "license"}
-FREE |= {"seeds", "only", "data_dir", "csv", "skip_broken", "allow_overlap"}
-FREE |= {"subgroups", "prevalence"}
+FREE = {*ASKED, "out", "workers", "no_cache", "title", "license", "seeds", "only", "data_dir"}
+FREE |= {"csv", "skip_broken", "allow_overlap"}
 
 
 def parse_arguments(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
@@ -219,11 +217,7 @@ def parse_arguments(arguments: Sequence[str] | None, program: str) -> argparse.N
 
 
 def prevalences_of(options: argparse.Namespace, classes: Sequence[str]) -> list[float | None]:
-    """The prevalence that the reader gave of each class, None where there is none.
-
-    Raises:
-        ValueError: If one is no share, or of no class; with no classes only the shares are checked.
-    """
+    """The prevalence that the reader gave of each class, None where there is none."""
     found: dict[str, float] = {}
     for text in options.prevalence:
         name, _, share = text.rpartition("=")

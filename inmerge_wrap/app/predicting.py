@@ -3,61 +3,35 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from inmerge_wrap.app.model import Read, TrainedModel, read_files
+from inmerge_wrap.app.model import Progress, Read, TrainedModel, read_files, silent
 from inmerge_wrap.errors import ArgumentError, ArgumentWarning
 from inmerge_wrap.images.files import counted, named
-from inmerge_wrap.images.finding import class_name, images_below, is_unknown, mark_of
+from inmerge_wrap.images.finding import class_name, images_below, is_unknown, read_marks
 from inmerge_wrap.images.looks import unlike, warnings_about
 from inmerge_wrap.images.preparation import Recipe
 from inmerge_wrap.images.tables import read_table, write_table
 
-__all__ = [
-    "Prediction",
-    "find_files",
-    "predict",
-    "read_labels",
-    "warnings_of",
-    "write_predictions",
-]
-
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the network says of one file.
-
-    Attributes:
-        name: As it was given; of a single folder, below it.
-        probabilities: One for each class; None if the file could not be read.
-        predicted: The most probable class, or the labels above their thresholds.
-        unlike: In which respects the image differs from those of the training, as words.
-        error: Why the file could not be read, or None.
-    """
+    """What the network says of one file, or why it cannot be read."""
 
     name: str
     probabilities: tuple[float, ...] | None = None
-    predicted: tuple[str, ...] = ()
-    unlike: tuple[str, ...] = ()
+    predicted: tuple[str, ...] = ()  # the most probable class, or the labels above thresholds
+    unlike: tuple[str, ...] = ()  # see `looks.unlike`
     error: str | None = None
 
 
 def find_files(sources: Sequence[Path], path_column: str = "path") -> list[tuple[str, Path]]:
-    """Returns name and path of each image.
-
-    Args:
-        sources: Image files, folders of images (with the folders in them), or one CSV file with a
-            column of paths relative to its own folder.
-        path_column: That column.
-
-    Raises:
-        ArgumentError: If a source does not exist, or there is no image in it.
-    """
+    """Returns name and path of each image of files, folders and CSV files."""
     found: list[tuple[str, Path]] = []
     for source in sources:
         if source.is_dir():
@@ -87,38 +61,26 @@ def find_files(sources: Sequence[Path], path_column: str = "path") -> list[tuple
 
 
 def read_labels(table: Path, recipe: Recipe, path_column: str = "path") -> dict[str, Any]:
-    """Returns the label of each image by its name.
+    """Returns the label of each image by its name, without those of which none is known.
 
-    Args:
-        table: CSV file with a column of names. A column ``label`` holds the class; of a multi-label
-            task, a column for each label holds 0, 1 or nothing (unknown). Rows without a label are
-            left out.
-        recipe: Of the network.
-        path_column: Column of the names.
-
-    Returns:
-        Class indices; or for a multi-label task tuples of 0, 1 and NaN.
-
-    Raises:
-        ArgumentError: If a column is missing, or a label is none of the network.
+    It is a class index; or for a multi-label task a tuple of 0, 1 and NaN.
     """
-    several = recipe.task == "multi-label"
-    needed = [path_column, *(recipe.classes if several else ["label"])]
+    labels = recipe.classes if recipe.task == "multi-label" else ["label"]
     found: dict[str, Any] = {}
-    for number, row in enumerate(read_table(table, dict.fromkeys(needed)), start=2):
-        name = row[path_column].replace("\\", "/")
-        if several:
-            marks = tuple(mark_of(table, number, label, row[label]) for label in recipe.classes)
-            if any(mark == mark for mark in marks):
-                found[name] = marks
-        elif not is_unknown(row["label"]):
-            label = class_name(row["label"])
-            if label not in recipe.classes:
-                raise ArgumentError(
-                    f"{table}, row {number}: label {label!r} is no class of the network; its "
-                    f"classes are {', '.join(recipe.classes)}"
-                )
-            found[name] = recipe.classes.index(label)
+    for number, row in enumerate(read_table(table, dict.fromkeys([path_column, *labels])), start=2):
+        name, place = row[path_column].replace("\\", "/"), f"{table}, row {number}"
+        if all(is_unknown(row[label]) for label in labels):
+            continue
+        if recipe.task == "multi-label":
+            found[name] = read_marks(place, row, recipe.classes)
+            continue
+        label = class_name(row["label"])
+        if label not in recipe.classes:
+            raise ArgumentError(
+                f"{place}: label {label!r} is no class of the network; its classes are "
+                f"{', '.join(recipe.classes)}"
+            )
+        found[name] = recipe.classes.index(label)
     if not found:
         raise ArgumentError(f"{table} holds no label")
     return found
@@ -130,24 +92,13 @@ def predict(
     *,
     batch_size: int = 64,
     workers: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = silent,
 ) -> list[Prediction]:
-    """Returns the network's answer to each file; a file that cannot be read has its reason.
-
-    Args:
-        model: The network and its recipe.
-        files: Name and path of each.
-        batch_size: Images at a time.
-        workers: Processes that read; 0 for this one.
-        progress: Called with the number of files after each batch.
-    """
-    found: list[Prediction] = []
-    preparation = model.recipe.preparation
-    for batch in read_files(files, preparation, batch_size=batch_size, workers=workers):
-        found += _answers(model, batch)
-        if progress is not None:
-            progress(len(batch))
-    return found
+    """Returns the network's answer to each file, given by name and path."""
+    batches = read_files(
+        files, model.recipe.preparation, batch_size=batch_size, workers=workers, progress=progress
+    )
+    return [answer for batch in batches for answer in _answers(model, batch)]
 
 
 def _answers(model: TrainedModel, batch: Sequence[Read]) -> list[Prediction]:
@@ -175,8 +126,7 @@ def _answers(model: TrainedModel, batch: Sequence[Read]) -> list[Prediction]:
 def warnings_of(found: Sequence[Prediction], recipe: Recipe) -> list[str]:
     """Returns what a reader of the predictions must know first."""
     said = []
-    broken = sum(entry.error is not None for entry in found)
-    if broken:
+    if broken := sum(entry.error is not None for entry in found):
         said.append(f"{broken} of {len(found)} files cannot be read: see the column error")
     if recipe.seen is None:
         said.append(
@@ -196,14 +146,8 @@ def write_predictions(found: Sequence[Prediction], recipe: Recipe, path: Path) -
     """
     rows = []
     for entry in found:
-        values: Sequence[Any] = [round(value, 7) for value in entry.probabilities or ()]
-        rows.append(
-            [
-                entry.name,
-                "; ".join(entry.predicted),
-                *(values or [""] * len(recipe.classes)),
-                "; ".join(entry.unlike),
-                entry.error or "",
-            ]
-        )
+        values = [round(value, 7) for value in entry.probabilities or ()]
+        cells: list[Any] = values or [""] * len(recipe.classes)
+        said = "; ".join(entry.predicted), *cells, "; ".join(entry.unlike), entry.error or ""
+        rows.append([entry.name, *said])
     write_table(path, ["image", "prediction", *recipe.classes, "unlike training", "error"], rows)

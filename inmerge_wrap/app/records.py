@@ -36,15 +36,7 @@ def environment() -> dict[str, Any]:
 
 @contextmanager
 def of_an_earlier_start(path: Path, *, remove: Path) -> Iterator[None]:
-    """Replaces whatever goes wrong with a file of an earlier start by one line with a remedy.
-
-    Args:
-        path: The file.
-        remove: What to remove, so that the run makes it again.
-
-    Raises:
-        SystemExit: If anything is wrong with the content.
-    """
+    """Replaces whatever goes wrong with a file of an earlier start by one line with a remedy."""
     try:
         yield
     except Exception as error:  # a damaged file can make its reader raise anything

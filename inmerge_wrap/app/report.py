@@ -32,11 +32,7 @@ FAMILIES = {
     "artefact": ("Artefacts", "borders, bubbles, dust, text, dead elements"),
     "all": ("All damage", "the mean of all of these"),
 }
-METRICS = {
-    "balanced_accuracy": "Balanced accuracy",
-    "auroc": "AUROC",
-    "ece": "Calibration error",
-}
+METRICS = {"balanced_accuracy": "Balanced accuracy", "auroc": "AUROC", "ece": "Calibration error"}
 ROCS = 14  # classes for which a ROC is drawn
 
 
@@ -80,9 +76,9 @@ def _inline(pixels: Tensor) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def contact_sheet(pictures: Sequence[Tensor], path: Path, columns: int = 6) -> None:
+def contact_sheet(pictures: Sequence[Tensor], path: Path) -> None:
     """Writes all images to one sheet, row by row, as a PNG file."""
-    sheet = make_grid(list(pictures), nrow=columns, padding=4, pad_value=255)
+    sheet = make_grid(list(pictures), nrow=6, padding=4, pad_value=255)
     with replacing(path) as draft:
         to_pil_image(sheet).save(draft, "PNG")
 
@@ -90,12 +86,10 @@ def contact_sheet(pictures: Sequence[Tensor], path: Path, columns: int = 6) -> N
 # -- the page --------------------------------------------------------------------------------------
 
 
-def render(content: Mapping[str, Any], pictures: Sequence[Tensor]) -> str:
-    """Renders the whole page.
+def write_report(content: Mapping[str, Any], pictures: Sequence[Tensor], path: Path) -> Path:
+    """Renders the page and writes it atomically; returns its path.
 
-    Args:
-        content: As the training writes it into results.json.
-        pictures: uint8 (C, S, S) of each of the worst mistakes, in their order.
+    The pictures are uint8 (C, S, S), of the worst mistakes in their order.
     """
     environment = Environment(
         loader=PackageLoader("inmerge_wrap.app", "."),
@@ -104,14 +98,19 @@ def render(content: Mapping[str, Any], pictures: Sequence[Tensor]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = {"number": number, "percent": percent, "interval": interval, "flipped": flipped}
-    environment.filters.update(filters)
+    environment.filters |= {
+        "number": number,
+        "percent": percent,
+        "interval": interval,
+        "flipped": flipped,
+    }
     environment.globals.update(counted=counted, families=FAMILIES, metrics=METRICS)
     test = content["test"]
     rocs = [entry for entry in test["classes"] if entry["roc"]]
     if content["task"] == "multiclass" and len(content["classes"]) == 2:
         rocs = rocs[-1:]  # the other is its mirror image
-    return environment.get_template("report.html").render(
+    names = {name: words for name, (words, _) in FAMILIES.items()}
+    page = environment.get_template("report.html").render(
         content,
         several=content["task"] == "multilabel",
         clean=row_of(test, "clean"),
@@ -123,16 +122,9 @@ def render(content: Mapping[str, Any], pictures: Sequence[Tensor]) -> str:
             for name, found in test["calibration"].items()
         },
         rocs=[drawings.draw_roc(entry) for entry in rocs[:ROCS]],
-        damage=test["families"]
-        and drawings.draw_families(
-            test["families"], {name: words for name, (words, _) in FAMILIES.items()}
-        ),
+        damage=test["families"] and drawings.draw_families(test["families"], names),
         merging=next(r["merging"] for r in content["runs"] if r["name"] == content["chosen"]),
     )
-
-
-def write_report(content: Mapping[str, Any], pictures: Sequence[Tensor], path: Path) -> Path:
-    """Renders the page and writes it atomically; returns its path."""
     with replacing(path) as draft:
-        draft.write_text(render(content, pictures), encoding="utf-8")
+        draft.write_text(page, encoding="utf-8")
     return path

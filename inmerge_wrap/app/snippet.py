@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from inmerge_wrap.images.preparation import Recipe
 
-__all__ = ["snippet"]
-
 _NETWORK = """\
 # Without pretrained=True the weights are random, without a warning.
 model = timm.create_model("{place}", pretrained=True).eval()
@@ -53,10 +51,6 @@ def snippet(recipe: Recipe, place: str) -> str:
 
     It needs timm, Pillow and, for DICOM, pydicom, and ends with ``probabilities``, a tensor in the
     order of the classes.
-
-    Args:
-        recipe: How the network was trained.
-        place: What timm loads, such as ``local-dir:path/to/this/folder``.
     """
     mode = "L" if recipe.preparation.channels == 1 else "RGB"
     deep = recipe.preparation.pixel_range

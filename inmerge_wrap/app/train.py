@@ -24,11 +24,11 @@ from inmerge_wrap.app.records import of_an_earlier_start
 from inmerge_wrap.app.report import flipped
 from inmerge_wrap.app.starting_weights import start_network
 from inmerge_wrap.app.testing import row_of, test
-from inmerge_wrap.app.training import Run, make_accelerator, one_line_if_out_of_memory, train
+from inmerge_wrap.app.training import Data, Run, make_accelerator, one_line_if_out_of_memory, train
 from inmerge_wrap.errors import ArgumentError, for_command_line
 from inmerge_wrap.files import read_json, replacing, write_json
 from inmerge_wrap.images.collection import PARTS, ImageCollection
-from inmerge_wrap.images.files import DataError, Facts
+from inmerge_wrap.images.files import SHOWN, DataError
 from inmerge_wrap.images.finding import find_images
 from inmerge_wrap.images.folders import open_images
 from inmerge_wrap.images.sets import ImageSet, keep_pixels
@@ -36,23 +36,13 @@ from inmerge_wrap.images.tables import write_table
 from inmerge_wrap.robustness.corruptions import resolve_preset
 from inmerge_wrap.wrapper import InMergeWrapper
 
-__all__ = ["main"]
-
 
 def main(
     arguments: Sequence[str] | None = None,
     *,
     program: str = "accelerate launch recipes/own_images.py",
 ) -> None:
-    """Trains and reports as the command line says.
-
-    Args:
-        arguments: Of the command line; those of the process if None.
-        program: What the command is called in its help.
-
-    Raises:
-        SystemExit: With one line that names a remedy, if anything is wrong.
-    """
+    """Trains and reports as the command line says."""
     options = parse_arguments(arguments, program)
     accelerator = make_accelerator(mixed_precision=precision(options.mixed_precision))
     try:
@@ -88,7 +78,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 def _with_list(error: ArgumentError, folder: Path) -> str:
     """The message, and a file with all names where the message shows only the first."""
     text = for_command_line(error, {"shares": "--split"})
-    if not isinstance(error, DataError) or len(error.names) <= 5:
+    if not isinstance(error, DataError) or len(error.names) <= SHOWN:
         return f"error: {text}"
     path = folder / "lists.txt"
     with replacing(path) as draft:
@@ -153,7 +143,8 @@ def train_and_report(options: argparse.Namespace, accelerator: Accelerator, memo
     runs = planned_runs(options)
     with accelerator.main_process_first():
         check_network(runs, options)
-        collection, facts, sets = read_data(options, runs, memory)
+        data = read_data(options, runs, memory)
+    collection, sets = data.collection, data.sets
     prevalences_of(options, collection.classes)
     for note in collection.notes:
         accelerator.print(f"note: {note}")
@@ -176,11 +167,11 @@ def train_and_report(options: argparse.Namespace, accelerator: Accelerator, memo
             if (run.folder / "training.json").exists():
                 bar.update(bar.total // len(runs))
             else:
-                train(run, sets, collection, options, accelerator, bar)
+                train(run, data, options, accelerator, bar)
     if not accelerator.is_main_process:
         return
-    found = {run: test(run, sets, collection, options, accelerator.device) for run in runs}
-    page = publish(found, sets, collection, facts, options)
+    found = {run: test(run, data, options, accelerator.device) for run in runs}
+    page = publish(found, data, options)
     shutil.rmtree(options.out / "cache", ignore_errors=True)
     for run, each in found.items():
         clean = row_of(each, "clean")
@@ -201,15 +192,9 @@ def check_network(runs: list[Run], options: argparse.Namespace) -> None:
             raise SystemExit(f"--arch {options.arch}: {error}") from error
 
 
-def read_data(
-    options: argparse.Namespace, runs: list[Run], memory: Path
-) -> tuple[ImageCollection, dict[Path, Facts], dict[str, ImageSet]]:
-    """Reads and checks the images, and decodes them once unless nothing is left to train.
-
-    Returns:
-        The images, what was found in each file, and the set of each part.
-    """
-    collection, preparation, facts = open_images(
+def read_data(options: argparse.Namespace, runs: list[Run], memory: Path) -> Data:
+    """Reads and checks the images, and decodes them once unless nothing is left to train."""
+    collection, preparation = open_images(
         options.data_dir,
         size=options.size,
         channels=options.channels,
@@ -244,17 +229,13 @@ def read_data(
         for part, images in sets.items():
             path = options.out / "cache" / f"{part}-{key}.npy"
             sets[part] = keep_pixels(images, path, workers=options.workers)
-    return collection, facts, sets
+    return Data(collection, sets)
 
 
 def begin_or_continue(
     runs: list[Run], collection: ImageCollection, options: argparse.Namespace, processes: int
 ) -> None:
-    """Notes each run's settings in its folder, or holds those that are there against them.
-
-    Raises:
-        SystemExit: If a run was begun with other settings or other images.
-    """
+    """Notes each run's settings in its folder, or holds those that are there against them."""
     settings = {key: value for key, value in vars(options).items() if key not in FREE} | {
         "images": collection.fingerprint,
         "processes": processes,

@@ -8,6 +8,7 @@ run and the epoch, and merging from its own seed.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,12 +24,10 @@ from accelerate.utils.memory import should_reduce_batch_size
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from inmerge_wrap.app.batches import Batches, derived_seed, open_batches, statistics
+from inmerge_wrap.app.batches import derived_seed, open_batches, statistics
 from inmerge_wrap.app.model import Normalise
 from inmerge_wrap.app.records import of_an_earlier_start
 from inmerge_wrap.app.starting_weights import start_network
@@ -57,6 +56,14 @@ class Run:
         return f"{self.method}, seed {self.seed}"
 
 
+@dataclass(frozen=True)
+class Data:
+    """The images of a training: what they are, and the set of each part."""
+
+    collection: ImageCollection
+    sets: dict[str, ImageSet]
+
+
 # -- processes ---------------------------------------------------------------------------------
 
 
@@ -81,31 +88,13 @@ def one_line_if_out_of_memory() -> Iterator[None]:
         raise SystemExit(f"out of memory: pass a smaller --batch-size ({cause})") from None
 
 
-def merged_share(model: nn.Module) -> dict[str, float]:
-    """Returns the share of merged pairs; empty without merging.
-
-    Waits for the device, so call it at the end of an epoch, not in every step.
-    """
-    if not isinstance(model, InMergeWrapper):
-        return {}
-    report = model.report()
-    return {"merged_share": report.merged / report.drawn if report.drawn else 0.0}
-
-
 # -- the parts of training ---------------------------------------------------------------------
 
 
 def loss_of(
     task: str, labels: Tensor, *, balanced: bool, device: torch.device
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Computes cross-entropy; binary, over the known labels, for a multi-label task.
-
-    Args:
-        task: ``"multiclass"`` or ``"multilabel"``.
-        labels: Labels of the training part, from which balanced weights are computed.
-        balanced: Whether each class has the same total weight, however rare it is.
-        device: Device of the outputs.
-    """
+    """Computes cross-entropy; binary, over the known labels, for a multi-label task."""
     if task == "multiclass":
         counts = labels.bincount().float()
         weights = (len(labels) / (len(counts) * counts)).to(device) if balanced else None
@@ -135,218 +124,170 @@ def warm_up_and_cosine(warm_up: int, total: int) -> Callable[[int], float]:
     return share
 
 
-@torch.no_grad()
-def predict(
-    network: nn.Module,
-    loader: DataLoader,
-    normalise: Normalise,
-    accelerator: Accelerator,
-    bar: tqdm,
-) -> tuple[Tensor, Tensor]:
-    """Returns logits and labels of all images of a prepared loader, on the CPU of every process."""
-    was_training = network.training
-    network.eval()
-    outputs, truths = [], []
-    for pixels, labels in loader:
-        pair = network(normalise(pixels)).float(), labels
-        scored, truth = accelerator.gather_for_metrics(pair)
-        outputs.append(scored.cpu())
-        truths.append(truth.cpu())
-        bar.update()
-    network.train(was_training)
-    return torch.cat(outputs), torch.cat(truths)
+def train(
+    run: Run, data: Data, options: argparse.Namespace, accelerator: Accelerator, bar: tqdm
+) -> None:
+    """Trains or resumes one network; writes its best weights and history to a folder."""
+    checkpoint = run.folder / "checkpoint.pt"
+    training = _Training(run, data, options, accelerator, bar)
+    if checkpoint.exists():
+        training.load(checkpoint)
+    for epoch in range(len(training.history), options.epochs):
+        training.epoch(epoch)
+        if best_epoch(training.history) == epoch + 1:
+            export_weights(training.final, run.folder / "best.safetensors")
+        if accelerator.is_main_process:
+            training.save(checkpoint)
+    if accelerator.is_main_process:
+        write_json(run.folder / "training.json", training.result())
+        checkpoint.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
 
 
-def validation_auroc(logits: Tensor, labels: Tensor, task: str) -> float | None:
-    """Returns the AUROC that selects the best epoch; None if it is undefined on validation."""
-    probabilities = to_probabilities(logits.double(), task)
-    values, _ = classification_metrics(probabilities, labels, task=task)
-    area = float(values["auroc"])
-    return None if area != area else area
-
-
-@dataclass
 class _Training:
-    """What changes while a network trains; all of it goes into the checkpoint."""
+    """One network in training; what changes are its parts and its history."""
 
-    network: nn.Module
-    model: nn.Module
-    optimizer: Optimizer
-    course: LambdaLR
-    average: ModelEmaV3 | None
-    accelerator: Accelerator
-    history: list[dict[str, Any]]
+    def __init__(
+        self, run: Run, data: Data, options: argparse.Namespace, accelerator: Accelerator, bar: tqdm
+    ) -> None:
+        self.run, self.options, self.accelerator, self.bar = run, options, accelerator, bar
+        self.task, images = data.collection.task, data.sets["train"]
+        self.history: list[dict[str, Any]] = []
+        set_seed(run.seed)
+        network, mean, std = start_network(
+            options.arch,
+            options.weights,
+            num_classes=len(data.collection.classes),
+            channels=images.preparation.channels,
+        )
+        if mean is None or std is None:
+            mean, std = statistics(images)
+        self.mean, self.std = mean, std
+        self.normalise = Normalise(mean, std, accelerator.device)
+        self.batches = open_batches(data.sets, options, run.seed, accelerator)
+        self.loss = loss_of(
+            self.task, images.labels, balanced=options.class_balanced, device=accelerator.device
+        )
+        self.network = network.to(accelerator.device)
+        steps = len(self.batches.loader)
+        total_steps = options.epochs * steps
+        model: nn.Module = self.network
+        if run.method == "merged":
+            model = InMergeWrapper.recommended(model, total_steps=total_steps, seed=run.seed)
+        optimizer = create_optimizer_v2(
+            self.network, opt="adamw", lr=options.lr, weight_decay=options.weight_decay
+        )
+        if isinstance(model, InMergeWrapper):
+            model.attach(optimizer)
+        self.course = LambdaLR(optimizer, warm_up_and_cosine(steps, total_steps))
+        self.average = None
+        if options.ema:
+            self.average = ModelEmaV3(self.network, decay=options.ema, use_warmup=True)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.trained = accelerator.unwrap_model(self.model)
+        parts = {
+            "model": self.trained,
+            "optimizer": self.optimizer,
+            "course": self.course,
+            "average": self.average,
+            "scaler": accelerator.scaler,
+        }
+        self.parts = {name: part for name, part in parts.items() if part is not None}
 
     @property
     def final(self) -> nn.Module:
         """The network whose weights are kept: the average, if there is one."""
         return self.network if self.average is None else self.average.module
 
-    def _parts(self) -> dict[str, Any]:
-        parts = {
-            "model": self.accelerator.unwrap_model(self.model),
-            "optimizer": self.optimizer,
-            "course": self.course,
-            "average": self.average,
-            "scaler": self.accelerator.scaler,
-        }
-        return {name: part for name, part in parts.items() if part is not None}
-
     def save(self, path: Path) -> None:
         """Writes a checkpoint atomically: after a kill or a power cut, the last one is intact."""
-        if self.accelerator.is_main_process:
-            state = {name: part.state_dict() for name, part in self._parts().items()}
-            with replacing(path) as draft:
-                torch.save(state | {"history": self.history}, draft)
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        with replacing(path) as draft:
+            torch.save(state | {"history": self.history}, draft)
 
-    def load(self, path: Path, epochs: int) -> None:
-        """Continues from a checkpoint of at most as many epochs.
-
-        Raises:
-            SystemExit: If it is damaged, or of something else.
-        """
+    def load(self, path: Path) -> None:
+        """Continues from a checkpoint of at most as many epochs."""
         with of_an_earlier_start(path, remove=path):
             stored = read_pickle(path)
-            for name, part in self._parts().items():
+            for name, part in self.parts.items():
                 part.load_state_dict(stored[name])
             self.history = stored["history"]
             done = [entry["epoch"] for entry in self.history]
-            if done != list(range(1, len(done) + 1)) or not 1 <= len(done) <= epochs:
+            if done != list(range(1, len(done) + 1)) or not 1 <= len(done) <= self.options.epochs:
                 raise ValueError(f"it is of {len(done)} epochs")
             best_epoch(self.history)
+        self.bar.update(len(done) * len(self.batches))
 
-
-def _begin(
-    run: Run, network: nn.Module, steps: int, options: argparse.Namespace, accelerator: Accelerator
-) -> _Training:
-    """The network with its optimizer, and merging where the run merges; ``steps`` an epoch."""
-    total_steps = options.epochs * steps
-    network = network.to(accelerator.device)
-    model: nn.Module = network
-    if run.method == "merged":
-        model = InMergeWrapper.recommended(network, total_steps=total_steps, seed=run.seed)
-    optimizer = create_optimizer_v2(
-        network, opt="adamw", lr=options.lr, weight_decay=options.weight_decay
-    )
-    if isinstance(model, InMergeWrapper):
-        model.attach(optimizer)
-    course = LambdaLR(optimizer, warm_up_and_cosine(steps, total_steps))
-    average = ModelEmaV3(network, decay=options.ema, use_warmup=True) if options.ema else None
-    model, optimizer = accelerator.prepare(model, optimizer)
-    return _Training(network, model, optimizer, course, average, accelerator, [])
-
-
-def train(
-    run: Run,
-    sets: dict[str, ImageSet],
-    collection: ImageCollection,
-    options: argparse.Namespace,
-    accelerator: Accelerator,
-    bar: tqdm,
-) -> None:
-    """Trains or resumes one network; writes its best weights and history to a folder.
-
-    Every epoch starts from its own seeds and ends in a checkpoint that replaces the last one
-    atomically, so a killed run loses at most one epoch and reaches the same weights.
-    """
-    checkpoint, task = run.folder / "checkpoint.pt", collection.task
-    set_seed(run.seed)
-    network, mean, std = start_network(
-        options.arch,
-        options.weights,
-        num_classes=len(collection.classes),
-        channels=sets["train"].preparation.channels,
-    )
-    if mean is None or std is None:
-        mean, std = statistics(sets["train"])
-    normalise = Normalise(mean, std, accelerator.device)
-    batches = open_batches(sets, options, run.seed, accelerator)
-    training = _begin(run, network, len(batches.loader), options, accelerator)
-    loss_function = loss_of(
-        task,
-        sets["train"].labels,
-        balanced=options.class_balanced,
-        device=accelerator.device,
-    )
-    if checkpoint.exists():
-        training.load(checkpoint, options.epochs)
-        bar.update(len(training.history) * len(batches))
-    for epoch in range(len(training.history), options.epochs):
+    def epoch(self, epoch: int) -> None:
+        """Trains for an epoch from its own seeds, validates, and adds both to the history."""
         began = time.perf_counter()
-        bar.set_description(f"{run.name}, epoch {epoch + 1}/{options.epochs}")
-        loss = _epoch(run, training, batches, epoch, loss_function, normalise, bar)
-        logits, truth = predict(training.final, batches.val_loader, normalise, accelerator, bar)
-        area = validation_auroc(logits, truth, task)
-        plain = loss_of(task, truth, balanced=False, device=logits.device)
-        entry = {
-            "epoch": epoch + 1,
-            "loss": loss,
-            "val_loss": float(plain(logits, truth)),
-            "val_auroc": area,
-            "seconds": time.perf_counter() - began,
+        self.bar.set_description(f"{self.run.name}, epoch {epoch + 1}/{self.options.epochs}")
+        loss = self._pass(epoch)
+        found = {"epoch": epoch + 1, "loss": loss, **self._validate()}
+        found["seconds"] = time.perf_counter() - began
+        if isinstance(self.trained, InMergeWrapper):
+            report = self.trained.report()
+            found["merged_share"] = report.merged / max(report.drawn, 1)
+        self.history.append(found)
+        area = found["val_auroc"]
+        self.bar.set_postfix(loss=f"{loss:.3f}", val_auroc=area and f"{area:.3f}")
+
+    def _pass(self, epoch: int) -> float:
+        steps, accelerator = len(self.batches.loader), self.accelerator
+        self.batches.start(epoch)
+        set_seed(derived_seed(self.run.seed, epoch, accelerator.process_index))
+        self.model.train()
+        losses = torch.zeros((), device=accelerator.device)
+        for step, (pixels, truth) in enumerate(self.batches.loader, start=epoch * steps + 1):
+            loss = self.loss(self.model(self.normalise(pixels)), truth)
+            accelerator.backward(loss)
+            self.optimizer.step()
+            self.course.step()
+            self.optimizer.zero_grad()
+            if self.average is not None:
+                self.average.update(self.network, step)
+            losses += loss.detach()
+            self.bar.update()
+        mean = float(losses) / steps
+        if not math.isfinite(mean):
+            raise SystemExit(
+                f"{self.run.name}: the loss is {mean} in epoch {epoch + 1}: lower --lr"
+            )
+        return mean
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, Any]:
+        """Loss and AUROC of all validation images, on every process; None if it is undefined."""
+        network, found = self.final.eval(), []
+        for pixels, labels in self.batches.val_loader:
+            pair = network(self.normalise(pixels)).float(), labels
+            found.append([part.cpu() for part in self.accelerator.gather_for_metrics(pair)])
+            self.bar.update()
+        logits, truth = map(torch.cat, zip(*found, strict=True))
+        loss = loss_of(self.task, truth, balanced=False, device=logits.device)
+        probabilities = to_probabilities(logits.double(), self.task)
+        values, _ = classification_metrics(probabilities, truth, task=self.task)
+        area = float(values["auroc"])
+        return {
+            "val_loss": float(loss(logits, truth)),
+            "val_auroc": None if math.isnan(area) else area,
         }
-        training.history.append(entry | merged_share(accelerator.unwrap_model(training.model)))
-        bar.set_postfix(loss=f"{loss:.3f}", val_auroc=area and f"{area:.3f}")
-        if best_epoch(training.history) == epoch + 1:
-            export_weights(training.final, run.folder / "best.safetensors")
-        training.save(checkpoint)
-    if accelerator.is_main_process:
-        _write_result(run, training, mean, std)
-        checkpoint.unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
-    accelerator.free_memory()
 
-
-def _epoch(
-    run: Run,
-    training: _Training,
-    batches: Batches,
-    epoch: int,
-    loss_function: Callable[[Tensor, Tensor], Tensor],
-    normalise: Normalise,
-    bar: tqdm,
-) -> float:
-    """Trains for an epoch; returns the mean loss.
-
-    Raises:
-        SystemExit: If the loss is not finite.
-    """
-    accelerator, steps = training.accelerator, len(batches.loader)
-    batches.start(epoch)
-    set_seed(derived_seed(run.seed, epoch, accelerator.process_index))
-    training.model.train()
-    losses = torch.zeros((), device=accelerator.device)
-    for step, (pixels, truth) in enumerate(batches.loader, start=epoch * steps + 1):
-        loss = loss_function(training.model(normalise(pixels)), truth)
-        accelerator.backward(loss)
-        training.optimizer.step()
-        training.course.step()
-        training.optimizer.zero_grad()
-        if training.average is not None:
-            training.average.update(training.network, step)
-        losses += loss.detach()
-        bar.update()
-    mean_loss = float(losses) / steps
-    if not torch.isfinite(losses):
-        raise SystemExit(f"{run.name}: the loss is {mean_loss} in epoch {epoch + 1}: lower --lr")
-    return mean_loss
-
-
-def _write_result(run: Run, training: _Training, mean: list[float], std: list[float]) -> None:
-    config: Any = training.network.pretrained_cfg
-    trained = training.accelerator.unwrap_model(training.model)
-    result = {
-        "method": run.method,
-        "seed": run.seed,
-        "mean": mean,
-        "std": std,
-        "best_epoch": best_epoch(training.history),
-        "history": training.history,
-        "arch": config["architecture"],
-        "parameters": sum(parameter.numel() for parameter in training.network.parameters()),
-        "merging": {key: str(value) for key, value in merging_settings(trained).items()},
-    }
-    write_json(run.folder / "training.json", result)
+    def result(self) -> dict[str, Any]:
+        """What is kept of the training beside its weights."""
+        config: Any = self.network.pretrained_cfg
+        return {
+            "method": self.run.method,
+            "seed": self.run.seed,
+            "mean": self.mean,
+            "std": self.std,
+            "best_epoch": best_epoch(self.history),
+            "history": self.history,
+            "arch": config["architecture"],
+            "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
+            "merging": {key: str(value) for key, value in merging_settings(self.trained).items()},
+        }
 
 
 def standing(entry: dict[str, Any]) -> tuple[float, float]:

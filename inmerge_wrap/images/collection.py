@@ -10,12 +10,12 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from inmerge_wrap.images.files import SHOWN, DataError, counted, named
+from inmerge_wrap.images.files import SHOWN, DataError, Facts, counted, named
 
 PARTS = ("train", "val", "test")
 SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
@@ -26,25 +26,20 @@ SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image and what is known of it.
-
-    Attributes:
-        path: Where it is.
-        name: The same for people: relative to the data directory, with forward slashes.
-        label: Class index; of a multi-label task 0.0, 1.0 or NaN (unknown) for each label.
-        group: Whose image it is; images of one group never stand in two parts.
-        part: ``train``, ``val``, ``test``, or None until it is split.
-        digest: Of its content, once it was read: equal images have equal ones.
-        marks: What else is known, by name: its site, its scanner.
-    """
+    """An image and what is known of it."""
 
     path: Path
-    name: str
-    label: int | tuple[float, ...]
-    group: str | None = None
+    name: str  # for people: relative to the data directory, with forward slashes
+    label: int | tuple[float, ...]  # class index; or 0.0, 1.0 or NaN (unknown) for each label
+    group: str | None = None  # whose image it is: those of one group never stand in two parts
     part: str | None = None
-    digest: str = ""
-    marks: tuple[tuple[str, str], ...] = ()
+    marks: tuple[tuple[str, str], ...] = ()  # what else is known, by name: its site, its scanner
+    facts: Facts = field(default_factory=Facts)  # of its file, once that was read
+
+    @property
+    def digest(self) -> str:
+        """Of its content: equal images have equal ones."""
+        return self.facts.digest
 
     def mark(self, name: str) -> str:
         """What is known under a name, or an empty text."""
@@ -53,23 +48,14 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class ImageCollection:
-    """All images of a data set.
+    """All images of a data set."""
 
-    Attributes:
-        classes: Names of the classes or labels, in the order of the outputs.
-        task: ``"multiclass"`` (two classes included) or ``"multilabel"``.
-        images: In a fixed order.
-        notes: What was done, in sentences.
-        warnings: What makes figures worse or less sure than they look, in sentences.
-        lists: All names of a note or warning that shows only the first of them, by its title.
-    """
-
-    classes: tuple[str, ...]
-    task: str
+    classes: tuple[str, ...]  # in the order of the outputs
+    task: str  # "multiclass", two classes included, or "multilabel"
     images: tuple[ImageFile, ...]
     notes: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-    lists: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    warnings: tuple[str, ...] = ()  # what makes figures worse or less sure than they look
+    lists: tuple[tuple[str, tuple[str, ...]], ...] = ()  # all names of a note, by its title
 
     def part(self, name: str) -> tuple[ImageFile, ...]:
         """The images of one part."""
@@ -77,9 +63,7 @@ class ImageCollection:
 
     def counts(self, images: Iterable[ImageFile]) -> list[int]:
         """How many of the images show each class."""
-        found: Counter[int] = Counter()
-        for image in images:
-            found.update(shown(image))
+        found = Counter(index for image in images for index in shown(image))
         return [found[index] for index in range(len(self.classes))]
 
     def cells(self, image: ImageFile) -> list[str]:
@@ -94,6 +78,11 @@ class ImageCollection:
         rows = [(image.digest, image.label, image.part) for image in self.images]
         return hashlib.sha256(json.dumps([self.classes, rows]).encode()).hexdigest()[:12]
 
+    def in_parts(self, parts: Iterable[str | None]) -> ImageCollection:
+        """The same, each image in its part."""
+        pairs = zip(self.images, parts, strict=True)
+        return replace(self, images=tuple(replace(image, part=part) for image, part in pairs))
+
     def noted(self, *notes: str) -> ImageCollection:
         """The same with more notes."""
         return replace(self, notes=(*self.notes, *notes))
@@ -104,9 +93,8 @@ class ImageCollection:
 
     def listed(self, title: str, names: Sequence[str], *, warn: bool = False) -> ImageCollection:
         """The same with a note or warning about names, all of which are kept."""
-        text = f"{title}: {named(names)}."
-        if len(names) > SHOWN:
-            text = f"{text[:-1]} (all of them in lists.txt)."
+        where = " (all of them in lists.txt)" if len(names) > SHOWN else ""
+        text = f"{title}: {named(names)}{where}."
         kept = replace(self, lists=(*self.lists, (title, tuple(names))))
         return kept.warned(text) if warn else kept.noted(text)
 
@@ -136,50 +124,37 @@ def spaced(count: int, most: int | None) -> list[int]:
 
 
 def split(
-    collection: ImageCollection,
-    *,
-    shares: Mapping[str, float] | None = None,
-    seed: int = 0,
+    collection: ImageCollection, *, shares: Mapping[str, float] | None = None, seed: int = 0
 ) -> ImageCollection:
     """Gives every image a part: stratified by label, whole groups, equal images together.
 
     Parts that the data have stay as they are; missing ones are taken from train, by their shares.
-
-    Args:
-        collection: The images, read.
-        shares: Of train, val and test, together 1; `SHARES` if None.
-        seed: Of the order in which groups of equal standing are dealt out.
-
-    Raises:
-        DataError: If the shares are no shares, or are given and of no use; or if some images have a
-            part and others none.
     """
-    given_shares, shares = shares, _checked(shares or SHARES)
+    sizes = shares or SHARES
+    positive = set(sizes) == set(PARTS) and all(size > 0 for size in sizes.values())
+    if not positive or not np.isclose(sum(sizes.values()), 1):
+        raise DataError(f"<shares> must be three positive shares that add up to 1, got {sizes}")
     given = {image.part for image in collection.images}
     if None in given and len(given) > 1:
         missing = [image.name for image in collection.images if image.part is None]
         raise DataError(f"{counted(len(missing), 'image')} without a part: {named(missing)}")
     wanted = [part for part in PARTS if part == "train" or part not in given]
     if wanted == ["train"]:
-        if given_shares is not None:
+        if shares is not None:
             raise DataError("<shares> would do nothing: the data have all three parts already")
         return collection
     chosen = [n for n, image in enumerate(collection.images) if image.part in (None, "train")]
     units = _units([collection.images[n] for n in chosen])
-    labels = len(collection.classes) + 1  # the last column counts images that show nothing
-    contents = np.zeros((len(units), labels))
+    contents = np.zeros((len(units), len(collection.classes) + 1))
     for row, unit in enumerate(units):
+        for n in unit:  # the last column counts images that show nothing
+            contents[row, shown(collection.images[chosen[n]]) or [-1]] += 1
+    total = sum(sizes[part] for part in wanted)
+    assigned = deal(contents, [sizes[part] / total for part in wanted], seed)
+    parts = [image.part for image in collection.images]
+    for unit, place in zip(units, assigned, strict=True):
         for n in unit:
-            contents[row, shown(collection.images[chosen[n]]) or [labels - 1]] += 1
-    total = sum(shares[part] for part in wanted)
-    assigned = deal(contents, [shares[part] / total for part in wanted], seed)
-    parts = {
-        chosen[n]: wanted[place] for unit, place in zip(units, assigned, strict=True) for n in unit
-    }
-    images = tuple(
-        replace(image, part=parts[n]) if n in parts else image
-        for n, image in enumerate(collection.images)
-    )
+            parts[chosen[n]] = wanted[place]
     grouped = any(image.group is not None for image in collection.images)
     new = [part for part in wanted if part != "train"]
     made = f"{' and '.join(new)} {'was' if len(new) == 1 else 'were'}"
@@ -188,21 +163,13 @@ def split(
         f"{seed}, in equal proportions of the classes, "
         + ("each group in one part." if grouped else "image by image.")
     )
-    done = replace(collection, images=images).noted(note)
+    done = collection.in_parts(parts).noted(note)
     if grouped:
         return done
     return done.warned(
         "Images were split one by one, for no groups were named. If there are several of one "
         "patient, figures are too good: name the patients as groups."
     )
-
-
-def _checked(shares: Mapping[str, float]) -> Mapping[str, float]:
-    if set(shares) != set(PARTS) or not np.isclose(sum(shares.values()), 1):
-        raise DataError(f"<shares> must be three shares that add up to 1, got {dict(shares)}")
-    if not all(0 < share < 1 for share in shares.values()):
-        raise DataError(f"<shares> needs a positive share for each part, got {dict(shares)}")
-    return shares
 
 
 def _units(images: Sequence[ImageFile]) -> list[list[int]]:
@@ -217,11 +184,9 @@ def _units(images: Sequence[ImageFile]) -> list[list[int]]:
 
     first: dict[tuple[str, str], int] = {}
     for n, image in enumerate(images):
-        keys = [("content", image.digest)] + (
-            [("group", image.group)] if image.group is not None else []
-        )
-        for key in keys:
-            parent[root(n)] = root(first.setdefault(key, n))
+        for kind, key in (("content", image.digest), ("group", image.group)):
+            if key is not None:
+                parent[root(n)] = root(first.setdefault((kind, key), n))
     units: dict[int, list[int]] = {}
     for n in range(len(images)):
         units.setdefault(root(n), []).append(n)
@@ -234,14 +199,6 @@ def deal(contents: np.ndarray, shares: Sequence[float], seed: int) -> list[int]:
     Iterative stratification (K. Sechidis et al., "On the stratification of multi-label data",
     2011): the rarest label first, each unit to the part that still lacks most of this label. Before
     that, a label that has a unit for every part gives each of them one.
-
-    Args:
-        contents: (units, labels), how many images of each label a unit holds.
-        shares: Of each part; together 1.
-        seed: Of the order of the units.
-
-    Returns:
-        The part of each unit.
     """
     order = list(range(len(contents)))
     random.Random(seed).shuffle(order)
@@ -276,12 +233,7 @@ def deal(contents: np.ndarray, shares: Sequence[float], seed: int) -> list[int]:
 
 
 def check(collection: ImageCollection, *, allow_overlap: bool = False) -> ImageCollection:
-    """Looks for what makes figures wrong; adds a warning of everything suspicious.
-
-    Raises:
-        DataError: If a part or a class of the training part is empty; if groups or equal images
-            stand in several parts, unless that is allowed. All that is wrong is named at once.
-    """
+    """Looks for what makes figures wrong, names all of it at once, and warns of the suspicious."""
     errors, warnings = [], []
     if len(collection.classes) < 2:
         errors.append(f"there is one class, {collection.classes[0]!r}: at least two are needed")
@@ -351,13 +303,16 @@ def _suspicious(collection: ImageCollection) -> ImageCollection:
         for images in same
         if len({str(image.label) for image in images}) > 1
     ]
-    if contradicting:
-        what = counted(len(contradicting), "image")
-        title = f"{what} with equal pixels and different labels"
-        collection = collection.listed(title, contradicting, warn=True)
-    if same:
-        count = sum(len(images) - 1 for images in same)
-        pairs = [f"{images[0].name} = {images[1].name}" for images in same]
-        title = f"{counted(count, 'image')} there more than once"
-        collection = collection.listed(title, pairs, warn=True)
+    repeated = sum(len(images) - 1 for images in same)
+    titles = {
+        f"{counted(len(contradicting), 'image')} with equal pixels and different labels": (
+            contradicting
+        ),
+        f"{counted(repeated, 'image')} there more than once": [
+            f"{images[0].name} = {images[1].name}" for images in same
+        ],
+    }
+    for title, names in titles.items():
+        if names:
+            collection = collection.listed(title, names, warn=True)
     return collection

@@ -17,13 +17,7 @@ _MOST_BYTES = 2**30
 
 
 def decode_dicom(path: Path) -> Decoded:
-    """Reads a file whole.
-
-    Raises:
-        DataError: If pydicom is missing.
-        ValueError: If it holds several frames, more values than any image has, or colours of more
-            than 8 bits.
-    """
+    """Reads a file whole."""
     try:
         import pydicom
         from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, apply_windowing

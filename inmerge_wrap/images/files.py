@@ -19,14 +19,9 @@ _DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 
 
 class DataError(ArgumentError):
-    """Something about the user's images that the user can mend; the message says how.
+    """Something about the user's images that the user can mend; the message says how."""
 
-    Attributes:
-        arguments: Those of `open_images` that a message can name. Any other ``<name>`` is part of
-            the user's own names of files, classes and columns.
-        names: All that the message is about, where it shows only the first of them.
-    """
-
+    # Any other ``<name>`` in a message is part of the user's own names of files and classes.
     arguments = frozenset(
         "allow_overlap channels crop_mode groups labels path_column pixel_range shares site size "
         "skip_broken subgroups".split()
@@ -50,19 +45,12 @@ def counted(count: int, what: str) -> str:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a file holds.
+    """What a file holds; uint8 is ready to be shown, anything else needs a window or a range."""
 
-    Attributes:
-        values: (H, W) or (H, W, 3). uint8 is ready to be shown; anything else needs a range.
-        window: Maps values to [0, 1] where the file itself says how, as DICOM does.
-        windowed: Whether that is by a window or table of the file, not by its number of bits.
-        inverted: Whether low values are bright (MONOCHROME1).
-    """
-
-    values: np.ndarray
-    window: Callable[[np.ndarray], np.ndarray] | None = None
-    windowed: bool = False
-    inverted: bool = False
+    values: np.ndarray  # (H, W) or (H, W, 3)
+    window: Callable[[np.ndarray], np.ndarray] | None = None  # to [0, 1], as a DICOM file says
+    windowed: bool = False  # by a window or table of the file, not by its number of bits
+    inverted: bool = False  # low values are bright (MONOCHROME1)
 
     @property
     def digest(self) -> str:
@@ -78,9 +66,8 @@ class Decoded:
 
     @property
     def kind(self) -> str:
-        """``"bytes"``; ``"integers"`` or ``"floats"``, which need a range; or DICOM.
-
-        DICOM is ``"windowed"`` or ``"unwindowed"``, unless it holds colours, which are bytes.
+        """``"bytes"``; ``"integers"`` or ``"floats"``, which need a range; of DICOM ``"windowed"``
+        or ``"unwindowed"``, unless it holds colours, which are bytes.
         """
         if self.window is not None:
             return "windowed" if self.windowed else "unwindowed"
@@ -89,12 +76,7 @@ class Decoded:
         return "floats" if self.values.dtype.kind == "f" else "integers"
 
     def to_bytes(self, pixel_range: tuple[float, float] | None, *, override: bool) -> np.ndarray:
-        """The values as uint8.
-
-        Args:
-            pixel_range: Values that become black and white, where the file does not say so.
-            override: Use ``pixel_range`` in place of a DICOM file's own window as well.
-        """
+        """The values as uint8; with ``override``, the range replaces a DICOM file's own window."""
         if self.values.dtype == np.uint8 and self.window is None:
             return self.values
         if self.window is None or override:
@@ -123,26 +105,18 @@ def _starts_as_dicom(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
-def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM, by its suffix or its first bytes."""
-    return path.suffix.lower() in DICOM or _starts_as_dicom(path)
+def decode(path: Path, *, first_frame: bool = False) -> Decoded:
+    """Reads a file, upright as its EXIF orientation says; raises anything on a broken one.
 
-
-def decode(path: Path) -> Decoded:
-    """Reads a file whole, upright as its EXIF orientation says.
-
-    Raises:
-        DataError: If pydicom is needed and missing.
-        Exception: Whatever a reader raises on a broken file; ValueError on one that is sound but
-            not one image (several frames, values that are not finite).
+    One that holds several images is refused, or its first one read.
     """
-    if is_dicom(path):
+    if path.suffix.lower() in DICOM or _starts_as_dicom(path):
         from inmerge_wrap.images.dicom import decode_dicom
 
         return decode_dicom(path)
     with Image.open(path) as image:
         frames = getattr(image, "n_frames", 1)
-        if frames > 1 and image.format != "MPO":  # cameras add a preview
+        if frames > 1 and not first_frame and image.format != "MPO":  # cameras add a preview
             raise ValueError(f"it holds {frames} images; give each its own file")
         # Pillow keeps the upper 8 of the 16 bits of a colour.
         shortened = "16" in str(image.tile[0][3]) if image.tile else False
@@ -170,32 +144,17 @@ def finite(values: np.ndarray) -> np.ndarray:
     return values
 
 
-# -- a file's facts --------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Facts:
-    """What is found out about a file by reading it once; plain data.
+    """What is found out about a file by reading it once; plain data."""
 
-    Attributes:
-        error: Why it could not be read, or None; the rest is then empty.
-        digest: Of its values.
-        colour: Whether it shows colours.
-        height: In pixels.
-        width: In pixels.
-        kind: ``"bytes"``, ``"integers"`` or ``"floats"`` that need a range, ``"windowed"`` DICOM or
-            ``"unwindowed"`` DICOM.
-        low: Its smallest value.
-        high: Its largest value.
-    """
-
-    error: str | None = None
+    error: str | None = None  # why it could not be read; the rest is then empty
     digest: str = ""
     colour: bool = False
     height: int = 0
     width: int = 0
-    kind: str = "bytes"
-    low: float = 0.0
+    kind: str = "bytes"  # see `Decoded.kind`
+    low: float = 0.0  # its smallest value
     high: float = 0.0
 
     @property
@@ -219,17 +178,13 @@ def facts_of(decoded: Decoded) -> Facts:
 
 
 def examine(path: Path) -> Facts:
-    """Reads a file and says what it is, or what is wrong with it.
-
-    Raises:
-        DataError: If a package is missing, which is not the file's fault.
-    """
+    """Reads a file and says what it is, or what is wrong with it."""
     try:
         decoded = decode(path)
         if decoded.window is not None:
             decoded.to_bytes(None, override=False)  # a window may be impossible
         return facts_of(decoded)
-    except DataError:
+    except DataError:  # a package is missing, which is not the file's fault
         raise
     except Exception as error:  # readers raise all sorts of things on files that are not sound
         return Facts(error=failure(error, path))
@@ -244,23 +199,12 @@ def failure(error: Exception, path: Path) -> str:
 
 
 def range_of(
-    facts: Sequence[Facts],
-    given: tuple[float, float] | None,
-    names: Sequence[str] | None = None,
+    facts: Sequence[Facts], given: tuple[float, float] | None, names: Sequence[str] = ()
 ) -> tuple[float, float] | None:
     """The values that become black and white in images that do not say so; None if all do.
 
     Whole numbers get the range of the fewest bits (8, 10, 12, 14, 16) that hold all of them:
     12-bit images stored in 16 bits would be nearly black otherwise. One range holds for all images.
-
-    Args:
-        facts: Of all images.
-        given: The range that the user gave.
-        names: Of the images, for the error.
-
-    Raises:
-        DataError: If it cannot be guessed: negative values, or numbers with a fraction outside of
-            [0, 1]. It names the images that stand in the way.
     """
     if given is not None:
         return given
@@ -270,18 +214,16 @@ def range_of(
     if not deep:
         return None
     low, high = min(entry.low for entry in deep), max(entry.high for entry in deep)
-    mixed, most = "", 1 if floats else 2**16 - 1
+    mixed = ""
     if floats and whole:
         mixed = f" ({len(whole):,} of them whole numbers, {len(floats):,} fractions)"
         odd = min(floats, whole, key=len)
-    elif low >= 0 and high <= most:
-        if floats:
-            return 0.0, 1.0
-        bits = next(bits for bits in (8, 10, 12, 14, 16) if high < 2**bits)
-        return 0.0, 2.0**bits - 1
     else:
-        odd = [n for n in floats + whole if facts[n].low < 0 or facts[n].high > most]
-    odd_names = [names[n] for n in odd] if names is not None else []
+        whites = [1] if floats else [2**bits - 1 for bits in (8, 10, 12, 14, 16)]
+        if low >= 0 and high <= whites[-1]:
+            return 0.0, float(next(white for white in whites if high <= white))
+        odd = [n for n in floats + whole if facts[n].low < 0 or facts[n].high > whites[-1]]
+    odd_names = [names[n] for n in odd] if names else []
     raise DataError(
         f"{len(deep):,} images hold values from {low:g} to {high:g}{mixed}, and nothing says which "
         "values are black and white: give <pixel_range=BLACK WHITE>"

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from inmerge_wrap.images.collection import PARTS, ImageCollection, ImageFile, counted, named
-from inmerge_wrap.images.files import DataError, is_image
+from inmerge_wrap.images.collection import PARTS, ImageCollection, ImageFile
+from inmerge_wrap.images.files import DataError, counted, is_image, named
 from inmerge_wrap.images.tables import read_table
 
 _MEANT = {
@@ -31,21 +30,10 @@ def find_images(
     groups: str | None = None,
     marks: Sequence[str] = (),
 ) -> ImageCollection:
-    """Lists the images of a directory, or those that a CSV file names.
+    """Lists the images of a directory's class folders, or those that a CSV file names.
 
-    Args:
-        directory: Holds the class folders, or what the paths of the table are relative to.
-        table: CSV file with a header. A column ``part`` (train, val, test), if there is one, is
-            obeyed.
-        labels: Its column of class names; or several columns of 0, 1 and nothing for unknown,
-            which make a multi-label task.
-        path_column: Its column of paths.
-        groups: A column of the table, or a regular expression that is searched for in the image's
-            name (path below the directory); its first group, or all of it, is whose image it is.
-        marks: What else is to be known of each image, such as its site: likewise.
-
-    Raises:
-        DataError: If there is nothing to train on, a class is empty or the table is malformed.
+    ``groups`` and each of ``marks`` is a column of the table, or a regular expression that is
+    searched for in the image's name; its first group, or all of it, is the value.
     """
     if not directory.is_dir():
         raise DataError(f"{directory} is no folder")
@@ -53,27 +41,28 @@ def find_images(
     if table is None:
         found = _from_folders(directory)
     else:
-        rows = _rows_of(table, path_column, labels)
-        found = _from_table(table, rows, directory, list(labels), path_column)
-    images = list(found.images)
-    if groups is not None:
-        values = _values_of(groups, "<groups>", images, rows)
-        images = [replace(i, group=v or None) for i, v in zip(images, values, strict=True)]
-        alone = sum(not value for value in values)
-        if alone:
-            found = found.noted(
-                f"{counted(alone, 'image')} without a {groups}, each taken as a group of its own."
-            )
-    known = {name: _values_of(name, "<site> or <subgroups>", images, rows) for name in marks}
+        rows = read_table(table, {path_column: "path_column"} | dict.fromkeys(labels, "labels"))
+        found = _from_table(table, rows, directory, labels, path_column)
+    names = [image.name for image in found.images]
+    known = {mark: _values_of(mark, "<site> or <subgroups>", names, rows) for mark in marks}
+    owners = [""] * len(names) if groups is None else _values_of(groups, "<groups>", names, rows)
+    if groups is not None and (alone := owners.count("")):
+        found = found.noted(
+            f"{counted(alone, 'image')} without a {groups}, each taken as a group of its own."
+        )
     images = [
-        replace(image, marks=tuple((name, values[n]) for name, values in known.items()))
-        for n, image in enumerate(images)
+        replace(
+            image,
+            group=owners[n] or None,
+            marks=tuple((mark, values[n]) for mark, values in known.items()),
+        )
+        for n, image in enumerate(found.images)
     ]
     return replace(found, images=tuple(images))
 
 
 def _values_of(
-    what: str, option: str, images: Sequence[ImageFile], rows: Sequence[Mapping[str, str]]
+    what: str, option: str, names: Sequence[str], rows: Sequence[Mapping[str, str]]
 ) -> list[str]:
     """The column of a table, or what a pattern finds in each image's name."""
     if rows and what in rows[0]:
@@ -84,15 +73,24 @@ def _values_of(
         raise DataError(
             f"{option} {what!r} is no column and no regular expression ({error})"
         ) from error
-    matches = [expression.search(image.name) for image in images]
-    unmatched = [i.name for i, match in zip(images, matches, strict=True) if match is None]
+    matches = [expression.search(name) for name in names]
+    unmatched = [name for name, match in zip(names, matches, strict=True) if match is None]
     if unmatched:
         raise DataError(
             f"{option} {what!r} is no column of a table, and as a pattern it is not found in "
             f"{counted(len(unmatched), 'name')}: {named(unmatched)}",
             names=unmatched,
         )
-    return [(m[1] if expression.groups else m[0]) or "" for m in matches if m is not None]
+    return [m[min(expression.groups, 1)] or "" for m in matches if m is not None]
+
+
+def _places_of(classes: Iterable[str]) -> dict[str, int]:
+    """The place of each class among the outputs: 2 before 10, and numbers before words."""
+
+    def natural(name: str) -> tuple[int, int, str]:
+        return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+
+    return {name: place for place, name in enumerate(sorted(set(classes), key=natural))}
 
 
 # -- folders ---------------------------------------------------------------------------------------
@@ -102,13 +100,12 @@ def _from_folders(directory: Path) -> ImageCollection:
     def below(path: Path) -> str:
         return path.relative_to(directory).as_posix()
 
-    parts, notes = _parts_of(directory)
-    roots: list[tuple[str | None, Path]] = [*parts.items()] if parts else [(None, directory)]
+    parts = _training_parts(directory)
     files: list[tuple[str | None, str, Path]] = []
     ignored: list[str] = []
     empty: list[str] = []
     warnings: list[str] = []
-    for part, root in roots:
+    for part, root in parts.items() if parts else [(None, directory)]:
         folders = inside(root, folders=True)
         loose = [path for path in inside(root, folders=False) if is_image(path)]
         if part and loose and not folders:
@@ -136,11 +133,15 @@ def _from_folders(directory: Path) -> ImageCollection:
             "add images or remove the folder",
             names=empty,
         )
-    classes = tuple(sorted({name for _, name, _ in files}, key=_natural))
-    index = {name: number for number, name in enumerate(classes)}
-    found = [ImageFile(path, below(path), index[name], part=part) for part, name, path in files]
-    collection = ImageCollection(classes, "multiclass", tuple(found))
-    collection = collection.noted(*notes).warned(*warnings)
+    places = _places_of(name for _, name, _ in files)
+    found = [ImageFile(path, below(path), places[name], part=part) for part, name, path in files]
+    renamed = [
+        f"The folder {folder.name} was taken as the part {part}."
+        for part, folder in parts.items()
+        if folder.name != part
+    ]
+    collection = ImageCollection(tuple(places), "multiclass", tuple(found))
+    collection = collection.noted(*renamed).warned(*warnings)
     if ignored:
         what = counted(len(ignored), "file")
         collection = collection.listed(f"{what} ignored, not images in a class", ignored)
@@ -148,11 +149,7 @@ def _from_folders(directory: Path) -> ImageCollection:
 
 
 def parts_in(directory: Path) -> dict[str, Path]:
-    """The folders of train, val and test, whatever they are called; none if there are none.
-
-    Raises:
-        DataError: If two look like the same part, or folders can be parts as well as classes.
-    """
+    """The folders of train, val and test, whatever they are called; none if there are none."""
     folders = inside(directory, folders=True)
     meant = {folder: part for folder in folders if (part := _part_named(folder.name))}
     exact = [folder for folder in meant if folder.name in PARTS]
@@ -172,15 +169,11 @@ def listed(parts: Mapping[str, Path]) -> str:
     return " and ".join(sorted(folder.name for folder in parts.values()))
 
 
-def _parts_of(directory: Path) -> tuple[dict[str, Path], list[str]]:
-    """All folders as parts of a training, and notes on their names; none if they are classes.
-
-    Raises:
-        DataError: As `parts_in`, or if there are other folders, or none of training images.
-    """
+def _training_parts(directory: Path) -> dict[str, Path]:
+    """As `parts_in`, but with a part train and without other folders, if there are any."""
     parts = parts_in(directory)
     if not parts:
-        return {}, []
+        return {}
     folders = inside(directory, folders=True)
     others = named([folder.name for folder in folders if folder not in parts.values()])
     if others:
@@ -190,11 +183,7 @@ def _parts_of(directory: Path) -> tuple[dict[str, Path], list[str]]:
         )
     if "train" not in parts:
         raise DataError(f"{directory} has {listed(parts)} but no train")
-    return parts, [
-        f"The folder {folder.name} was taken as the part {part}."
-        for part, folder in parts.items()
-        if folder.name != part
-    ]
+    return parts
 
 
 def _part_named(name: str) -> str | None:
@@ -249,11 +238,6 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
-def _natural(name: str) -> tuple[Any, ...]:
-    """Sorts 2 before 10, and numbers before words."""
-    return (0, int(name), name) if name.isdigit() else (1, 0, name)
-
-
 def class_name(text: str) -> str:
     """The name of a class: of an accent, which is one character or two, always the one."""
     return unicodedata.normalize("NFC", text)
@@ -262,43 +246,39 @@ def class_name(text: str) -> str:
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def _rows_of(table: Path, path_column: str, labels: Sequence[str]) -> list[dict[str, str]]:
-    rows = read_table(table, {path_column: "path_column"} | dict.fromkeys(labels, "labels"))
-    seen: dict[str, int] = {}
-    for number, row in enumerate(rows, start=2):
-        path, place = row[path_column], f"{table}, row {number}"
-        if not path:
-            raise DataError(f"{place}: no path")
-        if path in seen:
-            raise DataError(f"{place}: {path} was named in row {seen[path]} already")
-        seen[path] = number
-        part = row.get("part", "")
-        if part and part not in PARTS:
-            raise DataError(f"{place}: part is {part!r}; give train, val or test")
-        if len(labels) == 1 and is_unknown(row[labels[0]]):
-            raise DataError(f"{place}: {path} has no {labels[0]}")
-    return rows
-
-
 def _from_table(
-    table: Path, rows: list[dict[str, str]], directory: Path, labels: list[str], path_column: str
+    table: Path,
+    rows: Sequence[Mapping[str, str]],
+    directory: Path,
+    labels: Sequence[str],
+    path_column: str,
 ) -> ImageCollection:
-    several = len(labels) > 1
-    if not several:
-        rows = [row | {labels[0]: class_name(row[labels[0]])} for row in rows]
-    classes = labels if several else sorted({row[labels[0]] for row in rows}, key=_natural)
-    index = {name: number for number, name in enumerate(classes)}
-    root, images = directory.resolve(), []
+    root = directory.resolve()
+    seen: dict[str, int] = {}
+    images: list[ImageFile] = []
     for number, row in enumerate(rows, start=2):
-        path = Path(row[path_column].replace("\\", "/"))
-        label: int | tuple[float, ...]
-        if several:
-            label = tuple(mark_of(table, number, name, row[name]) for name in labels)
-        else:
-            label = index[row[labels[0]]]
+        text, part, place = row[path_column], row.get("part") or None, f"{table}, row {number}"
+        if not text:
+            raise DataError(f"{place}: no path")
+        if text in seen:
+            raise DataError(f"{place}: {text} was named in row {seen[text]} already")
+        seen[text] = number
+        if part not in (None, *PARTS):
+            raise DataError(f"{place}: part is {part!r}; give train, val or test")
+        label: int | tuple[float, ...] = 0
+        if len(labels) > 1:
+            label = read_marks(place, row, labels)
+        elif is_unknown(row[labels[0]]):
+            raise DataError(f"{place}: {text} has no {labels[0]}")
+        path = Path(text.replace("\\", "/"))
         name = (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
-        images.append(ImageFile(directory / path, name, label, part=row.get("part") or None))
-    return ImageCollection(tuple(classes), "multilabel" if several else "multiclass", tuple(images))
+        images.append(ImageFile(directory / path, name, label, part=part))
+    if len(labels) > 1:
+        return ImageCollection(tuple(labels), "multilabel", tuple(images))
+    names = [class_name(row[labels[0]]) for row in rows]
+    places = _places_of(names)
+    images = [replace(i, label=places[name]) for i, name in zip(images, names, strict=True)]
+    return ImageCollection(tuple(places), "multiclass", tuple(images))
 
 
 def is_unknown(cell: str) -> bool:
@@ -306,16 +286,12 @@ def is_unknown(cell: str) -> bool:
     return cell.lower() in ("", "nan", "na")
 
 
-def mark_of(table: Path, row: int, column: str, text: str) -> float:
-    """Reads one of several labels: 0, 1, or NaN for unknown.
-
-    Raises:
-        DataError: If it is none of these.
-    """
-    if is_unknown(text):
-        return float("nan")
-    if text in ("0", "0.0", "1", "1.0"):
-        return float(text)
-    raise DataError(
-        f"{table}, row {row}: {column} is {text!r}; of several labels each is 0, 1 or empty"
-    )
+def read_marks(place: str, row: Mapping[str, str], labels: Sequence[str]) -> tuple[float, ...]:
+    """Several labels of a row: 0, 1, or NaN for unknown."""
+    marks = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0}
+    for name in labels:
+        if not is_unknown(row[name]) and row[name] not in marks:
+            raise DataError(
+                f"{place}: {name} is {row[name]!r}; of several labels each is 0, 1 or empty"
+            )
+    return tuple(marks.get(row[name], float("nan")) for name in labels)

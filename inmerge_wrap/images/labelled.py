@@ -12,11 +12,12 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from inmerge_wrap.images.collection import spaced
-from inmerge_wrap.images.files import DICOM, RASTER, decode, is_dicom, is_image
+from inmerge_wrap.images.files import DICOM, RASTER, decode, is_image
 from inmerge_wrap.images.finding import files_below, inside, listed, parts_in
 
 __all__ = ["ImageFolder", "fit_images", "read_npz"]
@@ -167,24 +168,14 @@ def _images_in(folder: Path) -> list[Path]:
     return [path for path in files if path.suffix.lower() in _SUFFIXES or is_image(path)]
 
 
-def _open(path: Path, channels: int) -> Any:
-    """Returns the image as PIL opens it, upright, with eight bits in each of 1 or 3 channels."""
-    from PIL import Image, ImageOps
-
-    mode = "L" if channels == 1 else "RGB"
+def _open(path: Path, channels: int) -> Image.Image:
+    """Returns the image upright, with eight bits in each of 1 or 3 channels."""
     try:
-        if is_dicom(path):
-            shown = decode(path).to_bytes(None, override=False)
-            return Image.fromarray(shown).convert(mode)
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits, which PIL would clip at 255
-                upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
-            elif upright.mode == "F":
-                values = np.asarray(upright)
-                if not (0 <= values.min() and values.max() <= 1):
-                    raise ValueError("it holds fractions outside of [0, 1]: scale it to 8 bits")
-                upright = Image.fromarray((values * 255).round().astype(np.uint8))
-            return upright.convert(mode)
+        decoded = decode(path, first_frame=True)
+        fractions = decoded.kind == "floats"
+        if fractions and not (0 <= decoded.values.min() and decoded.values.max() <= 1):
+            raise ValueError("it holds fractions outside of [0, 1]: scale it to 8 bits")
+        shown = decoded.to_bytes((0.0, 1.0 if fractions else 65535.0), override=False)
     except Exception as error:  # readers raise all sorts of things on broken files
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    return Image.fromarray(shown).convert("L" if channels == 1 else "RGB")

@@ -13,45 +13,27 @@ from torch import Tensor
 from inmerge_wrap.images.files import Facts
 from inmerge_wrap.images.preparation import Seen
 
-__all__ = ["Look", "look_at", "seen_of", "unlike", "warnings_about"]
-
 _OUTSIDE = 0.02  # of the training images, by the definition of the percentiles
 _CHANCE = 0.001  # that as many images differ although nothing has changed
 
 
 @dataclass(frozen=True)
 class Look:
-    """One image as its file holds it, and as the network sees it.
-
-    Attributes:
-        facts: What was found in its file.
-        mean: Of the prepared pixels in [0, 1].
-        spread: Their standard deviation.
-    """
+    """One image as its file holds it, and as the network sees it."""
 
     facts: Facts
-    mean: float
-    spread: float
+    mean: float  # of the prepared pixels in [0, 1]
+    spread: float  # their standard deviation
 
 
 def look_at(facts: Facts, pixels: Tensor) -> Look:
-    """Returns what an image is like.
-
-    Args:
-        facts: What was found in its file.
-        pixels: What a `Preparation` made of it, uint8.
-    """
+    """What an image is like; its pixels are uint8, as a `Preparation` made them."""
     shown = pixels.float() / 255
     return Look(facts, float(shown.mean()), float(shown.std(correction=0)))
 
 
 def seen_of(facts: Sequence[Facts], looks: Sequence[Look]) -> Seen:
-    """Returns what a training keeps of its images, to recognise others.
-
-    Args:
-        facts: Of the files of all images.
-        looks: Of as many of the images as were looked at.
-    """
+    """What a training keeps of its images, to recognise others; not all need be looked at."""
 
     def percentiles(values: list[float]) -> tuple[float, float]:
         low, high = np.percentile(values, [100 * _OUTSIDE / 2, 100 * (1 - _OUTSIDE / 2)])
@@ -91,10 +73,6 @@ def warnings_about(differences: Sequence[Sequence[str]], seen: Seen) -> list[str
 
     A few images outside of the percentiles are expected; a warning needs more than would occur
     once in a thousand times (binomial).
-
-    Args:
-        differences: The words of `unlike` for each image.
-        seen: What the training images were like.
     """
     (low, high), (least, most) = seen.means, seen.spreads
     sentences = {

@@ -16,9 +16,10 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +27,16 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
-from tqdm import tqdm
 
 from inmerge_wrap.errors import ArgumentError
-from inmerge_wrap.files import replacing, write_json
+from inmerge_wrap.files import write_json
+from inmerge_wrap.images.collection import PARTS
+from inmerge_wrap.images.sets import write_pixels
 
-__all__ = [
-    "FINDINGS",
-    "Part",
-    "Radiographs",
-    "cached",
-    "read_dataset",
-    "read_hub",
-    "read_release",
-]
+__all__ = ["FINDINGS", "Part", "Radiographs", "cached", "read_dataset", "read_hub", "read_release"]
 
 FINDINGS = (  # in the column order of the paper's table
     *("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia"),
@@ -96,23 +90,33 @@ def read_release(root: Path, seed: int) -> dict[str, Part]:
             raise ValueError(
                 f"{name} is listed but not found in {where}: the release is incomplete"
             )
-    patients = {
-        part: [entries[name]["Patient ID"] for name in names] for part, names in listed.items()
-    }
-    parts = {}
-    for part, (source, rows) in split(patients, seed).items():
-        names = [listed[source][row] for row in rows]
+    columns = {}
+    for source, names in listed.items():
         found = [entries[name]["Finding Labels"].split("|") for name in names]
-        parts[part] = Part(names, label_matrix(names, found), [paths[name] for name in names])
+        columns[source] = names, found, [entries[name]["Patient ID"] for name in names]
+    return _parts_of(
+        columns, lambda source, rows: [paths[listed[source][row]] for row in rows], seed
+    )
+
+
+def _parts_of(
+    columns: Mapping[str, tuple[list[str], list[list[str]], list[str]]],
+    images: Callable[[str, list[int]], Sequence[Any]],
+    seed: int,
+) -> dict[str, Part]:
+    """The parts of names, findings and patients by source; ``images`` gives those of some rows."""
+    parts = {}
+    patients = {source: owners for source, (_, _, owners) in columns.items()}
+    for part, (source, rows) in split(patients, seed).items():
+        names, findings, _ = columns[source]
+        chosen = [names[row] for row in rows]
+        labels = label_matrix(chosen, [findings[row] for row in rows])
+        parts[part] = Part(chosen, labels, images(source, rows))
     return parts
 
 
 def split(patients: dict[str, list[str]], seed: int) -> dict[str, tuple[str, list[int]]]:
-    """Maps each part to its source and rows; a source ``train_val`` is split by patient.
-
-    Raises:
-        ValueError: If a part is empty or a patient is in two of them.
-    """
+    """Maps each part to its source and rows; a source ``train_val`` is split by patient."""
     parts: dict[str, tuple[str, list[int]]] = {}
     for source, column in patients.items():
         if source != "train_val":
@@ -127,14 +131,13 @@ def split(patients: dict[str, list[str]], seed: int) -> dict[str, tuple[str, lis
     people = {
         part: {patients[source][row] for row in rows} for part, (source, rows) in parts.items()
     }
-    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
-        shared = people[one] & people[other]
-        if shared:
+    for one, other in combinations(PARTS, 2):
+        if shared := people[one] & people[other]:
             raise ValueError(f"patients {sorted(shared)[:5]} are in both {one} and {other}")
-    for part, members in people.items():
-        if not members:
+    for part in PARTS:
+        if not people[part]:
             raise ValueError(f"the part {part} has no patients")
-    return {part: parts[part] for part in ("train", "val", "test")}
+    return {part: parts[part] for part in PARTS}
 
 
 def label_matrix(names: Sequence[str], findings: Sequence[Sequence[str]]) -> Tensor:
@@ -163,8 +166,7 @@ def read_dataset(loaded: Mapping[str, Any], seed: int) -> dict[str, Part]:
     Raises:
         ValueError: If it does not fit, or a patient is in two parts.
     """
-    missing = {"train", "test"} - {*loaded}
-    if missing:
+    if missing := {"train", "test"} - {*loaded}:
         raise ValueError(
             f"the data set has the splits {sorted(loaded)}: {sorted(missing)} is missing"
         )
@@ -172,14 +174,9 @@ def read_dataset(loaded: Mapping[str, Any], seed: int) -> dict[str, Part]:
     if "validation" in loaded:
         sources = {"train": "train", "val": "validation", "test": "test"}
     columns = {source: _columns(loaded[key], key) for source, key in sources.items()}
-    patients = {source: owners for source, (_, _, owners) in columns.items()}
-    parts = {}
-    for part, (source, rows) in split(patients, seed).items():
-        names, findings, _ = columns[source]
-        chosen = [names[row] for row in rows]
-        labels = label_matrix(chosen, [findings[row] for row in rows])
-        parts[part] = Part(chosen, labels, loaded[sources[source]].select(rows)["image"])
-    return parts
+    return _parts_of(
+        columns, lambda source, rows: loaded[sources[source]].select(rows)["image"], seed
+    )
 
 
 def read_hub(name: str, revision: str | None, seed: int) -> dict[str, Part]:
@@ -358,17 +355,7 @@ def cached(part: Part, path: Path, source: str, size: int, workers: int = 0) -> 
             )
             print(f"{path} is stale ({now}): writing it again")
         note.unlink(missing_ok=True)  # first, so that it never describes other images
-        _write_squares(Radiographs(part, side, side=side), path, workers)
+        squares = Radiographs(part, side, side=side)
+        write_pixels(squares, (len(part), side, side), path, workers=workers)
         write_json(note, holds)
     return replace(part, images=Squares(path, holds))
-
-
-def _write_squares(squares: Radiographs, path: Path, workers: int) -> None:
-    # Written, not mapped: on a full disk, a map ends the process without an error message.
-    with replacing(path) as draft, open(draft, "wb") as file:
-        shape = (len(squares), squares.side, squares.side)
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        loader = DataLoader(squares, batch_size=64, num_workers=workers)
-        for images, _ in tqdm(loader, desc=f"writing {path}"):
-            file.write(images.numpy().tobytes())

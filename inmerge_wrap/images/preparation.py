@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -31,21 +30,13 @@ class Preparation:
     """How a file becomes the pixels of a network. Calling it on a path gives uint8 (C, S, S).
 
     On 8-bit files it equals timm's evaluation transform with ``crop_pct=1``, bicubic.
-
-    Attributes:
-        size: Side S in pixels.
-        channels: C, 1 for grey or 3 for colour. Grey is repeated, colour is turned to grey.
-        crop_mode: ``"squash"`` keeps the whole image and gives up its proportions, ``"center"``
-            the other way round.
-        pixel_range: Values that become black and white where the file does not say so.
-        override_windows: Use that range in place of the windows of DICOM files too.
     """
 
-    size: int
-    channels: int
-    crop_mode: str = "squash"
-    pixel_range: tuple[float, float] | None = None
-    override_windows: bool = False
+    size: int  # side S in pixels
+    channels: int  # C, 1 for grey or 3 for colour
+    crop_mode: str = "squash"  # keeps the whole image; "center" keeps its proportions
+    pixel_range: tuple[float, float] | None = None  # what becomes black and white, if unsaid
+    override_windows: bool = False  # use that range in place of the windows of DICOM files too
 
     def __post_init__(self) -> None:
         if self.size < 8:
@@ -72,8 +63,7 @@ class Preparation:
         else:
             image = v2.functional.resize(image, [self.size], bicubic)
             image = v2.functional.center_crop(image, [self.size, self.size])
-        pixels = np.array(image).reshape(self.size, self.size, self.channels)
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        return v2.functional.pil_to_tensor(image).contiguous()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, from which ``from_dict`` makes the same."""
@@ -82,69 +72,38 @@ class Preparation:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Preparation:
         """Reads what ``to_dict`` gave, also by way of JSON and among other keys."""
-        own = {field.name: content[field.name] for field in fields(cls) if field.name in content}
-        found = own.get("pixel_range")
-        return cls(**{**own, "pixel_range": tuple(found) if found is not None else None})
+        return cls(**_fields_of(cls, content))
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the training images were like: new images that differ are worth a warning.
-
-    Attributes:
-        images: How many were looked at.
-        kinds: Kinds of file among them, as `Decoded.kind` calls them.
-        colour: Share of them that showed colours.
-        low: The smallest value in a file, before the preparation.
-        high: The largest value in a file.
-        smallest: Shortest side of a file, in pixels.
-        largest: Longest side of a file, in pixels.
-        means: The 1st and the 99th percentile over the images of an image's mean, where prepared
-            pixels run from 0 to 1.
-        spreads: The same of an image's standard deviation.
-    """
+    """What the training images were like: new images that differ are worth a warning."""
 
     images: int
-    kinds: tuple[str, ...]
-    colour: float
-    low: float
+    kinds: tuple[str, ...]  # as `Decoded.kind` calls them
+    colour: float  # share of them that showed colours
+    low: float  # the smallest value in a file, before the preparation
     high: float
-    smallest: int
+    smallest: int  # shortest side of a file, in pixels
     largest: int
-    means: tuple[float, float]
-    spreads: tuple[float, float]
+    means: tuple[float, float]  # of prepared pixels in [0, 1], 1st and 99th percentile over images
+    spreads: tuple[float, float]  # the same of an image's standard deviation
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a trained network needs beside its weights.
-
-    Attributes:
-        preparation: How a file becomes uint8 pixels.
-        mean: Subtracted from the pixels in [0, 1], for each channel.
-        std: Divides them after that.
-        task: "multi-class" (a softmax over two classes or more) or "multi-label" (a sigmoid for
-            each label).
-        classes: Names in the order of the outputs.
-        temperature: Divides the outputs before the softmax or sigmoid.
-        thresholds: Of a multi-label task, for each label the probability above which it is named;
-            after the temperature.
-        seen: What the training images were like; None if it is not known.
-        class_shares: For each class, the share of the training images that show it, of several
-            labels among those where it is known; None if it is not known.
-        trained_on: Digests of the images that training or its choices saw (`digest_of`), sorted.
-    """
+    """All that a trained network needs beside its weights."""
 
     preparation: Preparation
-    mean: tuple[float, ...]
+    mean: tuple[float, ...]  # of each channel, of pixels in [0, 1]
     std: tuple[float, ...]
-    task: str
-    classes: tuple[str, ...]
-    temperature: float = 1.0
-    thresholds: tuple[float, ...] | None = None
+    task: str  # "multi-class" (a softmax) or "multi-label" (a sigmoid for each label)
+    classes: tuple[str, ...]  # in the order of the outputs
+    temperature: float = 1.0  # divides the outputs
+    thresholds: tuple[float, ...] | None = None  # of several labels, above which each is named
     seen: Seen | None = None
-    class_shares: tuple[float, ...] | None = None
-    trained_on: tuple[str, ...] = ()
+    class_shares: tuple[float, ...] | None = None  # of training images, where a label is known
+    trained_on: tuple[str, ...] = ()  # `digest_of` what training or its choices saw, sorted
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -180,15 +139,9 @@ class Recipe:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Recipe:
         """Reads what ``to_dict`` gave, also by way of JSON."""
-        own: dict[str, Any] = {
-            field.name: tuple(value) if isinstance(value, list) else value
-            for field in fields(cls)
-            if field.name in content and (value := content[field.name]) is not None
-        }
+        own = _fields_of(cls, content)
         if "seen" in own:
-            seen: dict[str, Any] = dict(own["seen"])
-            seen |= {name: tuple(seen[name]) for name in ("kinds", "means", "spreads")}
-            own["seen"] = Seen(**seen)
+            own["seen"] = Seen(**_fields_of(Seen, own["seen"]))
         return cls(preparation=Preparation.from_dict(content), **own)
 
     def write(self, folder: Path) -> None:
@@ -197,11 +150,7 @@ class Recipe:
 
     @classmethod
     def read(cls, folder: Path) -> Recipe:
-        """Reads the ``preparation.json`` of an exported folder.
-
-        Raises:
-            DataError: If there is none, or it is not whole.
-        """
+        """Reads the ``preparation.json`` of an exported folder."""
         try:
             return cls.from_dict(json.loads((folder / FILE).read_text(encoding="utf-8")))
         except FileNotFoundError as error:
@@ -211,6 +160,15 @@ class Recipe:
             ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{folder / FILE} cannot be used: {error}") from error
+
+
+def _fields_of(kind: Any, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass among others; JSON has lists in place of tuples."""
+    return {
+        field.name: tuple(value) if isinstance(value, list) else value
+        for field in fields(kind)
+        if field.name in content and (value := content[field.name]) is not None
+    }
 
 
 def digest_of(digest: str) -> str:

@@ -8,8 +8,8 @@ they are what corruptions act on.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,19 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from inmerge_wrap.files import read_json, replacing, write_json
-from inmerge_wrap.images.collection import ImageCollection, ImageFile, counted, named
-from inmerge_wrap.images.files import DataError, Facts, examine
+from inmerge_wrap.images.collection import ImageCollection, ImageFile, spaced
+from inmerge_wrap.images.files import DataError, Facts, counted, examine, named
 from inmerge_wrap.images.preparation import Preparation
 
 # -- examining -------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class Mapped(Dataset[Any]):
     """A function of each of some items, which the processes of a DataLoader compute."""
 
-    def __init__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> None:
-        self.function, self.items = function, items
+    function: Callable[[Any], Any]
+    items: Sequence[Any]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -48,46 +49,67 @@ def _examined(path: Path) -> Facts | str:
 
 
 def examine_all(
-    collection: ImageCollection, *, workers: int = 0, memory: Path | None = None
-) -> list[Facts]:
-    """Reads every file once, with a progress bar.
+    collection: ImageCollection,
+    *,
+    skip_broken: bool = False,
+    workers: int = 0,
+    memory: Path | None = None,
+) -> ImageCollection:
+    """The images that can be read, with the facts of each.
 
-    Args:
-        collection: The images.
-        workers: Processes that read; 0 for this one.
-        memory: JSON file in which what was found is kept; files that have not changed since are
-            not read again.
-
-    Raises:
-        DataError: If a package is missing.
+    Every file is read once; ``memory``, a JSON file, keeps the facts until a file changes.
     """
-    known: dict[str, tuple[list[int] | None, Facts]] = {}
+    facts = _facts_of([image.path for image in collection.images], workers, memory)
+    images = [replace(i, facts=f) for i, f in zip(collection.images, facts, strict=True)]
+    left = replace(collection, images=tuple(i for i in images if i.facts.error is None))
+    broken = [image for image in images if image.facts.error is not None]
+    if not broken:
+        return left
+    title = f"{len(broken):,} of {counted(len(images), 'image')} cannot be read"
+    lines = [f"  {image.name}: {image.facts.error}" for image in broken]
+    if len(lines) > 10:
+        where = f", all of them in {memory}" if memory is not None else ""
+        lines[10:] = [f"  and {len(broken) - 10:,} more{where}"]
+    shown = "\n".join(lines)
+    if not skip_broken:
+        raise DataError(
+            f"{title}:\n{shown}\nMend or remove them, or leave them out with <skip_broken=True>"
+        )
+    counts = left.counts(left.images)
+    gone = [name for name, count in zip(left.classes, counts, strict=True) if not count]
+    if gone:
+        raise DataError(f"{title}, and so no image is left of {named(gone)}:\n{shown}")
+    names = [image.name for image in broken]
+    return left.listed(f"{title} and were left out", names, warn=True)
+
+
+def _facts_of(paths: Sequence[Path], workers: int, memory: Path | None) -> list[Facts]:
+    known: dict[Path, tuple[list[int] | None, Facts]] = {}
     if memory is not None and memory.exists():
         try:
-            for path, entry in read_json(memory).items():
-                known[path] = entry["stamp"], Facts(**entry["facts"])
+            for name, entry in read_json(memory).items():
+                known[Path(name)] = entry["stamp"], Facts(**entry["facts"])
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{memory} cannot be used ({error}): remove it, and the images are checked again"
             ) from error
-    stamps = {str(image.path): _stamp(image.path) for image in collection.images}
+    stamps = {path: _stamp(path) for path in paths}
     # One that could not be read may be readable now: its decoder may have been missing.
     fresh = [
         path
         for path, stamp in stamps.items()
         if path not in known or known[path][0] != stamp or known[path][1].error is not None
     ]
-    reading = Mapped(_examined, [Path(path) for path in fresh])
-    loader = DataLoader(reading, batch_size=None, num_workers=workers)
+    loader = DataLoader(Mapped(_examined, fresh), batch_size=None, num_workers=workers)
     bar = tqdm(loader, desc="checking images", unit="image", disable=not fresh)
     for path, facts in zip(fresh, bar, strict=True):
         if isinstance(facts, str):
             raise DataError(facts)
         known[path] = stamps[path], facts
     if memory is not None and fresh:
-        kept = {path: {"stamp": stamps[path], "facts": asdict(known[path][1])} for path in stamps}
+        kept = {str(p): {"stamp": stamps[p], "facts": asdict(known[p][1])} for p in stamps}
         write_json(memory, kept)
-    return [known[str(image.path)][1] for image in collection.images]
+    return [known[path][1] for path in paths]
 
 
 def _stamp(path: Path) -> list[int] | None:
@@ -98,71 +120,16 @@ def _stamp(path: Path) -> list[int] | None:
     return [status.st_size, status.st_mtime_ns]
 
 
-def without_broken(
-    collection: ImageCollection,
-    facts: Sequence[Facts],
-    *,
-    skip: bool,
-    memory: Path | None = None,
-) -> tuple[ImageCollection, list[Facts]]:
-    """The images that can be read, with their digests, and what is known of them.
-
-    Args:
-        collection: All images.
-        facts: Of each.
-        skip: Leave out those that cannot be read.
-        memory: File that holds the facts, for the error.
-
-    Raises:
-        DataError: If there are broken ones that are not to be skipped; or a class has no others.
-    """
-    pairs = list(zip(collection.images, facts, strict=True))
-    sound = [entry for entry in facts if entry.error is None]
-    images = [replace(i, digest=entry.digest) for i, entry in pairs if entry.error is None]
-    left = replace(collection, images=tuple(images))
-    broken = [(image.name, entry.error) for image, entry in pairs if entry.error is not None]
-    if not broken:
-        return left, sound
-    title = f"{len(broken):,} of {counted(len(facts), 'image')} cannot be read"
-    lines = [f"  {name}: {error}" for name, error in broken]
-    if len(lines) > 10:
-        where = f", all of them in {memory}" if memory is not None else ""
-        lines[10:] = [f"  and {len(broken) - 10:,} more{where}"]
-    shown = "\n".join(lines)
-    if not skip:
-        raise DataError(
-            f"{title}:\n{shown}\nMend or remove them, or leave them out with <skip_broken=True>"
-        )
-    counts = left.counts(left.images)
-    gone = [name for name, count in zip(left.classes, counts, strict=True) if not count]
-    if gone:
-        raise DataError(f"{title}, and so no image is left of {named(gone)}:\n{shown}")
-    names = [name for name, _ in broken]
-    return left.listed(f"{title} and were left out", names, warn=True), sound
-
-
 # -- reading ---------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class ImageSet(Dataset):
     """The images of one part, in order. See the top of this file for what an item is."""
 
-    def __init__(
-        self,
-        images: Sequence[ImageFile],
-        preparation: Preparation,
-        *,
-        pixels: np.ndarray | None = None,
-    ) -> None:
-        """Takes the images.
-
-        Args:
-            images: Of one collection.
-            preparation: Makes pixels of a file.
-            pixels: The same pixels (N, C, S, S), read before; see `keep_pixels`.
-        """
-        self.images, self.preparation = images, preparation
-        self.pixels = pixels
+    images: Sequence[ImageFile]
+    preparation: Preparation
+    pixels: np.ndarray | None = None  # (N, C, S, S), decoded before: see `keep_pixels`
 
     def __len__(self) -> int:
         return len(self.images)
@@ -179,6 +146,12 @@ class ImageSet(Dataset):
         """Class indices (N,), or 0, 1 and NaN (N, labels)."""
         return torch.tensor([image.label for image in self.images])
 
+    def sample(self, most: int | None, what: str) -> Iterator[tuple[ImageFile, Tensor]]:
+        """Up to ``most`` images, evenly spaced, with their pixels; the bar says ``what``."""
+        hidden = self.pixels is not None  # decoded already, so it takes no time
+        for n in tqdm(spaced(len(self), most), what, unit="image", leave=False, disable=hidden):
+            yield self.images[n], self[n][0]
+
 
 def as_floats(batch: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Collates items of an ImageSet for corruptions, which act on floats in [0, 1]."""
@@ -190,9 +163,6 @@ def keep_pixels(images: ImageSet, path: Path, *, workers: int = 0) -> ImageSet:
     """The same set, its pixels decoded once into a file that all processes map into memory.
 
     An existing file is used as it is: its name must be of these images and this preparation.
-
-    Raises:
-        DataError: If the disk has no room for it.
     """
     shape = (len(images), images.preparation.channels, *[images.preparation.size] * 2)
     if not path.exists():
@@ -204,14 +174,7 @@ def keep_pixels(images: ImageSet, path: Path, *, workers: int = 0) -> ImageSet:
                 f"{free / 1e9:.1f} GB are free: decode them in every epoch (inmerge train "
                 "--no-cache)"
             )
-        loader = DataLoader(images, batch_size=None, num_workers=workers)
-        with replacing(path) as draft:
-            pixels = np.lib.format.open_memmap(draft, mode="w+", dtype=np.uint8, shape=shape)
-            bar = tqdm(loader, desc=f"reading {path.stem}", unit="image")
-            for index, (one, _) in enumerate(bar):
-                pixels[index] = one.numpy()
-            pixels.flush()
-            del pixels
+        write_pixels(images, shape, path, workers=workers)
     try:
         pixels = np.load(path, mmap_mode="r")
         if pixels.shape != shape or pixels.dtype != np.uint8:
@@ -221,3 +184,16 @@ def keep_pixels(images: ImageSet, path: Path, *, workers: int = 0) -> ImageSet:
             f"{path} cannot be used ({error}): remove it, and the images are decoded again"
         ) from error
     return ImageSet(images.images, images.preparation, pixels=pixels)
+
+
+def write_pixels(
+    images: Dataset[Any], shape: tuple[int, ...], path: Path, *, workers: int = 0
+) -> None:
+    """Writes the pixels of all items, bytes of this shape together, as an .npy file."""
+    loader = DataLoader(images, batch_size=None, num_workers=workers)
+    # Written, not mapped: on a full disk, a map ends the process without an error message.
+    with replacing(path) as draft, open(draft, "wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for pixels, _ in tqdm(loader, desc=f"reading {path.stem}", unit="image"):
+            file.write(pixels.numpy().tobytes())

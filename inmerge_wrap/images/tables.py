@@ -12,8 +12,6 @@ from typing import Any
 from inmerge_wrap.files import replacing
 from inmerge_wrap.images.files import DataError
 
-__all__ = ["read_table", "restored", "safe", "write_table"]
-
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
 
 
@@ -39,13 +37,6 @@ def read_table(path: Path, needed: Mapping[str, str | None] | None = None) -> li
     """Returns the rows of a CSV file with a header: by column, text without space around it.
 
     Comma, semicolon or tab; UTF-8, UTF-16 or Windows-1252.
-
-    Args:
-        path: The file.
-        needed: Columns that must be there; each with the argument that names it, for the error.
-
-    Raises:
-        DataError: If it cannot be read, has no row, or a needed column is missing.
     """
     try:
         text = _decoded(path.read_bytes())
