@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests.stranger import Stranger
 
 # The networks of the tests are tiny, and several tests run at once: more threads only wait for
 # each other. Processes that the tests start inherit the setting.
@@ -28,3 +31,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Starts the longest tests first, or one process waits for the other at the end."""
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
+@pytest.fixture(scope="session")
+def stranger() -> Iterator[Stranger]:
+    """A process that cannot import this library."""
+    process = Stranger()
+    yield process
+    process.end()
