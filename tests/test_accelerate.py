@@ -26,6 +26,7 @@ from inmerge_wrap import InMergeWrapper, NoEffectWarning, export_weights
 from tests.scripts.common import (
     SETTINGS,
     TinyNet,
+    attached,
     batch,
     digest,
     equal,
@@ -52,9 +53,7 @@ def _own_accelerator_state() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def plain() -> str:
     """Four steps in a plain loop."""
-    model = wrapped()
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached()
     train(model, optimizer, 4)
     assert model.report().merged > 0
     return digest(model.state_dict())
@@ -125,9 +124,7 @@ def test_prepare_and_attach_in_any_order(order: Callable[..., Prepared], plain: 
 
 def test_accumulation_merges_once_per_real_step() -> None:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
-    model = wrapped()
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached()
     loader = DataLoader(TensorDataset(*batch(0, size=28)), batch_size=4)
     prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     steps = []
@@ -242,9 +239,7 @@ AVERAGES: dict[str, Callable[[nn.Module], Any]] = {
 @pytest.mark.filterwarnings("ignore:The `foreach` optimization is not yet:UserWarning")
 @pytest.mark.parametrize("kind", AVERAGES)
 def test_an_average_follows_the_merged_weights_and_merges_nothing(kind: str) -> None:
-    model = wrapped(similarity_threshold=-1.0)
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached(similarity_threshold=-1.0)
     train(model, optimizer, 1)
     optimizers = count_optimizers()
     average = AVERAGES[kind](model)
@@ -329,15 +324,11 @@ def _own_compiler_state() -> Iterator[None]:
 
 
 def test_a_model_compiled_with_autograd_sees_the_merged_weights(plain: str) -> None:
-    model = wrapped()
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached()
     compiled = torch.compile(model, backend="aot_eager")
     train(compiled, optimizer, 4)
     assert model.step == 4
-    reference = wrapped()
-    reference_optimizer = sgd(reference)
-    reference.attach(reference_optimizer)
+    reference, reference_optimizer = attached()
     train(reference, reference_optimizer, 4)
     for name, parameter in reference.named_parameters():
         torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
@@ -392,9 +383,7 @@ def test_a_compiled_step_merges_once_and_is_not_compiled_again(kind: Any, what: 
 
 def test_compiled_by_accelerate() -> None:
     accelerator = Accelerator(cpu=True, dynamo_backend="eager")
-    model = wrapped()
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached()
     prepared, optimizer = accelerator.prepare(model, optimizer)
     for number in range(3):
         optimizer.zero_grad()

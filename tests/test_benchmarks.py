@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import runpy
-import sys
 from pathlib import Path
 
-from tests.recipes.running import ROOT, run
+import pytest
+
+from tests.recipes.running import ROOT, run_here
 
 
-def test_the_overhead_benchmark_runs(tmp_path: Path) -> None:
+def test_the_overhead_benchmark_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     ways = ["after each step, every pair", "forward pass, outputs", "forward pass, weights"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "overhead.py"), "--models", "test_resnet"]
-    command += ["--size", "32", "--batch-size", "4", "--repeats", "3", "--ways", *ways]
-    done = run(*command, folder=tmp_path)
+    settings = ["--models", "test_resnet", "--size", "32", "--batch-size", "4", "--repeats", "3"]
+    settings += ["--threads", "1"]
+    monkeypatch.chdir(tmp_path)
+    run_here(monkeypatch, str(ROOT / "benchmarks" / "overhead.py"), *settings, "--ways", *ways)
     found = json.loads((tmp_path / "runs" / "overhead.json").read_text())
     rows = {row["way"]: row for row in found["rows"]}
     assert next(iter(found)) == "command" and "--ways" in found["command"]
@@ -23,7 +27,7 @@ def test_the_overhead_benchmark_runs(tmp_path: Path) -> None:
         assert row["merged_share"] == 1.0 and row["step_ms"] > 0
         assert 0 < row["quartiles"][0] <= row["quartiles"][2]
     assert rows["forward pass, outputs"]["layers"] > rows[ways[0]]["layers"]
-    assert done.stdout.count("| test_resnet | 4 x 32 px |") == 3
+    assert capsys.readouterr().out.count("| test_resnet | 4 x 32 px |") == 3
 
 
 def test_launches_are_counted_without_a_gpu() -> None:

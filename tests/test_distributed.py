@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from inmerge_wrap.replicas import check_replicas
-from tests.scripts.common import TinyNet, equal, loss_of, sgd, train, wrapped
+from tests.scripts.common import TinyNet, attached, equal, loss_of, sgd, train, wrapped
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -36,7 +36,7 @@ def start(command: list[Any], **environment: str) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str]) -> None:
     try:
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == 0, output[-6000:]
@@ -128,9 +128,7 @@ def test_two_machines(tmp_path: Path) -> None:
 
 def test_alone_there_is_nothing_to_compare() -> None:
     check_replicas({"weight": torch.zeros(2, 2)}, {"step": 1})
-    model = wrapped(check_replicas_every=1)
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached(check_replicas_every=1)
     train(model, optimizer, 2)
 
 
@@ -138,9 +136,15 @@ def test_alone_there_is_nothing_to_compare() -> None:
 
 
 @pytest.fixture(scope="module")
-def uneven(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("uneven")
-    finish(start([*TORCHRUN, 2, SCRIPTS / "uneven.py", folder]))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the cases for two ranks wrote; they share their processes, which are slow to start."""
+    folder = tmp_path_factory.mktemp("two")
+    finish(start([*TORCHRUN, 2, SCRIPTS / "two_ranks.py", folder]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
     return outcomes(folder, 2)
 
 
@@ -153,17 +157,17 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     ],
 )
 def test_replicas_that_merge_differently_are_an_error_at_the_first_step(
-    uneven: list[dict[str, Any]], case: str, message: str
+    ranks: list[dict[str, Any]], case: str, message: str
 ) -> None:
-    for rank in uneven:
+    for rank in ranks:
         assert rank[case]["error"].startswith(message)
         assert "on rank 0" in rank[case]["error"] and "on rank 1" in rank[case]["error"]
         assert rank[case]["step"] == 0
 
 
-def test_merging_by_hand_differently_is_an_error_soon(uneven: list[dict[str, Any]]) -> None:
-    assert all("differ in seed" in rank["by_hand"]["error"] for rank in uneven)
-    assert max(rank["by_hand"]["step"] for rank in uneven) <= 1
+def test_merging_by_hand_differently_is_an_error_soon(ranks: list[dict[str, Any]]) -> None:
+    assert all("differ in seed" in rank["by_hand"]["error"] for rank in ranks)
+    assert max(rank["by_hand"]["step"] for rank in ranks) <= 1
 
 
 @pytest.mark.parametrize(
@@ -174,38 +178,38 @@ def test_merging_by_hand_differently_is_an_error_soon(uneven: list[dict[str, Any
         "changed_alike_after_attaching",
     ],
 )
-def test_what_may_differ_is_no_error(uneven: list[dict[str, Any]], case: str) -> None:
-    assert [rank[case]["error"] for rank in uneven] == [None, None]
+def test_what_may_differ_is_no_error(ranks: list[dict[str, Any]], case: str) -> None:
+    assert [rank[case]["error"] for rank in ranks] == [None, None]
 
 
-def test_a_process_that_steps_alone_waits_for_nobody(uneven: list[dict[str, Any]]) -> None:
-    assert [rank["only_one_steps"] for rank in uneven] == [
+def test_a_process_that_steps_alone_waits_for_nobody(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["only_one_steps"] for rank in ranks] == [
         {"step": 3, "alone": 3},
         {"step": 3, "alone": 0},
     ]
 
 
-def test_replicas_with_uneven_inputs_stay_equal(uneven: list[dict[str, Any]]) -> None:
+def test_replicas_with_uneven_inputs_stay_equal(ranks: list[dict[str, Any]]) -> None:
     """Rank 1 had 3 batches in epochs where rank 0 had 5; both count the steps of rank 0."""
-    first, second = (rank["uneven"] for rank in uneven)
+    first, second = (rank["uneven"] for rank in ranks)
     assert first["ends"] == second["ends"] and len(set(first["ends"])) == 4
     assert first["step"] == second["step"] == 3 * 5 + 3
     assert first["merged"] > second["merged"] > 10  # so one process did merge less often
 
 
 def test_the_schedule_of_the_forward_pass_counts_the_steps_of_all(
-    uneven: list[dict[str, Any]],
+    ranks: list[dict[str, Any]],
 ) -> None:
-    first, second = (rank["uneven_in_the_forward_pass"] for rank in uneven)
+    first, second = (rank["uneven_in_the_forward_pass"] for rank in ranks)
     assert first["ends"] == second["ends"] and len(set(first["ends"])) == 4
     assert first["step"] == second["step"] == 3 * 5 + 3
 
 
 @pytest.mark.parametrize("where", ["", "_in_the_forward_pass"])
 def test_a_comparison_that_would_wait_forever_is_refused(
-    uneven: list[dict[str, Any]], where: str
+    ranks: list[dict[str, Any]], where: str
 ) -> None:
-    for rank in uneven:
+    for rank in ranks:
         error = rank[f"uneven_but_compared{where}"]["error"]
         assert "check_replicas_every=2 would wait forever" in error
 
@@ -213,33 +217,19 @@ def test_a_comparison_that_would_wait_forever_is_refused(
 # -- in the forward pass -------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def forward(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("forward")
-    finish(start([*TORCHRUN, 2, SCRIPTS / "forward_parallel.py", folder]))
-    return outcomes(folder, 2)
-
-
 @pytest.mark.parametrize("name", ["outputs", "outputs, compared", "weights"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_merging_in_the_forward_pass_is_that_of_one_process(
-    forward: list[dict[str, Any]], kind: str, name: str
+    ranks: list[dict[str, Any]], kind: str, name: str
 ) -> None:
     """Each rank draws for its own images what one process draws for them."""
-    for rank in forward:
+    for rank in ranks:
         outcome = rank[f"{kind}, {name}"]
         assert outcome["worst"] < 1e-6 < 1e-3 < outcome["moved"]
         assert outcome["drawn"] is True and outcome["merged"] > 0 and outcome["step"] == 4
 
 
 # -- FSDP2 ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    folder = tmp_path_factory.mktemp("sharded")
-    finish(start([*TORCHRUN, 2, SCRIPTS / "sharded.py", folder]))
-    return folder, outcomes(folder, 2)
 
 
 @pytest.mark.parametrize(
@@ -260,8 +250,8 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
         "resumed_by_accelerate",
     ],
 )
-def test_fsdp2_equals_one_process(sharded: tuple[Path, list[dict[str, Any]]], case: str) -> None:
-    for rank in sharded[1]:
+def test_fsdp2_equals_one_process(ranks: list[dict[str, Any]], case: str) -> None:
+    for rank in ranks:
         outcome = rank[case]
         # Both ranks see the same data: halves of equal gradients add up without rounding.
         assert outcome["worst"] == 0.0
@@ -270,47 +260,46 @@ def test_fsdp2_equals_one_process(sharded: tuple[Path, list[dict[str, Any]]], ca
 
 
 def test_fsdp2_loading_optimizer_state_is_no_step(
-    sharded: tuple[Path, list[dict[str, Any]]],
+    ranks: list[dict[str, Any]],
 ) -> None:
     """torch makes a fresh optimizer's state by a step, which must neither merge nor count."""
-    for rank in sharded[1]:
+    for rank in ranks:
         for case in ("with_its_optimizer", "from_an_asynchronous_save", "by_accelerate"):
             assert rank[f"resumed_{case}"]["found"] == 2
 
 
 def test_fsdp2_keeps_shards_and_uneven_ones(
-    sharded: tuple[Path, list[dict[str, Any]]],
+    ranks: list[dict[str, Any]],
 ) -> None:
-    first, second = (rank["wrapped_then_sharded"] for rank in sharded[1])
+    first, second = (rank["wrapped_then_sharded"] for rank in ranks)
     assert (first["rows"], second["rows"]) == (4, 3)
     assert first["local"] + second["local"] == first["total"]
 
 
 def test_fsdp2_evaluation_had_left_weights_unsharded(
-    sharded: tuple[Path, list[dict[str, Any]]],
+    ranks: list[dict[str, Any]],
 ) -> None:
     """The trap is real: when the step came, the weight was a plain parameter."""
-    assert sharded[1][0]["with_evaluation_between"]["seen"] == ["Parameter"]
+    assert ranks[0]["with_evaluation_between"]["seen"] == ["Parameter"]
 
 
 def test_fsdp2_with_a_forgotten_optimizer_is_an_error(
-    sharded: tuple[Path, list[dict[str, Any]]],
+    ranks: list[dict[str, Any]],
 ) -> None:
-    for rank in sharded[1]:
+    for rank in ranks:
         error = rank["attached_and_forgotten"]["error"]
         assert "no longer holds the weights of mid, last" in error
         assert "create the optimizer after sharding" in error
 
 
-def test_fsdp2_export_gathers(sharded: tuple[Path, list[dict[str, Any]]]) -> None:
-    folder, _ = sharded
+def test_fsdp2_export_gathers(folder: Path) -> None:
     exported, expected = (load_file(folder / f"{n}.safetensors") for n in ("sharded", "alone"))
     assert equal(exported, expected)
     TinyNet().load_state_dict(exported)
 
 
-def test_fsdp2_exports_a_timm_folder(sharded: tuple[Path, list[dict[str, Any]]]) -> None:
-    for rank in sharded[1]:
+def test_fsdp2_exports_a_timm_folder(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
         assert rank["exported_to_timm"]["equal"] is True
         assert "local-dir:" in rank["exported_to_timm"]["line"]
 
@@ -318,8 +307,8 @@ def test_fsdp2_exports_a_timm_folder(sharded: tuple[Path, list[dict[str, Any]]])
 # -- what cannot be merged ----------------------------------------------------------------------
 
 
-def test_fsdp1_is_refused(sharded: tuple[Path, list[dict[str, Any]]]) -> None:
-    for rank in sharded[1]:
+def test_fsdp1_is_refused(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
         assert len(rank["flattened"]) == 4
         for error in rank["flattened"].values():
             assert "FSDP1" in error and "FSDP2" in error and "DDP" in error
@@ -358,9 +347,7 @@ def test_accelerates_real_deepspeed_and_megatron_classes_are_refused() -> None:
 
 def test_a_flat_partition_taken_into_the_optimizer_is_an_error() -> None:
     """What DeepSpeed ZeRO does to an optimizer that was attached before."""
-    model = wrapped()
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached()
     flat = nn.Parameter(torch.cat([p.detach().flatten() for p in model.parameters()]))
     optimizer.param_groups[0]["params"] = [flat]
     flat.grad = torch.zeros_like(flat)
@@ -369,9 +356,7 @@ def test_a_flat_partition_taken_into_the_optimizer_is_an_error() -> None:
 
 
 def test_weights_emptied_by_zero3_are_an_error() -> None:
-    model = wrapped()
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached()
     loss_of(model, 0).backward()
     for parameter in model.parameters():
         parameter.grad = None
@@ -389,9 +374,7 @@ class OnXla(Tensor):
 
 
 def test_xla_is_refused_before_and_after_the_weights_moved() -> None:
-    model = wrapped()
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached()
     model.mid.weight = nn.Parameter(model.mid.weight.detach().as_subclass(OnXla))
     with pytest.raises(RuntimeError, match=r"on XLA devices parameters are swapped.*CUDA or CPU"):
         optimizer.step()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
+import resource
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,11 @@ from torch.nn.utils import parametrizations, prune
 
 from inmerge_wrap import InMergeWrapper, NoEffectWarning, export_timm, export_weights
 from inmerge_wrap.export import plain_state_dict
+from tests.stranger import Stranger
 
-STRANGER = """
-import sys, torch
-{imports}
-torch.set_num_threads(1)
-assert not any(name.startswith("inmerge") for name in sys.modules)
+LOADING = """
+import timm, torch, torchvision
+from safetensors.torch import load_file
 model = {load}
 image = torch.load("image.pt")
 with torch.no_grad():
@@ -53,10 +52,11 @@ def merged(net: nn.Module, image: torch.Tensor, *, recalibrate: bool = True) -> 
     return model.eval()
 
 
-def strangers_logits(folder: Path, image: torch.Tensor, load: str, imports: str) -> torch.Tensor:
+def strangers_logits(
+    stranger: Stranger, folder: Path, image: torch.Tensor, load: str
+) -> torch.Tensor:
     torch.save(image, folder / "image.pt")
-    script = STRANGER.format(load=load, imports=imports)
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=folder, check=True)
+    stranger.run(LOADING.format(load=load), folder)
     return torch.load(folder / "logits.pt")
 
 
@@ -77,16 +77,18 @@ def image() -> torch.Tensor:
     return torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def test_timm_loads_the_weights_file(tmp_path: Path, image: torch.Tensor) -> None:
+def test_timm_loads_the_weights_file(
+    tmp_path: Path, image: torch.Tensor, stranger: Stranger
+) -> None:
     model = merged(timm.create_model("resnet10t", num_classes=3, in_chans=1), image)
     export_weights(model, tmp_path / "w.safetensors")
     call = (
         "timm.create_model('resnet10t', num_classes=3, in_chans=1, checkpoint_path='w.safetensors')"
     )
-    assert torch.equal(strangers_logits(tmp_path, image, call, "import timm"), ours(model, image))
+    assert torch.equal(strangers_logits(stranger, tmp_path, image, call), ours(model, image))
 
 
-def test_timm_loads_the_folder(tmp_path: Path, image: torch.Tensor) -> None:
+def test_timm_loads_the_folder(tmp_path: Path, image: torch.Tensor, stranger: Stranger) -> None:
     model = merged(timm.create_model("resnet10t", num_classes=3, in_chans=1), image)
     call = export_timm(
         model,
@@ -96,7 +98,7 @@ def test_timm_loads_the_folder(tmp_path: Path, image: torch.Tensor) -> None:
         std=[0.3],
         label_names=["a", "b", "c"],
     )
-    assert torch.equal(strangers_logits(tmp_path, image, call, "import timm"), ours(model, image))
+    assert torch.equal(strangers_logits(stranger, tmp_path, image, call), ours(model, image))
     assert sorted(path.name for path in (tmp_path / "net").iterdir()) == [
         "config.json",
         "model.safetensors",
@@ -111,14 +113,13 @@ def test_timm_loads_the_folder(tmp_path: Path, image: torch.Tensor) -> None:
     assert "inmerge" not in json.dumps(config).lower()
 
 
-def test_torchvision_loads_the_weights_file(tmp_path: Path) -> None:
+def test_torchvision_loads_the_weights_file(tmp_path: Path, stranger: Stranger) -> None:
     image = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     model = merged(torchvision.models.resnet18(num_classes=4), image)
     export_weights(model, tmp_path / "w.safetensors")
-    imports = "import torchvision\nfrom safetensors.torch import load_file"
     load = "torchvision.models.resnet18(num_classes=4)\n"
     load += "model.load_state_dict(load_file('w.safetensors'))"
-    assert torch.equal(strangers_logits(tmp_path, image, load, imports), ours(model, image))
+    assert torch.equal(strangers_logits(stranger, tmp_path, image, load), ours(model, image))
 
 
 def test_the_file_is_plain_and_reproducible(tmp_path: Path, image: torch.Tensor) -> None:
@@ -360,31 +361,28 @@ def test_the_wrappers_state_dict_meets_stock_timm_as_the_page_says(tmp_path: Pat
 
 def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path: Path) -> None:
     """The limit on the size of files is real; the system answers as it does on a full disk."""
-    script = f"""
-import resource, signal, timm
-from inmerge_wrap import export_timm, export_weights
-net = timm.create_model("test_resnet", num_classes=3)
-folder = {str(tmp_path)!r}
-facts = dict(input_size=(3, 32, 32), mean=[0.5] * 3, std=[0.5] * 3)
-export_weights(net, folder + "/w.safetensors")
-export_timm(net, folder + "/net", **facts)
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-for size in (100, 20_000):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-    for write in (
-        lambda: export_weights(net, folder + "/w.safetensors"),
-        lambda: export_timm(net, folder + "/net", **facts),
-    ):
-        try:
-            write()
-        except OSError as error:
-            print(error)
-"""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True
-    )
-    answers = done.stdout.splitlines()
-    assert len(answers) == 4, done.stdout
+    net = timm.create_model("test_resnet", num_classes=3)
+
+    def write_all() -> Iterator[str]:
+        for write in (
+            lambda: export_weights(net, tmp_path / "w.safetensors"),
+            lambda: export_timm(net, tmp_path / "net", **PREPARED),
+        ):
+            try:
+                write()
+            except OSError as error:
+                yield str(error)
+
+    assert not list(write_all())
+    answers = []
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for size in (100, 20_000):  # Python ignores the signal that comes with it
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+            answers += write_all()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len(answers) == 4, answers
     for number, answer in enumerate(answers):
         place = tmp_path / ("net" if number % 2 else "w.safetensors")
         assert f"{place} was not written, what was there is unchanged: " in answer

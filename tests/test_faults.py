@@ -20,10 +20,10 @@ from tests.scripts.common import (
     MERGED,
     SETTINGS,
     TinyNet,
+    attached,
     equal,
     forget_accelerator,
     next_pairs,
-    sgd,
     tiny_net,
     train,
     weights_of,
@@ -166,9 +166,7 @@ def test_a_counter_survives_federated_averaging(shares: tuple[float, ...]) -> No
 def test_a_truncated_checkpoint_file_does_not_load(tmp_path: Path) -> None:
     forget_accelerator()
     accelerator = Accelerator(cpu=True)
-    model = wrapped()
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached()
     accelerator.prepare(model, optimizer)
     accelerator.save_state(str(tmp_path))
     path = tmp_path / "model.safetensors"
@@ -186,9 +184,7 @@ def test_a_checkpoint_of_another_network_is_refused_by_the_names_of_its_weights(
 
 
 def test_a_state_dict_without_the_counter_loads_with_a_warning() -> None:
-    model = wrapped()
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached()
     train(model, optimizer, 2)
     state = dict(model.state_dict())
     del state["_extra_state"]
@@ -244,9 +240,7 @@ def test_one_infinite_entry_breaks_its_kernel_only() -> None:
 
 
 def test_a_diverged_run_keeps_its_counter_and_can_be_saved_and_loaded() -> None:
-    model = wrapped()
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached()
     train(model, optimizer, 1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -12,13 +12,11 @@ from torch import nn
 from inmerge_wrap import Fixed, InMergeWrapper
 from inmerge_wrap.monitoring import tracker_values
 from inmerge_wrap.similarity import effective_rank
-from tests.test_wrapper import SmallNet, sgd, train, wrapped
+from tests.test_wrapper import SmallNet, attached, train, wrapped
 
 
 def test_values_are_those_of_the_report_and_of_the_weights() -> None:
-    model = wrapped(similarity_threshold=0.05)
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached(similarity_threshold=0.05)
     train(model, optimizer, 6)
     report, values = model.report(), tracker_values(model)
     assert report.merged > 0
@@ -35,9 +33,7 @@ def test_values_are_those_of_the_report_and_of_the_weights() -> None:
 
 
 def test_since_gives_the_pairs_of_the_window_alone() -> None:
-    model = wrapped(similarity_threshold=-1.0, merge_probability=0.8)
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached(similarity_threshold=-1.0, merge_probability=0.8)
     train(model, optimizer, 3)
     earlier = model.report()
     assert all(layer.share == 1.0 for layer in earlier)
@@ -87,9 +83,7 @@ def test_one_line_logs_to_tensorboard(tmp_path: Path) -> None:
     accelerator = accelerate.Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
     accelerator.init_trackers("run")
     assert accelerator.trackers, "accelerate drops a tracker whose package is missing"
-    model = wrapped(similarity_threshold=-1.0)
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached(similarity_threshold=-1.0)
     model, optimizer = accelerator.prepare(model, optimizer)
     logged = []
     for step in range(3):

@@ -18,6 +18,7 @@ from inmerge_wrap.thresholds import Quantile, ZScore
 from tests import reference
 from tests.scripts.common import (
     MERGED,
+    attached,
     equal,
     forget_accelerator,
     loss_of,
@@ -239,9 +240,7 @@ def test_no_option_waits_for_the_device(settings: dict[str, Any], normalised: bo
 
 
 def test_cuda_graph_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = wrapped()
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached()
     loss_of(model, 0).backward()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

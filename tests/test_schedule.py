@@ -30,7 +30,7 @@ from inmerge_wrap.kernels import store_of
 from inmerge_wrap.merging import blend_kernels, nearest_kernels, norm_scale
 from inmerge_wrap.settings import MergeSettings, Strength
 from tests import reference
-from tests.test_wrapper import drawn, sgd, small_net, states_equal, train, wrapped
+from tests.test_wrapper import attached, drawn, sgd, small_net, states_equal, train, wrapped
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,9 +83,7 @@ def test_bad_schedules_are_named(settings: dict, message: str) -> None:
 
 def test_the_wrapper_follows_its_schedule_through_a_resume() -> None:
     settings = {"schedule": Schedule(start=2, end=6, every=2), "similarity_threshold": -1.0}
-    model = wrapped(**settings)
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached(**settings)
     merged = []
     for step in range(4):
         train(model, optimizer, 1, start=step)
@@ -369,18 +367,14 @@ def test_a_finished_run_that_is_loaded_after_attaching_is_told() -> None:
         optimizer = sgd(model)
         model.attach(optimizer)
         train(model, optimizer, steps)
-    model = wrapped(schedule=Schedule(end=20))
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached(schedule=Schedule(end=20))
     model.load_state_dict(near.state_dict())  # a run that is resumed near its end
     with pytest.warns(NoEffectWarning, match="ended at step 20 and 22 steps are counted"):
         model.load_state_dict(finished.state_dict())
 
 
 def test_the_wrapper_knows_when_its_statistics_lag() -> None:
-    model = wrapped(similarity_threshold=-1.0, schedule=Schedule(end=2))
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached(similarity_threshold=-1.0, schedule=Schedule(end=2))
     assert not model.statistics_lag
     train(model, optimizer, 2)
     assert model.statistics_lag

@@ -32,6 +32,7 @@ from inmerge_wrap import InMergeWrapper, NoEffectWarning
 from tests.scripts.common import (
     SETTINGS,
     TinyNet,
+    attached,
     batch,
     digest,
     equal,
@@ -209,8 +210,8 @@ class Module(lightning.LightningModule):
 
 
 def fit(
-    epochs: int, checkpoint: str | None = None, mode: str = "step", **options: Any
-) -> tuple[Module, Any]:
+    module: Module, epochs: int, checkpoint: str | None = None, **options: Any
+) -> lightning.Trainer:
     trainer = lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -220,26 +221,26 @@ def fit(
         enable_checkpointing=False,
         **options,
     )
-    module = Module(mode)
     loader = DataLoader(TensorDataset(*batch(0, size=16)), batch_size=4)
     trainer.fit(module, loader, ckpt_path=checkpoint)
-    return module, trainer
+    return trainer
 
 
 @quiet
 @pytest.mark.parametrize("mode", ["step", "outputs"])
 def test_lightning_resumes_bit_for_bit(mode: str) -> None:
-    straight, _ = fit(4, mode=mode)
+    straight, second = Module(mode), Module(mode)
+    fit(straight, 4)
     assert straight.model.step == 16 and straight.model.report().merged > 0
-    _, trainer = fit(2, mode=mode)
-    trainer.save_checkpoint("half.ckpt")
-    second, _ = fit(4, checkpoint="half.ckpt", mode=mode)
+    fit(Module(mode), 2).save_checkpoint("half.ckpt")
+    fit(second, 4, checkpoint="half.ckpt")
     assert digest(second.model.state_dict()) == digest(straight.model.state_dict())
 
 
 @quiet
 def test_lightning_accumulation_clipping_and_half_precision() -> None:
-    module, _ = fit(2, accumulate_grad_batches=2, gradient_clip_val=1.0, precision="bf16-mixed")
+    module = Module()
+    fit(module, 2, accumulate_grad_batches=2, gradient_clip_val=1.0, precision="bf16-mixed")
     assert module.model.step == 4
 
 
@@ -473,17 +474,7 @@ def test_lightnings_stray_step_after_averaging_does_not_merge(mode: str) -> None
             return optimizer
 
     module = Sure()
-    loader = DataLoader(TensorDataset(*batch(0, size=16)), batch_size=4)
-    trainer = lightning.Trainer(
-        max_epochs=4,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[Averaging(swa_lrs=1e-3, swa_epoch_start=2)],
-    )
-    trainer.fit(module, loader)
+    fit(module, 4, callbacks=[Averaging(swa_lrs=1e-3, swa_epoch_start=2)])
     assert module.model.step == 16 and len(averages) == 1
     moved = [(p - averages[0][name]).abs().max() for name, p in weights_of(module).items()]
     # The step itself, of a stale gradient, is Lightning's; a merge would move a kernel by .1.
@@ -507,18 +498,8 @@ def test_lightnings_weight_average_follows_the_unmerged_weights(mode: str) -> No
                 expected[name] = 0.9 * expected[name] + 0.1 * weight
 
     module = Watching()
-    trainer = lightning.Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[
-            lightning.pytorch.callbacks.EMAWeightAveraging(decay=0.9, update_starting_at_step=0)
-        ],
-    )
-    trainer.fit(module, DataLoader(TensorDataset(*batch(0, size=16)), batch_size=4))
+    averaging = lightning.pytorch.callbacks.EMAWeightAveraging(decay=0.9, update_starting_at_step=0)
+    fit(module, 2, callbacks=[averaging])
     assert module.model.step == 8 and module.model.report().merged > 0
     for name, weight in weights_of(module.model).items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
@@ -526,9 +507,7 @@ def test_lightnings_weight_average_follows_the_unmerged_weights(mode: str) -> No
 
 @pytest.mark.parametrize("mode", ["step", "outputs"])
 def test_torchs_averaging_measures_batch_norm_on_unmerged_weights(mode: str) -> None:
-    model = wrapped(similarity_threshold=-1.0, mode=mode)
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached(similarity_threshold=-1.0, mode=mode)
     average = AveragedModel(model)
     schedule = SWALR(optimizer, swa_lr=0.01)
     seen = []
@@ -552,9 +531,7 @@ def test_torchs_averaging_measures_batch_norm_on_unmerged_weights(mode: str) -> 
 
 @pytest.mark.parametrize("mode", ["step", "outputs"])
 def test_torch_export_gives_what_the_wrapper_computes(mode: str) -> None:
-    model = wrapped(mode=mode)
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached(mode=mode)
     train(model, optimizer, 2)
     images, _ = batch(0)
     program = torch.export.export(model.eval().module, (images,))

@@ -60,6 +60,14 @@ def sgd(model: nn.Module, lr: float = 0.05) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
 
 
+def attached(**settings: Any) -> tuple[InMergeWrapper, torch.optim.Optimizer]:
+    """A wrapped small network and the optimizer after whose steps it merges."""
+    model = wrapped(**settings)
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    return model, optimizer
+
+
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int = 0) -> None:
     """Some steps on data that depend on the step alone; the same for every model."""
     model.train()
@@ -89,9 +97,7 @@ def drawn(model: InMergeWrapper, layer: int, step: int, probability: float) -> T
 
 
 def test_each_step_is_an_optimizer_step_followed_by_the_papers_merge() -> None:
-    model = wrapped(merge_weight=0.7, merge_probability=0.6, similarity_threshold=0.05)
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached(merge_weight=0.7, merge_probability=0.6, similarity_threshold=0.05)
     merged = 0
     for step in range(20):
         twin = copy.deepcopy(model)  # a copy has no hook: it takes the bare optimizer step
@@ -137,9 +143,7 @@ def test_one_merge_per_step(kind: str) -> None:
 
 
 def test_one_merge_per_step_with_a_scheduler_and_accumulation() -> None:
-    model = wrapped()
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached()
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
     for micro_step in range(12):
         model(torch.randn(4, 3, 12, 12)).sum().backward()
@@ -269,20 +273,14 @@ def test_forward_passes_everything_through() -> None:
 
 
 def test_three_and_three_resumed_steps_are_six_steps_bit_for_bit() -> None:
-    straight = wrapped()
-    optimizer = sgd(straight)
-    straight.attach(optimizer)
+    straight, optimizer = attached()
     train(straight, optimizer, 6)
 
-    first = wrapped()
-    first_optimizer = sgd(first)
-    first.attach(first_optimizer)
+    first, first_optimizer = attached()
     train(first, first_optimizer, 3)
     saved = pickle.loads(pickle.dumps((first.state_dict(), first_optimizer.state_dict())))
 
-    second = wrapped()
-    second_optimizer = sgd(second)
-    second.attach(second_optimizer)
+    second, second_optimizer = attached()
     second.load_state_dict(saved[0])
     second_optimizer.load_state_dict(saved[1])
     train(second, second_optimizer, 3, start=3)
@@ -346,9 +344,7 @@ def test_another_seed_or_plan_in_the_checkpoint_is_reported() -> None:
 
 
 def test_copies_and_pickles_are_independent_and_drive_no_optimizer() -> None:
-    model = wrapped()
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached()
     train(model, optimizer, 1)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert twin.step == 1
@@ -433,9 +429,7 @@ def test_settings_changed_later_are_checked_as_at_first() -> None:
 
 
 def test_going_back_to_an_earlier_checkpoint_goes_back_in_the_history() -> None:
-    model = wrapped(similarity_threshold=-1.0, merge_weight=0.999, inspect_every=5)
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached(similarity_threshold=-1.0, merge_weight=0.999, inspect_every=5)
     train(model, optimizer, 8)
     state = copy.deepcopy(model.state_dict())
     train(model, optimizer, 20)

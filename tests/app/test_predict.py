@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from inmerge_wrap.app.predicting import find_files, predict, warnings_of
 from inmerge_wrap.errors import ArgumentWarning
 from tests.app.trained import code_of, pictures, trained
 from tests.cli.common import complaint, run, run_json
+from tests.stranger import Stranger
 
 
 def rows_of(path: Path) -> dict[str, dict[str, str]]:
@@ -24,7 +23,9 @@ def rows_of(path: Path) -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.parametrize("form", ["png8", "png16", "dicom", "dicom without windows", "multilabel"])
-def test_the_lines_of_the_card_give_what_predict_gives(form: str, tmp_path: Path) -> None:
+def test_the_lines_of_the_card_give_what_predict_gives(
+    form: str, tmp_path: Path, stranger: Stranger
+) -> None:
     """In a process that cannot import this library."""
     images, folder = tmp_path / "images", tmp_path / "model"
     pictures(images, form, count=6)
@@ -38,8 +39,6 @@ def test_the_lines_of_the_card_give_what_predict_gives(form: str, tmp_path: Path
     rows = rows_of(tmp_path / "predictions.csv")
     code = code_of(folder)
     program = f"""
-import sys
-sys.modules["inmerge_wrap"] = None
 import json, pathlib
 found = {{}}
 for path in sorted(pathlib.Path({str(images)!r}).iterdir()):
@@ -48,11 +47,7 @@ for path in sorted(pathlib.Path({str(images)!r}).iterdir()):
     found[path.name] = space["probabilities"].tolist()
 print("found:" + json.dumps(found))
 """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    *said, last = done.stdout.splitlines()
+    *said, last = stranger.run(program, tmp_path)
     found = json.loads(last.removeprefix("found:"))
     assert found.keys() == rows.keys() and len(found) == 6
     for name, probabilities in found.items():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
 import pickle
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -59,9 +59,9 @@ from inmerge_wrap.robustness import (  # noqa: E402
     classification_metrics,
     evaluate_robustness,
 )
+from tests.recipes import running  # noqa: E402
+from tests.recipes.running import recipe  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "recipes" / "own_images.py"
 CLASSES = ["a&b", "blue <i>", "mixed"]
 TINY = ["--arch", "resnet10t", "--weights", "none", "--size", "32", "--batch-size", "8"]
 TINY += ["--workers", "0", "--preset", "quick", "--bootstrap", "50"]
@@ -86,30 +86,12 @@ def write_images(folder: Path, count: int) -> None:
     (folder / CLASSES[0] / "patient099_0.png").write_text("no image")
 
 
-def environment() -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-
-
 def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
-    """The script in this process, which saves its imports: 0, or what it stopped with."""
-    from accelerate.state import AcceleratorState
-
-    monkeypatch.setattr(sys, "argv", [str(RECIPE), *map(str, arguments)])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the processes, whose sums are compared with those of this one
+    """The script in this process: 0, or what it stopped with."""
     try:
-        runpy.run_path(str(RECIPE), run_name="__main__")
+        running.run_here(monkeypatch, recipe("own_images"), *arguments)
     except SystemExit as stop:
         return stop.code
-    finally:
-        torch.set_num_threads(threads)
-        AcceleratorState._reset_state(reset_partial_state=True)
     return 0
 
 
@@ -163,16 +145,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list
     write_images(folder / "data", 21)
     arguments = ["--data-dir", "data", *TINY, "--epochs", "2", "--out", "mine", "--skip-broken"]
     arguments += ["--groups", r"patient(\d+)", "--title", "Blobs & <colours>"]
-    done = subprocess.run(
-        [sys.executable, str(RECIPE), *arguments],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder / "data", folder / "mine", arguments, done.stdout
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(folder)
+        assert run_here(patch, *arguments) == 0
+    return folder / "data", folder / "mine", arguments, printed.getvalue()
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -350,9 +327,10 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     (tmp_path / "data" / CLASSES[0] / "patient099_0.png").unlink()
     monkeypatch.chdir(tmp_path)
     arguments = ["--data-dir", "data", *TINY, "--only", "merged", "--epochs", "6"]
-    command = [sys.executable, str(RECIPE), *arguments, "--out", "killed"]
+    command = [sys.executable, recipe("own_images"), *arguments, "--out", "killed"]
+    environment = {**os.environ, "PYTHONPATH": str(running.ROOT), "PYTHONWARNINGS": "ignore"}
     process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     folder = tmp_path / "killed" / "runs" / "merged-0"
     deadline = time.monotonic() + 120

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 from inmerge_wrap import export_timm
+from inmerge_wrap.cli import main
 from inmerge_wrap.cli.evaluate import _interval_cell
 from inmerge_wrap.images.preparation import Preparation, Recipe
 from inmerge_wrap.robustness import RobustnessResult, evaluate_robustness
@@ -303,24 +305,31 @@ def test_a_network_that_is_no_classifier_is_not_evaluated(tmp_path: Path, data: 
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_is_shown_on_a_terminal_alone(
-    terminal: bool, exported: dict[str, Path], folder: Path
+    terminal: bool,
+    exported: dict[str, Path],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty() if terminal else os.pipe()
-    command = [sys.executable, "-m", "inmerge_wrap.cli", "evaluate", f"net={exported['plain']}"]
-    command += ["--data", str(folder), *map(str, QUICKLY), "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=300)
-    os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            part = os.read(ours, 65536)
-        except OSError:  # a terminal whose other side is closed
-            break
-        if not part:
-            break
-        shown += part
+    parts: list[bytes] = []
+
+    def read() -> None:  # meanwhile: a terminal that nobody reads is full after 4 KiB
+        with contextlib.suppress(OSError):  # a terminal whose other side is closed
+            while part := os.read(ours, 65536):
+                parts.append(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    command = ["inmerge", "evaluate", f"net={exported['plain']}", "--data", str(folder)]
+    monkeypatch.setattr(sys, "argv", [*command, *map(str, QUICKLY), "--json"])
+    with os.fdopen(theirs, "w") as stderr, contextlib.redirect_stderr(stderr):
+        with pytest.raises(SystemExit) as stop:
+            main()
+    reader.join()
     os.close(ours)
-    assert done.returncode == 0, shown
-    json.loads(done.stdout)
+    shown = b"".join(parts)
+    assert not stop.value.code, shown
+    json.loads(capsys.readouterr().out)
     assert (b"net" in shown) is terminal and (shown != b"") is terminal

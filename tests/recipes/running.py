@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.scripts.common import forget_accelerator
 
 ROOT = Path(__file__).parents[2]
 PYTHON = [sys.executable]
@@ -53,9 +56,24 @@ def patched(name: str, patch: str) -> list[str]:
     return [*PYTHON, "-c", f"{code}; runpy.run_path({path!r}, run_name='__main__')"]
 
 
+def run_here(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: object) -> None:
+    """Runs a script in this process and folder: a process of its own takes seconds to import.
+
+    One test of each recipe starts it from the command line; the others need no more than this.
+    """
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    forget_accelerator()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a process of its own, whose sums are compared with these
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+        forget_accelerator()
+
+
 def refusal(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> str | int | None:
     """Runs a recipe that must stop, in this process; returns its exit code or message."""
-    monkeypatch.setattr(sys, "argv", [recipe(name), *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(recipe(name), run_name="__main__")
+        run_here(monkeypatch, recipe(name), *arguments)
     return stop.value.code

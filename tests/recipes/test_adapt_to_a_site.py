@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 
-from tests.recipes.running import recipe, refusal
+from tests.recipes.running import recipe, refusal, run_here
 
 TINY = ["--arch", "test_resnet", "--epochs", "1"]
 
@@ -20,8 +18,7 @@ def test_the_formula_and_what_plain_timm_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [recipe("adapt_to_a_site"), *TINY])
-    runpy.run_path(recipe("adapt_to_a_site"), run_name="__main__")
+    run_here(monkeypatch, recipe("adapt_to_a_site"), *TINY)
     assert "Adapted on 200 images without labels" in capsys.readouterr().out
     out = tmp_path / "runs" / "adapt_to_a_site"
     found = json.loads((out / "results.json").read_text(), parse_constant=pytest.fail)
@@ -31,8 +28,7 @@ def test_the_formula_and_what_plain_timm_loads(
 
     # Adapted once more on a few images of the first digits only.
     again = ["--model", "runs/adapt_to_a_site/model", "--digits", "0", "1", "--images", "9"]
-    monkeypatch.setattr(sys, "argv", [recipe("adapt_to_a_site"), *again, "--out", "runs/again"])
-    runpy.run_path(recipe("adapt_to_a_site"), run_name="__main__")
+    run_here(monkeypatch, recipe("adapt_to_a_site"), *again, "--out", "runs/again")
     old, new = (
         timm.create_model(f"local-dir:runs/{name}/model", pretrained=True).state_dict()
         for name in ("adapt_to_a_site", "again")

@@ -9,19 +9,22 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
+from inmerge_wrap import InMergeWrapper
 from tests.recipes.running import (
     ACCELERATE,
-    PYTHON,
     TWO_PROCESSES,
     patched,
     recipe,
     refusal,
     run,
+    run_here,
 )
 
 TINY = ["--arch", "test_resnet", "--weights", "none", "--size", "32", "--workers", "0"]
@@ -65,14 +68,17 @@ def test_two_phases_and_a_control(release: Path, monkeypatch: pytest.MonkeyPatch
     assert result_of(out) == result
 
 
-def test_the_control_sees_what_the_merged_phase_sees(release: Path) -> None:
+def test_the_control_sees_what_the_merged_phase_sees(
+    release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With merging that merges nothing the two are one and the same training."""
-    nothing = (
-        "from inmerge_wrap import InMergeWrapper as W; "
-        "W.recommended = lambda network, seed, **_: W(network, seed=seed, similarity_threshold=1.0)"
-    )
-    command = [*patched("chestxray", nothing), *NIH, "--control"]
-    run(*command, folder=release.parent)
+
+    def nothing(network: nn.Module, seed: int, **_: object) -> InMergeWrapper:
+        return InMergeWrapper(network, seed=seed, similarity_threshold=1.0)
+
+    monkeypatch.setattr(InMergeWrapper, "recommended", nothing)
+    monkeypatch.chdir(release.parent)
+    run_here(monkeypatch, recipe("chestxray"), *NIH, "--control")
     result = without_times(result_of(release.parent / "runs" / "chestxray"))
     assert result["merged"].pop("merging")
     assert result["merged"] == result["control"] != result["first"]
@@ -96,8 +102,8 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(
     other = refusal(monkeypatch, "chestxray", *resume, "--seed", "1", "--lr", "0.02")
     assert "lr=0.01, not 0.02; seed=0, not 1" in str(other)
     # What changes no figure may differ.
-    run(*PYTHON, recipe("chestxray"), *resume, "--cache", "cache", folder=folder)
-    run(*PYTHON, recipe("chestxray"), *arguments, "--out", "whole", folder=folder)
+    run_here(monkeypatch, recipe("chestxray"), *resume, "--cache", "cache")
+    run_here(monkeypatch, recipe("chestxray"), *arguments, "--out", "whole")
     resumed, whole = (without_times(result_of(folder / name)) for name in ("killed", "whole"))
     assert resumed == whole and len(whole["merged"]["history"]) == 2
     weights = [
@@ -116,7 +122,12 @@ def test_two_processes_train_one_network(release: Path) -> None:
     assert {layer["steps"] for layer in result["merged"]["merging"].values()} == {steps}
 
 
-def test_without_merging_from_a_data_set_of_hugging_face(release: Path) -> None:
+@pytest.mark.filterwarnings("ignore:unclosed file .*metadata.csv:ResourceWarning")  # of datasets
+def test_without_merging_from_a_data_set_of_hugging_face(
+    release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", release.parent / "cache")
+    monkeypatch.chdir(release.parent)
     table = csv.DictReader((release / "Data_Entry_2017_v2020.csv").read_text().splitlines())
     entries = {row["Image Index"]: row["Finding Labels"] for row in table}
     for split, listed in (("train", "train_val"), ("test", "test")):
@@ -127,8 +138,8 @@ def test_without_merging_from_a_data_set_of_hugging_face(release: Path) -> None:
             shutil.copy(release / "images_001" / "images" / name, folder)
             lines.append(f"{name},{entries[name]}")
         (folder / "metadata.csv").write_text("\n".join(lines))
-    command = [*PYTHON, recipe("chestxray"), *TINY, "--dataset", "hf", "--mode", "none"]
-    run(*command, "--epochs", "1", "0", folder=release.parent)
+    arguments = [*TINY, "--dataset", "hf", "--mode", "none", "--epochs", "1", "0"]
+    run_here(monkeypatch, recipe("chestxray"), *arguments)
     result = result_of(release.parent / "runs" / "chestxray")
     assert set(result) == {"settings", "first", "environment"}
     assert sum(int(result["settings"][f"{part} images"]) for part in ("train", "val", "test")) == 80

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.recipes.running import ACCELERATE, PYTHON, TWO_PROCESSES, recipe, refusal, run
+from tests.recipes.running import ACCELERATE, TWO_PROCESSES, recipe, refusal, run, run_here
 
 TINY = ["--arch", "test_resnet", "--epochs", "1", "--batch-size", "32", "--data-root", "."]
 
@@ -50,17 +49,19 @@ def test_pairs_are_compared_and_not_repeated(
     monkeypatch.chdir(blood)
     stopped = refusal(monkeypatch, "medmnist_2d", *arguments, "--lr", "0.5")
     assert "has lr=0.05, not 0.5: pass another --out" in str(stopped)
-    monkeypatch.setattr(sys, "argv", [recipe("medmnist_2d"), *arguments])
-    runpy.run_path(recipe("medmnist_2d"), run_name="__main__")
+    run_here(monkeypatch, recipe("medmnist_2d"), *arguments)
     assert row in capsys.readouterr().out
     assert [path.stat().st_mtime_ns for path in paths] == before
 
 
-def test_the_plain_run_of_a_pair_is_one_without_pairs(blood: Path) -> None:
+def test_the_plain_run_of_a_pair_is_one_without_pairs(
+    blood: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Merging takes no random number from the images of the next run, and none from its own."""
-    run(*PYTHON, recipe("medmnist_2d"), *TINY, "--seed", "3", "--seeds", "2", folder=blood)
+    monkeypatch.chdir(blood)
+    run_here(monkeypatch, recipe("medmnist_2d"), *TINY, "--seed", "3", "--seeds", "2")
     alone = ["--mode", "none", "--seed", "4", "--out", "alone"]
-    run(*PYTHON, recipe("medmnist_2d"), *TINY, *alone, folder=blood)
+    run_here(monkeypatch, recipe("medmnist_2d"), *TINY, *alone)
     name = "bloodmnist-28-test_resnet-plain-seed4/model.safetensors"
     paired, single = (load_file(blood / out / name) for out in ("runs/medmnist", "alone"))
     assert all(torch.equal(value, single[key]) for key, value in paired.items())
@@ -74,9 +75,10 @@ def test_two_processes_share_a_batch_and_one_reports(blood: Path) -> None:
     assert {layer["steps"] for layer in merged["merging"].values()} == {3}
 
 
-def test_the_papers_settings_on_digits(tmp_path: Path) -> None:
+def test_the_papers_settings_on_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = ["--dataset", "digits", "--train-images", "96", "--paper"]
-    run(*PYTHON, recipe("medmnist_2d"), *TINY, *few, folder=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    run_here(monkeypatch, recipe("medmnist_2d"), *TINY, *few)
     merged, plain = (json.loads(path.read_text()) for path in results(tmp_path))
     assert merged["settings"]["mode"] == "step" and "mode" not in plain["settings"]
     assert {layer["steps"] for layer in merged["merging"].values()} == {3}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import torch
 from PIL import Image
 
 from inmerge_wrap import export_timm
-from tests.recipes.running import recipe, refusal
+from tests.recipes.running import recipe, refusal, run_here
 
 TINY = ["--preset", "gaussian_noise", "bars", "--severities", "1", "5", "--bootstrap", "20"]
 
@@ -33,8 +31,7 @@ def export(
 
 def start(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> dict[str, Any]:
     """Runs the recipe in this process; returns what it wrote."""
-    monkeypatch.setattr(sys, "argv", [recipe("robustness"), *map(str, arguments)])
-    runpy.run_path(recipe("robustness"), run_name="__main__")
+    run_here(monkeypatch, recipe("robustness"), *arguments)
     out = Path(arguments[[*arguments].index("--out") + 1])  # type: ignore[arg-type]
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
     return json.loads((out / "robustness.json").read_text(), parse_constant=pytest.fail)
@@ -159,5 +156,4 @@ def test_of_several_processes_one_evaluates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(sys, "argv", ["robustness.py", "a=nowhere", "--data", "nowhere"])
-    runpy.run_path(recipe("robustness"), run_name="__main__")
+    run_here(monkeypatch, recipe("robustness"), "a=nowhere", "--data", "nowhere")

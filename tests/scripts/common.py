@@ -61,6 +61,14 @@ def sgd(model: nn.Module, lr: float = 0.05) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
 
 
+def attached(seed: int = 0, **settings: Any) -> tuple[InMergeWrapper, torch.optim.SGD]:
+    """A wrapped tiny network and the optimizer after whose steps it merges."""
+    model = wrapped(seed, **settings)
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    return model, optimizer
+
+
 def batch(number: int, size: int = 4) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1000 + number)
     images = torch.randn(size, 3, 8, 8, generator=generator)

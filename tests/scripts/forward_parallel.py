@@ -1,15 +1,10 @@
-"""Merges in the forward pass under DDP and FSDP2 and compares with both batches in one process.
+"""Merging in the forward pass under DDP and FSDP2, compared with both batches in one process.
 
-    python -m torch.distributed.run --nproc_per_node 2 tests/scripts/forward_parallel.py FOLDER
-
-Every rank writes FOLDER/RANK.json: kind and settings -> outcome.
+See two_ranks.py.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from inmerge_wrap import InMergeWrapper
-from tests.scripts.common import loss_of, sgd, wrapped
+from tests.scripts.common import attached, loss_of, sgd, wrapped
 from tests.scripts.sharded import shard
 
 STEPS = 4
@@ -37,9 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def in_one_process(world: int, **settings: Any) -> tuple[InMergeWrapper, list[int]]:
     """Each rank's batch in a forward pass of its own; the gradient is their mean."""
-    model = wrapped(**settings)
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached(**settings)
     for step in range(STEPS):
         optimizer.zero_grad()
         for rank in range(world):
@@ -81,20 +74,3 @@ def in_parallel(kind: str, **settings: Any) -> dict[str, Any]:
         "merged": report.merged,
         "step": model.step,
     }
-
-
-def main() -> None:
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    outcome = {
-        f"{kind}, {name}": in_parallel(kind, **settings)
-        for kind in ("ddp", "fsdp2")
-        for name, settings in CASES.items()
-    }
-    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(outcome))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,15 +1,8 @@
-"""Trains under FSDP2 and FSDP1 on each rank and writes how it compares with one process.
-
-    python -m torch.distributed.run --nproc_per_node 2 tests/scripts/sharded.py FOLDER
-
-Every rank writes FOLDER/RANK.json: case -> outcome.
-"""
+"""Training under FSDP2 and FSDP1, compared with that of one process; see two_ranks.py."""
 
 from __future__ import annotations
 
 import copy
-import json
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -40,7 +33,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
 from inmerge_wrap import InMergeWrapper, export_timm, export_weights
-from tests.scripts.common import SETTINGS, loss_of, sgd, tiny_net, train, wrapped
+from tests.scripts.common import SETTINGS, attached, loss_of, sgd, tiny_net, train, wrapped
 
 STEPS = 5
 Case = Callable[[Path], dict[str, Any]]
@@ -117,9 +110,7 @@ def sharded_then_wrapped(folder: Path) -> dict[str, Any]:
 
 def attached_then_sharded(folder: Path) -> dict[str, Any]:
     """What Accelerate does: the optimizer is made first and given the shards afterwards."""
-    model = wrapped()
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached()
     names = {id(p): name for name, p in model.named_parameters()}
     shard(model)
     new = dict(model.named_parameters())
@@ -131,9 +122,7 @@ def attached_then_sharded(folder: Path) -> dict[str, Any]:
 
 def attached_and_forgotten(folder: Path) -> dict[str, Any]:
     """The optimizer still holds the weights from before sharding: nothing would be trained."""
-    model = wrapped()
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached()
     shard(model)
     try:
         train(model, optimizer, 1)
@@ -389,16 +378,3 @@ CASES: tuple[Case, ...] = (
     resumed_by_accelerate,
     flattened,
 )
-
-
-def main() -> None:
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    outcome = {case.__name__: case(folder) for case in CASES}
-    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(outcome))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,17 +1,8 @@
-"""Two replicas of plain DDP whose settings or numbers of batches differ.
-
-    python -m torch.distributed.run --nproc_per_node 2 tests/scripts/uneven.py FOLDER
-
-Every rank writes FOLDER/RANK.json: case -> outcome.
-"""
+"""Two replicas of plain DDP whose settings or numbers of batches differ; see two_ranks.py."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Iterable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -158,17 +149,3 @@ CASES: tuple[Case, ...] = (
     uneven_but_compared,
     uneven_but_compared_in_the_forward_pass,
 )
-
-
-def main() -> None:
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    outcome = {case.__name__: case() for case in CASES}
-    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(outcome))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
