@@ -51,7 +51,7 @@ def _card(text: str, adaptation: Adaptation, site: str) -> str:
     body = re.sub(r"^```python\n.*?^```", lambda _: code, card.text, count=1, flags=re.M | re.S)
     if recipe.thresholds is not None:
         for place, threshold in enumerate(recipe.thresholds):
-            row = rf"^(\| {place} \| .* \|) [\d.]+ \|$"
+            row = rf"^(\| {place} \| .* \|) \S+ \|$"
             body = re.sub(row, rf"\g<1> {threshold:.4g} |", body, count=1, flags=re.M)
     body = body.replace("## Results\n", f"## Results\n\n{_BEFORE}\n", 1)
     body = body.replace("## Use\n", f"{_section(adaptation, plain_text(site))}\n## Use\n", 1)
@@ -83,5 +83,5 @@ def _section(adaptation: Adaptation, site: str) -> str:
         f"| {plain_text(name)} | {share} | {before:.1%} | {after:.1%} |"
         for (name, (before, after)), share in zip(adaptation.shares.items(), known, strict=True)
     ]
-    lines += ["", *(f"- {warning}" for warning in adaptation.warnings)]
+    lines += ["", *(f"- {plain_text(warning)}" for warning in adaptation.warnings)]
     return "\n".join(lines) + "\n"

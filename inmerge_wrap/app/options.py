@@ -12,6 +12,8 @@ import torch
 
 from inmerge_wrap.app.training import Run
 from inmerge_wrap.card import ModelCard
+from inmerge_wrap.errors import ArgumentError
+from inmerge_wrap.images.finding import class_name
 from inmerge_wrap.robustness.corruptions import PRESETS, resolve_preset
 
 DESCRIPTION = """\
@@ -220,15 +222,17 @@ def prevalences_of(options: argparse.Namespace, classes: Sequence[str]) -> list[
     """The prevalence that the reader gave of each class, None where there is none."""
     found: dict[str, float] = {}
     for text in options.prevalence:
-        name, _, share = text.rpartition("=")
+        name, _, share = class_name(text).rpartition("=")
         try:
             found[name] = float(share)
         except ValueError:
             found[name] = -1.0
         if not 0 < found[name] < 1:
-            raise ValueError(f"--prevalence {text}: give a share between 0 and 1, or CLASS=SHARE")
+            raise ArgumentError(
+                f"--prevalence {text}: give a share between 0 and 1, or CLASS=SHARE"
+            )
         if name and classes and name not in classes:
-            raise ValueError(f"--prevalence {text}: the classes are {', '.join(classes)}")
+            raise ArgumentError(f"--prevalence {text}: the classes are {', '.join(classes)}")
     return [found.get(name, found.get("")) for name in classes]
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from inmerge_wrap.images.collection import spaced
 from inmerge_wrap.images.files import DICOM, RASTER, decode, is_image
-from inmerge_wrap.images.finding import files_below, inside, listed, parts_in
+from inmerge_wrap.images.finding import class_name, files_below, inside, listed, parts_in
 
 __all__ = ["ImageFolder", "fit_images", "read_npz"]
 
@@ -127,14 +127,16 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
             raise ValueError(f"{root} holds no folder {split}: {there}")
         self.part = split if parts else "all"
         root = parts.get(split, root)
-        found = {entry.name: _images_in(entry) for entry in inside(root, folders=True)}
-        found = {name: paths for name, paths in found.items() if paths}
+        found: dict[str, list[Path]] = {}
+        for entry in inside(root, folders=True):
+            if paths := _images_in(entry):
+                found.setdefault(class_name(entry.name), []).extend(paths)
         if not found:
             raise ValueError(
                 f"{root} holds no images in folders of classes: {split}/CLASS/*.png or CLASS/*.png "
                 f"are needed, one of {', '.join(sorted(_SUFFIXES))}"
             )
-        self.classes = list(found) if classes is None else list(classes)
+        self.classes = list(found) if classes is None else list(map(class_name, classes))
         foreign = [name for name in found if name not in self.classes]
         if foreign:
             raise ValueError(

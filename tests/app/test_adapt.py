@@ -95,6 +95,19 @@ def test_what_can_go_wrong_is_said(site: Path, tmp_path: Path) -> None:
     assert any("100% of the images are now taken for b" in said for said in found.warnings)
 
 
+def test_what_is_said_in_the_card_is_text_whatever_files_are_called(
+    site: Path, tmp_path: Path
+) -> None:
+    images = tmp_path / "few"
+    pictures(images, "png16", count=3, seed=2)
+    (images / "![x](http:__evil).png").write_bytes(b"nothing")
+    model = TrainedModel.read(site / "model")
+    found = adapt(model, read_site(model, find_files([images])))
+    write_adapted(found, site / "model", tmp_path / "out", site="here")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert r"were left out, for example !\[x\](http:" in card and "![x]" not in card
+
+
 def test_a_class_that_was_common_in_training_may_be_common_here(site: Path, tmp_path: Path) -> None:
     model = TrainedModel.read(site / "model")
     with torch.no_grad():
@@ -202,5 +215,14 @@ def test_the_card_of_several_labels_shows_the_new_thresholds(tmp_path: Path) -> 
     card = (out / "README.md").read_text()
     for place, (name, threshold) in enumerate(zip("abc", recipe.thresholds, strict=True)):
         assert f"| {place} | {name} | {threshold:.4g} |" in card
+    model = TrainedModel.read(out)
+    small = replace(model.recipe, thresholds=(3.2e-05, 0.5, 0.55))
+    found = adapt(model, read_site(model, find_files([tmp_path / "other"])))
+    found = replace(found, model=replace(found.model, recipe=small))
+    write_adapted(found, out, tmp_path / "small", site="there")
+    assert "| 0 | a | 3.2e-05 |" in (tmp_path / "small" / "README.md").read_text()
+    write_adapted(replace(found, model=model), tmp_path / "small", tmp_path / "back", site="there")
+    shown = (tmp_path / "back" / "README.md").read_text()
+    assert f"| 0 | a | {recipe.thresholds[0]:.4g} |" in shown
     code = code_of(out)
     assert repr(list(recipe.thresholds)) in code and repr(recipe.temperature) in code

@@ -568,6 +568,16 @@ def test_a_second_start_in_the_same_folder_is_refused(
     assert [path.name for path in (tmp_path / "out").iterdir()] in ([], [".lock"])
 
 
+def test_a_prevalence_of_no_class_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "data", 12)
+    arguments = ["--data-dir", tmp_path / "data", *TINY, "--out", tmp_path / "out"]
+    message = run_here(monkeypatch, *arguments, "--skip-broken", "--prevalence", "measles=0.1")
+    assert "--prevalence measles=0.1: the classes are " in str(message)
+    assert not (tmp_path / "out" / "runs").exists()
+
+
 def test_weights_are_looked_for_before_images_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

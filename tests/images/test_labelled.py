@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,15 @@ def test_labels_follow_the_order_of_the_model(folder: Path) -> None:
     assert data.labels.tolist() == [2, 2, 1, 1, 1]
     with pytest.raises(ValueError, match=r"not classes of the model: ant.*classes are dog, cat"):
         ImageFolder(folder, config=CONFIG, classes=["dog", "cat"])
+
+
+def test_a_class_has_one_name_whichever_way_its_accent_is_written(tmp_path: Path) -> None:
+    written = {form: unicodedata.normalize(form, "Ödem") for form in ("NFC", "NFD")}
+    for seed, name in enumerate(written.values()):
+        save(tmp_path / name, f"{seed}.png", picture(seed))
+    for names in (None, [written["NFC"]], [written["NFD"]]):
+        data = ImageFolder(tmp_path, config=CONFIG, classes=names)
+        assert data.classes == [written["NFC"]] and len(data) == 2
 
 
 def test_images_are_resized_and_cropped_as_timm_does(tmp_path: Path) -> None:
