@@ -105,19 +105,18 @@ def load_network(
     fitted = _without_prefix(state, network, arch)
     fitting = _fitting_arguments(fitted, network)
     asked = {"num_classes": num_classes, "in_chans": in_chans}
-    arguments = {name: value for name, value in asked.items() if value is not None}
     if fitting:
-        if wrong := [f"{name}={arguments[name]}" for name in fitting if name in arguments]:
+        if wrong := [f"{name}={asked[name]}" for name in fitting if asked[name] is not None]:
             options = " ".join(f"<{name}={value}>" for name, value in fitting.items())
             raise ArgumentError(
                 f"{weights} does not fit {arch} with {', '.join(wrong)}: pass {options}, or leave "
                 "it out"
             )
-        arguments |= fitting
-        network = build(arch, **arguments)
+        asked |= fitting
+        network = build(arch, **asked)
     _check_shapes(fitted, network, weights, arch)
     network.load_state_dict(fitted)
-    return network, arguments
+    return network, {name: value for name, value in asked.items() if value is not None}
 
 
 def read_state(path: str | Path, *, key: str | None = None) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from inmerge_wrap.cli import options
 from inmerge_wrap.cli.options import check_pixels, check_there, load
 from inmerge_wrap.cli.shell import command, print_json, progress, save_json, warn
 from inmerge_wrap.cli.tables import KEPT, Column, print_table
+from inmerge_wrap.errors import ArgumentError
 
 if TYPE_CHECKING:
     from inmerge_wrap.robustness import RobustnessResult
@@ -38,7 +39,7 @@ def evaluate(
     preset: str | None = None,
     severity: list[int] | None = None,
     attack: list[str] | None = None,
-    eps: float = 2.0,
+    eps: float | None = None,
     task: str | None = None,
     split: Literal["test", "val", "train"] = "test",
     size: Annotated[int | None, Option(min=1)] = None,
@@ -63,7 +64,7 @@ def evaluate(
         preset: Corruptions: a preset or MedMNIST name; default: by the data's name.
         severity: Severity, 1 to 5; default: all. Repeatable.
         attack: fgsm or pgd. Repeatable.
-        eps: Size of the attacks, in units of 1/255.
+        eps: Size of the attacks, in units of 1/255; default: 2.
         task: multiclass, binary or multilabel; default: by the labels.
         split: Part to use.
         size: Side to resize to; default: that of the timm folder.
@@ -72,6 +73,8 @@ def evaluate(
         bootstrap: Bootstrap resamples.
         output: JSON file for all rows.
     """
+    if eps is not None and not attack:
+        raise ArgumentError("<eps> is the size of an attack: give <attack> fgsm or pgd, too")
     paths = _named_paths(models)
     check_there(data)
     check_pixels(mean, std)
@@ -89,7 +92,7 @@ def evaluate(
         warn(warning)
     chosen = preset or DATASET_PRESETS.get(data.stem.split("_")[0], "quick")
     severities = sorted(severity) if severity else (1, 2, 3, 4, 5)
-    attacks = [Attack(name, eps=eps / 255) for name in attack or ()]
+    attacks = [Attack(name, eps=(2.0 if eps is None else eps) / 255) for name in attack or ()]
     conditions = 1 + len(resolve_preset(chosen)) * len(severities) + len(attacks)
     lengths = dict.fromkeys(paths, conditions * len(images.labels))
     with progress(lengths | {evaluating.INTERVALS: len(contenders) * conditions}) as show:

@@ -54,10 +54,11 @@ def export(
     from inmerge_wrap.export import export_timm, export_weights
 
     if output.suffix == ".safetensors":
-        if card is not None or label_names is not None:
-            raise ArgumentError(
-                "<card> and <label_names> need a folder as the output, not one file"
-            )
+        of_folders: dict[str, Any] = {"input_size": input_size, "mean": mean, "std": std}
+        of_folders |= {"label_names": label_names, "card": card}
+        unused = [f"<{name}>" for name, value in of_folders.items() if value]
+        if unused:
+            raise ArgumentError(f"{', '.join(unused)} need a folder as the output, not one file")
         export_weights(network, output)
         arch = arch or read_json(weights / "config.json")["architecture"]
         line = _loading_line(arch, arguments, output)

@@ -12,6 +12,7 @@ from inmerge_wrap.cli import options
 from inmerge_wrap.cli.options import load
 from inmerge_wrap.cli.shell import command, print_json, save_json, say
 from inmerge_wrap.cli.tables import KEPT, Column, print_table
+from inmerge_wrap.errors import ArgumentError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,7 +36,7 @@ def similarity(
     output: Path = Path("similarity"),
     pictures: bool = True,
     pairs: Annotated[int, Option(min=1)] = 4,
-    theme: Literal["light", "dark"] = "light",
+    theme: Literal["light", "dark"] | None = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Measure and draw how similar the kernels of trained weights are.
@@ -44,8 +45,10 @@ def similarity(
         output: Folder for similarity.json and the figures.
         pictures: Whether to draw figures.
         pairs: Extreme pairs to list and draw.
-        theme: Figure theme.
+        theme: Figure theme; default: light.
     """
+    if theme and not pictures:
+        raise ArgumentError("<theme> is the look of the pictures, which --no-pictures leaves out")
     network, _ = load(weights, arch, num_classes, in_chans, key)
     from inmerge_wrap.similarity import measure_similarity
 
@@ -60,6 +63,7 @@ def similarity(
     if pictures:
         from inmerge_wrap.plots import plot_matrices, plot_overview, plot_pairs
 
+        theme = theme or "light"
         figures = {
             "overview": plot_overview(
                 layers, merged=_merged_by_default(network, layers), theme=theme

@@ -103,6 +103,7 @@ def test_evaluate_takes_grey_images_and_several_labels(weights: Path, data: Path
         (["--preset", "dermatology"], "did you mean dermatoscopy"),
         (["--severity", 6], "choose some of 1, 2, 3, 4, 5"),
         (["--attack", "deepfool"], "choose fgsm or pgd"),
+        (["--eps", 4], "--eps is the size of an attack: give --attack"),
         (["--split", "train"], "MedMNIST layout"),
     ],
 )

@@ -215,6 +215,7 @@ def test_export_from_torchvision_tells_how_to_load(tmp_path: Path) -> None:
         ),
         ("folder", ["--input-size", 3, 0, 28], "--input-size is 3 0 28: channels, height"),
         ("file.safetensors", ["--label-names", "a,b"], "need a folder"),
+        ("file.safetensors", ["--mean", 0.5, "--std", 0.5], "--mean, --std need a folder"),
         (
             "folder",
             ["--input-size", 3, 8, 8, "--mean", 0, "--std", 1, "--card", "no.json"],

@@ -41,5 +41,7 @@ def test_similarity_of_a_timm_folder_prints_a_table(net: nn.Module, tmp_path: Pa
         row = next(line for line in text.splitlines() if line.split()[:1] == [layer.name])
         assert row.split()[-1] == f"{layer.effective_rank:.3f}"
     assert [path.name for path in out.iterdir()] == ["similarity.json"]
+    told = complaint("similarity", folder, "--no-pictures", "--theme", "dark", "--output", out)
+    assert "--theme is the look of the pictures, which --no-pictures leaves out" in told
     told = complaint("similarity", folder, "--arch", ARCH)
     assert "leave out --arch" in told
