@@ -42,10 +42,6 @@ def test_the_site_shows_the_notebook_as_it_is(path: Path) -> None:
     assert all((ROOT / "docs" / "notebooks" / name).stat().st_size > 5_000 for name in pictures)
 
 
-# Every line runs with one seed, too; the other two take a minute and show what the page shows.
-SHORTER = {"02_what_merging_does": ("for seed in range(3):", "for seed in range(1):")}
-
-
 # The kernel's own machinery warns of its transport, which is no concern of ours.
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -56,10 +52,6 @@ def test_runs_from_a_clean_kernel(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, known)))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(path, as_version=4)
-    if path.stem in SHORTER:
-        whole, part = SHORTER[path.stem]
-        (cell,) = [cell for cell in notebook.cells if whole in cell.source]
-        cell.source = cell.source.replace(whole, part)
     client = nbclient.NotebookClient(
         notebook,
         timeout=900,
