@@ -259,6 +259,42 @@ def test_the_page_of_evidence_shows_the_confirmation_as_it_was_pooled() -> None:
         assert interval(gain).replace("+", "") in text.replace("+", "")
 
 
+def test_the_page_of_evidence_shows_the_map_as_it_was_measured() -> None:
+    analysis = importlib.import_module("studies.3.analysis")
+    with (STUDIES / "3" / "map.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["arch"] == "tf_efficientnet_lite0"]
+        made = [row for row in analysis.chart(third_groups()) if row["arch"] == rows[0]["arch"]]
+    for row, again in zip(rows, made, strict=True):
+        for name in ("plain", "merging", "difference"):
+            assert float(row[name]) == pytest.approx(again[name], abs=1e-5)
+    names = runpy.run_path(str(ROOT / "docs" / ".diagram.py"))
+    page = (ROOT / "docs" / "evidence.md").read_text().partition("## Beside which")[2]
+    page = page.partition("\n## ")[0]
+    shown = [line for line in page.splitlines() if line.startswith("|")][2:]
+    wanted = []
+    for dataset, data in names["DATA"].items():
+        for augmentation, words in names["AUGMENTATIONS"].items():
+            cells = [row for row in rows if row["augmentation"] == augmentation]
+            cells = [row for row in cells if row["dataset"] == dataset]
+            auroc, clean = (
+                [row for row in cells if row["measure"] == measure]
+                for measure in ("AUROC", "balanced accuracy")
+            )
+            if not cells:
+                continue
+            images = ", ".join(f"{int(row['images']):,}" for row in auroc)
+            plain, merging, gain = (
+                np.mean([float(row[name]) for row in auroc])
+                for name in ("plain", "merging", "difference")
+            )
+            cost = np.mean([float(row["difference"]) for row in clean])
+            wanted.append(
+                f"| {data}, {words} | {images} | {plain:.3f} | {merging:.3f} | {gain:+.3f} "
+                f"| {cost:+.3f} |"
+            )
+    assert shown == wanted
+
+
 def test_the_page_of_evidence_shows_the_other_laboratories_as_they_were_analysed() -> None:
     rows = third_study("laboratories")
     names = ("measure", "arm", "baseline", "laboratory", "way")

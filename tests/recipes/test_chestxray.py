@@ -116,7 +116,7 @@ def test_two_processes_train_one_network(release: Path) -> None:
     command = [*TWO_PROCESSES, recipe("chestxray"), *NIH, "--cache", "cache"]
     done = run(*command, folder=release.parent)
     assert done.stdout.count("Results: ") == 1
-    assert done.stderr.count("writing cache/train.npy:   0%") == 1, "one process writes"
+    assert done.stderr.count("reading train:   0%") == 1, "one process writes"
     result = result_of(release.parent / "runs" / "chestxray")
     steps = int(result["settings"]["train images"]) // 16
     assert {layer["steps"] for layer in result["merged"]["merging"].values()} == {steps}
