@@ -90,7 +90,6 @@ INSIDE = {  # column of mechanism.csv -> in words, range
     "cka_under_noise": ("similarity under noise (CKA)", 0.40, 0.75),
 }
 MAPPED = {"soft": "plain training", "forward": "merging for each image"}
-DATA = {"bloodmnist": "Blood cells", "dermamnist": "Skin lesions"}
 AUGMENTATIONS = {  # as the runs name them -> in words
     "none": "no augmentation",
     "flips": "flips",
@@ -394,40 +393,32 @@ def mechanism() -> str:
 def beside_augmentation() -> str:
     """The third study's map: plain training and merging, by augmentation and number of images."""
     with (ROOT / "studies" / "3" / "map.csv").open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["arch"] == "tf_efficientnet_lite0"]
-    first, scale, parts, top = 0.7, 780, [], 26
+        every = list(csv.DictReader(file))
+    shown = ("bloodmnist", "tf_efficientnet_lite0", "AUROC")
+    rows = [row for row in every if (row["dataset"], row["arch"], row["measure"]) == shown]
+    first, scale, parts, top = 0.76, 850, [], 26
     for place, (kind, words) in enumerate(MAPPED.items()):
         parts.append(dot(18 + 130 * place, top - 5, kind, "circle"))
         parts.append(text(28 + 130 * place, top, words, 14, anchor="start"))
-    for dataset, title in DATA.items():
-        top += 34
-        parts.append(text(8, top, title, 15, bold=True, anchor="start"))
-        for augmentation, words in AUGMENTATIONS.items():
-            drawn = [
-                row
-                for row in rows
-                if (row["dataset"], row["augmentation"], row["measure"])
-                == (dataset, augmentation, "AUROC")
+    for augmentation, words in AUGMENTATIONS.items():
+        top += 30
+        parts.append(text(8, top, words, 14, bold=True, anchor="start"))
+        drawn = [row for row in rows if row["augmentation"] == augmentation]
+        for row in sorted(drawn, key=lambda row: int(row["images"])):
+            top += 21
+            ends = [124 + scale * (float(row[arm]) - first) for arm in ("plain", "merging")]
+            line = f"M{ends[0]:.1f} {top - 5} H{ends[1]:.1f}"
+            parts += [
+                text(106, top, f"{int(row['images']):,} images", 14, anchor="end"),
+                f'<path class="forward" stroke-width="2" d="{line}"/>',
+                dot(ends[0], top - 5, "soft", "circle"),
+                dot(ends[1], top - 5, "forward", "circle"),
+                text(392, top, f"{float(row['difference']):+.3f}", 14, anchor="end"),
             ]
-            if not drawn:
-                continue
-            top += 26
-            parts.append(text(8, top, words, 14, "soft", anchor="start"))
-            for row in sorted(drawn, key=lambda row: int(row["images"])):
-                top += 20
-                ends = [110 + scale * (float(row[arm]) - first) for arm in ("plain", "merging")]
-                line = f"M{ends[0]:.1f} {top - 5} H{ends[1]:.1f}"
-                parts += [
-                    text(88, top, f"{int(row['images']):,}", 14, anchor="end"),
-                    f'<path class="forward" stroke-width="2" d="{line}"/>',
-                    dot(ends[0], top - 5, "soft", "circle"),
-                    dot(ends[1], top - 5, "forward", "circle"),
-                    text(392, top, f"{float(row['difference']):+.3f}", 14, anchor="end"),
-                ]
-    for value in (0.7, 0.8, 0.9, 1.0):
-        parts.append(text(110 + scale * (value - first), top + 24, f"{value:.1f}", 13, "soft"))
-    parts.append(text(200, top + 46, "AUROC under corruption, by training images", 14))
-    title = "Third study: merging for each image beside augmentation"
+    for value in (0.8, 0.9, 1.0):
+        parts.append(text(124 + scale * (value - first), top + 24, f"{value:.1f}", 13, "soft"))
+    parts.append(text(200, top + 46, "AUROC under corruption, blood cells", 14))
+    title = "Third study: merging for each image beside augmentation, by training images"
     return picture(title, top + 58, parts)
 
 

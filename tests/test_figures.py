@@ -194,7 +194,8 @@ def test_the_pages_of_evidence_show_the_third_study_as_it_was_analysed() -> None
     rows = third_study("differences")
     page = (ROOT / "docs" / "evidence-negative.md").read_text().partition("## The pilot")[2]
     parts = page.partition("### After fewer steps")
-    for steps, part in (("300", parts[2]), ("600", parts[0])):
+    fewer = parts[2].partition("\n### ")[0]
+    for steps, part in (("300", fewer), ("600", parts[0])):
         measured = {
             tuple(row[name] for name in ("arm", "baseline", "measure", "tested_on")): row
             for row in rows
@@ -220,6 +221,18 @@ def test_the_pages_of_evidence_show_the_third_study_as_it_was_analysed() -> None
     for line, arm in zip(shown, ("merging per image", *CHANNELS), strict=True):
         cells = [interval(confirmed[(arm, *measure)]) for measure in MEASURES]
         assert line == f"| {arm.replace('per image', 'for each image')} | {' | '.join(cells)} |"
+
+
+def test_the_page_shows_the_network_from_scratch_as_it_was_analysed() -> None:
+    page = (ROOT / "docs" / "evidence-negative.md").read_text().partition("## From scratch")[2]
+    shown = re.findall(r"^\| (.+) − (.+) \| (\d+) \| (.+) \|$", page, re.MULTILINE)
+    assert len(shown) == 3
+    names = ("arm", "baseline", "measure", "tested_on", "arch", "pairs")
+    measured = {tuple(row[name] for name in names): row for row in third_study("differences")}
+    for arm, baseline, pairs, cells in shown:
+        pair = arm.replace("for each image", "per image"), baseline
+        found = [measured[(*pair, *measure, "resnet18", pairs)] for measure in MEASURES]
+        assert cells == " | ".join(interval(row) for row in found)
 
 
 def test_the_page_of_evidence_shows_the_confirmation_as_it_was_pooled() -> None:
@@ -271,28 +284,26 @@ def test_the_page_of_evidence_shows_the_map_as_it_was_measured() -> None:
     page = (ROOT / "docs" / "evidence.md").read_text().partition("## Beside which")[2]
     page = page.partition("\n## ")[0]
     shown = [line for line in page.splitlines() if line.startswith("|")][2:]
-    wanted = []
-    for dataset, data in names["DATA"].items():
-        for augmentation, words in names["AUGMENTATIONS"].items():
-            cells = [row for row in rows if row["augmentation"] == augmentation]
-            cells = [row for row in cells if row["dataset"] == dataset]
-            auroc, clean = (
-                [row for row in cells if row["measure"] == measure]
-                for measure in ("AUROC", "balanced accuracy")
-            )
-            if not cells:
-                continue
-            images = ", ".join(f"{int(row['images']):,}" for row in auroc)
-            plain, merging, gain = (
-                np.mean([float(row[name]) for row in auroc])
-                for name in ("plain", "merging", "difference")
-            )
-            cost = np.mean([float(row["difference"]) for row in clean])
-            wanted.append(
-                f"| {data}, {words} | {images} | {plain:.3f} | {merging:.3f} | {gain:+.3f} "
-                f"| {cost:+.3f} |"
-            )
+    wanted, gains = [], {}
+    for augmentation, words in names["AUGMENTATIONS"].items():
+        cells = [row for row in rows if row["augmentation"] == augmentation]
+        auroc, clean = (
+            [row for row in cells if row["measure"] == measure]
+            for measure in ("AUROC", "balanced accuracy")
+        )
+        plain, merging, gain = (
+            np.mean([float(row[name]) for row in auroc])
+            for name in ("plain", "merging", "difference")
+        )
+        cost = np.mean([float(row["difference"]) for row in clean])
+        assert [row["images"] for row in auroc] == ["150", "600", "2400"]
+        wanted.append(f"| {words} | {plain:.3f} | {merging:.3f} | {gain:+.3f} | {cost:+.3f} |")
+        gains[augmentation] = f"{gain:.3f}"
+        assert f"{gain:.3f} " in " ".join(page.partition("- **The stronger")[2].split())
     assert shown == wanted
+    for front_page in ("README.md", "docs/index.md"):
+        said = f"{gains['trivial']} of AUROC under corruption on blood cells, where it was"
+        assert f"{said} {gains['flips']} beside flips" in (ROOT / front_page).read_text()
 
 
 def test_the_page_of_evidence_shows_the_other_laboratories_as_they_were_analysed() -> None:

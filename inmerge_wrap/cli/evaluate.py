@@ -73,11 +73,10 @@ def evaluate(
         bootstrap: Bootstrap resamples.
         output: JSON file for all rows.
     """
-    if eps is not None and not attack:
-        raise ArgumentError("<eps> is the size of an attack: give <attack> fgsm or pgd, too")
     paths = _named_paths(models)
     check_there(data)
     check_pixels(mean, std)
+    _check_size(eps, attack)
     networks = {n: load(path, arch, num_classes, in_chans, key)[0] for n, path in paths.items()}
     from inmerge_wrap.app import evaluating
     from inmerge_wrap.robustness import Attack
@@ -91,7 +90,7 @@ def evaluate(
     for warning in evaluating.seen_in_training(contenders, images):
         warn(warning)
     chosen = preset or DATASET_PRESETS.get(data.stem.split("_")[0], "quick")
-    severities = sorted(severity) if severity else (1, 2, 3, 4, 5)
+    severities = sorted(severity or (1, 2, 3, 4, 5))
     attacks = [Attack(name, eps=(2.0 if eps is None else eps) / 255) for name in attack or ()]
     conditions = 1 + len(resolve_preset(chosen)) * len(severities) + len(attacks)
     lengths = dict.fromkeys(paths, conditions * len(images.labels))
@@ -110,6 +109,11 @@ def evaluate(
     for result in results.values():
         result.settings |= {"data": data.name, "preset": chosen}
     _report(results, output, as_json)
+
+
+def _check_size(eps: float | None, attack: list[str] | None) -> None:
+    if eps is not None and not attack:
+        raise ArgumentError("<eps> is the size of an attack: give <attack> fgsm or pgd, too")
 
 
 def _report(results: dict[str, RobustnessResult], output: Path | None, as_json: bool) -> None:
