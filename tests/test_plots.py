@@ -139,6 +139,12 @@ def test_kernels_of_a_cluster_are_side_by_side() -> None:
     assert high == -low == pytest.approx(furthest)  # not 1, which would leave it pale
 
 
+def test_the_overview_draws_a_line_for_each_threshold(layers: list[LayerSimilarity]) -> None:
+    thresholds = [number / 10 for number in range(1, 9)]
+    legend = plot_overview(layers, thresholds=thresholds).axes[1].get_legend()
+    assert legend is not None and len(legend.get_texts()) == 8
+
+
 @pytest.mark.parametrize("threshold", [0.1, ZScore(2.0), Quantile(0.25)])
 def test_the_overview_marks_merged_layers_and_their_threshold(
     layers: list[LayerSimilarity], threshold: float | ZScore | Quantile

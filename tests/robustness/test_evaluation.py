@@ -1,8 +1,10 @@
 """The evaluation loop: rows, ratios, attacks, and what it leaves untouched."""
 
+import errno
 import json
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -544,3 +546,21 @@ def test_intervals_hold_the_value_and_narrow_with_more_images():
             assert row[f"{metric}_low"] <= row[metric] <= row[f"{metric}_high"], metric
         widths.append(row["accuracy_high"] - row["accuracy_low"])
     assert widths[1] < widths[0] / 2
+
+
+def test_a_result_that_cannot_be_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "result.json"
+    RobustnessResult([], {"n": 1}, 0.0).to_json(path)
+
+    def full(self: Path, text: str, **_: object) -> None:
+        with open(self, "w") as file:
+            file.write(text[:5])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"result\.json was not written"):
+        RobustnessResult([], {"n": 2}, 0.0).to_json(path)
+    assert RobustnessResult.from_json(path).settings == {"n": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
