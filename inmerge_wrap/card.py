@@ -31,13 +31,16 @@ _UPLOADED = ("README.md", "config.json", "model.safetensors", f"{_PICTURE}.*")
 _INTENDED_USE = """\
 Research on the classification of medical images and on its robustness. It is not a medical device
 and must not be used for decisions about patients."""
+UNEXAMINED = (
+    "Differences in performance between groups of patients were not examined, unless stated above."
+)
 _LIMITS = (
     "It was evaluated only on the data named under Results. On images from another scanner, "
     "hospital, population or preprocessing it may be wrong more often, with no lower confidence.",
     "Its outputs are scores. Check on data from the site of use whether they are calibrated "
     "probabilities.",
     "It returns scores for every image, even one that shows none of its classes or no patient.",
-    "Differences in performance between groups of patients were not examined, unless stated above.",
+    UNEXAMINED,
 )
 _IN_WORDS = "in words"  # the entry of the settings that is a sentence, not a row of the table
 _TASKS = ("multiclass", "multilabel", "binary")

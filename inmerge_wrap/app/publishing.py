@@ -18,7 +18,7 @@ from inmerge_wrap.app.report import contact_sheet, flipped, write_report
 from inmerge_wrap.app.snippet import snippet
 from inmerge_wrap.app.testing import best_of, row_of
 from inmerge_wrap.app.training import Data, Run, standing
-from inmerge_wrap.card import PLACE, ModelCard, results_of
+from inmerge_wrap.card import PLACE, UNEXAMINED, ModelCard, results_of
 from inmerge_wrap.files import replacing, write_json
 from inmerge_wrap.images.collection import PARTS, ImageCollection
 from inmerge_wrap.images.files import SHOWN
@@ -88,6 +88,11 @@ def _card(
     several = recipe.thresholds is not None
     aim = f"looks for {classes}, each by itself" if several else f"tells apart {classes}"
     result = RobustnessResult(found["rows"], found["settings"], found["seconds"])
+    limits = list(ModelCard.limits)
+    if options.subgroups:
+        columns = plain_text(", ".join(options.subgroups))
+        only = f"Groups of patients were compared by {columns} alone: see report.html."
+        limits[limits.index(UNEXAMINED)] = only
     return ModelCard(
         title=f"{training['arch']} for {name}",
         license=options.license,
@@ -97,6 +102,7 @@ def _card(
         task=collection.task,
         thresholds=recipe.thresholds or (),
         code=snippet(recipe, PLACE),
+        limits=limits,
         results=results_of(result, dataset=name),
         merging=training["merging"] or None,
         merged=bool(training["merging"]),

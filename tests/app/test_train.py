@@ -513,6 +513,8 @@ def test_several_labels_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert elsewhere["ppv"]["value"] == pytest.approx(expected)
     groups = content["test"]["subgroups"]
     assert [row["value"] for row in groups] == ["f", "m"]
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert "compared by sex alone" in card and "were not examined" not in card
     assert sum(row["n"] for row in groups) == len(predictions)
     assert sum(row["units"] for row in groups) == content["test"]["units"]
     page = (tmp_path / "out" / "report.html").read_text()
