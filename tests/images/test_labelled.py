@@ -91,6 +91,8 @@ def test_a_class_has_one_name_whichever_way_its_accent_is_written(tmp_path: Path
     for names in (None, [written["NFC"]], [written["NFD"]]):
         data = ImageFolder(tmp_path, config=CONFIG, classes=names)
         assert data.classes == [written["NFC"]] and len(data) == 2
+        _, labels, found = read_part(tmp_path, "test", size=16, classes=names)
+        assert found.classes == (written["NFC"],) and labels.tolist() == [0, 0]
 
 
 def test_images_are_resized_and_cropped_as_timm_does(tmp_path: Path) -> None:
