@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from inmerge_wrap.app.records import environment
-from inmerge_wrap.files import write_json
+from inmerge_wrap.files import read_json, write_json
 from inmerge_wrap.images.files import DataError
 from inmerge_wrap.images.folders import read_part
 from inmerge_wrap.images.labelled import fit_images, read_npz
@@ -61,12 +61,12 @@ add = parser.add_argument
 add("models", nargs="+", metavar="label=path", help="a name and a timm folder")
 add("--data", required=True, help="a 2D MedMNIST flag, a folder of images, or a split.csv")
 add("--data-root", type=Path, default=Path("data"), help="folder of the npz file")
-add("--size", type=int, default=28, help="side of the images in pixels (default: %(default)s)")
+add("--size", type=int, default=28, help="side if no preparation.json says (default: %(default)s)")
 add("--limit", type=int, help="use only the first LIMIT test images")
 add("--preset", nargs="+", help="a preset, or corruptions by name (default: that of the data)")
 add("--severities", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="1 to 5")
 add("--attacks", nargs="*", default=[], choices=("fgsm", "pgd"), help="also attack the networks")
-add("--eps", type=float, default=2.0, help="size of the attacks, in units of 1/255")
+add("--eps", type=float, help="size of the attacks, in units of 1/255 (default: 2)")
 add("--threshold", type=float, default=0.5, help="operating point for binary and multi-label")
 add("--baseline", help="label that the others are compared with (default: the first)")
 add("--seed", type=int, default=0, help="of corruptions, attacks and bootstrap")
@@ -123,6 +123,8 @@ def group_models(entries: list[str], baseline: str | None) -> Groups:
         label, _, path = entry.partition("=")
         if not label or not path or not Path(path).exists():
             raise SystemExit(f"{entry!r}: pass label=path with an existing folder")
+        if not (Path(path) / "config.json").is_file():
+            raise SystemExit(f"{path} is no timm folder with config.json and model.safetensors")
         groups.setdefault(label, []).append(Path(path))
     first = baseline or next(iter(groups))
     if first not in groups:
@@ -133,16 +135,10 @@ def group_models(entries: list[str], baseline: str | None) -> Groups:
     return {first: groups.pop(first), **groups}
 
 
-def load(path: Path) -> nn.Module:
-    if not (path / "config.json").is_file():
-        raise SystemExit(f"{path} is no timm folder with config.json and model.safetensors")
-    return timm.create_model(f"local-dir:{path}", pretrained=True)
-
-
 def expected(folder: Path) -> tuple[Preparation | None, list[str] | None]:
     """Returns how a network reads a file, and the order of its classes."""
-    path, names = folder / "preparation.json", load(folder).pretrained_cfg.get("label_names")
-    return Preparation.from_dict(json.loads(path.read_text())) if path.exists() else None, names
+    path, names = folder / "preparation.json", read_json(folder / "config.json").get("label_names")
+    return Preparation.from_dict(read_json(path)) if path.exists() else None, names
 
 
 def normaliser(network: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -166,9 +162,11 @@ def evaluate_all(
     """Evaluates every network, relative to the baseline of the same seed."""
     loader = DataLoader(TensorDataset(*data[:2]), batch_size=options.batch_size)
     baseline, results = next(iter(groups)), Results()
+    eps = 2.0 if options.eps is None else options.eps
     for label, paths in groups.items():
         for seed, path in enumerate(paths):
-            network = load(path).to("cuda" if torch.cuda.is_available() else "cpu")
+            network = timm.create_model(f"local-dir:{path}", pretrained=True)
+            network.to("cuda" if torch.cuda.is_available() else "cpu")
             result = evaluate_robustness(
                 network,
                 track(loader, description=f"{label} ({path.name})"),
@@ -178,7 +176,7 @@ def evaluate_all(
                 severities=options.severities,
                 seed=options.seed,
                 baseline=None if label == baseline else results[baseline][seed],
-                attacks=[Attack(name, eps=options.eps / 255) for name in options.attacks],
+                attacks=[Attack(name, eps=eps / 255) for name in options.attacks],
                 threshold=options.threshold,
                 bootstrap=options.bootstrap,
             )
@@ -266,6 +264,8 @@ def main() -> None:
     options = parser.parse_args()
     if os.environ.get("RANK", "0") != "0":
         return  # a launcher started several, and a second one would write the same files
+    if options.eps is not None and not options.attacks:
+        parser.error("--eps is the size of an attack: give --attacks fgsm or pgd, too")
     groups = group_models(options.models, options.baseline)
     data = read_test_part(options, [path for paths in groups.values() for path in paths])
     usual = DATASET_PRESETS.get(options.data, "grey" if data[0].shape[1] == 1 else "all")

@@ -152,6 +152,15 @@ def test_mistakes_end_with_one_sentence(
     assert message in str(refusal(monkeypatch, "robustness", *arguments))
 
 
+def test_the_size_of_attacks_needs_an_attack(
+    blood: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(blood / "net", 0, classes=8)
+    arguments = [f"a={blood / 'net'}", "--data", "bloodmnist", "--eps", 4]
+    assert refusal(monkeypatch, "robustness", *arguments) == 2
+    assert "--eps is the size of an attack: give --attacks" in capsys.readouterr().err
+
+
 def test_of_several_processes_one_evaluates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
