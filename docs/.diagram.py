@@ -406,13 +406,13 @@ def beside_augmentation() -> str:
         drawn = [row for row in rows if row["augmentation"] == augmentation]
         for row in sorted(drawn, key=lambda row: int(row["images"])):
             top += 21
-            ends = [124 + scale * (float(row[arm]) - first) for arm in ("plain", "merging")]
-            line = f"M{ends[0]:.1f} {top - 5} H{ends[1]:.1f}"
+            places = [124 + scale * (float(row[arm]) - first) for arm in ("plain", "merging")]
+            line = f"M{places[0]:.1f} {top - 5} H{places[1]:.1f}"
             parts += [
                 text(106, top, f"{int(row['images']):,} images", 14, anchor="end"),
                 f'<path class="forward" stroke-width="2" d="{line}"/>',
-                dot(ends[0], top - 5, "soft", "circle"),
-                dot(ends[1], top - 5, "forward", "circle"),
+                dot(places[0], top - 5, "soft", "circle"),
+                dot(places[1], top - 5, "forward", "circle"),
                 text(392, top, f"{float(row['difference']):+.3f}", 14, anchor="end"),
             ]
     for value in (0.8, 0.9, 1.0):

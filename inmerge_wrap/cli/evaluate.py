@@ -76,7 +76,7 @@ def evaluate(
     paths = _named_paths(models)
     check_there(data)
     check_pixels(mean, std)
-    _check_size(eps, attack)
+    _check_eps(eps, attack)
     networks = {n: load(path, arch, num_classes, in_chans, key)[0] for n, path in paths.items()}
     from inmerge_wrap.app import evaluating
     from inmerge_wrap.robustness import Attack
@@ -111,7 +111,7 @@ def evaluate(
     _report(results, output, as_json)
 
 
-def _check_size(eps: float | None, attack: list[str] | None) -> None:
+def _check_eps(eps: float | None, attack: list[str] | None) -> None:
     if eps is not None and not attack:
         raise ArgumentError("<eps> is the size of an attack: give <attack> fgsm or pgd, too")
 
