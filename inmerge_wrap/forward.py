@@ -266,8 +266,10 @@ class ForwardMerge:
             if not settings.draws_all:
                 chances = draw_bits(rows_keys, state.columns) >> 8
                 ways = ways * (chances < state.probability * 2**24)
-        share = 1.0 - state.size if settings.size == "merge_weight" else 1.0
-        return _Draw(key, rows, ways * share, shifts)
+        shares = ways * (1.0 - state.size if settings.size == "merge_weight" else 1.0)
+        return _Draw(
+            key, rows, _opaque(shares) if torch.compiler.is_compiling() else shares, shifts
+        )
 
     # -- the hooks of a convolution ---------------------------------------------------------------
 
@@ -436,6 +438,20 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
+
+
+@torch.library.custom_op("inmerge_wrap::opaque", mutates_args=())
+def _opaque(values: Tensor) -> Tensor:
+    """Returns a copy of small values, through which no compiler looks.
+
+    It would draw them again in the backward pass, not once but for every pixel.
+    """
+    return values.clone()
+
+
+@_opaque.register_fake
+def _(values: Tensor) -> Tensor:
+    return torch.empty_like(values)
 
 
 def _ruler(length: int) -> Tensor:

@@ -10,6 +10,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,10 @@ import torch
 from schedulefree import AdamWScheduleFree
 from timm.layers import StdConv2d
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
@@ -826,6 +831,27 @@ def test_one_whole_graph_is_compiled_once_for_all_steps(
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
     reports = [[(layer.drawn, layer.merged) for layer in m.report()] for m in (eager, model)]
     assert reports[0] == reports[1] and all(merged > 0 for _, merged in reports[0])
+
+
+def test_a_compiled_backward_pass_draws_nothing_again() -> None:
+    wide = [nn.Conv2d(8, 64, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), *wide, nn.Conv2d(64, 96, 1), nn.ReLU())
+    model, optimizer = made(network=network.double(), direction="signed")
+    found: dict[str, list[str]] = {}
+
+    def keep(name: str, graph: torch.fx.GraphModule, _: Any) -> Any:
+        found[name] = [str(node.target) for node in graph.graph.nodes if "xor" in str(node.target)]
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=partial(keep, "forward"),
+        bw_compiler=partial(keep, "backward"),
+        decompositions=select_decomp_table(),
+        partition_fn=min_cut_rematerialization_partition,  # what is cheap is computed again
+    )
+    torch._dynamo.reset()
+    step(torch.compile(model, fullgraph=True, backend=backend), optimizer, 0)
+    assert found["forward"] and not found["backward"]
 
 
 def test_a_whole_graph_begins_and_ends_with_the_schedule() -> None:
