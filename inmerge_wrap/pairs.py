@@ -214,6 +214,8 @@ def move(
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Disables autocast, inside which kernels would be compared in half precision."""
     kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    # PyTorch 2.6 cannot compile the question whether a device has autocast.
+    has = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    if has and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
