@@ -6,6 +6,7 @@ A message marks an argument as ``<name>`` or ``<name=value>``. Python shows ``na
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -63,6 +64,18 @@ def for_command_line(message: Exception | str, options: Mapping[str, str] | None
     if not isinstance(message, ArgumentError | ArgumentWarning):
         return str(message)
     return message.with_options(lambda name: (options or {}).get(name, as_option(name)))
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Returns the argparse type of whole numbers from ``least`` on."""
+
+    def whole_number(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {number}")
+        return number
+
+    return whole_number
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

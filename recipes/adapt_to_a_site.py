@@ -34,6 +34,7 @@ from torchvision.transforms.v2 import functional as image_ops
 from tqdm import trange
 
 from inmerge_wrap import export_timm, recalibrate
+from inmerge_wrap.errors import at_least
 
 # -- options ---------------------------------------------------------------------------------------
 
@@ -45,12 +46,12 @@ one = parser.add_mutually_exclusive_group()
 one.add_argument("--model", type=Path, help="timm folder of a network for these digits, such as "
     "runs/quickstart/model (default: train one)")  # fmt: skip
 one.add_argument("--arch", default="resnet10t", help="timm CNN to train (default: %(default)s)")
-add("--epochs", type=int, default=3, help="of training, without --model (default: %(default)s)")
-add("--images", type=int, default=200, help="unlabelled ones, up to 200 (default: %(default)s)")
+add("--epochs", type=at_least(1), default=3, help="without --model (default: %(default)s)")
+add("--images", type=at_least(1), default=200, help="unlabelled, up to 200 (default: %(default)s)")
 add("--digits", type=int, nargs="+", default=range(10), choices=range(10), metavar="DIGIT",
     help="that they show (default: all)")  # fmt: skip
 add("--prior", type=float, default=16.0, help="images that the old statistics count as")
-add("--seed", type=int, default=0, help="of network, order and noise (default: %(default)s)")
+add("--seed", type=at_least(0), default=0, help="of all that is drawn (default: %(default)s)")
 add("--out", type=Path, default=Path("runs/adapt_to_a_site"), help="folder")
 
 # -- data ------------------------------------------------------------------------------------------

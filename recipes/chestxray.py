@@ -45,7 +45,7 @@ from inmerge_wrap.app.batches import per_process
 from inmerge_wrap.app.records import environment
 from inmerge_wrap.app.starting_weights import start_network
 from inmerge_wrap.app.training import make_accelerator, one_line_if_out_of_memory
-from inmerge_wrap.errors import for_command_line
+from inmerge_wrap.errors import at_least, for_command_line
 from inmerge_wrap.files import replacing, write_json
 from inmerge_wrap.images import nih
 from inmerge_wrap.robustness import classification_metrics
@@ -83,18 +83,18 @@ add("--revision", help="commit of a --dataset on the hub, 40 hex digits")
 add("--cache", type=Path, help="folder of decoded images, created if needed")
 add("--arch", default="resnet34", help="any timm CNN (default: %(default)s)")
 add("--weights", default="imagenet", help="imagenet (downloaded by timm), none, or a file")
-add("--size", type=int, default=224, help="side of the images in pixels (default: %(default)s)")
+add("--size", type=at_least(1), default=224, help="side of the images (default: %(default)s)")
 add("--mode", choices=["outputs", "step", "none"], help="in the second phase, merge inside the "
     "forward pass, for each image (outputs, the default), in the weights after each optimizer step "
     "(step), or not at all (none)")  # fmt: skip
 add("--paper", action="store_true", help="--mode step with the constants of the paper")
 add("--control", action="store_true", help="also train the second phase without merging")
-add("--epochs", type=int, nargs=2, default=[30, 10], metavar=("FIRST", "SECOND"), help="epochs of "
-    "the two phases (default: 30 10)")  # fmt: skip
+add("--epochs", type=at_least(0), nargs=2, default=[30, 10], metavar=("FIRST", "SECOND"),
+    help="of the two phases (default: 30 10)")  # fmt: skip
 add("--batch-size", type=int, default=324, help="over all processes (default: %(default)s)")
 add("--lr", type=float, default=0.1, help="at the start (default: %(default)s)")
-add("--workers", type=int, default=4, help="loader workers of each process (default: %(default)s)")
-add("--seed", type=int, default=0, help="of validation patients, network, order and merging")
+add("--workers", type=at_least(0), default=4, help="of each process (default: %(default)s)")
+add("--seed", type=at_least(0), default=0, help="of validation patients, network and order")
 add("--resume", action="store_true", help="continue the run in --out from its last epoch")
 add("--out", type=Path, default=Path("runs/chestxray"), help="folder (default: %(default)s)")
 
@@ -265,14 +265,14 @@ def main() -> None:
     if options.paper and options.mode not in (None, "step"):
         parser.error(f"--paper merges after each step: leave out --mode {options.mode}")
     options.mode = "step" if options.paper else options.mode or "outputs"
-    if options.epochs[1] < 1 and (options.mode != "none" or options.control):
-        parser.error(f"--epochs {options.epochs[0]} 0 leaves no second phase: pass --mode none")
+    first, second = options.epochs
+    if not second and (options.mode != "none" or options.control or not first):
+        parser.error(f"--epochs {first} 0 is a first phase alone: it needs epochs and --mode none")
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one writes the cache
     accelerator = make_accelerator(kwargs_handlers=[patience])
     with accelerator.local_main_process_first():  # one process downloads and writes the cache
         parts = read_parts(options)
-    if (most := len(parts["train"])) < options.batch_size:
-        raise SystemExit(f"--batch-size {options.batch_size} exceeds the {most} training images")
+    per_process(options.batch_size, accelerator.num_processes, len(parts["train"]))
     run = check_run(options, parts)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -38,6 +38,7 @@ from inmerge_wrap import InMergeWrapper, export_timm
 from inmerge_wrap.app.batches import per_process
 from inmerge_wrap.app.records import environment
 from inmerge_wrap.app.training import make_accelerator, one_line_if_out_of_memory
+from inmerge_wrap.errors import at_least
 from inmerge_wrap.files import write_json
 from inmerge_wrap.robustness import classification_metrics, evaluate_robustness, paired_difference
 
@@ -63,12 +64,12 @@ add("--mode", choices=["outputs", "step", "none"], help="merge inside the forwar
     "image (outputs, the default), in the weights after each optimizer step (step), or not at all, "
     "without pairs (none)")  # fmt: skip
 add("--paper", action="store_true", help="--mode step with the constants of arXiv 2502.20516")
-add("--epochs", type=int, default=10, help="of each run (default: %(default)s)")
+add("--epochs", type=at_least(1), default=10, help="of each run (default: %(default)s)")
 add("--batch-size", type=int, default=64, help="over all processes (default: %(default)s)")
 add("--lr", type=float, default=0.05, help="peak of the one-cycle schedule (default: %(default)s)")
-add("--train-images", type=int, help="train on a random subset of this size")
-add("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
-add("--seeds", type=int, default=1, help="number of pairs (default: %(default)s)")
+add("--train-images", type=at_least(1), help="train on a random subset of this size")
+add("--seed", type=at_least(0), default=0, help="the first seed (default: %(default)s)")
+add("--seeds", type=at_least(1), default=1, help="number of pairs (default: %(default)s)")
 add("--out", type=Path, default=Path("runs/medmnist"), help="folder (default: %(default)s)")
 
 
@@ -149,7 +150,7 @@ def train(
     loader = DataLoader(
         TensorDataset(pixels, labels),
         collate_fn=lambda rows: default_collate([(augment(image), truth) for image, truth in rows]),
-        batch_size=per_process(options.batch_size, accelerator.num_processes),
+        batch_size=per_process(options.batch_size, accelerator.num_processes, len(labels)),
         shuffle=True,
         drop_last=True,  # BatchNorm cannot train on a last batch of one image
     )
@@ -275,7 +276,7 @@ def main() -> None:
     with accelerator.main_process_first():  # one process downloads, the others find the file
         data = read(options.dataset, options.data_root, options.size)
     most = len(data.parts["train"][1])
-    if options.train_images is not None and not 1 <= options.train_images <= most:
+    if (options.train_images or 0) > most:
         parser.error(f"--train-images must lie in [1, {most}], got {options.train_images}")
     runs: dict[str, list[dict[str, Any]]] = {}
     name = f"{options.dataset}-{options.size}-{options.arch}"

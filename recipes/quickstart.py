@@ -33,6 +33,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from inmerge_wrap import InMergeWrapper, __version__, export_timm
+from inmerge_wrap.errors import at_least
 
 # -- options ---------------------------------------------------------------------------------------
 
@@ -44,10 +45,10 @@ add("--arch", default="resnet10t", help="any timm CNN (default: %(default)s)")
 add("--mode", choices=["outputs", "step", "none"], default="outputs", help="merge inside the "
     "forward pass, for each image (outputs), in the weights after each optimizer step (step), or "
     "not at all (none) (default: %(default)s)")  # fmt: skip
-add("--epochs", type=int, default=8, help="passes over the images (default: %(default)s)")
-add("--batch-size", type=int, default=32, help="over all processes (default: %(default)s)")
+add("--epochs", type=at_least(1), default=8, help="passes over the images (default: %(default)s)")
+add("--batch-size", type=at_least(1), default=32, help="over all processes (default: %(default)s)")
 add("--lr", type=float, default=0.05, help="peak of the one-cycle schedule (default: %(default)s)")
-add("--seed", type=int, default=0, help="of network, order and merging (default: %(default)s)")
+add("--seed", type=at_least(0), default=0, help="of all that is drawn (default: %(default)s)")
 add("--out", type=Path, default=Path("runs/quickstart"), help="folder (default: %(default)s)")
 
 

@@ -91,8 +91,10 @@ class Batches:
         self.order.epoch = self.images.epoch = epoch
 
 
-def per_process(batch_size: int, processes: int) -> int:
-    """Returns the batch size of each process."""
+def per_process(batch_size: int, processes: int, images: int | None = None) -> int:
+    """Returns the batch size of each process, of which these images must fill one."""
+    if images is not None and batch_size > images:
+        raise SystemExit(f"--batch-size {batch_size} exceeds the {images} training images")
     if batch_size < 1 or batch_size % processes:
         raise SystemExit(
             f"--batch-size {batch_size} is the size over all processes: "

@@ -167,7 +167,12 @@ def test_options_that_do_not_fit_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for arguments, message in (
-        (["--epochs", "1", "0"], "--epochs 1 0 leaves no second phase: pass --mode none"),
+        (
+            ["--epochs", "1", "0"],
+            "--epochs 1 0 is a first phase alone: it needs epochs and --mode none",
+        ),
+        (["--epochs", "0", "0", "--mode", "none"], "--epochs 0 0 is a first phase alone"),
+        (["--workers", "-1"], "argument --workers: must be at least 0, got -1"),
         (["--paper", "--mode", "none"], "--paper merges after each step: leave out --mode none"),
         ([], "one of the arguments --data-root --dataset is required"),
     ):

@@ -110,7 +110,8 @@ def test_without_data_it_says_what_to_do(
     [
         (["--paper", "--mode", "outputs"], "--paper merges after each step: leave out --mode"),
         (["--train-images", "1101"], "--train-images must lie in [1, 1100], got 1101"),
-        (["--train-images", "0"], "--train-images must lie in [1, 1100], got 0"),
+        (["--train-images", "0"], "argument --train-images: must be at least 1, got 0"),
+        (["--seeds", "0"], "argument --seeds: must be at least 1, got 0"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(
@@ -121,6 +122,14 @@ def test_options_that_do_not_fit_are_refused(
 ) -> None:
     assert refusal(monkeypatch, "medmnist_2d", "--dataset", "digits", *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_batch_that_no_images_fill_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    digits = ["--dataset", "digits", "--train-images", "32"]
+    assert "--batch-size 64 exceeds the 32" in str(refusal(monkeypatch, "medmnist_2d", *digits))
 
 
 def test_a_set_of_several_labels_in_grey_is_read(tmp_path: Path) -> None:
