@@ -72,7 +72,7 @@ def at_least(least: int) -> Callable[[str], int]:
     def whole_number(text: str) -> int:
         number = int(text)
         if number < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {number}")
+            raise argparse.ArgumentTypeError(f"must lie in [{least}, inf), got {number}")
         return number
 
     return whole_number

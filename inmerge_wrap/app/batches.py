@@ -25,9 +25,10 @@ def statistics(images: ImageSet, most: int = 1000) -> tuple[list[float], list[fl
     return pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).clamp_min(1e-3).tolist()
 
 
-def augmentation(flip: str) -> v2.Compose:
-    """Returns TrivialAugment (arXiv 2103.10158) on uint8 pixels, and flips where harmless."""
-    steps: list[nn.Module] = [v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)]
+def augmentation(augment: str, flip: str) -> v2.Compose:
+    """Returns TrivialAugment (arXiv 2103.10158) or nothing on uint8 pixels, and flips."""
+    trivial = v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)
+    steps: list[nn.Module] = [trivial if augment == "trivial" else v2.Identity()]
     if flip in ("horizontal", "both"):
         steps.append(v2.RandomHorizontalFlip())
     if flip == "both":
@@ -109,7 +110,7 @@ def open_batches(
     """Returns the batches of a run: those of the parts train and val, prepared."""
     count, processes = len(sets["train"]), accelerator.num_processes
     order = EpochOrder(count, seed)
-    images = Augmented(sets["train"], augmentation(options.flip), seed)
+    images = Augmented(sets["train"], augmentation(options.augment, options.flip), seed)
     loader = DataLoader(
         images,
         batch_size=per_process(min(options.batch_size, count // processes * processes), processes),

@@ -25,7 +25,7 @@ Trains a classifier on a folder of your own images, and writes a report that you
 DIR holds train|val|test/CLASS/*, or CLASS/*, which is then split; or --csv FILE names the path and
 the label of each image. PNG, JPEG, TIFF and DICOM, 8 or 16 bit, grey or colour, any size. Trains
 without and with in-model merging in pairs of seeds (--only merged trains that alone), both with
-TrivialAugment, and writes
+TrivialAugment unless --augment says otherwise, and writes
 
     OUT/report.html      one file, opens offline
     OUT/model/           the best network on validation
@@ -128,6 +128,13 @@ add("--batch-size", type=int, default=32, help="over all processes (default: %(d
 add("--lr", type=float, default=5e-4, help="of AdamW, after a first epoch of warm-up")
 add("--weight-decay", type=float, default=0.05, help="(default: %(default)s)")
 add("--ema", type=float, default=0.998, help="decay of the average of the weights; 0 for none")
+add(
+    "--augment",
+    default="trivial",
+    choices=("trivial", "none"),
+    help="trivial: TrivialAugment, which changes colours and geometry at random (default); none "
+    "where the finding lies in these",
+)
 add(
     "--flip",
     default="none",

@@ -114,7 +114,7 @@ def _training_of(training: Mapping[str, Any], options: argparse.Namespace) -> st
     parts = [
         f"{options.epochs} epochs of AdamW from weights {options.weights!r}",
         f"learning rate {options.lr:g} with warm-up and cosine decay",
-        "TrivialAugment",
+        "TrivialAugment" if options.augment == "trivial" else "no TrivialAugment",
         f"flips ({options.flip})" if options.flip != "none" else "",
         "classes balanced" if options.class_balanced else "",
         f"average of the weights with decay {options.ema:g}" if options.ema else "",

@@ -109,12 +109,12 @@ def test_a_test_part_of_one_class_is_reported(
                 image = coloured(label, 10_000 * len(part) + 1000 * label + n)
                 image.save(tmp_path / "data" / part / name / f"{n}.png")
     given = ["--data-dir", tmp_path / "data", *TINY, "--epochs", "1", "--out", tmp_path / "mine"]
-    given += ["--ema", "0", "--flip", "both", "--class-balanced"]
+    given += ["--ema", "0", "--augment", "none", "--flip", "both", "--class-balanced"]
     assert run_here(monkeypatch, *given) == 0
     text = (tmp_path / "mine" / "report.html").read_text()
     assert "The test images hold one class" in text
     card = (tmp_path / "mine" / "model" / "README.md").read_text()
-    assert "TrivialAugment, flips (both), classes balanced; epoch" in " ".join(card.split())
+    assert "no TrivialAugment, flips (both), classes balanced; epoch" in " ".join(card.split())
     given += ["--channels", "1", "--preset", "blood", "--out", tmp_path / "grey"]
     grey = run_here(monkeypatch, *given)
     assert "--preset blood needs colours" in str(grey)
@@ -817,20 +817,30 @@ def test_an_order_depends_on_seed_and_epoch_alone() -> None:
 @pytest.mark.parametrize(("train", "val"), [(20, 70), (3, 1), (64, 64)])
 def test_the_bar_counts_the_batches_that_are_read(train: int, val: int) -> None:
     sets: Any = {"train": range(train), "val": range(val)}
-    settings: Any = SimpleNamespace(batch_size=8, workers=0, flip="none")
+    settings: Any = SimpleNamespace(batch_size=8, workers=0, augment="trivial", flip="none")
     alone: Any = SimpleNamespace(num_processes=1, prepare=lambda *loaders: loaders)
     opened = batches.open_batches(sets, settings, 0, alone)
     assert batches.batches_per_epoch(train, val, 8, 1) == len(opened)
 
 
 def test_augmentation_gives_bytes_of_the_same_shape() -> None:
-    augmentation = batches.augmentation("both")
+    augmentation = batches.augmentation("trivial", "both")
     torch.manual_seed(0)
     for channels in (1, 3):
         pixels = torch.randint(256, (channels, 20, 20), dtype=torch.uint8)
         outcomes = [augmentation(pixels) for _ in range(40)]
         assert {(o.dtype, tuple(o.shape)) for o in outcomes} == {(torch.uint8, (channels, 20, 20))}
         assert len({o.numpy().tobytes() for o in outcomes}) > 20
+
+
+def test_without_augmentation_images_are_only_flipped() -> None:
+    pixels = torch.randint(256, (3, 8, 8), dtype=torch.uint8)
+    assert torch.equal(batches.augmentation("none", "none")(pixels), pixels)
+    flipped = [batches.augmentation("none", "horizontal")(pixels) for _ in range(40)]
+    assert {f.numpy().tobytes() for f in flipped} == {
+        pixels.numpy().tobytes(),
+        pixels.flip(-1).numpy().tobytes(),
+    }
 
 
 def recipe_of(classes: list[str], **settings: Any) -> Recipe:
@@ -955,7 +965,7 @@ def test_only_what_changes_the_weights_binds_a_run() -> None:
     given = vars(options.parser.parse_args(["--data-dir", "x"]))
     assert set(given) >= options.FREE
     compared = set(given) - options.FREE
-    assert {"lr", "epochs", "batch_size", "arch", "weights", "ema", "flip"} <= compared
+    assert {"lr", "epochs", "batch_size", "arch", "weights", "ema", "augment", "flip"} <= compared
     runs = options.planned_runs(SimpleNamespace(only=None, seeds=2, out=Path("o")))
     assert [run.name for run in runs] == [
         "plain, seed 0", "merged, seed 0", "plain, seed 1", "merged, seed 1",

@@ -172,7 +172,7 @@ def test_options_that_do_not_fit_are_refused(
             "--epochs 1 0 is a first phase alone: it needs epochs and --mode none",
         ),
         (["--epochs", "0", "0", "--mode", "none"], "--epochs 0 0 is a first phase alone"),
-        (["--workers", "-1"], "argument --workers: must be at least 0, got -1"),
+        (["--workers", "-1"], "argument --workers: must lie in [0, inf), got -1"),
         (["--paper", "--mode", "none"], "--paper merges after each step: leave out --mode none"),
         ([], "one of the arguments --data-root --dataset is required"),
     ):

@@ -110,8 +110,8 @@ def test_without_data_it_says_what_to_do(
     [
         (["--paper", "--mode", "outputs"], "--paper merges after each step: leave out --mode"),
         (["--train-images", "1101"], "--train-images must lie in [1, 1100], got 1101"),
-        (["--train-images", "0"], "argument --train-images: must be at least 1, got 0"),
-        (["--seeds", "0"], "argument --seeds: must be at least 1, got 0"),
+        (["--train-images", "0"], "argument --train-images: must lie in [1, inf), got 0"),
+        (["--seeds", "0"], "argument --seeds: must lie in [1, inf), got 0"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(
