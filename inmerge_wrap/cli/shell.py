@@ -56,6 +56,8 @@ def command(
         def guarded(*args: Any, **kwargs: Any) -> None:
             try:
                 function(*args, **kwargs)
+            except typer.Exit:  # a RuntimeError, too
+                raise
             except (ValueError, OSError, ImportError, RuntimeError) as error:
                 text = f"error: {for_command_line(error, _OPTIONS)}"
                 Console(stderr=True).print(text, style="red", markup=False, soft_wrap=True)

@@ -115,7 +115,8 @@ def test_names_of_two_folders_differ_and_nothing_readable_is_a_failure(tmp_path:
     assert [entry["image"] for entry in found] == names
     (tmp_path / "broken.png").write_bytes(b"nothing")
     broken = ("predict", folder, tmp_path / "broken.png", "--out", tmp_path / "p.csv")
-    assert "1 of 1 files cannot be read" in run(*broken, code=1).stderr
+    said = run(*broken, code=1).stderr
+    assert said == "warning: 1 of 1 files cannot be read: see the column error\n"
     assert rows_of(tmp_path / "p.csv")[str(tmp_path / "broken.png")]["error"]
 
 
