@@ -55,7 +55,8 @@ class Decoded:
     @property
     def digest(self) -> str:
         """Of the values, so that one image in two formats is found to be the same."""
-        content = np.ascontiguousarray(self.values)
+        grey = self.values.ndim == 3 and not self.colour
+        content = np.ascontiguousarray(self.values[..., 0] if grey else self.values)
         shape = f"{content.shape}{content.dtype.kind}".encode()
         return hashlib.sha256(shape + content.tobytes()).hexdigest()
 

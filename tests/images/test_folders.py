@@ -767,6 +767,9 @@ def test_equal_images_in_two_parts_are_an_error_in_any_format(tmp_path: Path) ->
     )
     with pytest.raises(DataError, match=found):
         opened(tmp_path)
+    save(tmp_path / "test" / "a" / "other.tif", np.dstack([ramp()] * 3))  # grey, stored as colour
+    with pytest.raises(DataError, match=found):
+        opened(tmp_path)
     collection, _ = opened(tmp_path, allow_overlap=True)
     assert any("Figures are too good" in text for text in collection.warnings)
 
