@@ -23,6 +23,7 @@ from inmerge_wrap.app.model import Progress, TrainedModel, read_files, silent
 from inmerge_wrap.app.operating import balanced_accuracy, operating_point
 from inmerge_wrap.errors import ArgumentError
 from inmerge_wrap.images.collection import spaced
+from inmerge_wrap.images.files import named
 from inmerge_wrap.images.looks import Look, seen_of
 from inmerge_wrap.images.preparation import Recipe, digest_of
 from inmerge_wrap.recalibration import recalibrate
@@ -108,6 +109,8 @@ def adapt(
     of some (see `read_labels`), temperature and thresholds are chosen on them afterwards.
     """
     check_norms(model.network)
+    if len(site.names) < 2:
+        raise ArgumentError(f"1 image is too few to estimate statistics on: use {_FEW} or more")
     adapted = replace(model, network=copy.deepcopy(model.network))
     before = _scores(model, site.pixels, progress)
     recalibrate(adapted.network, _batches(adapted, site.pixels, progress), prior=prior)
@@ -127,6 +130,11 @@ def adapt(
         known = torch.tensor([labels[site.names[place]] for place in kept])
         first, last = (balanced_accuracy(recipe, of[kept], known) for of in (before, after))
         recipe, notes = operating_point(recipe, after[kept], known)
+        if unused := [name for name in labels if name not in site.names]:
+            notes.append(
+                f"{len(unused)} of {len(labels)} labelled images not used, as not among the "
+                f"{len(site.names)} images: {named(unused)}"
+            )
         if math.isnan(first):
             notes.append("the labelled images hold one class, so balanced accuracy is undefined")
         else:

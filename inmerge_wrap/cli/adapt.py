@@ -69,7 +69,9 @@ def adapt(
         reading, adapting = partial(show, "reading"), partial(show, "adapting")
         read = read_site(trained, files, limit=limit, workers=workers, progress=reading)
         found = adapted_to(trained, read, prior=prior, labels=marks, progress=adapting)
-    load = write_adapted(found, model, out, site=site or images.resolve().stem)
+    place = images.resolve()
+    name = place.name if place.is_dir() else place.stem
+    load = write_adapted(found, model, out, site=site or name)
     for warning in found.warnings:
         warn(warning)
     if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,6 +134,19 @@ def test_a_network_without_batch_norm_is_refused_with_what_to_do(tmp_path: Path)
     assert not out.exists()
 
 
+def test_one_image_is_too_few_and_a_site_has_the_whole_name_of_its_folder(
+    site: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "St. Mary"
+    place.mkdir()
+    shutil.copy(site / "other" / "00.png", place)
+    options = ("adapt", site / "model", place, "--out", tmp_path / "out")
+    assert "1 image is too few" in complaint(*options)
+    shutil.copy(site / "other" / "01.png", place)
+    run(*options)
+    assert "2 images of St. Mary:" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_labels_give_temperature_and_accuracy(site: Path, tmp_path: Path) -> None:
     model = TrainedModel.read(site / "model")
     names = [name for name, _ in find_files([site / "other"])]
@@ -174,11 +188,16 @@ def test_labels_of_one_class_give_no_balanced_accuracy(site: Path, tmp_path: Pat
     assert "the labelled images hold one class" in " ".join(content["warnings"])
 
 
-def test_labels_that_name_no_image_are_an_error(site: Path, tmp_path: Path) -> None:
+def test_labels_that_name_no_image_are_said(site: Path, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("path,label\nelsewhere.png,a\n")
     options = ("--labels", tmp_path / "labels.csv", "--out", tmp_path / "out")
     told = complaint("adapt", site / "model", site / "other", *options)
     assert "none of the 1 labelled images is among the 40 images" in told
+    (tmp_path / "labels.csv").write_text("path,label\n00.png,a\nelsewhere.png,a\n01.png,b\n")
+    content = run_json("adapt", site / "model", site / "other", *options)
+    assert content["labelled"] == 2
+    said = "1 of 3 labelled images not used, as not among the 40 images: elsewhere.png"
+    assert said in content["warnings"]
 
 
 def test_thresholds_are_chosen_where_both_answers_are_known() -> None:
