@@ -234,6 +234,12 @@ def evaluate_all(
     """
     results: dict[str, RobustnessResult] = {}
     for each in contenders:
+        several = each.recipe is not None and each.recipe.task == "multi-label"
+        if several and task is None and images.labels.ndim == 1:
+            raise ArgumentError(
+                f"{each.name} answers for several labels, and the images have one class each: give "
+                "a table with the column path and one of 0 and 1 for each label"
+            )
         outputs = outputs_of(each.network, images.loader)
         guess = "binary" if outputs == 1 else "multiclass"
         network, recipe = each.network, each.recipe

@@ -135,9 +135,6 @@ def split(
     if not positive or not np.isclose(sum(sizes.values()), 1):
         raise DataError(f"<shares> must be three positive shares that add up to 1, got {sizes}")
     given = {image.part for image in collection.images}
-    if None in given and len(given) > 1:
-        missing = [image.name for image in collection.images if image.part is None]
-        raise DataError(f"{counted(len(missing), 'image')} without a part: {named(missing)}")
     wanted = [part for part in PARTS if part == "train" or part not in given]
     if wanted == ["train"]:
         if shares is not None:

@@ -82,7 +82,10 @@ class Decoded:
             return self.values
         if self.window is None or override:
             if pixel_range is None:
-                raise DataError(f"{self.values.dtype} values need a pixel_range")
+                raise DataError(
+                    f"{self.values.dtype} values, and no range says which are black and white: "
+                    "convert the image to 8 bits, or train with a range"
+                )
             black, white = pixel_range
             shown = (self.values.astype(np.float64) - black) / (white - black)
         else:

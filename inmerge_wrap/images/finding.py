@@ -273,6 +273,9 @@ def _from_table(
         path = Path(text.replace("\\", "/"))
         name = (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
         images.append(ImageFile(directory / path, name, label, part=part))
+    missing = [image.name for image in images if image.part is None]
+    if 0 < len(missing) < len(images):
+        raise DataError(f"{counted(len(missing), 'image')} without a part: {named(missing)}")
     if len(labels) > 1:
         return ImageCollection(tuple(labels), "multilabel", tuple(images))
     names = [class_name(row[labels[0]]) for row in rows]

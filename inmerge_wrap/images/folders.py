@@ -10,6 +10,7 @@ only suspicious becomes a warning.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from inmerge_wrap.images.files import DataError, counted, named, range_of
 from inmerge_wrap.images.finding import class_name, find_images, listed, parts_in
 from inmerge_wrap.images.preparation import Preparation
 from inmerge_wrap.images.sets import ImageSet, examine_all
-from inmerge_wrap.images.tables import read_table, write_table
+from inmerge_wrap.images.tables import check_columns, read_table, write_table
 
 
 def open_images(
@@ -143,10 +144,12 @@ def read_part(
     """
     if directory.is_file():
         columns = list(read_table(directory)[0])
+        labels = _label_columns(columns, classes, several)
+        check_columns(directory, columns, dict.fromkeys(["path", *labels]))
         collection = find_images(
             directory.parent,
             table=directory,
-            labels=_label_columns(columns, classes, several),
+            labels=labels,
             groups="group" if "group" in columns else None,
         )
     else:
@@ -160,9 +163,11 @@ def read_part(
         collection = replace(collection, images=collection.part(part))
     if not collection.images:
         raise DataError(f"{directory} has no part {part}")
+    for title, names in collection.lists:
+        warnings.warn(f"{title}: {named(names)}", stacklevel=2)
     if classes is not None:
         collection = _in_order(collection, classes)
-    collection = examine_all(collection)
+    collection = examine_all(collection, skip_broken=None)
     opened = ImageSet(collection.images, preparation or _prepare(collection, size))
     pixels = torch.stack([pixels for _, pixels in opened.sample(None, "reading images")])
     return pixels, opened.labels, collection
@@ -171,7 +176,7 @@ def read_part(
 def _label_columns(
     columns: list[str], classes: Sequence[str] | None, several: bool | None
 ) -> list[str]:
-    if several is not False and classes is not None and set(classes) <= set(columns):
+    if classes is not None and (several or (several is None and set(classes) <= set(columns))):
         return list(classes)
     if several is False or "label" in columns or "group" not in columns:
         return ["label"]

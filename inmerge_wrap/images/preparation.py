@@ -51,7 +51,11 @@ class Preparation:
                 raise DataError(f"<pixel_range> must be BLACK < WHITE, got {black:g} {white:g}")
 
     def __call__(self, path: Path) -> Tensor:
-        return self.pixels_of(decode(path))
+        decoded = decode(path)
+        try:
+            return self.pixels_of(decoded)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
 
     def pixels_of(self, decoded: Decoded) -> Tensor:
         """The same of a file that is read already."""

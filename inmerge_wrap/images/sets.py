@@ -51,13 +51,14 @@ def _examined(path: Path) -> Facts | str:
 def examine_all(
     collection: ImageCollection,
     *,
-    skip_broken: bool = False,
+    skip_broken: bool | None = False,
     workers: int = 0,
     memory: Path | None = None,
 ) -> ImageCollection:
     """The images that can be read, with the facts of each.
 
-    Every file is read once; ``memory``, a JSON file, keeps the facts until a file changes.
+    Every file is read once; ``memory``, a JSON file, keeps the facts until a file changes. With
+    ``skip_broken=None`` the reader of an error has no such choice.
     """
     facts = _facts_of([image.path for image in collection.images], workers, memory)
     images = [replace(i, facts=f) for i, f in zip(collection.images, facts, strict=True)]
@@ -72,9 +73,8 @@ def examine_all(
         lines[10:] = [f"  and {len(broken) - 10:,} more{where}"]
     shown = "\n".join(lines)
     if not skip_broken:
-        raise DataError(
-            f"{title}:\n{shown}\nMend or remove them, or leave them out with <skip_broken=True>"
-        )
+        choice = "" if skip_broken is None else ", or leave them out with <skip_broken=True>"
+        raise DataError(f"{title}:\n{shown}\nMend or remove them{choice}")
     counts = left.counts(left.images)
     gone = [name for name, count in zip(left.classes, counts, strict=True) if not count]
     if gone:

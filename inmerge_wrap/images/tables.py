@@ -53,22 +53,30 @@ def read_table(path: Path, needed: Mapping[str, str | None] | None = None) -> li
                     f"{path}, row {reader.line_num} has more cells than the header: put a text "
                     f"that holds {delimiter!r} in quotes"
                 )
-            rows.append({_cell(key): _cell(value or "") for key, value in row.items() if key})
+            cells = {_cell(key): _cell(value or "") for key, value in row.items() if key}
+            if any(cells.values()):  # spreadsheets end in rows of delimiters
+                rows.append(cells)
     except csv.Error as error:
         raise DataError(f"{path}, row {reader.line_num}: {error}") from error
     columns = [_cell(name) for name in reader.fieldnames or () if name]
     twice = sorted({name for name in columns if columns.count(name) > 1})
     if twice:
         raise DataError(f"{path} has several columns {twice[0]!r}: keep one of them")
-    for name, argument in (needed or {}).items():
-        if name not in columns:
-            remedy = f": name it with <{argument}>" if argument else ""
-            raise DataError(
-                f"{path} has no column {name!r}{remedy}; it has {', '.join(columns) or 'none'}"
-            )
+    check_columns(path, columns, needed or {})
     if not rows:
         raise DataError(f"{path} has a header and no rows")
     return rows
+
+
+def check_columns(path: Path, columns: Iterable[str], needed: Mapping[str, str | None]) -> None:
+    """Raises an error if a column is missing; ``needed`` has the argument that names it, if any."""
+    there = list(columns)
+    for name, argument in needed.items():
+        if name not in there:
+            remedy = f": name it with <{argument}>" if argument else ""
+            raise DataError(
+                f"{path} has no column {name!r}{remedy}; it has {', '.join(there) or 'none'}"
+            )
 
 
 def _cell(text: str) -> str:

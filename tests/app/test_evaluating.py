@@ -6,8 +6,10 @@ import csv
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from inmerge_wrap.app.model import TrainedModel
 from inmerge_wrap.images.files import decode
@@ -137,3 +139,48 @@ def test_a_table_needs_a_preparation(tmp_path: Path) -> None:
     (tmp_path / "model" / "preparation.json").unlink()
     told = complaint("evaluate", tmp_path / "model", "--data", tmp_path / "list.csv", *QUICKLY)
     assert "has no preparation.json" in told
+
+
+def test_remedies_are_those_of_this_command(tmp_path: Path) -> None:
+    pictures(tmp_path / "images", "png8", count=6)
+    trained(tmp_path / "model", "png8", tmp_path / "images")
+    (tmp_path / "images" / "broken.png").write_bytes(b"nothing")
+    Image.fromarray(np.full((40, 40), 3000, np.uint16)).save(tmp_path / "images" / "deep.png")
+    lines = {
+        "file,label\nimages/00.png,a\n": "no column 'path'; it has file, label",
+        "path,diagnosis\nimages/00.png,a\n": "no column 'label'; it has path, diagnosis",
+        "path,label\nimages/broken.png,a\n": "Mend or remove them",
+        "path,label\nimages/deep.png,a\n": "images/deep.png: uint16 values, and no range says",
+        "path,label,part\nimages/00.png,a,test\nimages/01.png,b,\n": (
+            "1 image without a part: images/01.png"
+        ),
+    }
+    for content, expected in lines.items():
+        (tmp_path / "list.csv").write_text(content)
+        options = ("--data", tmp_path / "list.csv", *QUICKLY)
+        told = run("evaluate", tmp_path / "model", *options, code=1).stderr
+        assert expected in told and "--" not in told
+    told = complaint("evaluate", tmp_path / "model", *options, "--output", tmp_path / "images")
+    assert "images is a folder: give the name of a file" in told
+
+
+def test_one_class_for_each_image_does_not_answer_for_several_labels(tmp_path: Path) -> None:
+    pictures(tmp_path / "images" / "a", "multilabel", count=4)
+    pictures(tmp_path / "images" / "b", "multilabel", count=4, seed=1)
+    trained(tmp_path / "model", "multilabel", tmp_path / "images" / "a")
+    options = ("evaluate", tmp_path / "model", "--data", tmp_path / "images", *QUICKLY)
+    told = run(*options, code=1).stderr
+    assert "answers for several labels, and the images have one class each: give a table" in told
+    (tmp_path / "list.csv").write_text("path,a,c\nimages/a/00.png,1,0\n")
+    told = complaint("evaluate", tmp_path / "model", "--data", tmp_path / "list.csv", *QUICKLY)
+    assert "no column 'b'; it has path, a, c" in told
+
+
+def test_files_that_are_left_out_are_named(tmp_path: Path) -> None:
+    pictures(tmp_path / "images" / "a", "png8", count=3)
+    pictures(tmp_path / "images" / "b", "png8", count=3, seed=1)
+    trained(tmp_path / "model", "png8", tmp_path / "images" / "a")
+    Image.open(tmp_path / "images" / "a" / "00.png").save(tmp_path / "images" / "a" / "x.webp")
+    options = ("--data", tmp_path / "images", *QUICKLY)
+    with pytest.warns(UserWarning, match=r"^1 file ignored, not images in a class: a/x\.webp$"):
+        run("evaluate", tmp_path / "model", *options)

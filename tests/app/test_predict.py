@@ -92,7 +92,7 @@ def test_a_broken_file_is_a_row_with_its_reason(tmp_path: Path) -> None:
     rows = rows_of(out)
     assert set(rows) == {"00.png", "01.png", "02.png", "03.png", "broken.png", "deep.png"}
     assert "cannot identify image file" in rows["broken.png"]["error"]
-    assert "need a pixel_range" in rows["deep.png"]["error"]
+    assert rows["deep.png"]["error"].startswith("uint16 values, and no range says which are black")
     assert (
         rows["broken.png"]["a"] == rows["broken.png"]["prediction"] == ""
         and not rows["00.png"]["error"]

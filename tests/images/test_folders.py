@@ -468,6 +468,7 @@ def test_tables_of_windows_are_read(tmp_path: Path, encoding: str, delimiter: st
     for n in range(30):
         save(tmp_path / "bilder" / f"{n}.png", picture(n))
         lines.append(delimiter.join([f"bilder\\{n}.png", ("gesund", "Ödem")[n % 2]]))
+    lines += [delimiter] * 2  # as a spreadsheet ends where rows were emptied
     (tmp_path / "t.csv").write_bytes("\r\n".join(lines).encode(encoding))
     collection, _ = opened(tmp_path, table=tmp_path / "t.csv")
     assert collection.classes == ("gesund", "Ödem") and len(collection.images) == 30
