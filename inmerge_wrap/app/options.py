@@ -14,7 +14,7 @@ from inmerge_wrap.app.training import Run
 from inmerge_wrap.card import ModelCard
 from inmerge_wrap.errors import ArgumentError
 from inmerge_wrap.images.finding import class_name
-from inmerge_wrap.robustness.corruptions import PRESETS, resolve_preset
+from inmerge_wrap.robustness.corruptions import resolve_preset
 
 DESCRIPTION = """\
 Trains a classifier on a folder of your own images, and writes a report that you can share.
@@ -197,6 +197,7 @@ def parse_arguments(arguments: Sequence[str] | None, program: str) -> argparse.N
     """The command line; what is out of range is refused before hours of training, not after."""
     parser.prog = program
     options = parser.parse_args(arguments)
+    options.severities = sorted(set(options.severities))
     for name, least in (("epochs", 1), ("seeds", 1), ("batch_size", 1), ("workers", 0)):
         value = getattr(options, name)
         if value < least:
@@ -221,7 +222,7 @@ def parse_arguments(arguments: Sequence[str] | None, program: str) -> argparse.N
             resolve_preset(options.preset)
         ModelCard(title=title_of(options), license=options.license, training_data="own images")
     except ValueError as error:
-        parser.error(f"{error} (presets: {', '.join(PRESETS)})" if options.preset else str(error))
+        parser.error(str(error))
     return options
 
 

@@ -83,7 +83,7 @@ def test(run: Run, data: Data, options: argparse.Namespace, device: torch.device
         preset=options.preset or ("grey" if recipe.preparation.channels == 1 else "all"),
         task=collection.task,
         normalize=model.normalised,
-        severities=sorted(options.severities),
+        severities=options.severities,
         bootstrap=options.bootstrap,
         threshold=recipe.thresholds or 0.5,
         groups=units,

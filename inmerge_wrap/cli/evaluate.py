@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Argument, Option
 
 from inmerge_wrap.cli import options
-from inmerge_wrap.cli.options import check_pixels, check_there, load
+from inmerge_wrap.cli.options import check_file, check_pixels, check_there, load
 from inmerge_wrap.cli.shell import command, print_json, progress, save_json, warn
 from inmerge_wrap.cli.tables import KEPT, Column, print_table
 from inmerge_wrap.errors import ArgumentError
@@ -76,7 +76,7 @@ def evaluate(
     paths = _named_paths(models)
     check_there(data)
     check_pixels(mean, std)
-    _check_eps(eps, attack)
+    _check_options(eps, attack, output)
     networks = {n: load(path, arch, num_classes, in_chans, key)[0] for n, path in paths.items()}
     from inmerge_wrap.app import evaluating
     from inmerge_wrap.robustness import Attack
@@ -111,7 +111,8 @@ def evaluate(
     _report(results, output, as_json)
 
 
-def _check_eps(eps: float | None, attack: list[str] | None) -> None:
+def _check_options(eps: float | None, attack: list[str] | None, output: Path | None) -> None:
+    check_file(output)
     if eps is not None and not attack:
         raise ArgumentError("<eps> is the size of an attack: give <attack> fgsm or pgd, too")
 

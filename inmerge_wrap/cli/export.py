@@ -79,7 +79,7 @@ def export(
             input_size=input_size,
             mean=_of_each(mean, input_size[0]),
             std=_of_each(std, input_size[0]),
-            label_names=None if label_names is None else label_names.split(","),
+            label_names=label_names and [name.strip() for name in label_names.split(",")],
             card=None if card is None else _card(card, weights, key),
         )
     if as_json:

@@ -101,6 +101,12 @@ def check_there(path: Path) -> None:
     raise ValueError(f"no such file or folder: {path}{hint}")
 
 
+def check_file(path: Path | None) -> None:
+    """Raises an error before hours of work if a file to write is a folder."""
+    if path is not None and path.is_dir():
+        raise ValueError(f"{path} is a folder: give the name of a file in it")
+
+
 def check_image(input_size: tuple[int, int, int] | None) -> None:
     """Raises an error for an image without pixels."""
     if input_size is not None and min(input_size) < 1:

@@ -174,4 +174,7 @@ def test_predict_answers_mistakes(tmp_path: Path) -> None:
     trained(tmp_path / "model", "png8", tmp_path / "images")
     (tmp_path / "empty").mkdir()
     assert "no image in" in complaint("predict", tmp_path / "model", tmp_path / "empty")
+    there = ("--out", tmp_path / "empty")
+    told = complaint("predict", tmp_path / "model", tmp_path / "images" / "00.png", *there)
+    assert "empty is a folder: give the name of a file" in told
     assert not Path("predictions.csv").exists()

@@ -618,7 +618,7 @@ def test_each_site_is_held_out_in_turn(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (["--prevalence", "2"], "--prevalence 2: give a share between 0 and 1"),
+        (["--prevalence", "2", "--preset", "quick"], "between 0 and 1, or CLASS=SHARE\n"),
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["--lr", "0"], "--lr positive"),
         (["--arch", "resnet19"], "--arch resnet19 is no model of timm"),
@@ -637,6 +637,11 @@ def test_settings_out_of_range_are_refused_at_once(
 ) -> None:
     assert run_here(monkeypatch, "--data-dir", tmp_path, *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_severity_that_is_given_twice_counts_once() -> None:
+    given = ["--data-dir", "x", "--severities", "4", "3", "3"]
+    assert options.parse_arguments(given, "train").severities == [3, 4]
 
 
 def test_results_inside_the_class_folders_are_refused(

@@ -152,13 +152,14 @@ def test_export_writes_a_timm_folder_with_its_card(
     (tmp_path / "card.json").write_text(json.dumps(card))
     content = run_json(
         "export", weights, tmp_path / "out", "--arch", ARCH, "--input-size", 3, 64, 48,
-        "--mean", 0.4, "--std", 0.2, "--label-names", "a,b,c,d,e,f,g",
+        "--mean", 0.4, "--std", 0.2, "--label-names", "a, b,c,d,e,f,g",
         "--card", tmp_path / "card.json",
     )  # fmt: skip
     loaded = eval(content["load"], {"timm": timm}).eval()
     image = torch.rand(1, 3, 64, 48)
     with torch.no_grad():
         assert torch.equal(loaded(image), net(image))
+    assert loaded.pretrained_cfg["label_names"] == [*"abcdefg"]
     config = timm.data.resolve_model_data_config(loaded)
     assert config["input_size"] == (3, 64, 48)
     assert list(config["mean"]) == [0.4] * 3 and list(config["std"]) == [0.2] * 3
