@@ -11,11 +11,11 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 """
 
 _DEEP = """\
-values = np.asarray(ImageOps.exif_transpose(Image.open("image.png")))
-if values.dtype != np.uint8:  # of more than 8 bits: {black:g} is black and {white:g} is white
-    values = ((values.astype(float) - {black!r}) / ({white!r} - {black!r})).clip(0, 1)
-    values = np.round(255 * values).astype(np.uint8)
-image = Image.fromarray(values).convert("{mode}")
+image = ImageOps.exif_transpose(Image.open("image.png"))
+if image.mode[0] in "IF":  # of more than 8 bits: {black:g} is black and {white:g} is white
+    values = ((np.asarray(image).astype(float) - {black!r}) / ({white!r} - {black!r})).clip(0, 1)
+    image = Image.fromarray(np.round(255 * values).astype(np.uint8))
+image = image.convert("{mode}")
 """
 
 _DICOM = """\

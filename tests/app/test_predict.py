@@ -34,6 +34,10 @@ def test_the_lines_of_the_card_give_what_predict_gives(
         exif[0x0112] = 6
         with Image.open(images / "05.png") as picture:
             picture.copy().save(images / "05.png", exif=exif)
+    if form == "png16":  # among deep ones: its pixels are places in a table of colours
+        with Image.open(images / "04.png") as picture:
+            values = (np.asarray(picture) >> 4).astype(np.uint8)
+        Image.fromarray(values).convert("RGB").quantize(200).save(images / "04.png")
     trained(folder, form, images)
     run("predict", folder, images, "--out", tmp_path / "predictions.csv")
     rows = rows_of(tmp_path / "predictions.csv")
