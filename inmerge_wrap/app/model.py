@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from inmerge_wrap.architectures import is_timm_folder
 from inmerge_wrap.card import ModelCard
+from inmerge_wrap.checkpoints import load_network
 from inmerge_wrap.errors import ArgumentError
 from inmerge_wrap.export import export_timm
 from inmerge_wrap.images.files import decode, facts_of, failure
@@ -63,7 +64,12 @@ class TrainedModel:
     def read(cls, folder: Path, device: str = "cpu") -> TrainedModel:
         """Reads the folder ``model/`` of a training."""
         recipe = Recipe.read(folder)
-        network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(device)
+        if not is_timm_folder(folder):
+            raise ValueError(
+                f"{folder} lacks config.json or model.safetensors: copy all of the folder model/ "
+                "that a training wrote"
+            )
+        network: nn.Module = load_network(folder)[0].eval().to(device)
         if getattr(network, "num_classes", len(recipe.classes)) != len(recipe.classes):
             raise ValueError(
                 f"{folder} has {len(recipe.classes)} classes in preparation.json and "

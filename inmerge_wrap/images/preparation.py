@@ -114,10 +114,11 @@ class Recipe:
             raise DataError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise DataError(f"temperature must be positive, got {self.temperature}")
-        if (self.task == "multi-label") != (self.thresholds is not None):
+        wanted = len(self.classes) if self.task == "multi-label" else None
+        if wanted != (None if self.thresholds is None else len(self.thresholds)):
             raise DataError(
-                f"thresholds are {self.thresholds} and the task is {self.task}: a multi-label task "
-                "has one for each label, any other has none"
+                f"thresholds are {self.thresholds}, and the task is {self.task}: a multi-label "
+                f"task has one for each label: {', '.join(self.classes)}; any other has none"
             )
 
     def probabilities(self, logits: Tensor) -> Tensor:

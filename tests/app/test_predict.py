@@ -181,4 +181,11 @@ def test_predict_answers_mistakes(tmp_path: Path) -> None:
     there = ("--out", tmp_path / "empty")
     told = complaint("predict", tmp_path / "model", tmp_path / "images" / "00.png", *there)
     assert "empty is a folder: give the name of a file" in told
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])  # a copy that was interrupted
+    told = complaint("predict", tmp_path / "model", tmp_path / "images")
+    assert "model.safetensors is not a safetensors file" in told
+    (tmp_path / "model" / "config.json").unlink()
+    told = complaint("predict", tmp_path / "model", tmp_path / "images")
+    assert "lacks config.json or model.safetensors: copy all of the folder" in told
     assert not Path("predictions.csv").exists()

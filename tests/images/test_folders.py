@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -932,6 +933,8 @@ def test_a_deployment_survives_json_and_checks_itself(tmp_path: Path) -> None:
     assert torch.allclose(one.probabilities(logits).float(), (logits * 2).softmax(1))
     with pytest.raises(DataError, match="has one for each label"):
         Recipe(Preparation(32, 1), (0.5,), (0.2,), "multi-label", ("a", "b"))
+    with pytest.raises(DataError, match=r"are \(0\.5,\), .* has one for each label: a, b"):
+        dataclasses.replace(several, thresholds=(0.5,))
     (tmp_path / "preparation.json").write_text('{"size": 32}')
     with pytest.raises(DataError, match=r"preparation.json cannot be used: 'channels'|missing"):
         Recipe.read(tmp_path)
