@@ -44,6 +44,12 @@ def find_images(
         rows = read_table(table, {path_column: "path_column"} | dict.fromkeys(labels, "labels"))
         found = _from_table(table, rows, directory, labels, path_column)
     names = [image.name for image in found.images]
+    if taken := {"path", "label", "group", "part", *(labels if labels[1:] else ())}.intersection(
+        marks
+    ):
+        raise DataError(
+            f"<site> or <subgroups> names {min(taken)!r}, a column of split.csv too: rename yours"
+        )
     known = {mark: _values_of(mark, "<site> or <subgroups>", names, rows) for mark in marks}
     owners = [""] * len(names) if groups is None else _values_of(groups, "<groups>", names, rows)
     if groups is not None and (alone := owners.count("")):

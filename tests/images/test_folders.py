@@ -423,6 +423,8 @@ def test_a_table_of_one_label_with_groups(tmp_path: Path) -> None:
     collection, _ = opened(tmp_path, table=table, groups="patient")
     assert collection.classes == ("8", "9", "10")
     assert len({image.group for image in collection.images}) == 10
+    with pytest.raises(DataError, match=r"names 'label', a column of split\.csv too"):
+        opened(tmp_path, table=table, subgroups=["patient", "label"])
     for group in {image.group for image in collection.images}:
         assert len({image.part for image in collection.images if image.group == group}) == 1
 
