@@ -388,7 +388,9 @@ class ForwardMerge:
             everyone = torch.arange(len(kernels), device=device)
             sources = choose_sources(kernels, everyone, sources, site, settings)
             partners = kernels[sources]
-            cosines, similar = compare(kernels, partners, settings, centred=site.centred)
+            cosines, similar = compare(
+                kernels, partners, settings, centred=site.centred, drawn=drawn
+            )
             merged = similar & drawn
             noise = state.noise[number] if settings.direction in NOISE else None
             ways = signs if settings.direction == "signed" else None

@@ -5,6 +5,7 @@ Merging after a step and in the forward pass both call these functions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -151,12 +152,22 @@ def choose_sources(
 
 
 def compare(
-    kernels: Tensor, partners: Tensor, settings: MergeSettings, *, centred: bool
+    kernels: Tensor,
+    partners: Tensor,
+    settings: MergeSettings,
+    *,
+    centred: bool,
+    drawn: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the cosine of each pair (eq. 1, 2) and whether it passes the threshold (eq. 4)."""
+    """Returns the cosine of each pair (eq. 1, 2) and whether it passes the threshold (eq. 4).
+
+    Pairs that were not ``drawn``, bool, shape (pairs,), have none: a rule judges the drawn alone.
+    """
     if centred:
         kernels, partners = centre(kernels), centre(partners)
     cosines = pair_cosines(kernels, partners)
+    if drawn is not None:
+        cosines = torch.where(drawn, cosines, math.nan)
     similar = settings.similarity_threshold.is_similar(cosines, kernels.shape[1])
     if similar.shape != cosines.shape or similar.dtype != torch.bool:
         raise TypeError(

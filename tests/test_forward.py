@@ -295,6 +295,18 @@ def test_a_threshold_compares_kernels_once_and_decides_for_all_images(
         assert layer.mean_cosine is not None and abs(layer.mean_cosine) < 1
 
 
+def test_a_quantile_in_the_weights_is_one_of_the_pairs_that_were_drawn() -> None:
+    model, optimizer = made("weights", similarity_threshold=Quantile(0.5), merge_probability=0.4)
+    expected = {}
+    for name, (targets, sources) in model.next_pairs().items():
+        kernels = model.module.get_submodule(name).weight.detach().flatten(1)
+        cosines = nn.functional.cosine_similarity(kernels[targets], kernels[sources])
+        expected[name] = int((cosines >= cosines.median()).sum()), len(targets)
+    step(model, optimizer, 0)
+    found = {layer.name: (layer.merged, layer.drawn) for layer in model.report()}
+    assert found == expected and all(0 < merged < drawn for merged, drawn in found.values())
+
+
 def test_a_radius_is_relative_to_the_kernel() -> None:
     conv = nn.Conv2d(3, 16, 3, bias=False).double()
     model, optimizer = made(network=conv, radius=0.25, include="")
