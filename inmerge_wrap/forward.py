@@ -131,6 +131,10 @@ class ForwardMerge:
         self._biases: dict[int, Tensor] = {}
         self._shadowed: dict[int, Any] = {}  # what a stand-in hides until its convolution has run
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is driven by no optimizer, for which a compiled forward pass does not look.
+        return vars(self) | {"is_on": False}
+
     def install(self, network: nn.Module) -> None:
         """Puts the hooks on the convolutions of the plan, once."""
         if self._modules:

@@ -888,6 +888,8 @@ def test_a_compiled_network_without_an_optimizer_is_plain(gone: bool) -> None:
     compiled = torch.compile(model, backend="aot_eager")
     plain = model.module(images())
     assert not torch.allclose(compiled(images()), plain)
+    twin = torch.compile(copy.deepcopy(model), backend="aot_eager")
+    torch.testing.assert_close(twin(images()), plain)
     if gone:
         del optimizer
     else:
