@@ -84,6 +84,7 @@ class Driver:
         watch.idle_forwards = watch.missed_steps = 0
         return vars(self) | {
             "_attachments": Attachments(),
+            "_pauses": 0,
             "_replicas": Replicas(),
             "_sharded": None,
             "watch": watch,

@@ -346,7 +346,9 @@ def test_another_seed_or_plan_in_the_checkpoint_is_reported() -> None:
 def test_copies_and_pickles_are_independent_and_drive_no_optimizer() -> None:
     model, optimizer = attached()
     train(model, optimizer, 1)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    with model.paused():  # which no copy is
+        twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for twin in twins:
         assert twin.step == 1
         train(model, optimizer, 1)
         assert twin.step == 1
