@@ -207,10 +207,17 @@ class Driver:
             )
 
     def _held_by(self, optimizer: Optimizer, layers: Sequence[MergedLayer]) -> list[MergedLayer]:
-        """Returns the layers that an optimizer's steps merge, or count in the forward pass."""
+        """Returns the layers that an optimizer's steps merge, or count in the forward pass.
+
+        In the forward pass layers merge whoever trains them: where no optimizer does, as with a
+        head that is trained alone, or with DeepSpeed, each counts for all.
+        """
         if self._in_step:
             return self._attachments.held_by(optimizer, layers)
-        return trained_by(optimizer, layers)
+        mine = trained_by(optimizer, layers)
+        if mine or any(trained_by(other, layers) for other in self._attachments.live):
+            return mine
+        return list(layers)
 
     def _check_held(
         self,

@@ -1006,6 +1006,21 @@ def test_it_fades_and_ends() -> None:
     assert not model.statistics_lag and model.report().ended == 4
 
 
+def test_a_head_that_is_trained_alone_counts_the_steps_of_what_merges_before_it() -> None:
+    model = made(schedule=Schedule(end=2))[0]
+    optimizer = torch.optim.SGD(model.head.parameters(), lr=0.05)
+    model.attach(optimizer)
+    step(model, optimizer, 0)
+    other = torch.optim.SGD(model.last.parameters(), lr=0.05)
+    model.attach(other)
+    optimizer.step()  # of two, the one that trains a merged layer counts
+    assert model.step == 1
+    del other
+    for number in (1, 2):
+        step(model, optimizer, number)
+    assert model.step == 3 and model.report()["last"].drawn == 2 * 5 * 6
+
+
 def test_paused_trains_plainly_and_the_schedule_waits() -> None:
     model, optimizer = made(schedule=Schedule(end=2))
     plain = net()
