@@ -20,9 +20,9 @@ _SETTINGS = frozenset(setting.name for setting in fields(MergeSettings))
 class NetworkProxy(nn.Module):
     """Passes attributes, length, items and state dicts of a wrapper through to its network.
 
-    Unknown attributes are looked up on the network; those that hold parameter names are translated
-    to the names of the wrapper. The settings are attributes too, checked when they are set: this
-    replaces the frozen object that holds them.
+    Attributes of the network are looked up and set there; those that hold parameter names are
+    translated to the names of the wrapper. The settings are attributes too, checked when they are
+    set: this replaces the frozen object that holds them.
     """
 
     # The settings, for type checkers: a frozen object holds them, and __getattr__ returns them.
@@ -78,7 +78,11 @@ class NetworkProxy(nn.Module):
                 f"the network has a {name} of its own, which its forward pass would keep using: "
                 f"set it there, model.module.{name} = ..., and before wrapping if it is to merge"
             )
-        super().__setattr__(name, value)
+        # A method stays: libraries patch those of the wrapper, whatever the network has.
+        if name in vars(network or self) and name not in vars(self) and not callable(value):
+            setattr(network, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __len__(self) -> int:
         return len(cast(Sized, self.module))

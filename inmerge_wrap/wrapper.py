@@ -45,8 +45,8 @@ class InMergeWrapper(NetworkProxy):
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> handle = model.attach(optimizer)
 
-    Unknown attributes are looked up on the network, for timm's optimizer factory and training
-    code. The settings below are attributes too, checked when they are set.
+    The network's attributes are read and set through the wrapper, for timm's optimizer factory and
+    training code. The settings below are attributes too, checked when they are set.
 
     Args:
         module: The network, on any device, before it is parallelised.
@@ -97,6 +97,8 @@ class InMergeWrapper(NetworkProxy):
         ValueError: If an argument is out of range, two contradict each other, the network is
             wrapped already, or there is nothing to merge.
     """
+
+    plan: MergePlan
 
     @explains_symbols
     def __init__(
@@ -150,7 +152,7 @@ class InMergeWrapper(NetworkProxy):
             plan, module, mode, shallow_layers, example_input, include, exclude, also_merge
         )
         super().__init__(module, settings)
-        self.plan = plan
+        vars(self)["plan"] = plan  # though the network may have one of its own
         self._driver = Driver(module, plan, settings)
 
     @classmethod
@@ -178,7 +180,7 @@ class InMergeWrapper(NetworkProxy):
         return self._driver.forward(self, args, kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "plan" and "plan" in vars(self):
+        if name == "plan":
             raise AttributeError(
                 "the plan cannot change, its layers have the statistics: wrap the network again"
             )

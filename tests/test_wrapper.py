@@ -402,6 +402,15 @@ def test_parts_of_the_network_are_not_lost_on_the_wrapper() -> None:
     model.module = model.module
 
 
+def test_an_attribute_of_the_network_is_set_where_its_forward_pass_reads_it() -> None:
+    network = timm.create_model("test_resnet")
+    network.plan = "of the network"
+    model = InMergeWrapper(network)
+    model.drop_rate, model.note = 0.5, "of the wrapper"
+    assert network.drop_rate == 0.5 and not hasattr(network, "note")
+    assert network.plan == "of the network" and model.plan.merged
+
+
 def test_settings_changed_later_are_checked_as_at_first() -> None:
     model = wrapped(similarity_threshold=1.0, merge_probability=1.0)
     model.merge_()
