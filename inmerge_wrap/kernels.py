@@ -286,7 +286,12 @@ def deciding_parameter(conv: nn.Module) -> nn.Parameter:
     """
     weight = conv._parameters.get("weight")
     if weight is None:
-        return next(p for name, p in conv.named_parameters() if name != "bias")
+        weight = next((p for name, p in conv.named_parameters() if name != "bias"), None)
+    if weight is None:
+        raise RuntimeError(
+            f"the weight of {conv} is no longer a parameter: FSDP1 has flattened it. Pass "
+            "use_orig_params=True to FSDP1, or use FSDP2 (fully_shard) or DDP"
+        )
     return weight
 
 

@@ -18,6 +18,7 @@ from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import functional as F
 from torch.optim.swa_utils import SWALR, AveragedModel, update_bn
 from torch.utils.data import DataLoader, TensorDataset
@@ -567,6 +568,24 @@ def test_the_page_names_what_is_refused() -> None:
     refused = PAGE.read_text().partition("### Unsupported setups")[2].partition("## Optimizers")[0]
     for name in ("DeepSpeed", "Megatron-LM", "FSDP1", "XLA", "CUDA graphs", "schedule-free"):
         assert name in refused
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching")
+def test_fsdp1_merges_in_the_forward_pass_if_it_keeps_the_parameters(
+    one_process_group: None,
+) -> None:
+    for keeps in (True, False):
+        model = InMergeWrapper.recommended(tiny_net(), total_steps=9, example_input=batch(0)[0])
+        flat = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=keeps)
+        optimizer = sgd(flat)
+        if keeps:
+            model.attach(optimizer)
+            flat(batch(0)[0]).sum().backward()
+            optimizer.step()
+            assert model.step == 1 and model.report().merged
+        else:
+            with pytest.raises(RuntimeError, match="FSDP1 has flattened it"):
+                model.attach(optimizer)
 
 
 def test_fsdp2_of_the_page_writes_plain_weights(one_process_group: None) -> None:
