@@ -53,6 +53,11 @@ def tracker_values(
     names = [layer.name for layer in report]
     if since is not None and [layer.name for layer in since] != names:
         raise ValueError("since is the report of a model with other merged layers")
+    if since is not None and since.drawn > report.drawn:
+        raise ValueError(
+            f"since counts {since.drawn:,} {since.unit} and the model {report.drawn:,}: take a new "
+            "report() after restart() or after an earlier checkpoint was loaded"
+        )
     values = {f"{prefix}/step": float(wrapper.step)}
     all_drawn = all_merged = 0
     for earlier, layer in zip(since or [None] * len(names), report, strict=True):

@@ -49,6 +49,16 @@ def test_since_gives_the_pairs_of_the_window_alone() -> None:
         assert values[f"m_cosine/{after.name}"] == pytest.approx(expected, abs=1e-9)
 
 
+def test_a_report_from_before_a_restart_is_refused() -> None:
+    model, optimizer = attached(similarity_threshold=-1.0)
+    train(model, optimizer, 3)
+    earlier = model.report()
+    model.restart()
+    train(model, optimizer, 1)
+    with pytest.raises(ValueError, match=r"drawn pairs and the model .* after restart"):
+        tracker_values(model, since=earlier)
+
+
 def test_a_value_that_does_not_exist_is_absent() -> None:
     model = wrapped()
     with torch.no_grad():
