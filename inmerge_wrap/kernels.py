@@ -289,8 +289,8 @@ def deciding_parameter(conv: nn.Module) -> nn.Parameter:
         weight = next((p for name, p in conv.named_parameters() if name != "bias"), None)
     if weight is None:
         raise RuntimeError(
-            f"the weight of {conv} is no longer a parameter: FSDP1 has flattened it. Pass "
-            "use_orig_params=True to FSDP1, or use FSDP2 (fully_shard) or DDP"
+            f"FSDP1 flattens the weights, that of {conv} too: pass use_orig_params=True to it, or "
+            "use FSDP2 (fully_shard, or fsdp_version: 2 in Accelerate) or DDP"
         )
     return weight
 
