@@ -71,7 +71,8 @@ class Driver:
         self._attachments = Attachments()
         self._forward = ForwardMerge(plan.merged)
         self._passes = 0  # steps that merged
-        self._uncounted = 0  # of these, those whose counts have not been read; -1: one more has
+        # Of each layer, steps that merged whose counts have not been read; -1: one more has.
+        self._uncounted = [0] * len(plan.merged)
         self._ran = False  # whether a forward pass merged since the last step
         self._sharded: list[Any] | None = None  # modules of FSDP2
         self._replicas = Replicas()
@@ -361,7 +362,8 @@ class Driver:
 
     def _note_forward(self, trained: Sequence[MergedLayer], strength: Strength) -> None:
         """Notes that the forward passes before this step merged, or warns that none came."""
-        self._uncounted += 1
+        for layer in trained:
+            self._uncounted[layer.number] += 1
         if not self._ran:
             self.watch.warn_once(
                 "forward",
@@ -389,8 +391,10 @@ class Driver:
         counts = self._forward.take_counts()
         if counts is not None:
             # A pass that came before its step counts now, and not again at the step.
-            self.tally.add_totals(*counts, passes=self._uncounted + self._ran)
-            self._uncounted = -int(self._ran)
+            self.tally.add_totals(*counts, [steps + self._ran for steps in self._uncounted])
+            acted, ran = (counts[0][:, 0] > 0).tolist(), int(self._ran)
+            known = zip(acted, self._uncounted, strict=True)
+            self._uncounted = [-ran if has_acted else min(0, steps) for has_acted, steps in known]
 
     @property
     def statistics_lag(self) -> bool:
@@ -490,6 +494,7 @@ class Driver:
     def _begin(self, tally: Tally) -> None:
         self._forward.take_counts()
         self._replicas.begin()
-        self.tally, self._passes, self._uncounted = tally, max(tally.passes), 0
+        self.tally, self._passes = tally, max(tally.passes)
+        self._uncounted = [0] * len(self._plan.merged)
         self._ran = False
         self._last.clear()

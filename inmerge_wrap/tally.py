@@ -74,14 +74,14 @@ class Tally:
         candidates = torch.where(undefined, _NO_COSINE, cosines).float()
         self._cosine_max.scatter_reduce_(0, layer, candidates, "amax")
 
-    def add_totals(self, counts: Tensor, cosines: Tensor, passes: int) -> None:
+    def add_totals(self, counts: Tensor, cosines: Tensor, passes: Sequence[int]) -> None:
         """Adds what forward passes did, see :meth:`Counts.take`.
 
-        The steps in which they merged count for the layers that acted.
+        The steps in which each layer could merge count for those that acted.
         """
         for number, drawn in enumerate(counts[:, 0].tolist()):
             self._drawn[number] += drawn
-            self.passes[number] += passes if drawn else 0
+            self.passes[number] += passes[number] if drawn else 0
         device = self._counts.device
         self._counts += counts[:, 1:].to(device)
         self._cosine_sum += cosines[:, 0].to(self._cosine_sum)

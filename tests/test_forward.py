@@ -580,8 +580,10 @@ def test_passes_are_counted_however_often_the_counts_are_read() -> None:
     model, optimizer = made()
     for number in range(4):
         optimizer.zero_grad()
-        model(images(number)).sum().backward()
-        assert {layer.passes for layer in model.report()} == {number + 1}
+        for _ in range(2):  # of a gradient that is accumulated
+            model(images(number)).sum().backward()
+            for _ in range(2):
+                assert {layer.passes for layer in model.report()} == {number + 1}
         optimizer.step()
         assert {layer.passes for layer in model.report()} == {number + 1}
 
@@ -1119,6 +1121,10 @@ def test_frozen_layers_are_left_alone() -> None:
     step(model, optimizer, 1)
     assert model.report()["grouped"].drawn == before
     assert model.report()["last"].drawn == 2 * 5 * 6
+    for number in (2, 3):
+        model.module.grouped.requires_grad_(number == 2)
+        step(model, optimizer, number)
+    assert [layer.passes for layer in model.report()] == [4, 1, 4]
 
 
 def test_every_timm_family_keeps_training_on_the_outputs() -> None:
