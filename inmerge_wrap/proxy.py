@@ -79,7 +79,8 @@ class NetworkProxy(nn.Module):
                 f"set it there, model.module.{name} = ..., and before wrapping if it is to merge"
             )
         # A method stays: libraries patch those of the wrapper, whatever the network has.
-        if name in vars(network or self) and name not in vars(self) and not callable(value):
+        is_mine = name in vars(self) or hasattr(type(self), name) or callable(value)
+        if hasattr(network, name) and not is_mine:
             setattr(network, name, value)
         else:
             super().__setattr__(name, value)

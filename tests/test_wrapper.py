@@ -403,11 +403,12 @@ def test_parts_of_the_network_are_not_lost_on_the_wrapper() -> None:
 
 
 def test_an_attribute_of_the_network_is_set_where_its_forward_pass_reads_it() -> None:
-    network = timm.create_model("test_resnet")
+    network: Any = timm.create_model("test_resnet")
     network.plan = "of the network"
+    network.register_buffer("scale", torch.ones(1))
     model = InMergeWrapper(network)
-    model.drop_rate, model.note = 0.5, "of the wrapper"
-    assert network.drop_rate == 0.5 and not hasattr(network, "note")
+    model.drop_rate, model.scale, model.note = 0.5, torch.zeros(1), "of the wrapper"
+    assert network.drop_rate == 0.5 and not network.scale and not hasattr(network, "note")
     assert network.plan == "of the network" and model.plan.merged
 
 
