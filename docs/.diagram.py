@@ -89,12 +89,15 @@ INSIDE = {  # column of mechanism.csv -> in words, range
     "channel_correlation": ("correlation of channels", 0.07, 0.18),
     "cka_under_noise": ("similarity under noise (CKA)", 0.40, 0.75),
 }
+MAPPED_ON = {"bloodmnist": "blood cells", "dermamnist": "skin images"}
 MAPPED = {"soft": "plain training", "forward": "merging for each image"}
 AUGMENTATIONS = {  # as the runs name them -> in words
     "none": "no augmentation",
     "flips": "flips",
     "noise and blur": "flips, noise and blur",
+    "augmix": "AugMix",
     "trivial": "TrivialAugmentWide",
+    "trivial and jitter": "TrivialAugmentWide and colour jitter",
 }
 SHIFT = 2  # the partner of a channel, shared by the batch
 SIGNS = ((1, -1, -1, 1, -1), (-1, 1, -1, 1, 1))  # of the channels, drawn for each image
@@ -394,9 +397,9 @@ def beside_augmentation() -> str:
     """The third study's map: plain training and merging, by augmentation and number of images."""
     with (ROOT / "studies" / "3" / "map.csv").open(newline="", encoding="utf-8") as file:
         every = list(csv.DictReader(file))
-    shown = ("bloodmnist", "tf_efficientnet_lite0", "AUROC")
-    rows = [row for row in every if (row["dataset"], row["arch"], row["measure"]) == shown]
-    first, scale, parts, top = 0.76, 850, [], 26
+    shown = ("tf_efficientnet_lite0", "AUROC")
+    rows = [row for row in every if (row["arch"], row["measure"]) == shown]
+    first, scale, parts, top = 0.66, 660, [], 26
     for place, (kind, words) in enumerate(MAPPED.items()):
         parts.append(dot(18 + 130 * place, top - 5, kind, "circle"))
         parts.append(text(28 + 130 * place, top, words, 14, anchor="start"))
@@ -404,20 +407,21 @@ def beside_augmentation() -> str:
         top += 30
         parts.append(text(8, top, words, 14, bold=True, anchor="start"))
         drawn = [row for row in rows if row["augmentation"] == augmentation]
-        for row in sorted(drawn, key=lambda row: int(row["images"])):
+        for row in sorted(drawn, key=lambda row: (row["dataset"], int(row["images"]))):
             top += 21
-            places = [124 + scale * (float(row[arm]) - first) for arm in ("plain", "merging")]
+            places = [134 + scale * (float(row[arm]) - first) for arm in ("plain", "merging")]
             line = f"M{places[0]:.1f} {top - 5} H{places[1]:.1f}"
+            name = f"{int(row['images']):,} {MAPPED_ON[row['dataset']]}"
             parts += [
-                text(106, top, f"{int(row['images']):,} images", 14, anchor="end"),
+                text(116, top, name, 14, anchor="end"),
                 f'<path class="forward" stroke-width="2" d="{line}"/>',
                 dot(places[0], top - 5, "soft", "circle"),
                 dot(places[1], top - 5, "forward", "circle"),
-                text(392, top, f"{float(row['difference']):+.3f}", 14, anchor="end"),
+                text(398, top, f"{float(row['difference']):+.3f}", 14, anchor="end"),
             ]
-    for value in (0.8, 0.9, 1.0):
-        parts.append(text(124 + scale * (value - first), top + 24, f"{value:.1f}", 13, "soft"))
-    parts.append(text(200, top + 46, "AUROC under corruption, blood cells", 14))
+    for value in (0.7, 0.8, 0.9):
+        parts.append(text(134 + scale * (value - first), top + 24, f"{value:.1f}", 13, "soft"))
+    parts.append(text(200, top + 46, "AUROC under corruption", 14))
     title = "Third study: merging for each image beside augmentation, by training images"
     return picture(title, top + 58, parts)
 
