@@ -52,7 +52,6 @@ from inmerge_wrap.settings import NOISE, MergeSettings, Strength
 
 _NOTHING = object()
 
-_COMPILES_RANGES = "2.14"  # 2.6 refuses to split by a length that it does not know
 _BLOCK = 8  # channels whose signs are drawn together
 # Odd factors that set the images of a batch apart, and the arguments of a call.
 _IMAGES, _ARGUMENTS = 0x3C6EF35F, 0x7FEB352D
@@ -96,11 +95,16 @@ class _State:
             self.size = torch.zeros((), dtype=torch.float32)
             self.probability = torch.zeros((), dtype=torch.float32)
             self.shifts = torch.zeros(len(sites), dtype=torch.int64)
-            # On the CPU, each shift as the length of a tensor, which a compiler takes as a number;
-            # none where it cannot.
-            self.rulers: list[Tensor] = []
-            # In the weights: the partner of each kernel, whether it was drawn, its sign.
+            # Of each channel, its place in its layer, its layer and the channels of a group.
+            widths = torch.tensor([_width(site) for site in sites])
+            self.places = torch.cat([torch.arange(width) for width in widths.tolist()])
+            self.layers = torch.arange(len(sites)).repeat_interleave(widths)
+            sizes = torch.tensor([site.shape[0] // site.pair_groups for site in sites])
+            self.sizes = sizes[self.layers]
+            # The partner of each channel or kernel; on the outputs, whose partner it is; in the
+            # weights, whether it was drawn, and its sign.
             self.sources = torch.zeros(channels, dtype=torch.int64)
+            self.givers = torch.zeros(channels, dtype=torch.int64)
             self.drawn = torch.zeros(channels, dtype=torch.bool)
             self.signs = torch.ones((channels, 1), dtype=torch.int64)
             self.noise: list[Tensor] = []
@@ -187,8 +191,9 @@ class ForwardMerge:
         if settings.mode == "outputs":
             self._shifts = [shared_shift(site, settings.seed, step) for site in self._sites]
             state.shifts.copy_(torch.tensor(self._shifts, device="cpu"))
-            if state.device.type == "cpu" and torch.__version__ >= _COMPILES_RANGES:
-                state.rulers = [_ruler(shift) for shift in self._shifts]
+            shifts = state.shifts[state.layers]
+            state.sources.copy_(cyclic_sources(state.places, shifts, state.sizes))
+            state.givers.copy_(cyclic_sources(state.places, -shifts, state.sizes))
         else:
             self._draw_kernels(step, strength, settings, state)
 
@@ -344,14 +349,11 @@ class ForwardMerge:
         if not self._settings.shared_partner:
             own = _image_keys(draw.key + 1, rows)
             bits = draw_bits(own, state.columns[span][:1])
-            shift: Tensor | int = 1 + (bits >> 8).to(output.device) % (size - 1)
+            shift: Any = 1 + (bits >> 8).to(output.device) % (size - 1)
         elif not torch.compiler.is_compiling():
             shift = draw.shifts[number]
-        elif state.rulers:  # ranges of channels, for a gather is slow on the CPU
-            shift = len(state.rulers[number])
-            torch._check(shift < size)
-        else:  # a graph would repeat a number
-            shift = state.shifts[number].to(output.device).reshape(1, 1)
+        else:
+            shift = tuple(x[span].to(output.device) for x in (state.sources, state.givers))
         self._count(number, rows, shares)
         bias = self._biases.pop(number, None)
         return mix_channels(output, shares, shift, site.pair_groups, bias)
@@ -458,15 +460,6 @@ def _opaque(values: Tensor) -> Tensor:
 @_opaque.register_fake
 def _(values: Tensor) -> Tensor:
     return torch.empty_like(values)
-
-
-def _ruler(length: int) -> Tensor:
-    """Returns a tensor whose length a compiler does not fix, as it would fix a number."""
-    from torch._dynamo.decorators import mark_unbacked  # two seconds, which an optimizer spends too
-
-    ruler = torch.empty(length, device="cpu")
-    mark_unbacked(ruler, 0)
-    return ruler
 
 
 def _width(site: ConvSite) -> int:

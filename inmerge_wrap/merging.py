@@ -94,7 +94,7 @@ def draw_shift(num_kernels: int, groups: int, *key: int) -> int:
     return 1 + mix(*key) % (size - 1) if size > 1 else 0
 
 
-def cyclic_sources(targets: Tensor, shifts: Tensor | int, size: int) -> Tensor:
+def cyclic_sources(targets: Tensor, shifts: Tensor | int, size: Tensor | int) -> Tensor:
     """Returns the partners that lie some places further, cyclically within each group.
 
     Args:
@@ -295,7 +295,7 @@ def multiply_gaussian(kernels: Tensor, noise: Tensor, radius: float | Tensor) ->
 def mix_channels(
     outputs: Tensor,
     shares: Tensor,
-    shift: Tensor | int,
+    shift: Tensor | tuple[Tensor, Tensor] | int,
     groups: int = 1,
     bias: Tensor | None = None,
 ) -> Tensor:
@@ -309,8 +309,10 @@ def mix_channels(
     Args:
         outputs: y, shape (N, C, *map), floating point, in any memory format, which is kept.
         shares: c = 1 - alpha, shape (N, C), or (1, C) for all images together.
-        shift: A number in [1, C / groups); or a tensor, int64, shape (1, 1) for all images or
-            (N, 1) for a partner of its own in each image.
+        shift: A number in [1, C / groups); a tensor, int64, shape (N, 1), for a partner of its own
+            in each image; or what a number means for each channel, which channel is its partner
+            and whose partner it is, two tensors, int64, shape (C,): a compiled graph would repeat
+            a number.
         groups: Groups of the convolution.
         bias: Its bias b, shape (C,); adds ``c_i (b_i - b_j)``.
 
@@ -336,7 +338,7 @@ class _MixChannels(torch.autograd.Function):
     def forward(ctx: Any, outputs: Tensor, shares: Tensor, shift: Any, groups: int) -> Tensor:
         ctx.save_for_backward(shares)
         ctx.shift, ctx.groups = shift, groups
-        if isinstance(shift, Tensor):
+        if not isinstance(shift, int):
             return torch.lerp(outputs, _shifted(outputs, shift, groups), shares)
         wrapped = outputs.shape[1] // groups - shift  # the first channel whose partner is before it
         blends = (
@@ -344,8 +346,6 @@ class _MixChannels(torch.autograd.Function):
             _parts(outputs, shift, groups)[::-1],
             _parts(shares, wrapped, groups),
         )
-        if torch.compiler.is_compiling():
-            return _joined(map(torch.lerp, *blends), outputs)
         mixed = torch.empty_like(outputs)
         for part, *blend in zip(_parts(mixed, wrapped, groups), *blends, strict=True):
             torch.lerp(*blend, out=part)
@@ -360,15 +360,16 @@ class _MixChannels(torch.autograd.Function):
 def _transposed(gradient: Tensor, shares: Tensor, shift: Any, groups: int) -> Tensor:
     """Returns the gradient of the blend: each channel gives its share to its partner."""
     kept = torch.addcmul(gradient, shares, gradient, value=-1)
-    if isinstance(shift, Tensor):
-        return kept + _shifted(shares * gradient, -shift, groups)
+    if not isinstance(shift, int):
+        back = -shift if isinstance(shift, Tensor) else shift[::-1]
+        return kept + _shifted(shares * gradient, back, groups)
     wrapped = gradient.shape[1] // groups - shift
     given = (
         _parts(kept, shift, groups),
         _parts(shares, wrapped, groups)[::-1],
         _parts(gradient, wrapped, groups)[::-1],
     )
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # a gradient of the gradient
+    if torch.is_grad_enabled():  # a gradient of the gradient
         return _joined(map(torch.addcmul, *given), gradient)
     for part, *factors in zip(*given, strict=True):
         part.addcmul_(*factors)
@@ -384,22 +385,23 @@ def _parts(tensor: Tensor, first: int, groups: int) -> tuple[Tensor, ...]:
 
 
 def _joined(parts: Iterable[Tensor], like: Tensor) -> Tensor:
-    """Returns parts as one tensor: compilers and autograd refuse to write into parts."""
+    """Returns parts as one tensor: autograd refuses to write into parts."""
     first, last = parts
     return torch.cat((first, last), dim=1 if first.ndim == like.ndim else 2).reshape(like.shape)
 
 
-def _sources(shift: Tensor | int, channels: int, groups: int, device: torch.device) -> Tensor:
-    """Returns the partner of each channel, int64, shape (1, C) or (N, C); (C,) for a number."""
-    everyone = torch.arange(channels, device=device)
-    return cyclic_sources(everyone, shift, channels // groups)
+def _sources(shift: Any, channels: int, groups: int, device: torch.device) -> Tensor:
+    """Returns the partner of each channel, int64, shape (C,) for all images, or (N, C)."""
+    if isinstance(shift, tuple):
+        return shift[0]
+    return cyclic_sources(torch.arange(channels, device=device), shift, channels // groups)
 
 
-def _shifted(values: Tensor, shift: Tensor, groups: int) -> Tensor:
-    """Returns each channel's partner in the memory format of ``values``."""
+def _shifted(values: Tensor, shift: Any, groups: int) -> Tensor:
+    """Returns each channel's partner, in the memory format of ``values``."""
     places = _sources(shift, values.shape[1], groups, values.device)
-    if len(places) == 1:
-        return values[:, places[0]]
+    if places.ndim == 1:
+        return values[:, places]
     return torch.take_along_dim(values, _over_map(places, values).expand_as(values), 1)
 
 
