@@ -89,7 +89,7 @@ INSIDE = {  # column of mechanism.csv -> in words, range
     "channel_correlation": ("correlation of channels", 0.07, 0.18),
     "cka_under_noise": ("similarity under noise (CKA)", 0.40, 0.75),
 }
-MAPPED_ON = {"bloodmnist": "blood cells", "dermamnist": "skin images"}
+MAPPED_ON = {"bloodmnist": "blood", "dermamnist": "skin"}
 MAPPED = {"soft": "plain training", "forward": "merging for each image"}
 AUGMENTATIONS = {  # as the runs name them -> in words
     "none": "no augmentation",
@@ -399,7 +399,7 @@ def beside_augmentation() -> str:
         every = list(csv.DictReader(file))
     shown = ("tf_efficientnet_lite0", "AUROC")
     rows = [row for row in every if (row["arch"], row["measure"]) == shown]
-    first, scale, parts, top = 0.66, 660, [], 26
+    first, scale, parts, top = 0.7, 760, [], 26
     for place, (kind, words) in enumerate(MAPPED.items()):
         parts.append(dot(18 + 130 * place, top - 5, kind, "circle"))
         parts.append(text(28 + 130 * place, top, words, 14, anchor="start"))
@@ -409,19 +409,19 @@ def beside_augmentation() -> str:
         drawn = [row for row in rows if row["augmentation"] == augmentation]
         for row in sorted(drawn, key=lambda row: (row["dataset"], int(row["images"]))):
             top += 21
-            places = [134 + scale * (float(row[arm]) - first) for arm in ("plain", "merging")]
+            places = [106 + scale * (float(row[arm]) - first) for arm in ("plain", "merging")]
             line = f"M{places[0]:.1f} {top - 5} H{places[1]:.1f}"
             name = f"{int(row['images']):,} {MAPPED_ON[row['dataset']]}"
             parts += [
-                text(116, top, name, 14, anchor="end"),
+                text(88, top, name, 14, anchor="end"),
                 f'<path class="forward" stroke-width="2" d="{line}"/>',
                 dot(places[0], top - 5, "soft", "circle"),
                 dot(places[1], top - 5, "forward", "circle"),
                 text(398, top, f"{float(row['difference']):+.3f}", 14, anchor="end"),
             ]
-    for value in (0.7, 0.8, 0.9):
-        parts.append(text(134 + scale * (value - first), top + 24, f"{value:.1f}", 13, "soft"))
-    parts.append(text(200, top + 46, "AUROC under corruption", 14))
+    for value in (0.8, 0.9, 1.0):
+        parts.append(text(106 + scale * (value - first), top + 24, f"{value:.1f}", 13, "soft"))
+    parts.append(text(200, top + 46, "AUROC under corruption, by number of training images", 14))
     title = "Third study: merging for each image beside augmentation, by training images"
     return picture(title, top + 58, parts)
 
