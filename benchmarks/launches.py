@@ -35,7 +35,7 @@ parser.add_argument("--out", type=Path, default=Path("runs/launches.json"), help
 
 
 class Counter(TorchDispatchMode):
-    """Counts the launches and bytes of all operators that are not views."""
+    """Counts the launches and bytes of all operators on the device that are not views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,11 +45,13 @@ class Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        written = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        if any(x.device.type == "cpu" for x in written):  # the host prepares the next step
+            return result
         if not func.is_view and "empty" not in func.name() and "detach" not in func.name():
             self.launches += 1
             options = {name: value for name, value in (kwargs or {}).items() if name != "out"}
             read = {id(x): x for x in tree_leaves((args, options)) if isinstance(x, Tensor)}
-            written = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
             for tensor in (*read.values(), *written):
                 self.bytes += tensor.numel() * tensor.element_size()
         return result

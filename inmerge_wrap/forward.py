@@ -95,12 +95,6 @@ class _State:
             self.size = torch.zeros((), dtype=torch.float32)
             self.probability = torch.zeros((), dtype=torch.float32)
             self.shifts = torch.zeros(len(sites), dtype=torch.int64)
-            # Of each channel, its place in its layer, its layer and the channels of a group.
-            widths = torch.tensor([_width(site) for site in sites])
-            self.places = torch.cat([torch.arange(width) for width in widths.tolist()])
-            self.layers = torch.arange(len(sites)).repeat_interleave(widths)
-            sizes = torch.tensor([site.shape[0] // site.pair_groups for site in sites])
-            self.sizes = sizes[self.layers]
             # The partner of each channel or kernel; on the outputs, whose partner it is; in the
             # weights, whether it was drawn, and its sign.
             self.sources = torch.zeros(channels, dtype=torch.int64)
@@ -108,6 +102,11 @@ class _State:
             self.drawn = torch.zeros(channels, dtype=torch.bool)
             self.signs = torch.ones((channels, 1), dtype=torch.int64)
             self.noise: list[Tensor] = []
+        # On the host, of each channel: its layer, its place there and the channels of a group.
+        layers = [number for number, site in enumerate(sites) for _ in range(_width(site))]
+        places = [place for site in sites for place in range(_width(site))]
+        sizes = [sites[number].shape[0] // sites[number].pair_groups for number in layers]
+        self.layers, self.places, self.sizes = torch.tensor([layers, places, sizes], device="cpu")
         self.counts = Counts(len(sites), device)
 
 
@@ -190,8 +189,9 @@ class ForwardMerge:
         state.probability.fill_(strength.probability)
         if settings.mode == "outputs":
             self._shifts = [shared_shift(site, settings.seed, step) for site in self._sites]
-            state.shifts.copy_(torch.tensor(self._shifts, device="cpu"))
-            shifts = state.shifts[state.layers]
+            shifts = torch.tensor(self._shifts, device="cpu")
+            state.shifts.copy_(shifts)
+            shifts = shifts[state.layers]
             state.sources.copy_(cyclic_sources(state.places, shifts, state.sizes))
             state.givers.copy_(cyclic_sources(state.places, -shifts, state.sizes))
         else:

@@ -33,7 +33,6 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from inmerge_wrap import InMergeWrapper, __version__, export_timm
-from inmerge_wrap.errors import at_least
 
 # -- options ---------------------------------------------------------------------------------------
 
@@ -45,10 +44,10 @@ add("--arch", default="resnet10t", help="any timm CNN (default: %(default)s)")
 add("--mode", choices=["outputs", "step", "none"], default="outputs", help="merge inside the "
     "forward pass, for each image (outputs), in the weights after each optimizer step (step), or "
     "not at all (none) (default: %(default)s)")  # fmt: skip
-add("--epochs", type=at_least(1), default=8, help="passes over the images (default: %(default)s)")
-add("--batch-size", type=at_least(1), default=32, help="over all processes (default: %(default)s)")
+add("--epochs", type=int, default=8, help="passes over the images (default: %(default)s)")
+add("--batch-size", type=int, default=32, help="over all processes (default: %(default)s)")
 add("--lr", type=float, default=0.05, help="peak of the one-cycle schedule (default: %(default)s)")
-add("--seed", type=at_least(0), default=0, help="of all that is drawn (default: %(default)s)")
+add("--seed", type=int, default=0, help="of network, order and merging (default: %(default)s)")
 add("--out", type=Path, default=Path("runs/quickstart"), help="folder (default: %(default)s)")
 
 
@@ -148,6 +147,8 @@ def export(model: nn.Module, folder: Path, device: torch.device) -> str:
 
 def main() -> None:
     options = parser.parse_args()
+    if min(options.epochs, options.batch_size) < 1:
+        parser.error("--epochs and --batch-size must be at least 1")
     # Without cpu=True, two processes on a machine without a GPU would train two networks.
     cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     # Each process takes its part of a batch, so that their number does not change the training.
