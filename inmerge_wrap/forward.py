@@ -276,9 +276,9 @@ class ForwardMerge:
                 chances = draw_bits(rows_keys, state.columns) >> 8
                 ways = ways * (chances < state.probability * 2**24)
         shares = ways * (1.0 - state.size if settings.size == "merge_weight" else 1.0)
-        return _Draw(
-            key, rows, _opaque(shares) if torch.compiler.is_compiling() else shares, shifts
-        )
+        if torch.compiler.is_compiling():
+            shares = _opaque(shares)
+        return _Draw(key, rows, shares, shifts)
 
     # -- the hooks of a convolution ---------------------------------------------------------------
 

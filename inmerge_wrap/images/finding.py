@@ -44,9 +44,8 @@ def find_images(
         rows = read_table(table, {path_column: "path_column"} | dict.fromkeys(labels, "labels"))
         found = _from_table(table, rows, directory, labels, path_column)
     names = [image.name for image in found.images]
-    if taken := {"path", "label", "group", "part", *(labels if labels[1:] else ())}.intersection(
-        marks
-    ):
+    columns = {"path", "label", "group", "part", *(labels if len(labels) > 1 else ())}
+    if taken := columns.intersection(marks):
         raise DataError(
             f"<site> or <subgroups> names {min(taken)!r}, a column of split.csv too: rename yours"
         )
