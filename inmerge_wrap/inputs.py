@@ -52,6 +52,7 @@ def call_arguments(
     shapes: list[tuple[int, ...]] = []
     for dims in dict.fromkeys(len(conv.kernel_size) for conv in convs.values()):
         shapes += _likely_shapes(network, convs, dims, configured if dims == 2 else ())
+    shapes += [tuple(configured)] if configured else []  # as a network unfolds it for its layers
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     # Batches of two, because BatchNorm cannot train on one value per channel.
     return [

@@ -64,7 +64,12 @@ RATES = (0.01, 0.02, 0.04)  # ... and ``rates``, at the length chosen
 IMAGES = (150, 600, 2400)
 CHOOSING = ("bloodmnist", "dermamnist")
 LITE0 = "tf_efficientnet_lite0"
-NETWORKS = {**{arch: package for package, arch in PACKAGES.items()}, "resnet18": ""}
+VOLUMES = "bloodmnist volumes"  # eight slices of 28 px each, for the network "volumes_small"
+NETWORKS = {
+    **{arch: package for package, arch in PACKAGES.items()},
+    "resnet18": "",
+    "volumes_small": "",
+}
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def run_of(cell: Cell, arm: str, seed: int, length: Length | None = None) -> Run
         arm=arm,
         seed=seed,
         dataset=cell.dataset,
-        size=64,
+        size=28 if cell.dataset == VOLUMES else 64,
         arch=cell.arch,
         train_images=cell.images,
         epochs=0,

@@ -38,6 +38,7 @@ from studies.common.freezing import check_frozen, freeze
 from studies.common.images import Images, Normalised, load_images
 from studies.common.laboratories import in_laboratories, read_laboratories
 from studies.common.mechanism import mechanism
+from studies.common.networks import DEPTH
 from studies.common.records import add_runs, name_of, read_runs
 from studies.common.running import one_line_if_out_of_memory
 from studies.common.sweeping import sweep
@@ -53,6 +54,7 @@ from .arms import (
     LITE0,
     RATES,
     TRAINING,
+    VOLUMES,
     Cell,
     Length,
     frozen_content,
@@ -114,6 +116,8 @@ def load(dataset: str, options: argparse.Namespace) -> Images:
     """Loads 28 px images, enlarged to 64 as in the second study; grey ones three times."""
     if dataset == "chest":
         return load_chest(options.chest_root, 64).in_colour()
+    if dataset == VOLUMES:
+        return load_images("bloodmnist", options.data_root, 28).stacked(DEPTH, seed=0)
     return load_images(dataset, options.data_root, 28).resized(64).in_colour()
 
 
@@ -161,7 +165,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--laboratories", type=Path, default=Path("data/wbc_labs.npz"), help="for confirm"
     )
-    parser.add_argument("--datasets", nargs="+", help="MedMNIST flags, or chest")
+    parser.add_argument("--datasets", nargs="+", help=f"MedMNIST flags, chest, or {VOLUMES!r}")
     parser.add_argument("--images", nargs="+", type=int, help="training images, 0 for all")
     parser.add_argument("--augmentations", nargs="+", choices=list(TRAINING))
     parser.add_argument("--archs", nargs="+", help=f"networks (default: {LITE0})")

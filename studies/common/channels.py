@@ -20,11 +20,17 @@ from studies.common.methods import Follower, Method, Training
 Disturbance = Callable[[Tensor, float, torch.Generator], Tensor]  # outputs, level in [0, 1]
 
 
-def convolutions(network: nn.Module) -> list[nn.Conv2d]:
+def convolutions(network: nn.Module) -> list[nn.Conv2d | nn.Conv3d]:
     """Returns the convolutions whose outputs merging per image would mix."""
     plan = plan_merging(network, shallow_layers=0)
     found = [network.get_submodule(site.name) for site in plan.merged]
-    return [layer for layer in found if isinstance(layer, nn.Conv2d) and layer.groups == 1]
+    kinds = (nn.Conv2d, nn.Conv3d)
+    return [layer for layer in found if isinstance(layer, kinds) and layer.groups == 1]
+
+
+def for_each_channel(values: Tensor, outputs: Tensor) -> Tensor:
+    """Returns values (N, C) so that each applies to all of its channel of outputs (N, C, ...)."""
+    return values.to(outputs)[(..., *[None] * (outputs.ndim - 2))]
 
 
 @dataclass(frozen=True)
@@ -36,8 +42,8 @@ class ChannelNoise(Method):
 
     def follow(self, training: Training) -> Follower:
         def disturbed(outputs: Tensor, level: float, generator: torch.Generator) -> Tensor:
-            z = torch.randn(*outputs.shape[:2], 1, 1, generator=generator)
-            return outputs * (1 + self.size * level * z.to(outputs))
+            z = torch.randn(*outputs.shape[:2], generator=generator)
+            return outputs * (1 + self.size * level * for_each_channel(z, outputs))
 
         return Disturbing(training, disturbed)
 
@@ -52,8 +58,8 @@ class ChannelDropout(Method):
     def follow(self, training: Training) -> Follower:
         def disturbed(outputs: Tensor, level: float, generator: torch.Generator) -> Tensor:
             rate = self.rate * level
-            kept = torch.rand(*outputs.shape[:2], 1, 1, generator=generator) >= rate
-            return outputs * (kept.to(outputs) / (1 - rate))
+            kept = torch.rand(*outputs.shape[:2], generator=generator) >= rate
+            return outputs * (for_each_channel(kept, outputs) / (1 - rate))
 
         return Disturbing(training, disturbed)
 

@@ -77,6 +77,23 @@ class Images:
         """Repeats a grey channel three times."""
         return self._changed(lambda pixels: pixels.expand(-1, 3, -1, -1))
 
+    def stacked(self, depth: int, seed: int) -> Images:
+        """Makes a volume of each image: it and ``depth - 1`` others of its class and part.
+
+        The slices stand one above the other in a picture (C, depth x H, W), as ``volumes_small``
+        of networks.py takes it, so that augmentation and corruption treat it as any other.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        parts = {}
+        for name, (pixels, labels) in self.parts.items():
+            rows = torch.arange(len(labels)).repeat(depth, 1)
+            for label in labels.unique():
+                own = (labels == label).nonzero().flatten()
+                drawn = torch.randint(len(own), (depth - 1, len(own)), generator=generator)
+                rows[1:, own] = own[drawn]
+            parts[name] = (torch.cat([pixels[row] for row in rows], dim=2), labels)
+        return replace(self, name=f"{self.name} volumes", parts=parts)
+
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Images:
         parts = {
             name: (torch.cat([change(some) for some in pixels.split(1000)]), labels)

