@@ -22,13 +22,11 @@ class Counts:
             ]
         self._acted: dict[int, int] = {}
 
-    def moved(self, device: torch.device) -> Counts:
-        """Returns the same sums on another device, to which the network went."""
-        other = Counts(len(self._numbers), device)
-        for layer, numbers in enumerate(self._numbers):
-            torch._foreach_copy_(other._numbers[layer], numbers)
-            torch._foreach_copy_(list(other._cosines[layer]), list(self._cosines[layer]))
-        return other
+    def add_those_of(self, other: Counts) -> None:
+        """Takes over the sums of another device, from which the network came."""
+        for layer, numbers in enumerate(other._numbers):
+            torch._foreach_copy_(self._numbers[layer], numbers)
+            torch._foreach_copy_(list(self._cosines[layer]), list(other._cosines[layer]))
 
     def add(self, layer: int, drawn: int | Tensor, merged: Tensor) -> None:
         """Adds images x channels, or kernels, that were drawn, and those of them that merged."""

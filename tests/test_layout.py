@@ -244,10 +244,10 @@ def test_only_merging_after_a_step_writes_a_parameter() -> None:
         for name, path in MODULES.items()
         if re.search(r"\b(merge_step|merge_pairs_|put_rows_|write_)\(", path.read_text())
     }
-    assert writers == {"driver", "forward", "kernels", "persistent"}
+    assert writers == {"driver", "weights", "kernels", "persistent"}
     # In the forward pass a stand-in is filled, a new tensor that no parameter shares.
-    forward = MODULES["forward"].read_text(encoding="utf-8")
-    assert re.findall(r".*put_rows_.*", forward) == [
+    weights = MODULES["weights"].read_text(encoding="utf-8")
+    assert re.findall(r".*put_rows_.*", weights) == [
         "            layout_of(module).put_rows_(new, everyone, rows)"
     ]
     assert "new = weight.detach().clone()" in forward

@@ -1,0 +1,144 @@
+"""Merging in the weights: a merged one stands in for the parameter while its convolution runs.
+
+The pairs are those that merging after the step would draw, the same for all images. The gradient
+goes to the parameter as it falls (straight through).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from inmerge_wrap.counts import Counts
+from inmerge_wrap.kernels import layout_of, rows_of
+from inmerge_wrap.pairs import (
+    choose_sources,
+    compare,
+    draw_layer,
+    draw_noise,
+    draw_signs,
+    move,
+    without_autocast,
+)
+from inmerge_wrap.plan import ConvSite
+from inmerge_wrap.settings import NOISE, MergeSettings, Strength
+
+_NOTHING = object()
+
+
+class Weights:
+    """Makes the stand-ins; the numbers of a step change in place, on the network's device."""
+
+    def __init__(self, sites: Sequence[ConvSite], device: torch.device) -> None:
+        self.device = device
+        self._sites, self._settings = sites, MergeSettings()
+        with torch.device(device):
+            self._size = torch.zeros((), dtype=torch.float32)
+            # Of each kernel of a layer: its partner, whether it was drawn, and its sign.
+            kernels = [site.shape[0] for site in sites]
+            self._sources = [torch.zeros(count, dtype=torch.int64) for count in kernels]
+            self._drawn = [torch.zeros(count, dtype=torch.bool) for count in kernels]
+            self._signs = [torch.ones((count, 1), dtype=torch.int64) for count in kernels]
+        self._noise: list[Tensor] = []
+        # Of a layer whose convolution runs: it, and what the stand-in hides.
+        self._shadowed: dict[int, tuple[nn.Module, Any]] = {}
+
+    def set_step(self, step: int, strength: Strength, settings: MergeSettings) -> None:
+        """Draws the pairs of a step, as merging after that step would, and sets its strength."""
+        self._settings = settings
+        self._size.fill_(strength.size)
+        seed = settings.seed
+        for number, site in enumerate(self._sites):
+            targets, partners = draw_layer(site, strength.probability, seed, step)
+            sources = torch.arange(site.shape[0], device="cpu")
+            sources[targets] = partners
+            drawn = torch.zeros_like(sources, dtype=torch.bool)
+            drawn[targets] = True
+            self._sources[number].copy_(sources)
+            self._drawn[number].copy_(drawn)
+            if settings.direction == "signed":
+                signs = torch.ones((len(sources), 1), dtype=torch.int64, device="cpu")
+                signs[targets] = draw_signs(site, len(targets), seed, step)
+                self._signs[number].copy_(signs)
+        if settings.direction in NOISE:
+            self._noise = [
+                draw_noise(site, site.shape[0], seed, step, self.device) for site in self._sites
+            ]
+
+    def draw(self, _: Any) -> Any:
+        """Returns a sign that a pass merges: the step has drawn for all batches."""
+        return self
+
+    def before(self, number: int, module: nn.Module, _: Any, counts: Counts | None) -> None:
+        """Puts the merged weight before the parameter."""
+        is_computed = parametrize.is_parametrized(module, "weight")
+        self._shadowed[number] = module, vars(module).get("weight", _NOTHING)
+        if not is_computed:  # else ``computed`` follows, when the convolution reads it
+            vars(module)["weight"] = self._stand_in(number, module, module.weight, counts)
+
+    def computed(self, number: int, weight: Tensor, counts: Counts | None) -> Tensor | None:
+        """Returns the stand-in of a weight that a parametrization computes."""
+        if number not in self._shadowed:  # somebody reads the weight, no convolution runs
+            return None
+        return self._stand_in(number, self._shadowed[number][0], weight, counts)
+
+    def after(self, number: int, _: Any, __: Any, ___: Counts | None) -> None:
+        """Takes the stand-in away, whether the convolution ran or raised."""
+        if number not in self._shadowed:
+            return
+        module, before = self._shadowed.pop(number)
+        vars(module).pop("weight", None)
+        if before is not _NOTHING:
+            vars(module)["weight"] = before
+
+    def end_pass(self) -> None:
+        """Takes away what is left: torch calls no hooks after an interrupt from outside."""
+        for number in [*self._shadowed]:
+            self.after(number, None, None, None)
+
+    def _stand_in(
+        self, number: int, module: nn.Module, weight: Any, counts: Counts | None
+    ) -> Tensor:
+        """Returns the merged weight of a layer, whose gradient goes to ``weight`` as it falls."""
+        site, settings = self._sites[number], self._settings
+        with torch.no_grad(), without_autocast(self.device):
+            kernels = rows_of(module, weight)
+            sources, drawn, signs = (
+                each[number].to(kernels.device)
+                for each in (self._sources, self._drawn, self._signs)
+            )
+            everyone = torch.arange(len(kernels), device=kernels.device)
+            sources = choose_sources(kernels, everyone, sources, site, settings)
+            partners = kernels[sources]
+            cosines, similar = compare(
+                kernels, partners, settings, centred=site.centred, drawn=drawn
+            )
+            merged = similar & drawn
+            noise = self._noise[number] if settings.direction in NOISE else None
+            ways = signs if settings.direction == "signed" else None
+            size = self._size.to(kernels)
+            rows = move(kernels, partners, ways, noise, size, settings).rows
+            rows = torch.where(merged.unsqueeze(1), rows, kernels)
+            new = weight.detach().clone()
+            layout_of(module).put_rows_(new, everyone, rows)
+            if counts is not None:
+                counts.add(number, drawn.sum(), merged.sum())
+                counts.add_cosines(number, cosines, 1, drawn)
+        stand_in: Tensor = _StraightThrough.apply(weight, new)
+        return stand_in
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Another tensor in the place of a weight, with the gradient to the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, stand_in: Tensor) -> Tensor:
+        return stand_in.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
