@@ -86,7 +86,7 @@ class Weights:
             return None
         return self._stand_in(number, self._shadowed[number][0], weight, counts)
 
-    def after(self, number: int, _: Any, __: Any, ___: Counts | None) -> None:
+    def after(self, number: int, *_: Any) -> None:
         """Takes the stand-in away, whether the convolution ran or raised."""
         if number not in self._shadowed:
             return
@@ -98,7 +98,7 @@ class Weights:
     def end_pass(self) -> None:
         """Takes away what is left: torch calls no hooks after an interrupt from outside."""
         for number in [*self._shadowed]:
-            self.after(number, None, None, None)
+            self.after(number)
 
     def _stand_in(
         self, number: int, module: nn.Module, weight: Any, counts: Counts | None

@@ -250,7 +250,7 @@ def test_only_merging_after_a_step_writes_a_parameter() -> None:
     assert re.findall(r".*put_rows_.*", weights) == [
         "            layout_of(module).put_rows_(new, everyone, rows)"
     ]
-    assert "new = weight.detach().clone()" in forward
+    assert "new = weight.detach().clone()" in weights
 
 
 def test_imports_are_found_however_they_are_written(tmp_path: Path) -> None:
