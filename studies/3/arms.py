@@ -114,7 +114,7 @@ def run_of(cell: Cell, arm: str, seed: int, length: Length | None = None) -> Run
         weights=NETWORKS[cell.arch],
         augmentation=cell.augmentation,
         equal="epochs",
-        channels_last=True,
+        channels_last=cell.dataset != VOLUMES,
         method=ARMS[arm],
     )
 

@@ -111,8 +111,9 @@ Logits = dict[str, dict[str, Tensor]]  # exam -> condition -> (N, classes)
 
 
 def answers(network: nn.Module, exams: Mapping[str, Exam], normalise: Normalised) -> Logits:
-    """Returns the logits of every exam and condition; the network changes its memory format."""
-    network = network.to(memory_format=torch.channels_last)  # a seventh faster on a CPU
+    """Returns the logits of every exam and condition; a 2D network changes its memory format."""
+    if all(parameter.ndim < 5 for parameter in network.parameters()):
+        network = network.to(memory_format=torch.channels_last)  # a seventh faster on a CPU
     return {
         part: {
             name: predict(network, pixels, normalise, 250) for name, pixels in exam.pixels.items()
