@@ -85,7 +85,6 @@ class Outputs:
             self._clock = torch.zeros((), dtype=torch.int64)
             self._size = torch.zeros((), dtype=torch.float32)
             self._probability = torch.zeros((), dtype=torch.float32)
-            self._layer_shifts = torch.zeros(len(sites), dtype=torch.int64)
             # The partner of each channel, and whose partner it is.
             self._sources = torch.zeros(len(every), dtype=torch.int64)
             self._givers = torch.zeros(len(every), dtype=torch.int64)
@@ -100,9 +99,7 @@ class Outputs:
         self._size.fill_(strength.size)
         self._probability.fill_(strength.probability)
         self._shifts = [shared_shift(site, settings.seed, step) for site in self._sites]
-        shifts = torch.tensor(self._shifts, device="cpu")
-        self._layer_shifts.copy_(shifts)
-        shifts = shifts[self._layers]
+        shifts = torch.tensor(self._shifts, device="cpu")[self._layers]
         self._sources.copy_(cyclic_sources(self._places, shifts, self._sizes))
         self._givers.copy_(cyclic_sources(self._places, -shifts, self._sizes))
 
@@ -186,9 +183,7 @@ class Outputs:
         site, settings = self._sites[number], self._settings
         with torch.no_grad(), without_autocast(self.device):
             kernels = rows_of(module, module.weight)
-            everyone = torch.arange(len(kernels), device=kernels.device)
-            shift = self._layer_shifts[number].to(kernels.device)
-            partners = kernels[cyclic_sources(everyone, shift, len(kernels) // site.pair_groups)]
+            partners = kernels[self._sources[self._spans[number]].to(kernels.device)]
             shares = torch.ones_like(kernels[:, 0])
             if settings.size != "merge_weight":
                 weight = weight_of(kernels, partners, None, self._size.to(kernels), settings)
