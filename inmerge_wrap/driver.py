@@ -156,17 +156,20 @@ class Driver:
 
     # -- the optimizers ---------------------------------------------------------------------------
 
-    def attach(
-        self,
-        given: Any,
-        hook: Callable[..., None],
-        wrapper: Any,
-    ) -> Attachment:
+    def attach(self, given: Any, hook: Callable[..., None], wrapper: Any) -> Attachment:
         """Makes an optimizer drive the merging; see :meth:`InMergeWrapper.attach`."""
         optimizer = stepping_optimizer(given, to_write=self._in_step)
         known = self._attachments.of(optimizer)
-        if known is not None:
-            return known
+        attachment = self._attached(optimizer, given, hook, wrapper) if known is None else known
+        if not self._in_step:
+            check_sites(self._network, self._plan.merged)  # it may have changed since
+            self._forward.install(self._network)
+            self._prepare()
+        return attachment
+
+    def _attached(
+        self, optimizer: Optimizer, given: Any, hook: Callable[..., None], wrapper: Any
+    ) -> Attachment:
         layers = self._layers()
         held = self._held_by(optimizer, layers)
         self._check_held(optimizer, held, layers)
@@ -192,10 +195,6 @@ class Driver:
         now = self.tally.step
         for layer in held:  # a training run that goes on with another optimizer keeps its schedule
             self.tally.steps[layer.number] = now
-        if not self._in_step:
-            check_sites(self._network, self._plan.merged)  # it may have changed since
-            self._forward.install(self._network)
-            self._prepare()
         return attachment
 
     def _warn_if_over(self, times: float) -> None:

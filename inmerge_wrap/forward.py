@@ -124,6 +124,7 @@ class ForwardMerge:
         self._settings = MergeSettings()
         self._modules: list[nn.Module] = []
         self._hooks: list[RemovableHandle] = []
+        self._chains: dict[int, nn.Module] = {}  # of parametrizations, which compute a weight
         self._state: _State | None = None
         self._shifts: list[int] = []
         self._draw: _Draw | None = None  # of the forward pass that runs
@@ -132,32 +133,31 @@ class ForwardMerge:
         # Of a layer, from before its convolution to after it.
         self._shares: dict[int, Tensor] = {}
         self._biases: dict[int, Tensor] = {}
-        self._shadowed: dict[int, Any] = {}  # what a stand-in hides until its convolution has run
+        self._shadowed: dict[int, tuple[Any, Any]] = {}  # what a stand-in hides, and the stand-in
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is driven by no optimizer, for which a compiled forward pass does not look.
         return vars(self) | {"is_on": False}
 
     def install(self, network: nn.Module) -> None:
-        """Puts the hooks on the convolutions of the plan, once."""
-        if self._modules:
-            return
+        """Puts the hooks on the convolutions of the plan, behind all others that are there."""
+        self.uninstall()
         self._modules = modules_of(network, self._sites)
         for number, module in enumerate(self._modules):
             self._hooks += [
                 module.register_forward_pre_hook(partial(self._before, number)),
                 module.register_forward_hook(partial(self._after, number), always_call=True),
             ]
-            if parametrize.is_parametrized(module, "weight"):
-                computed: Any = module.parametrizations["weight"]  # type: ignore[index]
-                self._hooks.append(computed.register_forward_hook(partial(self._computed, number)))
+            if (chain := _chain_of(module)) is not None:
+                self._chains[number] = chain
+                self._hooks.append(chain.register_forward_hook(partial(self._computed, number)))
 
     def uninstall(self) -> None:
         """Takes the hooks off the network, when no optimizer drives the merging any more."""
         self.is_on = False
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._modules = [], []
+        self._hooks, self._modules, self._chains = [], [], {}
 
     def replaced(self, network: nn.Module) -> tuple[str, nn.Module] | None:
         """Returns the name of a convolution that another module has replaced, and that module."""
@@ -174,9 +174,8 @@ class ForwardMerge:
 
         Without a strength the step does not merge.
         """
-        self._settings = settings
-        self.is_on = strength is not None and settings.mode != "step"
-        if not self.is_on or strength is None:
+        self._settings, self.is_on = settings, strength is not None
+        if strength is None:
             return
         device = next(self._modules[0].parameters()).device
         if self._state is None or self._state.device != device:
@@ -297,10 +296,12 @@ class ForwardMerge:
             return
         settings = self._settings
         if settings.mode == "weights":
-            is_computed = parametrize.is_parametrized(module, "weight")
-            self._shadowed[number] = vars(module).get("weight", _NOTHING)
-            if not is_computed:
-                vars(module)["weight"] = self._stand_in(number, module.weight, module)
+            held, stand_in = vars(module), None
+            if _chain_of(module) is None:
+                stand_in = self._stand_in(number, module.weight, module)
+            self._shadowed[number] = held.get("weight", _NOTHING), stand_in
+            if stand_in is not None:
+                held["weight"] = stand_in
             return
         if settings.compares or settings.size != "merge_weight":
             self._shares[number] = self._shares_of(number, module)
@@ -310,7 +311,13 @@ class ForwardMerge:
     def _after(self, number: int, module: nn.Module, _: Any, output: Any) -> Tensor | None:
         """Removes the stand-in, or blends the channels of the output."""
         if number in self._shadowed:
-            self._unshadow(number)
+            hooked = (None, self._chains.get(number))
+            if not self._unshadow(number) or _chain_of(module) not in hooked:
+                raise RuntimeError(
+                    f"{self._sites[number].name}: a parametrization, weight_norm or pruning that "
+                    "came after attach() computes the weight, which would not be merged: call "
+                    "model.attach(optimizer) again after such a change"
+                )
             return None
         draw = self._acting(module)
         if draw is None or self._settings.mode != "outputs" or not isinstance(output, Tensor):
@@ -327,11 +334,13 @@ class ForwardMerge:
             return None
         return draw
 
-    def _unshadow(self, number: int) -> None:
-        before, held = self._shadowed.pop(number), vars(self._modules[number])
-        held.pop("weight", None)
+    def _unshadow(self, number: int) -> bool:
+        """Takes the stand-in away, and returns whether it was still in its place."""
+        (before, stand_in), held = self._shadowed.pop(number), vars(self._modules[number])
+        found = held.pop("weight", None)
         if before is not _NOTHING:
             held["weight"] = before
+        return found is stand_in
 
     def _mixed(self, number: int, draw: _Draw, output: Tensor) -> Tensor:
         """Blends the channels of a layer's output, (N, C, *map)."""
@@ -460,6 +469,12 @@ def _opaque(values: Tensor) -> Tensor:
 @_opaque.register_fake
 def _(values: Tensor) -> Tensor:
     return torch.empty_like(values)
+
+
+def _chain_of(module: nn.Module) -> nn.Module | None:
+    """Returns the chain of parametrizations that computes the weight of a convolution, if any."""
+    chains: Any = module.parametrizations if parametrize.is_parametrized(module, "weight") else {}
+    return chains["weight"] if chains else None
 
 
 def _width(site: ConvSite) -> int:

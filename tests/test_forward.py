@@ -23,7 +23,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 from inmerge_wrap import InMergeWrapper, NoEffectWarning, Quantile, Schedule, plan_merging
@@ -696,6 +696,36 @@ def test_a_weight_that_is_computed_in_a_way_of_ones_own_is_merged_and_inspected(
     step(model, optimizer, 0)
     assert model.report()["stem"].merged > 0
     assert {entry.name for entry in model.history} == {"stem", "grouped", "last"}
+
+
+CHANGES: dict[str, tuple[Callable[[nn.Module], Any], Callable[[nn.Module], Any]]] = {
+    "parametrization": (
+        lambda conv: parametrize.register_parametrization(conv, "weight", nn.Identity()),
+        lambda conv: parametrize.remove_parametrizations(conv, "weight"),
+    ),
+    "pruning": (
+        lambda conv: prune.identity(conv, "weight"),
+        lambda conv: prune.remove(conv, "weight"),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_computes_a_weight_may_come_and_go_after_attach_but_not_unnoticed(change: str) -> None:
+    add, remove = CHANGES[change]
+    model, optimizer = made("weights", direction="signed")
+    expected = model(images())
+    model, optimizer = made("weights", direction="signed")
+    plain = model.module(images())
+    add(model.module.last)
+    with pytest.raises(RuntimeError, match=r"last: .* call model.attach\(optimizer\) again"):
+        model(images())
+    assert torch.equal(model.module(images()), plain)
+    model.attach(optimizer)
+    assert torch.allclose(model(images()), expected)
+    remove(model.module.last)
+    assert torch.allclose(model(images()), expected)
+    assert not torch.allclose(expected, plain)
 
 
 def test_layers_in_eval_mode_are_reported_as_what_they_are_not_merged() -> None:
