@@ -473,10 +473,9 @@ class Driver:
         """Continues from a step counter and statistics; from None, which holds none, not."""
         if state is None:
             return
-        tally = Tally.from_state(state, layers=len(self._plan.merged), seed=self._settings.seed)
+        tally = Tally.from_state(state, now=self.tally, seed=self._settings.seed)
         if tally is None:
             return
-        tally.per_image = self.tally.per_image
         self._begin(tally)
         # The totals may have gone back: what came after them no longer belongs to this run.
         self.watch.rewind(self.tally.step)
@@ -486,7 +485,7 @@ class Driver:
 
     def restart(self) -> None:
         """Begins again at step 0."""
-        self._begin(Tally(len(self._plan.merged), per_image=self.tally.per_image))
+        self._begin(self.tally.begun_again())
         self.watch = Watch()
         self._prepare()
 
