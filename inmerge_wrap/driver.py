@@ -186,7 +186,7 @@ class Driver:
             optimizer._patch_step_function()
         handles = [
             optimizer.register_step_post_hook(hook),
-            *carry_counter([given, optimizer], wrapper.get_extra_state, wrapper.set_extra_state),
+            *carry_counter([given, optimizer], wrapper),
         ]
         attachment = Attachment(optimizer, handles, self._prepare)
         if self._in_step:  # found again in each step, from the first on
