@@ -361,17 +361,17 @@ class Driver:
 
     def _note_forward(self, trained: Sequence[MergedLayer], strength: Strength) -> None:
         """Notes that the forward passes before this step merged, or warns that none came."""
-        for layer in trained:
-            self._uncounted[layer.number] += 1
         if not self._ran:
             self.watch.warn_once(
                 "forward",
-                "no training forward pass of this model came before the step, so nothing was "
-                "merged for its gradient: call the wrapper itself, in train mode, and attach "
-                "the optimizer before the first pass",
+                "no forward pass of this model merged before the step, so nothing was merged for "
+                "its gradient: call the wrapper itself, in train mode and outside of paused(), and "
+                "attach the optimizer before the first pass",
             )
-        else:
-            self._last.update(dict.fromkeys((layer.number for layer in trained), strength))
+            return
+        for layer in trained:
+            self._uncounted[layer.number] += 1
+            self._last[layer.number] = strength
         self._ran = False
 
     # -- what is known of it ----------------------------------------------------------------------

@@ -1049,6 +1049,18 @@ def test_a_head_that_is_trained_alone_counts_the_steps_of_what_merges_before_it(
     assert model.step == 3 and model.report()["last"].drawn == 2 * 5 * 6
 
 
+def test_a_pass_under_paused_merges_nothing_for_a_step_outside_of_it() -> None:
+    model, optimizer = made()
+    step(model, optimizer, 0)
+    with model.paused():
+        loss = model(images(1)).square().mean()
+    loss.backward()
+    with pytest.warns(NoEffectWarning, match=r"merged before the step.* outside of paused\(\)"):
+        optimizer.step()
+    step(model, optimizer, 2)
+    assert {(layer.steps, layer.passes) for layer in model.report()} == {(3, 2)}
+
+
 def test_paused_trains_plainly_and_the_schedule_waits() -> None:
     model, optimizer = made(schedule=Schedule(end=2))
     plain = net()
@@ -1131,7 +1143,7 @@ def test_what_the_mode_cannot_do_says_so() -> None:
         InMergeWrapper(nn.Sequential(model), mode="outputs")
     with pytest.raises(ValueError, match="none of the parameters of this network"):
         model.attach(torch.optim.SGD(net().parameters(), lr=0.1))
-    with pytest.warns(NoEffectWarning, match="no training forward pass of this model came before"):
+    with pytest.warns(NoEffectWarning, match="no forward pass of this model merged before"):
         optimizer.step()
     model.module.grouped = nn.Conv2d(8, 12, 3, groups=2).double()
     model.module.grouped.__class__ = type("Blurred", (nn.Conv2d,), {})
