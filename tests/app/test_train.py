@@ -619,7 +619,7 @@ def test_each_site_is_held_out_in_turn(tmp_path: Path, monkeypatch: pytest.Monke
     "arguments,message",
     [
         (["--prevalence", "2", "--preset", "quick"], "between 0 and 1, or CLASS=SHARE\n"),
-        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--epochs", "0"], "argument --epochs: must lie in [1, inf), got 0"),
         (["--lr", "0"], "--lr positive"),
         (["--arch", "resnet19"], "--arch resnet19 is no model of timm"),
         (["--labels", "a", "b"], "give --csv FILE"),
