@@ -12,7 +12,7 @@ import torch
 
 from inmerge_wrap.app.training import Run
 from inmerge_wrap.card import ModelCard
-from inmerge_wrap.errors import ArgumentError, at_least
+from inmerge_wrap.errors import ArgumentError, at_least, for_command_line
 from inmerge_wrap.images.finding import class_name
 from inmerge_wrap.robustness.corruptions import resolve_preset
 
@@ -184,13 +184,14 @@ add(
 )
 add("--title", help="of the report (default: the name of the folder)")
 add("--license", default="unknown", help="of the weights, for the model card")
+add("--license-name", help="its name, with --license other")
 add("--out", type=Path, default=Path("runs/own_images"), help="folder (default: %(default)s)")
 
 ASKED = ("preset", "severities", "bootstrap", "subgroups", "prevalence")  # what decides the figures
 # What may differ when a run is continued: none of it changes the weights, and the images
 # themselves are compared.
-FREE = {*ASKED, "out", "workers", "no_cache", "title", "license", "seeds", "only", "data_dir"}
-FREE |= {"csv", "skip_broken", "allow_overlap"}
+FREE = {*ASKED, "out", "workers", "no_cache", "title", "license", "license_name", "seeds", "only"}
+FREE |= {"data_dir", "csv", "skip_broken", "allow_overlap"}
 
 
 def parse_arguments(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
@@ -216,9 +217,10 @@ def parse_arguments(arguments: Sequence[str] | None, program: str) -> argparse.N
         prevalences_of(options, ())
         if options.preset is not None:
             resolve_preset(options.preset)
-        ModelCard(title=title_of(options), license=options.license, training_data="own images")
+        licence = {name: getattr(options, name) for name in ("license", "license_name")}
+        ModelCard(title=title_of(options), training_data="own images", **licence)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(for_command_line(error))
     return options
 
 
