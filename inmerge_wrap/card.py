@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from inmerge_wrap.errors import ArgumentError
 from inmerge_wrap.markdown import one_line, template
 from inmerge_wrap.report import MergeReport
 from inmerge_wrap.unwrapping import find_wrapper
@@ -207,12 +208,12 @@ class ModelCard:
             if not getattr(self, name).strip():
                 raise ValueError(f"{name} of the card is empty; users of the model need it")
         if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
-            raise ValueError(
+            raise ArgumentError(
                 f"license {self.license!r} is not an identifier of the Hub; use for example "
-                "apache-2.0, mit, cc-by-4.0, cc-by-nc-4.0, or other with license_name"
+                "apache-2.0, mit, cc-by-4.0, cc-by-nc-4.0, or other with <license_name>"
             )
         if self.license == "other" and not self.license_name:
-            raise ValueError("license 'other' needs a license_name")
+            raise ArgumentError("<license=other> needs <license_name>")
         if self.license_link and not re.fullmatch(r"(https?://)?[^\s()<>:]+", self.license_link):
             raise ValueError(
                 f"license_link {self.license_link!r} is neither a web address nor a file name"

@@ -156,17 +156,20 @@ class Driver:
 
     # -- the optimizers ---------------------------------------------------------------------------
 
-    def attach(
-        self,
-        given: Any,
-        hook: Callable[..., None],
-        wrapper: Any,
-    ) -> Attachment:
+    def attach(self, given: Any, hook: Callable[..., None], wrapper: Any) -> Attachment:
         """Makes an optimizer drive the merging; see :meth:`InMergeWrapper.attach`."""
         optimizer = stepping_optimizer(given, to_write=self._in_step)
         known = self._attachments.of(optimizer)
-        if known is not None:
-            return known
+        attachment = self._attached(optimizer, given, hook, wrapper) if known is None else known
+        if not self._in_step:
+            check_sites(self._network, self._plan.merged)  # it may have changed since
+            self._forward.install(self._network)
+            self._prepare()
+        return attachment
+
+    def _attached(
+        self, optimizer: Optimizer, given: Any, hook: Callable[..., None], wrapper: Any
+    ) -> Attachment:
         layers = self._layers()
         held = self._held_by(optimizer, layers)
         self._check_held(optimizer, held, layers)
@@ -183,7 +186,7 @@ class Driver:
             optimizer._patch_step_function()
         handles = [
             optimizer.register_step_post_hook(hook),
-            *carry_counter([given, optimizer], wrapper.get_extra_state, wrapper.set_extra_state),
+            *carry_counter([given, optimizer], wrapper),
         ]
         attachment = Attachment(optimizer, handles, self._prepare)
         if self._in_step:  # found again in each step, from the first on
@@ -192,10 +195,6 @@ class Driver:
         now = self.tally.step
         for layer in held:  # a training run that goes on with another optimizer keeps its schedule
             self.tally.steps[layer.number] = now
-        if not self._in_step:
-            check_sites(self._network, self._plan.merged)  # it may have changed since
-            self._forward.install(self._network)
-            self._prepare()
         return attachment
 
     def _warn_if_over(self, times: float) -> None:
@@ -362,17 +361,17 @@ class Driver:
 
     def _note_forward(self, trained: Sequence[MergedLayer], strength: Strength) -> None:
         """Notes that the forward passes before this step merged, or warns that none came."""
-        for layer in trained:
-            self._uncounted[layer.number] += 1
         if not self._ran:
             self.watch.warn_once(
                 "forward",
-                "no training forward pass of this model came before the step, so nothing was "
-                "merged for its gradient: call the wrapper itself, in train mode, and attach "
-                "the optimizer before the first pass",
+                "no forward pass of this model merged before the step, so nothing was merged for "
+                "its gradient: call the wrapper itself, in train mode and outside of paused(), and "
+                "attach the optimizer before the first pass",
             )
-        else:
-            self._last.update(dict.fromkeys((layer.number for layer in trained), strength))
+            return
+        for layer in trained:
+            self._uncounted[layer.number] += 1
+            self._last[layer.number] = strength
         self._ran = False
 
     # -- what is known of it ----------------------------------------------------------------------
@@ -474,10 +473,9 @@ class Driver:
         """Continues from a step counter and statistics; from None, which holds none, not."""
         if state is None:
             return
-        tally = Tally.from_state(state, layers=len(self._plan.merged), seed=self._settings.seed)
+        tally = Tally.from_state(state, now=self.tally, seed=self._settings.seed)
         if tally is None:
             return
-        tally.per_image = self.tally.per_image
         self._begin(tally)
         # The totals may have gone back: what came after them no longer belongs to this run.
         self.watch.rewind(self.tally.step)
@@ -487,7 +485,7 @@ class Driver:
 
     def restart(self) -> None:
         """Begins again at step 0."""
-        self._begin(Tally(len(self._plan.merged), per_image=self.tally.per_image))
+        self._begin(self.tally.begun_again())
         self.watch = Watch()
         self._prepare()
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from inmerge_wrap.counts import Counts
@@ -23,7 +22,7 @@ from inmerge_wrap.kernels import deciding_parameter, modules_of
 from inmerge_wrap.outputs import Outputs
 from inmerge_wrap.plan import ConvSite
 from inmerge_wrap.settings import MergeSettings, Strength
-from inmerge_wrap.weights import Weights
+from inmerge_wrap.weights import Weights, bypassed, chain_of
 
 _WAYS: dict[str, type[Outputs] | type[Weights]] = {"outputs": Outputs, "weights": Weights}
 
@@ -36,6 +35,7 @@ class ForwardMerge:
         self._sites = sites
         self._modules: list[nn.Module] = []
         self._hooks: list[RemovableHandle] = []
+        self._chains: dict[int, nn.Module] = {}  # of parametrizations, which compute a weight
         self._way: Outputs | Weights | None = None
         self._counts: Counts | None = None
         self._draw: Any = None  # of the forward pass that runs
@@ -47,25 +47,24 @@ class ForwardMerge:
         return vars(self) | {"is_on": False}
 
     def install(self, network: nn.Module) -> None:
-        """Puts the hooks on the convolutions of the plan, once."""
-        if self._modules:
-            return
+        """Puts the hooks on the convolutions of the plan, behind all others that are there."""
+        self.uninstall()
         self._modules = modules_of(network, self._sites)
         for number, module in enumerate(self._modules):
             self._hooks += [
                 module.register_forward_pre_hook(partial(self._before, number)),
                 module.register_forward_hook(partial(self._after, number), always_call=True),
             ]
-            if parametrize.is_parametrized(module, "weight"):
-                computed: Any = module.parametrizations["weight"]  # type: ignore[index]
-                self._hooks.append(computed.register_forward_hook(partial(self._computed, number)))
+            if (chain := chain_of(module)) is not None:
+                self._chains[number] = chain
+                self._hooks.append(chain.register_forward_hook(partial(self._computed, number)))
 
     def uninstall(self) -> None:
         """Takes the hooks off the network, when no optimizer drives the merging any more."""
         self.is_on = False
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._modules = [], []
+        self._hooks, self._modules, self._chains = [], [], {}
 
     def replaced(self, network: nn.Module) -> tuple[str, nn.Module] | None:
         """Returns the name of a convolution that another module has replaced, and that module."""
@@ -132,8 +131,14 @@ class ForwardMerge:
                 "dicts or objects with tensors as attributes"
             )
         draw = self._acting(module)
-        if self._way is not None and draw is not None:
-            self._way.before(number, module, draw, self._counting())
+        if self._way is None or draw is None:
+            return
+        if isinstance(self._way, Weights) and chain_of(module) not in (
+            None,
+            self._chains.get(number),
+        ):
+            raise RuntimeError(bypassed(self._sites[number]))
+        self._way.before(number, module, draw, self._counting())
 
     def _after(self, number: int, module: nn.Module, _: Any, output: Any) -> Tensor | None:
         """Removes the stand-in, or blends the channels of the output."""

@@ -194,30 +194,36 @@ def replaced(names: str, by: nn.Module) -> str:
     )
 
 
-def carry_counter(
-    optimizers: Sequence[Any], save: Callable[[], Tensor], load: Callable[[Tensor], None]
-) -> list[RemovableHandle]:
+def carry_counter(optimizers: Sequence[Any], wrapper: Any) -> list[RemovableHandle]:
     """Makes the state dict of an optimizer carry the step counter and statistics of a wrapper.
 
     Code that resumes an optimizer then resumes merging, even if the network's weights are saved
     without the wrapper (timm, Hugging Face's Trainer). A state dict without them loads too, and
     one with them loads into any optimizer. They are plain numbers, because libraries cast and move
-    the tensors of such a state. No strong reference to the object of the bound methods is kept.
+    the tensors of such a state. No strong reference to the wrapper is kept.
     """
-    state, restore = weakref.WeakMethod(save), weakref.WeakMethod(load)
+    known = weakref.ref(wrapper)
 
-    def after_save(_: Optimizer, state_dict: dict[str, Any]) -> None:
-        if (current := state()) is not None:
-            state_dict.setdefault(_COUNTERS, []).append(current().tolist())
+    def place_in(optimizer: Optimizer, wrapper: nn.Module) -> int:
+        """Where the wrapper's parameters begin, as torch, too, knows parameters by their place."""
+        mine = set(map(id, wrapper.parameters()))
+        return next((n for n, p in enumerate(parameters_of(optimizer)) if id(p) in mine), -1)
 
-    def before_load(_: Optimizer, state_dict: dict[str, Any]) -> None:
-        if (current := state()) is None or not state_dict.get(_COUNTERS):
+    def after_save(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        if (wrapper := known()) is not None:
+            entry = [place_in(optimizer, wrapper), wrapper.get_extra_state().tolist()]
+            state_dict.setdefault(_COUNTERS, []).append(entry)
+
+    def before_load(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        entries = state_dict.get(_COUNTERS)
+        if (wrapper := known()) is None or not entries:
             return
-        # A copy made for the hooks. Those of the next wrapper find the next entry.
-        first, *state_dict[_COUNTERS] = state_dict[_COUNTERS]
-        take = restore()
-        if take is not None and first != current().tolist():  # else the statistics stay
-            take(torch.tensor(first, dtype=torch.float64, device="cpu"))
+        place = place_in(optimizer, wrapper)
+        mine = next((entry for entry in entries if entry[0] == place), entries[0])
+        # A copy made for the hooks. Those of the next wrapper find the other entries.
+        state_dict[_COUNTERS] = [entry for entry in entries if entry is not mine]
+        if mine[1] != wrapper.get_extra_state().tolist():  # else the statistics stay
+            wrapper.set_extra_state(torch.tensor(mine[1], dtype=torch.float64, device="cpu"))
 
     inner = [getattr(optimizer, "_base_optimizer", None) for optimizer in optimizers]  # Lookahead
     handles = []

@@ -38,6 +38,17 @@ class Tally:
         self._cosine_max = torch.full((layers,), _NO_COSINE, dtype=torch.float32)
 
     @property
+    def unit(self) -> str:
+        """What is drawn."""
+        return "images x channels" if self.per_image else "drawn pairs"
+
+    def begun_again(self, step: int = 0) -> Tally:
+        """Returns counts of the same layers at a step, without statistics."""
+        other = Tally(len(self.steps), per_image=self.per_image)
+        other.steps = [step] * len(self.steps)
+        return other
+
+    @property
     def step(self) -> int:
         """Optimizer steps seen; with several optimizers, those of the one with most."""
         return max(self.steps)
@@ -116,8 +127,7 @@ class Tally:
                     max_cosine=highest[index] if known else None,
                 )
             )
-        unit = "images x channels" if self.per_image else "drawn pairs"
-        return MergeReport(tuple(layers), unit=unit)
+        return MergeReport(tuple(layers), unit=self.unit)
 
     def to_state(self, seed: int) -> Tensor:
         """Returns the whole tally as one float64 CPU tensor (exact up to 2**53 pairs)."""
@@ -132,11 +142,11 @@ class Tally:
 
     @classmethod
     def from_state(
-        cls, state: object, *, layers: int | None = None, seed: int | None = None
+        cls, state: object, *, now: Tally | None = None, seed: int | None = None
     ) -> Tally | None:
         """Restores the tally that :meth:`to_state` wrote, or returns None with a warning.
 
-        Layers and seed, where given, are those of the wrapper that continues. Counters that were
+        ``now`` and seed, where given, are those of the wrapper that continues. Counters that were
         averaged over several models, as in federated training, are rounded; those that were
         converted to another type have lost digits and are of no use.
         """
@@ -173,17 +183,16 @@ class Tally:
         table = state[_HEADER:].detach().cpu().reshape(written_layers, _COLUMNS)
         counts = table[:, :6].round().long()
         steps, passes, drawn = counts[:, :3].T.tolist()
-        per_image = bool(round(state[3].item()))
-        tally = cls(written_layers if layers is None else layers, per_image=per_image)
-        if layers is not None and written_layers != layers:
-            warnings.warn(
-                f"the checkpoint merged {written_layers} layers and this plan {layers}: the step "
-                "counter continues, the statistics start again",
-                stacklevel=3,
-            )
-            tally.steps = [max(steps)] * layers
-            return tally
+        tally = cls(written_layers, per_image=bool(round(state[3].item())))
         tally.steps, tally.passes, tally._drawn = steps, passes, drawn
         tally._counts = counts[:, 3:].clone()
         tally._cosine_sum, tally._cosine_max = table[:, 6].clone(), table[:, 7].float().clone()
-        return tally
+        if now is None or (len(now.steps), now.unit) == (written_layers, tally.unit):
+            return tally
+        warnings.warn(
+            f"the checkpoint merged {written_layers} layers ({tally.unit}) and this plan "
+            f"{len(now.steps)} ({now.unit}): the step counter continues, the statistics start "
+            "again",
+            stacklevel=3,
+        )
+        return now.begun_again(tally.step)

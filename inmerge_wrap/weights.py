@@ -44,8 +44,8 @@ class Weights:
             self._drawn = [torch.zeros(count, dtype=torch.bool) for count in kernels]
             self._signs = [torch.ones((count, 1), dtype=torch.int64) for count in kernels]
         self._noise: list[Tensor] = []
-        # Of a layer whose convolution runs: it, and what the stand-in hides.
-        self._shadowed: dict[int, tuple[nn.Module, Any]] = {}
+        # Of a layer whose convolution runs: it, what the stand-in hides, and the stand-in.
+        self._shadowed: dict[int, tuple[nn.Module, Any, Tensor | None]] = {}
 
     def set_step(self, step: int, strength: Strength, settings: MergeSettings) -> None:
         """Draws the pairs of a step, as merging after that step would, and sets its strength."""
@@ -75,10 +75,11 @@ class Weights:
 
     def before(self, number: int, module: nn.Module, _: Any, counts: Counts | None) -> None:
         """Puts the merged weight before the parameter."""
-        is_computed = parametrize.is_parametrized(module, "weight")
-        self._shadowed[number] = module, vars(module).get("weight", _NOTHING)
-        if not is_computed:  # else ``computed`` follows, when the convolution reads it
-            vars(module)["weight"] = self._stand_in(number, module, module.weight, counts)
+        hidden, stand_in = vars(module).get("weight", _NOTHING), None
+        if chain_of(module) is None:  # else ``computed`` follows, when the convolution reads it
+            stand_in = self._stand_in(number, module, module.weight, counts)
+            vars(module)["weight"] = stand_in
+        self._shadowed[number] = module, hidden, stand_in
 
     def computed(self, number: int, weight: Tensor, counts: Counts | None) -> Tensor | None:
         """Returns the stand-in of a weight that a parametrization computes."""
@@ -87,18 +88,26 @@ class Weights:
         return self._stand_in(number, self._shadowed[number][0], weight, counts)
 
     def after(self, number: int, *_: Any) -> None:
-        """Takes the stand-in away, whether the convolution ran or raised."""
-        if number not in self._shadowed:
-            return
-        module, before = self._shadowed.pop(number)
-        vars(module).pop("weight", None)
-        if before is not _NOTHING:
-            vars(module)["weight"] = before
+        """Takes the stand-in away, whether the convolution ran or raised.
+
+        Raises:
+            RuntimeError: If something else was in its place.
+        """
+        if number in self._shadowed and not self._taken_away(number):
+            raise RuntimeError(bypassed(self._sites[number]))
+
+    def _taken_away(self, number: int) -> bool:
+        """Takes a stand-in away, and returns whether it was still in its place."""
+        module, hidden, stand_in = self._shadowed.pop(number)
+        found = vars(module).pop("weight", None)
+        if hidden is not _NOTHING:
+            vars(module)["weight"] = hidden
+        return found is stand_in
 
     def end_pass(self) -> None:
         """Takes away what is left: torch calls no hooks after an interrupt from outside."""
         for number in [*self._shadowed]:
-            self.after(number)
+            self._taken_away(number)
 
     def _stand_in(
         self, number: int, module: nn.Module, weight: Any, counts: Counts | None
@@ -130,6 +139,21 @@ class Weights:
                 counts.add_cosines(number, cosines, 1, drawn)
         stand_in: Tensor = _StraightThrough.apply(weight, new)
         return stand_in
+
+
+def chain_of(module: nn.Module) -> nn.Module | None:
+    """Returns the chain of parametrizations that computes the weight of a convolution, if any."""
+    chains: Any = module.parametrizations if parametrize.is_parametrized(module, "weight") else {}
+    return chains["weight"] if chains else None
+
+
+def bypassed(site: ConvSite) -> str:
+    """Returns the message for a weight that is computed where no hook saw it."""
+    return (
+        f"{site.name}: a parametrization, weight_norm or pruning that came after attach() computes "
+        "the weight, which would not be merged: call model.attach(optimizer) again after such a "
+        "change"
+    )
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -452,7 +452,7 @@ def test_robustness_results_and_picture(model: nn.Module, tmp_path: Path) -> Non
         ({"title": " "}, "title of the card is empty"),
         ({"training_data": ""}, "training_data of the card is empty"),
         ({"license": "Apache 2.0"}, "not an identifier of the Hub"),
-        ({"license": "other"}, "needs a license_name"),
+        ({"license": "other"}, "license=other needs license_name"),
         ({"datasets": "ham10000"}, "must be a list"),
         ({"colour": "red"}, "its fields are title"),
         ({"results": [{"metric": "accuracy"}]}, "does not fit"),

@@ -23,7 +23,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 from inmerge_wrap import InMergeWrapper, NoEffectWarning, Quantile, Schedule, plan_merging
@@ -698,6 +698,36 @@ def test_a_weight_that_is_computed_in_a_way_of_ones_own_is_merged_and_inspected(
     assert {entry.name for entry in model.history} == {"stem", "grouped", "last"}
 
 
+CHANGES: dict[str, tuple[Callable[[nn.Module], Any], Callable[[nn.Module], Any]]] = {
+    "parametrization": (
+        lambda conv: parametrize.register_parametrization(conv, "weight", nn.Identity()),
+        lambda conv: parametrize.remove_parametrizations(conv, "weight"),
+    ),
+    "pruning": (
+        lambda conv: prune.identity(conv, "weight"),
+        lambda conv: prune.remove(conv, "weight"),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_computes_a_weight_may_come_and_go_after_attach_but_not_unnoticed(change: str) -> None:
+    add, remove = CHANGES[change]
+    model, optimizer = made("weights", direction="signed")
+    expected = model(images())
+    model, optimizer = made("weights", direction="signed")
+    plain = model.module(images())
+    add(model.module.last)
+    with pytest.raises(RuntimeError, match=r"last: .* call model.attach\(optimizer\) again"):
+        model(images())
+    assert torch.equal(model.module(images()), plain)
+    model.attach(optimizer)
+    assert torch.allclose(model(images()), expected)
+    remove(model.module.last)
+    assert torch.allclose(model(images()), expected)
+    assert not torch.allclose(expected, plain)
+
+
 def test_layers_in_eval_mode_are_reported_as_what_they_are_not_merged() -> None:
     model, optimizer = made()
     with pytest.warns(NoEffectWarning, match="no pair was drawn in 100 steps; call the wrapper"):
@@ -1021,6 +1051,18 @@ def test_a_head_that_is_trained_alone_counts_the_steps_of_what_merges_before_it(
     assert model.step == 3 and model.report()["last"].drawn == 2 * 5 * 6
 
 
+def test_a_pass_under_paused_merges_nothing_for_a_step_outside_of_it() -> None:
+    model, optimizer = made()
+    step(model, optimizer, 0)
+    with model.paused():
+        loss = model(images(1)).square().mean()
+    loss.backward()
+    with pytest.warns(NoEffectWarning, match=r"merged before the step.* outside of paused\(\)"):
+        optimizer.step()
+    step(model, optimizer, 2)
+    assert {(layer.steps, layer.passes) for layer in model.report()} == {(3, 2)}
+
+
 def test_paused_trains_plainly_and_the_schedule_waits() -> None:
     model, optimizer = made(schedule=Schedule(end=2))
     plain = net()
@@ -1103,7 +1145,7 @@ def test_what_the_mode_cannot_do_says_so() -> None:
         InMergeWrapper(nn.Sequential(model), mode="outputs")
     with pytest.raises(ValueError, match="none of the parameters of this network"):
         model.attach(torch.optim.SGD(net().parameters(), lr=0.1))
-    with pytest.warns(NoEffectWarning, match="no training forward pass of this model came before"):
+    with pytest.warns(NoEffectWarning, match="no forward pass of this model merged before"):
         optimizer.step()
     model.module.grouped = nn.Conv2d(8, 12, 3, groups=2).double()
     model.module.grouped.__class__ = type("Blurred", (nn.Conv2d,), {})

@@ -335,9 +335,13 @@ def test_another_seed_or_plan_in_the_checkpoint_is_reported() -> None:
     with pytest.warns(UserWarning, match="trained with seed=0, this wrapper draws with seed=4"):
         wrapped(seed=4).load_state_dict(model.state_dict())
     fewer = wrapped(exclude="convs.2")
-    with pytest.warns(UserWarning, match="merged 2 layers and this plan 1"):
-        fewer.load_state_dict(model.state_dict())
-    assert fewer.step == 1 and fewer.report().drawn == 0
+    other = wrapped(mode="outputs", include="convs.[12]")
+    for new, plan in ((fewer, r"1 \(drawn"), (other, r"2 \(images")):
+        with pytest.warns(
+            UserWarning, match=rf"merged 2 layers \(drawn pairs\) and this plan {plan}"
+        ):
+            new.load_state_dict(model.state_dict())
+        assert new.step == 1 and new.report().drawn == 0
 
 
 # -- it behaves like its network -----------------------------------------------------------------

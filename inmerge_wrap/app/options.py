@@ -12,7 +12,7 @@ import torch
 
 from inmerge_wrap.app.training import Run
 from inmerge_wrap.card import ModelCard
-from inmerge_wrap.errors import ArgumentError
+from inmerge_wrap.errors import ArgumentError, at_least, for_command_line
 from inmerge_wrap.images.finding import class_name
 from inmerge_wrap.robustness.corruptions import resolve_preset
 
@@ -108,7 +108,7 @@ add(
 add("--no-cache", action="store_true", help="decode in every epoch instead of once onto the disk")
 add(
     "--workers",
-    type=int,
+    type=at_least(0),
     default=min(4, (os.cpu_count() or 1) - 1),
     help="processes that read; they do not change the weights (default here: %(default)s)",
 )
@@ -123,8 +123,8 @@ add(
     help="imagenet: timm's for --arch; a timm name; a file; efficientnet-lite0, from a package; or "
     "none (default: %(default)s)",
 )
-add("--epochs", type=int, default=20, help="(default: %(default)s)")
-add("--batch-size", type=int, default=32, help="over all processes (default: %(default)s)")
+add("--epochs", type=at_least(1), default=20, help="(default: %(default)s)")
+add("--batch-size", type=at_least(1), default=32, help="over all processes (default: %(default)s)")
 add("--lr", type=float, default=5e-4, help="of AdamW, after a first epoch of warm-up")
 add("--weight-decay", type=float, default=0.05, help="(default: %(default)s)")
 add("--ema", type=float, default=0.998, help="decay of the average of the weights; 0 for none")
@@ -148,7 +148,7 @@ add(
     choices=("auto", "no", "fp16", "bf16"),
     help="auto: on a GPU, bf16 where it has it",
 )
-add("--seeds", type=int, default=1, help="how many runs, or pairs of runs (default: 1)")
+add("--seeds", type=at_least(1), default=1, help="how many runs, or pairs of runs (default: 1)")
 add("--only", choices=("plain", "merged"), help="train one of the two instead of pairs")
 
 group = parser.add_argument_group("results")
@@ -167,7 +167,7 @@ add(
     metavar="S",
     help="of the corruptions, 1 to 5 (default: 3)",
 )
-add("--bootstrap", type=int, default=1000, help="resamples for the intervals; 0 for none")
+add("--bootstrap", type=at_least(0), default=1000, help="resamples for the intervals; 0 for none")
 add(
     "--subgroups",
     nargs="+",
@@ -184,13 +184,14 @@ add(
 )
 add("--title", help="of the report (default: the name of the folder)")
 add("--license", default="unknown", help="of the weights, for the model card")
+add("--license-name", help="its name, with --license other")
 add("--out", type=Path, default=Path("runs/own_images"), help="folder (default: %(default)s)")
 
 ASKED = ("preset", "severities", "bootstrap", "subgroups", "prevalence")  # what decides the figures
 # What may differ when a run is continued: none of it changes the weights, and the images
 # themselves are compared.
-FREE = {*ASKED, "out", "workers", "no_cache", "title", "license", "seeds", "only", "data_dir"}
-FREE |= {"csv", "skip_broken", "allow_overlap"}
+FREE = {*ASKED, "out", "workers", "no_cache", "title", "license", "license_name", "seeds", "only"}
+FREE |= {"data_dir", "csv", "skip_broken", "allow_overlap"}
 
 
 def parse_arguments(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
@@ -198,12 +199,8 @@ def parse_arguments(arguments: Sequence[str] | None, program: str) -> argparse.N
     parser.prog = program
     options = parser.parse_args(arguments)
     options.severities = sorted(set(options.severities))
-    for name, least in (("epochs", 1), ("seeds", 1), ("batch_size", 1), ("workers", 0)):
-        value = getattr(options, name)
-        if value < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    if options.bootstrap < 0 or not options.lr > 0 or options.weight_decay < 0:
-        parser.error("--bootstrap and --weight-decay must not be negative, and --lr positive")
+    if not options.lr > 0 or options.weight_decay < 0:
+        parser.error("--weight-decay must not be negative, and --lr positive")
     if not 0 <= options.ema < 1:
         parser.error(f"--ema must lie in [0, 1), got {options.ema:g}")
     inside = options.out.resolve().is_relative_to(options.data_dir.resolve())
@@ -220,9 +217,10 @@ def parse_arguments(arguments: Sequence[str] | None, program: str) -> argparse.N
         prevalences_of(options, ())
         if options.preset is not None:
             resolve_preset(options.preset)
-        ModelCard(title=title_of(options), license=options.license, training_data="own images")
+        licence = {name: getattr(options, name) for name in ("license", "license_name")}
+        ModelCard(title=title_of(options), training_data="own images", **licence)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(for_command_line(error))
     return options
 
 

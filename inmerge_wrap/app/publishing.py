@@ -96,6 +96,7 @@ def _card(
     return ModelCard(
         title=f"{training['arch']} for {name}",
         license=options.license,
+        license_name=options.license_name,
         description=f"A {training['arch']} that {aim}.",
         training_data=f"{plain_text(name)}: {counts} images. {said}",
         training=_training_of(training, options),

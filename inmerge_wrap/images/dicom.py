@@ -47,7 +47,9 @@ def decode_dicom(path: Path) -> Decoded:
     windowed = all(data.get(name) not in (None, "") for name in ("WindowCenter", "WindowWidth"))
 
     def shown(x: np.ndarray) -> np.ndarray:
-        return ((apply_windowing(x, data) if windowed else x) - black) / (white - black)
+        if windowed:  # by a negative slope from white to black, as the range is
+            return (apply_windowing(x, data) - black) / (white - black)
+        return (x - min(black, white)) / abs(white - black)
 
     return Decoded(values, shown, windowed, inverted)
 

@@ -110,11 +110,12 @@ def test_a_test_part_of_one_class_is_reported(
                 image.save(tmp_path / "data" / part / name / f"{n}.png")
     given = ["--data-dir", tmp_path / "data", *TINY, "--epochs", "1", "--out", tmp_path / "mine"]
     given += ["--ema", "0", "--augment", "none", "--flip", "both", "--class-balanced"]
-    assert run_here(monkeypatch, *given) == 0
+    assert run_here(monkeypatch, *given, "--license", "other", "--license-name", "ward-7") == 0
     text = (tmp_path / "mine" / "report.html").read_text()
     assert "The test images hold one class" in text
     card = (tmp_path / "mine" / "model" / "README.md").read_text()
     assert "no TrivialAugment, flips (both), classes balanced; epoch" in " ".join(card.split())
+    assert "\nlicense_name: ward-7\n" in card
     given += ["--channels", "1", "--preset", "blood", "--out", tmp_path / "grey"]
     grey = run_here(monkeypatch, *given)
     assert "--preset blood needs colours" in str(grey)
@@ -619,11 +620,12 @@ def test_each_site_is_held_out_in_turn(tmp_path: Path, monkeypatch: pytest.Monke
     "arguments,message",
     [
         (["--prevalence", "2", "--preset", "quick"], "between 0 and 1, or CLASS=SHARE\n"),
-        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--epochs", "0"], "argument --epochs: must lie in [1, inf), got 0"),
         (["--lr", "0"], "--lr positive"),
         (["--arch", "resnet19"], "--arch resnet19 is no model of timm"),
         (["--labels", "a", "b"], "give --csv FILE"),
         (["--license", "mine, all mine"], "is not an identifier of the Hub"),
+        (["--license", "other"], "--license other needs --license-name"),
         (["--ema", "1"], "--ema must lie in [0, 1), got 1"),
         (["--preset", "moonlight"], "'moonlight'"),
     ],

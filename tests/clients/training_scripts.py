@@ -91,8 +91,8 @@ def start(script: Path, line: str, *more: str) -> None:
 
 def counters(checkpoint: Path) -> list[list[float]]:
     """Steps, passes, drawn and merged pairs of each layer, from the optimizer's state."""
-    (entry,) = torch.load(checkpoint, weights_only=False)["optimizer"]["inmerge"]
-    return torch.tensor(entry[3:]).reshape(-1, 8)[:, :4].tolist()
+    ((_, numbers),) = torch.load(checkpoint, weights_only=False)["optimizer"]["inmerge"]
+    return torch.tensor(numbers[4:]).reshape(-1, 8)[:, :4].tolist()
 
 
 def trains_and_resumes(folder: Path, mode: str) -> None:

@@ -194,6 +194,22 @@ def test_a_window_is_that_of_the_standard(tmp_path: Path, function: str) -> None
     assert np.abs(shown - 255 * expected).max() <= 0.5 + 1e-6
 
 
+@pytest.mark.parametrize("window", [{}, {"WindowCenter": -999.5, "WindowWidth": 2001}])
+@pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
+def test_after_a_negative_slope_the_largest_rescaled_value_is_white(
+    tmp_path: Path, kind: str, window: dict[str, float]
+) -> None:
+    stored = ramp(top=255)
+    tags = {"RescaleSlope": -8, "RescaleIntercept": 40, "PhotometricInterpretation": kind}
+    decoded = decode(dicom(tmp_path / "a.dcm", stored, **tags, **window))
+    x = 40 - 8 * stored.astype(float)
+    assert np.array_equal(decoded.values, x)
+    expected = np.clip((x + 2000) / 2000, 0, 1) if window else (x + 2000) / 2040
+    expected = 1 - expected if kind == "MONOCHROME1" else expected
+    shown = decoded.to_bytes(None, override=False)
+    assert np.abs(shown - 255 * expected).max() <= 0.5 + 1e-6
+
+
 def test_a_small_dicom_that_claims_or_inflates_to_gigabytes_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
