@@ -339,7 +339,9 @@ class _MixChannels(torch.autograd.Function):
         ctx.save_for_backward(shares)
         ctx.shift, ctx.groups = shift, groups
         if not isinstance(shift, int):
-            return torch.lerp(outputs, _shifted(outputs, shift, groups), shares)
+            # Not lerp, in whose graph the gathered channels come first: a compiler would take
+            # their memory format for the gradient, and transpose it twice.
+            return outputs + shares * (_shifted(outputs, shift, groups) - outputs)
         wrapped = outputs.shape[1] // groups - shift  # the first channel whose partner is before it
         blends = (
             _parts(outputs, wrapped, groups),

@@ -23,6 +23,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
@@ -894,6 +896,24 @@ def test_a_compiled_backward_pass_draws_nothing_again() -> None:
     torch._dynamo.reset()
     step(torch.compile(model, fullgraph=True, backend=backend), optimizer, 0)
     assert found["forward"] and not found["backward"]
+
+
+def test_a_compiler_keeps_the_memory_format_of_the_gradient() -> None:
+    """It would transpose it, and back again for the convolution, in every layer."""
+
+    def gradient(outputs: Tensor, given: Tensor, *places: Tensor) -> tuple[Tensor, Tensor]:
+        mixed = mix_channels(outputs, torch.full_like(outputs[:, :, 0, 0], 0.2), places)
+        return mixed, torch.autograd.grad(mixed.relu().square(), outputs, given)[0]
+
+    maps = torch.rand(2, 8, 5, 5).requires_grad_(), torch.rand(2, 8, 5, 5)
+    places = torch.arange(8).roll(-3), torch.arange(8).roll(3)
+    graph = make_fx(gradient, select_decomp_table(), tracing_mode="fake")(*maps, *places)
+    # It chooses the format after the trace, and asks each operation of it for that of its result.
+    last = [each.detach().to(memory_format=torch.channels_last) for each in maps]
+    FakeTensorProp(graph).propagate(*last, *places)
+    (returned,) = next(node for node in graph.graph.nodes if node.op == "output").args
+    for node in returned:
+        assert node.meta["val"].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_whole_graph_begins_and_ends_with_the_schedule() -> None:
