@@ -217,8 +217,8 @@ def seen_in_training(contenders: Sequence[Contender], images: LabelledImages) ->
         count = sum(digest_of(digest) in known for digest in images.digests if digest)
         if count:
             found.append(
-                f"{count} of {len(images.digests)} images were used in the training of "
-                f"{each.name}, so its figures are too good: give the split.csv of that training, "
+                f"{each.name} was trained on {count} of the {len(images.digests)} images, so its "
+                "figures are too good: give the split.csv of that training, "
                 "of which the test part alone is used"
             )
     return found
