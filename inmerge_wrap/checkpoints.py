@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from inmerge_wrap.architectures import build, is_timm_folder
+from inmerge_wrap.architectures import build, is_timm_folder, resolve
 from inmerge_wrap.errors import ArgumentError, ArgumentWarning
 from inmerge_wrap.files import read_json
 from inmerge_wrap.report import MergeReport
@@ -80,8 +80,8 @@ def load_network(
     Args:
         weights: A .safetensors file, a state dict (.pt, .pth) or a training script's checkpoint,
             a checkpoint folder of Accelerate, or a timm folder.
-        arch: The architecture, see :func:`inmerge_wrap.architectures.resolve`; not
-            needed for a timm folder.
+        arch: The architecture, see :func:`inmerge_wrap.architectures.resolve`; a timm folder has
+            its own.
         num_classes: Number of outputs; that of the weights if None.
         in_chans: Image channels; those of the weights if None.
         key: See :func:`read_state`.
@@ -95,9 +95,7 @@ def load_network(
     """
     weights = Path(weights)
     if is_timm_folder(weights) and key is None:  # read_state refuses a key
-        if arch is not None:
-            raise ArgumentError(f"{weights} has its own architecture: leave out <arch>")
-        return _load_timm_folder(weights, num_classes, in_chans)
+        return _load_timm_folder(weights, arch, num_classes, in_chans)
     state = read_state(weights, key=key)
     if arch is None:
         raise ArgumentError(f"{weights} holds only weights: name the network with <arch>")
@@ -155,7 +153,7 @@ def read_state(path: str | Path, *, key: str | None = None) -> dict[str, Tensor]
 
 
 def _load_timm_folder(
-    folder: Path, num_classes: int | None, in_chans: int | None
+    folder: Path, arch: str | None, num_classes: int | None, in_chans: int | None
 ) -> tuple[nn.Module, dict[str, Any]]:
     config = read_json(folder / "config.json")
     arguments = config.get("model_args") or {}
@@ -163,6 +161,11 @@ def _load_timm_folder(
         raise ArgumentError(
             f"{folder / 'config.json'} names no architecture, so timm cannot load the folder: "
             "write it again with export_timm, or pass its model.safetensors and <arch>"
+        )
+    if arch is not None and resolve(arch)[1].partition(".")[0] != config["architecture"]:
+        raise ArgumentError(
+            f"{folder} holds a {config['architecture']}, not {arch}: leave out <arch>; if other "
+            "weights need it, export them to a folder, too"
         )
     _read_safetensors(folder / "model.safetensors")  # timm names neither the file nor the fault
     try:

@@ -75,9 +75,9 @@ class Watch:
         if self.missed_steps >= _MISSED_STEPS:
             self.warn_once(
                 "idle",
-                f"{self.missed_steps} steps of {optimizer} without merging: it trains the weights "
-                "to merge but is not attached. Call model.attach(optimizer), and again for each "
-                "optimizer that replaces an attached one",
+                f"{optimizer} took {self.missed_steps} steps without merging: it trains the "
+                "weights to merge but is not attached. Call model.attach(optimizer), and again for "
+                "each optimizer that replaces an attached one",
             )
 
     def why_never(self, step: int, *, attached: bool) -> str | None:

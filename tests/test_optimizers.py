@@ -918,7 +918,9 @@ def test_a_replaced_optimizer_is_reported_soon() -> None:
     train(model, optimizer, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     train(model, optimizer, 9)
-    with pytest.warns(NoEffectWarning, match="10 steps of AdamW without merging.*is not attached"):
+    with pytest.warns(
+        NoEffectWarning, match="AdamW took 10 steps without merging.*is not attached"
+    ):
         train(model, optimizer, 1)
     train(model, optimizer, 20)  # a second warning would be an error here
     assert model.step == 2
@@ -930,7 +932,7 @@ def test_a_forgotten_attach_is_reported_where_the_network_is_called_without_the_
 ) -> None:
     model = wrapped(schedule=schedule)
     optimizer = sgd(model)
-    with pytest.warns(NoEffectWarning, match="10 steps of SGD without merging"):
+    with pytest.warns(NoEffectWarning, match="SGD took 10 steps without merging"):
         train(model.module, optimizer, 10)
 
 

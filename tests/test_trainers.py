@@ -447,7 +447,7 @@ def test_a_trainer_that_keeps_the_network_resumes_bit_for_bit() -> None:
 
 @quiet
 def test_a_trainer_that_keeps_the_network_and_a_forgotten_attach() -> None:
-    with pytest.warns(NoEffectWarning, match="10 steps of AdamW without merging"):
+    with pytest.warns(NoEffectWarning, match="AdamW took 10 steps without merging"):
         kept_network(attach=False, num_train_epochs=4)
     with pytest.warns(NoEffectWarning, match="no forward pass of this model merged"):
         kept_network(mode="outputs")

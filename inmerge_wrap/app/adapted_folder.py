@@ -14,6 +14,7 @@ from inmerge_wrap.app.adapting import Adaptation
 from inmerge_wrap.app.snippet import snippet
 from inmerge_wrap.card import PLACE
 from inmerge_wrap.errors import ArgumentError
+from inmerge_wrap.images.files import counted
 from inmerge_wrap.markdown import plain_text
 
 
@@ -66,13 +67,14 @@ def _section(adaptation: Adaptation, site: str) -> str:
     lines = [
         "## Adaptation",
         "",
-        f"Adapted to {adaptation.images} images of {site}: BatchNorm's statistics were "
+        f"Adapted to {counted(adaptation.images, 'image')} of {site}: BatchNorm's statistics were "
         "re-estimated on them without labels, with a prior of "
         f"{adaptation.prior:g} images (Schneider et al. 2020). All other weights are as they were.",
     ]
     if adaptation.labelled:
         what = "The temperature" if recipe.thresholds is None else "Temperature and thresholds"
-        lines += ["", f"{what}: chosen on {adaptation.labelled} labelled images of {site}."]
+        labelled = counted(adaptation.labelled, "labelled image")
+        lines += ["", f"{what}: chosen on {labelled} of {site}."]
     lines += [
         "",
         "| class | in training | predicted before | predicted after |",

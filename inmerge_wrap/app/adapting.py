@@ -23,7 +23,7 @@ from inmerge_wrap.app.model import Progress, TrainedModel, read_files, silent
 from inmerge_wrap.app.operating import balanced_accuracy, operating_point
 from inmerge_wrap.errors import ArgumentError
 from inmerge_wrap.images.collection import spaced
-from inmerge_wrap.images.files import named
+from inmerge_wrap.images.files import counted, named
 from inmerge_wrap.images.looks import Look, seen_of
 from inmerge_wrap.images.preparation import Recipe, digest_of
 from inmerge_wrap.recalibration import recalibrate
@@ -91,7 +91,7 @@ def read_site(
             looks.append(entry.look)
     if not pixels:
         name, error = next(iter(errors.items()))
-        raise ArgumentError(f"none of {len(files)} files can be read, for example {name}: {error}")
+        raise ArgumentError(f"no image can be read, for example {name}: {error}")
     return Site(tuple(names), torch.stack(pixels), tuple(looks), errors)
 
 
@@ -122,7 +122,7 @@ def adapt(
     kept = [place for place, name in enumerate(site.names) if name in (labels or {})]
     if labels and not kept:
         raise ArgumentError(
-            f"none of the {len(labels)} labelled images is among the {len(site.names)} images, "
+            "no labelled image is among those of the site, "
             f"for example {next(iter(labels))!r} and {site.names[0]!r}: name them as below the "
             "folder"
         )
@@ -132,8 +132,8 @@ def adapt(
         recipe, notes = operating_point(recipe, after[kept], known)
         if unused := [name for name in labels if name not in site.names]:
             notes.append(
-                f"{len(unused)} of {len(labels)} labelled images not used, as not among the "
-                f"{len(site.names)} images: {named(unused)}"
+                f"{len(unused)} of {len(labels)} labelled images not used, as not among those "
+                f"of the site: {named(unused)}"
             )
         if math.isnan(first):
             notes.append("the labelled images hold one class, so balanced accuracy is undefined")
@@ -189,12 +189,12 @@ def _cautions(found: Adaptation, errors: Mapping[str, str]) -> Iterator[str]:
     recipe = found.model.recipe
     if errors:
         yield (
-            f"{len(errors)} files cannot be read and were left out, for example "
+            f"{counted(len(errors), 'file')} left out as unreadable, for example "
             + ": ".join(next(iter(errors.items())))
         )
     if found.images < _FEW:
         yield (
-            f"{found.images} images are few to estimate statistics on: use {_FEW} or more, or "
+            f"{counted(found.images, 'image')} to estimate statistics on: use {_FEW} or more, or "
             f"raise the prior above {found.prior:g}"
         )
     name, (before, after) = max(found.shares.items(), key=lambda entry: entry[1][1])

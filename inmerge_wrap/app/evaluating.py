@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from inmerge_wrap.robustness import RobustnessResult, evaluate_robustness
 INTERVALS = "metrics and intervals"
 """What `evaluate_all` calls this part of its work, which comes after the images of each network."""
 
+_CROP = {"crop_mode": "center", "crop_pct": 1.0, "interpolation": "bicubic"}
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -37,7 +40,7 @@ class Contender:
     mean: Sequence[float]
     std: Sequence[float]
     size: tuple[int, ...] | None  # height and width, if they are known
-    config: Mapping[str, Any]  # timm's crop mode, share and interpolation
+    config: Mapping[str, Any]  # timm's crop mode, share and interpolation; None if not known
     classes: Sequence[str] | None  # in the order of the outputs, if they are known
     recipe: Recipe | None  # of a training of the application
 
@@ -68,7 +71,6 @@ def contender(
     if recipe is not None and size is not None:
         recipe = replace(recipe, preparation=replace(recipe.preparation, size=size))
     stored = tuple(config["input_size"][1:]) if config else None
-    crop = {"crop_mode": "center", "crop_pct": 1.0, "interpolation": "bicubic"}
     return Contender(
         name=name,
         path=path,
@@ -76,7 +78,7 @@ def contender(
         mean=mean,
         std=std,
         size=(size, size) if size is not None else stored,
-        config={key: config.get(key, default) for key, default in crop.items()},
+        config={key: config.get(key) for key in _CROP},
         classes=config.get("label_names"),
         recipe=recipe,
     )
@@ -119,7 +121,10 @@ def open_data(
         raise ArgumentError(f"{data} holds images of any size: pass <size>, the side in training")
     if classes is not None and len(classes) == 1:
         classes = _with_its_opposite(data, part, classes[0])
-    config = {**first.config, "input_size": (first.channels, *size)}
+    config: dict[str, Any] = {"input_size": (first.channels, *size)}
+    for key, default in _CROP.items():
+        known = (each.config[key] for each in contenders if each.config[key] is not None)
+        config[key] = next(known, default)
     folder = ImageFolder(data, config=config, split=part, classes=classes, limit=limit)
     loader = DataLoader(folder, batch_size=batch_size)
     for each in contenders:
@@ -139,14 +144,13 @@ def _check_same_images(contenders: Sequence[Contender], *, files: bool) -> None:
         prepared = {**each.config, "preparation": each.recipe and each.recipe.preparation}
         return found | prepared if files else found
 
-    first, *others = contenders
-    wanted = facts(first)
-    for other in others:
+    for one, other in combinations(contenders, 2):
+        mine = facts(one)
         for what, theirs in facts(other).items():
-            if theirs != wanted[what] and None not in (theirs, wanted[what]):
+            if theirs != mine[what] and None not in (theirs, mine[what]):
                 raise ArgumentError(
-                    f"{first.name} and {other.name} cannot be compared on the same images: {what} "
-                    f"is {wanted[what]} and {theirs}"
+                    f"{one.name} and {other.name} cannot be compared on the same images: {what} "
+                    f"is {mine[what]} and {theirs}"
                     + ("; <size> makes them equal" if what == "size" else "")
                 )
 
@@ -213,8 +217,8 @@ def seen_in_training(contenders: Sequence[Contender], images: LabelledImages) ->
         count = sum(digest_of(digest) in known for digest in images.digests if digest)
         if count:
             found.append(
-                f"{count} of {len(images.digests)} images were used in the training of "
-                f"{each.name}, so its figures are too good: give the split.csv of that training, "
+                f"{each.name} was trained on {count} of the {len(images.digests)} images, so its "
+                "figures are too good: give the split.csv of that training, "
                 "of which the test part alone is used"
             )
     return found

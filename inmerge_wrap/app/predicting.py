@@ -127,7 +127,9 @@ def warnings_of(found: Sequence[Prediction], recipe: Recipe) -> list[str]:
     """Returns what a reader of the predictions must know first."""
     said = []
     if broken := sum(entry.error is not None for entry in found):
-        said.append(f"{broken} of {len(found)} files cannot be read: see the column error")
+        said.append(
+            f"{broken} of {counted(len(found), 'file')} cannot be read: see the column error"
+        )
     if recipe.seen is None:
         said.append(
             "preparation.json does not say what the training images were like, so it cannot be "

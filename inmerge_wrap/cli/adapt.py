@@ -89,7 +89,7 @@ def _print(found: Adaptation, out: Path, load: str) -> None:
         Column("after", [f"{after:.1%}" for _, after in found.shares.values()], KEPT),
     ]
     print_table(
-        f"Share of {found.images} images in which each class is predicted"
+        f"Share of images in which each class is predicted, of {found.images}"
         + (", beside its share of the training images" if trained else ""),
         columns,
     )

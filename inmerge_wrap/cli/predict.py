@@ -48,6 +48,7 @@ def predict(
     from inmerge_wrap.app.model import TrainedModel
     from inmerge_wrap.app.predicting import find_files, warnings_of, write_predictions
     from inmerge_wrap.app.predicting import predict as answers_to
+    from inmerge_wrap.images.files import counted
 
     trained = TrainedModel.read(model, device)
     files = find_files(images, path_column)
@@ -63,7 +64,7 @@ def predict(
     else:
         counts = Counter(name for entry in found for name in entry.predicted)
         shown = ", ".join(f"{name} {counts[name]}" for name in trained.recipe.classes)
-        say(f"{len(found)} images: {shown}\nwritten: {out}")
+        say(f"{counted(len(found), 'image')}: {shown}\nwritten: {out}")
     if all(entry.error is not None for entry in found):
         raise typer.Exit(1)
 

@@ -86,8 +86,8 @@ def test_what_can_go_wrong_is_said(site: Path, tmp_path: Path) -> None:
     result = run("adapt", site / "model", images, "--prior", 0, "--out", tmp_path / "out")
     assert "20.0%" in result.stdout, "the share of a class in training"
     said = " ".join(result.stderr.split())
-    assert "3 images are few to estimate statistics on" in said
-    assert "1 files cannot be read and were left out, for example broken.png" in said
+    assert "3 images to estimate statistics on" in said
+    assert "1 file left out as unreadable, for example broken.png" in said
     model = TrainedModel.read(site / "model")
     with torch.no_grad():
         model.network.get_classifier().bias[1] += 1000
@@ -106,7 +106,7 @@ def test_what_is_said_in_the_card_is_text_whatever_files_are_called(
     found = adapt(model, read_site(model, find_files([images])))
     write_adapted(found, site / "model", tmp_path / "out", site="here")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert r"were left out, for example !\[x\](http:" in card and "![x]" not in card
+    assert r"left out as unreadable, for example !\[x\](http:" in card and "![x]" not in card
 
 
 def test_a_class_that_was_common_in_training_may_be_common_here(site: Path, tmp_path: Path) -> None:
@@ -192,11 +192,11 @@ def test_labels_that_name_no_image_are_said(site: Path, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("path,label\nelsewhere.png,a\n")
     options = ("--labels", tmp_path / "labels.csv", "--out", tmp_path / "out")
     told = complaint("adapt", site / "model", site / "other", *options)
-    assert "none of the 1 labelled images is among the 40 images" in told
+    assert "no labelled image is among those of the site" in told
     (tmp_path / "labels.csv").write_text("path,label\n00.png,a\nelsewhere.png,a\n01.png,b\n")
     content = run_json("adapt", site / "model", site / "other", *options)
     assert content["labelled"] == 2
-    said = "1 of 3 labelled images not used, as not among the 40 images: elsewhere.png"
+    said = "1 of 3 labelled images not used, as not among those of the site: elsewhere.png"
     assert said in content["warnings"]
 
 

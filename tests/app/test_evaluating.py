@@ -105,7 +105,7 @@ def test_before_and_after_are_compared_and_training_images_are_told(tmp_path: Pa
     models = (f"before={tmp_path / 'model'}", f"after={tmp_path / 'adapted'}")
     result = run("evaluate", *models, "--data", tmp_path / "list.csv", *QUICKLY)
     said = " ".join(result.stderr.split())
-    assert "5 of 12 images were used in the training of before" in said and "of after" not in said
+    assert "before was trained on 5 of the 12 images" in said and "after was" not in said
     assert "after - before" in result.stdout
 
 

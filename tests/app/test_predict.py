@@ -120,7 +120,7 @@ def test_names_of_two_folders_differ_and_nothing_readable_is_a_failure(tmp_path:
     (tmp_path / "broken.png").write_bytes(b"nothing")
     broken = ("predict", folder, tmp_path / "broken.png", "--out", tmp_path / "p.csv")
     said = run(*broken, code=1).stderr
-    assert said == "warning: 1 of 1 files cannot be read: see the column error\n"
+    assert said == "warning: 1 of 1 file cannot be read: see the column error\n"
     assert rows_of(tmp_path / "p.csv")[str(tmp_path / "broken.png")]["error"]
 
 

@@ -187,6 +187,23 @@ def test_evaluate_reads_folders_in_the_order_of_the_models_classes(
     assert content["rows"][0]["accuracy"] == pytest.approx(np.mean(right))
 
 
+def test_bare_weights_are_compared_with_a_folder_as_its_images_are_prepared(
+    weights: Path, net: nn.Module, folder: Path, tmp_path: Path
+) -> None:
+    about: dict[str, Any] = {"mean": [0.3] * 3, "std": [0.2] * 3, "crop_pct": 0.9}
+    for size in (24, 32):
+        export_timm(net, tmp_path / f"{size}", input_size=(3, size, size), **about)
+    alone = run_json("evaluate", tmp_path / "24", "--data", folder, *QUICKLY)
+    told = f"before={weights} after={tmp_path / '24'} --arch {ARCH} --mean 0.3 --std 0.2".split()
+    both = run_json("evaluate", *told, "--data", folder, *QUICKLY)["models"]
+    assert both["after"]["rows"][:2] == alone["rows"][:2]
+    assert both["before"]["rows"][1]["accuracy"] == alone["rows"][1]["accuracy"]
+    other = complaint("evaluate", *told, f"other={tmp_path / '32'}", "--data", folder)
+    assert "after and other cannot be compared on the same images: size is (24, 24)" in other
+    told = complaint("evaluate", tmp_path / "24", "--arch", "resnet18", "--data", folder)
+    assert f"holds a {ARCH}, not resnet18: leave out --arch; if other weights need it" in told
+
+
 def test_a_single_output_is_that_of_the_folder_of_its_name(tmp_path: Path) -> None:
     net = timm.create_model(ARCH, num_classes=1).eval()
     prepared: dict[str, Any] = {"input_size": (3, 32, 32), "mean": [0.3] * 3, "std": [0.2] * 3}
