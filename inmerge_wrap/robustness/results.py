@@ -115,6 +115,11 @@ def compare_results(result: RobustnessResult, baseline: RobustnessResult) -> lis
             different corruptions.
     """
     check_baseline(baseline, result.settings)
+    if extra := set(baseline.settings["corruptions"]) - set(result.settings["corruptions"]):
+        raise ValueError(
+            f"the baseline was also measured under {', '.join(sorted(extra))}, so its mean of all "
+            "is another: run both with the same preset"
+        )
     differences = []
     for row in result.rows:
         condition = row["corruption"], row["severity"]
