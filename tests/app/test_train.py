@@ -42,6 +42,7 @@ from inmerge_wrap.app import (  # noqa: E402
     batches,
     drawings,
     findings,
+    operating,
     options,
     report,
     starting_weights,
@@ -683,12 +684,13 @@ def test_thresholds_are_the_best_of_all() -> None:
     scores = torch.rand(60, 2, generator=generator, dtype=torch.float64)
     labels = (scores + 0.5 * torch.rand(60, 2, generator=generator) > 0.8).double()
     labels[:5, 1] = float("nan")
-    for index, found in enumerate(findings.chosen_thresholds(scores, labels)):
+    for index in range(2):
+        found = operating.chosen_threshold(scores[:, index], labels[:, index])
         known = ~labels[:, index].isnan()
         s, y = scores[known, index].numpy(), labels[known, index].numpy()
         best = max(balanced_accuracy_score(y, s >= t) for t in s)
         assert balanced_accuracy_score(y, s > found) == pytest.approx(best)
-    assert findings.chosen_thresholds(scores, torch.ones(60, 2)) == [0.5, 0.5]
+    assert operating.chosen_threshold(scores[:, 0], torch.ones(60)) is None
 
 
 def test_the_bins_of_the_diagram_give_the_calibration_error() -> None:
