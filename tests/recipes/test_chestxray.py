@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 
@@ -41,6 +43,20 @@ def without_times(result: dict[str, Any]) -> dict[str, Any]:
         for epoch in result.get(phase, {}).get("history", []):
             del epoch["seconds"]
     return {name: result[name] for name in ("first", "control", "merged") if name in result}
+
+
+class Sure(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return (22 + images.mean((1, 2, 3)))[:, None].expand(-1, 14)
+
+
+def test_answers_that_are_sure_are_ranked() -> None:
+    """Of logits of 20 and 24, single precision makes one probability."""
+    functions = runpy.run_path(recipe("chestxray"))
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(-1, -1, 4, 4)
+    batches = [(images, torch.tensor([0.0, 1.0])[:, None].expand(-1, 14))]
+    found = functions["predict"](Accelerator(cpu=True), Sure(), batches)
+    assert functions["aurocs"](*found)["mean"] == 1
 
 
 def test_two_phases_and_a_control(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
