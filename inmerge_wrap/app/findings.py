@@ -100,8 +100,8 @@ def _operating_figures(
             found[name] = _by_owner(found[name], among, owners, drawn[name])
     if given is not None:
         values = [found[name]["value"] for name in names[:2]]
-        point = [torch.tensor(torch.nan if value is None else value) for value in values]
-        there = predictive(given, *point)
+        point = [torch.nan if value is None else value for value in values]
+        there = predictive(given, *torch.tensor(point, dtype=torch.float64))
         hits, calm = drawn["sensitivity"], drawn["specificity"]
         spread = (None, None) if hits is None or calm is None else predictive(given, hits, calm)
         ppv, npv = map(_figure, there, spread)

@@ -511,7 +511,7 @@ def test_several_labels_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert lower["elsewhere"] is None and elsewhere["prevalence"] == p
     if hits + 1 - calm:
         expected = p * hits / (p * hits + (1 - p) * (1 - calm))
-        assert elsewhere["ppv"]["value"] == pytest.approx(expected)
+        assert elsewhere["ppv"]["value"] == pytest.approx(expected, rel=1e-12)
     groups = content["test"]["subgroups"]
     assert [row["value"] for row in groups] == ["f", "m"]
     card = (tmp_path / "out" / "model" / "README.md").read_text()
