@@ -962,7 +962,7 @@ def test_an_error_names_arguments_in_python_options_on_the_command_line_and_name
 
 
 def test_a_deployment_survives_json_and_checks_itself(tmp_path: Path) -> None:
-    seen = Seen(40, ("integers",), 0.0, 0.0, 4095.0, 30, 200, (0.1, 0.4), (0.05, 0.2))
+    seen = Seen(40, ("integers",), 0.0, 0.0, 4095.0, 900.0, 30, 200, (0.1, 0.4), (0.05, 0.2))
     several = Recipe(
         Preparation(32, 1, "center", (0.0, 4095.0)), (0.5,), (0.2,), "multi-label", ("a", "b"),
         1.7, (0.2, 0.9), seen, ("0123",),
