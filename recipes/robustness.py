@@ -4,17 +4,15 @@
         merged=DIR/merged-seed0 merged=DIR/merged-seed1 --data dermamnist --attacks fgsm pgd
 
 What it does: runs each network over the test part, clean, under every corruption of the data set's
-modality at five severities, and under attacks. Each network is `label=path` of a timm folder, as
-the other recipes and `inmerge export` write it. Repeat a label for several training seeds of one
-method, in the same order for every label: differences are then paired. Writes `robustness.json` and
-`curves.png` into --out.
+modality, and under attacks. Each network is `label=path` of a timm folder, as the other recipes and
+`inmerge export` write it. Repeat a label for several training seeds of one method, in one order for
+every label: differences are then paired. Writes `robustness.json` and `curves.png` into --out.
 
 Data: the test part of a MedMNIST data set (`FLAG.npz` or `FLAG_SIZE.npz` in --data-root, downloaded
 if missing), or your own images: a folder `DIR/test/CLASS/*` or `DIR/CLASS/*`, or the `split.csv`
 that own_images.py wrote, read as the first network's `preparation.json` says.
 
-Cost: a forward pass for each image, corruption and severity. 500 images of 28 px under 14
-corruptions at three severities, FGSM and PGD: 25 s of one CPU core for each small network.
+Cost: 500 images of 28 px, 14 corruptions at three severities: 25 s of one CPU core for a network.
 Expected: a balanced error that grows with the severity.
 """
 
@@ -40,7 +38,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from inmerge_wrap.app.records import environment
+from inmerge_wrap.errors import at_least
 from inmerge_wrap.files import read_json, write_json
+from inmerge_wrap.images.collection import spaced
 from inmerge_wrap.images.files import DataError
 from inmerge_wrap.images.folders import read_part
 from inmerge_wrap.images.labelled import fit_images, read_npz
@@ -62,7 +62,7 @@ add("models", nargs="+", metavar="label=path", help="a name and a timm folder")
 add("--data", required=True, help="a 2D MedMNIST flag, a folder of images, or a split.csv")
 add("--data-root", type=Path, default=Path("data"), help="folder of the npz file")
 add("--size", type=int, default=28, help="side if no preparation.json says (default: %(default)s)")
-add("--limit", type=int, help="use only the first LIMIT test images")
+add("--limit", type=at_least(1), help="use only LIMIT of the test images, evenly spaced")
 add("--preset", nargs="+", help="a preset, or corruptions by name (default: that of the data)")
 add("--severities", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="1 to 5")
 add("--attacks", nargs="*", default=[], choices=("fgsm", "pgd"), help="also attack the networks")
@@ -101,7 +101,8 @@ def read_test_part(options: argparse.Namespace, folders: list[Path]) -> Data:
                     f"{info['url' + suffix]}, or pass its folder as --data-root"
                 ) from error
         pixels, labels = read_npz(path)
-        return pixels[: options.limit], labels[: options.limit], info["task"]
+        chosen = spaced(len(labels), options.limit)
+        return pixels[chosen], labels[chosen], info["task"]
     if not Path(options.data).exists():
         raise SystemExit(f"--data {options.data} is neither a folder, a file nor a MedMNIST flag")
     try:
@@ -110,7 +111,8 @@ def read_test_part(options: argparse.Namespace, folders: list[Path]) -> Data:
         )
     except DataError as error:
         raise SystemExit(f"--data {options.data}: {error}") from error
-    return pixels[: options.limit].float() / 255, labels[: options.limit], images.task
+    chosen = spaced(len(labels), options.limit)
+    return pixels[chosen].float() / 255, labels[chosen], images.task
 
 
 # -- networks --------------------------------------------------------------------------------------
@@ -147,8 +149,7 @@ def normaliser(network: nn.Module) -> Callable[[Tensor], Tensor]:
     center, scale = (torch.tensor(about[name]).view(-1, 1, 1) for name in ("mean", "std"))
 
     def normalise(pixels: Tensor) -> Tensor:
-        fitting = fit_images(pixels, about["input_size"][0])
-        return (fitting - center.to(pixels)) / scale.to(pixels)
+        return (fit_images(pixels, about["input_size"][0]) - center.to(pixels)) / scale.to(pixels)
 
     return normalise
 
@@ -166,9 +167,8 @@ def evaluate_all(
     for label, paths in groups.items():
         for seed, path in enumerate(paths):
             network = timm.create_model(f"local-dir:{path}", pretrained=True)
-            network.to("cuda" if torch.cuda.is_available() else "cpu")
             result = evaluate_robustness(
-                network,
+                network.to("cuda" if torch.cuda.is_available() else "cpu"),
                 track(loader, description=f"{label} ({path.name})"),
                 preset=preset,
                 task=data[2],

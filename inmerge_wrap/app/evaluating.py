@@ -111,9 +111,10 @@ def open_data(
         return _read_part(data, recipe, classes, part, limit, batch_size)
     if not data.is_dir():
         images, labels = read_npz(data, part)
-        images = fit_images(images[:limit], first.channels, size)  # type: ignore[arg-type]
-        dataset = TensorDataset(images, labels[:limit])
-        return LabelledImages(DataLoader(dataset, batch_size=batch_size), labels[:limit], part)
+        places = spaced(len(labels), limit)
+        images = fit_images(images[places], first.channels, size)  # type: ignore[arg-type]
+        dataset = TensorDataset(images, labels[places])
+        return LabelledImages(DataLoader(dataset, batch_size=batch_size), labels[places], part)
     if size is None:
         raise ArgumentError(f"{data} holds images of any size: pass <size>, the side in training")
     if classes is not None and len(classes) == 1:

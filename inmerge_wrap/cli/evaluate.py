@@ -68,7 +68,7 @@ def evaluate(
         task: multiclass, binary or multilabel; default: by the labels.
         split: Part to use.
         size: Side to resize to; default: that of the timm folder.
-        limit: Image count: the first of an .npz, or spread over a folder.
+        limit: Images to use, evenly spaced over all.
         seed: Seed of corruptions, attacks and bootstrap.
         bootstrap: Bootstrap resamples.
         output: JSON file for all rows.

@@ -110,11 +110,12 @@ def test_a_folder_of_images_and_a_split_of_own_images(
     for data in (tmp_path / "data", tmp_path / "split.csv"):
         out = tmp_path / f"out-{data.name}"
         content = start(
-            monkeypatch, f"net={tmp_path / 'net'}", "--data", data, "--size", "28", *TINY, "--out",
-            out,
+            monkeypatch, f"net={tmp_path / 'net'}", "--data", data, "--size", "28", *TINY,
+            "--limit", "6", "--out", out,
         )  # fmt: skip
         settings = content["models"]["net"][0]["settings"]
-        assert settings["n"] == 12
+        assert settings["n"] == 6
+        assert "auroc" in content["models"]["net"][0]["rows"][0]  # of both classes, not of one
         digests.append(settings["data_sha256"])
     assert digests[0] == digests[1]
     export(tmp_path / "other", 0, classes=2, channels=1, label_names=["b", "a"])
