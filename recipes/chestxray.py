@@ -123,13 +123,13 @@ def read_parts(options: Options) -> Parts:
 
 @torch.no_grad()
 def predict(accelerator: Accelerator, model: nn.Module, loader: DataLoader) -> list[Tensor]:
-    """Returns the logits and labels of a part, on the CPU of every process."""
+    """Returns the logits and labels of a part, in double precision, on the CPU of every process."""
     model.eval()
     outputs = []
     for images, labels in loader:
         pair = model(prepare(images)).float(), labels
         outputs.append([column.cpu() for column in accelerator.gather_for_metrics(pair)])
-    return [torch.cat(column) for column in zip(*outputs, strict=True)]
+    return [torch.cat(column).double() for column in zip(*outputs, strict=True)]
 
 
 def aurocs(logits: Tensor, labels: Tensor) -> Areas:

@@ -191,7 +191,7 @@ def train(
 def validation_auroc(network: nn.Module, data: Data, normalise: v2.Transform) -> float:
     pixels, labels = data.parts["val"]
     network.eval()
-    logits = torch.cat([network(normalise(some)).float().cpu() for some in pixels.split(500)])
+    logits = torch.cat([network(normalise(some)).cpu().double() for some in pixels.split(500)])
     scores = logits.sigmoid() if data.task == "multilabel" else logits.softmax(1)
     return float(classification_metrics(scores, labels, task=data.task)[0]["auroc"])
 

@@ -8,9 +8,8 @@ modality, and under attacks. Each network is `label=path` of a timm folder, as t
 `inmerge export` write it. Repeat a label for several training seeds of one method, in one order for
 every label: differences are then paired. Writes `robustness.json` and `curves.png` into --out.
 
-Data: the test part of a MedMNIST data set (`FLAG.npz` or `FLAG_SIZE.npz` in --data-root, downloaded
-if missing), or your own images: a folder `DIR/test/CLASS/*` or `DIR/CLASS/*`, or the `split.csv`
-that own_images.py wrote, read as the first network's `preparation.json` says.
+Data: the test part of a MedMNIST set (`FLAG.npz` or `FLAG_SIZE.npz` in --data-root, downloaded if
+missing), of a folder of class folders, or of the `split.csv` that own_images.py wrote.
 
 Cost: 500 images of 28 px, 14 corruptions at three severities: 25 s of one CPU core for a network.
 Expected: a balanced error that grows with the severity.
@@ -37,14 +36,15 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from inmerge_wrap.app.model import Tempered
 from inmerge_wrap.app.records import environment
 from inmerge_wrap.errors import at_least
 from inmerge_wrap.files import read_json, write_json
-from inmerge_wrap.images.collection import spaced
+from inmerge_wrap.images.collection import spaced, units_of
 from inmerge_wrap.images.files import DataError
 from inmerge_wrap.images.folders import read_part
 from inmerge_wrap.images.labelled import fit_images, read_npz
-from inmerge_wrap.images.preparation import Preparation
+from inmerge_wrap.images.preparation import FILE, Preparation, Recipe
 from inmerge_wrap.robustness import Attack, RobustnessResult, evaluate_robustness, paired_difference
 from inmerge_wrap.robustness.corruptions import CORRUPTIONS, DATASET_PRESETS, resolve_preset
 
@@ -67,7 +67,7 @@ add("--preset", nargs="+", help="a preset, or corruptions by name (default: that
 add("--severities", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="1 to 5")
 add("--attacks", nargs="*", default=[], choices=("fgsm", "pgd"), help="also attack the networks")
 add("--eps", type=float, help="size of the attacks, in units of 1/255 (default: 2)")
-add("--threshold", type=float, default=0.5, help="operating point for binary and multi-label")
+add("--threshold", type=float, help="of binary and multi-label (default: as trained, or 0.5)")
 add("--baseline", help="label that the others are compared with (default: the first)")
 add("--seed", type=int, default=0, help="of corruptions, attacks and bootstrap")
 add("--bootstrap", type=int, default=1000, help="resamples for the intervals; 0 for none")
@@ -75,16 +75,16 @@ add("--batch-size", type=int, default=256, help="images per batch; does not affe
 add("--out", type=Path, default=Path("runs/robustness"), help="folder (default: %(default)s)")
 
 Groups, Results = dict[str, list[Path]], dict[str, list[RobustnessResult]]
-Data = tuple[Tensor, Tensor, str]  # pixels in [0, 1], labels, task
+Data = tuple[Tensor, Tensor, str, list[str] | None]  # pixels in [0, 1], labels, task, patients
 
 
-# -- data ------------------------------------------------------------------------------------------
+# -- data and networks -----------------------------------------------------------------------------
 
 
 def read_test_part(options: argparse.Namespace, folders: list[Path]) -> Data:
-    prepare, names = expected(folders[0])
+    prepare, names = wanted = expected(folders[0])[1:]
     for folder in folders[1:]:
-        pairs = zip((prepare, names), expected(folder), strict=True)
+        pairs = zip(wanted, expected(folder)[1:], strict=True)
         if any(None not in pair and pair[0] != pair[1] for pair in pairs):
             raise SystemExit(f"{folder} and {folders[0]} differ in label_names or preparation")
     if options.data in medmnist.INFO:
@@ -102,7 +102,7 @@ def read_test_part(options: argparse.Namespace, folders: list[Path]) -> Data:
                 ) from error
         pixels, labels = read_npz(path)
         chosen = spaced(len(labels), options.limit)
-        return pixels[chosen], labels[chosen], info["task"]
+        return pixels[chosen], labels[chosen], info["task"], None
     if not Path(options.data).exists():
         raise SystemExit(f"--data {options.data} is neither a folder, a file nor a MedMNIST flag")
     try:
@@ -112,10 +112,8 @@ def read_test_part(options: argparse.Namespace, folders: list[Path]) -> Data:
     except DataError as error:
         raise SystemExit(f"--data {options.data}: {error}") from error
     chosen = spaced(len(labels), options.limit)
-    return pixels[chosen].float() / 255, labels[chosen], images.task
-
-
-# -- networks --------------------------------------------------------------------------------------
+    patients = units_of([images.images[place] for place in chosen])
+    return pixels[chosen].float() / 255, labels[chosen], images.task, patients
 
 
 def group_models(entries: list[str], baseline: str | None) -> Groups:
@@ -123,10 +121,8 @@ def group_models(entries: list[str], baseline: str | None) -> Groups:
     groups = Groups()
     for entry in entries:
         label, _, path = entry.partition("=")
-        if not label or not path or not Path(path).exists():
-            raise SystemExit(f"{entry!r}: pass label=path with an existing folder")
-        if not (Path(path) / "config.json").is_file():
-            raise SystemExit(f"{path} is no timm folder with config.json and model.safetensors")
+        if not label or not path or not (Path(path) / "config.json").is_file():
+            raise SystemExit(f"{entry!r}: pass label=path, a timm folder with its config.json")
         groups.setdefault(label, []).append(Path(path))
     first = baseline or next(iter(groups))
     if first not in groups:
@@ -137,10 +133,11 @@ def group_models(entries: list[str], baseline: str | None) -> Groups:
     return {first: groups.pop(first), **groups}
 
 
-def expected(folder: Path) -> tuple[Preparation | None, list[str] | None]:
-    """Returns how a network reads a file, and the order of its classes."""
-    path, names = folder / "preparation.json", read_json(folder / "config.json").get("label_names")
-    return Preparation.from_dict(read_json(path)) if path.exists() else None, names
+def expected(folder: Path) -> tuple[Recipe | None, Preparation | None, list[str] | None]:
+    """Returns the recipe of a training, how it reads a file, and the order of the classes."""
+    recipe = Recipe.read(folder) if (folder / FILE).exists() else None
+    names = read_json(folder / "config.json").get("label_names")
+    return recipe, recipe and recipe.preparation, names
 
 
 def normaliser(network: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -167,8 +164,11 @@ def evaluate_all(
     for label, paths in groups.items():
         for seed, path in enumerate(paths):
             network = timm.create_model(f"local-dir:{path}", pretrained=True)
+            recipe, *_ = expected(path)
+            threshold = (recipe and recipe.thresholds) or 0.5
+            tempered = Tempered(network, recipe.temperature if recipe else 1.0)
             result = evaluate_robustness(
-                network.to("cuda" if torch.cuda.is_available() else "cpu"),
+                tempered.to("cuda" if torch.cuda.is_available() else "cpu"),
                 track(loader, description=f"{label} ({path.name})"),
                 preset=preset,
                 task=data[2],
@@ -177,8 +177,9 @@ def evaluate_all(
                 seed=options.seed,
                 baseline=None if label == baseline else results[baseline][seed],
                 attacks=[Attack(name, eps=eps / 255) for name in options.attacks],
-                threshold=options.threshold,
+                threshold=threshold if options.threshold is None else options.threshold,
                 bootstrap=options.bootstrap,
+                groups=data[3],
             )
             results.setdefault(label, []).append(result)
     return results
@@ -255,8 +256,7 @@ def draw_curves(results: Results, path: Path) -> None:
         axis.remove()
     figure.supxlabel("severity", fontsize=10)
     figure.supylabel("balanced error", fontsize=10)
-    handles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=len(results), frameon=False)
+    figure.legend(handles=axes[0, 0].lines, loc="outside upper center", ncols=7, frameon=False)
     figure.savefig(path, dpi=200, facecolor="white")
 
 

@@ -117,8 +117,6 @@ def adapt(
     after = _scores(adapted, site.pixels, progress)
     recipe, accuracy = model.recipe, None
     notes: list[str] = []
-    pairs = zip(_shares(before, recipe), _shares(after, recipe), strict=True)
-    shares = dict(zip(recipe.classes, pairs, strict=True))
     kept = [place for place, name in enumerate(site.names) if name in (labels or {})]
     if labels and not kept:
         raise ArgumentError(
@@ -139,6 +137,8 @@ def adapt(
             notes.append("the labelled images hold one class, so balanced accuracy is undefined")
         else:
             accuracy = first, last
+    pairs = zip(_shares(before, model.recipe), _shares(after, recipe), strict=True)
+    shares = dict(zip(recipe.classes, pairs, strict=True))
     facts = [look.facts for look in site.looks]
     trained_on = {*recipe.trained_on, *(digest_of(facts[place].digest) for place in kept)}
     recipe = replace(recipe, seen=seen_of(facts, site.looks), trained_on=tuple(sorted(trained_on)))

@@ -27,22 +27,6 @@ def proportion(successes: int, trials: int) -> dict[str, Any]:
     return {"value": successes / trials, "low": float(low), "high": float(high), "n": trials}
 
 
-def chosen_thresholds(probabilities: Tensor, labels: Tensor) -> list[float]:
-    """For each label the threshold with the best balanced accuracy; 0.5 if no image differs."""
-    thresholds = []
-    for scores, marks in zip(probabilities.T, labels.T, strict=True):
-        positive, negative = scores[marks == 1], scores[marks == 0]
-        if not len(positive) or not len(negative):
-            thresholds.append(0.5)
-            continue
-        values = torch.cat([positive, negative]).unique()
-        between = (values[1:] + values[:-1]) / 2 if len(values) > 1 else values
-        recalls = (positive > between[:, None]).double().mean(1)
-        specificities = (negative <= between[:, None]).double().mean(1)
-        thresholds.append(float(between[(recalls + specificities).argmax()]))
-    return thresholds
-
-
 def class_table(
     probabilities: Tensor,
     labels: Tensor,
@@ -116,8 +100,8 @@ def _operating_figures(
             found[name] = _by_owner(found[name], among, owners, drawn[name])
     if given is not None:
         values = [found[name]["value"] for name in names[:2]]
-        point = [torch.tensor(torch.nan if value is None else value) for value in values]
-        there = predictive(given, *point)
+        point = [torch.nan if value is None else value for value in values]
+        there = predictive(given, *torch.tensor(point, dtype=torch.float64))
         hits, calm = drawn["sensitivity"], drawn["specificity"]
         spread = (None, None) if hits is None or calm is None else predictive(given, hits, calm)
         ppv, npv = map(_figure, there, spread)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from inmerge_wrap.app.findings import chosen_thresholds
 from inmerge_wrap.images.preparation import Recipe
 from inmerge_wrap.robustness import classification_metrics
 
@@ -52,16 +52,31 @@ def operating_point(recipe: Recipe, scores: Tensor, labels: Tensor) -> tuple[Rec
     if recipe.thresholds is None:
         return recipe, notes
     thresholds = list(recipe.thresholds)
-    chosen = chosen_thresholds(recipe.probabilities(scores), labels)
-    for place, (name, answers) in enumerate(zip(recipe.classes, labels.T, strict=True)):
-        if bool((answers == 1).any()) and bool((answers == 0).any()):
-            thresholds[place] = chosen[place]
+    probabilities = recipe.probabilities(scores)
+    for place, name in enumerate(recipe.classes):
+        chosen = chosen_threshold(probabilities[:, place], labels[:, place])
+        if chosen is not None:
+            thresholds[place] = chosen
         else:
             notes.append(
                 f"{name} keeps its threshold of {thresholds[place]:.3f}: the labelled images do "
                 "not hold both answers"
             )
     return replace(recipe, thresholds=tuple(thresholds)), notes
+
+
+def chosen_threshold(probabilities: Tensor, marks: Tensor) -> float | None:
+    """Returns the threshold of a label with the best balanced accuracy, None of one answer."""
+    positive, negative = (probabilities[marks == mark].sort().values for mark in (1, 0))
+    if not len(positive) or not len(negative):
+        return None
+    values = torch.cat([positive, negative]).unique()
+    between = (values[1:] + values[:-1]) / 2 if len(values) > 1 else values
+    missed, spared = (
+        torch.searchsorted(each, between, right=True).double() / len(each)
+        for each in (positive, negative)
+    )
+    return float(between[(spared - missed).argmax()])
 
 
 def _cross_entropy(recipe: Recipe, scores: Tensor, labels: Tensor) -> float:

@@ -13,7 +13,7 @@ import torch
 from inmerge_wrap.app.training import Run
 from inmerge_wrap.card import ModelCard
 from inmerge_wrap.errors import ArgumentError, at_least, for_command_line
-from inmerge_wrap.images.finding import class_name
+from inmerge_wrap.images.finding import canonical
 from inmerge_wrap.robustness.corruptions import resolve_preset
 
 DESCRIPTION = """\
@@ -228,7 +228,7 @@ def prevalences_of(options: argparse.Namespace, classes: Sequence[str]) -> list[
     """The prevalence that the reader gave of each class, None where there is none."""
     found: dict[str, float] = {}
     for text in options.prevalence:
-        name, _, share = class_name(text).rpartition("=")
+        name, _, share = canonical(text).rpartition("=")
         try:
             found[name] = float(share)
         except ValueError:

@@ -13,7 +13,7 @@ import torch
 from inmerge_wrap.app.model import Progress, Read, TrainedModel, read_files, silent
 from inmerge_wrap.errors import ArgumentError, ArgumentWarning
 from inmerge_wrap.images.files import counted, named
-from inmerge_wrap.images.finding import class_name, images_below, is_unknown, read_marks
+from inmerge_wrap.images.finding import canonical, images_below, is_unknown, read_marks
 from inmerge_wrap.images.looks import unlike, warnings_about
 from inmerge_wrap.images.preparation import Recipe
 from inmerge_wrap.images.tables import read_table, write_table
@@ -74,7 +74,7 @@ def read_labels(table: Path, recipe: Recipe, path_column: str = "path") -> dict[
         if recipe.task == "multi-label":
             found[name] = read_marks(place, row, recipe.classes)
             continue
-        label = class_name(row["label"])
+        label = canonical(row["label"])
         if label not in recipe.classes:
             raise ArgumentError(
                 f"{place}: label {label!r} is no class of the network; its classes are "

@@ -236,8 +236,11 @@ def check(collection: ImageCollection, *, allow_overlap: bool = False) -> ImageC
         errors.append(f"there is one class, {collection.classes[0]!r}: at least two are needed")
     for part in PARTS:
         images = collection.part(part)
-        if not images:
-            errors.append(f"the part {part} is empty: give it images, or let the split make it")
+        if not any(any(collection.cells(image)) for image in images):
+            errors.append(
+                f"the part {part} holds no image of which a label is known: give it some, or let "
+                "the split make it"
+            )
             continue
         counts = collection.counts(images)
         by_class = list(zip(collection.classes, counts, strict=True))

@@ -14,6 +14,10 @@ from inmerge_wrap.images.files import DataError, Decoded, finite
 # A small file can claim, or inflate to, more than a machine holds. Pillow's limit for other files.
 _MOST_VALUES = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
 _MOST_BYTES = 2**30
+_OPTIONAL = [
+    *("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept"),
+    *("VOILUTSequence", "WindowCenter", "WindowWidth"),
+]
 
 
 def decode_dicom(path: Path) -> Decoded:
@@ -28,6 +32,9 @@ def decode_dicom(path: Path) -> Decoded:
     _check_inflated(path)
     data = pydicom.dcmread(path)
     _check_size(data)
+    for name in _OPTIONAL:
+        if name in data and data[name].is_empty:  # as anonymisers leave them
+            del data[name]
     values = data.pixel_array  # YBR becomes RGB here
     if data.get("SamplesPerPixel", 1) == 3:
         if values.dtype != np.uint8:
@@ -44,7 +51,7 @@ def decode_dicom(path: Path) -> Decoded:
             values, lambda x: apply_voi(x.astype(np.int64), data) / white, True, inverted
         )
     black, white = _range_of_bits(data)
-    windowed = all(data.get(name) not in (None, "") for name in ("WindowCenter", "WindowWidth"))
+    windowed = "WindowCenter" in data and "WindowWidth" in data
 
     def shown(x: np.ndarray) -> np.ndarray:
         if windowed:  # by a negative slope from white to black, as the range is
@@ -92,5 +99,7 @@ def _range_of_bits(data: Any) -> tuple[float, float]:
     bits, signed = int(data.BitsStored), int(data.PixelRepresentation)
     low = -(2.0 ** (bits - 1)) if signed else 0.0
     high = low + 2.0**bits - 1
-    slope, intercept = float(data.get("RescaleSlope", 1)), float(data.get("RescaleIntercept", 0))
+    if "RescaleSlope" not in data or "RescaleIntercept" not in data:  # pydicom needs both, too
+        return low, high
+    slope, intercept = float(data.RescaleSlope), float(data.RescaleIntercept)
     return low * slope + intercept, high * slope + intercept

@@ -19,6 +19,7 @@ _MEANT = {
     "test": ("test", "testing", "tst", "holdout", "eval", "evaluation"),
 }
 _PART_OF = {word: part for part, words in _MEANT.items() for word in words}
+_UNDECODED = re.compile("[\udc80-\udcff]")  # how Python holds the bytes of a name in Latin-1
 
 
 def find_images(
@@ -71,14 +72,14 @@ def _values_of(
 ) -> list[str]:
     """The column of a table, or what a pattern finds in each image's name."""
     if rows and what in rows[0]:
-        return ["" if is_unknown(row[what]) else row[what] for row in rows]
+        return [_value(row[what]) for row in rows]
     try:
-        expression = re.compile(what)
+        expression = re.compile(unicodedata.normalize("NFC", what))
     except re.error as error:
         raise DataError(
             f"{option} {what!r} is no column and no regular expression ({error})"
         ) from error
-    matches = [expression.search(name) for name in names]
+    matches = [expression.search(canonical(name)) for name in names]
     unmatched = [name for name, match in zip(names, matches, strict=True) if match is None]
     if unmatched:
         raise DataError(
@@ -86,7 +87,11 @@ def _values_of(
             f"{counted(len(unmatched), 'name')}: {named(unmatched)}",
             names=unmatched,
         )
-    return [m[min(expression.groups, 1)] or "" for m in matches if m is not None]
+    return [_value(m[min(expression.groups, 1)] or "") for m in matches if m is not None]
+
+
+def _value(text: str) -> str:
+    return "" if is_unknown(text) else canonical(text)
 
 
 def _places_of(classes: Iterable[str]) -> dict[str, int]:
@@ -123,7 +128,7 @@ def _from_folders(directory: Path) -> ImageCollection:
         ignored += map(below, loose)
         for folder in folders:
             images, others = images_below(folder)
-            files += [(part, class_name(folder.name), path) for path in images]
+            files += [(part, canonical(folder.name), path) for path in images]
             ignored += map(below, others)
             if not images:
                 empty.append(below(folder))
@@ -139,6 +144,10 @@ def _from_folders(directory: Path) -> ImageCollection:
             names=empty,
         )
     places = _places_of(name for _, name, _ in files)
+    if unknown := [name for name in places if is_unknown(name)]:
+        raise DataError(
+            f"the class folder {unknown[0]!r} is called what tables write for no label: rename it"
+        )
     found = [ImageFile(path, below(path), places[name], part=part) for part, name, path in files]
     renamed = [
         f"The folder {folder.name} was taken as the part {part}."
@@ -231,21 +240,33 @@ def files_below(folder: Path) -> list[Path]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not _hidden(name))
         found += [Path(parent, name) for name in files if not _hidden(name)]
-    return sorted(found)
+    return _in_unicode(found)
 
 
 def inside(directory: Path, *, folders: bool) -> list[Path]:
-    entries = sorted(path for path in directory.iterdir() if not _hidden(path.name))
+    entries = _in_unicode(path for path in directory.iterdir() if not _hidden(path.name))
     return [path for path in entries if path.is_dir() == folders]
+
+
+def _in_unicode(paths: Iterable[Path]) -> list[Path]:
+    """The paths, sorted; an error of names that no table and no report can hold."""
+    found = sorted(paths)
+    if odd := [ascii(str(path)) for path in found if _UNDECODED.search(str(path))]:
+        raise DataError(
+            f"{counted(len(odd), 'name')} not in UTF-8: {named(odd)}; rename them, for example "
+            "with convmv",
+            names=odd,
+        )
+    return found
 
 
 def _hidden(name: str) -> bool:
     return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
-def class_name(text: str) -> str:
-    """The name of a class: of an accent, which is one character or two, always the one."""
-    return unicodedata.normalize("NFC", text)
+def canonical(text: str) -> str:
+    """A name in one form: an accent, which is one character or two, as one; no space around it."""
+    return unicodedata.normalize("NFC", text).strip()
 
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -283,7 +304,7 @@ def _from_table(
         raise DataError(f"{counted(len(missing), 'image')} without a part: {named(missing)}")
     if len(labels) > 1:
         return ImageCollection(tuple(labels), "multilabel", tuple(images))
-    names = [class_name(row[labels[0]]) for row in rows]
+    names = [canonical(row[labels[0]]) for row in rows]
     places = _places_of(names)
     images = [replace(i, label=places[name]) for i, name in zip(images, names, strict=True)]
     return ImageCollection(tuple(places), "multiclass", tuple(images))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from inmerge_wrap.images.collection import ImageCollection, check, split
 from inmerge_wrap.images.files import DataError, counted, named, range_of
-from inmerge_wrap.images.finding import class_name, find_images, listed, parts_in
+from inmerge_wrap.images.finding import canonical, find_images, listed, parts_in
 from inmerge_wrap.images.preparation import Preparation
 from inmerge_wrap.images.sets import ImageSet, examine_all
 from inmerge_wrap.images.tables import check_columns, read_table, write_table
@@ -186,7 +186,7 @@ def _label_columns(
 def _in_order(collection: ImageCollection, classes: Sequence[str]) -> ImageCollection:
     """The same images, labelled by the places of their classes among others."""
     if collection.task == "multiclass":
-        classes = list(map(class_name, classes))
+        classes = list(map(canonical, classes))
     foreign = [name for name in collection.classes if name not in classes]
     if foreign:
         raise DataError(

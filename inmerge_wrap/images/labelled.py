@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from inmerge_wrap.images.collection import spaced
 from inmerge_wrap.images.files import DICOM, RASTER, decode, is_image
-from inmerge_wrap.images.finding import class_name, files_below, inside, listed, parts_in
+from inmerge_wrap.images.finding import canonical, files_below, inside, listed, parts_in
 
 __all__ = ["ImageFolder", "fit_images", "read_npz"]
 
@@ -130,13 +130,13 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         found: dict[str, list[Path]] = {}
         for entry in inside(root, folders=True):
             if paths := _images_in(entry):
-                found.setdefault(class_name(entry.name), []).extend(paths)
+                found.setdefault(canonical(entry.name), []).extend(paths)
         if not found:
             raise ValueError(
                 f"{root} holds no images in folders of classes: {split}/CLASS/*.png or CLASS/*.png "
                 f"are needed, one of {', '.join(sorted(_SUFFIXES))}"
             )
-        self.classes = list(found) if classes is None else list(map(class_name, classes))
+        self.classes = list(found) if classes is None else list(map(canonical, classes))
         foreign = [name for name in found if name not in self.classes]
         if foreign:
             raise ValueError(

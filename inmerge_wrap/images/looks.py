@@ -45,6 +45,7 @@ def seen_of(facts: Sequence[Facts], looks: Sequence[Look]) -> Seen:
         colour=sum(entry.colour for entry in facts) / len(facts),
         low=min(entry.low for entry in facts),
         high=max(entry.high for entry in facts),
+        dimmest=min(entry.high for entry in facts),
         smallest=min(entry.sides[0] for entry in facts),
         largest=max(entry.sides[1] for entry in facts),
         means=percentiles([look.mean for look in looks]),
@@ -57,7 +58,7 @@ def unlike(look: Look, seen: Seen) -> list[str]:
     facts = look.facts
     differs = {
         "values": facts.low < seen.low or facts.high > seen.high,
-        "range": seen.high > 0 and facts.high <= seen.high / 4,
+        "range": facts.high <= seen.high / 4 and facts.high < seen.dimmest,
         "format": facts.kind not in seen.kinds,
         "colour": facts.colour and seen.colour == 0,
         "grey": not facts.colour and seen.colour == 1,

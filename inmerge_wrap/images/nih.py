@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +31,6 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from inmerge_wrap.errors import ArgumentError
-from inmerge_wrap.files import write_json
 from inmerge_wrap.images.collection import PARTS
 from inmerge_wrap.images.sets import write_pixels
 
@@ -299,63 +297,41 @@ class Radiographs(Dataset[tuple[Tensor, Tensor]]):
 class Squares(Sequence[np.ndarray]):
     """Grey squares in a file that each process maps itself; a pickled map would be a full copy."""
 
-    def __init__(self, path: Path, holds: Mapping[str, Any]) -> None:
-        self.path, self.holds = path, holds
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     @cached_property
     def _array(self) -> np.ndarray:
-        array = np.load(self.path, mmap_mode="r")
-        # After the map, which keeps the file: a run that writes it again first deletes the note.
-        if described(self.path) != self.holds:
-            raise RuntimeError(
-                f"another run has written {self.path} again, for other images: runs at the same "
-                "time with other seeds or sizes need a folder each"
-            )
-        return array
+        return np.load(self.path, mmap_mode="r")
 
     def __len__(self) -> int:
-        return self.holds["images"]
+        return len(self._array)
 
     def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
         return self._array[index]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "holds": self.holds}
-
-
-def described(path: Path) -> dict[str, Any]:
-    """Returns what the note next to a cache says of it; empty without one."""
-    note = path.with_suffix(".json")
-    return json.loads(note.read_text()) if path.exists() and note.exists() else {}
+        return {"path": self.path}
 
 
 def cached(part: Part, path: Path, source: str, size: int, workers: int = 0) -> Part:
-    """Returns the part with its images from ``path``, written first if it does not match.
+    """Returns the part with its images from a file, written first if there is none.
 
-    A ``.json`` next to it describes the content. Images that changed under the same name and source
-    are not detected: delete the cache after such a change.
+    Its name ends in a digest of source, names and size, so other images have another file. Images
+    that changed under the same name and source are not detected: delete the file after such a
+    change.
 
     Args:
         part: The part, whose images are read once if they are not in the cache.
-        path: An .npy file of all images, resized for a crop of ``size``.
+        path: An .npy file of all images, resized for a crop of ``size``, without the digest.
         source: Where the images come from, such as their folder.
         size: Side of the later crop, in pixels.
         workers: Processes that decode.
     """
-    note, side = path.with_suffix(".json"), resized_side(size)
-    names = hashlib.sha256("\n".join(part.names).encode()).hexdigest()
-    holds = {"source": source, "images": len(part), "names_sha256": names, "side": side}
-    before = described(path)
-    if before != holds:
-        if path.exists():
-            now = ", ".join(
-                f"{key} {before.get(key)}, not {value}"
-                for key, value in holds.items()
-                if before.get(key) != value
-            )
-            print(f"{path} is stale ({now}): writing it again")
-        note.unlink(missing_ok=True)  # first, so that it never describes other images
+    side = resized_side(size)
+    about = "\n".join([source, str(side), *part.names])
+    path = path.with_stem(f"{path.stem}-{hashlib.sha256(about.encode()).hexdigest()[:12]}")
+    if not path.exists():
         squares = Radiographs(part, side, side=side)
         write_pixels(squares, (len(part), side, side), path, workers=workers)
-        write_json(note, holds)
-    return replace(part, images=Squares(path, holds))
+    return replace(part, images=Squares(path))

@@ -88,6 +88,7 @@ class Seen:
     colour: float  # share of them that showed colours
     low: float  # the smallest value in a file, before the preparation
     high: float
+    dimmest: float  # the highest value of the image in which it is smallest
     smallest: int  # shortest side of a file, in pixels
     largest: int
     means: tuple[float, float]  # of prepared pixels in [0, 1], 1st and 99th percentile over images

@@ -195,5 +195,5 @@ def write_pixels(
     with replacing(path) as draft, open(draft, "wb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        for pixels, _ in tqdm(loader, desc=f"reading {path.stem}", unit="image"):
+        for pixels, _ in tqdm(loader, desc=f"reading {path.stem.partition('-')[0]}", unit="image"):
             file.write(pixels.numpy().tobytes())

@@ -264,7 +264,7 @@ class _Run:
                     attack, self._answer, images, truth, task=self.task, draws=draws
                 )
             worst = worst_case(clean, self._infer(moved), truth, self.task, self.threshold)
-            self._keep((attack.name, str(attack.eps)), worst)
+            self._keep((attack.name, attack.eps), worst)
 
     def _answer(self, pixels: Tensor) -> Tensor:
         return check_logits(self.model(self.normalise(pixels)), pixels, self.task)
@@ -325,11 +325,6 @@ def _result_of(
         logits = torch.cat(parts)
         scores[condition] = score(logits, targets, run.task, run.threshold, coverages, weights)
         scored()
-    rows = rows_of(scores, settings, run.corruptions, baseline)
+    rows, drawn = rows_of(scores, settings, run.corruptions, baseline)
     run.seconds["statistics"] = time.perf_counter() - started
-    replicates = {
-        condition: found.replicates["balanced_error"]
-        for condition, found in scores.items()
-        if "balanced_error" in found.replicates
-    }
-    return RobustnessResult(rows, settings, run.seconds, replicates)
+    return RobustnessResult(rows, settings, run.seconds, drawn)

@@ -299,7 +299,7 @@ def _multiclass_metrics(
     metrics = {
         "accuracy": accuracy,
         "error": 1 - accuracy,
-        "balanced_error": 1 - recalls.nanmean(0) if present.sum() >= 2 else undefined,
+        "balanced_error": (1 - recalls.nanmean(0)).where(recalls.isfinite().sum(0) > 1, math.nan),
         "auroc": torch.stack(areas).nanmean(0) if areas else undefined,
         "ece": _calibration_error(confidence, correct, weights),
         "brier": _weighted_mean((probabilities - one_hot).square().sum(1), weights),

@@ -17,7 +17,7 @@ from inmerge_wrap.robustness.metrics import percentile_interval
 __all__ = ["RobustnessResult", "compare_results"]
 
 Row = dict[str, Any]
-Condition = tuple[str, int | str]
+Condition = tuple[str, int | float | str]
 
 
 @dataclass
@@ -33,8 +33,8 @@ class RobustnessResult:
             a mean leaves out.
         settings: What the figures depend on, with a fingerprint of the data.
         seconds: Wall-clock time in corruption, inference, attacks and statistics.
-        replicates: Bootstrap values of the balanced error per condition, for intervals of
-            ratios between two models; not written to JSON.
+        replicates: Bootstrap values of the balanced error by corruption and severity, for intervals
+            of ratios between two models; not written to JSON.
     """
 
     rows: list[Row]
@@ -115,6 +115,11 @@ def compare_results(result: RobustnessResult, baseline: RobustnessResult) -> lis
             different corruptions.
     """
     check_baseline(baseline, result.settings)
+    if extra := set(baseline.settings["corruptions"]) - set(result.settings["corruptions"]):
+        raise ValueError(
+            f"the baseline was also measured under {', '.join(sorted(extra))}, so its mean of all "
+            "is another: run both with the same preset"
+        )
     differences = []
     for row in result.rows:
         condition = row["corruption"], row["severity"]
@@ -123,7 +128,7 @@ def compare_results(result: RobustnessResult, baseline: RobustnessResult) -> lis
             continue
         entry: Row = {name: row[name] for name in ("corruption", "severity", "kind")}
         entry["difference"] = row["balanced_error"] - theirs
-        mine_drawn, their_drawn = (drawn_of(of, *condition) for of in (result, baseline))
+        mine_drawn, their_drawn = (of.replicates.get(condition) for of in (result, baseline))
         if mine_drawn is not None and their_drawn is not None:
             add_interval(entry, "difference", mine_drawn - their_drawn)
         differences.append(entry)
@@ -135,23 +140,6 @@ def add_interval(row: Row, name: str, drawn: ArrayLike) -> None:
     interval = percentile_interval(drawn)
     if interval is not None:
         row[f"{name}_low"], row[f"{name}_high"] = interval
-
-
-def drawn_of(
-    result: RobustnessResult, corruption: str, severity: int | float | str
-) -> np.ndarray | None:
-    """Returns the bootstrap values of the balanced error of any row, means included."""
-    if corruption == "all":
-        parts = [drawn_of(result, name, "mean") for name in result.settings["corruptions"]]
-    elif severity == "mean":
-        levels = result.settings["severities"]
-        parts = [result.replicates.get((corruption, level)) for level in levels]
-    else:
-        key = str(severity) if isinstance(severity, float) else severity
-        return result.replicates.get((corruption, key))
-    known = [part for part in parts if part is not None]
-    # An interval must belong to the same mean as the value, or be absent.
-    return np.mean(known, axis=0) if known and len(known) == len(parts) else None
 
 
 def check_baseline(baseline: RobustnessResult, settings: Mapping[str, Any]) -> None:

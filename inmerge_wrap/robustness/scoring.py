@@ -14,7 +14,7 @@ from torch import Tensor
 
 from inmerge_wrap.robustness.corruptions import Corruption
 from inmerge_wrap.robustness.metrics import LEVEL, classification_metrics, to_probabilities
-from inmerge_wrap.robustness.results import Condition, RobustnessResult, Row, add_interval, drawn_of
+from inmerge_wrap.robustness.results import Condition, RobustnessResult, Row, add_interval
 
 CLEAN: Condition = ("clean", 0)
 
@@ -66,24 +66,32 @@ def rows_of(
     settings: Mapping[str, Any],
     corruptions: Sequence[Corruption],
     baseline: RobustnessResult | None,
-) -> list[Row]:
-    """Returns one row per condition, then each corruption's mean, then the mean of all."""
-    clean, n = scores[CLEAN], settings["n"]
-    rows = [_row("clean", "clean", 0, n, clean)]
-    means = []
+) -> tuple[list[Row], dict[Condition, np.ndarray]]:
+    """Returns the rows, corruption by corruption with its mean, and their drawn balanced errors."""
+    clean = scores[CLEAN]
+    kinds = {"clean": "clean", "all": "all"} | {entry.name: entry.kind for entry in corruptions}
+    table, means = {CLEAN: clean}, []
     for entry in corruptions:
-        per_level = {level: scores[entry.name, level] for level in settings["severities"]}
-        rows += [_row(entry.name, entry.kind, level, n, at) for level, at in per_level.items()]
+        per_level = {
+            (entry.name, level): scores[entry.name, level] for level in settings["severities"]
+        }
         mean = _mean_score([*per_level.values()])
         if baseline is not None:
             _add_ratios(mean, entry.name, clean, baseline)
         means.append(mean)
-        rows.append(_row(entry.name, entry.kind, "mean", n, mean))
-    rows.append(_row("all", "all", "mean", n, _mean_score(means)))
-    for attack in settings["attacks"]:
-        at = scores[attack["name"], str(attack["eps"])]
-        rows.append(_row(attack["name"], "attack", attack["eps"], n, at))
-    return rows
+        table |= per_level | {(entry.name, "mean"): mean}
+    table["all", "mean"] = _mean_score(means)
+    table |= {(at["name"], at["eps"]): scores[at["name"], at["eps"]] for at in settings["attacks"]}
+    rows = [
+        _row(name, kinds.get(name, "attack"), severity, settings["n"], score)
+        for (name, severity), score in table.items()
+    ]
+    drawn = {
+        condition: score.replicates["balanced_error"]
+        for condition, score in table.items()
+        if "balanced_error" in score.replicates
+    }
+    return rows, drawn
 
 
 def _row(corruption: str, kind: str, severity: int | float | str, n: int, score: Score) -> Row:
@@ -124,7 +132,10 @@ def _add_ratios(score: Score, corruption: str, clean: Score, baseline: Robustnes
     if value is None or base is None or base_clean is None:
         return
     drawn: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    mine, theirs = score.replicates.get("balanced_error"), drawn_of(baseline, corruption, "mean")
+    mine, theirs = (
+        score.replicates.get("balanced_error"),
+        baseline.replicates.get((corruption, "mean")),
+    )
     if mine is not None and theirs is not None:
         clean_drawn = clean.replicates["balanced_error"]
         drawn = {"be": (mine, theirs)}

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -15,7 +16,7 @@ from inmerge_wrap.app.adapted_folder import write_adapted
 from inmerge_wrap.app.adapting import adapt, read_site
 from inmerge_wrap.app.model import TrainedModel
 from inmerge_wrap.app.operating import operating_point
-from inmerge_wrap.app.predicting import find_files
+from inmerge_wrap.app.predicting import find_files, predict
 from inmerge_wrap.images.preparation import Recipe
 from tests.app.trained import code_of, pictures, trained
 from tests.cli.common import complaint, run, run_json
@@ -227,9 +228,12 @@ def test_the_card_of_several_labels_shows_the_new_thresholds(tmp_path: Path) -> 
     (tmp_path / "labels.csv").write_text("\n".join(["path,a,b,c", *rows]))
     out = tmp_path / "out"
     options = ("--labels", tmp_path / "labels.csv", "--out", out)
-    run("adapt", tmp_path / "model", tmp_path / "other", *options)
+    told = run_json("adapt", tmp_path / "model", tmp_path / "other", *options)
     recipe = Recipe.read(out)
     assert recipe.thresholds is not None and recipe.thresholds[2] == 0.55
+    answers = predict(TrainedModel.read(out), find_files([tmp_path / "other"]))
+    for name, (_, share) in told["shares"].items():
+        assert share == np.mean([name in answer.predicted for answer in answers])
     assert recipe.thresholds[:2] != (0.45, 0.5)
     card = (out / "README.md").read_text()
     for place, (name, threshold) in enumerate(zip("abc", recipe.thresholds, strict=True)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,19 @@ def test_dicom_is_shown_by_its_window_after_its_rescaling(tmp_path: Path) -> Non
     assert range_of([examine(path)], None) is None
 
 
+@pytest.mark.parametrize(
+    "name", ["ModalityLUTSequence", "RescaleSlope", "VOILUTSequence", "half a rescaling"]
+)
+def test_what_anonymisers_leave_empty_is_as_if_it_were_not_there(tmp_path: Path, name: str) -> None:
+    stored = ramp(top=4095, dtype=np.uint16)
+    path = dicom(tmp_path / "a.dcm", stored, BitsStored=12, HighBit=11, WindowCenter=1000)
+    tags = {"RescaleSlope": 2} if name == "half a rescaling" else {name: None}
+    other = dicom(tmp_path / "b.dcm", stored, BitsStored=12, HighBit=11, **tags)
+    for file in (path, other):
+        shown = decode(file).to_bytes(None, override=False)
+        assert np.array_equal(shown, np.round(255 * (stored / 4095)))
+
+
 def test_dicom_without_a_window_shows_all_its_bits_and_monochrome1_is_inverted(
     tmp_path: Path,
 ) -> None:
@@ -422,6 +436,15 @@ def test_groups_by_a_pattern_stay_together(tmp_path: Path) -> None:
         opened(tmp_path, groups="(")
 
 
+def test_a_patient_whose_accent_is_written_in_two_ways_is_one(tmp_path: Path) -> None:
+    for n in range(24):
+        name = ("B\u00f6hm", "Bo\u0308hm", "Abel", "NA")[n % 4]
+        save(tmp_path / "ab"[n // 4 % 2] / f"{name}_{n}.png", picture(n))
+    collection = find_images(tmp_path, groups="([^/]+)_", marks=["B\u00f6hm|Abel|NA"])
+    assert {image.group for image in collection.images} == {"B\u00f6hm", "Abel", None}
+    assert {image.marks[0][1] for image in collection.images} == {"B\u00f6hm", "Abel", ""}
+
+
 def write_table_of(path: Path, rows: list[dict[str, object]]) -> Path:
     with open(path, "w", newline="", encoding="utf-8-sig") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -462,6 +485,11 @@ def test_a_table_of_several_labels_and_parts(tmp_path: Path) -> None:
     pixels, labels, read = image_folders.read_part(tmp_path / "split.csv", "test", size=8)
     assert pixels.shape == (4, 1, 8, 8) and read.classes == collection.classes
     assert torch.equal(labels, torch.tensor([image.label for image in collection.part("test")]))
+    for row in rows[4:8]:
+        row |= {"effusion": "", "mass": ""}
+    with pytest.raises(DataError, match="the part val holds no image of which a label is known"):
+        table = write_table_of(tmp_path / "t.csv", rows)
+        opened(tmp_path, table=table, labels=("effusion", "mass"))
 
 
 def test_a_test_part_alone_is_read_in_the_order_of_the_models_classes(tmp_path: Path) -> None:
@@ -688,6 +716,21 @@ def test_empty_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "notes.txt").write_text("soon")
     with pytest.raises(DataError, match=r"no image in 1 class folder: c;"):
+        opened(tmp_path)
+
+
+def test_names_that_no_table_can_hold_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    start = fill(tmp_path, {"benign ": 12, "malign": 12})
+    collection, _ = opened(tmp_path)
+    image_folders.write_split(collection, tmp_path / "split.csv")
+    *_, read = image_folders.read_part(tmp_path / "split.csv", "test", size=8)
+    assert read.classes == collection.classes == ("benign", "malign")
+    fill(tmp_path, {"NA": 12}, start)
+    with pytest.raises(DataError, match="the class folder 'NA' is called what tables write for no"):
+        opened(tmp_path)
+    latin = os.fsencode(tmp_path / "NA" / "R") + b"\xf6ntgen.png"  # an umlaut of Windows
+    os.rename(tmp_path / "NA" / "0.png", latin)
+    with pytest.raises(DataError, match=r"1 name not in UTF-8: '.*R\\udcf6ntgen\.png'; rename"):
         opened(tmp_path)
 
 
@@ -935,7 +978,7 @@ def test_an_error_names_arguments_in_python_options_on_the_command_line_and_name
 
 
 def test_a_deployment_survives_json_and_checks_itself(tmp_path: Path) -> None:
-    seen = Seen(40, ("integers",), 0.0, 0.0, 4095.0, 30, 200, (0.1, 0.4), (0.05, 0.2))
+    seen = Seen(40, ("integers",), 0.0, 0.0, 4095.0, 900.0, 30, 200, (0.1, 0.4), (0.05, 0.2))
     several = Recipe(
         Preparation(32, 1, "center", (0.0, 4095.0)), (0.5,), (0.2,), "multi-label", ("a", "b"),
         1.7, (0.2, 0.9), seen, ("0123",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 
@@ -43,6 +45,20 @@ def without_times(result: dict[str, Any]) -> dict[str, Any]:
     return {name: result[name] for name in ("first", "control", "merged") if name in result}
 
 
+class Sure(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return (22 + images.mean((1, 2, 3)))[:, None].expand(-1, 14)
+
+
+def test_answers_that_are_sure_are_ranked() -> None:
+    """Of logits of 20 and 24, single precision makes one probability."""
+    functions = runpy.run_path(recipe("chestxray"))
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(-1, -1, 4, 4)
+    batches = [(images, torch.tensor([0.0, 1.0])[:, None].expand(-1, 14))]
+    found = functions["predict"](Accelerator(cpu=True), Sure(), batches)
+    assert functions["aurocs"](*found)["mean"] == 1
+
+
 def test_two_phases_and_a_control(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, out = release.parent, release.parent / "runs" / "chestxray"
     arguments = [*NIH, "--control", "--cache", "cache"]
@@ -61,7 +77,8 @@ def test_two_phases_and_a_control(release: Path, monkeypatch: pytest.MonkeyPatch
     assert steps == {images["train"] // 16}
     own, apart = done.stdout.split("NOT COMPARABLE: published for 25,596 official images")
     assert "CheXGCN" in apart and "CheXGCN" not in own
-    assert len(np.load(folder / "cache" / "train.npy")) == images["train"]
+    (kept,) = (folder / "cache").glob("train-*.npy")
+    assert len(np.load(kept)) == images["train"]
     monkeypatch.chdir(folder)
     again = refusal(monkeypatch, "chestxray", *arguments)
     assert "runs/chestxray holds a run: continue it" in str(again)

@@ -22,6 +22,14 @@ def results(folder: Path) -> list[Path]:
     return sorted((folder / "runs" / "medmnist").glob("*/result.json"))
 
 
+def test_answers_that_are_sure_are_ranked() -> None:
+    """Of logits of 20 and 25, single precision makes one probability."""
+    parts = {"val": (torch.tensor([[0.0, 20.0], [0.0, 25.0]]), torch.tensor([0, 1]))}
+    functions = runpy.run_path(recipe("medmnist_2d"))
+    data = functions["Data"](parts, "multiclass", ["a", "b"])
+    assert functions["validation_auroc"](torch.nn.Identity(), data, torch.nn.Identity()) == 1
+
+
 def test_pairs_are_compared_and_not_repeated(
     blood: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

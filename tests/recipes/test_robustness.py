@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 
 from inmerge_wrap import export_timm
+from tests.app.trained import pictures, trained
+from tests.cli.common import run_json
 from tests.recipes.running import recipe, refusal, run_here
 
 TINY = ["--preset", "gaussian_noise", "bars", "--severities", "1", "5", "--bootstrap", "20"]
@@ -127,11 +129,32 @@ def test_a_folder_of_images_and_a_split_of_own_images(
     assert "holds no images in class folders" in str(stopped)
 
 
+def test_a_trained_network_is_measured_as_inmerge_evaluate_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures(tmp_path / "images", "multilabel", count=12)
+    trained(tmp_path / "net", "multilabel", tmp_path / "images")
+    paths = sorted((tmp_path / "images").iterdir())
+    rows = [f"{path},{n % 2},{n // 6},{n % 3 // 2},p{n // 2}" for n, path in enumerate(paths)]
+    table = tmp_path / "t.csv"
+    table.write_text("\n".join(["path,a,b,c,group", *rows]))
+    settings = ["--data", table, "--bootstrap", "20"]
+    content = start(
+        monkeypatch, f"net={tmp_path / 'net'}", *settings, "--preset", "quick", "--severities", "3",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    (found,) = content["models"]["net"]
+    other = run_json("evaluate", tmp_path / "net", *settings, "--severity", "3")
+    for row, expected in zip(found["rows"], other["rows"], strict=True):
+        figures = {name: value for name, value in expected.items() if isinstance(value, float)}
+        assert {name: row[name] for name in figures} == pytest.approx(figures, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "--data", "bloodmnist"], "pass label=path with an existing folder"),
-        (["a=.", "--data", "bloodmnist"], ". is no timm folder with config.json"),
+        (["nowhere", "--data", "bloodmnist"], "'nowhere': pass label=path, a timm folder"),
+        (["a=.", "--data", "bloodmnist"], "'a=.': pass label=path, a timm folder"),
         (["a=net", "--data", "nomnist"], "--data nomnist is neither a folder, a file nor a Med"),
         (["a=net", "--data", "dermamnist", "--size", "64"], "data/dermamnist_64.npz is missing"),
         (["a=net", "--data", "bloodmnist", "--preset", "qick"], "did you mean quick"),

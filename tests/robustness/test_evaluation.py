@@ -283,6 +283,11 @@ def test_differences_need_the_same_pictures_and_know_their_limits(tmp_path):
     other = evaluate_robustness(network(4), batches(images[:50], labels[:50]), **settings)
     with pytest.raises(ValueError, match="data_sha256"):
         compare_results(result, other)
+    fewer = evaluate_robustness(
+        network(4), batches(images, labels), **settings | {"preset": FEW[:1]}
+    )
+    with pytest.raises(ValueError, match=f"also measured under {FEW[1]}, so its mean of all"):
+        compare_results(fewer, result)
     result.to_json(tmp_path / "stored.json")
     stored = RobustnessResult.from_json(tmp_path / "stored.json")
     for entry in compare_results(result, stored):  # no resamples are stored: no interval

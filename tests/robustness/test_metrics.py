@@ -134,6 +134,11 @@ def test_metrics_of_one_class_are_undefined_not_zero():
     )
     assert values["auroc"].isnan().all() and values["balanced_error"].isnan().all()
     assert set(left_out) == {"auroc", "balanced_error"}
+    # Nor is anything known in a resample that drew one class alone.
+    draws = torch.tensor([[1, 0], [1, 3], [1, 0]])
+    values, left_out = classification_metrics(torch.eye(3), torch.arange(3), weights=draws)
+    assert values["balanced_error"][0] == 0 and values["balanced_error"][1].isnan()
+    assert not left_out
 
 
 def test_selective_accuracy_keeps_the_surest():
