@@ -79,7 +79,8 @@ def _heads(network: nn.Module, convs: Mapping[str, _ConvNd], trace: Trace) -> se
     """
     named = timm_config(network).get("classifier") or ()
     heads = {named} if isinstance(named, str) else set(named)
-    if getattr(network, "num_classes", None) == 0:
+    # A timm network of features only has no number of classes.
+    if getattr(network, "num_classes", 0 if timm_config(network) else None) == 0:
         return heads & convs.keys()
     restored = _restored(convs, trace)
 
