@@ -20,7 +20,9 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from inmerge_wrap.card import ModelCard
+from inmerge_wrap.errors import check_pixels
 from inmerge_wrap.files import read_json, replacing, replacing_files, supported_or_skipped
+from inmerge_wrap.tracing import bystanders_kept
 from inmerge_wrap.unwrapping import named_wrappers, unwrap
 from inmerge_wrap.watch import NoEffectWarning
 
@@ -106,8 +108,8 @@ def export_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"the file must end in .safetensors, or timm cannot read it: {path}")
-    _warn_of_merging(model)
     state = plain_state_dict(model)
+    _warn_of_merging(model)
     if _is_writer():
         with replacing(path) as draft:
             _save_verified(state, draft)
@@ -155,21 +157,21 @@ def export_timm(
         The line of code that loads the model.
 
     Raises:
-        TypeError: If the network is not a timm model.
+        TypeError: If the network is not a timm model, or one of features only.
         ValueError: If the data configuration does not fit the network, or the card is malformed.
         RuntimeError: If the draft does not load into an equal model, or the network's outputs are
             not finite. Nothing is replaced in that case.
     """
     network = unwrap(model)
-    if not hasattr(network, "pretrained_cfg"):
+    if not hasattr(network, "pretrained_cfg") or not hasattr(network, "num_classes"):
         raise TypeError(
             f"{type(network).__name__} is not a timm model; use export_weights(model, "
             "'weights.safetensors') and load it with model.load_state_dict(load_file(path))"
         )
     data_config = {
-        "input_size": tuple(input_size),
-        "mean": tuple(mean),
-        "std": tuple(std),
+        "input_size": tuple(map(int, input_size)),
+        "mean": tuple(map(float, mean)),
+        "std": tuple(map(float, std)),
         "crop_pct": crop_pct,
         "crop_mode": crop_mode,
         "interpolation": interpolation,
@@ -183,7 +185,8 @@ def export_timm(
         with replacing_files(directory) as draft:
             _write_timm_config(network, draft / "config.json", data_config, label_names, model_args)
             _save_verified(state, draft / "model.safetensors")
-            outputs = _check_timm_draft(network, state, draft, data_config)
+            with bystanders_kept(network), torch.device("cpu"):
+                outputs = _check_timm_draft(network, state, draft, data_config)
             if card is not None:
                 card.write(
                     draft,
@@ -210,6 +213,7 @@ def _check_facts(
     for name in ("mean", "std"):
         if (count := len(data_config[name])) != channels:
             raise ValueError(f"{name} has {count} values for an image of {channels} channels")
+    check_pixels(data_config["mean"], data_config["std"])
     classes: Any = network.num_classes
     if label_names is not None and len(label_names) != classes:
         raise ValueError(f"label_names has {len(label_names)} names for {classes} classes")
