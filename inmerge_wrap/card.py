@@ -248,6 +248,19 @@ class ModelCard:
             known = ", ".join(entry.name for entry in dataclasses.fields(cls))
             raise ValueError(f"the card does not fit ({error}); its fields are {known}") from error
 
+    def check_fits(self, channels: int, outputs: int) -> None:
+        """Raises a ValueError if what a card says of its use is wrong for a network."""
+        if self.task != "multilabel" and (self.task == "binary") != (outputs == 1):
+            raise ValueError(
+                f"task {self.task!r} of the card does not fit {outputs} outputs: a single output "
+                "is 'binary', several are 'multiclass' or 'multilabel'"
+            )
+        if not self.code and channels not in (1, 3):
+            raise ValueError(
+                f"timm's code opens grey or colour images, not {channels} channels: pass the code "
+                "that reads them (code=)"
+            )
+
     def with_report(
         self, report: MergeReport, settings: Mapping[str, Any] | None = None
     ) -> ModelCard:
@@ -308,16 +321,13 @@ class ModelCard:
             place=PLACE,
         )
 
-    def write(self, directory: Path, *, model: nn.Module, **facts: Any) -> list[str]:
+    def write(self, directory: Path, *, model: nn.Module, **facts: Any) -> None:
         """Writes README.md and the image to a folder.
 
         Args:
             directory: The folder.
             model: The network that is exported; a wrapper tells how it was merged.
             facts: As for :meth:`render`, without the picture.
-
-        Returns:
-            The names of the files.
 
         Raises:
             ValueError: If the robustness picture is not an image file.
@@ -329,7 +339,6 @@ class ModelCard:
         picture = self._write_picture(directory)
         text = card.render(picture=picture, **facts)
         (directory / "README.md").write_text(text, encoding="utf-8")
-        return ["README.md", picture] if picture else ["README.md"]
 
     @property
     def _claims_merging(self) -> bool:

@@ -158,7 +158,8 @@ def export_timm(
 
     Raises:
         TypeError: If the network is not a timm model, or one of features only.
-        ValueError: If the data configuration does not fit the network, or the card is malformed.
+        ValueError: If the data configuration or the card does not fit the network, or the card is
+            malformed.
         RuntimeError: If the draft does not load into an equal model, or the network's outputs are
             not finite. Nothing is replaced in that case.
     """
@@ -168,7 +169,7 @@ def export_timm(
             f"{type(network).__name__} is not a timm model; use export_weights(model, "
             "'weights.safetensors') and load it with model.load_state_dict(load_file(path))"
         )
-    data_config = {
+    data_config: dict[str, Any] = {
         "input_size": tuple(map(int, input_size)),
         "mean": tuple(map(float, mean)),
         "std": tuple(map(float, std)),
@@ -176,14 +177,16 @@ def export_timm(
         "crop_mode": crop_mode,
         "interpolation": interpolation,
     }
-    _check_facts(data_config, label_names, network)
-    if card is not None and not isinstance(card, ModelCard):
-        card = ModelCard.from_dict(card)
+    names = None if label_names is None else list(map(str, label_names))
+    _check_facts(data_config, names, network)
+    if card is not None:
+        card = card if isinstance(card, ModelCard) else ModelCard.from_dict(card)
+        card.check_fits(data_config["input_size"][0], cast(Any, network.num_classes))
     _warn_of_merging(model)
     state = plain_state_dict(network)
     if _is_writer():
         with replacing_files(directory) as draft:
-            _write_timm_config(network, draft / "config.json", data_config, label_names, model_args)
+            _write_timm_config(network, draft / "config.json", data_config, names, model_args)
             _save_verified(state, draft / "model.safetensors")
             with bystanders_kept(network), torch.device("cpu"):
                 outputs = _check_timm_draft(network, state, draft, data_config)
@@ -193,7 +196,7 @@ def export_timm(
                     model=model,
                     architecture=read_json(draft / "config.json")["architecture"],
                     data_config=data_config,
-                    label_names=label_names,
+                    label_names=names,
                     several_outputs=outputs > 1,
                 )
             elif (Path(directory) / "README.md").exists():
@@ -230,7 +233,7 @@ def _write_timm_config(
     network: nn.Module,
     path: Path,
     data_config: dict[str, Any],
-    label_names: Sequence[str] | None,
+    label_names: list[str] | None,
     model_args: Mapping[str, Any] | None,
 ) -> None:
     from timm.models._hub import save_config_for_hf  # save_for_hf's own, but without the weights
@@ -239,7 +242,7 @@ def _write_timm_config(
     save_config_for_hf(
         network,
         str(path),
-        model_config={"label_names": list(label_names)} if label_names else None,
+        model_config={"label_names": label_names} if label_names else None,
         model_args={**shape, **(model_args or {})},
         data_config=data_config,
     )

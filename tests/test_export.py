@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -157,10 +158,12 @@ def test_the_export_leaves_the_generators_alone_and_compiles_nothing(tmp_path: P
     assert compiled == []
 
 
-def test_measured_means_of_any_type_are_stored(tmp_path: Path) -> None:
+def test_means_and_names_in_arrays_are_stored(tmp_path: Path) -> None:
     pixels = torch.rand(8, 3, 32, 32)
     measured = {"mean": pixels.mean((0, 2, 3)), "std": pixels.numpy().std((0, 2, 3))}
-    export_timm(timm.create_model("test_resnet"), tmp_path, input_size=pixels[0].shape, **measured)
+    net, names = timm.create_model("test_resnet", num_classes=2), np.array(["no", "yes"])
+    export_timm(net, tmp_path, input_size=pixels[0].shape, label_names=names, **measured)
+    assert json.loads((tmp_path / "config.json").read_text())["label_names"] == ["no", "yes"]
     used = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path}"))
     for name, values in measured.items():
         assert list(used[name]) == values.tolist()
