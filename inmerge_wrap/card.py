@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from inmerge_wrap.errors import check_choice
 from inmerge_wrap.markdown import one_line, template
 from inmerge_wrap.report import MergeReport
 from inmerge_wrap.unwrapping import find_wrapper
@@ -217,8 +218,7 @@ class ModelCard:
             raise ValueError(
                 f"license_link {self.license_link!r} is neither a web address nor a file name"
             )
-        if self.task not in _TASKS:
-            raise ValueError(f"task must be one of {', '.join(_TASKS)}, got {self.task!r}")
+        check_choice("task", self.task, _TASKS)
         if self.thresholds and self.task == "multiclass":
             raise ValueError("thresholds have no effect with task 'multiclass': leave them out")
         for value in self.thresholds:

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from inmerge_wrap.card import ModelCard
-from inmerge_wrap.errors import check_pixels
+from inmerge_wrap.errors import check_choice, check_pixels
 from inmerge_wrap.files import read_json, replacing, replacing_files, supported_or_skipped
 from inmerge_wrap.tracing import bystanders_kept
 from inmerge_wrap.unwrapping import named_wrappers, unwrap
@@ -223,10 +223,7 @@ def _check_facts(
     if not 0.0 < data_config["crop_pct"] <= 1.0:
         raise ValueError(f"crop_pct must lie in (0, 1], got {data_config['crop_pct']}")
     for name, choices in (("crop_mode", _CROP_MODES), ("interpolation", _INTERPOLATIONS)):
-        if data_config[name] not in choices:
-            raise ValueError(
-                f"{name} must be one of {', '.join(choices)}, got {data_config[name]!r}"
-            )
+        check_choice(name, data_config[name], choices)
 
 
 def _write_timm_config(

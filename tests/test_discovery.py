@@ -747,6 +747,8 @@ def test_single_kernels_have_nothing_to_pair_with() -> None:
     plan = plan_merging(network, shallow_layers=0)
     assert "one kernel in each group" in (reasons(plan)["b"] or "")
     assert reason_kinds(plan)["b"] == "one_kernel"
+    with pytest.raises(ValueError, match=r"include names 'b', .* one kernel in each group"):
+        plan_merging(network, include=["a", "b"])
 
 
 def test_downsampling_patches_are_kernels_but_patches_of_the_image_are_not() -> None:

@@ -199,8 +199,8 @@ def test_a_wrapper_inside_of_another_module_is_refused(tmp_path: Path) -> None:
     [
         ({"crop_pct": 0.0}, r"crop_pct must lie in \(0, 1\], got 0.0"),
         ({"crop_pct": 1.5}, "got 1.5"),
-        ({"interpolation": "cubic"}, "must be one of bicubic, .* got 'cubic'"),
-        ({"crop_mode": "pad"}, "must be one of center, squash, border, got 'pad'"),
+        ({"interpolation": "cubic"}, "must be 'bicubic' or .* got 'cubic'"),
+        ({"crop_mode": "pad"}, "must be 'center' or 'squash' or 'border', got 'pad'"),
     ],
 )
 def test_a_preparation_that_timm_can_not_make_is_refused(
