@@ -248,19 +248,6 @@ class ModelCard:
             known = ", ".join(entry.name for entry in dataclasses.fields(cls))
             raise ValueError(f"the card does not fit ({error}); its fields are {known}") from error
 
-    def check_fits(self, channels: int, outputs: int) -> None:
-        """Raises a ValueError if what a card says of its use is wrong for a network."""
-        if self.task != "multilabel" and (self.task == "binary") != (outputs == 1):
-            raise ValueError(
-                f"task {self.task!r} of the card does not fit {outputs} outputs: a single output "
-                "is 'binary', several are 'multiclass' or 'multilabel'"
-            )
-        if not self.code and channels not in (1, 3):
-            raise ValueError(
-                f"timm's code opens grey or colour images, not {channels} channels: pass the code "
-                "that reads them (code=)"
-            )
-
     def with_report(
         self, report: MergeReport, settings: Mapping[str, Any] | None = None
     ) -> ModelCard:

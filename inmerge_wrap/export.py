@@ -181,7 +181,7 @@ def export_timm(
     _check_facts(data_config, names, network)
     if card is not None:
         card = card if isinstance(card, ModelCard) else ModelCard.from_dict(card)
-        card.check_fits(data_config["input_size"][0], cast(Any, network.num_classes))
+        _check_card(card, data_config["input_size"][0], cast(Any, network.num_classes))
     _warn_of_merging(model)
     state = plain_state_dict(network)
     if _is_writer():
@@ -224,6 +224,20 @@ def _check_facts(
         raise ValueError(f"crop_pct must lie in (0, 1], got {data_config['crop_pct']}")
     for name, choices in (("crop_mode", _CROP_MODES), ("interpolation", _INTERPOLATIONS)):
         check_choice(name, data_config[name], choices)
+
+
+def _check_card(card: ModelCard, channels: int, outputs: int) -> None:
+    """Raises a ValueError if what a card says of its use is wrong for a network."""
+    if card.task != "multilabel" and (card.task == "binary") != (outputs == 1):
+        raise ValueError(
+            f"task {card.task!r} of the card does not fit {outputs} outputs: a single output "
+            "is 'binary', several are 'multiclass' or 'multilabel'"
+        )
+    if not card.code and channels not in (1, 3):
+        raise ValueError(
+            f"timm's code opens grey or colour images, not {channels} channels: pass the code "
+            "that reads them (code=)"
+        )
 
 
 def _write_timm_config(
