@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from inmerge_wrap.errors import ArgumentError
+from inmerge_wrap.errors import ArgumentError, check_choice
 from inmerge_wrap.markdown import one_line, template
 from inmerge_wrap.report import MergeReport
 from inmerge_wrap.unwrapping import find_wrapper
@@ -218,8 +218,7 @@ class ModelCard:
             raise ValueError(
                 f"license_link {self.license_link!r} is neither a web address nor a file name"
             )
-        if self.task not in _TASKS:
-            raise ValueError(f"task must be one of {', '.join(_TASKS)}, got {self.task!r}")
+        check_choice("task", self.task, _TASKS)
         if self.thresholds and self.task == "multiclass":
             raise ValueError("thresholds have no effect with task 'multiclass': leave them out")
         for value in self.thresholds:
@@ -309,16 +308,13 @@ class ModelCard:
             place=PLACE,
         )
 
-    def write(self, directory: Path, *, model: nn.Module, **facts: Any) -> list[str]:
+    def write(self, directory: Path, *, model: nn.Module, **facts: Any) -> None:
         """Writes README.md and the image to a folder.
 
         Args:
             directory: The folder.
             model: The network that is exported; a wrapper tells how it was merged.
             facts: As for :meth:`render`, without the picture.
-
-        Returns:
-            The names of the files.
 
         Raises:
             ValueError: If the robustness picture is not an image file.
@@ -330,7 +326,6 @@ class ModelCard:
         picture = self._write_picture(directory)
         text = card.render(picture=picture, **facts)
         (directory / "README.md").write_text(text, encoding="utf-8")
-        return ["README.md", picture] if picture else ["README.md"]
 
     @property
     def _claims_merging(self) -> bool:

@@ -182,20 +182,19 @@ def _find_sites(model: nn.Module, example_input: Any, mode: Mode) -> tuple[list[
             owner = owners.setdefault(id(store.parameters[0]), name)
             if owner != name:
                 reason = f"shares its weight with {prefix}{owner}", "shared"
-        if reason is None and conv.out_channels == 1:
-            reason = "one kernel: there is nothing to pair it with", "one_kernel"
-        sites.append(
-            ConvSite(
-                name=prefix + name,
-                depth=place if call or trace is None else None,
-                shape=kernel_shape(conv),
-                groups=conv.groups,
-                kind=kinds[name],
-                centred=type(conv).__name__ in _WEIGHT_STANDARDISED,
-                reason=reason and reason[0],
-                reason_kind=reason and reason[1],
-            )
+        site = ConvSite(
+            name=prefix + name,
+            depth=place if call or trace is None else None,
+            shape=kernel_shape(conv),
+            groups=conv.groups,
+            kind=kinds[name],
+            centred=type(conv).__name__ in _WEIGHT_STANDARDISED,
         )
+        if reason is None and site.shape[0] == site.pair_groups:
+            where = "one kernel" if site.groups == 1 else "one kernel in each group"
+            reason = f"{where}: there is nothing to pair it with", "one_kernel"
+        words, reason_kind = reason or (None, None)
+        sites.append(replace(site, reason=words, reason_kind=reason_kind))
     return sites, found_by
 
 
@@ -256,8 +255,6 @@ def _decide(
                     f"include names {site.name!r}, which cannot be merged: {site.reason}"
                 )
             return site.reason, site.reason_kind
-        if site.shape[0] == site.pair_groups > 1:
-            return "one kernel in each group: there is nothing to pair it with", "one_kernel"
         if included is not None:
             return None, None
         if site.kind != "kernels" and site.kind not in also_merge:

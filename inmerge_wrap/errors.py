@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 _MARK = re.compile(r"<([a-z][a-z_]*)(?:=([^<>]*))?>")
@@ -93,3 +93,18 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...], rule: str = ""
     listed = " or ".join(map(repr, choices))
     other = f", or an object with a method {rule}()" if rule else ""
     raise ValueError(f"{name} must be {listed}{other}, got {value!r}")
+
+
+def check_pixels(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Raises an error for a mean or standard deviation of pixels that are not in [0, 1]."""
+    for name, values, wanted in (("mean", mean, "[0, 1]"), ("std", std, "(0, 1]")):
+        for value in values or ():
+            if not 0 <= value <= 1 or (value == 0 and name == "std"):
+                remedy = (
+                    f"for grey levels up to 255, pass {value / 255:.4g}"
+                    if 1 < value <= 255
+                    else "pass the values used in training"
+                )
+                raise ArgumentError(
+                    f"<{name}> is {value:g}, but pixels in [0, 1] need {wanted}: {remedy}"
+                )

@@ -20,7 +20,9 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from inmerge_wrap.card import ModelCard
+from inmerge_wrap.errors import check_choice, check_pixels
 from inmerge_wrap.files import read_json, replacing, replacing_files, supported_or_skipped
+from inmerge_wrap.tracing import bystanders_kept
 from inmerge_wrap.unwrapping import named_wrappers, unwrap
 from inmerge_wrap.watch import NoEffectWarning
 
@@ -106,8 +108,8 @@ def export_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"the file must end in .safetensors, or timm cannot read it: {path}")
-    _warn_of_merging(model)
     state = plain_state_dict(model)
+    _warn_of_merging(model)
     if _is_writer():
         with replacing(path) as draft:
             _save_verified(state, draft)
@@ -155,42 +157,46 @@ def export_timm(
         The line of code that loads the model.
 
     Raises:
-        TypeError: If the network is not a timm model.
-        ValueError: If the data configuration does not fit the network, or the card is malformed.
+        TypeError: If the network is not a timm model, or one of features only.
+        ValueError: If the data configuration or the card does not fit the network, or the card is
+            malformed.
         RuntimeError: If the draft does not load into an equal model, or the network's outputs are
             not finite. Nothing is replaced in that case.
     """
     network = unwrap(model)
-    if not hasattr(network, "pretrained_cfg"):
+    if not hasattr(network, "pretrained_cfg") or not hasattr(network, "num_classes"):
         raise TypeError(
             f"{type(network).__name__} is not a timm model; use export_weights(model, "
             "'weights.safetensors') and load it with model.load_state_dict(load_file(path))"
         )
-    data_config = {
-        "input_size": tuple(input_size),
-        "mean": tuple(mean),
-        "std": tuple(std),
+    data_config: dict[str, Any] = {
+        "input_size": tuple(map(int, input_size)),
+        "mean": tuple(map(float, mean)),
+        "std": tuple(map(float, std)),
         "crop_pct": crop_pct,
         "crop_mode": crop_mode,
         "interpolation": interpolation,
     }
-    _check_facts(data_config, label_names, network)
-    if card is not None and not isinstance(card, ModelCard):
-        card = ModelCard.from_dict(card)
+    names = None if label_names is None else list(map(str, label_names))
+    _check_facts(data_config, names, network)
+    if card is not None:
+        card = card if isinstance(card, ModelCard) else ModelCard.from_dict(card)
+        _check_card(card, data_config["input_size"][0], cast(Any, network.num_classes))
     _warn_of_merging(model)
     state = plain_state_dict(network)
     if _is_writer():
         with replacing_files(directory) as draft:
-            _write_timm_config(network, draft / "config.json", data_config, label_names, model_args)
+            _write_timm_config(network, draft / "config.json", data_config, names, model_args)
             _save_verified(state, draft / "model.safetensors")
-            outputs = _check_timm_draft(network, state, draft, data_config)
+            with bystanders_kept(network), torch.device("cpu"):
+                outputs = _check_timm_draft(network, state, draft, data_config)
             if card is not None:
                 card.write(
                     draft,
                     model=model,
                     architecture=read_json(draft / "config.json")["architecture"],
                     data_config=data_config,
-                    label_names=label_names,
+                    label_names=names,
                     several_outputs=outputs > 1,
                 )
             elif (Path(directory) / "README.md").exists():
@@ -210,23 +216,35 @@ def _check_facts(
     for name in ("mean", "std"):
         if (count := len(data_config[name])) != channels:
             raise ValueError(f"{name} has {count} values for an image of {channels} channels")
+    check_pixels(data_config["mean"], data_config["std"])
     classes: Any = network.num_classes
     if label_names is not None and len(label_names) != classes:
         raise ValueError(f"label_names has {len(label_names)} names for {classes} classes")
     if not 0.0 < data_config["crop_pct"] <= 1.0:
         raise ValueError(f"crop_pct must lie in (0, 1], got {data_config['crop_pct']}")
     for name, choices in (("crop_mode", _CROP_MODES), ("interpolation", _INTERPOLATIONS)):
-        if data_config[name] not in choices:
-            raise ValueError(
-                f"{name} must be one of {', '.join(choices)}, got {data_config[name]!r}"
-            )
+        check_choice(name, data_config[name], choices)
+
+
+def _check_card(card: ModelCard, channels: int, outputs: int) -> None:
+    """Raises a ValueError if what a card says of its use is wrong for a network."""
+    if card.task != "multilabel" and (card.task == "binary") != (outputs == 1):
+        raise ValueError(
+            f"task {card.task!r} of the card does not fit {outputs} outputs: a single output "
+            "is 'binary', several are 'multiclass' or 'multilabel'"
+        )
+    if not card.code and channels not in (1, 3):
+        raise ValueError(
+            f"timm's code opens grey or colour images, not {channels} channels: pass the code "
+            "that reads them (code=)"
+        )
 
 
 def _write_timm_config(
     network: nn.Module,
     path: Path,
     data_config: dict[str, Any],
-    label_names: Sequence[str] | None,
+    label_names: list[str] | None,
     model_args: Mapping[str, Any] | None,
 ) -> None:
     from timm.models._hub import save_config_for_hf  # save_for_hf's own, but without the weights
@@ -235,7 +253,7 @@ def _write_timm_config(
     save_config_for_hf(
         network,
         str(path),
-        model_config={"label_names": list(label_names)} if label_names else None,
+        model_config={"label_names": label_names} if label_names else None,
         model_args={**shape, **(model_args or {})},
         data_config=data_config,
     )

@@ -99,7 +99,8 @@ def to_meta(arguments: Arguments) -> Arguments:
 
 def on_device_of(network: nn.Module, arguments: Arguments) -> Arguments:
     """Returns the arguments on the device of a network, with zeros for those without content."""
-    device = next(network.parameters()).device
+    # A network that is quantised as a whole has no parameters.
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
 
     def move(value: Any) -> Any:
         if not isinstance(value, Tensor):

@@ -75,11 +75,12 @@ def _heads(network: nn.Module, convs: Mapping[str, _ConvNd], trace: Trace) -> se
     no other layer reads. A backbone ends in such layers too: it is recognised by an activation
     after the last one (which a pooled vector of class scores may have too, as in SqueezeNet), by
     a kernel larger than 1x1 that keeps the number of channels (unless its map has grown back to
-    the size of the image, as in MONAI's UNet), or by timm's ``num_classes=0``.
+    the size of the image, as in MONAI's UNet), or by timm's ``num_classes=0`` or ``features_only``.
     """
     named = timm_config(network).get("classifier") or ()
     heads = {named} if isinstance(named, str) else set(named)
-    if getattr(network, "num_classes", None) == 0:
+    # A timm network of features only has no number of classes.
+    if getattr(network, "num_classes", 0 if timm_config(network) else None) == 0:
         return heads & convs.keys()
     restored = _restored(convs, trace)
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from inmerge_wrap.errors import check_choice
 from inmerge_wrap.similarity import KernelPair, LayerSimilarity, pairs_of, similarity_histogram
 from inmerge_wrap.thresholds import Threshold, as_threshold
 
@@ -212,8 +213,7 @@ def _themed(theme: Theme) -> Iterator[Any]:
 
     The figures are made without pyplot: nothing global changes, and no window opens.
     """
-    if theme not in ("light", "dark"):
-        raise ValueError(f"theme must be 'light' or 'dark', got {theme!r}")
+    check_choice("theme", theme, tuple(_COLOURS))
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure

@@ -33,8 +33,7 @@ __all__ = [
     "similarity_histogram",
 ]
 
-THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.9)
-"""Thresholds at which the share of similar pairs is reported; 0.3 is the paper's."""
+_THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.9)  # at which to_dict gives shares; 0.3 is the paper's
 
 
 def effective_rank(kernels: Tensor, groups: int = 1) -> Tensor:
@@ -185,18 +184,13 @@ class LayerSimilarity:
         """Returns the share of the pairs whose cosine is above a threshold; NaN without a pair."""
         return (pairs_of(self.cosines) > threshold).double().mean().item()
 
-    def to_dict(self, thresholds: Sequence[float] = THRESHOLDS, bins: int = 80) -> dict[str, Any]:
-        """Returns plain numbers for a JSON file: no matrix, and None in place of NaN.
-
-        Args:
-            thresholds: Cosines above which the share of pairs is given.
-            bins: Of the histogram of the cosines.
-        """
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain numbers for a JSON file: no matrix, and None in place of NaN."""
 
         def listed(pairs: Sequence[KernelPair]) -> list[dict[str, Any]]:
             return [{"kernels": [p.first, p.second], "cosine": p.cosine} for p in pairs]
 
-        counts, edges = similarity_histogram(self.cosines, bins)
+        counts, edges = similarity_histogram(self.cosines)
         return {
             "name": self.name,
             "depth": self.depth,
@@ -207,7 +201,7 @@ class LayerSimilarity:
             "mean_cosine": _finite(self.mean_cosine),
             "chance": self.chance,
             "effective_rank": _finite(self.effective_rank),
-            "share_above": {f"{tau:g}": _finite(self.share_above(tau)) for tau in thresholds},
+            "share_above": {f"{tau:g}": _finite(self.share_above(tau)) for tau in _THRESHOLDS},
             "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
             "most_similar": listed(self.most_similar),
             "least_similar": listed(self.least_similar),

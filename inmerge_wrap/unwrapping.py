@@ -25,7 +25,12 @@ _WRAPPERS = {
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Unwraps InMergeWrapper, DDP, torch.compile and weight averages, in any order."""
+    """Unwraps InMergeWrapper, DDP, torch.compile and weight averages, in any order.
+
+    Raises:
+        TypeError: If the object is not a network.
+    """
+    check_network(model)
     while class_names(model) & _WRAPPERS:
         children = dict(model.named_children())
         model = children["_orig_mod"] if "_orig_mod" in children else children["module"]

@@ -219,6 +219,23 @@ def test_a_card_says_what_its_scores_mean() -> None:
     assert "scores.softmax(-1)" in several and "sigmoid" not in several
 
 
+@pytest.mark.parametrize(
+    ("outputs", "channels", "fields", "message"),
+    [
+        (1, 3, {}, "'multiclass' of the card does not fit 1 outputs: a single output is 'binary'"),
+        (3, 3, {"task": "binary"}, "'binary' of the card does not fit 3 outputs"),
+        (3, 12, {}, "not 12 channels: pass the code"),
+    ],
+)
+def test_a_card_that_would_misuse_the_network_is_refused(
+    tmp_path: Path, outputs: int, channels: int, fields: dict[str, Any], message: str
+) -> None:
+    net = timm.create_model("test_resnet", num_classes=outputs, in_chans=channels)
+    pixels = {"input_size": (channels, 32, 32), "mean": [0.5] * channels, "std": [0.5] * channels}
+    with pytest.raises(ValueError, match=message):
+        export_timm(net, tmp_path, card=small_card(**fields), **pixels)
+
+
 def test_figures_say_at_which_thresholds_they_were_measured() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))

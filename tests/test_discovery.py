@@ -589,6 +589,16 @@ def test_quantised_convolutions_are_in_the_plan_with_the_reason() -> None:
     assert {"a", "b"} <= set(merged(plan))
 
 
+def test_a_network_that_is_quantised_as_a_whole_is_refused_with_the_reason() -> None:
+    network = nn.Sequential(
+        torch.ao.nn.quantized.Quantize(0.1, 0, torch.quint8),
+        torch.ao.nn.quantized.Conv2d(3, 8, 3),
+        torch.ao.nn.quantized.DeQuantize(),
+    )
+    with quiet_fallback(), pytest.raises(ValueError, match="1 quantised: integers"):
+        plan_merging(network)
+
+
 class Adapted(nn.Module):
     """A convolution as peft leaves it: frozen, with a low-rank update."""
 
@@ -737,6 +747,8 @@ def test_single_kernels_have_nothing_to_pair_with() -> None:
     plan = plan_merging(network, shallow_layers=0)
     assert "one kernel in each group" in (reasons(plan)["b"] or "")
     assert reason_kinds(plan)["b"] == "one_kernel"
+    with pytest.raises(ValueError, match=r"include names 'b', .* one kernel in each group"):
+        plan_merging(network, include=["a", "b"])
 
 
 def test_downsampling_patches_are_kernels_but_patches_of_the_image_are_not() -> None:
@@ -925,7 +937,9 @@ def test_features_alone_have_no_head(name: str, pool: bool) -> None:
     [{"num_classes": 0}, {"num_classes": 0, "global_pool": ""}, {"features_only": True}],
     ids=["pooled", "map", "features_only"],
 )
-@pytest.mark.parametrize("name", ["resnet18", "resnetv2_50", "mobilenetv3_small_050", "vgg11"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnetv2_50", "mobilenetv3_small_050", "vgg11", "test_nfnet"]
+)
 def test_headless_models_have_no_head(name: str, settings: dict[str, Any]) -> None:
     plan = plan_merging(timm_model(name, **settings))
     assert plan.found_by == "trace"

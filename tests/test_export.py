@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -143,6 +144,31 @@ def test_the_folder_of_a_channels_last_network_loads(tmp_path: Path) -> None:
     assert len(set(modes.values())) == 1 and set(modes) == {"config.json", "model.safetensors"}
 
 
+def test_the_export_leaves_the_generators_alone_and_compiles_nothing(tmp_path: Path) -> None:
+    net = timm.create_model("test_resnet", num_classes=3)
+    compiled: list[int] = []
+    net.layer1 = torch.compile(net.layer1, backend=lambda graph, _: compiled.append(1) or graph)
+    before = torch.get_rng_state()
+    torch.set_default_device("meta")
+    try:
+        export_timm(net, tmp_path / "net", **PREPARED)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert compiled == []
+
+
+def test_means_and_names_in_arrays_are_stored(tmp_path: Path) -> None:
+    pixels = torch.rand(8, 3, 32, 32)
+    measured = {"mean": pixels.mean((0, 2, 3)), "std": pixels.numpy().std((0, 2, 3))}
+    net, names = timm.create_model("test_resnet", num_classes=2), np.array(["no", "yes"])
+    export_timm(net, tmp_path, input_size=pixels[0].shape, label_names=names, **measured)
+    assert json.loads((tmp_path / "config.json").read_text())["label_names"] == ["no", "yes"]
+    used = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path}"))
+    for name, values in measured.items():
+        assert list(used[name]) == values.tolist()
+
+
 def test_a_diverged_network_is_reported_as_such(tmp_path: Path) -> None:
     net = timm.create_model("test_resnet", num_classes=3)
     nn.init.constant_(net.fc.weight, math.nan)
@@ -173,8 +199,8 @@ def test_a_wrapper_inside_of_another_module_is_refused(tmp_path: Path) -> None:
     [
         ({"crop_pct": 0.0}, r"crop_pct must lie in \(0, 1\], got 0.0"),
         ({"crop_pct": 1.5}, "got 1.5"),
-        ({"interpolation": "cubic"}, "must be one of bicubic, .* got 'cubic'"),
-        ({"crop_mode": "pad"}, "must be one of center, squash, border, got 'pad'"),
+        ({"interpolation": "cubic"}, "must be 'bicubic' or .* got 'cubic'"),
+        ({"crop_mode": "pad"}, "must be 'center' or 'squash' or 'border', got 'pad'"),
     ],
 )
 def test_a_preparation_that_timm_can_not_make_is_refused(
@@ -268,6 +294,8 @@ def test_arguments_that_change_the_network_are_asked_for(tmp_path: Path) -> None
     [
         ({"mean": [0.5]}, ValueError, "mean has 1 values for an image of 3 channels"),
         ({"label_names": ["a"]}, ValueError, "label_names has 1 names for 3 classes"),
+        ({"mean": [127.5] * 3}, ValueError, "mean is 127.5, .* up to 255, pass 0.5"),
+        ({"std": [0.0] * 3}, ValueError, r"std is 0, but pixels in \[0, 1\] need \(0, 1\]"),
     ],
 )
 def test_a_data_configuration_that_does_not_fit_is_refused(
@@ -282,14 +310,12 @@ def test_a_data_configuration_that_does_not_fit_is_refused(
 def test_wrong_targets_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must end in \.safetensors"):
         export_weights(nn.Conv2d(1, 1, 1), tmp_path / "weights.bin")
-    with pytest.raises(TypeError, match="ResNet is not a timm model; use export_weights"):
-        export_timm(
-            torchvision.models.resnet18(),
-            tmp_path,
-            input_size=(3, 64, 64),
-            mean=[0.5] * 3,
-            std=[0.5] * 3,
-        )
+    with pytest.raises(TypeError, match=r"Module is required, got OrderedDict.*the network itself"):
+        export_weights(nn.Conv2d(1, 1, 1).state_dict(), tmp_path / "w.safetensors")
+    features = timm.create_model("test_resnet", features_only=True)
+    for net in (torchvision.models.resnet18(), features):
+        with pytest.raises(TypeError, match="Net is not a timm model; use export_weights"):
+            export_timm(net, tmp_path, **PREPARED)
 
 
 def test_lagging_statistics_are_reported_unless_recalibrated(

@@ -397,7 +397,7 @@ def test_other_computed_weights_are_skipped_with_the_reason(
     assert reason in (store_of(layer).reason or "")
     with pytest.raises(RuntimeError, match=reason), store_of(layer).opened():
         pass
-    with pytest.raises(RuntimeError, match=r"Unreachable kernels .* opened\(\)"):
+    with pytest.raises(AssertionError, match=r"opened\(\)"):
         store_of(layer).read(torch.arange(2))
     skipped = {site.name: site.reason for site in plan_merging(network, shallow_layers=0).skipped}
     assert skipped.keys() == {"2"} and reason in (skipped["2"] or "")

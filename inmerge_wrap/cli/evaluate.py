@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Argument, Option
 
 from inmerge_wrap.cli import options
-from inmerge_wrap.cli.options import check_file, check_pixels, check_there, load
+from inmerge_wrap.cli.options import check_file, check_there, load
 from inmerge_wrap.cli.shell import command, print_json, progress, save_json, warn
 from inmerge_wrap.cli.tables import KEPT, Column, print_table
-from inmerge_wrap.errors import ArgumentError
+from inmerge_wrap.errors import ArgumentError, check_pixels
 
 if TYPE_CHECKING:
     from inmerge_wrap.robustness import RobustnessResult

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from inmerge_wrap.architectures import creation_arguments, resolve
 from inmerge_wrap.cli import options
-from inmerge_wrap.cli.options import check_image, check_pixels, load
+from inmerge_wrap.cli.options import check_image, load
 from inmerge_wrap.cli.shell import command, print_json, say
-from inmerge_wrap.errors import ArgumentError
+from inmerge_wrap.errors import ArgumentError, check_pixels
 from inmerge_wrap.files import read_json
 
 if TYPE_CHECKING:

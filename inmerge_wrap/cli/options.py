@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -115,18 +114,3 @@ def check_image(input_size: tuple[int, int, int] | None) -> None:
             f"<input_size> is {given}: channels, height and width are each at least 1, for "
             "example <input_size=3 224 224>"
         )
-
-
-def check_pixels(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-    """Raises an error for a mean or standard deviation of pixels that are not in [0, 1]."""
-    for name, values, wanted in (("mean", mean, "[0, 1]"), ("std", std, "(0, 1]")):
-        for value in values or ():
-            if not 0 <= value <= 1 or (value == 0 and name == "std"):
-                remedy = (
-                    f"for grey levels up to 255, pass {value / 255:.4g}"
-                    if 1 < value <= 255
-                    else "pass the values used in training"
-                )
-                raise ArgumentError(
-                    f"<{name}> is {value:g}, but pixels in [0, 1] need {wanted}: {remedy}"
-                )
