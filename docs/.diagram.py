@@ -9,6 +9,7 @@ import csv
 import math
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 Square = list[list[float]]  # entries of a kernel or a map, row by row
@@ -68,10 +69,17 @@ COMPARISONS = {  # of the second study's confirmation: arm, baseline -> heading,
         "ink",
     ),
 }
-PER_IMAGE = {  # the same of the third study's
-    ("merging per image", "plain"): ("merging for each image − plain training", "forward"),
-    ("channel noise", "plain"): ("channel noise − plain training", "noise"),
-    ("merging per image", "channel noise"): ("merging for each image − channel noise", "ink"),
+PER_IMAGE = {  # the same of the third study's, and beside which augmentation
+    ("merging per image", "plain", "flips"): ("merging for each image − plain training", "forward"),
+    ("channel noise", "plain", "flips"): ("channel noise − plain training", "noise"),
+    ("merging per image", "channel noise", "flips"): (
+        "merging for each image − channel noise",
+        "ink",
+    ),
+    ("merging per image", "plain", "trivial"): (
+        "merging for each image − plain training, beside TrivialAugment",
+        "forward",
+    ),
 }
 ARMS = {  # of the third study's pilot: name -> colour, shape
     "plain": ("soft", "circle"),
@@ -259,13 +267,12 @@ def evidence() -> str:
 
 def confirmation() -> str:
     """The third study's confirmation: each data set, and all of them as random effects."""
-    found: dict[tuple[str, str], Rows] = {}
+    found: dict[tuple[str, ...], Rows] = {}
     for table in ("differences", "pooled"):
         path = ROOT / "studies" / "3" / f"{table}.csv"
         with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
-                drawn = (row["measure"], row["tested_on"]) == ("AUROC", "corrupted")
-                if not drawn or row["augmentation"] != "flips":
+                if (row["measure"], row["tested_on"]) != ("AUROC", "corrupted"):
                     continue
                 name = "all"
                 if table == "differences":
@@ -274,14 +281,15 @@ def confirmation() -> str:
                         continue
                 elif row["data"].startswith("without"):
                     continue
-                found.setdefault((row["arm"], row["baseline"]), {})[name] = ends(row)
+                compared = row["arm"], row["baseline"], row["augmentation"]
+                found.setdefault(compared, {})[name] = ends(row)
     return area_under_corruption("Third", found, PER_IMAGE, 1250, 175)
 
 
 def area_under_corruption(
     study: str,
-    found: dict[tuple[str, str], Rows],
-    drawn: dict[tuple[str, str], tuple[str, str]],
+    found: dict[Any, Rows],
+    drawn: dict[Any, tuple[str, str]],
     scale: float,
     zero: float,
 ) -> str:
