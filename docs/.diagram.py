@@ -77,7 +77,7 @@ PER_IMAGE = {  # the same of the third study's, and beside which augmentation
         "ink",
     ),
     ("merging per image", "plain", "trivial"): (
-        "merging for each image − plain training, beside TrivialAugment",
+        "beside TrivialAugment: merging − plain training",
         "forward",
     ),
 }
@@ -283,7 +283,7 @@ def confirmation() -> str:
                     continue
                 compared = row["arm"], row["baseline"], row["augmentation"]
                 found.setdefault(compared, {})[name] = ends(row)
-    return area_under_corruption("Third", found, PER_IMAGE, 1250, 175)
+    return area_under_corruption("Third", found, PER_IMAGE, 620, 203, tick=0.1)
 
 
 def area_under_corruption(
@@ -292,6 +292,7 @@ def area_under_corruption(
     drawn: dict[Any, tuple[str, str]],
     scale: float,
     zero: float,
+    tick: float = 0.04,
 ) -> str:
     """A forest plot of the comparisons of a confirmation."""
     groups = []
@@ -299,7 +300,7 @@ def area_under_corruption(
         rows = found[pair]
         names = {name: name for name in sorted(rows.keys() - {"all"})} | {"all three": "all"}
         groups.append((heading, kind, {shown: rows[name] for shown, name in names.items()}))
-    parts, bottom = forest(groups, scale, (-0.04, 0.0, 0.04), zero=zero)
+    parts, bottom = forest(groups, scale, (-tick, 0.0, tick), zero=zero)
     parts.append(text(200, bottom + 40, "difference in AUROC under corruption, 95% interval", 14))
     return picture(f"{study} study, confirmation: AUROC under corruption", bottom + 52, parts)
 
