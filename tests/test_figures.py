@@ -235,31 +235,76 @@ def test_the_page_shows_the_network_from_scratch_as_it_was_analysed() -> None:
         assert cells == " | ".join(interval(row) for row in found)
 
 
-def test_the_page_of_evidence_shows_the_confirmation_as_it_was_pooled() -> None:
-    pooled = [row for row in third_study("pooled") if not row["data"].startswith("without")]
-    found = {(row["arm"], row["baseline"], row["measure"], row["tested_on"]): row for row in pooled}
-    page = (ROOT / "docs" / "evidence.md").read_text().partition("## On three other data sets")[2]
-    page = page.partition("\n## ")[0]
-    for arm, baseline in (
-        ("merging per image", "plain"),
-        ("channel noise", "plain"),
-        ("merging per image", "channel noise"),
-    ):
-        cells = [interval(found[(arm, baseline, *measure)]) for measure in MEASURES]
-        name = f"{arm} − {baseline}".replace("per image", "for each image")
-        assert f"| {name} | {' | '.join(cells)} |" in page
+def test_the_page_shows_the_volumes_as_they_were_analysed() -> None:
+    page = (ROOT / "docs" / "evidence-negative.md").read_text().partition("### Volumes")[2]
+    shown = re.findall(r"^\| (\d+), (.+) \| (\d+) \| (.+) \|$", page, re.MULTILINE)
+    names = ("images", "augmentation", "pairs", "arm", "baseline", "measure", "tested_on")
+    measured = {
+        tuple(row[name] for name in names): row
+        for row in third_study("differences")
+        if row["arch"] == "volumes_small"
+    }
+    assert len(shown) == 4
+    gains = []
+    for images, augmentation, pairs, cells in shown:
+        cell = images, {"no augmentation": "none"}.get(augmentation, augmentation), pairs
+        found = [
+            measured[(*cell, arm, "plain", *measure)]
+            for arm, measure in (
+                ("merging per image", MEASURES[0]),
+                ("channel noise", MEASURES[0]),
+                ("merging per image", MEASURES[2]),
+            )
+        ]
+        assert cells == " | ".join(interval(row) for row in found)
+        gains.append(float(found[0]["mean"]))
+        assert all(float(row["low"]) < 0 < float(row["high"]) for row in found)
+    ends = f"three pairs in each of four cells: {min(gains):+.3f} to {max(gains):+.3f}, none"
+    assert ends in " ".join((ROOT / "docs" / "evidence.md").read_text().split())
+
+
+CONFIRMED = {  # augmentation -> where the page has it, up to what, and what was compared
+    "flips": (
+        "## On three other data sets",
+        "\n### ",
+        [
+            ("merging per image", "plain"),
+            ("channel noise", "plain"),
+            ("merging per image", "channel noise"),
+        ],
+    ),
+    "trivial": ("### Beside TrivialAugmentWide", "\n## ", [("merging per image", "plain")]),
+}
+
+
+@pytest.mark.parametrize("augmentation", list(CONFIRMED))
+def test_the_page_of_evidence_shows_the_confirmation_as_it_was_pooled(augmentation: str) -> None:
+    begin, end, compared = CONFIRMED[augmentation]
+    found = {
+        (row["arm"], row["baseline"], row["measure"], row["tested_on"]): row
+        for row in third_study("pooled")
+        if row["augmentation"] == augmentation and not row["data"].startswith("without")
+    }
+    page = (ROOT / "docs" / "evidence.md").read_text().partition(begin)[2].partition(end)[0]
+    shown = [line for line in page.splitlines() if line.startswith("| ")][1:]
     analysis = importlib.import_module("studies.3.analysis")
     plain = {
         group.cell.dataset.removesuffix("mnist").capitalize(): list(arms["plain"].values())
         for group, arms in third_groups().items()
-        if group.confirming and group.cell.augmentation == "flips"
+        if group.confirming and group.cell.augmentation == augmentation
     }
+    wanted = []
     for name in ("Breast", "Chest", "Pneumonia"):
         values = [
             [analysis.score(run, "test", *measure) for run in plain[name]] for measure in MEASURES
         ]
         cells = [f"{np.mean(of):.3f} ± {np.std(of, ddof=1):.3f}" for of in values]
-        assert f"| plain, {name} | {' | '.join(cells)} |" in page
+        wanted.append(f"| plain, {name} | {' | '.join(cells)} |")
+    for arm, baseline in compared:
+        cells = [interval(found[(arm, baseline, *measure)]) for measure in MEASURES]
+        name = f"{arm} − {baseline}".replace("per image", "for each image")
+        wanted.append(f"| {name} | {' | '.join(cells)} |")
+    assert shown == wanted
     gain = found[("merging per image", "plain", *MEASURES[0])]
     text = " ".join(page.split())
     assert f"p is {float(gain['p_holm']):.2f}" in text
@@ -270,6 +315,18 @@ def test_the_page_of_evidence_shows_the_confirmation_as_it_was_pooled() -> None:
     for front_page in ("README.md", "docs/index.md"):
         text = " ".join((ROOT / front_page).read_text().split()).replace("95% interval ", "")
         assert interval(gain).replace("+", "") in text.replace("+", "")
+
+
+def test_plain_training_with_strong_augmentation_is_above_merging_with_flips() -> None:
+    """As the page says, on each data set of the confirmation."""
+    analysis = importlib.import_module("studies.3.analysis")
+    means: dict[tuple[str, str, str], float] = {}
+    for group, arms in third_groups().items():
+        for arm, runs in arms.items() if group.confirming else ():
+            scores = [analysis.score(run, "test", *MEASURES[0]) for run in runs.values()]
+            means[group.cell.dataset, group.cell.augmentation, arm] = float(np.mean(scores))
+    for name in ("breastmnist", "chest", "pneumoniamnist"):
+        assert means[name, "trivial", "plain"] > means[name, "flips", "merging per image"]
 
 
 def test_the_page_of_evidence_shows_the_map_as_it_was_measured() -> None:
