@@ -147,9 +147,10 @@ INSIDE = {
     "images.collection", "images.dicom", "images.files", "images.finding",
     "images.folders", "images.looks", "images.nih", "images.preparation", "images.sets",
     "images.tables", "inputs", "kernels", "kinds", "markdown", "neighbours", "optimizers",
-    "pairs", "persistent", "proxy", "replicas", "robustness.attacks", "robustness.effects",
-    "robustness.evaluation", "robustness.metrics", "robustness.results", "robustness.scoring",
-    "steps", "tally", "tracing", "trial",
+    "outputs", "pairs", "persistent", "proxy", "replicas", "robustness.attacks",
+    "robustness.effects", "robustness.evaluation", "robustness.metrics", "robustness.results",
+    "robustness.scoring",
+    "steps", "tally", "tracing", "trial", "weights",
 }  # fmt: skip
 # Modules that share names with each other, or hold names that only the package uses.
 PARTLY = {"merging", "settings", "watch", "wrapper"}
@@ -234,7 +235,7 @@ def test_every_parameter_is_described() -> None:
 SPEAKING = [
     "discovery", "driver", "errors", "export", "forward", "kernels", "neighbours", "optimizers",
     "pairs", "persistent", "plan", "proxy", "recalibration", "replicas", "schedule", "settings",
-    "steps", "tally", "thresholds", "trial", "unwrapping", "watch", "wrapper",
+    "steps", "tally", "thresholds", "trial", "unwrapping", "watch", "weights", "wrapper",
 ]  # fmt: skip
 OF_TORCH = 'Unexpected key(s) in state_dict: "_extra_state"'  # test_export.py raises it
 
@@ -253,7 +254,7 @@ def messages(source: str, *, returned: bool = False) -> list[str]:
     for node in ast.walk(ast.parse(source)):
         if returned and isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
             found += [text(part) for part in node.value.elts]
-        if isinstance(node, ast.FunctionDef) and node.name == "replaced":
+        if isinstance(node, ast.FunctionDef) and node.name in ("replaced", "bypassed"):
             ends = [part.value for part in node.body if isinstance(part, ast.Return)]
             found += [text(value) for value in ends if isinstance(value, ast.JoinedStr)]
         if isinstance(node, ast.FunctionDef) and node.name == "_contradictions":

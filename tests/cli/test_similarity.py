@@ -43,5 +43,5 @@ def test_similarity_of_a_timm_folder_prints_a_table(net: nn.Module, tmp_path: Pa
     assert [path.name for path in out.iterdir()] == ["similarity.json"]
     told = complaint("similarity", folder, "--no-pictures", "--theme", "dark", "--output", out)
     assert "--theme is the look of the pictures, which --no-pictures leaves out" in told
-    told = complaint("similarity", folder, "--arch", ARCH)
+    told = complaint("similarity", folder, "--arch", "resnet18")
     assert "leave out --arch" in told
