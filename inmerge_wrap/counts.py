@@ -22,7 +22,7 @@ class Counts:
             ]
         self._acted: dict[int, int] = {}
 
-    def add_those_of(self, other: Counts) -> None:
+    def take_over(self, other: Counts) -> None:
         """Takes over the sums of another device, from which the network came."""
         for layer, numbers in enumerate(other._numbers):
             torch._foreach_copy_(self._numbers[layer], numbers)

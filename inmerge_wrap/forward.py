@@ -22,9 +22,7 @@ from inmerge_wrap.kernels import deciding_parameter, modules_of
 from inmerge_wrap.outputs import Outputs
 from inmerge_wrap.plan import ConvSite
 from inmerge_wrap.settings import MergeSettings, Strength
-from inmerge_wrap.weights import Weights, bypassed, chain_of
-
-_WAYS: dict[str, type[Outputs] | type[Weights]] = {"outputs": Outputs, "weights": Weights}
+from inmerge_wrap.weights import Weights, chain_of
 
 
 class ForwardMerge:
@@ -64,7 +62,8 @@ class ForwardMerge:
         self.is_on = False
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._modules, self._chains = [], [], {}
+        self._hooks, self._modules = [], []
+        self._chains.clear()  # the same object, which the stand-ins look at
 
     def replaced(self, network: nn.Module) -> tuple[str, nn.Module] | None:
         """Returns the name of a convolution that another module has replaced, and that module."""
@@ -84,10 +83,13 @@ class ForwardMerge:
             return
         device = next(self._modules[0].parameters()).device
         if self._way is None or self._way.device != device:
-            self._way = _WAYS[settings.mode](self._sites, device)
+            if settings.mode == "outputs":
+                self._way = Outputs(self._sites, device)
+            else:
+                self._way = Weights(self._sites, device, self._chains)
             before, self._counts = self._counts, Counts(len(self._sites), device)
             if before is not None:
-                self._counts.add_those_of(before)
+                self._counts.take_over(before)
         self._way.set_step(step, strength, settings)
 
     # -- one forward pass -------------------------------------------------------------------------
@@ -131,14 +133,8 @@ class ForwardMerge:
                 "dicts or objects with tensors as attributes"
             )
         draw = self._acting(module)
-        if self._way is None or draw is None:
-            return
-        if isinstance(self._way, Weights) and chain_of(module) not in (
-            None,
-            self._chains.get(number),
-        ):
-            raise RuntimeError(bypassed(self._sites[number]))
-        self._way.before(number, module, draw, self._counting())
+        if self._way is not None and draw is not None:
+            self._way.before(number, module, draw, self._counting())
 
     def _after(self, number: int, module: nn.Module, _: Any, output: Any) -> Tensor | None:
         """Removes the stand-in, or blends the channels of the output."""

@@ -6,7 +6,8 @@ goes to the parameter as it falls (straight through).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -33,16 +34,24 @@ _NOTHING = object()
 class Weights:
     """Makes the stand-ins; the numbers of a step change in place, on the network's device."""
 
-    def __init__(self, sites: Sequence[ConvSite], device: torch.device) -> None:
+    def __init__(
+        self, sites: Sequence[ConvSite], device: torch.device, chains: Mapping[int, nn.Module]
+    ) -> None:
+        """Takes the chains of parametrizations whose hook calls :meth:`computed`, by layer."""
         self.device = device
-        self._sites, self._settings = sites, MergeSettings()
+        self._sites, self._settings, self._chains = sites, MergeSettings(), chains
+        # Where each layer has its kernels in tables of all layers.
+        ends = accumulate(site.shape[0] for site in sites)
+        self._spans = [
+            slice(end - site.shape[0], end) for end, site in zip(ends, sites, strict=True)
+        ]
+        kernels = self._spans[-1].stop
         with torch.device(device):
             self._size = torch.zeros((), dtype=torch.float32)
-            # Of each kernel of a layer: its partner, whether it was drawn, and its sign.
-            kernels = [site.shape[0] for site in sites]
-            self._sources = [torch.zeros(count, dtype=torch.int64) for count in kernels]
-            self._drawn = [torch.zeros(count, dtype=torch.bool) for count in kernels]
-            self._signs = [torch.ones((count, 1), dtype=torch.int64) for count in kernels]
+            # Of each kernel: its partner, whether it was drawn, and its sign.
+            self._sources = torch.zeros(kernels, dtype=torch.int64)
+            self._drawn = torch.zeros(kernels, dtype=torch.bool)
+            self._signs = torch.ones((kernels, 1), dtype=torch.int64)
         self._noise: list[Tensor] = []
         # Of a layer whose convolution runs: it, what the stand-in hides, and the stand-in.
         self._shadowed: dict[int, tuple[nn.Module, Any, Tensor | None]] = {}
@@ -52,18 +61,20 @@ class Weights:
         self._settings = settings
         self._size.fill_(strength.size)
         seed = settings.seed
-        for number, site in enumerate(self._sites):
+        # On the host, because a GPU would wait for a launch in every layer.
+        sources = torch.zeros_like(self._sources, device="cpu")
+        drawn = torch.zeros_like(self._drawn, device="cpu")
+        signs = torch.ones_like(self._signs, device="cpu")
+        for site, span in zip(self._sites, self._spans, strict=True):
             targets, partners = draw_layer(site, strength.probability, seed, step)
-            sources = torch.arange(site.shape[0], device="cpu")
-            sources[targets] = partners
-            drawn = torch.zeros_like(sources, dtype=torch.bool)
-            drawn[targets] = True
-            self._sources[number].copy_(sources)
-            self._drawn[number].copy_(drawn)
+            sources[span] = torch.arange(site.shape[0], device="cpu")
+            sources[span][targets] = partners
+            drawn[span][targets] = True
             if settings.direction == "signed":
-                signs = torch.ones((len(sources), 1), dtype=torch.int64, device="cpu")
-                signs[targets] = draw_signs(site, len(targets), seed, step)
-                self._signs[number].copy_(signs)
+                signs[span][targets] = draw_signs(site, len(targets), seed, step)
+        self._sources.copy_(sources)
+        self._drawn.copy_(drawn)
+        self._signs.copy_(signs)
         if settings.direction in NOISE:
             self._noise = [
                 draw_noise(site, site.shape[0], seed, step, self.device) for site in self._sites
@@ -74,11 +85,18 @@ class Weights:
         return self
 
     def before(self, number: int, module: nn.Module, _: Any, counts: Counts | None) -> None:
-        """Puts the merged weight before the parameter."""
+        """Puts the merged weight before the parameter.
+
+        Raises:
+            RuntimeError: If a chain of parametrizations without our hook computes the weight.
+        """
         hidden, stand_in = vars(module).get("weight", _NOTHING), None
-        if chain_of(module) is None:  # else ``computed`` follows, when the convolution reads it
+        chain = chain_of(module)
+        if chain is None:
             stand_in = self._stand_in(number, module, module.weight, counts)
             vars(module)["weight"] = stand_in
+        elif chain is not self._chains.get(number):  # else ``computed`` follows, when it is read
+            raise RuntimeError(bypassed(self._sites[number]))
         self._shadowed[number] = module, hidden, stand_in
 
     def computed(self, number: int, weight: Tensor, counts: Counts | None) -> Tensor | None:
@@ -117,8 +135,8 @@ class Weights:
         with torch.no_grad(), without_autocast(self.device):
             kernels = rows_of(module, weight)
             sources, drawn, signs = (
-                each[number].to(kernels.device)
-                for each in (self._sources, self._drawn, self._signs)
+                table[self._spans[number]].to(kernels.device)
+                for table in (self._sources, self._drawn, self._signs)
             )
             everyone = torch.arange(len(kernels), device=kernels.device)
             sources = choose_sources(kernels, everyone, sources, site, settings)

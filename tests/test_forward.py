@@ -831,7 +831,7 @@ def test_counts_go_to_another_device_with_the_network() -> None:
     counts.add(1, 40, torch.tensor(30))
     counts.add_cosines(1, torch.tensor([0.5, torch.nan, 0.25]), 2)
     there = Counts(2, torch.device("cpu"))
-    there.add_those_of(counts)
+    there.take_over(counts)
     numbers, cosines = there.take()
     assert numbers.tolist() == [[0] * 4, [40, 30, 2, 4]]
     assert cosines.tolist() == [[0.0, -2.0], [1.5, 0.5]]
