@@ -272,7 +272,8 @@ def _check_timm_draft(
     import timm
 
     try:
-        fresh = timm.create_model(f"local-dir:{draft}", pretrained=True).eval()
+        # In float32 although the default dtype, which timm follows, may be another.
+        fresh = timm.create_model(f"local-dir:{draft}", pretrained=True).float().eval()
     except Exception as error:  # whatever timm raises, the cause is the same
         raise RuntimeError(
             f"timm cannot rebuild this {type(network).__name__} ({error}). If it was created with "
@@ -285,7 +286,8 @@ def _check_timm_draft(
     ours = _with_stored_weights(network).cpu().float().eval()
     # In channels_last the convolutions would round differently from the model that is loaded.
     ours.to(memory_format=torch.contiguous_format)
-    image = torch.rand(2, *data_config["input_size"], generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(2, *data_config["input_size"], generator=generator, dtype=torch.float32)
     with torch.no_grad():
         expected, actual = tree_leaves(ours(image)), tree_leaves(fresh(image))
     if not all(bool(output.isfinite().all()) for output in expected):

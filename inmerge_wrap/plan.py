@@ -93,5 +93,6 @@ class MergePlan:
             f"{row[3]:>{widths[3]}}  {row[4]}".rstrip()
             for row in rows
         ]
-        lines.append(f"{len(self.merged)} of {len(sites)} convolutions are merged.")
+        are = "is" if len(self.merged) == 1 else "are"
+        lines.append(f"{len(self.merged)} of {len(sites)} convolutions {are} merged.")
         return "\n".join(lines)

@@ -126,7 +126,7 @@ def _described(settings: MergeSettings, plan: MergePlan) -> dict[str, str]:
         if name != "inspect_every"
     }
     layers = sha256(repr(plan.merged).encode()).hexdigest()[:8]
-    return {**chosen, "plan": f"{len(plan.merged)} layers ({layers})"}
+    return {**chosen, "plan": f"layers: {len(plan.merged)} ({layers})"}
 
 
 def check_replicas(weights: Mapping[str, Tensor], numbers: Mapping[str, int]) -> None:

@@ -158,6 +158,20 @@ def test_the_export_leaves_the_generators_alone_and_compiles_nothing(tmp_path: P
     assert compiled == []
 
 
+def test_another_default_dtype_does_not_matter(
+    tmp_path: Path, image: torch.Tensor, stranger: Stranger
+) -> None:
+    network = merged(timm.create_model("test_resnet", num_classes=3, in_chans=1), image)
+    data = {"input_size": (1, 32, 32), "mean": [0.5], "std": [0.2]}
+    torch.set_default_dtype(torch.float64)
+    try:
+        load = export_timm(network, tmp_path / "out", **data)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    found = strangers_logits(stranger, tmp_path, image, load)
+    assert torch.equal(found, ours(network, image))
+
+
 def test_means_and_names_in_arrays_are_stored(tmp_path: Path) -> None:
     pixels = torch.rand(8, 3, 32, 32)
     measured = {"mean": pixels.mean((0, 2, 3)), "std": pixels.numpy().std((0, 2, 3))}

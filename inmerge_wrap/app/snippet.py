@@ -35,9 +35,10 @@ width = float(np.atleast_1d(file.WindowWidth)[0])
 shown = ((values - (centre - 0.5)) / (width - 1) + 0.5).clip(0, 1)"""
 _BITS = """\
 # Files without a window show the whole range of their bits.
-slope, intercept = float(file.get("RescaleSlope", 1)), float(file.get("RescaleIntercept", 0))
+rescaled = "RescaleSlope" in file and "RescaleIntercept" in file  # one alone is not used
+slope, intercept = (file.RescaleSlope, file.RescaleIntercept) if rescaled else (1.0, 0.0)
 low = -(2.0 ** (file.BitsStored - 1)) if file.PixelRepresentation else 0.0
-black, white = low * slope + intercept, (low + 2.0**file.BitsStored - 1) * slope + intercept
+black, white = (x * float(slope) + float(intercept) for x in (low, low + 2.0**file.BitsStored - 1))
 shown = ((values - black) / (white - black)).clip(0, 1)"""
 
 _ANSWER = """\

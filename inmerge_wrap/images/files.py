@@ -16,6 +16,7 @@ RASTER = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 DICOM = (".dcm", ".dicom")
 SHOWN = 5  # of names, before "and 7 more"
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+_PHOTOMETRIC = 262  # a tag of TIFF
 
 
 class DataError(ArgumentError):
@@ -122,6 +123,11 @@ def decode(path: Path, *, first_frame: bool = False) -> Decoded:
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and not first_frame and image.format != "MPO":  # cameras add a preview
             raise ValueError(f"it holds {frames} images; give each its own file")
+        if image.mode in _DEEP and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
+            raise ValueError(  # Pillow inverts images of 8 bits alone
+                "it is a TIFF image of more than 8 bits in which 0 is white: invert its values and "
+                "save it as MinIsBlack"
+            )
         # Pillow keeps the upper 8 of the 16 bits of a colour.
         shortened = "16" in str(image.tile[0][3]) if image.tile else False
         upright = ImageOps.exif_transpose(image)

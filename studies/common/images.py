@@ -78,7 +78,9 @@ class Images:
         return self._changed(lambda pixels: pixels.expand(-1, 3, -1, -1))
 
     def stacked(self, depth: int, seed: int) -> Images:
-        """Makes a volume of each image: it and ``depth - 1`` others of its class and part.
+        """Makes a volume of each image: it and ``depth - 1`` of its class and part.
+
+        The others are drawn with replacement, so that now and then two are equal.
 
         The slices stand one above the other in a picture (C, depth x H, W), as ``volumes_small``
         of networks.py takes it, so that augmentation and corruption treat it as any other.

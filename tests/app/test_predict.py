@@ -182,6 +182,13 @@ def test_predict_answers_mistakes(tmp_path: Path) -> None:
     there = ("--out", tmp_path / "empty")
     told = complaint("predict", tmp_path / "model", tmp_path / "images" / "00.png", *there)
     assert "empty is a folder: give the name of a file" in told
+    table = tmp_path / "table.csv"
+    table.write_text("path\nimages/00.png\n")
+    for there, images in ((table, table), (tmp_path / "images" / "00.png", tmp_path / "images")):
+        before = there.read_bytes()
+        told = complaint("predict", tmp_path / "model", images, "--out", there)
+        assert "is one of the files to read: name another file" in told
+        assert there.read_bytes() == before
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])  # a copy that was interrupted
     told = complaint("predict", tmp_path / "model", tmp_path / "images")

@@ -43,6 +43,8 @@ def pictures(folder: Path, form: str, count: int = 12, *, seed: int = 0, high: i
                 "RescaleIntercept": -1000,
                 "PhotometricInterpretation": f"MONOCHROME{1 + index % 2}",
             }
+            if form == "dicom without windows":
+                del tags["RescaleIntercept"]  # so that the slope alone counts for nothing
             if form == "dicom" and index % 3:
                 tags |= {"WindowCenter": [900, 40], "WindowWidth": [4000, 400]}
             dicom(folder / f"{index:02}.dcm", values, BitsStored=12, HighBit=11, **tags)

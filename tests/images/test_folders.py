@@ -145,6 +145,16 @@ def test_big_endian_tiff_is_read(tmp_path: Path) -> None:
     assert np.array_equal(decode(tmp_path / "a.tif").values, values)
 
 
+def test_deep_tiff_in_which_zero_is_white_is_refused(tmp_path: Path) -> None:
+    """Pillow inverts one of 8 bits, as the standard says, and not one of 16."""
+    tifffile = pytest.importorskip("tifffile")
+    deep, flat = ramp(top=4000, dtype=np.uint16), ramp()
+    tifffile.imwrite(tmp_path / "a.tif", deep, photometric="miniswhite")
+    assert "in which 0 is white: invert its values" in str(examine(tmp_path / "a.tif").error)
+    tifffile.imwrite(tmp_path / "b.tif", flat, photometric="miniswhite")
+    assert np.array_equal(decode(tmp_path / "b.tif").values, 255 - flat)
+
+
 def test_colour_of_16_bits_keeps_its_upper_half(tmp_path: Path) -> None:
     tifffile = pytest.importorskip("tifffile")
     values = np.random.default_rng(0).integers(0, 2**16, (6, 5, 3), dtype=np.uint16)
