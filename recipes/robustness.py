@@ -21,7 +21,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ from inmerge_wrap.robustness.corruptions import CORRUPTIONS, DATASET_PRESETS, re
 
 CELL = "{:.3f}", "{:.3f} [{:.3f}, {:.3f}]"  # without an interval, and with one
 # Okabe and Ito's colours, safe for every kind of colour vision; yellow is too faint for lines.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+STYLES = [*product("-:", "#000000 #0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00".split())]
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -242,12 +242,12 @@ def draw_curves(results: Results, path: Path) -> None:
     figure = Figure(figsize=(1.2 + 1.75 * columns, 1.0 + 1.65 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axis, name in zip(axes.flat, names, strict=False):
-        for colour, (label, runs) in zip(COLOURS, results.items(), strict=False):
+        for (label, runs), (line, colour) in zip(results.items(), cycle(STYLES), strict=False):
             at = {v: summarise(runs, "balanced_error", name if v else "clean", v) for v in levels}
             if known := {level: point for level, point in at.items() if point}:
                 middle, low, high = zip(*known.values(), strict=True)
                 axis.fill_between([*known], low, high, color=colour, alpha=0.15, linewidth=0)
-                axis.plot([*known], middle, "o-", color=colour, markersize=3, label=label)
+                axis.plot([*known], middle, line, marker="o", c=colour, ms=3, label=label)
         axis.set_title(name.replace("_", " "), fontsize=9)
         axis.set_xticks(levels, ["clean" if level == 0 else str(level) for level in levels])
         axis.tick_params(labelsize=7.5, labelbottom=True)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from inmerge_wrap import export_timm
@@ -68,6 +69,27 @@ def test_two_methods_two_seeds_and_attacks(
     assert merged[-2]["be"] == pytest.approx(1)
     assert len(content["paired_differences"]) == 8
     assert all(entry["mean"] == 0 for entry in content["paired_differences"])
+
+
+def test_each_of_many_labels_has_its_own_curve(
+    blood: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(blood / "net", 0, classes=8)
+    drawn: list[tuple[str, str, str]] = []
+    legend = Figure.legend
+
+    def seen(figure: Figure, *, handles: Any, **settings: Any) -> Any:
+        drawn.extend((x.get_label(), x.get_color(), x.get_linestyle()) for x in handles)
+        return legend(figure, handles=handles, **settings)
+
+    monkeypatch.setattr(Figure, "legend", seen)
+    labels = [f"net{number}" for number in range(9)]
+    start(
+        monkeypatch, *(f"{label}={blood / 'net'}" for label in labels), "--data", "bloodmnist",
+        "--data-root", blood, *TINY, "--bootstrap", "0", "--out", blood / "out",
+    )  # fmt: skip
+    assert [label for label, _, _ in drawn] == labels
+    assert len({(colour, line) for _, colour, line in drawn}) == 9
 
 
 def test_grey_images_are_prepared_as_the_folder_says(
