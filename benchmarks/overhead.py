@@ -54,6 +54,9 @@ parser.add_argument("--channels-last", action="store_true", help="memory format 
 parser.add_argument(
     "--shallow-layers", type=int, help="see InMergeWrapper (default: that of the way)"
 )
+parser.add_argument(
+    "--inspect-every", type=int, default=0, help="see InMergeWrapper (default: no inspection)"
+)
 parser.add_argument("--repeats", type=int, default=15, help="pairs of steps")
 parser.add_argument(
     "--threads", type=int, default=os.cpu_count(), help="PyTorch threads (default: all cores)"
@@ -83,7 +86,7 @@ def measure(name: str, way: str, options: argparse.Namespace) -> dict[str, Any]:
     chosen = dict(WAYS[way])
     if options.shallow_layers is not None:
         chosen["shallow_layers"] = options.shallow_layers
-    model = InMergeWrapper(network, inspect_every=0, **chosen)
+    model = InMergeWrapper(network, inspect_every=options.inspect_every, **chosen)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
     images = torch.randn(options.batch_size, 3, options.size, options.size, device=device)
     images = images.contiguous(memory_format=layout)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -20,10 +23,12 @@ class Counts:
                 (torch.zeros((), dtype=wide), torch.full((), -2.0, dtype=torch.float32))
                 for _ in range(layers)
             ]
-        self._acted: dict[int, int] = {}
+        self._acted: dict[int, int] = {}  # in the pass that runs
+        self._waiting: Counter[int] = Counter()  # in passes before, not yet on the device
 
     def take_over(self, other: Counts) -> None:
         """Takes over the sums of another device, from which the network came."""
+        self._waiting = other._waiting
         for layer, numbers in enumerate(other._numbers):
             torch._foreach_copy_(self._numbers[layer], numbers)
             torch._foreach_copy_(list(self._cosines[layer]), list(other._cosines[layer]))
@@ -38,12 +43,21 @@ class Counts:
         self._acted[layer] = self._acted.get(layer, 0) + drawn
 
     def end_pass(self) -> None:
-        """Adds what :meth:`add_all` got, all layers together: on a GPU each alone is a launch."""
-        if not self._acted:
-            return
-        sums = [number for layer in self._acted for number in self._numbers[layer][:2]]
-        torch._foreach_add_(sums, [drawn for drawn in self._acted.values() for _ in range(2)])
+        """Keeps on the host what :meth:`add_all` got, but for a compiled pass.
+
+        The host does not run that again, so it adds on the device, all layers in one launch.
+        """
+        if torch.compiler.is_compiling():
+            self._send(self._acted)
+        else:
+            for layer, drawn in self._acted.items():
+                self._waiting[layer] += drawn
         self._acted.clear()
+
+    def _send(self, drawn: Mapping[int, int]) -> None:
+        if drawn:
+            sums = [number for layer in drawn for number in self._numbers[layer][:2]]
+            torch._foreach_add_(sums, [count for count in drawn.values() for _ in range(2)])
 
     def add_cosines(
         self, layer: int, cosines: Tensor, images: int, drawn: Tensor | None = None
@@ -75,6 +89,8 @@ class Counts:
             and that merged, pairs without and with a cosine; float64, shape (layers, 2): sum and
             largest of the cosines, -2 for none. On the CPU.
         """
+        self._send(self._waiting)
+        self._waiting.clear()
         numbers = torch.stack([torch.stack(layer) for layer in self._numbers]).cpu()
         cosines = torch.stack([torch.stack([t, m.to(t)]) for t, m in self._cosines]).cpu().double()
         torch._foreach_zero_([number for layer in self._numbers for number in layer])

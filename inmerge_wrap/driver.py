@@ -280,7 +280,7 @@ class Driver:
         if self._in_step and attachment is not None:
             check_layers(layers)
             check_still_held(attachment, trained_of(held), layers)
-        elif (found := self._forward.replaced(self._network)) is not None:
+        elif (found := self._forward.replaced(layers)) is not None:
             raise RuntimeError(replaced(*found))
         if held:
             self._step(held, layers, optimizer)

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from inmerge_wrap.counts import Counts
 from inmerge_wrap.inputs import tensors_of
-from inmerge_wrap.kernels import deciding_parameter, modules_of
+from inmerge_wrap.kernels import MergedLayer, deciding_parameter, modules_of
 from inmerge_wrap.outputs import Outputs
 from inmerge_wrap.plan import ConvSite
 from inmerge_wrap.settings import MergeSettings, Strength
@@ -65,12 +65,11 @@ class ForwardMerge:
         self._hooks, self._modules = [], []
         self._chains.clear()  # the same object, which the stand-ins look at
 
-    def replaced(self, network: nn.Module) -> tuple[str, nn.Module] | None:
+    def replaced(self, layers: Sequence[MergedLayer]) -> tuple[str, nn.Module] | None:
         """Returns the name of a convolution that another module has replaced, and that module."""
-        now = modules_of(network, self._sites) if self._modules else []
-        for site, module, current in zip(self._sites, self._modules, now, strict=False):
-            if current is not module:
-                return site.name, current
+        for layer, module in zip(layers, self._modules, strict=False):  # none before ``install``
+            if layer.module is not module:
+                return layer.site.name, layer.module
         return None
 
     def set_step(self, step: int, strength: Strength | None, settings: MergeSettings) -> None:
@@ -132,8 +131,9 @@ class ForwardMerge:
                 "can be found, so that it would draw other pairs: return tensors, tuples, lists, "
                 "dicts or objects with tensors as attributes"
             )
-        draw = self._acting(module)
-        if self._way is not None and draw is not None:
+        if self._way is None or not self._way.reads(module):
+            return
+        if (draw := self._acting(module)) is not None:
             self._way.before(number, module, draw, self._counting())
 
     def _after(self, number: int, module: nn.Module, _: Any, output: Any) -> Tensor | None:

@@ -81,13 +81,13 @@ class Outputs:
         self._layers, self._places, self._sizes, keys = host
         self._columns = keys.to(device)
         self._shifts: list[int] = []
+        self._compares = False  # whether a share depends on the weights
         with torch.device(device):
             self._clock = torch.zeros((), dtype=torch.int64)
             self._size = torch.zeros((), dtype=torch.float32)
             self._probability = torch.zeros((), dtype=torch.float32)
             # The partner of each channel, and whose partner it is.
-            self._sources = torch.zeros(len(every), dtype=torch.int64)
-            self._givers = torch.zeros(len(every), dtype=torch.int64)
+            self._partners = torch.zeros((2, len(every)), dtype=torch.int64)
         # Of a layer, from before its convolution to after it.
         self._shares: dict[int, Tensor] = {}
         self._biases: dict[int, Tensor] = {}
@@ -95,13 +95,14 @@ class Outputs:
     def set_step(self, step: int, strength: Strength, settings: MergeSettings) -> None:
         """Draws the shared partners of a step, and sets its strength."""
         self._settings = settings
+        self._compares = settings.compares or settings.size != "merge_weight"
         self._clock.fill_(mix(settings.seed, step))
         self._size.fill_(strength.size)
         self._probability.fill_(strength.probability)
         self._shifts = [shared_shift(site, settings.seed, step) for site in self._sites]
         shifts = torch.tensor(self._shifts, device="cpu")[self._layers]
-        self._sources.copy_(cyclic_sources(self._places, shifts, self._sizes))
-        self._givers.copy_(cyclic_sources(self._places, -shifts, self._sizes))
+        both = torch.stack([shifts, -shifts])
+        self._partners.copy_(cyclic_sources(self._places, both, self._sizes))
 
     def draw(self, inputs: Any) -> Draw:
         """Draws for a forward pass on these inputs."""
@@ -129,9 +130,13 @@ class Outputs:
             shares = _opaque(shares)
         return Draw(key, rows, shares, shifts)
 
+    def reads(self, module: nn.Module) -> bool:
+        """Returns whether the blend needs a parameter of a convolution."""
+        return self._compares or module.bias is not None
+
     def before(self, number: int, module: nn.Module, draw: Draw, counts: Counts | None) -> None:
         """Keeps what the blend needs of the parameters of a convolution."""
-        if self._settings.compares or self._settings.size != "merge_weight":
+        if self._compares:
             self._shares[number] = self._shares_of(number, module, draw, counts)
         if isinstance(bias := module.bias, Tensor):
             self._biases[number] = bias.clone()
@@ -170,7 +175,7 @@ class Outputs:
         elif not torch.compiler.is_compiling():
             shift = draw.shifts[number]
         else:
-            shift = tuple(x[span].to(output.device) for x in (self._sources, self._givers))
+            shift = tuple(self._partners[:, span].to(output.device))
         if counts is not None and rows:
             self._count(number, rows, shares, counts)
         bias = self._biases.pop(number, None)
@@ -183,7 +188,7 @@ class Outputs:
         site, settings = self._sites[number], self._settings
         with torch.no_grad(), without_autocast(self.device):
             kernels = rows_of(module, module.weight)
-            partners = kernels[self._sources[self._spans[number]].to(kernels.device)]
+            partners = kernels[self._partners[0, self._spans[number]].to(kernels.device)]
             shares = torch.ones_like(kernels[:, 0])
             if settings.size != "merge_weight":
                 weight = weight_of(kernels, partners, None, self._size.to(kernels), settings)
