@@ -72,6 +72,7 @@ COMPARISONS = {  # of the second study's confirmation: arm, baseline -> heading,
 PER_IMAGE = {  # the same of the third study's, and beside which augmentation
     ("merging per image", "plain", "flips"): ("merging for each image − plain training", "forward"),
     ("channel noise", "plain", "flips"): ("channel noise − plain training", "noise"),
+    ("channel dropout", "plain", "flips"): ("channel dropout − plain training", "noise"),
     ("merging per image", "channel noise", "flips"): (
         "merging for each image − channel noise",
         "ink",

@@ -263,6 +263,11 @@ def test_the_page_shows_the_volumes_as_they_were_analysed() -> None:
     assert ends in " ".join((ROOT / "docs" / "evidence.md").read_text().split())
 
 
+PAGE_NAMES = {
+    "merging for each image": "merging per image",
+    "merging in the weights": "merging per step",
+}
+
 CONFIRMED = {  # augmentation -> where the page has it, up to what, and what was compared
     "flips": (
         "## On three other data sets",
@@ -315,6 +320,36 @@ def test_the_page_of_evidence_shows_the_confirmation_as_it_was_pooled(augmentati
     for front_page in ("README.md", "docs/index.md"):
         text = " ".join((ROOT / front_page).read_text().split()).replace("95% interval ", "")
         assert interval(gain).replace("+", "") in text.replace("+", "")
+
+
+def test_the_page_of_evidence_shows_the_arms_that_were_left_as_they_were_pooled() -> None:
+    names = ("augmentation", "arm", "baseline", "measure", "tested_on")
+    found = {
+        tuple(row[name] for name in names): row
+        for row in third_study("pooled")
+        if not row["data"].startswith("without")
+    }
+    page = (ROOT / "docs" / "evidence.md").read_text().partition("### The other arms")[2]
+    shown = re.findall(r"^\| (.+) − (.+) \| (.+\|.+\|.+) \|$", page.partition("\n### ")[0], re.M)
+    arms = ["channel dropout", "merging per step", "random erasing", "EMA", "DAMP"]
+    compared = [("merging per image", "channel dropout"), *((arm, "plain") for arm in arms)]
+    assert {(PAGE_NAMES.get(arm, arm), baseline) for arm, baseline, _ in shown} == {*compared}
+    assert len(shown) == len(compared)
+    for arm, baseline, cells in shown:
+        rows = [found[("flips", PAGE_NAMES.get(arm, arm), baseline, *of)] for of in MEASURES]
+        assert cells == " | ".join(map(interval, rows))
+    text = " ".join(page.partition("\n### ")[0].split())
+    losses = [float(found[("flips", arm, "plain", *MEASURES[2])]["p_loss"]) for arm in arms]
+    dropout, weights, erasing, *others = losses
+    assert erasing < 0.001 and f"not for channel dropout ({dropout:.2f})" in text
+    for loss in (weights, *others):
+        assert loss < 0.05 and f"({loss:.3f})" in text
+    pairs = {
+        row["pairs"]
+        for row in third_study("differences")
+        if row["confirmation"] == "True" and row["arm"] in arms[1:] and row["baseline"] == "plain"
+    }
+    assert pairs == {"4"} and "in four pairs of seeds on each" in text
 
 
 def test_plain_training_with_strong_augmentation_is_above_merging_with_flips() -> None:
