@@ -291,11 +291,12 @@ def _directions(kernels: Tensor) -> tuple[Tensor, Tensor]:
     wide = kernels.detach().to(torch.promote_types(kernels.dtype, torch.float32))
     # Scaled by the largest entry first, or the squares of very small or large kernels would not
     # be finite.
-    largest = wide.abs().amax(dim=1, keepdim=True)
-    scaled = wide / largest
+    largest = torch.linalg.vector_norm(wide, math.inf, dim=1, keepdim=True)
     known = largest.isfinite() & (largest > 0)
-    unit = torch.where(known, scaled / scaled.norm(dim=1, keepdim=True), 0.0)
-    return unit, known.squeeze(1)
+    scaled = wide / largest
+    # In place, because the memory of a copy takes longer than what is computed.
+    unit = scaled.div_(torch.linalg.vector_norm(scaled, dim=1, keepdim=True))
+    return unit.masked_fill_(~known, 0.0), known.squeeze(1)
 
 
 def pairs_of(cosines: Tensor) -> Tensor:

@@ -68,6 +68,20 @@ def test_the_figures_of_the_performance_page_come_from_results_files() -> None:
     assert [line for line in shown if line not in measured] == []
 
 
+def test_an_inspection_takes_as_long_as_the_performance_page_says() -> None:
+    folder = ROOT / "benchmarks" / "results" / "overhead"
+    steps = []
+    for network in ("resnet18-28px", "resnet34-64px"):
+        ratios = []
+        for name in ("outputs", "inspected"):  # in no step, and in each
+            (row,) = json.loads((folder / f"cpu-{network}-{name}.json").read_text())["rows"]
+            ratios.append(row["quartiles"][1])
+        steps.append(ratios[1] - ratios[0])
+    page = " ".join((ROOT / "docs" / "performance.md").read_text().split())
+    shown = "{:.1f} steps of ResNet-18 at 28 px and {:.1f} steps of ResNet-34".format(*steps)
+    assert shown in page and max(steps) < 1.5
+
+
 def test_the_two_phases_on_the_page_are_those_of_the_runs() -> None:
     page = (ROOT / "docs" / "evidence-negative.md").read_text()
     readme = " ".join((ROOT / "recipes" / "README.md").read_text().split())
