@@ -361,7 +361,7 @@ class Driver:
 
     def _note_forward(self, trained: Sequence[MergedLayer], strength: Strength) -> None:
         """Notes that the forward passes before this step merged, or warns that none came."""
-        if not self._ran:
+        if not (self._ran or self._forward.is_graphed):
             self.watch.warn_once(
                 "forward",
                 "no forward pass of this model merged before the step, so nothing was merged for "

@@ -22,6 +22,7 @@ from inmerge_wrap.kernels import MergedLayer, deciding_parameter, modules_of
 from inmerge_wrap.outputs import Outputs
 from inmerge_wrap.plan import ConvSite
 from inmerge_wrap.settings import MergeSettings, Strength
+from inmerge_wrap.steps import is_captured
 from inmerge_wrap.weights import Weights, chain_of
 
 
@@ -30,6 +31,7 @@ class ForwardMerge:
 
     def __init__(self, sites: Sequence[ConvSite]) -> None:
         self.is_on = False  # whether the current step merges
+        self.is_graphed = False  # whether a CUDA graph repeats passes, which the host cannot see
         self._sites = sites
         self._modules: list[nn.Module] = []
         self._hooks: list[RemovableHandle] = []
@@ -96,6 +98,8 @@ class ForwardMerge:
     def begin(self, inputs: Any) -> None:
         """Draws for a forward pass of the network on these inputs."""
         assert self._way is not None, "set_step comes first"
+        if not torch.compiler.is_compiling() and is_captured():
+            self.is_graphed = True
         self._draw = self._way.draw(inputs)
 
     def end(self, outputs: Any) -> None:

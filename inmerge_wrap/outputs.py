@@ -28,6 +28,7 @@ from inmerge_wrap.merging import (
 from inmerge_wrap.pairs import compare, shared_shift, weight_of, without_autocast
 from inmerge_wrap.plan import ConvSite
 from inmerge_wrap.settings import MergeSettings, Strength
+from inmerge_wrap.steps import is_captured
 
 _BLOCK = 8  # channels whose signs are drawn together
 # Odd factors that set the images of a batch apart, and the arguments of a call.
@@ -43,12 +44,14 @@ class Draw:
         rows: Images of the batch.
         shares: ``c`` at full size, of all layers, shape (images or 1, channels of all layers).
         shifts: The shared shift of each layer.
+        repeats: Whether the pass is compiled or captured, so that later steps repeat its numbers.
     """
 
     key: Tensor
     rows: int
     shares: Tensor
     shifts: Sequence[int]
+    repeats: bool
     _converted: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict)
 
     def shares_as(self, output: Tensor) -> Tensor:
@@ -112,9 +115,10 @@ class Outputs:
             content = content * _ARGUMENTS + fingerprint(tensor.detach()).to(self.device)
             content = content & 0xFFFFFFFF
         rows = len(found[0]) if found else 1
-        return self._drawn(self._clock ^ content, rows, self._shifts)
+        repeats = torch.compiler.is_compiling() or is_captured()
+        return self._drawn(self._clock ^ content, rows, self._shifts, repeats)
 
-    def _drawn(self, key: Tensor, rows: int, shifts: Sequence[int]) -> Draw:
+    def _drawn(self, key: Tensor, rows: int, shifts: Sequence[int], repeats: bool) -> Draw:
         settings = self._settings
         ways = torch.ones((1, len(self._columns)), device=self.device)
         if settings.direction == "signed" or not settings.draws_all:
@@ -128,7 +132,7 @@ class Outputs:
         shares = ways * (1.0 - self._size if settings.size == "merge_weight" else 1.0)
         if torch.compiler.is_compiling():
             shares = _opaque(shares)
-        return Draw(key, rows, shares, shifts)
+        return Draw(key, rows, shares, shifts, repeats)
 
     def reads(self, module: nn.Module) -> bool:
         """Returns whether the blend needs a parameter of a convolution."""
@@ -161,7 +165,7 @@ class Outputs:
         """Blends the channels of a layer's output, (N, C, *map)."""
         site, rows = self._sites[number], len(output)
         if draw.rows != rows:  # a network that folds time or views into the batch
-            draw = self._drawn(draw.key, rows, draw.shifts)
+            draw = self._drawn(draw.key, rows, draw.shifts, draw.repeats)
         local, span = self._shares.pop(number, None), self._spans[number]
         if local is None:
             shares = draw.shares_as(output)[:, span]
@@ -172,7 +176,7 @@ class Outputs:
             own = _image_keys(draw.key + 1, rows)
             bits = draw_bits(own, self._columns[span][:1])
             shift: Any = 1 + (bits >> 8).to(output.device) % (size - 1)
-        elif not torch.compiler.is_compiling():
+        elif not draw.repeats:
             shift = draw.shifts[number]
         else:
             shift = tuple(self._partners[:, span].to(output.device))

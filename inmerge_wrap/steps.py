@@ -40,9 +40,14 @@ def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
             listener(optimizer)
 
 
+def is_captured() -> bool:
+    """Returns whether a CUDA graph is being captured, which repeats what the device does now."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def refuse_capture(what: str) -> None:
     """Raises a RuntimeError where a CUDA graph is being captured."""
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if is_captured():
         raise RuntimeError(
             f"a CUDA graph would repeat the pairs drawn at capture in every replay: run {what} "
             "outside the graph"

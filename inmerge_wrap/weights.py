@@ -76,9 +76,11 @@ class Weights:
         self._drawn.copy_(drawn)
         self._signs.copy_(signs)
         if settings.direction in NOISE:
-            self._noise = [
+            noise = [
                 draw_noise(site, site.shape[0], seed, step, self.device) for site in self._sites
             ]
+            self._noise = self._noise or noise
+            torch._foreach_copy_(self._noise, noise)  # in place, for a graph that repeats the pass
 
     def draw(self, _: Any) -> Any:
         """Returns a sign that a pass merges: the step has drawn for all batches."""

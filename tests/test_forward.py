@@ -877,6 +877,41 @@ def test_one_whole_graph_is_compiled_once_for_all_steps(
     assert reports[0] == reports[1] and all(merged > 0 for _, merged in reports[0])
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"direction": "signed"},
+        {"mode": "weights", "direction": "signed", "radius": 0.3},
+        {"mode": "weights", "direction": "gaussian", "radius": 0.3},
+    ],
+)
+def test_a_captured_pass_repeats_no_draw(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CUDA graph repeats the operations on the tensors of the capture, as a trace does."""
+    eager, first = made(**settings)
+    model, second = made(**settings)
+    inputs = images(0)
+    for each, optimizer in ((eager, first), (model, second)):
+        each(inputs).sum().backward()
+        optimizer.step()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    graph = make_fx(lambda x: model(x))(inputs)
+    monkeypatch.undo()
+    counted = model.report().merged
+    seen = []
+    for _ in range(3):
+        expected = eager(inputs)
+        seen.append(graph(inputs))
+        torch.testing.assert_close(seen[-1], expected)
+        for each, optimizer in ((eager, first), (model, second)):
+            each.zero_grad()
+            optimizer.step()
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+    assert model.report().merged > counted
+
+
 def test_a_compiled_backward_pass_draws_nothing_again() -> None:
     wide = [nn.Conv2d(8, 64, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
     network = nn.Sequential(nn.Conv2d(3, 8, 3), *wide, nn.Conv2d(64, 96, 1), nn.ReLU())
