@@ -8,8 +8,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from inmerge_wrap.steps import is_captured
-
 
 class Counts:
     """Sums for each merged layer, which nothing waits for until they are taken."""
@@ -44,12 +42,12 @@ class Counts:
         """Adds images x channels that were drawn and all merged, at the end of the pass."""
         self._acted[layer] = self._acted.get(layer, 0) + drawn
 
-    def end_pass(self) -> None:
+    def end_pass(self, *, is_repeated: bool) -> None:
         """Keeps on the host what :meth:`add_all` got, but for a compiled or captured pass.
 
         The host does not run that again, so it adds on the device, all layers in one launch.
         """
-        if torch.compiler.is_compiling() or is_captured():
+        if is_repeated:
             self._send(self._acted)
         else:
             for layer, drawn in self._acted.items():

@@ -106,7 +106,7 @@ class ForwardMerge:
         """Ends a forward pass; the passes that its backward pass repeats will draw the same."""
         draw, self._draw = self._draw, None
         assert self._way is not None and self._counts is not None, "begin comes first"
-        self._counts.end_pass()
+        self._counts.end_pass(is_repeated=torch.compiler.is_compiling() or is_captured())
         self._way.end_pass()
         if draw is None or torch.compiler.is_compiling():  # a compiled graph repeats what it drew
             return

@@ -44,14 +44,14 @@ class Draw:
         rows: Images of the batch.
         shares: ``c`` at full size, of all layers, shape (images or 1, channels of all layers).
         shifts: The shared shift of each layer.
-        repeats: Whether the pass is compiled or captured, so that later steps repeat its numbers.
+        is_captured: Whether a CUDA graph captures the pass and will repeat its numbers.
     """
 
     key: Tensor
     rows: int
     shares: Tensor
     shifts: Sequence[int]
-    repeats: bool
+    is_captured: bool
     _converted: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict)
 
     def shares_as(self, output: Tensor) -> Tensor:
@@ -115,10 +115,10 @@ class Outputs:
             content = content * _ARGUMENTS + fingerprint(tensor.detach()).to(self.device)
             content = content & 0xFFFFFFFF
         rows = len(found[0]) if found else 1
-        repeats = torch.compiler.is_compiling() or is_captured()
-        return self._drawn(self._clock ^ content, rows, self._shifts, repeats)
+        captured = not torch.compiler.is_compiling() and is_captured()
+        return self._drawn(self._clock ^ content, rows, self._shifts, captured)
 
-    def _drawn(self, key: Tensor, rows: int, shifts: Sequence[int], repeats: bool) -> Draw:
+    def _drawn(self, key: Tensor, rows: int, shifts: Sequence[int], captured: bool) -> Draw:
         settings = self._settings
         ways = torch.ones((1, len(self._columns)), device=self.device)
         if settings.direction == "signed" or not settings.draws_all:
@@ -132,7 +132,7 @@ class Outputs:
         shares = ways * (1.0 - self._size if settings.size == "merge_weight" else 1.0)
         if torch.compiler.is_compiling():
             shares = _opaque(shares)
-        return Draw(key, rows, shares, shifts, repeats)
+        return Draw(key, rows, shares, shifts, captured)
 
     def reads(self, module: nn.Module) -> bool:
         """Returns whether the blend needs a parameter of a convolution."""
@@ -165,7 +165,7 @@ class Outputs:
         """Blends the channels of a layer's output, (N, C, *map)."""
         site, rows = self._sites[number], len(output)
         if draw.rows != rows:  # a network that folds time or views into the batch
-            draw = self._drawn(draw.key, rows, draw.shifts, draw.repeats)
+            draw = self._drawn(draw.key, rows, draw.shifts, draw.is_captured)
         local, span = self._shares.pop(number, None), self._spans[number]
         if local is None:
             shares = draw.shares_as(output)[:, span]
@@ -176,7 +176,7 @@ class Outputs:
             own = _image_keys(draw.key + 1, rows)
             bits = draw_bits(own, self._columns[span][:1])
             shift: Any = 1 + (bits >> 8).to(output.device) % (size - 1)
-        elif not draw.repeats:
+        elif not (draw.is_captured or torch.compiler.is_compiling()):
             shift = draw.shifts[number]
         else:
             shift = tuple(self._partners[:, span].to(output.device))
