@@ -98,7 +98,7 @@ class ForwardMerge:
     def begin(self, inputs: Any) -> None:
         """Draws for a forward pass of the network on these inputs."""
         assert self._way is not None, "set_step comes first"
-        if not torch.compiler.is_compiling() and is_captured():
+        if is_captured():
             self.is_graphed = True
         self._draw = self._way.draw(inputs)
 

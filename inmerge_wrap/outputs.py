@@ -43,15 +43,13 @@ class Draw:
         key: Of the step and the content of the batch, int64, a scalar.
         rows: Images of the batch.
         shares: ``c`` at full size, of all layers, shape (images or 1, channels of all layers).
-        shifts: The shared shift of each layer.
-        is_captured: Whether a CUDA graph captures the pass and will repeat its numbers.
+        shifts: The shared shift of each layer; None in a CUDA graph, which would repeat it.
     """
 
     key: Tensor
     rows: int
     shares: Tensor
-    shifts: Sequence[int]
-    is_captured: bool
+    shifts: Sequence[int] | None
     _converted: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict)
 
     def shares_as(self, output: Tensor) -> Tensor:
@@ -115,10 +113,10 @@ class Outputs:
             content = content * _ARGUMENTS + fingerprint(tensor.detach()).to(self.device)
             content = content & 0xFFFFFFFF
         rows = len(found[0]) if found else 1
-        captured = not torch.compiler.is_compiling() and is_captured()
-        return self._drawn(self._clock ^ content, rows, self._shifts, captured)
+        shifts = None if is_captured() else self._shifts
+        return self._drawn(self._clock ^ content, rows, shifts)
 
-    def _drawn(self, key: Tensor, rows: int, shifts: Sequence[int], captured: bool) -> Draw:
+    def _drawn(self, key: Tensor, rows: int, shifts: Sequence[int] | None) -> Draw:
         settings = self._settings
         ways = torch.ones((1, len(self._columns)), device=self.device)
         if settings.direction == "signed" or not settings.draws_all:
@@ -132,7 +130,7 @@ class Outputs:
         shares = ways * (1.0 - self._size if settings.size == "merge_weight" else 1.0)
         if torch.compiler.is_compiling():
             shares = _opaque(shares)
-        return Draw(key, rows, shares, shifts, captured)
+        return Draw(key, rows, shares, shifts)
 
     def reads(self, module: nn.Module) -> bool:
         """Returns whether the blend needs a parameter of a convolution."""
@@ -165,7 +163,7 @@ class Outputs:
         """Blends the channels of a layer's output, (N, C, *map)."""
         site, rows = self._sites[number], len(output)
         if draw.rows != rows:  # a network that folds time or views into the batch
-            draw = self._drawn(draw.key, rows, draw.shifts, draw.is_captured)
+            draw = self._drawn(draw.key, rows, draw.shifts)
         local, span = self._shares.pop(number, None), self._spans[number]
         if local is None:
             shares = draw.shares_as(output)[:, span]
@@ -176,7 +174,7 @@ class Outputs:
             own = _image_keys(draw.key + 1, rows)
             bits = draw_bits(own, self._columns[span][:1])
             shift: Any = 1 + (bits >> 8).to(output.device) % (size - 1)
-        elif not (draw.is_captured or torch.compiler.is_compiling()):
+        elif draw.shifts is not None and not torch.compiler.is_compiling():
             shift = draw.shifts[number]
         else:
             shift = tuple(self._partners[:, span].to(output.device))

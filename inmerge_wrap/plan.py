@@ -72,6 +72,12 @@ class MergePlan:
     found_by: str = "trace"
     mode: str = "step"
 
+    @property
+    def summary(self) -> str:
+        """How many of all convolutions are merged, as a sentence without its full stop."""
+        count, total = len(self.merged), len(self.merged) + len(self.skipped)
+        return f"{count} of {total} convolutions {'is' if count == 1 else 'are'} merged"
+
     def __str__(self) -> str:
         sites = sorted(
             self.merged + self.skipped, key=lambda site: (site.depth is None, site.depth or 0)
@@ -93,6 +99,5 @@ class MergePlan:
             f"{row[3]:>{widths[3]}}  {row[4]}".rstrip()
             for row in rows
         ]
-        are = "is" if len(self.merged) == 1 else "are"
-        lines.append(f"{len(self.merged)} of {len(sites)} convolutions {are} merged.")
+        lines.append(f"{self.summary}.")
         return "\n".join(lines)

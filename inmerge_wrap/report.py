@@ -172,7 +172,7 @@ class MergeReport:
             f"{'share':>7}  {'mean cos':>8}  {'max cos':>7}"
         ]
         for layer in self.layers:
-            broken = f"  without a cosine: {layer.undefined:,}" if layer.undefined else ""
+            broken = f"  pairs without a cosine: {layer.undefined:,}" if layer.undefined else ""
             lines.append(
                 f"{layer.name:<{width}}  {layer.steps:>7,}  {layer.drawn:>10,}  "
                 f"{layer.merged:>10,}  {layer.share:>7.2%}  {number(layer.mean_cosine):>8}  "

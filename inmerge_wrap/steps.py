@@ -42,7 +42,9 @@ def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
 
 def is_captured() -> bool:
     """Returns whether a CUDA graph is being captured, which repeats what the device does now."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or not torch.cuda.is_available():
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 def refuse_capture(what: str) -> None:

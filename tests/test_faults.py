@@ -227,7 +227,7 @@ def test_a_broken_kernel_does_not_spread_and_is_reported(value: float) -> None:
     assert layers["last"].undefined >= 50 and layers["last"].drawn == 50 * 9
     assert layers["last"].merged == layers["last"].drawn - layers["last"].undefined
     assert -1.0 <= layers["last"].mean_cosine <= 1.0
-    assert f"without a cosine: {layers['last'].undefined:,}" in str(layers)
+    assert f"pairs without a cosine: {layers['last'].undefined:,}" in str(layers)
 
 
 def test_one_infinite_entry_breaks_its_kernel_only() -> None:

@@ -352,6 +352,12 @@ def test_the_page_of_evidence_shows_the_arms_that_were_left_as_they_were_pooled(
     for arm, baseline, cells in shown:
         rows = [found[("flips", PAGE_NAMES.get(arm, arm), baseline, *of)] for of in MEASURES]
         assert cells == " | ".join(map(interval, rows))
+    # The pages on which the second study's gain stands beside this one.
+    weights_alone = interval(found[("flips", "merging per step", "plain", *MEASURES[0])])
+    for name in ("README.md", "docs/index.md", "docs/evidence.md"):
+        lines = (ROOT / name).read_text().partition("## Merging in the weights")
+        shown = lines[2] if name == "docs/evidence.md" else lines[0]
+        assert weights_alone.replace("+", "") in " ".join(shown.split()).replace("+", "")
     text = " ".join(page.partition("\n### ")[0].split())
     losses = [float(found[("flips", arm, "plain", *MEASURES[2])]["p_loss"]) for arm in arms]
     dropout, weights, erasing, *others = losses

@@ -830,10 +830,12 @@ def test_counts_go_to_another_device_with_the_network() -> None:
     counts = Counts(2, torch.device("cpu"))
     counts.add(1, 40, torch.tensor(30))
     counts.add_cosines(1, torch.tensor([0.5, torch.nan, 0.25]), 2)
+    counts.add_all(0, 7)
+    counts.end_pass(is_repeated=False)
     there = Counts(2, torch.device("cpu"))
     there.take_over(counts)
     numbers, cosines = there.take()
-    assert numbers.tolist() == [[0] * 4, [40, 30, 2, 4]]
+    assert numbers.tolist() == [[7, 7, 0, 0], [40, 30, 2, 4]]
     assert cosines.tolist() == [[0.0, -2.0], [1.5, 0.5]]
 
 

@@ -586,7 +586,9 @@ def test_the_report_counts_what_happened() -> None:
     assert broken.drawn == 16 and broken.undefined >= 1
     assert broken.merged == 16 - broken.undefined
     assert -1 <= healthy.mean_cosine <= healthy.max_cosine <= 1
-    assert "without a cosine" in str(report) and "convs.2" in str(report)
+    assert f"pairs without a cosine: {broken.undefined:,}" in str(report) and "convs.2" in str(
+        report
+    )
     assert model.module.convs[3].weight.isnan().flatten(1).any(1).sum() == 1
 
 

@@ -76,7 +76,7 @@ def evaluate(
     paths = _named_paths(models)
     check_there(data)
     check_pixels(mean, std)
-    _check_options(eps, attack, output)
+    _check_options(eps, attack, output, (data, *paths.values()))
     networks = {n: load(path, arch, num_classes, in_chans, key)[0] for n, path in paths.items()}
     from inmerge_wrap.app import evaluating
     from inmerge_wrap.robustness import Attack
@@ -111,8 +111,10 @@ def evaluate(
     _report(results, output, as_json)
 
 
-def _check_options(eps: float | None, attack: list[str] | None, output: Path | None) -> None:
-    check_file(output)
+def _check_options(
+    eps: float | None, attack: list[str] | None, output: Path | None, sources: Sequence[Path]
+) -> None:
+    check_file(output, sources=sources)
     if eps is not None and not attack:
         raise ArgumentError("<eps> is the size of an attack: give <attack> fgsm or pgd, too")
 

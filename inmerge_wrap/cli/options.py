@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -100,10 +101,14 @@ def check_there(path: Path) -> None:
     raise ValueError(f"no such file or folder: {path}{hint}")
 
 
-def check_file(path: Path | None) -> None:
-    """Raises an error before hours of work if a file to write is a folder."""
-    if path is not None and path.is_dir():
+def check_file(path: Path | None, *, sources: Iterable[Path] = ()) -> None:
+    """Raises an error before hours of work if a file to write is a folder, or one that is read."""
+    if path is None or not path.exists():
+        return
+    if path.is_dir():
         raise ValueError(f"{path} is a folder: give the name of a file in it")
+    if path.resolve() in {source.resolve() for source in sources}:
+        raise ValueError(f"{path} is one of the files to read: name another file")
 
 
 def check_image(input_size: tuple[int, int, int] | None) -> None:

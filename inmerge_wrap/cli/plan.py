@@ -122,11 +122,9 @@ def _print_plan(model: str, found: MergePlan, recommended: bool) -> None:
     kinds = {site.reason_kind for site in found.skipped}
     shown = {kind.replace("_", " "): SKIPPED_KINDS[kind] for kind in SKIPPED_KINDS if kind in kinds}
     weights = sum(math.prod(site.shape) for site in found.merged)
-    are = "is" if len(found.merged) == 1 else "are"
     footer = [
         *(f"{kind}: {reason.removeprefix(f'{kind}: ')}" for kind, reason in shown.items()),
-        f"{len(found.merged)} of {len(sites)} convolutions {are} merged, {weights:,} weights. "
-        f"{_LAST_WORDS[recommended]}",
+        f"{found.summary}, {weights:,} weights. {_LAST_WORDS[recommended]}",
     ]
     print_table(f"Convolutions of {model}", columns, styles, "\n".join(footer))
 

@@ -13,7 +13,6 @@ from typer import Argument, Option
 from inmerge_wrap.cli import options
 from inmerge_wrap.cli.options import check_file, check_there
 from inmerge_wrap.cli.shell import command, print_json, progress, say, warn
-from inmerge_wrap.errors import ArgumentError
 
 if TYPE_CHECKING:
     from inmerge_wrap.app.predicting import Prediction
@@ -45,7 +44,7 @@ def predict(
     """
     for path in (model, *images):
         check_there(path)
-    check_file(out)
+    check_file(out, sources=images)
     from inmerge_wrap.app.model import TrainedModel
     from inmerge_wrap.app.predicting import find_files, warnings_of, write_predictions
     from inmerge_wrap.app.predicting import predict as answers_to
@@ -53,9 +52,7 @@ def predict(
 
     trained = TrainedModel.read(model, device)
     files = find_files(images, path_column)
-    read_from = {path.resolve() for path in (*images, *(path for _, path in files))}
-    if out.resolve() in read_from:
-        raise ArgumentError(f"<out={out}> is one of the files to read: name another file")
+    check_file(out, sources=[path for _, path in files])
     with progress({"images": len(files)}) as show:
         read = partial(show, "images")
         found = answers_to(trained, files, batch_size=batch_size, workers=workers, progress=read)

@@ -115,6 +115,14 @@ def test_evaluate_answers_mistakes(
     assert told in complaint(*common, *PREPARED, *options)
 
 
+def test_evaluate_does_not_write_over_what_it_reads(weights: Path, data: Path) -> None:
+    for path in (weights, data):
+        before = path.read_bytes()
+        common = ("evaluate", weights, "--arch", ARCH, "--data", data, *PREPARED)
+        assert "is one of the files to read" in complaint(*common, "--output", path)
+        assert path.read_bytes() == before
+
+
 def test_evaluate_does_not_guess_how_images_were_prepared(weights: Path, data: Path) -> None:
     told = complaint("evaluate", weights, "--arch", ARCH, "--data", data, "--mean", 0.5)
     assert "give --mean and --std of the training" in told
