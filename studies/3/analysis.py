@@ -280,7 +280,7 @@ def laboratories(groups: Mapping[Group, Arms]) -> list[dict[str, Any]]:
             arm: {seed: run["laboratories"] for seed, run in done.items() if "laboratories" in run}
             for arm, done in arms.items()
         }
-        held = {arm: done for arm, done in all_held.items() if len(done) >= LABORATORY_PAIRS}
+        held = {arm: done for arm, done in all_held.items() if len(done) >= LABORATORY_PAIRS[arm]}
         runs = [run for done in held.values() for run in done.values()]
         names = dict.fromkeys(name for run in runs for name in run)
         for name, measure in product(names, ("balanced accuracy", "AUROC")):
