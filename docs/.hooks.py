@@ -1,7 +1,8 @@
 """What the pages are written in and markdown does not know.
 
 Docstrings hold Sphinx roles, and examples without a fence. Pages, which are read in the repository
-too, mark with comments what only the site can show: sections as tabs, the options of the commands.
+too, mark with comments what only the site can show: the start of the README on the first page,
+sections as tabs, the options of the commands.
 """
 
 import re
@@ -17,6 +18,7 @@ from markdown.preprocessors import Preprocessor
 
 API = Path(__file__).parent / "api"
 OPTIONS = "<!-- the options of each command -->"
+FRONT = "<!-- the start of README.md -->"
 NAMES = re.compile(r"<!-- names of (.*) -->")
 
 
@@ -64,6 +66,12 @@ def tabs(markdown: str) -> str:
     return re.sub(pattern, side_by_side, markdown, flags=re.DOTALL | re.MULTILINE)
 
 
+def front() -> str:
+    """What the README says before its section on the set-up, its links as those of a page."""
+    text = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
+    return text.partition("\n")[2].partition("\n## Set up\n")[0].strip().replace("](docs/", "](")
+
+
 def options_of_commands() -> str:
     """A table of arguments and options for each command of ``inmerge``."""
     from inmerge_wrap.cli import app
@@ -104,6 +112,7 @@ def names_of_modules(modules: list[str]) -> str:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Writes what the comments stand for."""
+    markdown = markdown.replace(FRONT, front())
     if OPTIONS in markdown:
         markdown = markdown.replace(OPTIONS, options_of_commands())
     markdown = NAMES.sub(lambda found: names_of_modules(found[1].split(", ")), markdown)

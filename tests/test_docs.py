@@ -412,6 +412,8 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
         name for name in ("accelerate", "lightning", "timm") if f'id="{name}"' not in loops
     ] == []
     assert 'class="tabbed-set' in loops and 'class="admonition warning"' in loops
+    start = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert 'id="does-it-help-me"' in start and 'href="adapt/"' in start, "not the README's start"
     notebook = tmp_path / "notebooks" / "02_what_merging_does"
     assert (notebook / "index.html").read_text().count("<img") == 8
     for page in tmp_path.rglob("*.html"):

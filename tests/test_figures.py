@@ -110,9 +110,8 @@ def test_the_two_phases_on_the_page_are_those_of_the_runs() -> None:
             assert eight in " ".join(page.split()) and (difference > 0).sum() == 8
         else:
             front = f"{said.replace('(', '(95% interval ')}, which is no gain".replace("+", "")
-            for front_page in ("README.md", "docs/index.md"):
-                text = " ".join((ROOT / front_page).read_text().split())
-                assert front in text.replace("+", "")
+            text = " ".join((ROOT / "README.md").read_text().split())
+            assert front in text.replace("+", "")
     assert plain["paper"] == plain["signed"]  # paired to the bit: only the second phase differs
     own = f"{np.mean(plain['paper']):.3f} ({np.std(plain['paper'], ddof=1):.3f})"
     assert f"| plain | | {own} | |" in page
@@ -331,9 +330,8 @@ def test_the_page_of_evidence_shows_the_confirmation_as_it_was_pooled(augmentati
     assert wide in text
     level = found[("merging per image", "plain", "balanced accuracy", "clean")]
     assert f"p = {float(level['p_loss']):.2f}" in text
-    for front_page in ("README.md", "docs/index.md"):
-        text = " ".join((ROOT / front_page).read_text().split()).replace("95% interval ", "")
-        assert interval(gain).replace("+", "") in text.replace("+", "")
+    text = " ".join((ROOT / "README.md").read_text().split()).replace("95% interval ", "")
+    assert interval(gain).replace("+", "") in text.replace("+", "")
 
 
 def test_the_page_of_evidence_shows_the_arms_that_were_left_as_they_were_pooled() -> None:
@@ -354,7 +352,7 @@ def test_the_page_of_evidence_shows_the_arms_that_were_left_as_they_were_pooled(
         assert cells == " | ".join(map(interval, rows))
     # The pages on which the second study's gain stands beside this one.
     weights_alone = interval(found[("flips", "merging per step", "plain", *MEASURES[0])])
-    for name in ("README.md", "docs/index.md", "docs/evidence.md"):
+    for name in ("README.md", "docs/evidence.md"):
         lines = (ROOT / name).read_text().partition("## Merging in the weights")
         shown = lines[2] if name == "docs/evidence.md" else lines[0]
         assert weights_alone.replace("+", "") in " ".join(shown.split()).replace("+", "")
@@ -440,11 +438,8 @@ def test_the_page_of_evidence_shows_the_map_as_it_was_measured() -> None:
     below = sum(gain < 0 for gain in clean)
     assert f"below plain training in {below} of {len(clean)} cells" in said
     assert f"changed by {clean[0]:.3f} to {clean[-1]:+.3f}." in said
-    for front_page in ("README.md", "docs/index.md"):
-        seen = (
-            f"nothing seen: {strong[0]:.3f} to {strong[-1]:+.3f} of AUROC under corruption in six"
-        )
-        assert seen in (ROOT / front_page).read_text()
+    seen = f"nothing seen: {strong[0]:.3f} to {strong[-1]:+.3f} of AUROC under corruption in six"
+    assert seen in (ROOT / "README.md").read_text()
 
 
 def test_the_page_of_evidence_shows_the_one_pair_of_a_larger_network() -> None:
@@ -500,13 +495,10 @@ def test_the_page_of_evidence_shows_the_other_laboratories_as_they_were_analysed
         for measure in ("balanced accuracy", "AUROC")
     )
     assert f"by {float(gain['mean']):.3f} and {float(auroc['mean']):.3f}" in text
-    for front_page in ("README.md", "docs/index.md"):
-        text = " ".join((ROOT / front_page).read_text().split()).replace("95% interval ", "")
-        assert f"{merging[0]} and {merging[1]}. Channel noise: {first} and {second} (" in text
-        assert (
-            f"accuracy by {merging[0].replace('+', '')}, and channel noise by {first[1:]};" in text
-        )
-        assert f"gave plain training {adapting[0].split()[0][1:]}" in text
+    text = " ".join((ROOT / "README.md").read_text().split()).replace("95% interval ", "")
+    assert f"{merging[0]} and {merging[1]}. Channel noise: {first} and {second} (" in text
+    assert f"accuracy by {merging[0].replace('+', '')}, and channel noise by {first[1:]};" in text
+    assert f"gave plain training {adapting[0].split()[0][1:]}" in text
 
 
 def test_the_means_inside_the_networks_are_those_of_the_table() -> None:
@@ -562,6 +554,6 @@ def test_the_page_of_evidence_shows_the_second_study_as_it_was_analysed() -> Non
     said = [found[(arm, "plain", "AUROC", "corrupted")] for arm in ("transient, signed 0.3",
         "Gaussian noise 0.3")]  # fmt: skip
     gain = said[0].replace("+", "")
-    for front_page in ("README.md", "docs/index.md", "docs/evidence.md"):
+    for front_page in ("README.md", "docs/evidence.md"):
         text = " ".join((ROOT / front_page).read_text().split()).replace("95% interval ", "")
         assert f"by {gain}" in text and f"size gave {said[1].split()[0].replace('+', '')}" in text
