@@ -153,6 +153,9 @@ def fingerprint(inputs: Tensor) -> Tensor:
     every device. It tells micro-batches apart without a counter: a pass that is run again for
     activation checkpointing finds the draws of the first.
     """
+    if inputs.layout != torch.strided:
+        inputs = inputs.coalesce().values() if inputs.is_sparse else inputs.values()
+    inputs = inputs.resolve_conj().resolve_neg()  # lazy in torch, and no view shows the bits
     inputs = torch.view_as_real(inputs) if inputs.is_complex() else inputs
     if inputs.is_floating_point():
         whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(inputs.element_size())

@@ -289,8 +289,8 @@ def stepping_optimizer(optimizer: Any, *, to_write: bool = True) -> Optimizer:
 
 def unprepared(optimizer: Any) -> Any:
     """Returns what Accelerate or Lightning wrapped, which runs no code of theirs in its steps."""
-    prepared = class_names(optimizer) & {"AcceleratedOptimizer", "LightningOptimizer"}
-    return unprepared(optimizer.optimizer) if prepared else optimizer
+    prepared = {"AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer"}
+    return unprepared(optimizer.optimizer) if class_names(optimizer) & prepared else optimizer
 
 
 def _refuse_copies(optimizer: Any) -> None:

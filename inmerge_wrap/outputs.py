@@ -90,7 +90,7 @@ class Outputs:
             # The partner of each channel, and whose partner it is.
             self._partners = torch.zeros((2, len(every)), dtype=torch.int64)
         # Of a layer, from before its convolution to after it.
-        self._shares: dict[int, Tensor] = {}
+        self._shares: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._biases: dict[int, Tensor] = {}
 
     def set_step(self, step: int, strength: Strength, settings: MergeSettings) -> None:
@@ -136,10 +136,10 @@ class Outputs:
         """Returns whether the blend needs a parameter of a convolution."""
         return self._compares or module.bias is not None
 
-    def before(self, number: int, module: nn.Module, draw: Draw, counts: Counts | None) -> None:
+    def before(self, number: int, module: nn.Module, _: Draw, __: Counts | None) -> None:
         """Keeps what the blend needs of the parameters of a convolution."""
         if self._compares:
-            self._shares[number] = self._shares_of(number, module, draw, counts)
+            self._shares[number] = self._shares_of(number, module)
         if isinstance(bias := module.bias, Tensor):
             self._biases[number] = bias.clone()
 
@@ -164,7 +164,8 @@ class Outputs:
         site, rows = self._sites[number], len(output)
         if draw.rows != rows:  # a network that folds time or views into the batch
             draw = self._drawn(draw.key, rows, draw.shifts)
-        local, span = self._shares.pop(number, None), self._spans[number]
+        local, cosines = self._shares.pop(number, (None, None))
+        span = self._spans[number]
         if local is None:
             shares = draw.shares_as(output)[:, span]
         else:
@@ -180,27 +181,28 @@ class Outputs:
             shift = tuple(self._partners[:, span].to(output.device))
         if counts is not None and rows:
             self._count(number, rows, shares, counts)
+            if cosines is not None:
+                counts.add_cosines(number, cosines, rows)
         bias = self._biases.pop(number, None)
         return mix_channels(output, shares, shift, site.pair_groups, bias)
 
-    def _shares_of(
-        self, number: int, module: nn.Module, draw: Draw, counts: Counts | None
-    ) -> Tensor:
-        """Returns what the weights say of the shares of a layer, float32, shape (C,)."""
+    def _shares_of(self, number: int, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Returns what the weights say of the shares of a layer, and the cosines that it compared.
+
+        Both float32, shape (C,).
+        """
         site, settings = self._sites[number], self._settings
         with torch.no_grad(), without_autocast(self.device):
             kernels = rows_of(module, module.weight)
             partners = kernels[self._partners[0, self._spans[number]].to(kernels.device)]
-            shares = torch.ones_like(kernels[:, 0])
+            shares, cosines = torch.ones_like(kernels[:, 0]), None
             if settings.size != "merge_weight":
                 weight = weight_of(kernels, partners, None, self._size.to(kernels), settings)
                 shares = 1.0 - torch.as_tensor(weight).to(kernels).expand(len(kernels), 1)[:, 0]
             if settings.compares:
                 cosines, similar = compare(kernels, partners, settings, centred=site.centred)
-                if counts is not None:
-                    counts.add_cosines(number, cosines, draw.rows)
                 shares = shares * similar
-        return shares
+        return shares, cosines
 
     def _count(self, number: int, rows: int, shares: Tensor, counts: Counts) -> None:
         """Counts images x channels of a layer that acted, and those whose channel moved."""

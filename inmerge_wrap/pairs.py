@@ -148,6 +148,16 @@ def choose_sources(
             f"partner={rule!r} must return one int64 index for each of the {len(targets)} "
             f"targets, got {found.dtype} of shape {tuple(found.shape)}"
         )
+    if found.device.type == "cpu" and not torch.compiler.is_compiling():  # a device would wait
+        size = len(bank) // site.pair_groups
+        wrong = (found.div(size, rounding_mode="floor") != targets // size) | (found == targets)
+        if wrong.any():
+            place = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"partner={rule!r} gave kernel {int(found[place])} of {len(bank)} as the partner of "
+                f"{int(targets[place])}: a partner must be another kernel of the same group, here "
+                f"of {size} kernels"
+            )
     return found
 
 
@@ -191,7 +201,13 @@ def weight_of(
     None moves all toward their partners.
     """
     if not isinstance(settings.direction, str):
-        return 1.0 - size * (1.0 - settings.direction.weight(kernels, partners))
+        weight = settings.direction.weight(kernels, partners)
+        if weight.shape != (len(kernels), 1):
+            raise ValueError(
+                f"direction={settings.direction!r} must return one weight for each of the "
+                f"{len(kernels)} pairs, of shape ({len(kernels)}, 1), got {tuple(weight.shape)}"
+            )
+        return 1.0 - size * (1.0 - weight)
     ways = None if signs is None else signs.to(kernels.dtype)
     if settings.size == "radius":
         return relative_weight(kernels, partners, size if ways is None else ways * size)

@@ -49,7 +49,8 @@ class PartnerRule(Protocol):
         Args:
             kernels: All kernels of the layer, shape (C_out, fan_in), float32 or wider.
             targets: The drawn kernels, int64, shape (pairs,).
-            groups: Groups of the layer; a partner must be in the group of its target.
+            groups: Groups of the layer; a partner must be another kernel of the same group, which
+                is checked where the kernels are on the CPU.
         """
         ...
 

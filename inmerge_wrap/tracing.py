@@ -89,7 +89,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self._owners, self._trace, self._shapes_only = owners, trace, shapes_only
         self._running = ""  # the convolution whose module is being called
-        self._given: Tensor | None = None  # by the last convolution
+        self._given: tuple[Tensor, int] | None = None  # by the last convolution, and its version
         self._layers_of = WeakTensorKeyDictionary()  # tensor -> names of the layers it comes from
         self._read: set[str] = {_OTHER_LAYER}
         self._summed: set[str] = set()
@@ -132,7 +132,7 @@ class _Watch(TorchFunctionMode):
                 call.inputs.append((args[0] if args else kwargs["input"]).shape)
                 call.outputs.append(result.shape)
                 sources = frozenset([owner])
-                self._given = result
+            self._given = result, _version_of(result)
         if sources:
             for tensor in outputs:
                 if tensor.is_floating_point():  # an index or a mask carries no features
@@ -141,15 +141,17 @@ class _Watch(TorchFunctionMode):
 
     def enter(self, name: str, *_: Any) -> None:
         """Records that a convolution is called as a module."""
-        self._running = name
+        self._running, self._given = name, None
 
     def leave(self, name: str, _: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Records input and output, whatever the convolution's forward pass computed."""
         self._running = ""
         call = self._trace.calls.setdefault(name, Call())
         call.is_called = True
-        if call.used_own_weight:
-            call.is_whole = call.is_whole and output is self._given
+        if self._given is not None:  # it ran a convolution, with its own weight or a computed one
+            given, version = self._given
+            is_as_given = output is given and _version_of(output) == version
+            call.is_whole = call.is_whole and is_as_given
         if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
             call.inputs.append(inputs[0].shape)
             call.outputs.append(output.shape)
@@ -175,6 +177,11 @@ class _Watch(TorchFunctionMode):
             self._layers_of[t] for t in tensors if isinstance(t, Tensor) and t in self._layers_of
         ]
         return known[0] if len(known) == 1 else frozenset().union(*known)
+
+
+def _version_of(tensor: Tensor) -> int:
+    """Returns how often a tensor was written in place, which inference mode does not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 _CONVOLUTIONS = {

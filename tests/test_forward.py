@@ -176,6 +176,15 @@ def test_a_fingerprint_tells_batches_apart_whatever_their_layout(dtype: torch.dt
     assert fingerprint(batch) == fingerprint(batch.to(memory_format=torch.channels_last))
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_a_fingerprint_reads_what_torch_computes_later_and_what_is_sparse() -> None:
+    waves = torch.fft.fft2(torch.randn(4, 3, 8, 8)).conj()
+    assert fingerprint(waves) == fingerprint(waves.resolve_conj())
+    assert fingerprint(waves.imag) == fingerprint(waves.imag.resolve_neg()) != fingerprint(waves)
+    graph = torch.eye(4)
+    assert fingerprint(graph.to_sparse()) == fingerprint(graph.to_sparse_csr()) == 4 * 0x3F800000
+
+
 def test_draws_follow_seed_step_and_images_and_leave_the_global_generator_alone() -> None:
     def losses(seed: int = 0, steps: int = 3) -> list[float]:
         model, optimizer = made(direction="signed", seed=seed)
@@ -282,16 +291,29 @@ def test_a_step_in_the_weights_is_the_references() -> None:
     assert 0 < model.report().merged < model.report().drawn
 
 
+class Folded(nn.Module):
+    """Folds two frames of each image into the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(torch.cat([x, x + 1]))
+
+
 @pytest.mark.parametrize("mode", ["outputs", "weights"])
 @pytest.mark.parametrize("threshold", [0.0, Quantile(0.5)])
+@pytest.mark.parametrize("frames", [1, 2])
 def test_a_threshold_compares_kernels_once_and_decides_for_all_images(
-    mode: str, threshold: Any
+    mode: str, threshold: Any, frames: int
 ) -> None:
-    model, optimizer = made(mode, similarity_threshold=threshold)
+    network = net() if frames == 1 else Folded()
+    model, optimizer = made(mode, network, similarity_threshold=threshold)
     step(model, optimizer, 0)
     for layer in model.report():
         kernels = model.module.get_submodule(layer.name).weight.shape[0]
-        factor = 5 if mode == "outputs" else 1
+        factor = 5 * frames if mode == "outputs" else 1
         assert layer.drawn == layer.compared == factor * kernels
         assert 0 < layer.merged < layer.drawn and layer.merged % factor == 0
         assert layer.mean_cosine is not None and abs(layer.mean_cosine) < 1
@@ -349,6 +371,43 @@ def test_a_users_own_direction_and_partner_are_objects_with_one_method() -> None
         assert after is not None and not torch.allclose(before, after)
         step(model, optimizer, 0)
         assert model.report().merged == model.report().drawn > 0
+
+
+class Sources:
+    """A partner rule that returns what it was made with, for every target."""
+
+    def __init__(self, source: Callable[[Tensor, int], Tensor]) -> None:
+        self.source = source
+
+    def sources(self, kernels: Tensor, targets: Tensor, groups: int) -> Tensor:
+        return self.source(targets, len(kernels))
+
+
+class Weight:
+    def weight(self, kernels: Tensor, partners: Tensor) -> Tensor:
+        return torch.full((len(kernels),), 0.8)  # square 1x1 kernels would broadcast it
+
+
+@pytest.mark.parametrize("mode", ["weights", "step"])
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        ({"partner": Sources(lambda t, n: (t + n // 2) % n)}, "same group, here of 4 kernels"),
+        ({"partner": Sources(lambda t, n: t)}, "another kernel of the same group"),
+        ({"partner": Sources(lambda t, n: t - n)}, "gave kernel -8 of 8 as the partner of 0"),
+        ({"partner": Sources(lambda t, n: t + n)}, "gave kernel 8 of 8 as the partner of 0"),
+        ({"direction": Weight()}, r"one weight for each of the 8 pairs, of shape \(8, 1\), got"),
+    ],
+)
+def test_a_users_rule_that_breaks_its_promise_is_refused(
+    mode: str, rule: dict[str, Any], reason: str
+) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 2, groups=2))
+    only = "0" if "direction" in rule else "1"
+    model, _ = made(mode, network, include=only, example_input=torch.randn(2, 8, 6, 6), **rule)
+    with pytest.raises(ValueError, match=reason):
+        model.merge_() if mode == "step" else model(torch.randn(2, 8, 6, 6))
 
 
 FORMS: dict[str, Callable[[], nn.Module]] = {
@@ -644,14 +703,23 @@ class Output:
     logits: Any
 
 
-def test_a_convolution_that_goes_on_after_itself_is_left_out_of_the_outputs() -> None:
+@pytest.mark.parametrize(
+    "activation", [torch.relu, torch.relu_, nn.functional.leaky_relu_, nn.ReLU(inplace=True)]
+)
+@pytest.mark.parametrize("computed", [False, True])
+def test_a_convolution_that_goes_on_after_itself_is_left_out_of_the_outputs(
+    activation: Callable[[Tensor], Tensor], computed: bool
+) -> None:
     class Conv2d(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x).relu()
+            return activation(super().forward(x))
 
     network = nn.Sequential(
         nn.Conv2d(3, 8, 3), Conv2d(8, 8, 3), Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
     )
+    if computed:
+        for conv in network:
+            nn.utils.parametrizations.weight_norm(conv)
     plan = plan_merging(network, mode="outputs", shallow_layers=0, example_input=images().float())
     assert [site.name for site in plan.merged] == ["0", "3"]
     assert all("goes on after its convolution" in str(site.reason) for site in plan.skipped)

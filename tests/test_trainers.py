@@ -245,6 +245,23 @@ def test_lightning_accumulation_clipping_and_half_precision() -> None:
     assert module.model.step == 4
 
 
+@quiet
+@pytest.mark.parametrize("mode", ["step", "outputs"])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_step_of_fabric_counts_once(mode: str, prepared: bool) -> None:
+    fabric = lightning.Fabric(accelerator="cpu", devices=1)
+    model = wrapped(mode=mode)
+    bare = sgd(model)
+    training, optimizer = fabric.setup(model, bare)
+    model.attach(optimizer if prepared else bare)
+    for number in range(3):
+        images, labels = batch(number)
+        fabric.backward(F.cross_entropy(training(images), labels))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model.step == 3 and {layer.passes for layer in model.report()} == {3}
+
+
 class Classifier(nn.Module):
     """No PreTrainedModel: a network of one's own that gives its loss."""
 
