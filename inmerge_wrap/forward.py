@@ -8,6 +8,7 @@ and the channel: a pass that is run again in the backward pass finds the draws o
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -40,7 +41,10 @@ class ForwardMerge:
         self._counts: Counts | None = None
         self._draw: Any = None  # of the forward pass that runs
         self._replayed: Any = None  # of the one whose backward pass runs
-        self._is_lost = False  # whether the last pass returned nothing that leads to its backward
+        self._open: dict[
+            int, Any
+        ] = {}  # draws of the passes that had no backward pass in this step
+        self._over: set[int] = set()  # those of them that have had one, which may be run again
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is driven by no optimizer, for which a compiled forward pass does not look.
@@ -48,6 +52,9 @@ class ForwardMerge:
 
     def install(self, network: nn.Module) -> None:
         """Puts the hooks on the convolutions of the plan, behind all others that are there."""
+        if not self._hooks and "torch._dynamo" in sys.modules:
+            # Graphs do not look for hooks: one made before would go on without these.
+            torch._dynamo.reset()
         self.uninstall()
         self._modules = modules_of(network, self._sites)
         for number, module in enumerate(self._modules):
@@ -80,6 +87,7 @@ class ForwardMerge:
         Without a strength the step does not merge.
         """
         self.is_on = strength is not None
+        self._open.clear()
         if strength is None:
             return
         device = next(self._modules[0].parameters()).device
@@ -100,6 +108,10 @@ class ForwardMerge:
         assert self._way is not None, "set_step comes first"
         if is_captured():
             self.is_graphed = True
+        if not torch.compiler.is_compiling():
+            for place in self._over:
+                self._open.pop(place, None)
+            self._over.clear()
         self._draw = self._way.draw(inputs)
 
     def end(self, outputs: Any) -> None:
@@ -110,14 +122,32 @@ class ForwardMerge:
         self._way.end_pass()
         if draw is None or torch.compiler.is_compiling():  # a compiled graph repeats what it drew
             return
-        nodes = [t.grad_fn for t in tensors_of(outputs) if t.grad_fn is not None]
-        self._is_lost = not nodes and torch.is_grad_enabled()
-        for node in nodes:
-            node.register_prehook(partial(self._replay, draw))
+        if torch.is_grad_enabled():
+            self._open[id(draw)] = draw
+        for tensor in tensors_of(outputs):
+            if tensor.grad_fn is not None:
+                tensor.grad_fn.register_prehook(partial(self._replay, draw))
 
-    def _replay(self, draw: Any, _: Any) -> None:
+    def _replay(self, draw: Any, _: Any = None) -> None:
         self._replayed = draw
+        self._over.add(id(draw))
         after_backward(self._forget)
+
+    def _find(self) -> None:
+        """Finds the draw of the pass that a backward pass repeats, if no output led to it.
+
+        A loss of features that a hook kept begins at none.
+        """
+        waiting = [draw for place, draw in self._open.items() if place not in self._over]
+        draw, *others = waiting or self._open.values()
+        if others:
+            raise RuntimeError(
+                "activation checkpointing repeats a forward pass, and it cannot be found which of "
+                f"{1 + len(others)}, so that it could draw other pairs: compute the loss from what "
+                "the model returns (tensors, tuples, lists, dicts or objects with tensors as "
+                "attributes), or run the backward pass after each forward pass"
+            )
+        self._replay(draw)
 
     def _forget(self) -> None:
         self._replayed = None
@@ -129,12 +159,8 @@ class ForwardMerge:
 
         FSDP2 gathers them for the module alone, and frees them before the hook that comes after it.
         """
-        if self._is_lost and self._current() is None and _in_backward():
-            raise RuntimeError(
-                "activation checkpointing repeats a forward pass whose outputs hold no tensor that "
-                "can be found, so that it would draw other pairs: return tensors, tuples, lists, "
-                "dicts or objects with tensors as attributes"
-            )
+        if self._draw is None and self._replayed is None and self._open and _in_backward():
+            self._find()
         if self._way is None or not self._way.reads(module):
             return
         if (draw := self._acting(module)) is not None:

@@ -154,9 +154,9 @@ def choose_sources(
         if wrong.any():
             place = int(wrong.nonzero()[0])
             raise ValueError(
-                f"partner={rule!r} gave kernel {int(found[place])} of {len(bank)} as the partner of "
-                f"{int(targets[place])}: a partner must be another kernel of the same group, here "
-                f"of {size} kernels"
+                f"partner={rule!r} gave kernel {int(found[place])} of {len(bank)} as the partner "
+                f"of {int(targets[place])}: a partner must be another kernel of the same group, "
+                f"here of {size} kernels"
             )
     return found
 

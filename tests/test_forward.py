@@ -855,15 +855,52 @@ def test_a_result_in_an_object_is_followed_into_the_backward_pass(
         torch.testing.assert_close(one, other)
 
 
-def test_a_result_that_cannot_be_followed_is_an_error_where_it_would_matter() -> None:
+@pytest.mark.parametrize("mode", ["outputs", "weights"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_loss_of_features_alone_repeats_the_draws_of_their_pass(
+    mode: str, reentrant: bool
+) -> None:
+    found = []
+    for again in (False, True):
+        model, _ = made(mode, direction="signed")
+        inner, kept = model.module.features, []
+        if again:
+            model.module.features = lambda x, inner=inner: checkpoint(  # type: ignore[method-assign]
+                inner, x, use_reentrant=reentrant
+            )
+        model.module.head.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0]))
+        for number in (1, 2):  # micro-batches, and the second of them twice
+
+            def features(model: nn.Module = model, number: int = number) -> Tensor:
+                model(images(number).requires_grad_())
+                return kept[-1]
+
+            found.append(gradients(model, features))
+        model.zero_grad()
+        features().square().sum().backward(retain_graph=True)
+        kept[-1].square().sum().backward()
+        found.append([p.grad.clone() / 2 for p in model.parameters() if p.grad is not None])
+    half = len(found) // 2
+    for plain, repeated in zip(found[:half], found[half:], strict=True):
+        for one, other in zip(plain, repeated, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_a_pass_that_cannot_be_found_is_an_error_where_it_would_matter() -> None:
     network = Called(net(), lambda x: Output(Output(Output(x))))
-    model, _ = made(network=network, direction="signed", example_input={"pixels": images()})
-    gradients(model, lambda: model(pixels=images()).logits.logits.logits)
+    model, optimizer = made(network=network, direction="signed", example_input={"pixels": images()})
+    x = images().requires_grad_()
+
+    def two() -> Tensor:
+        first, second = (model(pixels=x + n).logits.logits.logits for n in (0, 1))
+        return first + second
+
+    gradients(model, two)
+    optimizer.step()
     inner = network.inner.features
     network.inner.features = lambda x: checkpoint(inner, x, use_reentrant=True)  # type: ignore
-    x = images().requires_grad_()
-    with pytest.raises(RuntimeError, match="hold no tensor that can be found"):
-        gradients(model, lambda: model(pixels=x).logits.logits.logits)
+    with pytest.raises(RuntimeError, match="cannot be found which of 2, so"):
+        gradients(model, two)
 
 
 @pytest.mark.parametrize("settings", [{}, {"radius": 0.3}, {"mode": "weights"}])
@@ -980,6 +1017,25 @@ def test_a_captured_pass_repeats_no_draw(
             optimizer.step()
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
     assert model.report().merged > counted
+
+
+@pytest.mark.parametrize("mode", ["outputs", "weights"])
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_network_that_was_compiled_without_hooks_merges_with_them(
+    mode: str, detached: bool
+) -> None:
+    network = torch.compile(net(), backend="eager")
+    model = InMergeWrapper(network, mode=mode, example_input=images(), **ALWAYS)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    if detached:
+        handle = model.attach(optimizer)
+        step(model, optimizer, 0)
+        handle.remove()
+    model(images()).sum().backward()  # in train mode and plain
+    before = model.report().drawn
+    model.attach(optimizer)
+    step(model, optimizer, 1)
+    assert model.report().drawn - before == (130 if mode == "outputs" else 26)
 
 
 def test_a_compiled_backward_pass_draws_nothing_again() -> None:
