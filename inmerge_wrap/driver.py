@@ -19,6 +19,7 @@ from inmerge_wrap.optimizers import (
     Attachment,
     Attachments,
     carry_counter,
+    check_held,
     check_settings,
     check_still_held,
     companions,
@@ -82,7 +83,7 @@ class Driver:
         # A copy is driven by no optimizer, and must not drag the original's along. It may be an
         # average of weights, whose original merges: what it missed is counted from now on.
         watch = copy.copy(self.watch)
-        watch.idle_forwards = watch.missed_steps = 0
+        watch.steps = watch.idle_forwards = watch.missed_steps = 0
         return vars(self) | {
             "_attachments": Attachments(),
             "_pauses": 0,
@@ -90,6 +91,10 @@ class Driver:
             "_sharded": None,
             "watch": watch,
         }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        notice_every_step(self._after_any_step)
 
     @property
     def _in_step(self) -> bool:
@@ -159,10 +164,16 @@ class Driver:
     def attach(self, given: Any, hook: Callable[..., None], wrapper: Any) -> Attachment:
         """Makes an optimizer drive the merging; see :meth:`InMergeWrapper.attach`."""
         optimizer = stepping_optimizer(given, to_write=self._in_step)
+        if not self._in_step:
+            check_sites(self._network, self._plan.merged)  # it may have changed since
+            if any(parameter.is_meta for parameter in self._network.parameters()):
+                raise ValueError(
+                    "the weights are on the meta device, where nothing can be drawn: place them, "
+                    "for example with model.to_empty(device=...), before attach()"
+                )
         known = self._attachments.of(optimizer)
         attachment = self._attached(optimizer, given, hook, wrapper) if known is None else known
         if not self._in_step:
-            check_sites(self._network, self._plan.merged)  # it may have changed since
             self._forward.install(self._network)
             self._prepare()
         return attachment
@@ -172,7 +183,9 @@ class Driver:
     ) -> Attachment:
         layers = self._layers()
         held = self._held_by(optimizer, layers)
-        self._check_held(optimizer, held, layers)
+        check_held(optimizer, held, layers, self._network, to_write=self._in_step)
+        if not trained_of(held if self._in_step else layers):
+            self._warn_of_frozen_weights()
         if self._in_step:
             check_layers(held)
         refuse_second(optimizer, wrapper)
@@ -218,33 +231,6 @@ class Driver:
         if mine or any(trained_by(other, layers) for other in self._attachments.live):
             return mine
         return list(layers)
-
-    def _check_held(
-        self,
-        optimizer: Optimizer,
-        held: Sequence[MergedLayer],
-        layers: Sequence[MergedLayer],
-    ) -> None:
-        if self._in_step and not held:
-            remedy = (
-                "build it from the parameters of this model"
-                if any(p.requires_grad for layer in layers for p in layer.parameters)
-                else "they are frozen, and it was built from the other parameters. Attach the "
-                "optimizer that trains them once they are unfrozen, or build this one from all "
-                "parameters of the model"
-            )
-            raise ValueError(
-                f"the optimizer holds none of the {len(layers)} weights to merge "
-                f"({layers[0].site.name}, ...): {remedy}"
-            )
-        mine = set(map(id, parameters_of(optimizer)))
-        if mine.isdisjoint(map(id, self._network.parameters())):
-            raise ValueError(
-                "the optimizer holds none of the parameters of this network: build it from "
-                "model.parameters()"
-            )
-        if not trained_of(held if self._in_step else layers):
-            self._warn_of_frozen_weights()
 
     def change(self, new: MergeSettings) -> None:
         """Replaces the settings; see :meth:`InMergeWrapper.change_settings`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 _MARK = re.compile(r"<([a-z][a-z_]*)(?:=([^<>]*))?>")
@@ -80,7 +81,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
     """Raises a TypeError or ValueError that names the setting, its value and its range."""
-    if not isinstance(value, int | float):
+    if not isinstance(value, Real):
         raise TypeError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}")
     if not low <= value <= high:
         raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {value!r}")

@@ -144,6 +144,39 @@ def stepped_of(layers: Sequence[MergedLayer], optimizer: Optimizer) -> list[Merg
     return [layer for layer in layers if any(p.grad is not None for p in layer.parameters)]
 
 
+def check_held(
+    optimizer: Optimizer,
+    held: Sequence[MergedLayer],
+    layers: Sequence[MergedLayer],
+    network: nn.Module,
+    *,
+    to_write: bool,
+) -> None:
+    """Raises a ValueError if an optimizer trains none of the ``layers`` to merge.
+
+    ``held`` are those that it does. Where merging writes no weight, any parameter of the network
+    is enough, because its steps are only counted.
+    """
+    if to_write and not held:
+        remedy = (
+            "build it from the parameters of this model"
+            if any(p.requires_grad for layer in layers for p in layer.parameters)
+            else "they are frozen, and it was built from the other parameters. Attach the "
+            "optimizer that trains them once they are unfrozen, or build this one from all "
+            "parameters of the model"
+        )
+        raise ValueError(
+            f"the optimizer holds none of the {len(layers)} weights to merge "
+            f"({layers[0].site.name}, ...): {remedy}"
+        )
+    mine = set(map(id, parameters_of(optimizer)))
+    if mine.isdisjoint(map(id, network.parameters())):
+        raise ValueError(
+            "the optimizer holds none of the parameters of this network: build it from "
+            "model.parameters()"
+        )
+
+
 def check_still_held(
     attachment: Attachment, merging: Sequence[MergedLayer], layers: Sequence[MergedLayer]
 ) -> None:

@@ -13,6 +13,7 @@ from inmerge_wrap import neighbours
 from inmerge_wrap.schedule import Schedule
 from inmerge_wrap.settings import DirectionRule, MergeSettings, Mode, PartnerRule
 from inmerge_wrap.thresholds import Threshold
+from inmerge_wrap.unwrapping import unwrap
 
 _SETTINGS = frozenset(setting.name for setting in fields(MergeSettings))
 
@@ -72,6 +73,11 @@ class NetworkProxy(nn.Module):
             self.change_settings(replace(self.settings, **{name: value}))
             return
         network = vars(self).get("_modules", {}).get("module")
+        if name == "module" and network is not None and unwrap(value) is not unwrap(network):
+            raise AttributeError(
+                "model.module cannot become another network, whose convolutions the plan does not "
+                "know: wrap that network, InMergeWrapper(network)"
+            )
         part = isinstance(value, nn.Module | nn.Parameter) and name != "module"
         if part and hasattr(network, name):
             raise AttributeError(
@@ -84,6 +90,12 @@ class NetworkProxy(nn.Module):
             setattr(network, name, value)
         else:
             super().__setattr__(name, value)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Replaces a part of the network, as ``timm.utils.freeze`` does with its BatchNorm."""
+        network = self._modules.get("module")
+        owner = super() if network is None or name not in network._modules else network
+        owner.add_module(name, module)
 
     def __len__(self) -> int:
         return len(cast(Sized, self.module))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 from inmerge_wrap.errors import check_choice
@@ -38,9 +39,9 @@ class Schedule:
     def __post_init__(self) -> None:
         for name in ("start", "end", "every"):
             value = getattr(self, name)
-            if isinstance(value, float) and value.is_integer():  # of a file
+            if isinstance(value, Integral) or (isinstance(value, float) and value.is_integer()):
                 object.__setattr__(self, name, int(value))
-            elif not isinstance(value, int) and not (name == "end" and value is None):
+            elif not (name == "end" and value is None):
                 raise TypeError(f"{name} must be a whole number of steps, got {value!r}")
         if self.start < 0:
             raise ValueError(f"start must be a step >= 0, got {self.start}")
@@ -52,6 +53,11 @@ class Schedule:
         check_choice("anneals", self.anneals, ("probability", "strength"))
         if self.decay != "constant" and self.end is None:
             raise ValueError(f"decay={self.decay!r} needs an end: the step at which merging stops")
+        if self.decay == "constant" and self.anneals == "strength":
+            raise ValueError(
+                "anneals='strength' says what a decay lowers: set decay='linear' or 'cosine', or "
+                "leave it out"
+            )
 
     def level(self, step: int) -> float:
         """Returns the level at an optimizer step, in [0, 1]; 0 where the step does not merge."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal, ParamSpec, Protocol
 
 import torch
@@ -123,17 +123,17 @@ class MergeSettings:
     check_replicas_every: int = 0
 
     def __post_init__(self) -> None:
-        check_range("merge_weight", self.merge_weight, 0.0, 2.0)
-        check_range("merge_probability", self.merge_probability, 0.0, 1.0)
-        if self.radius is not None:
-            check_range("radius", self.radius, 0.0, 2.0)
+        for name, high in (("merge_weight", 2.0), ("merge_probability", 1.0), ("radius", 2.0)):
+            if (value := getattr(self, name)) is not None or name != "radius":
+                check_range(name, value, 0.0, high)
+                object.__setattr__(self, name, float(value))  # numpy's too
         object.__setattr__(self, "similarity_threshold", as_threshold(self.similarity_threshold))
         if not isinstance(self.schedule, Schedule):
             raise TypeError(f"schedule must be a Schedule, got {self.schedule!r}")
         check_choice("mode", self.mode, MODES)
         check_choice("partner", self.partner, PARTNERS, rule="sources")
         check_choice("direction", self.direction, DIRECTIONS, rule="weight")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+        if not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be an integer in [0, 2**32), got {self.seed!r}")
         for name in ("shared_partner", "shared_sign", "keep_norm", "merge_momentum", "compiled"):
             value = getattr(self, name)
@@ -141,8 +141,10 @@ class MergeSettings:
                 raise TypeError(f"{name} must be True or False, got {value!r}")
         for name in ("inspect_every", "check_replicas_every"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
+            if not isinstance(value, Integral) or value < 0:
                 raise ValueError(f"{name} must be a count of steps >= 0, got {value!r}")
+        for name in ("seed", "inspect_every", "check_replicas_every"):
+            object.__setattr__(self, name, int(getattr(self, name)))
         for problem in _contradictions(self):
             raise ValueError(problem)
 
@@ -244,12 +246,18 @@ def _contradictions(of: MergeSettings) -> list[str]:
         "shared_sign=True needs mode='outputs', where signs are drawn for each image": (
             of.shared_sign and not outputs
         ),
+        f"shared_sign=True has no effect with direction={of.direction!r} and "
+        "merge_probability=1.0, which draw nothing for an image: leave it out": (
+            of.shared_sign and outputs and of.direction != "signed" and of.draws_all
+        ),
         "keep_norm=True needs mode='step' or 'weights': on the outputs no kernel is there to be "
         "rescaled": outputs and of.keep_norm,
         f"merge_momentum has no effect with mode={of.mode!r}, where no weight is written: leave "
         "one of them out": forward and of.merge_momentum,
         f"merge_momentum needs a partner to blend with, and direction={of.direction!r} has none; "
         "leave one of them out": of.merge_momentum and noise,
+        f"compiled=True has no effect with direction={of.direction!r}, whose pass is not compiled: "
+        "leave it out": bool(of.compiled) and (noise or rule),
         f"compiled={of.compiled} has no effect with mode={of.mode!r}, which compiles with the "
         "network: use torch.compile(model)": forward and of.compiled is not None,
     }

@@ -871,7 +871,9 @@ def test_a_loss_of_features_alone_repeats_the_draws_of_their_pass(
         model.module.head.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0]))
         for number in (1, 2):  # micro-batches, and the second of them twice
 
-            def features(model: nn.Module = model, number: int = number) -> Tensor:
+            def features(
+                model: nn.Module = model, number: int = number, kept: list[Tensor] = kept
+            ) -> Tensor:
                 model(images(number).requires_grad_())
                 return kept[-1]
 
@@ -1306,6 +1308,8 @@ def test_a_resumed_run_continues_to_the_bit(mode: str) -> None:
         ({"shared_partner": False, "similarity_threshold": 0.3}, "compares nothing"),
         ({"mode": "step", "shared_partner": False}, "shared_partner=False needs mode='outputs'"),
         ({"mode": "weights", "shared_sign": True}, "shared_sign=True needs mode='outputs'"),
+        ({"shared_sign": True}, "shared_sign=True has no effect with direction='partner'"),
+        ({"mode": "step", "direction": Weight(), "compiled": True}, "whose pass is not compiled"),
         ({"mode": "step", "direction": "gaussian"}, "set radius, for example radius=0.3"),
         ({"merge_weight": 0.7, "radius": 0.3}, "set one of the two"),
         ({"mode": "both"}, "mode must be 'step' or 'outputs' or 'weights', got 'both'"),
@@ -1314,6 +1318,21 @@ def test_a_resumed_run_continues_to_the_bit(mode: str) -> None:
 def test_settings_that_contradict_each_other(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         made(**{"mode": "outputs", **settings})
+
+
+@pytest.mark.parametrize("mode", ["outputs", "weights"])
+def test_weights_must_be_placed_before_an_optimizer_is_attached(mode: str) -> None:
+    with torch.device("meta"):
+        network = Net().double()
+    model = InMergeWrapper(network, mode=mode, example_input=images(), **ALWAYS)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with pytest.raises(ValueError, match=r"on the meta device.*before attach\(\)"):
+        model.attach(optimizer)
+    model.to_empty(device="cpu")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    model.attach(optimizer)
+    step(model, optimizer, 0)
+    assert model.report().drawn > 0
 
 
 def test_what_the_mode_cannot_do_says_so() -> None:

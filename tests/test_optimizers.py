@@ -555,6 +555,18 @@ def test_a_copied_optimizer_merges_after_it_was_attached(way: str) -> None:
     assert model.step == 2
 
 
+@pytest.mark.parametrize("way", ["pickle", "deepcopy"])
+def test_a_copied_model_that_trains_without_its_optimizer_is_reported(way: str) -> None:
+    model, optimizer = attached()
+    train(model, optimizer, 2)
+    copied = copy.deepcopy(model) if way == "deepcopy" else pickle.loads(pickle.dumps(model))
+    other = sgd(copied)
+    train(model, optimizer, 20)  # the copy is none of its business
+    train(copied, other, 9)
+    with pytest.warns(NoEffectWarning, match="10 training .* no optimizer is attached"):
+        train(copied, other, 1)
+
+
 def test_a_copied_optimizer_that_was_not_attached_is_reported() -> None:
     model = wrapped()
     model.attach(sgd(model))

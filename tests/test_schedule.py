@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -74,11 +75,24 @@ def test_what_decays() -> None:
         ({"decay": "linear"}, "decay='linear' needs an end"),
         ({"decay": "exp", "end": 3}, "decay must be .* got 'exp'"),
         ({"anneals": "tau"}, "anneals must be .* got 'tau'"),
+        ({"anneals": "strength"}, "set decay='linear' or 'cosine', or leave it out"),
     ],
 )
 def test_bad_schedules_are_named(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Schedule(**settings)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    schedule = Schedule(start=np.int64(1), end=np.float64(5.0), every=np.int32(2))
+    assert schedule == Schedule(start=1, end=5, every=2)
+    settings = MergeSettings(
+        merge_weight=np.float32(0.5), radius=None, seed=np.int64(3), schedule=schedule
+    )
+    assert settings == MergeSettings(merge_weight=0.5, seed=3, schedule=schedule)
+    assert {type(v) for v in (settings.merge_weight, settings.seed, schedule.end)} == {float, int}
+    with pytest.raises(TypeError, match="merge_probability must be a number in"):
+        MergeSettings(merge_probability=None)
 
 
 def test_the_wrapper_follows_its_schedule_through_a_resume() -> None:

@@ -416,6 +416,25 @@ def test_an_attribute_of_the_network_is_set_where_its_forward_pass_reads_it() ->
     assert network.plan == "of the network" and model.plan.merged
 
 
+def test_timm_freezes_a_wrapped_network_as_it_does_a_bare_one() -> None:
+    network = timm.create_model("resnet10t", num_classes=3)
+    model = InMergeWrapper(network)
+    timm.utils.freeze(model, ["conv1", "layer1"])
+    timm.utils.freeze(model, ["bn1"])
+    assert type(network.bn1).__name__ == "FrozenBatchNorm2d" and "bn1" not in model._modules
+    frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
+    wanted = [name for name, _ in network.named_parameters()]
+    assert frozen == {name for name in wanted if name.startswith(("conv1.", "layer1."))}
+
+
+def test_another_network_cannot_take_the_place_of_the_wrapped_one() -> None:
+    model = wrapped()
+    with pytest.raises(AttributeError, match="wrap that network, InMergeWrapper"):
+        model.module = small_net()
+    model.module = torch.compile(model.module)  # it is the same
+    model.module = model.module._orig_mod
+
+
 def test_settings_changed_later_are_checked_as_at_first() -> None:
     model = wrapped(similarity_threshold=1.0, merge_probability=1.0)
     model.merge_()
