@@ -23,8 +23,8 @@ class LayerReport:
 
     Attributes:
         name: The convolution.
-        steps: Optimizer steps that the layer has seen.
-        passes: Of these, the steps in which its pairs were drawn.
+        steps: Steps of the optimizer that trains the layer.
+        passes: Steps in which its pairs were drawn; in the forward pass, of any attached optimizer.
         drawn: Pairs drawn in all passes; on the outputs, images x channels of all forward passes.
         merged: Of these, the pairs that passed the threshold and were blended.
         undefined: Of these, the pairs without a cosine: a kernel was zero or held NaN or Inf.
