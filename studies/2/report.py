@@ -1,14 +1,11 @@
-"""Power and tables of the second study's runs.
+"""Tables of the second study's runs.
 
-    python -m studies.2.report power
-    python -m studies.2.report report
-    python -m studies.2.report report --part validation --out DIR   # for choosing
+    python -m studies.2.report
+    python -m studies.2.report --part validation --out DIR   # for choosing
 
-``power`` says, from pilot runs, how the paired differences scatter and how many pairs would find
-one of .01 in four cases of five: ``power.json`` and ``power.md``. ``report`` writes
-``differences.csv`` (every arm minus plain, minus EMA and minus noise of the same size, per data set
-and pooled over seeds, with 95% intervals and adjusted p), ``table.md``, ``reanalysis.csv`` and
-``.md`` (pooled over data sets with random effects, see reanalysis.py).
+``differences.csv``: every arm minus plain, minus EMA and minus noise of the same size, per data set
+and pooled over seeds, with 95% intervals and adjusted p. ``table.md``: those from plain.
+``reanalysis.csv`` and ``.md``: pooled over data sets with random effects, see reanalysis.py.
 
 Hardware and time: a minute on a CPU. Expected: docs/evidence.md.
 """
@@ -18,53 +15,26 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Mapping, Sequence
-from math import sqrt
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import pandas
 
-from inmerge_wrap.files import write_json
 from studies.common.names import GLOSSARY, in_words
-from studies.common.records import (
-    difference_text,
-    environment,
-    raw_runs,
-    read_runs,
-    spread,
-)
-from studies.common.statistics import pairs_needed
+from studies.common.records import difference_text, raw_runs, read_runs, spread
 
-from .paired import (
-    SCALED,
-    Difference,
-    Key,
-    Runs,
-    Setting,
-    by_setting,
-    compare,
-    values,
-)
+from .paired import SCALED, Difference, Key, Runs, Setting, by_setting, compare, values
 from .reanalysis import reanalysis, reanalysis_table
 from .run import ARMS, CONFIRMING, HERE, RUNS
 
 # -- settings --------------------------------------------------------------------------------------
 
 BASELINES = ("plain", "EMA .98", "Gaussian noise 0.3")
-CLAIMS = [  # what the study wants to say something about, and so computes the power of
-    ("balanced accuracy", "clean"),
-    ("balanced accuracy", "corrupted"),
-    ("AUROC", "corrupted"),
-    ("calibration error", "clean"),
-    ("calibration error", "corrupted"),
-]
 BLOCKS = (  # of the table: few columns, so that a page shows them whole
     (("balanced accuracy", "clean"), ("balanced accuracy", "corrupted")),
     (("AUROC", "corrupted"), ("retained", "corrupted")),
     (("calibration error", "clean"), ("calibration error", "corrupted")),
 )
-EFFECT = 0.01
 CONFIRMED = {regime.dataset for regime in CONFIRMING.values()}
 
 
@@ -72,62 +42,6 @@ def in_order(arms: Sequence[str]) -> list[str]:
     """Arms as study.py lists them, combinations after the first of theirs."""
     places = {arm: place for place, arm in enumerate((*ARMS, SCALED))}
     return sorted(arms, key=lambda arm: (places.get(arm.split(" + ")[0], len(places)), arm))
-
-
-# -- power -----------------------------------------------------------------------------------------
-
-
-def power_rows(found: Mapping[Key, Difference]) -> list[dict[str, Any]]:
-    """Of each comparison the scatter of one pair, and the pairs that an effect of .01 needs.
-
-    The row "typical" has the root mean square over the arms, which a handful of pairs of one arm
-    estimates badly.
-    """
-    rows = []
-    for setting in dict.fromkeys(key[0] for key in found):
-        for measure, where in CLAIMS:
-            sds = {
-                arm: one.sd
-                for (place, arm, *what), one in found.items()
-                if place == setting and what == [measure, where] and one.sd
-            }
-            if not sds:
-                continue
-            sds = {arm: sds[arm] for arm in in_order(list(sds))}
-            sds["typical"] = sqrt(mean(sd**2 for sd in sds.values()))
-            for arm, sd in sds.items():
-                row = {"setting": setting, "arm": arm, "measure": measure, "images": where}
-                one = found.get((setting, arm, measure, where))
-                row |= {"pilot_pairs": one.n if one else None, "sd": round(sd, 5)}
-                rows.append(row | {"pairs_needed": pairs_needed(sd, EFFECT)})
-    return rows
-
-
-def power_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: pairs needed, and in brackets the standard deviation of a paired difference."""
-    lines = []
-    for setting in dict.fromkeys(row["setting"] for row in rows):
-        cells = {
-            (row["arm"], row["measure"], row["images"]): row
-            for row in rows
-            if row["setting"] == setting
-        }
-        heads = ["arm", *(f"{measure}, {where}" for measure, where in CLAIMS)]
-        lines += [f"### {setting}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-        for arm in dict.fromkeys(arm for arm, *_ in cells):
-            texts = [in_words(arm)]
-            for claim in CLAIMS:
-                row = cells.get((arm, *claim))
-                many = row and (row["pairs_needed"] or "> 10,000")
-                texts.append(f"{many} ({row['sd']:.3f})" if row else "")
-            lines.append(f"| {' | '.join(texts)} |")
-        lines.append("")
-    lines.append(
-        f"Pairs with which a difference of {EFFECT} from plain is found in 80% of studies (paired "
-        "t test, two-sided, 5%); in brackets the standard deviation of one paired difference. "
-        "Pooled: pairs on every data set."
-    )
-    return "\n".join(lines) + "\n"
 
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -200,18 +114,6 @@ def results(options: argparse.Namespace) -> list[dict[str, Any]]:
     return raw_runs(options.runs) if options.runs else read_runs(RUNS)
 
 
-def write_power(options: argparse.Namespace) -> None:
-    """power.json and power.md."""
-    rows = power_rows(compare(by_setting(results(options)), "plain", options.part))
-    if not rows:
-        raise SystemExit("the power needs two seeds of plain and of another arm")
-    content = {"part": options.part, "effect": EFFECT, "rows": rows, "environment": environment()}
-    write_json(options.out / "power.json", content)
-    text = power_table(rows)
-    (options.out / "power.md").write_text(text)
-    print(text)
-
-
 def write_report(options: argparse.Namespace) -> None:
     """differences.csv, table.md, reanalysis.csv and reanalysis.md."""
     settings = by_setting(results(options))
@@ -234,7 +136,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["power", "report"], help="what to write")
     parser.add_argument(
         "--runs", type=Path, help="folder of JSON files (default: the study's runs.jsonl.gz)"
     )
@@ -249,7 +150,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    write_power(options) if options.command == "power" else write_report(options)
+    write_report(options)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from inmerge_wrap import InMergeWrapper
-from studies.common import augmentation, exams, images, methods, networks, statistics, training
+from studies.common import augmentation, exams, images, methods, networks, training
 from studies.common.freezing import freeze
 from studies.common.merging import Merge
 from studies.common.records import name_of, raw_runs
@@ -286,7 +286,7 @@ def test_the_command_carries_out_runs_once(
     assert "accuracy" not in capsys.readouterr().out
 
 
-# -- differences, power and the report -------------------------------------------------------------
+# -- differences and the report -------------------------------------------------------------------
 
 
 def write_results(folder: Path, arms: list[str]) -> Any:
@@ -366,19 +366,6 @@ def test_what_was_chosen_on_is_not_pooled_with_what_confirms() -> None:
     assert paired.pools(settings[:1]) == {}
 
 
-@pytest.mark.parametrize("sd,effect", [(0.013, 0.01), (0.03, 0.01), (0.002, 0.01), (0.5, 0.5)])
-def test_the_pairs_that_are_needed_find_the_effect(sd: float, effect: float) -> None:
-    n = statistics.pairs_needed(sd, effect)
-    generator = np.random.default_rng(0)
-    for pairs, enough in ((n, True), (n - 1, False)):
-        if pairs < 2:
-            continue
-        draws = generator.normal(effect, sd, (40_000, pairs))
-        power = (stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05).mean()
-        assert (power > 0.79) if enough else (power < 0.81)
-    assert statistics.pairs_needed(5.0, 0.01) is None
-
-
 def report(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
     report_module.main()
@@ -391,7 +378,7 @@ def test_an_arm_that_a_data_set_lacks_is_compared_on_the_other_alone(
     write_results(tmp_path / "runs", ["plain", "EMA .98"])
     for path in (tmp_path / "runs").glob("dermamnist-EMA*"):
         path.unlink()
-    report(monkeypatch, "report", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path))
+    report(monkeypatch, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path))
     with open(tmp_path / "differences.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["arm"] == "EMA .98"]
     assert {row["setting"] for row in rows} == {"Blood"}
@@ -402,7 +389,7 @@ def test_the_report_writes_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     arms += ["transient, apart 0.3", "persistent, together 0.3"]
     drawn = write_results(tmp_path / "runs", arms)
     out = tmp_path / "out"
-    report(monkeypatch, "report", "--runs", str(tmp_path / "runs"), "--out", str(out))
+    report(monkeypatch, "--runs", str(tmp_path / "runs"), "--out", str(out))
     with open(out / "differences.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     (row,) = [
@@ -418,32 +405,21 @@ def test_the_report_writes_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         line for line in text.splitlines() if line.startswith("| merge in the weights, random")
     ]
     assert len(lines) == 9 and all("**" in line for line in lines)  # 3 blocks of each setting
-    report(monkeypatch, "power", "--runs", str(tmp_path / "runs"), "--out", str(out))
-    power = json.loads((out / "power.json").read_text())["rows"]
-    (row,) = [
-        row
-        for row in power
-        if (row["setting"], row["arm"], row["measure"], row["images"])
-        == ("Derma", "transient, random", "balanced accuracy", "corrupted")
-    ]
-    gains = np.subtract(drawn["dermamnist", arms[1]], drawn["dermamnist", "plain"])
-    assert row["sd"] == pytest.approx(gains.std(ddof=1), abs=1e-5) and row["pilot_pairs"] == 4
-    assert f"| {row['pairs_needed']} ({row['sd']:.3f}) |" in (out / "power.md").read_text()
 
 
 def test_the_report_refuses_what_it_cannot_compare(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SystemExit, match="there are no runs"):
-        report(monkeypatch, "report", "--runs", str(tmp_path), "--out", str(tmp_path / "out"))
+        report(monkeypatch, "--runs", str(tmp_path), "--out", str(tmp_path / "out"))
     folder = tmp_path / "runs"
     write_results(folder, ["plain", "SWA"])
     last = max(folder.glob("*.json"))
     content = last.read_text()
     last.write_text(content.replace('"test": 1000}', '"test": 400}'))
     with pytest.raises(SystemExit, match=r"was measured on .*400\}"):
-        report(monkeypatch, "report", "--runs", str(folder), "--out", str(tmp_path / "out"))
+        report(monkeypatch, "--runs", str(folder), "--out", str(tmp_path / "out"))
     (folder / "again.json").write_text(content)
     last.write_text(content)
     with pytest.raises(SystemExit, match="'plain', seed 3: there is a second run"):
-        report(monkeypatch, "report", "--runs", str(folder), "--out", str(tmp_path / "out"))
+        report(monkeypatch, "--runs", str(folder), "--out", str(tmp_path / "out"))
