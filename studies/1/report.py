@@ -1,4 +1,4 @@
-"""Tables and figures of the first study's runs.
+"""Tables of the first study's runs.
 
     python -m studies.1.report
     python -m studies.1.report --sweep study --runs DIR --out DIR    # of JSON files in a folder
@@ -6,7 +6,7 @@
 Every arm is compared with the plain run of the same seed and setting, and with EMA and SWA.
 ``differences.csv`` holds all paired differences with their 95% t interval and the p-value, adjusted
 for the number of arms (Benjamini and Hochberg); ``table.md`` the most important of those from plain
-training; the PNG files show them. Metrics under corruption are means over the corruptions of a run.
+training. Metrics under corruption are means over the corruptions of a run.
 
 Hardware and time: a minute on a CPU. Expected: docs/evidence.md.
 """
@@ -15,26 +15,18 @@ from __future__ import annotations
 
 import argparse
 import csv
-import re
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib
-import numpy as np
 from scipy.stats import false_discovery_control
 
 from inmerge_wrap.robustness.metrics import paired_difference
-from studies.common.forest import Mark, draw_forest
 from studies.common.names import GLOSSARY, in_words
 from studies.common.records import difference_text, name_of, raw_runs, read_runs, spread
 
 from .run import RUNS
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 
 # -- settings --------------------------------------------------------------------------------------
 
@@ -58,9 +50,6 @@ SETTING = {  # field of a run -> how a title names it
 }
 ALTERNATIVES = ("ema .98", "swa")  # what costs the same and is in every toolbox
 SILENT = {"label_noise": 0.0, "weights": "", "weight_decay": 5e-4}
-COLOURS = {"merging": "#D55E00", "other methods": "#555555"}
-FORWARD = "#0072B2"  # where no merge stays
-DRAWN = ("balanced accuracy", "AUROC")  # in the picture of a study
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> result
 Row = dict[str, Any]
@@ -89,11 +78,6 @@ def by_setting(results: list[Row], *, by_architecture: bool = True) -> dict[str,
             raise SystemExit(f"{setting}: there is a second run of {run['arm']!r}, seed {seed}")
         arm[seed] = result
     return settings
-
-
-def slug(setting: str) -> str:
-    """The setting as part of a file name."""
-    return "-".join(re.findall(r"[a-z0-9.]+", setting.lower()))
 
 
 def best_first(runs: Runs) -> Runs:
@@ -213,115 +197,6 @@ def table(settings: dict[str, Runs], rows: list[Row], baseline: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-# -- figures ---------------------------------------------------------------------------------------
-
-
-def draw_study(setting: str, runs: Runs, rows: list[Row], path: Path) -> None:
-    """A forest plot: each arm's paired differences from plain, clean and corrupted."""
-    groups, cells = {}, {}
-    for row in rows:
-        if row["metric"] not in DRAWN:
-            continue
-        arm, found = in_words(row["arm"]), row["difference"]
-        method = next(iter(runs[row["arm"]].values()))["run"]["method"]
-        merging = "merge" in method or "variant" in method
-        groups[arm] = "merging" if merging else "other methods"
-        interval = (found["mean"], found.get("low"), found.get("high"))
-        cells[arm, f"{row['images']} images", row["metric"]] = interval
-    balanced, area = DRAWN
-    draw_forest(
-        {in_words(arm): groups[in_words(arm)] for arm in runs if in_words(arm) in groups},
-        [f"{where} images" for where in WHERE],
-        [Mark(balanced, below=-0.14), Mark(area, filled=False, size=4, below=0.2)],
-        cells,
-        COLOURS,
-        title=f"{setting}: paired differences from plain training, 95% intervals",
-        axis_label="minus plain training\n← worse      better →",
-        path=path,
-    )
-
-
-def draw_grid(runs: Runs, rows: list[Row], path: Path, *, x: str, y: str, names: Row) -> None:
-    """A map of the AUROC's difference from plain over two settings of merging."""
-    places = {}
-    for arm, done in runs.items():
-        merge = next(iter(done.values()))["run"]["method"].get("merge")
-        if merge:
-            places[arm] = (merge[x], merge[y])
-    xs, ys = (sorted({place[axis] for place in places.values()}) for axis in (0, 1))
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    for axis, where in zip(axes, WHERE, strict=False):
-        grid = np.full((len(ys), len(xs)), np.nan)
-        for row in rows:
-            if row["metric"] == "AUROC" and row["images"] == where and row["arm"] in places:
-                column, line = places[row["arm"]]
-                grid[ys.index(line), xs.index(column)] = row["difference"]["mean"]
-        reach = max(1e-3, float(np.nanmax(np.abs(grid))))
-        draw_map(axis, grid, "{:+.3f}", cmap="PuOr_r", vmin=-reach, vmax=reach)
-        axis.set_title(f"AUROC minus plain, {where}", fontsize=10)
-    shares = np.full((len(ys), len(xs)), np.nan)
-    for arm, (column, line) in places.items():
-        shares[ys.index(line), xs.index(column)] = merged_share(runs[arm]) or 0.0
-    draw_map(axes[2], shares, "{:.1%}", cmap="Greys", vmin=0, vmax=1)
-    axes[2].set_title("share of the drawn pairs that merged", fontsize=10)
-    for axis in axes:
-        axis.set_xticks(range(len(xs)), [f"{place:g}" for place in xs])
-        axis.set_yticks(range(len(ys)), [f"{place:g}" for place in ys])
-        axis.set(xlabel=names[x], ylabel=names[y])
-    figure.savefig(path, dpi=150, facecolor="white")
-    plt.close(figure)
-
-
-def draw_map(axis: Axes, grid: np.ndarray, form: str, **colours: Any) -> None:
-    """A grid of numbers, each written into its square."""
-    image = axis.imshow(grid, origin="lower", aspect=0.6, **colours)
-    for line, column in np.ndindex(grid.shape):
-        red, green, blue, _ = image.to_rgba(grid[line, column])
-        axis.text(
-            *(column, line, form.format(grid[line, column])),
-            fontsize=8,
-            ha="center",
-            va="center",
-            color="black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white",
-        )
-    axis.figure.colorbar(image, ax=axis, shrink=0.75)
-
-
-def draw_architectures(runs: Runs, rows: list[Row], path: Path, colour: str) -> None:
-    """One bar per architecture and setting of merging: AUROC minus its own plain run."""
-    kinds = sorted({row["arm"].split(": ")[1] for row in rows})
-    archs = list(dict.fromkeys(arm.split(": ")[0] for arm in runs))
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True, layout="constrained")
-    for axis, where in zip(axes, WHERE, strict=True):
-        for place, kind in enumerate(kinds):
-            found = {
-                row["arm"].split(": ")[0]: row["difference"]
-                for row in rows
-                if row["arm"].endswith(f": {kind}")
-                and (row["metric"], row["images"]) == ("AUROC", where)
-            }
-            positions = [archs.index(arch) + 0.38 * place for arch in found]
-            reach = [d.get("high", d["mean"]) - d["mean"] for d in found.values()]
-            heights = [d["mean"] for d in found.values()]
-            axis.bar(
-                *(positions, heights),
-                width=0.36,
-                yerr=reach,
-                color=colour,
-                alpha=0.5**place,
-                label=in_words(kind),
-                capsize=2,
-            )
-        axis.axhline(0, color="black", linewidth=0.8)
-        axis.set_xticks(np.arange(len(archs)) + 0.19 * (len(kinds) - 1), archs, rotation=20)
-        axis.set_title(f"{where} test images")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("AUROC minus plain, 95% interval")
-    axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=150, facecolor="white")
-    plt.close(figure)
-
-
 # -- what is asked for -----------------------------------------------------------------------------
 
 SWEEPS = {  # as the runs name them -> heading of the table
@@ -333,41 +208,26 @@ SWEEPS = {  # as the runs name them -> heading of the table
     "architectures": "Architectures",
     "architectures-transient": "Architectures, no merge stays",
 }
-AXES = {  # of a sweep's map
-    "figure2": {"merge_weight": "merge weight α", "merge_probability": "probability p"},
-    "figure3": {
-        "similarity_threshold": "threshold τ",
-        "shallow_layers": "first layers left alone, share $L_s$",
-    },
-}
 
 
-def report(sweep: str, results: list[Row], pictures: Path) -> tuple[str, list[Row]]:
-    """Draws the pictures of a sweep; returns its tables and its differences."""
-    kind = sweep.removesuffix("-transient")
-    settings = by_setting(results, by_architecture=kind != "architectures")
+def report(sweep: str, results: list[Row]) -> tuple[str, list[Row]]:
+    """Returns the tables of a sweep and its differences."""
+    architectures = sweep.removesuffix("-transient") == "architectures"
+    settings = by_setting(results, by_architecture=not architectures)
     rows: list[Row] = []
     text = []
     for setting, runs in settings.items():
-        picture = pictures / f"{sweep}-{slug(setting)}.png"
-        if kind == "architectures":
+        if architectures:
             here: list[Row] = []
             for arch in dict.fromkeys(arm.split(": ")[0] for arm in runs):
                 own = {arm: done for arm, done in runs.items() if arm.startswith(f"{arch}: ")}
                 found = compare(own, f"{setting}, {arch}", f"{arch}: plain")
                 text.append(table({f"{setting}, {arch}": own}, found, f"{arch}: plain"))
                 here += found
-            colour = FORWARD if sweep.endswith("-transient") else COLOURS["merging"]
-            draw_architectures(runs, here, picture, colour)
         else:
             runs = best_first(runs)
             here = compare(runs, setting, "plain")
             text.append(table({setting: runs}, here, "plain"))
-            if kind == "study":
-                draw_study(setting, runs, here, picture)
-            else:
-                x, y = AXES[kind]
-                draw_grid(runs, here, picture, x=x, y=y, names=AXES[kind])
             for baseline in ALTERNATIVES:
                 if baseline in runs:
                     rows += compare(runs, setting, baseline)
@@ -388,22 +248,19 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=RUNS.parent, help="where to write (default: the study's folder)"
     )
-    parser.add_argument("--pictures", type=Path, help="where the PNG files go (default: --out)")
     options = parser.parse_args()
-    pictures = options.pictures or options.out
-    for folder in (options.out, pictures):
-        folder.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     kept = [] if options.runs else read_runs(RUNS)
     rows: list[Row] = []
     text = []
     for sweep in options.sweep:
         own = raw_runs(options.runs) if options.runs else [r for r in kept if r["sweep"] == sweep]
-        tables, found = report(sweep, own, pictures)
+        tables, found = report(sweep, own)
         text.append(f"## {SWEEPS[sweep]}\n\n{tables}")
         rows += found
     write_csv(rows, options.out / "differences.csv")
     (options.out / "table.md").write_text("\n".join(text))
-    print(f"Written: differences.csv and table.md to {options.out}, pictures to {pictures}")
+    print(f"Written: differences.csv and table.md to {options.out}")
 
 
 if __name__ == "__main__":

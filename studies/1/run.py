@@ -5,7 +5,7 @@
     python -m studies.1.run figure3 --data-root DIR          # merged depth, threshold
     python -m studies.1.run architectures --data-root DIR
     python -m studies.1.run figure2 --transient ...          # the same, no merge stays
-    python -m studies.1.report                               # tables and pictures
+    python -m studies.1.report                               # tables
 
 Every run writes one JSON file to ``--out``; a run that is there or in runs.jsonl.gz is not
 repeated, and several processes that share the folder never do the same run twice. ``--collect``

@@ -1,6 +1,6 @@
 """Paired differences of a study: each arm minus a baseline of the same seed, on each data set.
 
-Pure functions of the results of run.py; tables and figures are in report.py.
+Pure functions of the results of run.py; tables are in report.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ MEASURES = {  # display name -> metric of a run
     "log loss": "nll",
     "retained": "balanced_error",
 }
-BETTER_BELOW = ("calibration error", "calibration error, scaled", "log loss")
 WHERE = ("clean", "corrupted", *FAMILIES)
 POOLED = "pooled"
 SCALED = "plain, temperature scaled"  # derived from the plain runs, and compared like an arm

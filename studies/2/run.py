@@ -1,14 +1,13 @@
 """The second study: where does merging help? Long training on few images, with paired controls.
 
     python -m studies.2.run pilot --data-root DIR             # all arms, 5 seeds
-    python -m studies.2.report power                          # how many pairs a claim needs
     python -m studies.2.run study --data-root DIR --arms plain "transient, random" --seeds 20
     python -m studies.2.run dial --data-root DIR              # kernels pushed apart ... together
     python -m studies.2.run augmentations --data-root DIR --arms plain "transient, random"
     python -m studies.2.run freeze --arms plain "EMA .98" "transient, random"
     python -m studies.2.run confirm --data-root DIR --chest-root NIH
     python -m studies.2.run collect                           # adds them to runs.jsonl.gz
-    python -m studies.2.report report
+    python -m studies.2.report
 
 Settings are chosen on BloodMNIST and DermaMNIST by their validation parts only. ``freeze`` writes
 the chosen arms with all their settings to a file, which is committed before ``confirm`` trains

@@ -35,7 +35,6 @@ ARMS: dict[str, tuple[Method, ...]] = {
         ),
     ),
 }
-CONTROLS = ("channel noise", "channel dropout", "random erasing")  # drawn for each image
 
 # -- training --------------------------------------------------------------------------------------
 

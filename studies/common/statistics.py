@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from math import floor, sqrt
+from math import sqrt
 
 import numpy as np
 from scipy import stats
@@ -161,29 +160,3 @@ def equivalence(pooled: Pooled, margin: float) -> dict[str, float]:
     above = float(stats.t.sf((pooled.mean + margin) / pooled.error, pooled.freedom))
     below = float(stats.t.cdf((pooled.mean - margin) / pooled.error, pooled.freedom))
     return {"loss": above, "p": max(above, below)}
-
-
-# -- power -----------------------------------------------------------------------------------------
-
-
-@cache
-def pairs_needed(sd: float, effect: float = 0.01, power: float = 0.8) -> int | None:
-    """Returns how many pairs a two-sided paired t test at 5% needs for this power.
-
-    Returns None if more than 10,000 would be needed.
-    """
-    if sd <= 0:
-        return 2
-
-    def chance(n: int) -> float:
-        shift, critical = effect / sd * sqrt(n), stats.t.ppf(0.975, n - 1)
-        return float(stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift))
-
-    # The normal distribution's answer is a little too low: count up from there.
-    normal = (stats.norm.ppf(0.975) + stats.norm.ppf(power)) * sd / effect
-    if normal**2 > 10_000:
-        return None
-    n = max(2, floor(normal**2))
-    while chance(n) < power:
-        n += 1
-    return n

@@ -157,17 +157,6 @@ def test_a_network_of_volumes_takes_every_arm_and_none_of_its_slices_apart() -> 
     assert found["moved_by_mixing"] > 0 and found["cka_under_noise"] > 0
 
 
-@pytest.mark.parametrize("package", list(networks.PACKAGES))
-def test_each_package_is_matched_by_place(package: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    stored = timm.create_model(networks.PACKAGES[package], num_classes=1000).state_dict()
-    path = tmp_path / "weights.pth"
-    torch.save({f"other.{n}": value for n, value in enumerate(stored.values())}, path)
-    own = networks.pretrained_network(package, 7, path).state_dict()
-    for (name, value), given in zip(own.items(), stored.values(), strict=True):
-        assert name.startswith("classifier") or torch.equal(value, given), name
-
-
 def test_adapting_is_the_formula_and_leaves_the_network() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -341,8 +330,7 @@ def test_the_report_pools_what_was_confirmed(tmp_path: Path, monkeypatch: Any) -
     path = tmp_path / "runs.jsonl.gz"
     gains = {"plain": 0.0, "merging per image": 1.0, "channel noise": 0.9}
     write_runs(path, made_up(gains))
-    command = ["report.py", "--runs", str(path), "--out", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", [*command, "--pictures", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["report.py", "--runs", str(path), "--out", str(tmp_path)])
     report.main()
     with open(tmp_path / "pooled.csv", newline="") as file:
         rows = {
@@ -361,8 +349,6 @@ def test_the_report_pools_what_was_confirmed(tmp_path: Path, monkeypatch: Any) -
     assert not rows["channel noise", "plain", "AUROC", "corrupted"]["p_holm"]
     level = rows["merging per image", "plain", "balanced accuracy", "clean"]
     assert abs(float(level["mean"])) < 0.05 and level["p_level"] and level["p_loss"]
-    assert (tmp_path / "forest-flips.png").stat().st_size > 10_000
-    assert not (tmp_path / "forest-trivial.png").exists()
     assert not (tmp_path / "laboratories.csv").exists()
 
 
