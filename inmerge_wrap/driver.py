@@ -70,7 +70,7 @@ class Driver:
         # Of each layer that merged with the last step of its optimizer, how.
         self._last: dict[int, Outcome | Strength] = {}
         self._attachments = Attachments()
-        self._forward = ForwardMerge(plan.merged)
+        self._forward = ForwardMerge(plan.merged, network)
         self._passes = 0  # steps that merged
         # Of each layer, steps that merged whose counts have not been read; -1: one more has.
         self._uncounted = [0] * len(plan.merged)
@@ -166,6 +166,7 @@ class Driver:
         optimizer = stepping_optimizer(given, to_write=self._in_step)
         if not self._in_step:
             check_sites(self._network, self._plan.merged)  # it may have changed since
+            self._refuse_replaced(self._layers())
             if any(parameter.is_meta for parameter in self._network.parameters()):
                 raise ValueError(
                     "the weights are on the meta device, where nothing can be drawn: place them, "
@@ -174,7 +175,7 @@ class Driver:
         known = self._attachments.of(optimizer)
         attachment = self._attached(optimizer, given, hook, wrapper) if known is None else known
         if not self._in_step:
-            self._forward.install(self._network)
+            self._forward.install()
             self._prepare()
         return attachment
 
@@ -266,12 +267,16 @@ class Driver:
         if self._in_step and attachment is not None:
             check_layers(layers)
             check_still_held(attachment, trained_of(held), layers)
-        elif (found := self._forward.replaced(layers)) is not None:
-            raise RuntimeError(replaced(*found))
+        elif not self._in_step:
+            self._refuse_replaced(layers)
         if held:
             self._step(held, layers, optimizer)
         if not trained_of(layers):
             self._warn_of_frozen_weights()
+
+    def _refuse_replaced(self, layers: Sequence[MergedLayer]) -> None:
+        if (found := self._forward.replaced(layers)) is not None:
+            raise RuntimeError(replaced(*found))
 
     def merge_(self, wrapper: nn.Module) -> None:
         """Runs one pass over all merged layers; see :meth:`InMergeWrapper.merge_`."""

@@ -30,11 +30,11 @@ from inmerge_wrap.weights import Weights, chain_of
 class ForwardMerge:
     """Merges in the forward pass of one network."""
 
-    def __init__(self, sites: Sequence[ConvSite]) -> None:
+    def __init__(self, sites: Sequence[ConvSite], network: nn.Module) -> None:
         self.is_on = False  # whether the current step merges
         self.is_graphed = False  # whether a CUDA graph repeats passes, which the host cannot see
         self._sites = sites
-        self._modules: list[nn.Module] = []
+        self._modules = modules_of(network, sites)
         self._hooks: list[RemovableHandle] = []
         self._chains: dict[int, nn.Module] = {}  # of parametrizations, which compute a weight
         self._way: Outputs | Weights | None = None
@@ -50,13 +50,12 @@ class ForwardMerge:
         # A copy is driven by no optimizer, for which a compiled forward pass does not look.
         return vars(self) | {"is_on": False}
 
-    def install(self, network: nn.Module) -> None:
+    def install(self) -> None:
         """Puts the hooks on the convolutions of the plan, behind all others that are there."""
         if not self._hooks and "torch._dynamo" in sys.modules:
             # Graphs do not look for hooks: one made before would go on without these.
             torch._dynamo.reset()
         self.uninstall()
-        self._modules = modules_of(network, self._sites)
         for number, module in enumerate(self._modules):
             self._hooks += [
                 module.register_forward_pre_hook(partial(self._before, number)),
@@ -71,12 +70,12 @@ class ForwardMerge:
         self.is_on = False
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._modules = [], []
+        self._hooks = []
         self._chains.clear()  # the same object, which the stand-ins look at
 
     def replaced(self, layers: Sequence[MergedLayer]) -> tuple[str, nn.Module] | None:
         """Returns the name of a convolution that another module has replaced, and that module."""
-        for layer, module in zip(layers, self._modules, strict=False):  # none before ``install``
+        for layer, module in zip(layers, self._modules, strict=True):
             if layer.module is not module:
                 return layer.site.name, layer.module
         return None

@@ -221,9 +221,9 @@ def check_still_held(
 def replaced(names: str, by: nn.Module) -> str:
     """Returns the message for convolutions whose place another module took."""
     return (
-        f"{names}: after attach() a {type(by).__name__} took the place of the convolution. Change "
-        "the network first (BlurPool and other surgery, quantisation, adapters), then wrap it "
-        "and create the optimizer"
+        f"{names}: a {type(by).__name__} took the place of the convolution after the network was "
+        "wrapped. Change the network first (BlurPool and other surgery, quantisation, adapters), "
+        "then wrap it and create the optimizer"
     )
 
 

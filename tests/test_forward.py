@@ -1349,8 +1349,11 @@ def test_what_the_mode_cannot_do_says_so() -> None:
         optimizer.step()
     model.module.grouped = nn.Conv2d(8, 12, 3, groups=2).double()
     model.module.grouped.__class__ = type("Blurred", (nn.Conv2d,), {})
-    with pytest.raises(RuntimeError, match=r"grouped: after attach.* a Blurred took the place"):
+    told = r"grouped: a Blurred took the place of the convolution after the network was wrapped"
+    with pytest.raises(RuntimeError, match=told):
         optimizer.step()
+    with pytest.raises(RuntimeError, match=told):
+        model.attach(torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 def test_frozen_layers_are_left_alone() -> None:

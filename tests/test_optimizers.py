@@ -845,7 +845,7 @@ def test_a_convolution_replaced_after_attaching_is_an_error_with_its_remedy() ->
     train(model, optimizer, 1)
     model.module.mid = Blurred(model.module.mid)
     with pytest.raises(
-        RuntimeError, match=r"^mid: after attach.* a Blurred took.*then wrap"
+        RuntimeError, match=r"^mid: a Blurred took.* after the network was wrapped.*then wrap"
     ) as raised:
         train(model, optimizer, 1)
     assert "FSDP2" not in str(raised.value)
