@@ -33,6 +33,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
+@pytest.fixture
+def own_accelerator_state() -> Iterator[None]:
+    from tests.scripts.common import forget_accelerator  # imports Accelerate, which takes a while
+
+    forget_accelerator()
+    yield
+    forget_accelerator()
+
+
 @pytest.fixture(scope="session")
 def stranger() -> Iterator[Stranger]:
     """A process that cannot import this library."""

@@ -24,13 +24,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from inmerge_wrap import InMergeWrapper, NoEffectWarning, export_weights
 from tests.scripts.common import (
-    SETTINGS,
+    Nested,
     TinyNet,
     attached,
     batch,
     digest,
     equal,
-    forget_accelerator,
     loss_of,
     sgd,
     tiny_net,
@@ -43,11 +42,7 @@ from tests.scripts.resume import HALF, WHOLE, Run
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def _own_accelerator_state() -> Iterator[None]:
-    forget_accelerator()
-    yield
-    forget_accelerator()
+pytestmark = pytest.mark.usefixtures("own_accelerator_state")
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +190,7 @@ def test_without_the_counter_it_would_not(tmp_path: Path, of_the_optimizer: bool
         fresh.accelerator.load_state(str(tmp_path))
     assert fresh.model.step == (HALF if of_the_optimizer else 0)
     assert (fresh.train(first=HALF) == straight) is of_the_optimizer
+    assert equal(weights_of(fresh.model), weights_of(run.model)) is of_the_optimizer
 
 
 def test_the_networks_own_state_dict_loads_into_the_wrapper() -> None:
@@ -341,17 +337,10 @@ def test_an_unattached_compiled_model_is_reported() -> None:
         train(compiled, sgd(model), 10)
 
 
-class Clipped(torch.optim.SGD):
-    """Calls super().step(), so that torch runs the hooks twice."""
-
-    def step(self, closure: Any = None) -> Any:
-        return super().step(closure)
-
-
 @pytest.mark.filterwarnings("ignore:.*record_function.*:UserWarning")
 # Dynamo itself looks at .grad of the outputs, where it goes on after backward().
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("kind", [torch.optim.SGD, Clipped])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, Nested])
 @pytest.mark.parametrize("what", ["step", "whole iteration"])
 def test_a_compiled_step_merges_once_and_is_not_compiled_again(kind: Any, what: str) -> None:
     torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # torch now hooks SGD.step, too
@@ -402,9 +391,7 @@ def test_a_compiled_wrapper_is_exported_as_plain_weights(tmp_path: Path) -> None
 
 
 def test_copies_of_a_compiled_run_are_independent() -> None:
-    model = InMergeWrapper(tiny_net(), **SETTINGS)
-    optimizer = sgd(model)
-    model.attach(optimizer)
+    model, optimizer = attached()
     compiled = torch.compile(model, backend="eager")
     train(compiled, optimizer, 1)
     twin = copy.deepcopy(model)

@@ -27,7 +27,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from inmerge_wrap import InMergeWrapper, export_timm
 from inmerge_wrap.checkpoints import load_network, read_state
-from tests.scripts.common import forget_accelerator
 
 ARCH = "resnet10t"
 
@@ -276,10 +275,10 @@ def test_an_index_says_which_file_holds_a_weight(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("own_accelerator_state")
 @pytest.mark.parametrize("safe", [True, False])
 def test_what_accelerate_saves_in_several_files(net: nn.Module, tmp_path: Path, safe: bool) -> None:
     model = InMergeWrapper(net)
-    forget_accelerator()
     Accelerator(cpu=True).save_model(model, tmp_path, max_shard_size="2MB", safe_serialization=safe)
     assert len(list(tmp_path.glob("*-of-*"))) > 2
     assert equal(load_network(tmp_path, ARCH)[0], net)

@@ -34,7 +34,7 @@ def network(family: str) -> torch.nn.Module:
 def wrapped(family: str, mode: str, dtype: torch.dtype) -> tuple[InMergeWrapper, Any]:
     settings: dict[str, Any] = {"similarity_threshold": -1.0, "shallow_layers": 1}
     if mode != "step":
-        settings |= {"direction": "signed", "merge_probability": 1.0}
+        settings |= {"direction": "signed", "merge_probability": 1.0, "shallow_layers": 0}
     model = InMergeWrapper(
         network(family).to(dtype),
         mode=mode,  # type: ignore[arg-type]

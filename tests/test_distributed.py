@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -380,9 +379,3 @@ def test_xla_is_refused_before_and_after_the_weights_moved() -> None:
         optimizer.step()
     with pytest.raises(RuntimeError, match="on XLA devices"):
         model.attach(sgd(model))
-
-
-def test_a_parallelised_network_is_wrapped_before() -> None:
-    net = nn.DataParallel(timm.create_model("resnet18"))
-    with pytest.raises(ValueError, match=r"before DataParallel: InMergeWrapper\(network\) first"):
-        type(wrapped())(net)

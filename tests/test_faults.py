@@ -22,9 +22,7 @@ from tests.scripts.common import (
     TinyNet,
     attached,
     equal,
-    forget_accelerator,
     next_pairs,
-    tiny_net,
     train,
     weights_of,
     wrapped,
@@ -105,6 +103,10 @@ def test_a_write_that_fails_leaves_the_previous_file_and_no_draft(
         (lambda state: state[:-2], "_extra_state holds 18 numbers.*is truncated"),
         (lambda state: state[:2], "_extra_state of the checkpoint is not that of"),
         (
+            lambda state: torch.cat([torch.full_like(state[:1], 9), state[1:]]),
+            "_extra_state of the checkpoint is not that of",
+        ),
+        (
             lambda state: torch.cat([state[:-1], state[-1:] * torch.inf]),
             "holds numbers that are not finite",
         ),
@@ -163,8 +165,8 @@ def test_a_counter_survives_federated_averaging(shares: tuple[float, ...]) -> No
     assert next_pairs(fresh) == next_pairs(clients[0])
 
 
+@pytest.mark.usefixtures("own_accelerator_state")
 def test_a_truncated_checkpoint_file_does_not_load(tmp_path: Path) -> None:
-    forget_accelerator()
     accelerator = Accelerator(cpu=True)
     model, optimizer = attached()
     accelerator.prepare(model, optimizer)
@@ -223,20 +225,12 @@ def test_a_broken_kernel_does_not_spread_and_is_reported(value: float) -> None:
                 assert not torch.equal(after[target], before[target])
                 assert after[target].isfinite().all()
     layers = model.report()
-    assert layers["mid"].undefined == 0
+    assert (layers["mid"].drawn, layers["mid"].undefined, layers["mid"].share) == (50 * 7, 0, 1.0)
     assert layers["last"].undefined >= 50 and layers["last"].drawn == 50 * 9
     assert layers["last"].merged == layers["last"].drawn - layers["last"].undefined
-    assert -1.0 <= layers["last"].mean_cosine <= 1.0
+    assert -1.0 <= layers["last"].mean_cosine <= layers["last"].max_cosine <= 1.0
+    assert "mid" in str(layers)
     assert f"pairs without a cosine: {layers['last'].undefined:,}" in str(layers)
-
-
-def test_one_infinite_entry_breaks_its_kernel_only() -> None:
-    model = wrapped(similarity_threshold=-1.0, merge_probability=1.0)
-    with torch.no_grad():
-        model.last.weight[2, 0, 1, 1] = float("inf")
-    for _ in range(20):
-        model.merge_()
-    assert (~model.last.weight.isfinite()).flatten(1).any(1).nonzero().flatten().tolist() == [2]
 
 
 def test_a_diverged_run_keeps_its_counter_and_can_be_saved_and_loaded() -> None:
@@ -248,6 +242,6 @@ def test_a_diverged_run_keeps_its_counter_and_can_be_saved_and_loaded() -> None:
     train(model, optimizer, 2, start=1)
     assert model.step == 3
     assert sum(layer.undefined for layer in model.report()) > 0
-    fresh = InMergeWrapper(tiny_net(), **SETTINGS)
+    fresh = wrapped()
     fresh.load_state_dict(model.state_dict())
     assert fresh.step == 3 and fresh.report() == model.report()

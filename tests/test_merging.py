@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -127,9 +126,10 @@ def test_all_kernels_are_read_before_any_is_written() -> None:
 @pytest.mark.parametrize("threshold", [-1.0, 0.3])
 def test_broken_kernels_neither_merge_nor_spread(broken: float, threshold: float) -> None:
     weight = torch.ones(4, 2, 3, 3)
-    weight[1] = broken
-    if not math.isfinite(broken):
-        weight[1, 0, 0, 0] = 1.0  # one bad entry among good ones is enough
+    if math.isfinite(broken):
+        weight[1] = broken
+    else:
+        weight[1, 0, 0, 0] = broken  # one bad entry among good ones is enough
     before = weight.clone()
     targets, sources = torch.tensor([0, 1, 2]), torch.tensor([1, 0, 3])
     merged = merge_on(weight, targets, sources, merge_weight=0.5, similarity_threshold=threshold)
@@ -176,12 +176,6 @@ def test_draws_are_sorted_distinct_and_reproducible() -> None:
     assert not torch.equal(targets, other[0])
 
 
-def test_draws_leave_the_global_generator_alone() -> None:
-    state = torch.get_rng_state()
-    draw_pairs(64, 0.5, generator())
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 @pytest.mark.parametrize(
     "arguments,message",
     [
@@ -196,16 +190,3 @@ def test_bad_draw_arguments_are_named(arguments: tuple[float, ...], message: str
     count, probability, *groups = arguments
     with pytest.raises(ValueError, match=message):
         draw_pairs(count, probability, generator(), *groups)
-
-
-@pytest.mark.parametrize(
-    "name,value",
-    [
-        *itertools.product(["merge_weight"], [-0.01, 2.01, math.nan]),
-        *itertools.product(["similarity_threshold"], [-1.01, 1.01, math.nan]),
-    ],
-)
-def test_bad_settings_are_named(name: str, value: float) -> None:
-    settings = {"merge_weight": 0.8, "similarity_threshold": 0.3, name: value}
-    with pytest.raises(ValueError, match=f"{name} must lie in .* got {value}"):
-        merge_on(torch.ones(2, 1, 1, 1), torch.tensor([0]), torch.tensor([1]), **settings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,7 +19,6 @@ from tests.scripts.common import (
     MERGED,
     attached,
     equal,
-    forget_accelerator,
     loss_of,
     next_pairs,
     sgd,
@@ -32,11 +30,7 @@ from tests.scripts.common import (
 ALPHA, TAU = 0.7, 0.0
 
 
-@pytest.fixture(autouse=True)
-def _own_accelerator_state() -> Iterator[None]:
-    forget_accelerator()
-    yield
-    forget_accelerator()
+pytestmark = pytest.mark.usefixtures("own_accelerator_state")
 
 
 def by_the_book(model: Any, before: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
@@ -53,19 +47,17 @@ def by_the_book(model: Any, before: dict[str, Tensor]) -> tuple[dict[str, Tensor
 # -- dtypes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_weights_of_any_dtype_are_blended_wide_and_rounded_once(dtype: torch.dtype) -> None:
-    model = wrapped(merge_weight=ALPHA, similarity_threshold=TAU).to(dtype)
+def test_half_precision_is_blended_wide_and_rounded_once() -> None:
+    model = wrapped(merge_weight=ALPHA, similarity_threshold=TAU).half()
     before = weights_of(model)
     expected, count = by_the_book(model, before)
     model.merge_()
     assert count > 0 and model.report().merged == count
     for name, weight in expected.items():
         actual = model.get_submodule(name).weight
-        assert actual.dtype == dtype
-        # At most a tie that rounds the other way; in float64 the blend itself rounds, too.
-        rtol = 1e-12 if dtype == torch.float64 else torch.finfo(dtype).eps
-        torch.testing.assert_close(actual, weight, rtol=rtol, atol=0.0)
+        assert actual.dtype == torch.float16
+        # At most a tie that rounds the other way.
+        torch.testing.assert_close(actual, weight, rtol=torch.finfo(torch.float16).eps, atol=0.0)
         untouched = before[f"module.{name}.weight"] == weight
         assert torch.equal(actual[untouched], weight[untouched])
 

@@ -31,7 +31,8 @@ from inmerge_wrap.kernels import store_of
 from inmerge_wrap.merging import blend_kernels, nearest_kernels, norm_scale
 from inmerge_wrap.settings import MergeSettings, Strength
 from tests import reference
-from tests.test_wrapper import attached, drawn, sgd, small_net, states_equal, train, wrapped
+from tests.scripts.common import equal, sgd
+from tests.test_wrapper import attached, drawn, small_net, train, wrapped
 
 ROOT = Path(__file__).parents[1]
 
@@ -110,7 +111,7 @@ def test_the_wrapper_follows_its_schedule_through_a_resume() -> None:
     again.attach(again_optimizer)
     for m, o in ((model, optimizer), (again, again_optimizer)):
         train(m, o, 4, start=4)
-    assert states_equal(model.state_dict(), again.state_dict())
+    assert equal(model.state_dict(), again.state_dict())
     assert model.step == 8 and model.report().merged > merged[3]
 
 
@@ -261,7 +262,7 @@ def test_first_moments_follow_the_weights_on_demand(kind: str) -> None:
             optimizer.state[model.module.get_submodule(site.name).weight]
             for site in model.plan.merged
         ]
-    assert states_equal(plain.module.state_dict(), follows.module.state_dict())
+    assert equal(plain.module.state_dict(), follows.module.state_dict())
     for layer, (before, after) in enumerate(zip(moments[plain], moments[follows], strict=True)):
         targets, sources = drawn(plain, layer, 0, 0.5)
         pairs = list(zip(targets.tolist(), sources.tolist(), strict=True))
@@ -354,7 +355,7 @@ def test_a_failed_recalibration_changes_nothing(
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(error, match=message):
         recalibrate(net, loader)
-    assert states_equal(net.state_dict(), before)
+    assert equal(net.state_dict(), before)
     assert [norm.momentum for norm in net.norms] == [0.1] * 4
     assert not any(module.training for module in net.modules())
 
@@ -436,19 +437,6 @@ def test_without_inspection_nothing_is_recorded() -> None:
     assert model.history == []
 
 
-@pytest.mark.parametrize(
-    "settings,message",
-    [
-        ({"partner": "best"}, "partner must be 'random' or 'most_similar'.*, got 'best'"),
-        ({"inspect_every": -1}, "inspect_every must be a count of steps >= 0, got -1"),
-        ({"similarity_threshold": "high"}, "similarity_threshold"),
-    ],
-)
-def test_bad_options_are_named(settings: dict, message: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=message):
-        InMergeWrapper(small_net(), shallow_layers=2, **settings)
-
-
 def test_momentum_that_does_not_exist_is_reported() -> None:
     model = wrapped(similarity_threshold=-1.0, merge_momentum=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -503,7 +491,7 @@ def test_what_is_recommended_merges_everywhere_and_fades_out(mode: Any) -> None:
     assert model.step == 100 and not model.statistics_lag
     plain = small_net()
     train(plain, sgd(plain), 100)
-    assert not states_equal(plain.state_dict(), model.module.state_dict())
+    assert not equal(plain.state_dict(), model.module.state_dict())
 
 
 def test_merging_that_stays_merges_in_a_wide_layer_and_ends_with_the_training() -> None:
@@ -526,5 +514,3 @@ def test_merging_that_stays_merges_in_a_wide_layer_and_ends_with_the_training() 
     assert not model.statistics_lag
     other = InMergeWrapper.recommended(wide, **settings, merge_probability=0.5, keep_norm=True)
     assert (other.merge_probability, other.keep_norm, other.schedule.end) == (0.5, True, 19)
-    with pytest.raises(ValueError, match="total_steps must be a count of steps >= 1, got 0"):
-        InMergeWrapper.recommended(wide, total_steps=0)

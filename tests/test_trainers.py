@@ -37,7 +37,6 @@ from tests.scripts.common import (
     batch,
     digest,
     equal,
-    forget_accelerator,
     loss_of,
     sgd,
     tiny_net,
@@ -77,11 +76,11 @@ LOOPS = {
 
 
 @pytest.fixture(autouse=True)
-def _own_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_surroundings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_accelerator_state: None
+) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
-    forget_accelerator()
     yield
-    forget_accelerator()
     torch._dynamo.reset()
 
 

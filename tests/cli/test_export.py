@@ -124,14 +124,6 @@ def test_files_that_are_no_weights(weights: Path, tmp_path: Path) -> None:
     assert "no state dict" in complaint("export", tmp_path / "empty.pt", out, *arch)
 
 
-def test_a_pickle_is_not_run(tmp_path: Path) -> None:
-    torch.save(timm.create_model(ARCH, num_classes=2), tmp_path / "whole_model.pt")
-    told = complaint(
-        "export", tmp_path / "whole_model.pt", tmp_path / "o.safetensors", "--arch", ARCH
-    )
-    assert "torch.save(model.state_dict(), path)" in told
-
-
 def test_two_networks_in_one_checkpoint_are_not_guessed_at(net: nn.Module, tmp_path: Path) -> None:
     state = net.state_dict()
     both = {f"{who}.{name}": v for who in ("student", "teacher") for name, v in state.items()}

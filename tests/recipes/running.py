@@ -77,3 +77,8 @@ def refusal(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> s
     with pytest.raises(SystemExit) as stop:
         run_here(monkeypatch, recipe(name), *arguments)
     return stop.value.code
+
+
+def offline(*_: object, **__: object) -> None:
+    """In place of a download."""
+    raise RuntimeError("no network")

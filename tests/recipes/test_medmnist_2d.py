@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.recipes.running import ACCELERATE, TWO_PROCESSES, recipe, refusal, run, run_here
+from tests.recipes.running import ACCELERATE, TWO_PROCESSES, offline, recipe, refusal, run, run_here
 
 TINY = ["--arch", "test_resnet", "--epochs", "1", "--batch-size", "32", "--data-root", "."]
 
@@ -105,9 +105,6 @@ def test_the_papers_settings_on_digits(tmp_path: Path, monkeypatch: pytest.Monke
 def test_without_data_it_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    def offline(*_: object, **__: object) -> None:
-        raise RuntimeError("no network")
-
     monkeypatch.setattr(medmnist, "PathMNIST", offline)
     monkeypatch.chdir(tmp_path)
     assert message in str(refusal(monkeypatch, "medmnist_2d", *arguments))

@@ -17,7 +17,7 @@ from PIL import Image
 from inmerge_wrap import export_timm
 from tests.app.trained import pictures, trained
 from tests.cli.common import run_json
-from tests.recipes.running import recipe, refusal, run_here
+from tests.recipes.running import offline, recipe, refusal, run_here
 
 TINY = ["--preset", "gaussian_noise", "bars", "--severities", "1", "5", "--bootstrap", "20"]
 
@@ -187,9 +187,6 @@ def test_a_trained_network_is_measured_as_inmerge_evaluate_does(
 def test_mistakes_end_with_one_sentence(
     blood: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
-    def offline(*_: object, **__: object) -> None:
-        raise RuntimeError("no network")
-
     monkeypatch.setattr(medmnist, "DermaMNIST", offline)
     monkeypatch.chdir(blood)
     export(blood / "net", 0, classes=8)

@@ -56,10 +56,6 @@ def batches(images, labels, size=25):
     return [(images[i : i + size], labels[i : i + size]) for i in range(0, len(images), size)]
 
 
-def point(values):
-    return {name: float(value) for name, value in values.items()}
-
-
 def test_rows_equal_a_computation_by_hand():
     images, labels = data("multiclass")
     model = network(4)

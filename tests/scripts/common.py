@@ -61,6 +61,18 @@ def sgd(model: nn.Module, lr: float = 0.05) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
 
 
+class Nested(torch.optim.SGD):
+    """A subclass whose step calls super().step(); torch then runs the hooks in both."""
+
+    fail = False
+
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        if self.fail:
+            raise FloatingPointError("asked for")
+        return result
+
+
 def attached(seed: int = 0, **settings: Any) -> tuple[InMergeWrapper, torch.optim.SGD]:
     """A wrapped tiny network and the optimizer after whose steps it merges."""
     model = wrapped(seed, **settings)

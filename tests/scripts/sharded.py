@@ -282,26 +282,30 @@ def went_on(model: InMergeWrapper, optimizer: Any) -> dict[str, Any]:
     return {**compare(model, alone()), "found": found}
 
 
-def resumed_with_its_optimizer(folder: Path) -> dict[str, Any]:
-    """Saved and loaded by torch.distributed.checkpoint into an optimizer that has no state yet."""
-    states = dict(zip(("model", "optimizer"), get_state_dict(*sharded_run(2)), strict=True))
-    checkpoint.save(states, checkpoint_id=folder / "checkpoint")
-    model, optimizer = sharded_run(0, seed=7)
-    states = dict(zip(states, get_state_dict(model, optimizer), strict=True))
-    checkpoint.load(states, checkpoint_id=folder / "checkpoint")
+def states_of(model: InMergeWrapper, optimizer: torch.optim.SGD) -> dict[str, Any]:
+    return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+
+
+def resumed_from(folder: Path, model: InMergeWrapper, optimizer: torch.optim.SGD) -> dict[str, Any]:
+    states = states_of(model, optimizer)
+    checkpoint.load(states, checkpoint_id=folder)
     set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=states["model"],
-        optim_state_dict=states["optimizer"],
+        model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"]
     )
     return went_on(model, optimizer)
+
+
+def resumed_with_its_optimizer(folder: Path) -> dict[str, Any]:
+    """Saved and loaded by torch.distributed.checkpoint into an optimizer that has no state yet."""
+    states = states_of(*sharded_run(2))
+    checkpoint.save(states, checkpoint_id=folder / "checkpoint")
+    return resumed_from(folder / "checkpoint", *sharded_run(0, seed=7))
 
 
 def resumed_from_an_asynchronous_save(folder: Path) -> dict[str, Any]:
     """What is written meanwhile is the state as it was, not that of the steps that follow."""
     model, optimizer = sharded_run(2)
-    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    states = states_of(model, optimizer)
     # It talks from a thread: without a group of its own it would answer the training.
     group = dist.new_group(backend="gloo")
     writing: Any = checkpoint.async_save(
@@ -309,16 +313,7 @@ def resumed_from_an_asynchronous_save(folder: Path) -> dict[str, Any]:
     )
     train(model, optimizer, 2, start=2)
     writing.result()
-    model, optimizer = sharded_run(1, seed=7)
-    states = dict(zip(states, get_state_dict(model, optimizer), strict=True))
-    checkpoint.load(states, checkpoint_id=folder / "asynchronous")
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=states["model"],
-        optim_state_dict=states["optimizer"],
-    )
-    return went_on(model, optimizer)
+    return resumed_from(folder / "asynchronous", *sharded_run(1, seed=7))
 
 
 def resumed_by_accelerate(folder: Path) -> dict[str, Any]:
