@@ -94,8 +94,10 @@ class NetworkProxy(nn.Module):
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Replaces a part of the network, as ``timm.utils.freeze`` does with its BatchNorm."""
         network = self._modules.get("module")
-        owner = super() if network is None or name not in network._modules else network
-        owner.add_module(name, module)
+        if network is not None and name in network._modules:
+            network.add_module(name, module)
+        else:
+            super().add_module(name, module)
 
     def __len__(self) -> int:
         return len(cast(Sized, self.module))
