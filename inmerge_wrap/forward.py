@@ -41,14 +41,13 @@ class ForwardMerge:
         self._counts: Counts | None = None
         self._draw: Any = None  # of the forward pass that runs
         self._replayed: Any = None  # of the one whose backward pass runs
-        self._open: dict[
-            int, Any
-        ] = {}  # draws of the passes that had no backward pass in this step
-        self._over: set[int] = set()  # those of them that have had one, which may be run again
+        # Draws of the passes of this step, by their id; and which have had a backward pass.
+        self._open: dict[int, Any] = {}
+        self._over: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is driven by no optimizer, for which a compiled forward pass does not look.
-        return vars(self) | {"is_on": False}
+        return vars(self) | {"is_on": False, "_open": {}, "_over": set()}
 
     def install(self) -> None:
         """Puts the hooks on the convolutions of the plan, behind all others that are there."""
