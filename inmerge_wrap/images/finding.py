@@ -34,7 +34,8 @@ def find_images(
     """Lists the images of a directory's class folders, or those that a CSV file names.
 
     ``groups`` and each of ``marks`` is a column of the table, or a regular expression that is
-    searched for in the image's name; its first group, or all of it, is the value.
+    searched for in the image's name; its first group, or all of it, is the value. Without
+    ``groups``, a column ``group`` of the table is used, as `write_split` writes it.
     """
     if not directory.is_dir():
         raise DataError(f"{directory} is no folder")
@@ -51,6 +52,10 @@ def find_images(
             f"<site> or <subgroups> names {min(taken)!r}, a column of split.csv too: rename yours"
         )
     known = {mark: _values_of(mark, "<site> or <subgroups>", names, rows) for mark in marks}
+    unnamed = groups is None and "group" not in labels
+    if unnamed and any(_value(row.get("group", "")) for row in rows):
+        groups = "group"
+        found = found.noted(f"The groups are those of the column group of {table}.")
     owners = [""] * len(names) if groups is None else _values_of(groups, "<groups>", names, rows)
     if groups is not None and (alone := owners.count("")):
         found = found.noted(

@@ -146,12 +146,7 @@ def read_part(
         columns = list(read_table(directory)[0])
         labels = _label_columns(columns, classes, several)
         check_columns(directory, columns, dict.fromkeys(["path", *labels]))
-        collection = find_images(
-            directory.parent,
-            table=directory,
-            labels=labels,
-            groups="group" if "group" in columns else None,
-        )
+        collection = find_images(directory.parent, table=directory, labels=labels)
     else:
         parts = parts_in(directory)
         if parts and part not in parts:

@@ -1,0 +1,61 @@
+"""Tables of images: what they may hold, and what is said where they are wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from inmerge_wrap.images.collection import ImageCollection
+from inmerge_wrap.images.finding import find_images
+from inmerge_wrap.images.folders import open_images, read_part, write_split
+
+
+def table_of(folder: Path, rows: Sequence[Sequence[str]], header: str = "path,label") -> Path:
+    """A table whose first column names images, which are written too."""
+    for number, row in enumerate(rows):
+        path = folder / row[0].replace("\\", "/")
+        if row[0] and not path.exists():
+            pixels = np.random.default_rng(number).integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(path)
+    path = folder / "table.csv"
+    path.write_text("\n".join([header, *map(",".join, rows), ""]), encoding="utf-8")
+    return path
+
+
+def opened(table: Path) -> ImageCollection:
+    return open_images(table.parent, size=8, table=table)[0]
+
+
+# -- groups ----------------------------------------------------------------------------------------
+
+
+def test_a_column_group_keeps_patients_together_without_being_named(tmp_path: Path) -> None:
+    rows = [(f"{n}.png", "ab"[n % 2], f"p{n // 4}") for n in range(48)]
+    collection = opened(table_of(tmp_path, rows, "path,label,group"))
+    parts = {(image.group, image.part) for image in collection.images}
+    assert len(parts) == 12, "a patient in two parts"
+    assert any("groups are those of the column group of" in note for note in collection.notes)
+    write_split(collection, tmp_path / "split.csv")
+    again = opened(tmp_path / "split.csv")
+    assert [i.group for i in again.images] == [i.group for i in collection.images]
+    *_, part = read_part(tmp_path / "split.csv", "test", size=8)
+    assert {image.group for image in part.images} == {g for g, p in parts if p == "test"}
+
+
+def test_an_empty_column_group_is_as_none(tmp_path: Path) -> None:
+    rows = [(f"{n}.png", "ab"[n % 2], "") for n in range(24)]
+    table = table_of(tmp_path, rows, "path,label,group")
+    collection = opened(table)
+    assert all(image.group is None for image in collection.images)
+    assert any("no groups were named" in text for text in collection.warnings)
+    assert not any("group" in note for note in find_images(tmp_path, table=table).notes)
+
+
+def test_a_column_group_that_holds_the_labels_holds_no_groups(tmp_path: Path) -> None:
+    table = table_of(tmp_path, [(f"{n}.png", "ab"[n % 2]) for n in range(24)], "path,group")
+    collection = find_images(tmp_path, table=table, labels=["group"])
+    assert all(image.group is None for image in collection.images)
