@@ -44,6 +44,21 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}" + ("" if count == 1 else "s")
 
 
+def _canonical(values: np.ndarray) -> np.ndarray:
+    """The values in the smallest type that holds all of them, so equal ones in the same."""
+    if values.dtype == np.uint8:
+        return values
+    low, high = values.min(), values.max()
+    if values.dtype.kind == "f":
+        exact = -(2**53) <= low and high <= 2**53  # beyond it, floats have gaps
+        if not (exact and (values == np.rint(values)).all()):
+            single = values.astype("<f4")
+            least = single if (single == values).all() else values.astype("<f8")
+            return least + np.float32(0)  # without the sign of a zero
+    kinds = [np.min_scalar_type(int(value)) for value in (low, high)]
+    return values.astype(np.result_type(*kinds).newbyteorder("<"))
+
+
 @dataclass(frozen=True)
 class Decoded:
     """What a file holds; uint8 is ready to be shown, anything else needs a window or a range."""
@@ -52,14 +67,20 @@ class Decoded:
     window: Callable[[np.ndarray], np.ndarray] | None = None  # to [0, 1], as a DICOM file says
     windowed: bool = False  # by a window or table of the file, not by its number of bits
     inverted: bool = False  # low values are bright (MONOCHROME1)
+    ends: float = 0.0  # the least plus the largest possible value, of one that is inverted
 
     @property
     def digest(self) -> str:
         """Of the values, so that one image in two formats is found to be the same."""
-        grey = self.values.ndim == 3 and not self.colour
-        content = np.ascontiguousarray(self.values[..., 0] if grey else self.values)
-        shape = f"{content.shape}{content.dtype.kind}".encode()
-        return hashlib.sha256(shape + content.tobytes()).hexdigest()
+        values = self.values
+        if values.ndim == 3 and not self.colour:
+            values = values[..., 0]
+        if self.inverted:  # as the file would hold them if high values were bright
+            values = self.ends - values
+        values = np.ascontiguousarray(_canonical(values))
+        digest = hashlib.sha256(f"{values.shape}{values.dtype}".encode())
+        digest.update(values.data)
+        return digest.hexdigest()
 
     @property
     def colour(self) -> bool:

@@ -221,6 +221,36 @@ def test_after_a_negative_slope_the_largest_rescaled_value_is_white(
     assert np.abs(shown - 255 * expected).max() <= 0.5 + 1e-6
 
 
+def test_equal_values_have_one_digest_whatever_type_holds_them(tmp_path: Path) -> None:
+    plain = decode(save(tmp_path / "a.png", ramp())).digest
+    for n, kind in enumerate((np.int32, np.float32)):
+        assert decode(save(tmp_path / f"{n}.tif", ramp().astype(kind))).digest == plain
+    assert decode(save(tmp_path / "c.tif", np.float32(ramp() + 0.5))).digest != plain
+    deep = ramp(top=4095, dtype=np.uint16)
+    stored = decode(save(tmp_path / "b.png", deep)).digest
+    tags = {"BitsStored": 12, "HighBit": 11}
+    rescaled = {"RescaleSlope": 1, "RescaleIntercept": 0}  # which makes the values float64
+    for number, more in enumerate(({}, rescaled, {"WindowCenter": 2000, "WindowWidth": 900})):
+        assert decode(dicom(tmp_path / f"{number}.dcm", deep, **tags, **more)).digest == stored
+    halves = [dicom(tmp_path / f"half{n}.dcm", deep, **tags, RescaleSlope=0.5, RescaleIntercept=n)
+              for n in (0, 0, 1)]  # fmt: skip
+    digests = [decode(path).digest for path in halves]
+    assert digests[0] == digests[1] != digests[2] and digests[0] != stored
+
+
+@pytest.mark.parametrize("rescaled", [{}, {"RescaleSlope": -2, "RescaleIntercept": 40}])
+def test_what_is_bright_is_part_of_a_digest(tmp_path: Path, rescaled: dict[str, float]) -> None:
+    deep = ramp(top=4095, dtype=np.uint16)
+    tags = {"BitsStored": 12, "HighBit": 11, **rescaled}
+    inverted = {"PhotometricInterpretation": "MONOCHROME1", **tags}
+    image = decode(dicom(tmp_path / "a.dcm", deep, **tags))
+    negative = decode(dicom(tmp_path / "b.dcm", deep, **inverted))
+    same = decode(dicom(tmp_path / "c.dcm", 4095 - deep, **inverted))
+    assert negative.digest != image.digest == same.digest
+    shown = [each.to_bytes(None, override=False) for each in (image, same)]
+    assert np.abs(shown[0].astype(int) - shown[1]).max() <= 1
+
+
 def test_a_small_dicom_that_claims_or_inflates_to_gigabytes_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
