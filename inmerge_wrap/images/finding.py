@@ -19,6 +19,7 @@ _MEANT = {
     "test": ("test", "testing", "tst", "holdout", "eval", "evaluation"),
 }
 _PART_OF = {word: part for part, words in _MEANT.items() for word in words}
+_UNKNOWN = ("", "nan", "na", "n/a", "#na", "#n/a", "null", "none")
 _UNDECODED = re.compile("[\udc80-\udcff]")  # how Python holds the bytes of a name in Latin-1
 
 
@@ -45,6 +46,11 @@ def find_images(
     else:
         rows = read_table(table, {path_column: "path_column"} | dict.fromkeys(labels, "labels"))
         found = _from_table(table, rows, directory, labels, path_column)
+    if alike := _differing_in_case(found.classes):
+        found = found.warned(
+            f"Classes that differ only in upper and lower case: {named(alike)}. If they are one "
+            "class, write them alike."
+        )
     names = [image.name for image in found.images]
     columns = {"path", "label", "group", "part", *(labels if len(labels) > 1 else ())}
     if taken := columns.intersection(marks):
@@ -106,6 +112,14 @@ def _places_of(classes: Iterable[str]) -> dict[str, int]:
         return (0, int(name), name) if name.isdecimal() else (1, 0, name)
 
     return {name: place for place, name in enumerate(sorted(set(classes), key=natural))}
+
+
+def _differing_in_case(classes: Sequence[str]) -> list[str]:
+    """``A = a`` for names of classes that are equal but for their case."""
+    same: dict[str, list[str]] = {}
+    for name in classes:
+        same.setdefault(name.casefold(), []).append(name)
+    return [" = ".join(names) for names in same.values() if len(names) > 1]
 
 
 # -- folders ---------------------------------------------------------------------------------------
@@ -288,7 +302,11 @@ def _from_table(
     seen: dict[str, int] = {}
     images: list[ImageFile] = []
     for number, row in enumerate(rows, start=2):
-        text, part, place = row[path_column], row.get("part") or None, f"{table}, row {number}"
+        text, part, place = (
+            row[path_column],
+            _value(row.get("part", "")) or None,
+            f"{table}, row {number}",
+        )
         if not text:
             raise DataError(f"{place}: no path")
         if text in seen:
@@ -317,7 +335,7 @@ def _from_table(
 
 def is_unknown(cell: str) -> bool:
     """Whether a cell is empty, as programs write it."""
-    return cell.lower() in ("", "nan", "na")
+    return cell.lower() in _UNKNOWN
 
 
 def read_marks(place: str, row: Mapping[str, str], labels: Sequence[str]) -> tuple[float, ...]:

@@ -58,3 +58,21 @@ def test_a_column_group_that_holds_the_labels_holds_no_groups(tmp_path: Path) ->
     table = table_of(tmp_path, [(f"{n}.png", "ab"[n % 2]) for n in range(24)], "path,group")
     collection = find_images(tmp_path, table=table, labels=["group"])
     assert all(image.group is None for image in collection.images)
+
+
+# -- cells -----------------------------------------------------------------------------------------
+
+
+def test_classes_that_differ_only_in_case_are_told(tmp_path: Path) -> None:
+    rows = [(f"{n}.png", ("Mass", "MASS", "cyst")[n % 3]) for n in range(36)]
+    assert "upper and lower case: MASS = Mass. If" in " ".join(
+        opened(table_of(tmp_path, rows)).warnings
+    )
+    rows = [(path, label.lower()) for path, label in rows]
+    assert "lower case" not in " ".join(opened(table_of(tmp_path, rows)).warnings)
+
+
+def test_a_part_that_a_program_wrote_as_missing_is_no_part(tmp_path: Path) -> None:
+    rows = [(f"{n}.png", "ab"[n % 2], ("NaN", "#N/A")[n // 2 % 2]) for n in range(24)]
+    collection = find_images(tmp_path, table=table_of(tmp_path, rows, "path,label,part"))
+    assert all(image.part is None for image in collection.images)
