@@ -11,7 +11,7 @@ from pathlib import Path
 
 from inmerge_wrap.images.collection import PARTS, ImageCollection, ImageFile
 from inmerge_wrap.images.files import DataError, counted, is_image, named
-from inmerge_wrap.images.tables import read_table
+from inmerge_wrap.images.tables import numbered_rows
 
 _MEANT = {
     "train": ("train", "training", "trn"),
@@ -44,8 +44,10 @@ def find_images(
     if table is None:
         found = _from_folders(directory)
     else:
-        rows = read_table(table, {path_column: "path_column"} | dict.fromkeys(labels, "labels"))
-        found = _from_table(table, rows, directory, labels, path_column)
+        needed = {path_column: "path_column"} | dict.fromkeys(labels, "labels")
+        numbered = numbered_rows(table, needed)
+        found = _from_table(table, numbered, directory, labels, path_column)
+        rows = [row for _, row in numbered]
     if alike := _differing_in_case(found.classes):
         found = found.warned(
             f"Classes that differ only in upper and lower case: {named(alike)}. If they are one "
@@ -293,7 +295,7 @@ def canonical(text: str) -> str:
 
 def _from_table(
     table: Path,
-    rows: Sequence[Mapping[str, str]],
+    rows: Sequence[tuple[int, Mapping[str, str]]],
     directory: Path,
     labels: Sequence[str],
     path_column: str,
@@ -301,7 +303,7 @@ def _from_table(
     root = directory.resolve()
     seen: dict[str, int] = {}
     images: list[ImageFile] = []
-    for number, row in enumerate(rows, start=2):
+    for number, row in rows:
         text, part, place = (
             row[path_column],
             _value(row.get("part", "")) or None,
@@ -327,7 +329,7 @@ def _from_table(
         raise DataError(f"{counted(len(missing), 'image')} without a part: {named(missing)}")
     if len(labels) > 1:
         return ImageCollection(tuple(labels), "multilabel", tuple(images))
-    names = [canonical(row[labels[0]]) for row in rows]
+    names = [canonical(row[labels[0]]) for _, row in rows]
     places = _places_of(names)
     images = [replace(i, label=places[name]) for i, name in zip(images, names, strict=True)]
     return ImageCollection(tuple(places), "multiclass", tuple(images))

@@ -38,6 +38,13 @@ def read_table(path: Path, needed: Mapping[str, str | None] | None = None) -> li
 
     Comma, semicolon or tab; UTF-8, UTF-16 or Windows-1252.
     """
+    return [row for _, row in numbered_rows(path, needed)]
+
+
+def numbered_rows(
+    path: Path, needed: Mapping[str, str | None] | None = None
+) -> list[tuple[int, dict[str, str]]]:
+    """As `read_table`, each row after its number in the file, which counts empty rows too."""
     try:
         text = _decoded(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
@@ -55,7 +62,7 @@ def read_table(path: Path, needed: Mapping[str, str | None] | None = None) -> li
                 )
             cells = {_cell(key): _cell(value or "") for key, value in row.items() if key}
             if any(cells.values()):  # spreadsheets end in rows of delimiters
-                rows.append(cells)
+                rows.append((reader.line_num, cells))
     except csv.Error as error:
         raise DataError(f"{path}, row {reader.line_num}: {error}") from error
     columns = [_cell(name) for name in reader.fieldnames or () if name]

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from inmerge_wrap.images.collection import ImageCollection
+from inmerge_wrap.images.files import DataError
 from inmerge_wrap.images.finding import find_images
 from inmerge_wrap.images.folders import open_images, read_part, write_split
+from inmerge_wrap.images.tables import numbered_rows
 
 
 def table_of(folder: Path, rows: Sequence[Sequence[str]], header: str = "path,label") -> Path:
@@ -58,6 +61,19 @@ def test_a_column_group_that_holds_the_labels_holds_no_groups(tmp_path: Path) ->
     table = table_of(tmp_path, [(f"{n}.png", "ab"[n % 2]) for n in range(24)], "path,group")
     collection = find_images(tmp_path, table=table, labels=["group"])
     assert all(image.group is None for image in collection.images)
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+def test_the_number_of_a_row_counts_empty_rows(tmp_path: Path) -> None:
+    table = table_of(tmp_path, [("0.png", "a"), ("", ""), ("1.png", "b"), ("2.png", "")])
+    text = table.read_text().replace(",\n", ",\n\n", 1)
+    table.write_text(text)
+    line = text.splitlines().index("2.png,") + 1
+    with pytest.raises(DataError, match=f"row {line}"):
+        find_images(tmp_path, table=table)
+    assert [number for number, _ in numbered_rows(table)] == [2, 5, line]
 
 
 # -- cells -----------------------------------------------------------------------------------------
