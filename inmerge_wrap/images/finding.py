@@ -311,9 +311,11 @@ def _from_table(
         )
         if not text:
             raise DataError(f"{place}: no path")
-        if text in seen:
-            raise DataError(f"{place}: {text} was named in row {seen[text]} already")
-        seen[text] = number
+        path = Path(text.replace("\\", "/"))
+        file = os.path.normpath(root / path)
+        if file in seen:
+            raise DataError(f"{place}: {text} was named in row {seen[file]} already")
+        seen[file] = number
         if part not in (None, *PARTS):
             raise DataError(f"{place}: part is {part!r}; give train, val or test")
         label: int | tuple[float, ...] = 0
@@ -321,7 +323,6 @@ def _from_table(
             label = read_marks(place, row, labels)
         elif is_unknown(row[labels[0]]):
             raise DataError(f"{place}: {text} has no {labels[0]}")
-        path = Path(text.replace("\\", "/"))
         name = (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
         images.append(ImageFile(directory / path, name, label, part=part))
     missing = [image.name for image in images if image.part is None]

@@ -76,6 +76,14 @@ def test_the_number_of_a_row_counts_empty_rows(tmp_path: Path) -> None:
     assert [number for number, _ in numbered_rows(table)] == [2, 5, line]
 
 
+@pytest.mark.parametrize("again", ["./d/a.png", r"d\a.png", "d/../d//a.png", "{}/d/a.png"])
+def test_one_file_is_named_once_however_its_path_is_written(tmp_path: Path, again: str) -> None:
+    (tmp_path / "d").mkdir()
+    table = table_of(tmp_path, [("d/a.png", "a"), ("d/b.png", "b"), (again.format(tmp_path), "b")])
+    with pytest.raises(DataError, match="row"):
+        find_images(tmp_path, table=table)
+
+
 # -- cells -----------------------------------------------------------------------------------------
 
 
