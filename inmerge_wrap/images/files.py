@@ -24,8 +24,8 @@ class DataError(ArgumentError):
 
     # Any other ``<name>`` in a message is part of the user's own names of files and classes.
     arguments = frozenset(
-        "allow_overlap channels crop_mode groups labels path_column pixel_range shares site size "
-        "skip_broken subgroups".split()
+        "allow_overlap channels crop_mode data_dir groups labels path_column pixel_range shares "
+        "site size skip_broken subgroups".split()
     )
 
     def __init__(self, message: str, *, names: Sequence[str] = ()) -> None:
@@ -225,6 +225,8 @@ def failure(error: Exception, path: Path) -> str:
     """Returns in one line why a file could not be read."""
     if path.is_symlink() and not path.exists():
         return f"it is a link to {path.readlink()}, which does not exist"
+    if isinstance(error, FileNotFoundError) and not path.exists():
+        return f"No such file: {path.absolute()}"
     reason = " ".join(str(error).split()).replace(str(path), path.name)
     return f"{reason[:200] or 'no reason given'} ({type(error).__name__})"
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from inmerge_wrap.errors import as_option
 from inmerge_wrap.images.collection import ImageCollection
 from inmerge_wrap.images.files import DataError
 from inmerge_wrap.images.finding import find_images
@@ -16,11 +17,17 @@ from inmerge_wrap.images.folders import open_images, read_part, write_split
 from inmerge_wrap.images.tables import numbered_rows
 
 
-def table_of(folder: Path, rows: Sequence[Sequence[str]], header: str = "path,label") -> Path:
+def table_of(
+    folder: Path,
+    rows: Sequence[Sequence[str]],
+    header: str = "path,label",
+    *,
+    write: bool = True,
+) -> Path:
     """A table whose first column names images, which are written too."""
     for number, row in enumerate(rows):
         path = folder / row[0].replace("\\", "/")
-        if row[0] and not path.exists():
+        if write and row[0] and not path.exists():
             pixels = np.random.default_rng(number).integers(0, 256, (8, 8), dtype=np.uint8)
             Image.fromarray(pixels).save(path)
     path = folder / "table.csv"
@@ -100,3 +107,29 @@ def test_a_part_that_a_program_wrote_as_missing_is_no_part(tmp_path: Path) -> No
     rows = [(f"{n}.png", "ab"[n % 2], ("NaN", "#N/A")[n // 2 % 2]) for n in range(24)]
     collection = find_images(tmp_path, table=table_of(tmp_path, rows, "path,label,part"))
     assert all(image.part is None for image in collection.images)
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_not_there_has_the_path_that_was_looked_for(tmp_path: Path) -> None:
+    table = table_of(tmp_path, [(f"{n}.png", "ab"[n % 2]) for n in range(9)])
+    (tmp_path / "3.png").unlink()
+    with pytest.raises(DataError, match=f"3.png: No such file: {tmp_path}/3.png\n"):
+        opened(table)
+
+
+def test_a_table_of_which_no_file_is_there_says_where_its_paths_start(tmp_path: Path) -> None:
+    rows = [(f"{n}.png", "ab"[n % 2]) for n in range(9)]
+    table = table_of(tmp_path, rows)
+    (tmp_path / "out").mkdir()
+    said = f"none of the 9 images .*{tmp_path}/out/0.png; its paths start from {tmp_path}/out; .*"
+    with pytest.raises(DataError, match=f"{said}name that folder with data_dir") as raised:
+        open_images(tmp_path / "out", size=8, table=table)
+    assert raised.value.with_options(as_option).endswith("name that folder with --data-dir")
+    moved = table.rename(tmp_path / "out" / "table.csv")
+    with pytest.raises(DataError, match=f"{said}move the table there, or write whole paths"):
+        read_part(moved, "test", size=8)
+    moved = table_of(tmp_path, [(f"/gone/{name}", label) for name, label in rows], write=False)
+    with pytest.raises(DataError, match=r"/gone/0\.png; mend the paths in the table"):
+        opened(moved)
