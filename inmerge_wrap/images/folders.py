@@ -161,7 +161,7 @@ def read_part(
         Pixels uint8 (N, C, S, S), labels, and the collection of this part.
     """
     if directory.is_file():
-        columns = list(read_table(directory)[0])
+        columns = list(read_table(directory, {"path": None})[0])
         labels = _label_columns(columns, classes, several)
         check_columns(directory, columns, dict.fromkeys(["path", *labels]))
         collection = find_images(directory.parent, table=directory, labels=labels)

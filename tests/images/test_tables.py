@@ -91,6 +91,23 @@ def test_one_file_is_named_once_however_its_path_is_written(tmp_path: Path, agai
         find_images(tmp_path, table=table)
 
 
+@pytest.mark.parametrize("line", ["sep=;\r\n", '"sep=;"\n', "SEP=;\n"])
+def test_the_line_that_tells_excel_the_delimiter_is_no_header(tmp_path: Path, line: str) -> None:
+    (tmp_path / "t.csv").write_bytes(f"{line}path;label\na,b,c.png;x\n".encode("utf-8-sig"))
+    assert numbered_rows(tmp_path / "t.csv") == [(2, {"path": "a,b,c.png", "label": "x"})]
+
+
+@pytest.mark.parametrize("label", ["label, final", "a, b, c"])
+def test_the_delimiter_is_that_which_gives_the_columns(tmp_path: Path, label: str) -> None:
+    rows = [(f"{n}.png", "ab"[n % 2]) for n in range(24)]
+    table = table_of(tmp_path, rows)
+    lines = [f"path;{label}", *map(";".join, rows)]
+    table.write_text("\n".join(lines), encoding="utf-8")
+    assert len(find_images(tmp_path, table=table, labels=[label]).images) == 24
+    with pytest.raises(DataError, match=f"no column 'label'.*it has path, {label}"):
+        read_part(table, "test", size=8)
+
+
 # -- cells -----------------------------------------------------------------------------------------
 
 
