@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from inmerge_wrap.errors import ArgumentError
 
 RASTER = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 DICOM = (".dcm", ".dicom")
+_OTHER = tuple(".csv .gif .htm .html .json .log .md .pdf .txt .webp .xlsx .xml .zip".split())
 SHOWN = 5  # of names, before "and 7 more"
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 _PHOTOMETRIC = 262  # a tag of TIFF
@@ -117,13 +119,14 @@ class Decoded:
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file is one that `decode` reads: by its suffix, or without one as DICOM."""
+    """Whether a file is one that `decode` reads: by its suffix, or one of DICOM by its start."""
     suffix = path.suffix.lower()
     if suffix in RASTER + DICOM:
         return True
-    if suffix and not suffix[1:].isdigit():  # scanners name files by UIDs, which end in .123
+    if suffix in _OTHER or path.name == "DICOMDIR":
         return False
-    return path.name != "DICOMDIR" and path.is_file() and _starts_as_dicom(path)
+    # Scanners write .IMA, or names that are UIDs and end in .123.
+    return path.is_file() and os.access(path, os.R_OK) and _starts_as_dicom(path)
 
 
 def _starts_as_dicom(path: Path) -> bool:
