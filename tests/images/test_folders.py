@@ -613,7 +613,7 @@ def test_what_tables_write_for_nothing_is_neither_a_patient_nor_a_class(
     assert sum(image.group is None for image in collection.images) == 8
     assert "8 images without a patient" in " ".join(collection.notes)
     rows[5]["label"] = empty
-    with pytest.raises(DataError, match=r"row 7: 5\.png has no label"):
+    with pytest.raises(DataError, match=r"without a label: row 7 \(5\.png\)"):
         opened(tmp_path, table=write_table_of(tmp_path / "t.csv", rows))
 
 
@@ -657,12 +657,12 @@ def test_a_site_is_held_out_whole(tmp_path: Path) -> None:
     [
         ({}, {"labels": ("diagnosis",)}, r"no column 'diagnosis': name it with labels"),
         ({}, {"path_column": "file"}, r"no column 'file': name it with path_column"),
-        ({"label": ""}, {}, r"row 3: 1.png has no label"),
-        ({"path": "0.png"}, {}, r"row 3: 0.png was named in row 2 already"),
-        ({"path": ""}, {}, r"row 3: no path"),
-        ({"part": "trian"}, {}, r"row 3: part is 'trian'"),
-        ({"mark": "yes"}, {"labels": ("label", "mark")}, r"row 2: label is 'a'"),
-        ({"part": ""}, {}, r"1 image without a part: 1.png"),
+        ({"label": ""}, {}, r"1 row without a label: row 3 \(1.png\)"),
+        ({"path": "0.png"}, {}, r"of another row: row 3 \(0.png, as row 2\)"),
+        ({"path": ""}, {}, r"1 row without a path: row 3"),
+        ({"part": "trian"}, {}, r"unknown part: row 3 \('trian'\)"),
+        ({"mark": "yes"}, {"labels": ("label", "mark")}, r"row 2 \(label is 'a'\)"),
+        ({"part": ""}, {}, r"1 row without a part: row 3 \(1.png\)"),
         ({"path": "gone.png"}, {}, r"gone.png: .*No such file"),
     ],
 )

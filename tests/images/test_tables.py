@@ -87,7 +87,9 @@ def test_the_number_of_a_row_counts_empty_rows(tmp_path: Path) -> None:
 def test_one_file_is_named_once_however_its_path_is_written(tmp_path: Path, again: str) -> None:
     (tmp_path / "d").mkdir()
     table = table_of(tmp_path, [("d/a.png", "a"), ("d/b.png", "b"), (again.format(tmp_path), "b")])
-    with pytest.raises(DataError, match="row"):
+    with pytest.raises(
+        DataError, match=r"1 row with an image of another row: row 4 \(.*, as row 2"
+    ):
         find_images(tmp_path, table=table)
 
 
@@ -106,6 +108,42 @@ def test_the_delimiter_is_that_which_gives_the_columns(tmp_path: Path, label: st
     assert len(find_images(tmp_path, table=table, labels=[label]).images) == 24
     with pytest.raises(DataError, match=f"no column 'label'.*it has path, {label}"):
         read_part(table, "test", size=8)
+
+
+def test_all_rows_with_a_fault_are_named_at_once(tmp_path: Path) -> None:
+    rows = [(f"{n}.png", "ab"[n % 2], "train") for n in range(12)]
+    for n in range(7):
+        rows[n] = (f"{n}.png", "", "train")
+    rows[7:11] = [("8.png", "a", "Train"), ("8.png", "a", "test"), ("", "a", "val"), ("x", "b", "")]
+    table = table_of(tmp_path, rows, "path,label,part", write=False)
+    with pytest.raises(DataError) as raised:
+        find_images(tmp_path, table=table)
+    assert str(raised.value).replace(str(table), "T").splitlines() == [
+        "T, 7 rows without a label: row 2 (0.png), row 3 (1.png), row 4 (2.png), row 5 (3.png), "
+        "row 6 (4.png) and 2 more; fill it in, or remove the row",
+        "T, 1 row with an unknown part: row 9 ('Train'); give train, val or test",
+        "T, 1 row with an image of another row: row 10 (8.png, as row 9); keep one row for each "
+        "image",
+        "T, 1 row without a path: row 11; fill it in, or remove the row",
+        "T, 1 row without a part: row 12 (x); give every image a part, or none",
+    ]
+    assert len(raised.value.names) == 11 and "row 8 (6.png)" in raised.value.names
+
+
+def test_all_wrong_marks_are_named_at_once(tmp_path: Path) -> None:
+    rows = [("0.png", "1", "yes"), ("1.png", "2", "0"), ("2.png", "N/A", "1.0")]
+    table = table_of(tmp_path, rows, "path,a,b")
+    said = r"2 rows with another label: row 2 \(b is 'yes'\), row 3 \(a is '2'\); of several"
+    with pytest.raises(DataError, match=said):
+        find_images(tmp_path, table=table, labels=["a", "b"])
+
+
+def test_a_row_that_only_repeats_another_is_left_out_and_told(tmp_path: Path) -> None:
+    rows = [(f"{n}.png", "ab"[n % 2], f"p{n // 2}") for n in range(24)]
+    table = table_of(tmp_path, [*rows[:3], ("./1.png", *rows[1][1:]), *rows[3:]], "path,label,who")
+    collection = find_images(tmp_path, table=table, groups="who")
+    assert [(i.name, i.group) for i in collection.images] == [(row[0], row[2]) for row in rows]
+    assert collection.warnings == ("1 row left out that only repeated another one: ./1.png.",)
 
 
 # -- cells -----------------------------------------------------------------------------------------
