@@ -23,7 +23,7 @@ _MARKS = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0}
 _UNKNOWN = ("", "nan", "na", "n/a", "#na", "#n/a", "null", "none")
 _UNDECODED = re.compile("[\udc80-\udcff]")  # how Python holds the bytes of a name in Latin-1
 
-_Row = Mapping[str, str]
+_Row = dict[str, str]
 
 
 def find_images(

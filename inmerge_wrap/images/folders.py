@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ def _refuse_if_none_is_there(collection: ImageCollection, directory: Path, remed
     paths = [image.path for image in collection.images]
     if any(path.exists() or path.is_symlink() for path in paths):
         return
-    if Path(collection.images[0].name).is_absolute():
+    if PureWindowsPath(collection.images[0].name).anchor:  # of /x.png and of C:/x.png
         remedy = "mend the paths in the table"
     else:
         start = directory.absolute()

@@ -185,6 +185,7 @@ def test_a_table_of_which_no_file_is_there_says_where_its_paths_start(tmp_path: 
     moved = table.rename(tmp_path / "out" / "table.csv")
     with pytest.raises(DataError, match=f"{said}move the table there, or write whole paths"):
         read_part(moved, "test", size=8)
-    moved = table_of(tmp_path, [(f"/gone/{name}", label) for name, label in rows], write=False)
-    with pytest.raises(DataError, match=r"/gone/0\.png; mend the paths in the table"):
-        opened(moved)
+    for gone in ("/gone", "C:/gone"):
+        whole = [(f"{gone}/{name}", label) for name, label in rows]
+        with pytest.raises(DataError, match=rf"{gone}/0\.png; mend the paths in the table"):
+            opened(table_of(tmp_path, whole, write=False))
