@@ -45,12 +45,16 @@ def decode_dicom(path: Path) -> Decoded:
         return Decoded((colours >> (8 if colours.dtype == np.uint16 else 0)).astype(np.uint8))
     values = finite(np.asarray(apply_modality_lut(values, data)))
     inverted = data.PhotometricInterpretation == "MONOCHROME1"
-    if "VOILUTSequence" in data:
-        white = 2 ** int(data.VOILUTSequence[0].LUTDescriptor[2]) - 1
-        return Decoded(
-            values, lambda x: apply_voi(x.astype(np.int64), data) / white, True, inverted
-        )
     black, white = _range_of_bits(data)
+    if "VOILUTSequence" in data:
+        most = 2 ** int(data.VOILUTSequence[0].LUTDescriptor[2]) - 1
+        return Decoded(
+            values,
+            lambda x: apply_voi(x.astype(np.int64), data) / most,
+            windowed=True,
+            inverted=inverted,
+            ends=black + white,
+        )
     windowed = "WindowCenter" in data and "WindowWidth" in data
 
     def shown(x: np.ndarray) -> np.ndarray:
@@ -58,7 +62,7 @@ def decode_dicom(path: Path) -> Decoded:
             return (apply_windowing(x, data) - black) / (white - black)
         return (x - min(black, white)) / abs(white - black)
 
-    return Decoded(values, shown, windowed, inverted)
+    return Decoded(values, shown, windowed, inverted, ends=black + white)
 
 
 def _check_inflated(path: Path) -> None:

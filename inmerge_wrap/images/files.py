@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from inmerge_wrap.errors import ArgumentError
 
 RASTER = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 DICOM = (".dcm", ".dicom")
+_OTHER = tuple(".csv .gif .htm .html .json .log .md .pdf .txt .webp .xlsx .xml .zip".split())
 SHOWN = 5  # of names, before "and 7 more"
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 _PHOTOMETRIC = 262  # a tag of TIFF
@@ -24,8 +26,8 @@ class DataError(ArgumentError):
 
     # Any other ``<name>`` in a message is part of the user's own names of files and classes.
     arguments = frozenset(
-        "allow_overlap channels crop_mode groups labels path_column pixel_range shares site size "
-        "skip_broken subgroups".split()
+        "allow_overlap channels crop_mode data_dir groups labels path_column pixel_range shares "
+        "site size skip_broken subgroups".split()
     )
 
     def __init__(self, message: str, *, names: Sequence[str] = ()) -> None:
@@ -44,6 +46,21 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}" + ("" if count == 1 else "s")
 
 
+def _canonical(values: np.ndarray) -> np.ndarray:
+    """The values in the smallest type that holds all of them, so equal ones in the same."""
+    if values.dtype == np.uint8:
+        return values
+    low, high = values.min(), values.max()
+    if values.dtype.kind == "f":
+        exact = -(2**53) <= low and high <= 2**53  # beyond it, floats have gaps
+        if not (exact and (values == np.rint(values)).all()):
+            single = values.astype("<f4")
+            least = single if (single == values).all() else values.astype("<f8")
+            return least + np.float32(0)  # without the sign of a zero
+    kinds = [np.min_scalar_type(int(value)) for value in (low, high)]
+    return values.astype(np.result_type(*kinds).newbyteorder("<"))
+
+
 @dataclass(frozen=True)
 class Decoded:
     """What a file holds; uint8 is ready to be shown, anything else needs a window or a range."""
@@ -52,14 +69,20 @@ class Decoded:
     window: Callable[[np.ndarray], np.ndarray] | None = None  # to [0, 1], as a DICOM file says
     windowed: bool = False  # by a window or table of the file, not by its number of bits
     inverted: bool = False  # low values are bright (MONOCHROME1)
+    ends: float = 0.0  # the least plus the largest possible value, of one that is inverted
 
     @property
     def digest(self) -> str:
         """Of the values, so that one image in two formats is found to be the same."""
-        grey = self.values.ndim == 3 and not self.colour
-        content = np.ascontiguousarray(self.values[..., 0] if grey else self.values)
-        shape = f"{content.shape}{content.dtype.kind}".encode()
-        return hashlib.sha256(shape + content.tobytes()).hexdigest()
+        values = self.values
+        if values.ndim == 3 and not self.colour:
+            values = values[..., 0]
+        if self.inverted:  # as the file would hold them if high values were bright
+            values = self.ends - values
+        values = np.ascontiguousarray(_canonical(values))
+        digest = hashlib.sha256(f"{values.shape}{values.dtype}".encode())
+        digest.update(values.data)
+        return digest.hexdigest()
 
     @property
     def colour(self) -> bool:
@@ -96,13 +119,14 @@ class Decoded:
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file is one that `decode` reads: by its suffix, or without one as DICOM."""
+    """Whether a file is one that `decode` reads: by its suffix, or one of DICOM by its start."""
     suffix = path.suffix.lower()
     if suffix in RASTER + DICOM:
         return True
-    if suffix and not suffix[1:].isdigit():  # scanners name files by UIDs, which end in .123
+    if suffix in _OTHER or path.name == "DICOMDIR":
         return False
-    return path.name != "DICOMDIR" and path.is_file() and _starts_as_dicom(path)
+    # Scanners write .IMA, or names that are UIDs and end in .123.
+    return path.is_file() and os.access(path, os.R_OK) and _starts_as_dicom(path)
 
 
 def _starts_as_dicom(path: Path) -> bool:
@@ -204,6 +228,8 @@ def failure(error: Exception, path: Path) -> str:
     """Returns in one line why a file could not be read."""
     if path.is_symlink() and not path.exists():
         return f"it is a link to {path.readlink()}, which does not exist"
+    if isinstance(error, FileNotFoundError) and not path.exists():
+        return f"No such file: {path.absolute()}"
     reason = " ".join(str(error).split()).replace(str(path), path.name)
     return f"{reason[:200] or 'no reason given'} ({type(error).__name__})"
 

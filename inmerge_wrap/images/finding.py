@@ -11,7 +11,7 @@ from pathlib import Path
 
 from inmerge_wrap.images.collection import PARTS, ImageCollection, ImageFile
 from inmerge_wrap.images.files import DataError, counted, is_image, named
-from inmerge_wrap.images.tables import read_table
+from inmerge_wrap.images.tables import numbered_rows
 
 _MEANT = {
     "train": ("train", "training", "trn"),
@@ -19,7 +19,11 @@ _MEANT = {
     "test": ("test", "testing", "tst", "holdout", "eval", "evaluation"),
 }
 _PART_OF = {word: part for part, words in _MEANT.items() for word in words}
+_MARKS = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0}
+_UNKNOWN = ("", "nan", "na", "n/a", "#na", "#n/a", "null", "none")
 _UNDECODED = re.compile("[\udc80-\udcff]")  # how Python holds the bytes of a name in Latin-1
+
+_Row = dict[str, str]
 
 
 def find_images(
@@ -34,16 +38,21 @@ def find_images(
     """Lists the images of a directory's class folders, or those that a CSV file names.
 
     ``groups`` and each of ``marks`` is a column of the table, or a regular expression that is
-    searched for in the image's name; its first group, or all of it, is the value.
+    searched for in the image's name; its first group, or all of it, is the value. Without
+    ``groups``, a column ``group`` of the table is used, as `write_split` writes it.
     """
     if not directory.is_dir():
         raise DataError(f"{directory} is no folder")
-    rows: list[dict[str, str]] = []
+    rows: Sequence[Mapping[str, str]] = []
     if table is None:
         found = _from_folders(directory)
     else:
-        rows = read_table(table, {path_column: "path_column"} | dict.fromkeys(labels, "labels"))
-        found = _from_table(table, rows, directory, labels, path_column)
+        found, rows = _from_table(table, directory, labels, path_column)
+    if alike := _differing_in_case(found.classes):
+        found = found.warned(
+            f"Classes that differ only in upper and lower case: {named(alike)}. If they are one "
+            "class, write them alike."
+        )
     names = [image.name for image in found.images]
     columns = {"path", "label", "group", "part", *(labels if len(labels) > 1 else ())}
     if taken := columns.intersection(marks):
@@ -51,6 +60,10 @@ def find_images(
             f"<site> or <subgroups> names {min(taken)!r}, a column of split.csv too: rename yours"
         )
     known = {mark: _values_of(mark, "<site> or <subgroups>", names, rows) for mark in marks}
+    unnamed = groups is None and "group" not in labels
+    if unnamed and any(_value(row.get("group", "")) for row in rows):
+        groups = "group"
+        found = found.noted(f"The groups are those of the column group of {table}.")
     owners = [""] * len(names) if groups is None else _values_of(groups, "<groups>", names, rows)
     if groups is not None and (alone := owners.count("")):
         found = found.noted(
@@ -101,6 +114,14 @@ def _places_of(classes: Iterable[str]) -> dict[str, int]:
         return (0, int(name), name) if name.isdecimal() else (1, 0, name)
 
     return {name: place for place, name in enumerate(sorted(set(classes), key=natural))}
+
+
+def _differing_in_case(classes: Sequence[str]) -> list[str]:
+    """``A = a`` for names of classes that are equal but for their case."""
+    same: dict[str, list[str]] = {}
+    for name in classes:
+        same.setdefault(name.casefold(), []).append(name)
+    return [" = ".join(names) for names in same.values() if len(names) > 1]
 
 
 # -- folders ---------------------------------------------------------------------------------------
@@ -273,54 +294,102 @@ def canonical(text: str) -> str:
 
 
 def _from_table(
+    table: Path, directory: Path, labels: Sequence[str], path_column: str
+) -> tuple[ImageCollection, list[_Row]]:
+    """The images that a table names, and the row of each."""
+    numbered = numbered_rows(table, {path_column: "path_column"} | dict.fromkeys(labels, "labels"))
+    root = directory.resolve()
+    distinct: dict[tuple[str, ...], tuple[int, _Row]] = {}
+    repeated = []
+    for number, row in numbered:
+        file = _file(root, row[path_column])
+        cells = (file, *{**row, path_column: ""}.values())
+        if distinct.setdefault(cells, (number, row))[0] != number:
+            repeated.append(row[path_column])
+    _refuse_faults(table, list(distinct.values()), root, labels, path_column)
+    rows = [row for _, row in distinct.values()]
+    several = len(labels) > 1
+    classes = [] if several else [canonical(row[labels[0]]) for row in rows]
+    places = _places_of(classes)
+    images = []
+    for n, row in enumerate(rows):
+        path = Path(row[path_column].replace("\\", "/"))
+        name = (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+        label = read_marks(str(table), row, labels) if several else places[classes[n]]
+        images.append(ImageFile(directory / path, name, label, part=_part(row)))
+    task = "multilabel" if several else "multiclass"
+    found = ImageCollection(tuple(labels if several else places), task, tuple(images))
+    if repeated:
+        what = f"{counted(len(repeated), 'row')} left out that only repeated another one"
+        found = found.listed(what, repeated, warn=True)
+    return found, rows
+
+
+def _refuse_faults(
     table: Path,
-    rows: Sequence[Mapping[str, str]],
-    directory: Path,
+    rows: Sequence[tuple[int, _Row]],
+    root: Path,
     labels: Sequence[str],
     path_column: str,
-) -> ImageCollection:
-    root = directory.resolve()
+) -> None:
+    """Raises an error that names all rows with a fault, by what is wrong with them."""
+    faults: dict[tuple[str, str], list[str]] = {}
+
+    def fault(place: str, what: str, remedy: str) -> None:
+        faults.setdefault((what, remedy), []).append(place)
+
+    in_parts = any(_part(row) for _, row in rows)
     seen: dict[str, int] = {}
-    images: list[ImageFile] = []
-    for number, row in enumerate(rows, start=2):
-        text, part, place = row[path_column], row.get("part") or None, f"{table}, row {number}"
+    for number, row in rows:
+        text, part, place = row[path_column], _part(row), f"row {number}"
         if not text:
-            raise DataError(f"{place}: no path")
-        if text in seen:
-            raise DataError(f"{place}: {text} was named in row {seen[text]} already")
-        seen[text] = number
+            fault(place, f"without a {path_column}", "fill it in, or remove the row")
+            continue
+        first = seen.setdefault(_file(root, text), number)
+        if first != number:
+            remedy = "keep one row for each image"
+            fault(f"{place} ({text}, as row {first})", "with an image of another row", remedy)
         if part not in (None, *PARTS):
-            raise DataError(f"{place}: part is {part!r}; give train, val or test")
-        label: int | tuple[float, ...] = 0
+            fault(f"{place} ({part!r})", "with an unknown part", "give train, val or test")
+        if in_parts and part is None:
+            remedy = "give every image a part, or none"
+            fault(f"{place} ({text})", "without a part", remedy)
         if len(labels) > 1:
-            label = read_marks(place, row, labels)
+            for name in _wrong_marks(row, labels):
+                remedy = "of several labels each is 0, 1 or empty"
+                fault(f"{place} ({name} is {row[name]!r})", "with another label", remedy)
         elif is_unknown(row[labels[0]]):
-            raise DataError(f"{place}: {text} has no {labels[0]}")
-        path = Path(text.replace("\\", "/"))
-        name = (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
-        images.append(ImageFile(directory / path, name, label, part=part))
-    missing = [image.name for image in images if image.part is None]
-    if 0 < len(missing) < len(images):
-        raise DataError(f"{counted(len(missing), 'image')} without a part: {named(missing)}")
-    if len(labels) > 1:
-        return ImageCollection(tuple(labels), "multilabel", tuple(images))
-    names = [canonical(row[labels[0]]) for row in rows]
-    places = _places_of(names)
-    images = [replace(i, label=places[name]) for i, name in zip(images, names, strict=True)]
-    return ImageCollection(tuple(places), "multiclass", tuple(images))
+            fault(f"{place} ({text})", f"without a {labels[0]}", "fill it in, or remove the row")
+    if faults:
+        lines = [
+            f"{table}, {counted(len(places), 'row')} {what}: {named(places)}; {remedy}"
+            for (what, remedy), places in faults.items()
+        ]
+        raise DataError("\n".join(lines), names=[p for places in faults.values() for p in places])
+
+
+def _part(row: _Row) -> str | None:
+    return _value(row.get("part", "")) or None
+
+
+def _file(root: Path, text: str) -> str:
+    """One form of a path, which can be written in several ways."""
+    return os.path.normpath(root / text.replace("\\", "/"))
 
 
 def is_unknown(cell: str) -> bool:
     """Whether a cell is empty, as programs write it."""
-    return cell.lower() in ("", "nan", "na")
+    return cell.lower() in _UNKNOWN
 
 
 def read_marks(place: str, row: Mapping[str, str], labels: Sequence[str]) -> tuple[float, ...]:
     """Several labels of a row: 0, 1, or NaN for unknown."""
-    marks = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0}
-    for name in labels:
-        if not is_unknown(row[name]) and row[name] not in marks:
-            raise DataError(
-                f"{place}: {name} is {row[name]!r}; of several labels each is 0, 1 or empty"
-            )
-    return tuple(marks.get(row[name], float("nan")) for name in labels)
+    for name in _wrong_marks(row, labels):
+        raise DataError(
+            f"{place}: {name} is {row[name]!r}; of several labels each is 0, 1 or empty"
+        )
+    return tuple(_MARKS.get(row[name], float("nan")) for name in labels)
+
+
+def _wrong_marks(row: Mapping[str, str], labels: Sequence[str]) -> list[str]:
+    return [name for name in labels if row[name] not in _MARKS and not is_unknown(row[name])]

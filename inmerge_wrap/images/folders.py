@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import torch
 from torch import Tensor
@@ -55,12 +55,30 @@ def open_images(
     collection = find_images(
         directory, table=table, labels=labels, path_column=path_column, groups=groups, marks=marks
     )
+    if table is not None:
+        _refuse_if_none_is_there(collection, directory, "name that folder with <data_dir>")
     collection = examine_all(collection, skip_broken=skip_broken, workers=workers, memory=memory)
     preparation = _prepare(collection, size, channels, crop_mode, pixel_range)
     if site is not None:
         collection = _hold_out(collection, *site)
     collection = split(collection, shares=shares, seed=seed)
     return _suspicious(check(collection, allow_overlap=allow_overlap)), preparation
+
+
+def _refuse_if_none_is_there(collection: ImageCollection, directory: Path, remedy: str) -> None:
+    paths = [image.path for image in collection.images]
+    if any(path.exists() or path.is_symlink() for path in paths):
+        return
+    if PureWindowsPath(collection.images[0].name).anchor:  # of /x.png and of C:/x.png
+        remedy = "mend the paths in the table"
+    else:
+        start = directory.absolute()
+        remedy = f"its paths start from {start}; if they are those of another folder, {remedy}"
+    raise DataError(
+        f"none of the {counted(len(paths), 'image')} of the table is there. No such file: "
+        f"{paths[0].absolute()}; {remedy}",
+        names=[str(path.absolute()) for path in paths],
+    )
 
 
 def _hold_out(collection: ImageCollection, column: str, site: str) -> ImageCollection:
@@ -143,15 +161,12 @@ def read_part(
         Pixels uint8 (N, C, S, S), labels, and the collection of this part.
     """
     if directory.is_file():
-        columns = list(read_table(directory)[0])
+        columns = list(read_table(directory, {"path": None})[0])
         labels = _label_columns(columns, classes, several)
         check_columns(directory, columns, dict.fromkeys(["path", *labels]))
-        collection = find_images(
-            directory.parent,
-            table=directory,
-            labels=labels,
-            groups="group" if "group" in columns else None,
-        )
+        collection = find_images(directory.parent, table=directory, labels=labels)
+        remedy = "move the table there, or write whole paths"
+        _refuse_if_none_is_there(collection, directory.parent, remedy)
     else:
         parts = parts_in(directory)
         if parts and part not in parts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from inmerge_wrap.files import replacing
 from inmerge_wrap.images.files import DataError
 
+_SEPARATOR = re.compile(r'"?sep=(.)"?\r?\n', re.IGNORECASE)
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
 
 
@@ -38,12 +40,18 @@ def read_table(path: Path, needed: Mapping[str, str | None] | None = None) -> li
 
     Comma, semicolon or tab; UTF-8, UTF-16 or Windows-1252.
     """
+    return [row for _, row in numbered_rows(path, needed)]
+
+
+def numbered_rows(
+    path: Path, needed: Mapping[str, str | None] | None = None
+) -> list[tuple[int, dict[str, str]]]:
+    """As `read_table`, each row after its number in the file, which counts empty rows too."""
     try:
         text = _decoded(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: save it as CSV UTF-8 ({error})") from error
-    header = text.partition("\n")[0]
-    delimiter = max(",;\t", key=header.count)
+    text, delimiter = _delimited(text, needed or {})
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows = []
     try:
@@ -55,7 +63,7 @@ def read_table(path: Path, needed: Mapping[str, str | None] | None = None) -> li
                 )
             cells = {_cell(key): _cell(value or "") for key, value in row.items() if key}
             if any(cells.values()):  # spreadsheets end in rows of delimiters
-                rows.append(cells)
+                rows.append((reader.line_num, cells))
     except csv.Error as error:
         raise DataError(f"{path}, row {reader.line_num}: {error}") from error
     columns = [_cell(name) for name in reader.fieldnames or () if name]
@@ -81,6 +89,22 @@ def check_columns(path: Path, columns: Iterable[str], needed: Mapping[str, str |
 
 def _cell(text: str) -> str:
     return restored(text.strip()).strip()
+
+
+def _delimited(text: str, needed: Iterable[str]) -> tuple[str, str]:
+    """A table without Excel's line ``sep=;``, and what separates its cells.
+
+    That is what gives the columns that are needed, else what the header holds most of.
+    """
+    if said := _SEPARATOR.match(text):
+        return text[said.end() :], said[1]
+    header = text.partition("\n")[0]
+    often = sorted(",;\t", key=header.count, reverse=True)
+    for delimiter in often:
+        cells = next(csv.reader([header], delimiter=delimiter), [])
+        if set(needed) <= {_cell(cell) for cell in cells}:
+            return text, delimiter
+    return text, often[0]
 
 
 def _decoded(content: bytes) -> str:

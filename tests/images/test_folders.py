@@ -221,6 +221,36 @@ def test_after_a_negative_slope_the_largest_rescaled_value_is_white(
     assert np.abs(shown - 255 * expected).max() <= 0.5 + 1e-6
 
 
+def test_equal_values_have_one_digest_whatever_type_holds_them(tmp_path: Path) -> None:
+    plain = decode(save(tmp_path / "a.png", ramp())).digest
+    for n, kind in enumerate((np.int32, np.float32)):
+        assert decode(save(tmp_path / f"{n}.tif", ramp().astype(kind))).digest == plain
+    assert decode(save(tmp_path / "c.tif", np.float32(ramp() + 0.5))).digest != plain
+    deep = ramp(top=4095, dtype=np.uint16)
+    stored = decode(save(tmp_path / "b.png", deep)).digest
+    tags = {"BitsStored": 12, "HighBit": 11}
+    rescaled = {"RescaleSlope": 1, "RescaleIntercept": 0}  # which makes the values float64
+    for number, more in enumerate(({}, rescaled, {"WindowCenter": 2000, "WindowWidth": 900})):
+        assert decode(dicom(tmp_path / f"{number}.dcm", deep, **tags, **more)).digest == stored
+    halves = [dicom(tmp_path / f"half{n}.dcm", deep, **tags, RescaleSlope=0.5, RescaleIntercept=n)
+              for n in (0, 0, 1)]  # fmt: skip
+    digests = [decode(path).digest for path in halves]
+    assert digests[0] == digests[1] != digests[2] and digests[0] != stored
+
+
+@pytest.mark.parametrize("rescaled", [{}, {"RescaleSlope": -2, "RescaleIntercept": 40}])
+def test_what_is_bright_is_part_of_a_digest(tmp_path: Path, rescaled: dict[str, float]) -> None:
+    deep = ramp(top=4095, dtype=np.uint16)
+    tags = {"BitsStored": 12, "HighBit": 11, **rescaled}
+    inverted = {"PhotometricInterpretation": "MONOCHROME1", **tags}
+    image = decode(dicom(tmp_path / "a.dcm", deep, **tags))
+    negative = decode(dicom(tmp_path / "b.dcm", deep, **inverted))
+    same = decode(dicom(tmp_path / "c.dcm", 4095 - deep, **inverted))
+    assert negative.digest != image.digest == same.digest
+    shown = [each.to_bytes(None, override=False) for each in (image, same)]
+    assert np.abs(shown[0].astype(int) - shown[1]).max() <= 1
+
+
 def test_a_small_dicom_that_claims_or_inflates_to_gigabytes_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,6 +362,10 @@ def test_dicom_is_recognised_without_a_suffix_and_several_frames_are_refused(
     uid = dicom(tmp_path / "1.2.840.113", ramp())
     assert image_files.is_image(bare) and image_files.is_image(uid)
     assert np.array_equal(decode(bare).to_bytes(None, override=False), ramp())
+    siemens = dicom(tmp_path / "CT.0001.IMA", ramp())
+    assert image_files.is_image(siemens)
+    (tmp_path / "notes.IMA").write_text("text")
+    assert not image_files.is_image(tmp_path / "notes.IMA")
     (tmp_path / "README").write_text("text")
     assert not image_files.is_image(tmp_path / "README")
     frames = np.stack([ramp(), ramp()])
@@ -565,7 +599,7 @@ def test_an_accent_of_two_characters_is_that_of_one(tmp_path: Path) -> None:
     assert collection.classes == ("gesund", "\u00d6dem")
 
 
-@pytest.mark.parametrize("empty", ["nan", "NA", ""])
+@pytest.mark.parametrize("empty", ["nan", "NA", "", "#N/A", "n/a", "#NA", "NULL", "None"])
 def test_what_tables_write_for_nothing_is_neither_a_patient_nor_a_class(
     tmp_path: Path, empty: str
 ) -> None:
@@ -579,7 +613,7 @@ def test_what_tables_write_for_nothing_is_neither_a_patient_nor_a_class(
     assert sum(image.group is None for image in collection.images) == 8
     assert "8 images without a patient" in " ".join(collection.notes)
     rows[5]["label"] = empty
-    with pytest.raises(DataError, match=r"row 7: 5\.png has no label"):
+    with pytest.raises(DataError, match=r"without a label: row 7 \(5\.png\)"):
         opened(tmp_path, table=write_table_of(tmp_path / "t.csv", rows))
 
 
@@ -623,12 +657,12 @@ def test_a_site_is_held_out_whole(tmp_path: Path) -> None:
     [
         ({}, {"labels": ("diagnosis",)}, r"no column 'diagnosis': name it with labels"),
         ({}, {"path_column": "file"}, r"no column 'file': name it with path_column"),
-        ({"label": ""}, {}, r"row 3: 1.png has no label"),
-        ({"path": "0.png"}, {}, r"row 3: 0.png was named in row 2 already"),
-        ({"path": ""}, {}, r"row 3: no path"),
-        ({"part": "trian"}, {}, r"row 3: part is 'trian'"),
-        ({"mark": "yes"}, {"labels": ("label", "mark")}, r"row 2: label is 'a'"),
-        ({"part": ""}, {}, r"1 image without a part: 1.png"),
+        ({"label": ""}, {}, r"1 row without a label: row 3 \(1.png\)"),
+        ({"path": "0.png"}, {}, r"of another row: row 3 \(0.png, as row 2\)"),
+        ({"path": ""}, {}, r"1 row without a path: row 3"),
+        ({"part": "trian"}, {}, r"unknown part: row 3 \('trian'\)"),
+        ({"mark": "yes"}, {"labels": ("label", "mark")}, r"row 2 \(label is 'a'\)"),
+        ({"part": ""}, {}, r"1 row without a part: row 3 \(1.png\)"),
         ({"path": "gone.png"}, {}, r"gone.png: .*No such file"),
     ],
 )

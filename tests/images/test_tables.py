@@ -1,0 +1,191 @@
+"""Tables of images: what they may hold, and what is said where they are wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from inmerge_wrap.errors import as_option
+from inmerge_wrap.images.collection import ImageCollection
+from inmerge_wrap.images.files import DataError
+from inmerge_wrap.images.finding import find_images
+from inmerge_wrap.images.folders import open_images, read_part, write_split
+from inmerge_wrap.images.tables import numbered_rows
+
+
+def table_of(
+    folder: Path,
+    rows: Sequence[Sequence[str]],
+    header: str = "path,label",
+    *,
+    write: bool = True,
+) -> Path:
+    """A table whose first column names images, which are written too."""
+    for number, row in enumerate(rows):
+        path = folder / row[0].replace("\\", "/")
+        if write and row[0] and not path.exists():
+            pixels = np.random.default_rng(number).integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(path)
+    path = folder / "table.csv"
+    path.write_text("\n".join([header, *map(",".join, rows), ""]), encoding="utf-8")
+    return path
+
+
+def opened(table: Path) -> ImageCollection:
+    return open_images(table.parent, size=8, table=table)[0]
+
+
+# -- groups ----------------------------------------------------------------------------------------
+
+
+def test_a_column_group_keeps_patients_together_without_being_named(tmp_path: Path) -> None:
+    rows = [(f"{n}.png", "ab"[n % 2], f"p{n // 4}") for n in range(48)]
+    collection = opened(table_of(tmp_path, rows, "path,label,group"))
+    parts = {(image.group, image.part) for image in collection.images}
+    assert len(parts) == 12, "a patient in two parts"
+    assert any("groups are those of the column group of" in note for note in collection.notes)
+    write_split(collection, tmp_path / "split.csv")
+    again = opened(tmp_path / "split.csv")
+    assert [i.group for i in again.images] == [i.group for i in collection.images]
+    *_, part = read_part(tmp_path / "split.csv", "test", size=8)
+    assert {image.group for image in part.images} == {g for g, p in parts if p == "test"}
+
+
+def test_an_empty_column_group_is_as_none(tmp_path: Path) -> None:
+    rows = [(f"{n}.png", "ab"[n % 2], "") for n in range(24)]
+    table = table_of(tmp_path, rows, "path,label,group")
+    collection = opened(table)
+    assert all(image.group is None for image in collection.images)
+    assert any("no groups were named" in text for text in collection.warnings)
+    assert not any("group" in note for note in find_images(tmp_path, table=table).notes)
+
+
+def test_a_column_group_that_holds_the_labels_holds_no_groups(tmp_path: Path) -> None:
+    table = table_of(tmp_path, [(f"{n}.png", "ab"[n % 2]) for n in range(24)], "path,group")
+    collection = find_images(tmp_path, table=table, labels=["group"])
+    assert all(image.group is None for image in collection.images)
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+def test_the_number_of_a_row_counts_empty_rows(tmp_path: Path) -> None:
+    table = table_of(tmp_path, [("0.png", "a"), ("", ""), ("1.png", "b"), ("2.png", "")])
+    text = table.read_text().replace(",\n", ",\n\n", 1)
+    table.write_text(text)
+    line = text.splitlines().index("2.png,") + 1
+    with pytest.raises(DataError, match=f"row {line}"):
+        find_images(tmp_path, table=table)
+    assert [number for number, _ in numbered_rows(table)] == [2, 5, line]
+
+
+@pytest.mark.parametrize("again", ["./d/a.png", r"d\a.png", "d/../d//a.png", "{}/d/a.png"])
+def test_one_file_is_named_once_however_its_path_is_written(tmp_path: Path, again: str) -> None:
+    (tmp_path / "d").mkdir()
+    table = table_of(tmp_path, [("d/a.png", "a"), ("d/b.png", "b"), (again.format(tmp_path), "b")])
+    with pytest.raises(
+        DataError, match=r"1 row with an image of another row: row 4 \(.*, as row 2"
+    ):
+        find_images(tmp_path, table=table)
+
+
+@pytest.mark.parametrize("line", ["sep=;\r\n", '"sep=;"\n', "SEP=;\n"])
+def test_the_line_that_tells_excel_the_delimiter_is_no_header(tmp_path: Path, line: str) -> None:
+    (tmp_path / "t.csv").write_bytes(f"{line}path;label\na,b,c.png;x\n".encode("utf-8-sig"))
+    assert numbered_rows(tmp_path / "t.csv") == [(2, {"path": "a,b,c.png", "label": "x"})]
+
+
+@pytest.mark.parametrize("label", ["label, final", "a, b, c"])
+def test_the_delimiter_is_that_which_gives_the_columns(tmp_path: Path, label: str) -> None:
+    rows = [(f"{n}.png", "ab"[n % 2]) for n in range(24)]
+    table = table_of(tmp_path, rows)
+    lines = [f"path;{label}", *map(";".join, rows)]
+    table.write_text("\n".join(lines), encoding="utf-8")
+    assert len(find_images(tmp_path, table=table, labels=[label]).images) == 24
+    with pytest.raises(DataError, match=f"no column 'label'.*it has path, {label}"):
+        read_part(table, "test", size=8)
+
+
+def test_all_rows_with_a_fault_are_named_at_once(tmp_path: Path) -> None:
+    rows = [(f"{n}.png", "ab"[n % 2], "train") for n in range(12)]
+    for n in range(7):
+        rows[n] = (f"{n}.png", "", "train")
+    rows[7:11] = [("8.png", "a", "Train"), ("8.png", "a", "test"), ("", "a", "val"), ("x", "b", "")]
+    table = table_of(tmp_path, rows, "path,label,part", write=False)
+    with pytest.raises(DataError) as raised:
+        find_images(tmp_path, table=table)
+    assert str(raised.value).replace(str(table), "T").splitlines() == [
+        "T, 7 rows without a label: row 2 (0.png), row 3 (1.png), row 4 (2.png), row 5 (3.png), "
+        "row 6 (4.png) and 2 more; fill it in, or remove the row",
+        "T, 1 row with an unknown part: row 9 ('Train'); give train, val or test",
+        "T, 1 row with an image of another row: row 10 (8.png, as row 9); keep one row for each "
+        "image",
+        "T, 1 row without a path: row 11; fill it in, or remove the row",
+        "T, 1 row without a part: row 12 (x); give every image a part, or none",
+    ]
+    assert len(raised.value.names) == 11 and "row 8 (6.png)" in raised.value.names
+
+
+def test_all_wrong_marks_are_named_at_once(tmp_path: Path) -> None:
+    rows = [("0.png", "1", "yes"), ("1.png", "2", "0"), ("2.png", "N/A", "1.0")]
+    table = table_of(tmp_path, rows, "path,a,b")
+    said = r"2 rows with another label: row 2 \(b is 'yes'\), row 3 \(a is '2'\); of several"
+    with pytest.raises(DataError, match=said):
+        find_images(tmp_path, table=table, labels=["a", "b"])
+
+
+def test_a_row_that_only_repeats_another_is_left_out_and_told(tmp_path: Path) -> None:
+    rows = [(f"{n}.png", "ab"[n % 2], f"p{n // 2}") for n in range(24)]
+    table = table_of(tmp_path, [*rows[:3], ("./1.png", *rows[1][1:]), *rows[3:]], "path,label,who")
+    collection = find_images(tmp_path, table=table, groups="who")
+    assert [(i.name, i.group) for i in collection.images] == [(row[0], row[2]) for row in rows]
+    assert collection.warnings == ("1 row left out that only repeated another one: ./1.png.",)
+
+
+# -- cells -----------------------------------------------------------------------------------------
+
+
+def test_classes_that_differ_only_in_case_are_told(tmp_path: Path) -> None:
+    rows = [(f"{n}.png", ("Mass", "MASS", "cyst")[n % 3]) for n in range(36)]
+    assert "upper and lower case: MASS = Mass. If" in " ".join(
+        opened(table_of(tmp_path, rows)).warnings
+    )
+    rows = [(path, label.lower()) for path, label in rows]
+    assert "lower case" not in " ".join(opened(table_of(tmp_path, rows)).warnings)
+
+
+def test_a_part_that_a_program_wrote_as_missing_is_no_part(tmp_path: Path) -> None:
+    rows = [(f"{n}.png", "ab"[n % 2], ("NaN", "#N/A")[n // 2 % 2]) for n in range(24)]
+    collection = find_images(tmp_path, table=table_of(tmp_path, rows, "path,label,part"))
+    assert all(image.part is None for image in collection.images)
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_not_there_has_the_path_that_was_looked_for(tmp_path: Path) -> None:
+    table = table_of(tmp_path, [(f"{n}.png", "ab"[n % 2]) for n in range(9)])
+    (tmp_path / "3.png").unlink()
+    with pytest.raises(DataError, match=f"3.png: No such file: {tmp_path}/3.png\n"):
+        opened(table)
+
+
+def test_a_table_of_which_no_file_is_there_says_where_its_paths_start(tmp_path: Path) -> None:
+    rows = [(f"{n}.png", "ab"[n % 2]) for n in range(9)]
+    table = table_of(tmp_path, rows)
+    (tmp_path / "out").mkdir()
+    said = f"none of the 9 images .*{tmp_path}/out/0.png; its paths start from {tmp_path}/out; .*"
+    with pytest.raises(DataError, match=f"{said}name that folder with data_dir") as raised:
+        open_images(tmp_path / "out", size=8, table=table)
+    assert raised.value.with_options(as_option).endswith("name that folder with --data-dir")
+    moved = table.rename(tmp_path / "out" / "table.csv")
+    with pytest.raises(DataError, match=f"{said}move the table there, or write whole paths"):
+        read_part(moved, "test", size=8)
+    for gone in ("/gone", "C:/gone"):
+        whole = [(f"{gone}/{name}", label) for name, label in rows]
+        with pytest.raises(DataError, match=rf"{gone}/0\.png; mend the paths in the table"):
+            opened(table_of(tmp_path, whole, write=False))
