@@ -20,7 +20,7 @@ _MEANT = {
 }
 _PART_OF = {word: part for part, words in _MEANT.items() for word in words}
 _MARKS = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0}
-_UNKNOWN = ("", "nan", "na", "n/a", "#na", "#n/a", "null", "none")
+_UNKNOWN = ("", "nan", "na", "n/a", "#na", "#n/a", "null")
 _UNDECODED = re.compile("[\udc80-\udcff]")  # how Python holds the bytes of a name in Latin-1
 
 _Row = dict[str, str]
