@@ -201,6 +201,28 @@ def test_labels_that_name_no_image_are_said(site: Path, tmp_path: Path) -> None:
     assert said in content["warnings"]
 
 
+def test_an_image_has_one_label_however_its_path_is_written(site: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.csv"
+    options = ("--labels", labels, "--out", tmp_path / "out")
+    for other in ("00.png", "./00.png", ".\\00.png"):
+        labels.write_text(f"path,label\n00.png,a\n01.png,b\n{other},c\n")
+        told = complaint("adapt", site / "model", site / "other", *options)
+        assert "row 4: 00.png was named in row 2 already: keep one of the rows" in told
+    labels.write_text("path,label\n.\\00.png,a\n./01.png,b\n00.png,\n")
+    assert run_json("adapt", site / "model", site / "other", *options)["labelled"] == 2
+
+
+def test_labels_find_images_of_a_table_however_both_write_the_path(
+    site: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(site / "other", tmp_path / "other")
+    (tmp_path / "images.csv").write_text("path\n.\\other\\00.png\n./other/01.png\n")
+    (tmp_path / "labels.csv").write_text("path,label\nother/00.png,a\nother//01.png,b\n")
+    options = ("--labels", tmp_path / "labels.csv", "--out", tmp_path / "out")
+    content = run_json("adapt", site / "model", tmp_path / "images.csv", *options)
+    assert content["labelled"] == 2
+
+
 def test_thresholds_are_chosen_where_both_answers_are_known() -> None:
     recipe = Recipe.from_dict(
         {
