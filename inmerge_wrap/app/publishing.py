@@ -13,7 +13,7 @@ from typing import Any
 from inmerge_wrap.app.findings import marks_of
 from inmerge_wrap.app.model import TrainedModel
 from inmerge_wrap.app.options import title_of
-from inmerge_wrap.app.records import environment
+from inmerge_wrap.app.records import environment, of_an_earlier_start
 from inmerge_wrap.app.report import contact_sheet, flipped, write_report
 from inmerge_wrap.app.snippet import snippet
 from inmerge_wrap.app.testing import best_of, row_of
@@ -39,7 +39,9 @@ def publish(evaluations: Mapping[Run, Found], data: Data, options: argparse.Name
         evaluations, key=lambda run: max(map(standing, evaluations[run]["training"]["history"]))
     )
     found, collection, out = evaluations[chosen], data.collection, options.out
-    model = _described(best_of(chosen, found["training"], data), found, data)
+    with of_an_earlier_start(chosen.folder, remove=chosen.folder):
+        trained = best_of(chosen, found["training"], data)
+    model = _described(trained, found, data)
     call = model.write(out / "model", _card(found, model.recipe, collection, options))
     _write_predictions(found, collection, out / "predictions.csv")
     write_split(collection, out / "split.csv")

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -463,6 +463,43 @@ def test_a_hostile_file_of_a_finished_run_is_one_line(
             (run / each).write_bytes(before)
     assert "plain-0" in message and "remove" in message.lower(), message
     assert len(message.splitlines()) == 1 and len(message) < 500
+
+
+@pytest.mark.parametrize(
+    "name,damage",
+    [
+        ("best.safetensors", lambda path: os.truncate(path, 1000)),
+        ("best.safetensors", Path.unlink),
+        ("evaluation.json", lambda path: shorten(path, "probabilities")),
+        ("evaluation.json", lambda path: shorten(path, "said")),
+    ],
+)
+def test_the_damaged_file_of_a_measured_run_is_named(
+    name: str,
+    damage: Callable[[Path], None],
+    finished: tuple[Path, Path, list[str], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, out, arguments, _ = finished
+    monkeypatch.chdir(out.parent)
+    run = out / "runs" / results(out)["chosen"].replace(", seed ", "-")
+    before = (run / name).read_bytes()
+    damage(run / name)
+    try:
+        message = str(run_here(monkeypatch, *arguments))
+    finally:
+        (run / name).write_bytes(before)
+    remove = run if name == "best.safetensors" else run / name
+    assert f"{run.relative_to(out.parent) / name} of an earlier start cannot be used" in message
+    assert f"Remove {remove.relative_to(out.parent)}, and the same" in message
+    assert len(message.splitlines()) == 1
+
+
+def shorten(path: Path, name: str) -> None:
+    """Drops the last entry of a list in a JSON file."""
+    content = json.loads(path.read_text())
+    content[name].pop()
+    path.write_text(json.dumps(content))
 
 
 # -- several labels --------------------------------------------------------------------------------
