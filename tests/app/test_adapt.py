@@ -110,6 +110,31 @@ def test_what_is_said_in_the_card_is_text_whatever_files_are_called(
     assert r"left out as unreadable, for example !\[x\](http:" in card and "![x]" not in card
 
 
+@pytest.mark.parametrize("card", [None, "---\nlicense: mit\n---\n# Ours\n\nIt is 97% right."])
+def test_a_card_names_the_site_whatever_became_of_the_card_before(
+    card: str | None, site: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(site / "model", tmp_path / "model")
+    readme = tmp_path / "model" / "README.md"
+    readme.unlink() if card is None else readme.write_text(card)
+    options = ("--site", "Ward 3", "--out", tmp_path / "out")
+    run("adapt", tmp_path / "model", site / "other", *options)
+    shown = (tmp_path / "out" / "README.md").read_text()
+    assert "\n## Adaptation\n\nAdapted to 40 images of Ward 3:" in shown
+    assert shown.startswith("---\nli") and (card is None or "It is 97% right." in shown)
+    assert card is not None or "create_model" in code_of(tmp_path / "out")
+
+
+def test_a_network_that_is_adapted_twice_says_once_that_its_figures_are_older(
+    site: Path, tmp_path: Path
+) -> None:
+    for model, out in ((site / "model", "one"), (tmp_path / "one", "two")):
+        run("adapt", model, site / "other", "--site", f"Ward {out}", "--out", tmp_path / out)
+    card = (tmp_path / "two" / "README.md").read_text()
+    assert card.count("measured before the adaptation") == 1
+    assert card.index("images of Ward one:") < card.index("images of Ward two:")
+
+
 def test_a_class_that_was_common_in_training_may_be_common_here(site: Path, tmp_path: Path) -> None:
     model = TrainedModel.read(site / "model")
     with torch.no_grad():
