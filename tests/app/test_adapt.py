@@ -266,6 +266,23 @@ def test_thresholds_are_chosen_where_both_answers_are_known() -> None:
     assert notes == ["b keeps its threshold of 0.300: the labelled images do not hold both answers"]
 
 
+def test_a_threshold_that_rests_on_few_positives_or_negatives_is_told() -> None:
+    recipe = Recipe.from_dict(
+        {
+            "size": 32, "channels": 1, "mean": [0.5], "std": [0.5], "task": "multi-label",
+            "classes": ["a", "b", "c", "d"], "thresholds": [0.5] * 4,
+        }
+    )  # fmt: skip
+    counts = torch.tensor([10, 1, 31, 0])
+    labels = (torch.arange(40)[:, None] < counts).float()
+    labels[39, 2] = float("nan")
+    torch.manual_seed(0)
+    _, notes = operating_point(recipe, torch.randn(40, 4), labels)
+    (note,) = [text for text in notes if "are uncertain" in text]
+    assert "fewer than 10 labelled images" in note
+    assert "are uncertain: b (1 with it, 39 without), c (31 with it, 8 without). Check" in note
+
+
 def test_the_card_of_several_labels_shows_the_new_thresholds(tmp_path: Path) -> None:
     pictures(tmp_path / "images", "multilabel", count=12)
     pictures(tmp_path / "other", "multilabel", count=40, seed=1)

@@ -525,6 +525,7 @@ def test_several_labels_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     content = results(tmp_path / "out")
     assert content["task"] == "multilabel" and content["preparation"]["pixel_range"] == [0, 4095]
     assert content["test"]["confusion"] is None and len(content["test"]["thresholds"]) == 2
+    assert any("are uncertain: upper (" in said for said in content["warnings"])
     predictions = rows_of(tmp_path / "out" / "predictions.csv")
     assert set(predictions[0]) == {
         "image",
