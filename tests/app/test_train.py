@@ -630,6 +630,41 @@ def test_weights_are_looked_for_before_images_are_read(
     assert not (tmp_path / "out" / "files.json").exists()
 
 
+@pytest.mark.parametrize(
+    "given,remedy",
+    [
+        (["--arch", "vit_tiny_patch16_224", "--size", "32"], "pass another --arch, or --size 224, for"),
+        (["--arch", "inception_v3", "--size", "32"], "pass another --arch, or --size 299, for"),
+        (["--batch-size", "1"], "pass a --batch-size of at least 2"),
+    ],
+)
+def test_a_network_is_tried_before_images_are_read(
+    given: list[str], remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "data", 4)
+    arguments = ["--data-dir", tmp_path / "data", *TINY, "--out", tmp_path / "out"]
+    message = str(run_here(monkeypatch, *arguments, "--only", "plain", *given))
+    for option in (given[1] if given[0] == "--arch" else "resnet10t", "--size 32", "--batch-size"):
+        assert option in message
+    assert remedy in message and len(message.splitlines()) == 1
+    assert not (tmp_path / "out" / "files.json").exists()
+
+
+def test_trying_a_network_does_not_change_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "data", 6)
+    (tmp_path / "data" / CLASSES[0] / "patient099_0.png").unlink()
+    common = ["--data-dir", tmp_path / "data", *TINY, "--epochs", "1", "--only", "merged"]
+    states = []
+    for name in ("tried", "untried"):
+        if name == "untried":
+            monkeypatch.setattr(train, "check_network", lambda *_: None)
+        assert run_here(monkeypatch, *common, "--out", tmp_path / name) == 0
+        states.append(load_file(tmp_path / name / "runs" / "merged-0" / "best.safetensors"))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
 def test_each_site_is_held_out_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [["path", "label", "hospital"]]
     for n in range(48):
