@@ -21,7 +21,7 @@ from inmerge_wrap.app.training import Data, Run, standing
 from inmerge_wrap.card import PLACE, UNEXAMINED, ModelCard, results_of
 from inmerge_wrap.files import replacing, write_json
 from inmerge_wrap.images.collection import PARTS, ImageCollection
-from inmerge_wrap.images.files import SHOWN
+from inmerge_wrap.images.files import SHOWN, counted
 from inmerge_wrap.images.folders import write_split
 from inmerge_wrap.images.looks import look_at, seen_of
 from inmerge_wrap.images.preparation import Recipe, digest_of
@@ -115,7 +115,7 @@ def _card(
 def _training_of(training: Mapping[str, Any], options: argparse.Namespace) -> str:
     """How the network was trained, in a sentence."""
     parts = [
-        f"{options.epochs} epochs of AdamW from weights {options.weights!r}",
+        f"{counted(options.epochs, 'epoch')} of AdamW from weights {options.weights!r}",
         f"learning rate {options.lr:g} with warm-up and cosine decay",
         "TrivialAugment" if options.augment == "trivial" else "no TrivialAugment",
         f"flips ({options.flip})" if options.flip != "none" else "",

@@ -115,6 +115,7 @@ def test_a_test_part_of_one_class_is_reported(
     text = (tmp_path / "mine" / "report.html").read_text()
     assert "The test images hold one class" in text
     card = (tmp_path / "mine" / "model" / "README.md").read_text()
+    assert "\n1 epoch of AdamW" in card and "corruptions at severity 3" in card
     assert "no TrivialAugment, flips (both), classes balanced; epoch" in " ".join(card.split())
     assert "\nlicense_name: ward-7\n" in card
     given += ["--channels", "1", "--preset", "blood", "--out", tmp_path / "grey"]
