@@ -151,6 +151,19 @@ def test_a_class_that_was_common_in_training_may_be_common_here(site: Path, tmp_
     assert Recipe.read(tmp_path / "out").class_shares == known.class_shares
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder that root cannot write")
+def test_where_nothing_can_be_written_is_said_before_the_work(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainedModel, "read", lambda *_: pytest.fail("the work began"))
+    (tmp_path / "file").write_text("")
+    for out in (Path("/proc/x"), tmp_path / "file" / "x"):
+        for command in ("adapt", "predict"):
+            told = complaint(command, site / "model", site / "other", "--out", out)
+            assert f"{out} cannot be written (" in told and "name another place" in told
+            assert ".draft" not in told
+
+
 def test_a_network_without_batch_norm_is_refused_with_what_to_do(tmp_path: Path) -> None:
     pictures(tmp_path / "images", "png8", count=3)
     trained(tmp_path / "model", "png8", tmp_path / "images", arch="test_convnext")
