@@ -61,15 +61,19 @@ def main(
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Holds a folder for one process; a second start with the same folder is refused."""
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise SystemExit(
             f"another process is training into {folder}: wait until it has ended, or give another "
             "--out"
         ) from None
+    except OSError as error:
+        raise SystemExit(
+            f"--out {folder} is no folder that can be written ({error.strerror}): give another one"
+        ) from error
     try:
         yield
     finally:

@@ -611,6 +611,17 @@ def test_a_second_start_in_the_same_folder_is_refused(
     assert [path.name for path in (tmp_path / "out").iterdir()] in ([], [".lock"])
 
 
+def test_an_out_that_is_a_file_is_refused_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").write_text("a file")
+    for out in (tmp_path / "out", tmp_path / "out" / "deeper"):
+        given = ["--data-dir", tmp_path / "data", *TINY, "--out", out]
+        message = str(run_here(monkeypatch, *given))
+        assert f"--out {out} is no folder that can be written" in message
+        assert "give another one" in message and (tmp_path / "out").read_text() == "a file"
+
+
 def test_a_prevalence_of_no_class_is_refused_before_anything_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -634,7 +645,10 @@ def test_weights_are_looked_for_before_images_are_read(
 @pytest.mark.parametrize(
     "given,remedy",
     [
-        (["--arch", "vit_tiny_patch16_224", "--size", "32"], "pass another --arch, or --size 224, for"),
+        (
+            ["--arch", "vit_tiny_patch16_224", "--size", "32"],
+            "pass another --arch, or --size 224, for",
+        ),
         (["--arch", "inception_v3", "--size", "32"], "pass another --arch, or --size 299, for"),
         (["--batch-size", "1"], "pass a --batch-size of at least 2"),
     ],
@@ -700,6 +714,7 @@ def test_each_site_is_held_out_in_turn(tmp_path: Path, monkeypatch: pytest.Monke
         (["--arch", "resnet19"], "--arch resnet19 is no model of timm"),
         (["--labels", "a", "b"], "give --csv FILE"),
         (["--license", "mine, all mine"], "is not an identifier of the Hub"),
+        (["--data-dir", "/", "--csv", "t.csv"], "--data-dir / has no name for the report: give a"),
         (["--license", "other"], "--license other needs --license-name"),
         (["--ema", "1"], "--ema must lie in [0, 1), got 1"),
         (["--preset", "moonlight"], "'moonlight'"),
