@@ -118,9 +118,10 @@ def results_of(
         The clean figures, then their means over all corruptions and severities.
     """
     settings = result.settings
+    severities = settings["severities"]
     corrupted = (
-        f"mean of {len(settings['corruptions'])} corruptions at severities "
-        f"{_numbers(settings['severities'])}"
+        f"mean of {len(settings['corruptions'])} corruptions at "
+        f"{'severity' if len(severities) == 1 else 'severities'} {_numbers(severities)}"
     )
     at_threshold = "" if settings["task"] == "multiclass" else _at(settings["threshold"])
     found = []

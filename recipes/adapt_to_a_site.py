@@ -113,6 +113,12 @@ def main() -> None:
         before = train(*parts["train"], options)
     else:
         before = timm.create_model(f"local-dir:{options.model}", pretrained=True)
+        takes = before.pretrained_cfg["input_size"][0], before.num_classes
+        if takes != (1, 10):
+            raise SystemExit(
+                "--model {} takes {} channels and tells {} classes apart; the digits are grey, and "
+                "of 10 classes: leave --model out to train one".format(options.model, *takes)
+            )
     pixels, labels = parts["test"]
     known, other = predict(before, pixels), other_scanner(pixels)
 

@@ -254,7 +254,7 @@ def test_figures_say_at_which_thresholds_they_were_measured() -> None:
         )
         for entry in results_of(result, dataset="D"):
             notes.setdefault(entry.metric, []).append(entry.note)
-    each, several = "at each class's threshold", "mean of 5 corruptions at severities 1"
+    each, several = "at each class's threshold", "mean of 5 corruptions at severity 1"
     assert notes["accuracy"] == [
         "at threshold 0.25", f"{several}; at threshold 0.25", each, f"{several}; {each}",
     ]  # fmt: skip
@@ -451,7 +451,7 @@ def test_robustness_results_and_picture(model: nn.Module, tmp_path: Path) -> Non
         ("corrupted", "ece", corrupted["ece"]),
     ]
     assert results[0].interval == (clean["accuracy_low"], clean["accuracy_high"])
-    assert results[2].note == "mean of 5 corruptions at severities 2"
+    assert results[2].note == "mean of 5 corruptions at severity 2"
     figure = plot_pairs(measure_similarity(model, include="layer4.*"))
     text = write(model, tmp_path / "a", small_card(results=results, robustness_picture=figure))
     assert "![Robustness](robustness.png)" in text

@@ -34,9 +34,9 @@ def write_adapted(adaptation: Adaptation, source: Path, out: Path, *, site: str)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".draft-") as drafts:
         draft = Path(drafts) / out.name
         adaptation.model.write(draft)
-        if (source / "README.md").is_file():
-            text = (source / "README.md").read_text(encoding="utf-8")
-            (draft / "README.md").write_text(_card(text, adaptation, site), encoding="utf-8")
+        card = source / "README.md"
+        text = card.read_text(encoding="utf-8") if card.is_file() else _BARE
+        (draft / "README.md").write_text(_card(text, adaptation, site), encoding="utf-8")
         if out.is_dir():
             out.rmdir()
         os.replace(draft, out)
@@ -54,11 +54,25 @@ def _card(text: str, adaptation: Adaptation, site: str) -> str:
         for place, threshold in enumerate(recipe.thresholds):
             row = rf"^(\| {place} \| .* \|) \S+ \|$"
             body = re.sub(row, rf"\g<1> {threshold:.4g} |", body, count=1, flags=re.M)
-    body = body.replace("## Results\n", f"## Results\n\n{_BEFORE}\n", 1)
-    body = body.replace("## Use\n", f"{_section(adaptation, plain_text(site))}\n## Use\n", 1)
+    if _BEFORE not in body:
+        body = body.replace("## Results\n", f"## Results\n\n{_BEFORE}\n", 1)
+    before, use, after = body.partition("## Use\n")  # not there if someone has edited the card
+    body = "\n".join([before, _section(adaptation, plain_text(site)), use + after])
     return f"---\n{card.data.to_yaml()}\n---\n{body}"
 
 
+_BARE = """\
+---
+library_name: timm
+---
+
+# A network that was adapted to another site
+
+## Use
+
+```python
+```
+"""
 _BEFORE = "**These figures were measured before the adaptation** and do not hold for these weights."
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from inmerge_wrap.app.model import Tempered
+from inmerge_wrap.app.snippet import in_card
 from inmerge_wrap.architectures import is_timm_folder
 from inmerge_wrap.errors import ArgumentError
 from inmerge_wrap.images.collection import spaced, units_of
+from inmerge_wrap.images.files import RASTER, counted
 from inmerge_wrap.images.finding import inside, parts_in
 from inmerge_wrap.images.folders import read_part
 from inmerge_wrap.images.labelled import ImageFolder, fit_images, read_npz
@@ -111,6 +115,13 @@ def open_data(
                 "folder of classes or an .npz file is read, not a table"
             )
         return _read_part(data, recipe, classes, part, limit, batch_size)
+    for each in contenders:
+        if each.recipe is None and in_card(each.path):
+            _warn(
+                f"{each.name} is of inmerge train, and {each.path} lacks {FILE}: without it the "
+                "temperature, the thresholds and the range of values are not those of the "
+                "training. Copy the whole folder model/"
+            )
     if not data.is_dir():
         images, labels = read_npz(data, part)
         places = spaced(len(labels), limit)
@@ -126,6 +137,13 @@ def open_data(
         known = (each.config[key] for each in contenders if each.config[key] is not None)
         config[key] = next(known, default)
     folder = ImageFolder(data, config=config, split=part, classes=classes, limit=limit)
+    if deep := [path for path in folder.paths if _is_deep(path)]:
+        _warn(
+            f"{counted(len(deep), 'image')} of more than 8 bits or in DICOM, such as {deep[0]}: "
+            "black is 0 and white is 65535 (of fractions 1), and DICOM is shown as each file says. "
+            f"If the training used another range, the figures are wrong: {FILE} of inmerge train "
+            "says the right one; without it, convert the images to 8 bits as for the training"
+        )
     loader = DataLoader(folder, batch_size=batch_size)
     for each in contenders:
         outputs = outputs_of(each.network, loader)
@@ -136,6 +154,19 @@ def open_data(
                 "<label_names>, which map outputs to classes"
             )
     return LabelledImages(loader, folder.labels, folder.part)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
+
+
+def _is_deep(path: Path) -> bool:
+    """Whether a file needs a range to be shown: its header says more than 8 bits, or is DICOM's."""
+    try:
+        with Image.open(path) as image:
+            return image.mode[0] in "IF"
+    except Exception:  # not Pillow's, or broken, which is said when it is read
+        return path.suffix.lower() not in RASTER
 
 
 def _check_same_images(contenders: Sequence[Contender], *, files: bool) -> None:

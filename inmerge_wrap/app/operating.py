@@ -14,6 +14,7 @@ from inmerge_wrap.images.preparation import Recipe
 from inmerge_wrap.robustness import classification_metrics
 
 _FEW = 20  # labelled images, below which a warning is given
+_RARE = 10  # images with a label, or without it, likewise
 _BOUNDS = (math.log(0.05), math.log(20.0))  # of the temperature's logarithm
 
 
@@ -52,16 +53,24 @@ def operating_point(recipe: Recipe, scores: Tensor, labels: Tensor) -> tuple[Rec
     if recipe.thresholds is None:
         return recipe, notes
     thresholds = list(recipe.thresholds)
-    probabilities = recipe.probabilities(scores)
+    probabilities, rare = recipe.probabilities(scores), []
     for place, name in enumerate(recipe.classes):
         chosen = chosen_threshold(probabilities[:, place], labels[:, place])
         if chosen is not None:
             thresholds[place] = chosen
+            counts = [int((labels[:, place] == mark).sum()) for mark in (1, 0)]
+            if min(counts) < _RARE:
+                rare.append(f"{name} ({counts[0]} with it, {counts[1]} without)")
         else:
             notes.append(
                 f"{name} keeps its threshold of {thresholds[place]:.3f}: the labelled images do "
                 "not hold both answers"
             )
+    if rare:
+        notes.append(
+            f"thresholds chosen on fewer than {_RARE} labelled images with or without the label "
+            f"are uncertain: {', '.join(rare)}. Check them on more images before you use them"
+        )
     return replace(recipe, thresholds=tuple(thresholds)), notes
 
 

@@ -213,6 +213,8 @@ def parse_arguments(arguments: Sequence[str] | None, program: str) -> argparse.N
         parser.error("--labels and --path-column name columns of a table: give --csv FILE")
     if options.arch is not None and not timm.is_model(options.arch):
         parser.error(f"--arch {options.arch} is no model of timm")
+    if not title_of(options):
+        parser.error(f"--data-dir {options.data_dir} has no name for the report: give a --title")
     try:
         prevalences_of(options, ())
         if options.preset is not None:
@@ -244,7 +246,7 @@ def prevalences_of(options: argparse.Namespace, classes: Sequence[str]) -> list[
 
 def title_of(options: argparse.Namespace) -> str:
     """What the images are called."""
-    return options.title or options.data_dir.resolve().name
+    return (options.title or "").strip() or options.data_dir.resolve().name
 
 
 def planned_runs(options: argparse.Namespace) -> list[Run]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -51,13 +51,18 @@ def find_files(sources: Sequence[Path], path_column: str = "path") -> list[tuple
             ]
         elif source.suffix.lower() == ".csv":
             rows = read_table(source, {path_column: "path_column"})
-            names = [row[path_column].replace("\\", "/") for row in rows]
+            names = [_name_in(row[path_column]) for row in rows]
             found += [(name, source.parent / name) for name in names]
         elif source.exists():
             found.append((str(source), source))
         else:
             raise ArgumentError(f"no such file or folder: {source}")
     return found
+
+
+def _name_in(cell: str) -> str:
+    """The path in a cell, in one form: ``./a/b.png`` and, of Windows, ``a\\b.png`` as a/b.png."""
+    return PurePosixPath(cell.replace("\\", "/")).as_posix()
 
 
 def read_labels(table: Path, recipe: Recipe, path_column: str = "path") -> dict[str, Any]:
@@ -67,10 +72,16 @@ def read_labels(table: Path, recipe: Recipe, path_column: str = "path") -> dict[
     """
     labels = recipe.classes if recipe.task == "multi-label" else ["label"]
     found: dict[str, Any] = {}
+    rows: dict[str, int] = {}
     for number, row in enumerate(read_table(table, dict.fromkeys([path_column, *labels])), start=2):
-        name, place = row[path_column].replace("\\", "/"), f"{table}, row {number}"
+        name, place = _name_in(row[path_column]), f"{table}, row {number}"
         if all(is_unknown(row[label]) for label in labels):
             continue
+        if name in rows:
+            raise ArgumentError(
+                f"{place}: {name} was named in row {rows[name]} already: keep one of the rows"
+            )
+        rows[name] = number
         if recipe.task == "multi-label":
             found[name] = read_marks(place, row, recipe.classes)
             continue

@@ -13,7 +13,7 @@ from typing import Any
 from inmerge_wrap.app.findings import marks_of
 from inmerge_wrap.app.model import TrainedModel
 from inmerge_wrap.app.options import title_of
-from inmerge_wrap.app.records import environment
+from inmerge_wrap.app.records import environment, of_an_earlier_start
 from inmerge_wrap.app.report import contact_sheet, flipped, write_report
 from inmerge_wrap.app.snippet import snippet
 from inmerge_wrap.app.testing import best_of, row_of
@@ -21,7 +21,7 @@ from inmerge_wrap.app.training import Data, Run, standing
 from inmerge_wrap.card import PLACE, UNEXAMINED, ModelCard, results_of
 from inmerge_wrap.files import replacing, write_json
 from inmerge_wrap.images.collection import PARTS, ImageCollection
-from inmerge_wrap.images.files import SHOWN
+from inmerge_wrap.images.files import SHOWN, counted
 from inmerge_wrap.images.folders import write_split
 from inmerge_wrap.images.looks import look_at, seen_of
 from inmerge_wrap.images.preparation import Recipe, digest_of
@@ -39,7 +39,9 @@ def publish(evaluations: Mapping[Run, Found], data: Data, options: argparse.Name
         evaluations, key=lambda run: max(map(standing, evaluations[run]["training"]["history"]))
     )
     found, collection, out = evaluations[chosen], data.collection, options.out
-    model = _described(best_of(chosen, found["training"], data), found, data)
+    with of_an_earlier_start(chosen.folder, remove=chosen.folder):
+        trained = best_of(chosen, found["training"], data)
+    model = _described(trained, found, data)
     call = model.write(out / "model", _card(found, model.recipe, collection, options))
     _write_predictions(found, collection, out / "predictions.csv")
     write_split(collection, out / "split.csv")
@@ -113,7 +115,7 @@ def _card(
 def _training_of(training: Mapping[str, Any], options: argparse.Namespace) -> str:
     """How the network was trained, in a sentence."""
     parts = [
-        f"{options.epochs} epochs of AdamW from weights {options.weights!r}",
+        f"{counted(options.epochs, 'epoch')} of AdamW from weights {options.weights!r}",
         f"learning rate {options.lr:g} with warm-up and cosine decay",
         "TrivialAugment" if options.augment == "trivial" else "no TrivialAugment",
         f"flips ({options.flip})" if options.flip != "none" else "",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from inmerge_wrap.images.preparation import Recipe
 
 _NETWORK = """\
@@ -71,6 +73,13 @@ def snippet(recipe: Recipe, place: str) -> str:
         reading += f'.convert("{mode}")\n'
     parts = ["\n".join(imports) + "\n", _NETWORK.format(place=place), reading + _ANSWER]
     return "\n".join(parts) + _meaning(recipe)
+
+
+def in_card(folder: Path) -> bool:
+    """Returns whether the card of a folder holds such code, as those of a training do."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    return "\nclasses = [" in text and "\nprobabilities = " in text
 
 
 def _shown(recipe: Recipe) -> str:

@@ -36,7 +36,9 @@ def best_of(run: Run, training: dict[str, Any], data: Data) -> TrainedModel:
     classes, several = data.collection.classes, data.collection.task == "multilabel"
     mean, std = (tuple(map(float, training[name])) for name in ("mean", "std"))
     network = timm.create_model(training["arch"], num_classes=len(classes), in_chans=len(mean))
-    network.load_state_dict(load_file(run.folder / "best.safetensors"))
+    weights = run.folder / "best.safetensors"
+    with of_an_earlier_start(weights, remove=run.folder):
+        network.load_state_dict(load_file(weights))
     recipe = Recipe(
         preparation=data.sets["test"].preparation,
         mean=mean,
@@ -58,7 +60,7 @@ def test(run: Run, data: Data, options: argparse.Namespace, device: torch.device
     """Measures a network, or reads what was measured of it before."""
     path, collection = run.folder / "evaluation.json", data.collection
     asked = asked_of(options, collection)
-    if path.exists() and (stored := _measured_before(path, asked)) is not None:
+    if path.exists() and (stored := _measured_before(path, asked, collection)):
         return stored
     with of_an_earlier_start(run.folder, remove=run.folder):
         training = read_json(run.folder / "training.json")
@@ -126,7 +128,9 @@ def _evaluated(
         )
 
 
-def _measured_before(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+def _measured_before(
+    path: Path, asked: dict[str, Any], collection: ImageCollection
+) -> dict[str, Any] | None:
     """What an earlier start measured; None if other figures were asked for."""
     with of_an_earlier_start(path, remove=path):
         stored = read_json(path)
@@ -134,6 +138,10 @@ def _measured_before(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None
             return None
         if missing := NAMES - stored.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        shape = [len(collection.classes)] * len(collection.part("test"))
+        for name in ("probabilities", "said"):
+            if [len(row) for row in stored[name]] != shape:
+                raise ValueError(f"its {name} are not those of {len(shape)} test images")
         return stored
 
 

@@ -13,8 +13,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
+from torch import nn
 from tqdm import tqdm
 
 from inmerge_wrap.app.batches import batches_per_epoch
@@ -59,15 +61,19 @@ def main(
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Holds a folder for one process; a second start with the same folder is refused."""
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise SystemExit(
             f"another process is training into {folder}: wait until it has ended, or give another "
             "--out"
         ) from None
+    except OSError as error:
+        raise SystemExit(
+            f"--out {folder} is no folder that can be written ({error.strerror}): give another one"
+        ) from error
     try:
         yield
     finally:
@@ -142,7 +148,7 @@ def train_and_report(options: argparse.Namespace, accelerator: Accelerator, memo
     """Reads, trains, tests and writes the report."""
     runs = planned_runs(options)
     with accelerator.main_process_first():
-        check_network(runs, options)
+        check_network(runs, options, accelerator.num_processes)
         data = read_data(options, runs, memory)
     collection, sets = data.collection, data.sets
     prevalences_of(options, collection.classes)
@@ -180,16 +186,38 @@ def train_and_report(options: argparse.Namespace, accelerator: Accelerator, memo
     print(f"The report: {page}\nThe network, for plain timm: {options.out / 'model'}")
 
 
-def check_network(runs: list[Run], options: argparse.Namespace) -> None:
-    """Gets the weights and, for merging, the plan before any image is read."""
+def check_network(runs: list[Run], options: argparse.Namespace, processes: int) -> None:
+    """Gets the weights, tries a forward pass and, for merging, the plan before images are read."""
     network, _, _ = start_network(
         options.arch, options.weights, num_classes=2, channels=options.channels or 3
     )
+    config: Any = network.pretrained_cfg
+    arch, each = config["architecture"], options.batch_size // processes
+    if reason := _failure_of(network, options, min(2, max(1, each))):
+        own, remedy = config["input_size"][-1], "pass another --arch"
+        if own != options.size:
+            remedy += f", or --size {own}, for which it was made"
+        if each < 2 and _failure_of(network, options, 2) is None:
+            remedy = "pass a --batch-size of at least 2 for each process"
+        raise SystemExit(
+            f"--arch {arch} cannot be trained with --size {options.size} and --batch-size "
+            f"{options.batch_size} ({reason}): {remedy}"
+        )
     if any(run.method == "merged" for run in runs):
         try:
             InMergeWrapper.recommended(network, total_steps=1)
         except ValueError as error:
-            raise SystemExit(f"--arch {options.arch}: {error}") from error
+            raise SystemExit(f"--arch {arch}: {error}") from error
+
+
+def _failure_of(network: nn.Module, options: argparse.Namespace, images: int) -> str | None:
+    """Why a forward pass of training fails, in a line; None if it works."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            network.train()(torch.zeros(images, options.channels or 3, *2 * [options.size]))
+    except Exception as error:  # networks raise all sorts of things
+        return " ".join(str(error).split())[:200]
+    return None
 
 
 def read_data(options: argparse.Namespace, runs: list[Run], memory: Path) -> Data:

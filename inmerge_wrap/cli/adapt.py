@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from inmerge_wrap.cli import options
-from inmerge_wrap.cli.options import check_there
+from inmerge_wrap.cli.options import check_place, check_there
 from inmerge_wrap.cli.shell import command, print_json, progress, say, warn
 from inmerge_wrap.cli.tables import KEPT, Column, print_table
 
@@ -59,6 +59,7 @@ def adapt(
     from inmerge_wrap.app.predicting import find_files, read_labels
 
     check_out(out)
+    check_place(out)
     trained = TrainedModel.read(model, device)
     check_norms(trained.network)
     files = find_files([images], path_column)

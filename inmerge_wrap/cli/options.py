@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -102,13 +103,26 @@ def check_there(path: Path) -> None:
 
 
 def check_file(path: Path | None, *, sources: Iterable[Path] = ()) -> None:
-    """Raises an error before hours of work if a file to write is a folder, or one that is read."""
-    if path is None or not path.exists():
+    """Raises an error before hours of work if a file cannot be written, or is one that is read."""
+    if path is None:
         return
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give the name of a file in it")
     if path.resolve() in {source.resolve() for source in sources}:
         raise ValueError(f"{path} is one of the files to read: name another file")
+    check_place(path)
+
+
+def check_place(path: Path) -> None:
+    """Raises an error if nothing can be written where a file or folder is to be."""
+    try:
+        place = next(parent for parent in path.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror}): name another place"
+        ) from error
 
 
 def check_image(input_size: tuple[int, int, int] | None) -> None:

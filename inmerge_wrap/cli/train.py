@@ -25,6 +25,8 @@ def train(options: typer.Context) -> None:
     try:
         from inmerge_wrap.app import train as application
     except ImportError as error:
+        if (error.name or "").startswith("inmerge_wrap"):
+            raise  # a broken installation, which no extra mends
         raise ImportError(
             f'training needs {error.name}: pip install "inmerge-wrap[app]"'
         ) from error

@@ -110,6 +110,31 @@ def test_what_is_said_in_the_card_is_text_whatever_files_are_called(
     assert r"left out as unreadable, for example !\[x\](http:" in card and "![x]" not in card
 
 
+@pytest.mark.parametrize("card", [None, "---\nlicense: mit\n---\n# Ours\n\nIt is 97% right."])
+def test_a_card_names_the_site_whatever_became_of_the_card_before(
+    card: str | None, site: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(site / "model", tmp_path / "model")
+    readme = tmp_path / "model" / "README.md"
+    readme.unlink() if card is None else readme.write_text(card)
+    options = ("--site", "Ward 3", "--out", tmp_path / "out")
+    run("adapt", tmp_path / "model", site / "other", *options)
+    shown = (tmp_path / "out" / "README.md").read_text()
+    assert "\n## Adaptation\n\nAdapted to 40 images of Ward 3:" in shown
+    assert shown.startswith("---\nli") and (card is None or "It is 97% right." in shown)
+    assert card is not None or "create_model" in code_of(tmp_path / "out")
+
+
+def test_a_network_that_is_adapted_twice_says_once_that_its_figures_are_older(
+    site: Path, tmp_path: Path
+) -> None:
+    for model, out in ((site / "model", "one"), (tmp_path / "one", "two")):
+        run("adapt", model, site / "other", "--site", f"Ward {out}", "--out", tmp_path / out)
+    card = (tmp_path / "two" / "README.md").read_text()
+    assert card.count("measured before the adaptation") == 1
+    assert card.index("images of Ward one:") < card.index("images of Ward two:")
+
+
 def test_a_class_that_was_common_in_training_may_be_common_here(site: Path, tmp_path: Path) -> None:
     model = TrainedModel.read(site / "model")
     with torch.no_grad():
@@ -124,6 +149,19 @@ def test_a_class_that_was_common_in_training_may_be_common_here(site: Path, tmp_
     write_adapted(found, site / "model", tmp_path / "out", site="Ward 3")
     assert "| b | 95.0% | 100.0% | 100.0% |" in (tmp_path / "out" / "README.md").read_text()
     assert Recipe.read(tmp_path / "out").class_shares == known.class_shares
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder that root cannot write")
+def test_where_nothing_can_be_written_is_said_before_the_work(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainedModel, "read", lambda *_: pytest.fail("the work began"))
+    (tmp_path / "file").write_text("")
+    for out in (Path("/proc/x"), tmp_path / "file" / "x"):
+        for command in ("adapt", "predict"):
+            told = complaint(command, site / "model", site / "other", "--out", out)
+            assert f"{out} cannot be written (" in told and "name another place" in told
+            assert ".draft" not in told
 
 
 def test_a_network_without_batch_norm_is_refused_with_what_to_do(tmp_path: Path) -> None:
@@ -201,6 +239,28 @@ def test_labels_that_name_no_image_are_said(site: Path, tmp_path: Path) -> None:
     assert said in content["warnings"]
 
 
+def test_an_image_has_one_label_however_its_path_is_written(site: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.csv"
+    options = ("--labels", labels, "--out", tmp_path / "out")
+    for other in ("00.png", "./00.png", ".\\00.png"):
+        labels.write_text(f"path,label\n00.png,a\n01.png,b\n{other},c\n")
+        told = complaint("adapt", site / "model", site / "other", *options)
+        assert "row 4: 00.png was named in row 2 already: keep one of the rows" in told
+    labels.write_text("path,label\n.\\00.png,a\n./01.png,b\n00.png,\n")
+    assert run_json("adapt", site / "model", site / "other", *options)["labelled"] == 2
+
+
+def test_labels_find_images_of_a_table_however_both_write_the_path(
+    site: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(site / "other", tmp_path / "other")
+    (tmp_path / "images.csv").write_text("path\n.\\other\\00.png\n./other/01.png\n")
+    (tmp_path / "labels.csv").write_text("path,label\nother/00.png,a\nother//01.png,b\n")
+    options = ("--labels", tmp_path / "labels.csv", "--out", tmp_path / "out")
+    content = run_json("adapt", site / "model", tmp_path / "images.csv", *options)
+    assert content["labelled"] == 2
+
+
 def test_thresholds_are_chosen_where_both_answers_are_known() -> None:
     recipe = Recipe.from_dict(
         {
@@ -217,6 +277,23 @@ def test_thresholds_are_chosen_where_both_answers_are_known() -> None:
     named = found.named(found.probabilities(scores))
     assert torch.equal(named[1:, 0], labels[1:, 0] == 1)
     assert notes == ["b keeps its threshold of 0.300: the labelled images do not hold both answers"]
+
+
+def test_a_threshold_that_rests_on_few_positives_or_negatives_is_told() -> None:
+    recipe = Recipe.from_dict(
+        {
+            "size": 32, "channels": 1, "mean": [0.5], "std": [0.5], "task": "multi-label",
+            "classes": ["a", "b", "c", "d"], "thresholds": [0.5] * 4,
+        }
+    )  # fmt: skip
+    counts = torch.tensor([10, 1, 31, 0])
+    labels = (torch.arange(40)[:, None] < counts).float()
+    labels[39, 2] = float("nan")
+    torch.manual_seed(0)
+    _, notes = operating_point(recipe, torch.randn(40, 4), labels)
+    (note,) = [text for text in notes if "are uncertain" in text]
+    assert "fewer than 10 labelled images" in note
+    assert "are uncertain: b (1 with it, 39 without), c (31 with it, 8 without). Check" in note
 
 
 def test_the_card_of_several_labels_shows_the_new_thresholds(tmp_path: Path) -> None:

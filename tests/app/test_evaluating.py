@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from tests.app.trained import pictures, trained
 from tests.cli.common import complaint, run, run_json
 
 QUICKLY = ("--severity", 3, "--bootstrap", 0, "--preset", "quick")
+DEEP = "6 images of more than 8 bits or in DICOM, such as "
+LACKING = "model lacks preparation.json: without it the temperature, the thresholds and the range"
 
 
 def table(path: Path, images: Path, *, several: bool, part: str | None = None) -> list[list[str]]:
@@ -184,3 +187,30 @@ def test_files_that_are_left_out_are_named(tmp_path: Path) -> None:
     options = ("--data", tmp_path / "images", *QUICKLY)
     with pytest.warns(UserWarning, match=r"^1 file ignored, not images in a class: a/x\.webp$"):
         run("evaluate", tmp_path / "model", *options)
+
+
+@pytest.mark.parametrize(
+    ("form", "by_training", "told"),
+    [
+        ("png16", False, [DEEP]),
+        ("dicom", False, [DEEP]),
+        ("png8", False, []),
+        ("png8", True, [LACKING]),
+        ("png16", True, [LACKING, DEEP]),
+    ],
+)
+def test_what_nothing_says_without_a_preparation_is_told(
+    form: str, by_training: bool, told: list[str], tmp_path: Path
+) -> None:
+    for seed, name in enumerate("abc"):
+        pictures(tmp_path / "images" / name, form, count=2, seed=seed)
+    trained(tmp_path / "model", form, tmp_path / "images" / "a")
+    (tmp_path / "model" / "preparation.json").unlink()
+    if not by_training:
+        (tmp_path / "model" / "README.md").write_text("Exported.")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        run("evaluate", tmp_path / "model", "--data", tmp_path / "images", *QUICKLY)
+    assert len(found) == len(told)
+    for warning, words in zip(found, told, strict=True):
+        assert words in str(warning.message)

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -115,6 +115,7 @@ def test_a_test_part_of_one_class_is_reported(
     text = (tmp_path / "mine" / "report.html").read_text()
     assert "The test images hold one class" in text
     card = (tmp_path / "mine" / "model" / "README.md").read_text()
+    assert "\n1 epoch of AdamW" in card and "corruptions at severity 3" in card
     assert "no TrivialAugment, flips (both), classes balanced; epoch" in " ".join(card.split())
     assert "\nlicense_name: ward-7\n" in card
     given += ["--channels", "1", "--preset", "blood", "--out", tmp_path / "grey"]
@@ -465,6 +466,43 @@ def test_a_hostile_file_of_a_finished_run_is_one_line(
     assert len(message.splitlines()) == 1 and len(message) < 500
 
 
+@pytest.mark.parametrize(
+    "name,damage",
+    [
+        ("best.safetensors", lambda path: os.truncate(path, 1000)),
+        ("best.safetensors", Path.unlink),
+        ("evaluation.json", lambda path: shorten(path, "probabilities")),
+        ("evaluation.json", lambda path: shorten(path, "said")),
+    ],
+)
+def test_the_damaged_file_of_a_measured_run_is_named(
+    name: str,
+    damage: Callable[[Path], None],
+    finished: tuple[Path, Path, list[str], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, out, arguments, _ = finished
+    monkeypatch.chdir(out.parent)
+    run = out / "runs" / results(out)["chosen"].replace(", seed ", "-")
+    before = (run / name).read_bytes()
+    damage(run / name)
+    try:
+        message = str(run_here(monkeypatch, *arguments))
+    finally:
+        (run / name).write_bytes(before)
+    remove = run if name == "best.safetensors" else run / name
+    assert f"{run.relative_to(out.parent) / name} of an earlier start cannot be used" in message
+    assert f"Remove {remove.relative_to(out.parent)}, and the same" in message
+    assert len(message.splitlines()) == 1
+
+
+def shorten(path: Path, name: str) -> None:
+    """Drops the last entry of a list in a JSON file."""
+    content = json.loads(path.read_text())
+    content[name].pop()
+    path.write_text(json.dumps(content))
+
+
 # -- several labels --------------------------------------------------------------------------------
 
 
@@ -488,6 +526,7 @@ def test_several_labels_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     content = results(tmp_path / "out")
     assert content["task"] == "multilabel" and content["preparation"]["pixel_range"] == [0, 4095]
     assert content["test"]["confusion"] is None and len(content["test"]["thresholds"]) == 2
+    assert any("are uncertain: upper (" in said for said in content["warnings"])
     predictions = rows_of(tmp_path / "out" / "predictions.csv")
     assert set(predictions[0]) == {
         "image",
@@ -572,6 +611,17 @@ def test_a_second_start_in_the_same_folder_is_refused(
     assert [path.name for path in (tmp_path / "out").iterdir()] in ([], [".lock"])
 
 
+def test_an_out_that_is_a_file_is_refused_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").write_text("a file")
+    for out in (tmp_path / "out", tmp_path / "out" / "deeper"):
+        given = ["--data-dir", tmp_path / "data", *TINY, "--out", out]
+        message = str(run_here(monkeypatch, *given))
+        assert f"--out {out} is no folder that can be written" in message
+        assert "give another one" in message and (tmp_path / "out").read_text() == "a file"
+
+
 def test_a_prevalence_of_no_class_is_refused_before_anything_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -590,6 +640,44 @@ def test_weights_are_looked_for_before_images_are_read(
     message = run_here(monkeypatch, *arguments, "--weights", "resnet18.a1_in1k")
     assert "neither a file nor weights of --arch resnet10t" in str(message)
     assert not (tmp_path / "out" / "files.json").exists()
+
+
+@pytest.mark.parametrize(
+    "given,remedy",
+    [
+        (
+            ["--arch", "vit_tiny_patch16_224", "--size", "32"],
+            "pass another --arch, or --size 224, for",
+        ),
+        (["--arch", "inception_v3", "--size", "32"], "pass another --arch, or --size 299, for"),
+        (["--batch-size", "1"], "pass a --batch-size of at least 2"),
+    ],
+)
+def test_a_network_is_tried_before_images_are_read(
+    given: list[str], remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "data", 4)
+    arguments = ["--data-dir", tmp_path / "data", *TINY, "--out", tmp_path / "out"]
+    message = str(run_here(monkeypatch, *arguments, "--only", "plain", *given))
+    for option in (given[1] if given[0] == "--arch" else "resnet10t", "--size 32", "--batch-size"):
+        assert option in message
+    assert remedy in message and len(message.splitlines()) == 1
+    assert not (tmp_path / "out" / "files.json").exists()
+
+
+def test_trying_a_network_does_not_change_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "data", 6)
+    (tmp_path / "data" / CLASSES[0] / "patient099_0.png").unlink()
+    common = ["--data-dir", tmp_path / "data", *TINY, "--epochs", "1", "--only", "merged"]
+    states = []
+    for name in ("tried", "untried"):
+        if name == "untried":
+            monkeypatch.setattr(train, "check_network", lambda *_: None)
+        assert run_here(monkeypatch, *common, "--out", tmp_path / name) == 0
+        states.append(load_file(tmp_path / name / "runs" / "merged-0" / "best.safetensors"))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_each_site_is_held_out_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -626,6 +714,7 @@ def test_each_site_is_held_out_in_turn(tmp_path: Path, monkeypatch: pytest.Monke
         (["--arch", "resnet19"], "--arch resnet19 is no model of timm"),
         (["--labels", "a", "b"], "give --csv FILE"),
         (["--license", "mine, all mine"], "is not an identifier of the Hub"),
+        (["--data-dir", "/", "--csv", "t.csv"], "--data-dir / has no name for the report: give a"),
         (["--license", "other"], "--license other needs --license-name"),
         (["--ema", "1"], "--ema must lie in [0, 1), got 1"),
         (["--preset", "moonlight"], "'moonlight'"),

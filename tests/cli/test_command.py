@@ -186,6 +186,21 @@ def test_train_is_the_program_of_the_recipe(
         main()
 
 
+@pytest.mark.parametrize(
+    "lost,extra", [("accelerate", True), ("inmerge_wrap.app.publishing", False)]
+)
+def test_an_extra_is_named_for_the_package_of_another_alone(
+    lost: str, extra: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import inmerge_wrap.app
+
+    monkeypatch.delitem(sys.modules, "inmerge_wrap.app.train", raising=False)
+    monkeypatch.delattr(inmerge_wrap.app, "train", raising=False)
+    monkeypatch.setitem(sys.modules, lost, None)
+    told = complaint("train", "--help")
+    assert lost in told and ('pip install "inmerge-wrap[app]"' in told) is extra
+
+
 def test_a_result_that_is_no_json_leaves_no_file(tmp_path: Path) -> None:
     save_json(tmp_path / "result.json", {"auroc": 0.9})
     before = (tmp_path / "result.json").read_text()

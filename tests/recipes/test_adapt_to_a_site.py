@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 
+from inmerge_wrap import export_timm
 from tests.recipes.running import recipe, refusal, run_here
 
 TINY = ["--arch", "test_resnet", "--epochs", "1"]
@@ -36,6 +37,16 @@ def test_the_formula_and_what_plain_timm_loads(
     moved = {name for name in old if not torch.equal(old[name], new[name])}
     assert moved == {name for name in old if "running_" in name or "num_batches" in name}
     assert json.loads(Path("runs/again/results.json").read_text())["images"] == 9
+
+
+def test_a_network_of_other_images_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    network = timm.create_model("test_resnet", num_classes=3)
+    export_timm(network, "colour", input_size=(3, 32, 32), mean=[0.5] * 3, std=[0.5] * 3)
+    stopped = refusal(monkeypatch, "adapt_to_a_site", "--model", "colour")
+    assert "--model colour takes 3 channels and tells 3 classes apart" in str(stopped)
 
 
 def test_without_batch_norm_it_says_what_to_do(
