@@ -16,7 +16,7 @@ from inmerge_wrap.images.files import counted, named
 from inmerge_wrap.images.finding import canonical, images_below, is_unknown, read_marks
 from inmerge_wrap.images.looks import unlike, warnings_about
 from inmerge_wrap.images.preparation import Recipe
-from inmerge_wrap.images.tables import read_table, write_table
+from inmerge_wrap.images.tables import numbered_rows, read_table, write_table
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def read_labels(table: Path, recipe: Recipe, path_column: str = "path") -> dict[
     labels = recipe.classes if recipe.task == "multi-label" else ["label"]
     found: dict[str, Any] = {}
     rows: dict[str, int] = {}
-    for number, row in enumerate(read_table(table, dict.fromkeys([path_column, *labels])), start=2):
+    for number, row in numbered_rows(table, dict.fromkeys([path_column, *labels])):
         name, place = _name_in(row[path_column]), f"{table}, row {number}"
         if all(is_unknown(row[label]) for label in labels):
             continue

@@ -243,9 +243,9 @@ def test_an_image_has_one_label_however_its_path_is_written(site: Path, tmp_path
     labels = tmp_path / "labels.csv"
     options = ("--labels", labels, "--out", tmp_path / "out")
     for other in ("00.png", "./00.png", ".\\00.png"):
-        labels.write_text(f"path,label\n00.png,a\n01.png,b\n{other},c\n")
+        labels.write_text(f"path,label\n00.png,a\n01.png,b\n,\n{other},c\n")
         told = complaint("adapt", site / "model", site / "other", *options)
-        assert "row 4: 00.png was named in row 2 already: keep one of the rows" in told
+        assert "row 5: 00.png was named in row 2 already: keep one of the rows" in told
     labels.write_text("path,label\n.\\00.png,a\n./01.png,b\n00.png,\n")
     assert run_json("adapt", site / "model", site / "other", *options)["labelled"] == 2
 
