@@ -29,6 +29,8 @@ class Counts:
     def take_over(self, other: Counts) -> None:
         """Takes over the sums of another device, from which the network came."""
         self._waiting = other._waiting
+        if other._numbers[0][0].is_meta:  # which held none
+            return
         for layer, numbers in enumerate(other._numbers):
             torch._foreach_copy_(self._numbers[layer], numbers)
             torch._foreach_copy_(list(self._cosines[layer]), list(other._cosines[layer]))

@@ -167,11 +167,6 @@ class Driver:
         if not self._in_step:
             check_sites(self._network, self._plan.merged)  # it may have changed since
             self._refuse_replaced(self._layers())
-            if any(parameter.is_meta for parameter in self._network.parameters()):
-                raise ValueError(
-                    "the weights are on the meta device, where nothing can be drawn: place them, "
-                    "for example with model.to_empty(device=...), before attach()"
-                )
         known = self._attachments.of(optimizer)
         attachment = self._attached(optimizer, given, hook, wrapper) if known is None else known
         if not self._in_step:

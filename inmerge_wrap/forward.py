@@ -106,6 +106,11 @@ class ForwardMerge:
         assert self._way is not None, "set_step comes first"
         if is_captured():
             self.is_graphed = True
+        if self._way.device.type == "meta" and not next(self._modules[0].parameters()).is_meta:
+            raise RuntimeError(
+                "the weights were on the meta device when the optimizer was attached: place them "
+                "first, then create the optimizer and attach it"
+            )
         if not torch.compiler.is_compiling():
             for place in self._over:
                 self._open.pop(place, None)

@@ -53,11 +53,6 @@ class Schedule:
         check_choice("anneals", self.anneals, ("probability", "strength"))
         if self.decay != "constant" and self.end is None:
             raise ValueError(f"decay={self.decay!r} needs an end: the step at which merging stops")
-        if self.decay == "constant" and self.anneals == "strength":
-            raise ValueError(
-                "anneals='strength' says what a decay lowers: set decay='linear' or 'cosine', or "
-                "leave it out"
-            )
 
     def level(self, step: int) -> float:
         """Returns the level at an optimizer step, in [0, 1]; 0 where the step does not merge."""

@@ -1320,10 +1320,12 @@ def test_weights_must_be_placed_before_an_optimizer_is_attached(mode: str) -> No
     with torch.device("meta"):
         network = Net().double()
     model = InMergeWrapper(network, mode=mode, example_input=images(), **ALWAYS)  # type: ignore[arg-type]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    with pytest.raises(ValueError, match=r"on the meta device.*before attach\(\)"):
-        model.attach(optimizer)
+    first = torch.optim.SGD(model.parameters(), lr=0.05)
+    model.attach(first)
+    assert model(images().to("meta")).is_meta  # to count what a step does
     model.to_empty(device="cpu")
+    with pytest.raises(RuntimeError, match="on the meta device when the optimizer was attached"):
+        model(images())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     model.attach(optimizer)
     step(model, optimizer, 0)

@@ -76,7 +76,6 @@ def test_what_decays() -> None:
         ({"decay": "linear"}, "decay='linear' needs an end"),
         ({"decay": "exp", "end": 3}, "decay must be .* got 'exp'"),
         ({"anneals": "tau"}, "anneals must be .* got 'tau'"),
-        ({"anneals": "strength"}, "set decay='linear' or 'cosine', or leave it out"),
     ],
 )
 def test_bad_schedules_are_named(settings: dict, message: str) -> None:

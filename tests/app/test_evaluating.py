@@ -155,7 +155,7 @@ def test_remedies_are_those_of_this_command(tmp_path: Path) -> None:
         "path,label\nimages/broken.png,a\n": "Mend or remove them",
         "path,label\nimages/deep.png,a\n": "images/deep.png: uint16 values, and no range says",
         "path,label,part\nimages/00.png,a,test\nimages/01.png,b,\n": (
-            "1 image without a part: images/01.png"
+            "1 row without a part: row 3 (images/01.png); give every image a part"
         ),
     }
     for content, expected in lines.items():
