@@ -186,12 +186,14 @@ def in_pilot(row: dict[str, str]) -> bool:
 
 
 @cache
+@cache
 def third_groups() -> Any:
     """The runs of the third study, by what may be compared."""
     analysis = importlib.import_module("studies.3.analysis")
     return analysis.grouped(read_runs(STUDIES / "3" / "runs.jsonl.gz"))
 
 
+@cache
 def third_study(table: str) -> list[dict[str, str]]:
     """The rows of a table of the third study, after they have been made again from its runs."""
     analysis = importlib.import_module("studies.3.analysis")
@@ -366,7 +368,8 @@ def test_the_page_of_evidence_shows_the_arms_that_were_left_as_they_were_pooled(
     pairs = {
         row["pairs"]
         for row in third_study("differences")
-        if row["confirmation"] == "True" and row["arm"] in arms[1:] and row["baseline"] == "plain"
+        if row["confirmation"] == "True" and row["dataset"] != "bloodmnist"
+        if row["arm"] in arms[1:] and row["baseline"] == "plain"
     }
     assert pairs == {"4"} and "in four pairs of seeds on each" in text
 
