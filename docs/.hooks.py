@@ -112,7 +112,8 @@ def names_of_modules(modules: list[str]) -> str:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Writes what the comments stand for."""
-    markdown = markdown.replace(FRONT, front())
+    if FRONT in markdown:
+        markdown = markdown.replace(FRONT, front())
     if OPTIONS in markdown:
         markdown = markdown.replace(OPTIONS, options_of_commands())
     markdown = NAMES.sub(lambda found: names_of_modules(found[1].split(", ")), markdown)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +13,13 @@ import torch
 from inmerge_wrap.app.model import Progress, Read, TrainedModel, read_files, silent
 from inmerge_wrap.errors import ArgumentError, ArgumentWarning
 from inmerge_wrap.images.files import counted, named
-from inmerge_wrap.images.finding import canonical, images_below, is_unknown, read_marks
+from inmerge_wrap.images.finding import (
+    canonical,
+    images_below,
+    is_unknown,
+    name_in,
+    read_marks,
+)
 from inmerge_wrap.images.looks import unlike, warnings_about
 from inmerge_wrap.images.preparation import Recipe
 from inmerge_wrap.images.tables import numbered_rows, read_table, write_table
@@ -51,18 +57,13 @@ def find_files(sources: Sequence[Path], path_column: str = "path") -> list[tuple
             ]
         elif source.suffix.lower() == ".csv":
             rows = read_table(source, {path_column: "path_column"})
-            names = [_name_in(row[path_column]) for row in rows]
+            names = [name_in(row[path_column]) for row in rows]
             found += [(name, source.parent / name) for name in names]
         elif source.exists():
             found.append((str(source), source))
         else:
             raise ArgumentError(f"no such file or folder: {source}")
     return found
-
-
-def _name_in(cell: str) -> str:
-    """The path in a cell, in one form: ``./a/b.png`` and, of Windows, ``a\\b.png`` as a/b.png."""
-    return PurePosixPath(cell.replace("\\", "/")).as_posix()
 
 
 def read_labels(table: Path, recipe: Recipe, path_column: str = "path") -> dict[str, Any]:
@@ -74,7 +75,7 @@ def read_labels(table: Path, recipe: Recipe, path_column: str = "path") -> dict[
     found: dict[str, Any] = {}
     rows: dict[str, int] = {}
     for number, row in numbered_rows(table, dict.fromkeys([path_column, *labels])):
-        name, place = _name_in(row[path_column]), f"{table}, row {number}"
+        name, place = name_in(row[path_column]), f"{table}, row {number}"
         if all(is_unknown(row[label]) for label in labels):
             continue
         if name in rows:

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from inmerge_wrap.images.collection import PARTS, ImageCollection, ImageFile
 from inmerge_wrap.images.files import DataError, counted, is_image, named
@@ -313,7 +313,7 @@ def _from_table(
     places = _places_of(classes)
     images = []
     for n, row in enumerate(rows):
-        path = Path(row[path_column].replace("\\", "/"))
+        path = Path(name_in(row[path_column]))
         name = (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
         label = read_marks(str(table), row, labels) if several else places[classes[n]]
         images.append(ImageFile(directory / path, name, label, part=_part(row)))
@@ -373,8 +373,13 @@ def _part(row: _Row) -> str | None:
 
 
 def _file(root: Path, text: str) -> str:
-    """One form of a path, which can be written in several ways."""
-    return os.path.normpath(root / text.replace("\\", "/"))
+    """One form of the whole path, which can be written in several ways."""
+    return os.path.normpath(root / name_in(text))
+
+
+def name_in(cell: str) -> str:
+    """The path in a cell, in one form: ``./a/b.png`` and, of Windows, ``a\\b.png`` as a/b.png."""
+    return PurePosixPath(cell.replace("\\", "/")).as_posix()
 
 
 def is_unknown(cell: str) -> bool:
