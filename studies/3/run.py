@@ -75,7 +75,10 @@ def frozen(augmentation: str) -> Path:
 def planned(options: argparse.Namespace) -> list[Run]:
     """Returns the runs of a command, narrowed by the options, the most valuable first."""
     if options.command == "confirm":
-        seeds = range(FIRST_CONFIRMING_SEED, FIRST_CONFIRMING_SEED + (options.seeds or 20))
+        first = options.first_seed or FIRST_CONFIRMING_SEED
+        if first < FIRST_CONFIRMING_SEED:
+            raise SystemExit(f"--first-seed: the confirmation has {FIRST_CONFIRMING_SEED} or more")
+        seeds = range(first, first + (options.seeds or 20))
         archs = options.archs or [LITE0]
         cells = [
             cell
@@ -101,7 +104,8 @@ def planned(options: argparse.Namespace) -> list[Run]:
             options.archs or [LITE0],
         )
     ]
-    seeds = range(options.first_seed, options.first_seed + (options.seeds or count))
+    first = options.first_seed or 0
+    seeds = range(first, first + (options.seeds or count))
     if options.command == "lengths":
         compared = [Length(steps) for steps in options.steps or LENGTHS]
         trials = [(cell, length) for length in compared for cell in cells]
@@ -172,7 +176,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS))
     parser.add_argument("--steps", nargs="+", type=int, help="of lengths: which to compare")
     parser.add_argument("--seeds", type=int, help="paired runs of each arm")
-    parser.add_argument("--first-seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument(
+        "--first-seed",
+        type=int,
+        help=f"(default: 0; of confirm {FIRST_CONFIRMING_SEED}, which it cannot go below)",
+    )
     parser.add_argument(
         "--threads", type=int, default=1, help="threads of a run (default: %(default)s)"
     )
