@@ -45,6 +45,7 @@ from inmerge_wrap.steps import (
     is_no_training_step,
     notice_every_step,
     refuse_capture,
+    refuse_recording,
 )
 from inmerge_wrap.tally import Tally
 from inmerge_wrap.trial import refuse_undone
@@ -129,6 +130,7 @@ class Driver:
                 "nn.DataParallel runs copies of the network in threads, which would share one "
                 "draw: train with DistributedDataParallel"
             )
+        refuse_recording()
         self._ran = True
         self._forward.begin((args, kwargs))
         outputs = None

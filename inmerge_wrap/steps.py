@@ -47,6 +47,17 @@ def is_captured() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
+def refuse_recording() -> None:
+    """Raises a RuntimeError where a forward pass is exported or traced, with its draw for good."""
+    # PyTorch 2.6 cannot say that it exports.
+    is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+    if is_exporting() or torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.export and torch.jit.trace would keep the pairs of one forward pass for good: "
+            "call model.eval() first, and give them the network, model.module"
+        )
+
+
 def refuse_capture(what: str) -> None:
     """Raises a RuntimeError where a CUDA graph is being captured."""
     if is_captured():

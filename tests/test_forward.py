@@ -1026,6 +1026,20 @@ def test_a_captured_pass_repeats_no_draw(
 
 
 @pytest.mark.parametrize("mode", ["outputs", "weights"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_model_that_merges_cannot_be_exported_with_its_draw(mode: str, strict: bool) -> None:
+    model, _ = made(mode=mode)
+    inputs = images()
+    with pytest.raises(Exception, match="pairs of one forward pass for good"):
+        torch.export.export(model, (inputs,), strict=strict)
+    with pytest.warns(FutureWarning), pytest.raises(RuntimeError, match="for good"):
+        torch.jit.trace(model, inputs)
+    model.eval()
+    program = torch.export.export(model, (inputs,), strict=strict)
+    torch.testing.assert_close(program.module()(inputs), model.module(inputs))
+
+
+@pytest.mark.parametrize("mode", ["outputs", "weights"])
 @pytest.mark.parametrize("detached", [False, True])
 def test_a_network_that_was_compiled_without_hooks_merges_with_them(
     mode: str, detached: bool
