@@ -26,6 +26,7 @@ from inmerge_wrap.optimizers import (
     fsdp_modules,
     is_schedule_free,
     parameters_of,
+    refuse_per_image_gradients,
     refuse_second,
     replaced,
     stepped_of,
@@ -168,7 +169,7 @@ class Driver:
         optimizer = stepping_optimizer(given, to_write=self._in_step)
         if not self._in_step:
             check_sites(self._network, self._plan.merged)  # it may have changed since
-            self._refuse_replaced(self._layers())
+            self._check_forward(self._layers())
         known = self._attachments.of(optimizer)
         attachment = self._attached(optimizer, given, hook, wrapper) if known is None else known
         if not self._in_step:
@@ -265,15 +266,17 @@ class Driver:
             check_layers(layers)
             check_still_held(attachment, trained_of(held), layers)
         elif not self._in_step:
-            self._refuse_replaced(layers)
+            self._check_forward(layers)
         if held:
             self._step(held, layers, optimizer)
         if not trained_of(layers):
             self._warn_of_frozen_weights()
 
-    def _refuse_replaced(self, layers: Sequence[MergedLayer]) -> None:
+    def _check_forward(self, layers: Sequence[MergedLayer]) -> None:
         if (found := self._forward.replaced(layers)) is not None:
             raise RuntimeError(replaced(*found))
+        if self._settings.mode == "outputs":
+            refuse_per_image_gradients(layers)
 
     def merge_(self, wrapper: nn.Module) -> None:
         """Runs one pass over all merged layers; see :meth:`InMergeWrapper.merge_`."""

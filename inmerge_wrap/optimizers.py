@@ -227,6 +227,21 @@ def replaced(names: str, by: nn.Module) -> str:
     )
 
 
+def refuse_per_image_gradients(layers: Sequence[MergedLayer]) -> None:
+    """Raises where Opacus is to compute a gradient for each image.
+
+    It takes the gradient of what leaves the convolution, with the blend of the outputs done, for
+    that of the convolution's own output.
+    """
+    for layer in layers:
+        if any(hasattr(parameter, "grad_sample") for parameter in layer.parameters):
+            raise RuntimeError(
+                f"Opacus would compute wrong gradients of {layer.site.name!r}, from the gradient of "
+                "its output, which mode='outputs' blends: wrap the network with mode='weights' or "
+                "mode='step'"
+            )
+
+
 def carry_counter(optimizers: Sequence[Any], wrapper: Any) -> list[RemovableHandle]:
     """Makes the state dict of an optimizer carry the step counter and statistics of a wrapper.
 

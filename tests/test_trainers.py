@@ -13,6 +13,8 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from opacus import GradSampleModule, PrivacyEngine
+from opacus.optimizers import DPOptimizer
 from safetensors.torch import load_file
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_checkpoint
@@ -20,6 +22,7 @@ from timm.utils import CheckpointSaver
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import functional as F
+from torch.optim import SGD
 from torch.optim.swa_utils import SWALR, AveragedModel, update_bn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import (
@@ -578,6 +581,62 @@ def test_a_loop_without_an_optimizer_object_merges_by_hand() -> None:
                 parameter.grad = None
         model.merge_()
     assert model.step == 3
+
+
+def private_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)]
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 16, 3), *head
+    )
+
+
+def made_private(mode: str) -> tuple[InMergeWrapper, SGD, GradSampleModule, DPOptimizer]:
+    model = InMergeWrapper(private_net(), **(SETTINGS | {"mode": mode, "example_input": None}))
+    optimizer = sgd(model)
+    data = DataLoader(TensorDataset(*batch(0, size=8)), batch_size=4)
+    private, stepping, _ = PrivacyEngine().make_private(
+        module=model,
+        optimizer=optimizer,
+        data_loader=data,
+        noise_multiplier=0.0,
+        max_grad_norm=1e9,
+    )
+    return model, optimizer, private, stepping
+
+
+@pytest.mark.filterwarnings("ignore:Secure RNG", "ignore:Full backward hook is firing")
+@pytest.mark.parametrize("mode", ["weights", "step"])
+def test_opacus_steps_as_training_without_it_does(mode: str) -> None:
+    model, optimizer, private, stepping = made_private(mode)
+    model.attach(optimizer)
+    plain = InMergeWrapper(private_net(), **(SETTINGS | {"mode": mode, "example_input": None}))
+    stepped = sgd(plain)
+    plain.attach(stepped)
+    for number in range(3):
+        images, labels = batch(number, size=4)
+        for network, each in ((private, stepping), (plain, stepped)):
+            F.cross_entropy(network(images), labels).backward()
+            each.step()
+            each.zero_grad()
+    assert model.report().merged == plain.report().merged > 0
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:Secure RNG", "ignore:Full backward hook is firing")
+def test_opacus_is_refused_where_its_gradients_would_be_wrong() -> None:
+    model, optimizer, *_ = made_private("outputs")
+    with pytest.raises(RuntimeError, match="wrong gradients of '3', from"):
+        model.attach(optimizer)
+    model = InMergeWrapper(private_net(), **(SETTINGS | {"mode": "outputs", "example_input": None}))
+    optimizer = sgd(model)
+    model.attach(optimizer)
+    private = GradSampleModule(model)
+    images, labels = batch(0, size=4)
+    F.cross_entropy(private(images), labels).backward()
+    with pytest.raises(RuntimeError, match="mode='weights'"):
+        optimizer.step()
 
 
 def test_the_page_names_what_is_refused() -> None:
