@@ -67,9 +67,10 @@ def tabs(markdown: str) -> str:
 
 
 def front() -> str:
-    """What the README says before its section on the set-up, its links as those of a page."""
+    """The README up to its section on own images, with its links as those of a page."""
     text = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
-    return text.partition("\n")[2].partition("\n## Set up\n")[0].strip().replace("](docs/", "](")
+    part = text.partition("\n")[2].partition("\n## Train on your own images\n")[0]
+    return part.strip().replace("](docs/", "](")
 
 
 def options_of_commands() -> str:

@@ -4,16 +4,16 @@
 
 What it does: trains a small timm network on the scanned digits that scikit-learn ships, or loads
 one (--model); changes the images as another scanner would; measures BatchNorm's statistics again on
-unlabelled images of that scanner, the old ones counting as 16 images (Schneider et al. 2020, arXiv
-2006.16971); compares accuracy and predicted classes on other images of it, before and after;
-exports plain weights, and checks them in plain timm. Writes the weights and `results.json` into
-`runs/adapt_to_a_site/`.
+unlabelled images of that scanner, where the old statistics count as 16 images (Schneider et al.
+2020, arXiv 2006.16971); compares accuracy and predicted classes before and after, on other images
+of that scanner; exports plain weights, and checks them in plain timm. Writes the weights and
+`results.json` into `runs/adapt_to_a_site/`.
 
-Cost: 25 s of one CPU core. Expected: an accuracy of 0.97 on the first scanner; on the other one
-0.1 before and 0.84 to 0.94 after (three runs).
+Cost: 25 s of one CPU core. Expected: an accuracy of 0.97 to 0.98 on the first scanner; on the other
+one 0.10 to 0.11 before and 0.84 to 0.94 after (three runs).
 
-The estimate assumes the classes in about the proportions of the training. `--digits 0 1` adapts on
-images of two of the ten classes, as on a ward with few diseases: 0.24 to 0.49 after (three runs).
+The estimate assumes about the same mix of classes as in training. `--digits 0 1` adapts on images
+of two of the ten classes, as on a ward with few diseases: 0.24 to 0.49 after (three runs).
 
 `inmerge adapt` does the same with your own images, for a network of `inmerge train`.
 """
@@ -51,7 +51,7 @@ add("--images", type=at_least(1), default=200, help="unlabelled, up to 200 (defa
 add("--digits", type=int, nargs="+", default=range(10), choices=range(10), metavar="DIGIT",
     help="that they show (default: all)")  # fmt: skip
 add("--prior", type=float, default=16.0, help="images that the old statistics count as")
-add("--seed", type=at_least(0), default=0, help="of all that is drawn (default: %(default)s)")
+add("--seed", type=at_least(0), default=0, help="seed of all that is random (default: %(default)s)")
 add("--out", type=Path, default=Path("runs/adapt_to_a_site"), help="folder")
 
 # -- data ------------------------------------------------------------------------------------------

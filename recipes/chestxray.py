@@ -6,13 +6,13 @@
 
 What it does: trains as arXiv 2502.20516 does, with SGD whose learning rate is divided by 10 when
 the validation loss stalls for 8 epochs: 30 epochs without merging, then 10 with merging, from the
-best network of the first phase. Ten more epochs help any network: ``--control`` also trains a
-second phase without merging, with the same images in the same order. Every epoch ends in a
+best network of the first phase. Ten more epochs help any network, so ``--control`` also trains a
+second phase without merging, with the same images in the same order. Every epoch ends with a
 checkpoint, from which ``--resume`` continues.
 
 ``DIR`` is the NIH release as downloaded; inmerge_wrap/images/nih.py says what a Hugging Face data
 set needs. Validation patients are a tenth of the training patients; no patient may be in two parts.
-``--cache DIR`` decodes each image once (7.3 GB for all at 224 px), later epochs read the results.
+``--cache DIR`` decodes each image once (7.3 GB for all at 224 px); later epochs read the results.
 
 Cost: meant for GPUs (112,120 images of 1024 px); a small folder runs on a CPU with ``--size 64``.
 Expected: a mean test AUROC between those of the published systems that the table lists, 0.745 to
@@ -90,11 +90,11 @@ add("--mode", choices=["outputs", "step", "none"], help="in the second phase, me
 add("--paper", action="store_true", help="--mode step with the constants of the paper")
 add("--control", action="store_true", help="also train the second phase without merging")
 add("--epochs", type=at_least(0), nargs=2, default=[30, 10], metavar=("FIRST", "SECOND"),
-    help="of the two phases (default: 30 10)")  # fmt: skip
+    help="epochs of the two phases (default: 30 10)")  # fmt: skip
 add("--batch-size", type=int, default=324, help="over all processes (default: %(default)s)")
-add("--lr", type=float, default=0.1, help="at the start (default: %(default)s)")
-add("--workers", type=at_least(0), default=4, help="of each process (default: %(default)s)")
-add("--seed", type=at_least(0), default=0, help="of validation patients, network and order")
+add("--lr", type=float, default=0.1, help="learning rate at the start (default: %(default)s)")
+add("--workers", type=at_least(0), default=4, help="readers of each process (default: %(default)s)")
+add("--seed", type=at_least(0), default=0, help="seed of validation patients, network and order")
 add("--resume", action="store_true", help="continue the run in --out from its last epoch")
 add("--out", type=Path, default=Path("runs/chestxray"), help="folder (default: %(default)s)")
 

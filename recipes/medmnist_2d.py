@@ -6,7 +6,7 @@
 What it does: for each seed, trains the same network on the same batches twice, with and without
 merging. The epoch is chosen by validation AUROC alone; the test part is used once per run, clean
 and under four corruptions. Each run writes ``result.json`` and its weights as a timm folder, and is
-not repeated: a stopped command can be continued. Prints means and paired differences as a table.
+not repeated, so a stopped command can be continued. Prints means and paired differences as a table.
 
 Cost: ResNet-18, 28 px, 5 epochs: 2 minutes of one CPU core a run on DermaMNIST, 5 on BloodMNIST.
 Expected: a clean accuracy of 0.74 and 0.95, with and without merging (recipes/README.md).
@@ -64,7 +64,7 @@ add("--mode", choices=["outputs", "step", "none"], help="merge inside the forwar
     "image (outputs, the default), in the weights after each optimizer step (step), or not at all, "
     "without pairs (none)")  # fmt: skip
 add("--paper", action="store_true", help="--mode step with the constants of arXiv 2502.20516")
-add("--epochs", type=at_least(1), default=10, help="of each run (default: %(default)s)")
+add("--epochs", type=at_least(1), default=10, help="epochs of each run (default: %(default)s)")
 add("--batch-size", type=int, default=64, help="over all processes (default: %(default)s)")
 add("--lr", type=float, default=0.05, help="peak of the one-cycle schedule (default: %(default)s)")
 add("--train-images", type=at_least(1), help="train on a random subset of this size")

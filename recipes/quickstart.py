@@ -9,8 +9,8 @@ with timm alone and checks that the logits are equal. Writes the weights and ``r
 
 Cost: two minutes of one CPU core. Expected: a test accuracy of about 0.99.
 
-One run cannot tell whether merging helps: chance decides which of two runs is ahead. The last line
-prints the command that compares both, paired by seed.
+One run cannot show whether merging helps: chance decides which of two runs is ahead. The last line
+of the output is the command that compares both, paired by seed.
 """
 
 from __future__ import annotations

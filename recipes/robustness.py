@@ -6,7 +6,7 @@
 What it does: runs each network over the test part, clean, under every corruption of the data set's
 modality, and under attacks. Each network is `label=path` of a timm folder, as the other recipes and
 `inmerge export` write it. Repeat a label for several training seeds of one method, in one order for
-every label: differences are then paired. Writes `robustness.json` and `curves.png` into --out.
+every label, so that differences are paired. Writes `robustness.json` and `curves.png` into --out.
 
 Data: the test part of a MedMNIST set (`FLAG.npz` or `FLAG_SIZE.npz` in --data-root, downloaded if
 missing), of a folder of class folders, or of the `split.csv` that own_images.py wrote.
@@ -68,8 +68,8 @@ add("--severities", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="1 to 5")
 add("--attacks", nargs="*", default=[], choices=("fgsm", "pgd"), help="also attack the networks")
 add("--eps", type=float, help="size of the attacks, in units of 1/255 (default: 2)")
 add("--threshold", type=float, help="of binary and multi-label (default: as trained, or 0.5)")
-add("--baseline", help="label that the others are compared with (default: the first)")
-add("--seed", type=int, default=0, help="of corruptions, attacks and bootstrap")
+add("--baseline", help="label to compare the others with (default: the first)")
+add("--seed", type=int, default=0, help="seed of corruptions, attacks and bootstrap")
 add("--bootstrap", type=int, default=1000, help="resamples for the intervals; 0 for none")
 add("--batch-size", type=int, default=256, help="images per batch; does not affect the results")
 add("--out", type=Path, default=Path("runs/robustness"), help="folder (default: %(default)s)")

@@ -186,7 +186,6 @@ def in_pilot(row: dict[str, str]) -> bool:
 
 
 @cache
-@cache
 def third_groups() -> Any:
     """The runs of the third study, by what may be compared."""
     analysis = importlib.import_module("studies.3.analysis")

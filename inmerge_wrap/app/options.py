@@ -23,9 +23,10 @@ Trains a classifier on a folder of your own images, and writes a report that you
         --weights none --size 224 --epochs 20 --out runs/mine
 
 DIR holds train|val|test/CLASS/*, or CLASS/*, which is then split; or --csv FILE names the path and
-the label of each image. PNG, JPEG, TIFF and DICOM, 8 or 16 bit, grey or colour, any size. Trains
-without and with in-model merging in pairs of seeds (--only merged trains that alone), both with
-TrivialAugment unless --augment says otherwise, and writes
+the label of each image. Images are PNG, JPEG, TIFF, BMP or DICOM, grey or colour, of 8 or 16 bits
+and any size. Trains pairs of networks from the same seed, without and with in-model merging (--only
+merged trains the merged ones alone), all with TrivialAugment unless you pass --augment none, and
+writes
 
     OUT/report.html      one file, opens offline
     OUT/model/           the best network on validation
@@ -33,8 +34,8 @@ TrivialAugment unless --augment says otherwise, and writes
     OUT/predictions.csv  every test image
     OUT/split.csv        the part of each image
 
-After an interruption the same command continues from the last complete epoch, on a CPU to the same
-bits.
+After an interruption the same command continues from the last complete epoch; on a CPU the weights
+are then the same, bit for bit.
 
 The progress bar shows the time that is left. How well it works depends on your images; the report
 says how certain each figure is.
@@ -58,59 +59,65 @@ parser = argparse.ArgumentParser(
 group = parser.add_argument_group("images")
 add = group.add_argument
 add("--data-dir", type=Path, required=True, help="holds train|val|test/CLASS/*, or CLASS/*")
-add("--csv", type=Path, help="table with the columns path, label, and if wanted group and part")
+add("--csv", type=Path, help="table with the columns path and label, and optionally group and part")
 add(
     "--labels",
     nargs="+",
     metavar="COLUMN",
-    help="its column of class names (default: label); or several columns of 0, 1 and nothing for "
-    "unknown, which make a multi-label task",
+    help="the table's column of class names (default: label), or several columns that hold 0, 1 or "
+    "nothing (unknown), which make a multi-label task",
 )
-add("--path-column", help="its column of paths, relative to --data-dir (default: path)")
+add("--path-column", help="the table's column of paths, relative to --data-dir (default: path)")
 add(
     "--groups",
-    help="whose image it is, so that a patient's images stay in one part: a column of the table, "
-    "or a regular expression that is found in the path, such as '(patient\\d+)'",
+    help="which patient an image shows, so that all images of a patient stay in one part: a column "
+    "of the table, or a regular expression to find in the path, such as '(patient\\d+)'",
 )
 add(
     "--site",
     nargs="+",
     metavar=("COLUMN", "NAME"),
-    help="hold a whole site out for the test: each in turn, or those that are named; a column or "
-    "an expression as for --groups",
+    help="hold a whole site out as the test part: each site in turn, or only those that are named; "
+    "a column or an expression as for --groups",
 )
 add(
     "--split",
     type=float,
     nargs=3,
     metavar=("TRAIN", "VAL", "TEST"),
-    help="shares of the parts, where the data have none (default: 0.7 0.15 0.15)",
+    help="shares of the parts, if the data are not split (default: 0.7 0.15 0.15)",
 )
-add("--split-seed", type=int, default=0, help="of the split; the same for all runs")
+add("--split-seed", type=int, default=0, help="seed of the split, the same for all runs")
 add("--skip-broken", action="store_true", help="leave out files that cannot be read")
 add("--allow-overlap", action="store_true", help="train although parts share images or groups")
-add("--size", type=int, default=224, help="side in pixels (default: %(default)s)")
-add("--channels", type=int, choices=(1, 3), help="3 if any image shows colours, if unset")
+add("--size", type=int, default=224, help="side of the images in pixels (default: %(default)s)")
+add(
+    "--channels",
+    type=int,
+    choices=(1, 3),
+    help="channels of the network's input; if unset, 3 if any image shows colours, else 1",
+)
 add(
     "--crop-mode",
     default="squash",
     choices=("squash", "center"),
-    help="of images that are not square squash keeps everything, center the proportions "
-    "(default: %(default)s)",
+    help="for images that are not square: squash keeps the whole image, center keeps its "
+    "proportions (default: %(default)s)",
 )
 add(
     "--pixel-range",
     type=float,
     nargs=2,
     metavar=("BLACK", "WHITE"),
-    help="of images of more than 8 bits; found if unset. Replaces the windows of DICOM files",
+    help="values of black and white in images of more than 8 bits, found if unset; replaces the "
+    "windows of DICOM files",
 )
-add("--no-cache", action="store_true", help="decode in every epoch instead of once onto the disk")
+add("--no-cache", action="store_true", help="decode images in every epoch, not once onto the disk")
 add(
     "--workers",
     type=at_least(0),
     default=min(4, (os.cpu_count() or 1) - 1),
-    help="processes that read; they do not change the weights (default here: %(default)s)",
+    help="processes that read images; they do not change the weights (default here: %(default)s)",
 )
 
 group = parser.add_argument_group("training")
@@ -120,14 +127,14 @@ add(
     "--weights",
     default="imagenet",
     metavar="W",
-    help="imagenet: timm's for --arch; a timm name; a file; efficientnet-lite0, from a package; or "
-    "none (default: %(default)s)",
+    help="imagenet (timm's weights for --arch), a timm name, a file, efficientnet-lite0 (from a "
+    "package), or none (default: %(default)s)",
 )
-add("--epochs", type=at_least(1), default=20, help="(default: %(default)s)")
+add("--epochs", type=at_least(1), default=20, help="epochs of each run (default: %(default)s)")
 add("--batch-size", type=at_least(1), default=32, help="over all processes (default: %(default)s)")
-add("--lr", type=float, default=5e-4, help="of AdamW, after a first epoch of warm-up")
-add("--weight-decay", type=float, default=0.05, help="(default: %(default)s)")
-add("--ema", type=float, default=0.998, help="decay of the average of the weights; 0 for none")
+add("--lr", type=float, default=5e-4, help="learning rate of AdamW, after one epoch of warm-up")
+add("--weight-decay", type=float, default=0.05, help="of AdamW (default: %(default)s)")
+add("--ema", type=float, default=0.998, help="decay of the averaged weights (EMA); 0 for none")
 add(
     "--augment",
     default="trivial",
@@ -139,17 +146,22 @@ add(
     "--flip",
     default="none",
     choices=("none", "horizontal", "both"),
-    help="mirror images at random; not by default, for left and right may matter",
+    help="mirror images at random; not by default, because left and right may matter",
 )
 add("--class-balanced", action="store_true", help="rare classes weigh as much as common ones")
 add(
     "--mixed-precision",
     default="auto",
     choices=("auto", "no", "fp16", "bf16"),
-    help="auto: on a GPU, bf16 where it has it",
+    help="auto: on a GPU bf16 if it supports it, else fp16; on a CPU no",
 )
-add("--seeds", type=at_least(1), default=1, help="how many runs, or pairs of runs (default: 1)")
-add("--only", choices=("plain", "merged"), help="train one of the two instead of pairs")
+add(
+    "--seeds",
+    type=at_least(1),
+    default=1,
+    help="number of pairs; with --only, of runs (default: 1)",
+)
+add("--only", choices=("plain", "merged"), help="train plain or merged networks instead of pairs")
 
 group = parser.add_argument_group("results")
 add = group.add_argument
@@ -165,7 +177,7 @@ add(
     default=[3],
     choices=range(1, 6),
     metavar="S",
-    help="of the corruptions, 1 to 5 (default: 3)",
+    help="severities of the corruptions, 1 to 5 (default: 3)",
 )
 add("--bootstrap", type=at_least(0), default=1000, help="resamples for the intervals; 0 for none")
 add(
@@ -180,11 +192,11 @@ add(
     nargs="+",
     default=[],
     metavar="[CLASS=]P",
-    help="predictive values also where this share of patients has the finding, such as 0.02",
+    help="also report predictive values for this share of patients with the finding, such as 0.02",
 )
-add("--title", help="of the report (default: the name of the folder)")
-add("--license", default="unknown", help="of the weights, for the model card")
-add("--license-name", help="its name, with --license other")
+add("--title", help="title of the report (default: the name of the folder)")
+add("--license", default="unknown", help="licence of the weights, for the model card")
+add("--license-name", help="name of the licence, with --license other")
 add("--out", type=Path, default=Path("runs/own_images"), help="folder (default: %(default)s)")
 
 ASKED = ("preset", "severities", "bootstrap", "subgroups", "prevalence")  # what decides the figures

@@ -45,10 +45,10 @@ def adapt(
             need no labels.
         out: New folder for the adapted network.
         prior: Number of images that the training's statistics count as.
-        labels: Labels of some of the images: columns path and label, or path and one of 0 and 1
-            for each label. Temperature and thresholds are chosen on them.
-        site: Of the site, for the card; default: the folder's.
-        limit: Images to use, evenly spaced over all.
+        labels: Labels of some of the images: columns path and label, or path and a column of 0 and
+            1 for each label. The temperature and the thresholds are chosen on these images.
+        site: Name of the site, for the model card; default: that of the folder.
+        limit: Number of images to use, evenly spaced over all.
     """
     for path in (model, images, *([labels] if labels else [])):
         check_there(path)

@@ -59,18 +59,18 @@ def evaluate(
         data: A folder with one folder of images for each class, FOLDER/CLASS/* or
             FOLDER/test/CLASS/*; an .npz in the MedMNIST layout; or, for a network of `inmerge
             train`, a CSV file such as its split.csv.
-        mean: Mean of pixels in [0, 1] in training; a timm folder has its own.
+        mean: Mean of the training images, pixels in [0, 1]; a timm folder records its own.
         std: Standard deviation, likewise.
-        preset: Corruptions: a preset or MedMNIST name; default: by the data's name.
+        preset: Corruptions: a preset or a MedMNIST name; default: by the name of the data.
         severity: Severity, 1 to 5; default: all. Repeatable.
         attack: fgsm or pgd. Repeatable.
         eps: Size of the attacks, in units of 1/255; default: 2.
         task: multiclass, binary or multilabel; default: by the labels.
-        split: Part to use.
+        split: Part of the data to use.
         size: Side to resize to; default: that of the timm folder.
-        limit: Images to use, evenly spaced over all.
+        limit: Number of images to use, evenly spaced over all.
         seed: Seed of corruptions, attacks and bootstrap.
-        bootstrap: Bootstrap resamples.
+        bootstrap: Number of bootstrap resamples.
         output: JSON file for all rows.
     """
     paths = _named_paths(models)

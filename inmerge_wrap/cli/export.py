@@ -43,7 +43,7 @@ def export(
 
     Args:
         output: A .safetensors file for plain weights, or a folder for timm's `local-dir:`.
-        mean: Mean of pixels in [0, 1], one or one per channel.
+        mean: Mean of pixels in [0, 1]: one value, or one per channel.
         std: Standard deviation, likewise.
         label_names: Class names, separated by commas.
         card: JSON file with the fields of the model card.

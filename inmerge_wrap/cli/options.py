@@ -28,8 +28,8 @@ Arch = Annotated[
     Option(
         "--arch",
         metavar="MODEL",
-        help="Model name in timm or torchvision, or `timm:NAME`, `torchvision:NAME`. Not needed "
-        "for a folder written by `inmerge export`.",
+        help="Name of a timm or torchvision model; `timm:NAME` and `torchvision:NAME` choose the "
+        "library. Not needed for a folder that `inmerge export` wrote.",
         autocompletion=complete_model,
     ),
 ]
@@ -69,11 +69,11 @@ Weights = Annotated[
         "a timm folder.",
     ),
 ]
-TrainedFolder = Annotated[Path, Argument(help="The folder `model/` that a training wrote.")]
-PathColumn = Annotated[str, Option(metavar="NAME", help="Column of the paths in CSV files.")]
-BatchSize = Annotated[int, Option(min=1, help="Does not affect the results.")]
-Device = Annotated[str, Option(help="cpu or cuda.")]
-Workers = Annotated[int, Option(min=0, help="Processes that read; 0 for this one.")]
+TrainedFolder = Annotated[Path, Argument(help="The folder `model/` that `inmerge train` wrote.")]
+PathColumn = Annotated[str, Option(metavar="NAME", help="Column with the paths in CSV files.")]
+BatchSize = Annotated[int, Option(min=1, help="Images per batch; does not affect the results.")]
+Device = Annotated[str, Option(help="Device: cpu or cuda.")]
+Workers = Annotated[int, Option(min=0, help="Processes that read images; 0 reads in this one.")]
 
 
 def load(

@@ -36,7 +36,7 @@ def predict(
     """Classify new images with a trained network.
 
     Images are read and prepared as in training. A file that cannot be read gets a row with the
-    reason, and images that differ from those of the training a note.
+    reason. An image that differs from the training images gets a note.
 
     Args:
         images: Files, folders, or a CSV file with a column of paths relative to its folder.

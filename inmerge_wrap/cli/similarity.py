@@ -44,7 +44,7 @@ def similarity(
     Args:
         output: Folder for similarity.json and the figures.
         pictures: Whether to draw figures.
-        pairs: Extreme pairs to list and draw.
+        pairs: Number of extreme pairs to list and draw.
         theme: Figure theme; default: light.
     """
     if theme and not pictures:
