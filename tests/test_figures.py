@@ -148,10 +148,10 @@ def test_the_tables_of_the_second_study_are_made_from_the_runs_beside_them(tmp_p
     study = STUDIES / "2"
     report = importlib.import_module("studies.2.report")
     settings = report.by_setting(read_runs(study / "runs.jsonl.gz"))
-    found = {name: report.compare(settings, name, "test") for name in report.BASELINES}
+    found = report.compare(settings, "test")
     report.write_csv(found, tmp_path / "differences.csv")
     assert (tmp_path / "differences.csv").read_text() == (study / "differences.csv").read_text()
-    table = report.table(settings, found["plain"], "test", "plain")
+    table = report.table(settings, found, "test")
     assert table == (study / "table.md").read_text()
     page = (ROOT / "docs" / "evidence-negative.md").read_text()
     rows = [row for row in shown_rows("docs/evidence-negative.md") if re.search(r" \d+ \|$", row)]
@@ -185,7 +185,6 @@ def in_pilot(row: dict[str, str]) -> bool:
     return (row["dataset"], row["images"], row["arch"]) == cell
 
 
-@cache
 @cache
 def third_groups() -> Any:
     """The runs of the third study, by what may be compared."""

@@ -21,8 +21,7 @@ from studies.common.statistics import (
     random_effects,
 )
 
-from .paired import Runs, Setting, values
-from .run import CONFIRMING
+from .paired import CONFIRMED, Runs, Setting, values
 
 ARM = "transient, signed 0.3"
 COMPARISONS = (  # arm, baseline
@@ -48,10 +47,9 @@ def effects(
     settings: Mapping[Setting, Runs], arm: str, baseline: str, key: tuple[str, str]
 ) -> dict[str, Effect]:
     """Returns data set -> arm minus baseline on the test part, over pairs of seeds."""
-    confirming = {regime.dataset for regime in CONFIRMING.values()}
     found = {}
     for setting, runs in settings.items():
-        if setting.dataset in confirming:
+        if setting.dataset in CONFIRMED:
             seeds = sorted(set(runs[arm]) & set(runs[baseline]))
             pairs = [
                 values(runs[arm][seed], "test")[key] - values(runs[baseline][seed], "test")[key]
