@@ -516,7 +516,8 @@ def test_push_uploads_the_export_and_nothing_else(
 ) -> None:
     figure = plot_pairs(measure_similarity(model, include="layer4.*"))
     write(model, tmp_path, small_card(robustness_picture=figure))
-    (tmp_path / "optimizer.bin").write_text("not for everybody")
+    for name in ("optimizer.bin", "robustness.json"):
+        (tmp_path / name).write_text("not for everybody")
     line = push_to_hub(tmp_path, "ward/skin", private=True, token="hf_x", message="First")
     assert line == 'timm.create_model("hf-hub:ward/skin", pretrained=True)'
     assert hub["created"] == ("ward/skin", {"private": True, "exist_ok": True})
