@@ -413,13 +413,13 @@ def test_the_page_of_evidence_shows_the_map_as_it_was_measured() -> None:
         every = [cells.get((of, augmentation, n, "AUROC")) for n in (150, 600, 2400)]
         return ", ".join("–" if cell is None else f"{cell[place]:{sign}.3f}" for cell in every)
 
-    for line, (augmentation, words) in zip(shown, names.items(), strict=True):
+    for line, (augmentation, named) in zip(shown, names.items(), strict=True):
         both = [
             in_order(of, augmentation, place, sign)
             for of in ("bloodmnist", "dermamnist")
             for place, sign in ((0, ""), (2, "+"))
         ]
-        assert line == f"| {words} | {' | '.join(both)} |"
+        assert line == f"| {named} | {' | '.join(both)} |"
 
     def gains(
         *augmentations: str, on: str = "blood", measure: str = "AUROC", images: int | None = None
