@@ -86,6 +86,10 @@ class CardResult:
     interval: tuple[float, float] | None = None
     note: str = ""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.value, str):
+            raise ValueError(f"value of a result must be a number, got {self.value!r}")
+
     @property
     def metric_name(self) -> str:
         """Display name of the metric."""
@@ -245,7 +249,7 @@ class ModelCard:
                 for entry in fields.get("results", ())
             ]
             return cls(**fields)
-        except TypeError as error:
+        except (AttributeError, TypeError) as error:  # as of a number where text is needed
             known = ", ".join(entry.name for entry in dataclasses.fields(cls))
             raise ValueError(f"the card does not fit ({error}); its fields are {known}") from error
 

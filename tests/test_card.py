@@ -473,6 +473,11 @@ def test_robustness_results_and_picture(model: nn.Module, tmp_path: Path) -> Non
         ({"datasets": "ham10000"}, "must be a list"),
         ({"colour": "red"}, "its fields are title"),
         ({"results": [{"metric": "accuracy"}]}, "does not fit"),
+        ({"title": 3}, "does not fit"),
+        (
+            {"results": [{"metric": "auroc", "value": "0.8", "dataset": "D"}]},
+            "value of a result must be a number, got '0.8'",
+        ),
     ],
 )
 def test_malformed_cards(fields: dict[str, Any], told: str) -> None:

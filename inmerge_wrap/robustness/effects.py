@@ -136,21 +136,11 @@ class Draws:
         ]
 
     def normal(self, *shape: int, like: Tensor) -> Tensor:
-        """Draws standard normal numbers, shape (B, *shape).
-
-        Args:
-            shape: Of the numbers of one image.
-            like: Gives the device and the dtype.
-        """
+        """Draws standard normal numbers (B, *shape), with the device and the dtype of `like`."""
         return torch.stack([torch.randn(shape, generator=g) for g in self._generators]).to(like)
 
     def uniform(self, *shape: int, like: Tensor) -> Tensor:
-        """Draws uniform numbers in [0, 1), shape (B, *shape).
-
-        Args:
-            shape: Of the numbers of one image.
-            like: Gives the device and the dtype.
-        """
+        """Draws uniform numbers in [0, 1), (B, *shape), with the device and the dtype of `like`."""
         return torch.stack([torch.rand(shape, generator=g) for g in self._generators]).to(like)
 
     def poisson(self, rates: Tensor) -> Tensor:

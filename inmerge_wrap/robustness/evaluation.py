@@ -195,23 +195,22 @@ def _device_of(model: nn.Module, device: torch.device | str | None) -> torch.dev
 
 @contextmanager
 def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluates in eval mode, then restores modes, gradients and torch's global generators."""
+    """Evaluates in eval mode, then restores modes, what is trained, and torch's generators."""
     modes = [(module, module.training) for module in model.modules()]
-    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             # Flags, not eval(): a module may override eval() and leave its own flag untouched.
             for module, _ in modes:
                 module.training = False
-            for parameter, _, _ in parameters:
+            for parameter in trained:
                 parameter.requires_grad_(False)
             yield
         finally:
             for module, training in modes:
                 module.training = training
-            for parameter, requires_grad, gradient in parameters:
-                parameter.requires_grad_(requires_grad)
-                parameter.grad = gradient
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
 
 @dataclass
