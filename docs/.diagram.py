@@ -246,15 +246,11 @@ def in_the_forward_pass() -> str:
     return picture("In the forward pass, each image blends the channels in its own way", 388, parts)
 
 
-def differences() -> dict[tuple[str, str], Rows]:
-    """Returns comparison -> data set, or "all" -> mean, low and high of AUROC under corruption."""
-    found: dict[tuple[str, str], Rows] = {}
-    with (ROOT / "studies" / "2" / "reanalysis.csv").open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            is_drawn = (row["measure"], row["images"]) == ("AUROC", "corrupted")
-            if is_drawn and not row["data"].startswith("without"):
-                found.setdefault((row["arm"], row["baseline"]), {})[row["data"]] = ends(row)
-    return found
+def table_of(study: int, name: str) -> list[dict[str, str]]:
+    """Returns the rows of a table that a study wrote."""
+    path = ROOT / "studies" / str(study) / f"{name}.csv"
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def ends(row: dict[str, str]) -> dict[str, float]:
@@ -263,27 +259,31 @@ def ends(row: dict[str, str]) -> dict[str, float]:
 
 
 def evidence() -> str:
-    return area_under_corruption("Second", differences(), COMPARISONS, 1900, 205)
+    """The second study's confirmation: each data set, and all of them as random effects."""
+    found: dict[tuple[str, ...], Rows] = {}
+    for row in table_of(2, "reanalysis"):
+        is_drawn = (row["measure"], row["images"]) == ("AUROC", "corrupted")
+        if is_drawn and not row["data"].startswith("without"):
+            found.setdefault((row["arm"], row["baseline"]), {})[row["data"]] = ends(row)
+    return area_under_corruption("Second", found, COMPARISONS, 1900, 205)
 
 
 def confirmation() -> str:
-    """The third study's confirmation: each data set, and all of them as random effects."""
+    """The third study's confirmation, drawn as the second's."""
     found: dict[tuple[str, ...], Rows] = {}
     for table in ("differences", "pooled"):
-        path = ROOT / "studies" / "3" / f"{table}.csv"
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                if (row["measure"], row["tested_on"]) != ("AUROC", "corrupted"):
+        for row in table_of(3, table):
+            if (row["measure"], row["tested_on"]) != ("AUROC", "corrupted"):
+                continue
+            name = "all"
+            if table == "differences":
+                name = row["dataset"].removesuffix("mnist").capitalize()
+                if row["confirmation"] != "True" or name == "Blood":
                     continue
-                name = "all"
-                if table == "differences":
-                    name = row["dataset"].removesuffix("mnist").capitalize()
-                    if row["confirmation"] != "True" or name == "Blood":
-                        continue
-                elif row["data"].startswith("without"):
-                    continue
-                compared = row["arm"], row["baseline"], row["augmentation"]
-                found.setdefault(compared, {})[name] = ends(row)
+            elif row["data"].startswith("without"):
+                continue
+            compared = row["arm"], row["baseline"], row["augmentation"]
+            found.setdefault(compared, {})[name] = ends(row)
     return area_under_corruption("Third", found, PER_IMAGE, 620, 203, tick=0.1)
 
 
@@ -309,11 +309,10 @@ def area_under_corruption(
 def laboratories() -> str:
     """What each disturbance changes in two other laboratories, before and after adapting."""
     found: dict[str, Rows] = {}
-    with (ROOT / "studies" / "3" / "laboratories.csv").open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            drawn = (row["measure"], row["baseline"]) == ("balanced accuracy", "plain")
-            if drawn and row["arch"] == "tf_efficientnet_lite0" and row["augmentation"] == "flips":
-                found.setdefault(row["arm"], {})[row["laboratory"] + WAYS[row["way"]]] = ends(row)
+    for row in table_of(3, "laboratories"):
+        drawn = (row["measure"], row["baseline"]) == ("balanced accuracy", "plain")
+        if drawn and row["arch"] == "tf_efficientnet_lite0" and row["augmentation"] == "flips":
+            found.setdefault(row["arm"], {})[row["laboratory"] + WAYS[row["way"]]] = ends(row)
     groups = [
         (
             f"{arm.replace('per image', 'for each image')} − plain training",
@@ -373,8 +372,6 @@ def forest(
 
 def mechanism() -> str:
     """Draws each network of the third study's pilot: one panel for each quantity inside it."""
-    with (ROOT / "studies" / "3" / "mechanism.csv").open(newline="", encoding="utf-8") as file:
-        runs = list(csv.DictReader(file))
     wide, high, top = 290, 118, 98
     parts, areas = [], (0.86, 0.99)
     for place, (name, kind) in enumerate(ARMS.items()):
@@ -387,7 +384,7 @@ def mechanism() -> str:
             parts.append(text(54, y + 5, f"{area:.2f}", 13, "soft", anchor="end"))
         parts.append(f'<path class="soft" d="M62 {top} v{high}" fill="none"/>')
         parts.append(f'<path class="soft" d="M62 {top + high} h{wide}" fill="none"/>')
-        for run in runs:
+        for run in table_of(3, "mechanism"):
             arm = run["arm"] + {"trivial": ", TrivialAugment"}.get(run["augmentation"], "")
             cell = run["dataset"], run["images"], run["arch"]
             if run["steps"] != STEPS.get(run["augmentation"]) or cell != PILOT or arm not in ARMS:
@@ -405,10 +402,8 @@ def mechanism() -> str:
 
 def beside_augmentation() -> str:
     """The third study's map: plain training and merging, by augmentation and number of images."""
-    with (ROOT / "studies" / "3" / "map.csv").open(newline="", encoding="utf-8") as file:
-        every = list(csv.DictReader(file))
     shown = ("tf_efficientnet_lite0", "AUROC")
-    rows = [row for row in every if (row["arch"], row["measure"]) == shown]
+    rows = [row for row in table_of(3, "map") if (row["arch"], row["measure"]) == shown]
     first, scale, parts, top = 0.64, 630, [], 26
     for place, (kind, words) in enumerate(MAPPED.items()):
         parts.append(dot(18 + 130 * place, top - 5, kind, "circle"))

@@ -26,8 +26,8 @@ __all__ = ["PLACE", "CardResult", "ModelCard", "merging_settings", "push_to_hub"
 
 PLACE = "local-dir:path/to/this/folder"
 """Where the code of a card loads the model from; ``push_to_hub`` puts the repository there."""
-_PICTURE = "robustness"
-_UPLOADED = ("README.md", "config.json", "model.safetensors", f"{_PICTURE}.*")
+_NEEDED = ("README.md", "config.json", "model.safetensors")
+_PICTURES = tuple(f"robustness.{kind}" for kind in ("png", "jpg", "jpeg", "svg"))
 
 _INTENDED_USE = """\
 Research on the classification of medical images and on its robustness. It is not a medical device
@@ -85,6 +85,10 @@ class CardResult:
     split: str = "test"
     interval: tuple[float, float] | None = None
     note: str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.value, str):
+            raise ValueError(f"value of a result must be a number, got {self.value!r}")
 
     @property
     def metric_name(self) -> str:
@@ -245,7 +249,7 @@ class ModelCard:
                 for entry in fields.get("results", ())
             ]
             return cls(**fields)
-        except TypeError as error:
+        except (AttributeError, TypeError) as error:  # as of a number where text is needed
             known = ", ".join(entry.name for entry in dataclasses.fields(cls))
             raise ValueError(f"the card does not fit ({error}); its fields are {known}") from error
 
@@ -289,7 +293,8 @@ class ModelCard:
             ValueError: If there are more or fewer thresholds than classes.
         """
         thresholds = list(self.thresholds) or [0.5]
-        thresholds *= len(label_names or "1") if len(thresholds) == 1 else 1
+        if label_names and len(thresholds) == 1:
+            thresholds *= len(label_names)
         if label_names and len(thresholds) != len(label_names):
             raise ValueError(
                 f"the card has {len(thresholds)} thresholds for {len(label_names)} classes"
@@ -370,12 +375,11 @@ class ModelCard:
         if picture is None:
             return None
         if hasattr(picture, "savefig"):
-            name = f"{_PICTURE}.png"
-            picture.savefig(directory / name)
-            return name
+            picture.savefig(directory / _PICTURES[0])
+            return _PICTURES[0]
         source = Path(picture)
-        name = _PICTURE + source.suffix.lower()
-        if not name.endswith((".png", ".jpg", ".jpeg", ".svg")) or not source.is_file():
+        name = f"robustness{source.suffix.lower()}"
+        if name not in _PICTURES or not source.is_file():
             raise ValueError(f"robustness_picture is not a PNG, JPEG or SVG file: {source}")
         shutil.copyfile(source, directory / name)
         return name
@@ -437,7 +441,7 @@ def push_to_hub(
     from huggingface_hub import HfApi
 
     source = Path(directory)
-    missing = [name for name in _UPLOADED[:3] if not (source / name).is_file()]
+    missing = [name for name in _NEEDED if not (source / name).is_file()]
     if missing:
         raise ValueError(
             f"{source} has no {', '.join(missing)}: write the folder with "
@@ -449,9 +453,9 @@ def push_to_hub(
     api.create_repo(repo_id, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         staged = Path(folder)
-        for pattern in _UPLOADED:
-            for path in source.glob(pattern):
-                shutil.copyfile(path, staged / path.name)
+        for name in (*_NEEDED, *_PICTURES):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, staged / name)
         card = staged / "README.md"
         text = card.read_text(encoding="utf-8").replace(PLACE, f"hf-hub:{repo_id}")
         card.write_text(text, encoding="utf-8")

@@ -148,7 +148,9 @@ def read_state(path: str | Path, *, key: str | None = None) -> dict[str, Tensor]
     named = content.items() if isinstance(content, Mapping) else ()
     state = {str(name): value for name, value in named if isinstance(value, Tensor)}
     if not state:
-        raise ValueError(f"{path} holds no state dict but a {type(content).__name__}")
+        inner = [str(name) for name, value in named if isinstance(value, Mapping)]
+        hint = f": if they are in {' or '.join(inner)}, name the entry with <key>" if inner else ""
+        raise ArgumentError(f"{path} holds no weights but a {type(content).__name__}{hint}")
     return state
 
 
@@ -384,7 +386,12 @@ def _check_shapes(
     own = network.state_dict()
     shared = [(name, state[name], mine) for name, mine in own.items() if name in state]
     found = {
-        "missing": [name for name in own if name not in state],
+        "missing": [
+            name
+            for name in own
+            # A counter that is not there begins at 0, as in torch.
+            if name not in state and not name.endswith("num_batches_tracked")
+        ],
         "not in it": [name for name in state if name not in own],
         "shapes": [
             f"{name} is {tuple(value.shape)} instead of {tuple(mine.shape)}"

@@ -72,18 +72,19 @@ def page_of(notebook: Any, name: str) -> tuple[str, dict[str, str]]:
 
 def main() -> None:
     PAGES.mkdir(exist_ok=True)
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        if sys.argv[1:] and path.stem not in sys.argv[1:]:
-            continue
-        notebook = nbformat.read(path, as_version=4)
+    known = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+    if unknown := set(sys.argv[1:]) - set(known):
+        raise SystemExit(f"no notebook {', '.join(unknown)}; there are {', '.join(known)}")
+    for name in sys.argv[1:] or known:
+        notebook = nbformat.read(known[name], as_version=4)
         notebook.cells.insert(0, nbformat.v4.new_code_cell(VECTORS))
         NotebookClient(notebook, timeout=3600, kernel_name="python3").execute()
         del notebook.cells[0]
-        text, pictures = page_of(notebook, path.stem)
-        (PAGES / f"{path.stem}.md").write_text(text, encoding="utf-8")
+        text, pictures = page_of(notebook, name)
+        (PAGES / f"{name}.md").write_text(text, encoding="utf-8")
         for file, content in pictures.items():
             (PAGES / file).write_text(content, encoding="utf-8")
-        print(f"{path.stem}: {len(pictures)} pictures")
+        print(f"{name}: {len(pictures)} pictures")
 
 
 if __name__ == "__main__":

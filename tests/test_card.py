@@ -473,6 +473,11 @@ def test_robustness_results_and_picture(model: nn.Module, tmp_path: Path) -> Non
         ({"datasets": "ham10000"}, "must be a list"),
         ({"colour": "red"}, "its fields are title"),
         ({"results": [{"metric": "accuracy"}]}, "does not fit"),
+        ({"title": 3}, "does not fit"),
+        (
+            {"results": [{"metric": "auroc", "value": "0.8", "dataset": "D"}]},
+            "value of a result must be a number, got '0.8'",
+        ),
     ],
 )
 def test_malformed_cards(fields: dict[str, Any], told: str) -> None:
@@ -516,7 +521,8 @@ def test_push_uploads_the_export_and_nothing_else(
 ) -> None:
     figure = plot_pairs(measure_similarity(model, include="layer4.*"))
     write(model, tmp_path, small_card(robustness_picture=figure))
-    (tmp_path / "optimizer.bin").write_text("not for everybody")
+    for name in ("optimizer.bin", "robustness.json"):
+        (tmp_path / name).write_text("not for everybody")
     line = push_to_hub(tmp_path, "ward/skin", private=True, token="hf_x", message="First")
     assert line == 'timm.create_model("hf-hub:ward/skin", pretrained=True)'
     assert hub["created"] == ("ward/skin", {"private": True, "exist_ok": True})

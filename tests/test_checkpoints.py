@@ -100,6 +100,22 @@ def test_an_average_next_to_the_weights_is_named_and_can_be_chosen(
         read_state(path, key="ema")
 
 
+def test_weights_under_another_name_are_found_by_key(net: nn.Module, tmp_path: Path) -> None:
+    torch.save({"net": net.state_dict(), "optimizer": {}, "epoch": 3}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match=r"they are in net or optimizer, name the entry with key$"):
+        load_network(tmp_path / "last.pt", ARCH)
+    assert equal(load_network(tmp_path / "last.pt", ARCH, key="net")[0], net)
+
+
+def test_weights_without_counters_of_batches_are_loaded_as_torch_loads_them(
+    net: nn.Module, tmp_path: Path
+) -> None:
+    """As of torch before 0.4.1, and converted from other frameworks."""
+    state = {name: value for name, value in net.state_dict().items() if "num_batches" not in name}
+    torch.save(state, tmp_path / "old.pt")
+    assert equal(load_network(tmp_path / "old.pt", ARCH)[0], net)
+
+
 class _Runs:
     """A pickle that writes a file when it is opened."""
 

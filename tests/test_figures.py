@@ -20,6 +20,7 @@ from studies.common.records import read_runs
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "studies"
+ANALYSIS = importlib.import_module("studies.3.analysis")
 PLACES = ("Jiangxi", "CellaVision")
 CHANNELS = ("channel noise", "channel dropout")
 OTHER_ARMS = ("merging per step", "random erasing", "EMA", "DAMP")  # of five pairs there
@@ -28,6 +29,21 @@ MEASURES = (
     ("balanced accuracy", "corrupted"),
     ("balanced accuracy", "clean"),
 )
+
+
+def page_of(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+def words(text: str) -> str:
+    """A text in one line, as a sentence is found in it."""
+    return " ".join(text.split())
+
+
+def table_of(study: str, name: str) -> list[dict[str, str]]:
+    """The rows of a table that a study wrote."""
+    with (STUDIES / study / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def written_lines() -> set[str]:
@@ -41,11 +57,7 @@ def written_lines() -> set[str]:
 
 @pytest.mark.parametrize("page", ["docs/evidence-negative.md", "recipes/README.md"])
 def test_figures_with_a_spread_come_from_results_files(page: str) -> None:
-    shown = [
-        line
-        for line in (ROOT / page).read_text().splitlines()
-        if line.startswith("|") and "±" in line
-    ]
+    shown = [line for line in page_of(page).splitlines() if line.startswith("|") and "±" in line]
     assert len(shown) >= 4
     written = written_lines()
     assert [line for line in shown if line not in written] == []
@@ -58,7 +70,7 @@ def test_the_figures_of_the_performance_page_come_from_results_files() -> None:
         for path in (ROOT / "benchmarks" / "results" / "overhead").glob("*.json")
         for row in json.loads(path.read_text())["rows"]
     ]
-    text = (ROOT / "docs" / "performance.md").read_text()
+    text = page_of("docs/performance.md")
     counting = runpy.run_path(str(ROOT / "benchmarks" / "launches.py"))
     stored = json.loads((ROOT / "benchmarks" / "results" / "launches.json").read_text())
     counted = [counting["markdown"](row) for row in stored["rows"]]
@@ -78,14 +90,14 @@ def test_an_inspection_takes_as_long_as_the_performance_page_says() -> None:
             (row,) = json.loads((folder / f"cpu-{network}-{name}.json").read_text())["rows"]
             ratios.append(row["quartiles"][1])
         steps.append(ratios[1] - ratios[0])
-    page = " ".join((ROOT / "docs" / "performance.md").read_text().split())
+    page = words(page_of("docs/performance.md"))
     shown = "{:.1f} steps of ResNet-18 at 28 px and {:.1f} steps of ResNet-34".format(*steps)
     assert shown in page and max(steps) < 1.5
 
 
 def test_the_two_phases_on_the_page_are_those_of_the_runs() -> None:
-    page = (ROOT / "docs" / "evidence-negative.md").read_text()
-    readme = " ".join((ROOT / "recipes" / "README.md").read_text().split())
+    page = page_of("docs/evidence-negative.md")
+    readme = words(page_of("recipes/README.md"))
     plain: dict[str, list[float]] = {}
     done = [run for run in read_runs(STUDIES / "1" / "runs.jsonl.gz") if "arm" in run]
     for name, label in (
@@ -108,10 +120,10 @@ def test_the_two_phases_on_the_page_are_those_of_the_runs() -> None:
         assert said in readme
         if name == "signed":
             eight = "above the control in eight of ten pairs"
-            assert eight in " ".join(page.split()) and (difference > 0).sum() == 8
+            assert eight in words(page) and (difference > 0).sum() == 8
         else:
             front = f"{said.replace('(', '(95% interval ')}, which is no gain".replace("+", "")
-            text = " ".join((ROOT / "README.md").read_text().split())
+            text = words(page_of("README.md"))
             assert front in text.replace("+", "")
     assert plain["paper"] == plain["signed"]  # paired to the bit: only the second phase differs
     own = f"{np.mean(plain['paper']):.3f} ({np.std(plain['paper'], ddof=1):.3f})"
@@ -133,7 +145,7 @@ def test_the_tables_of_the_first_study_are_made_from_the_runs_beside_them(
 
 def shown_rows(page: str) -> list[str]:
     """The rows of a page that hold intervals."""
-    return re.findall(r"^\| .*\(\S+ to \S+\).*\|$", (ROOT / page).read_text(), re.MULTILINE)
+    return re.findall(r"^\| .*\(\S+ to \S+\).*\|$", page_of(page), re.MULTILINE)
 
 
 AUGMENTATIONS = {  # rows of a table of the page -> sections of the results
@@ -148,12 +160,12 @@ def test_the_tables_of_the_second_study_are_made_from_the_runs_beside_them(tmp_p
     study = STUDIES / "2"
     report = importlib.import_module("studies.2.report")
     settings = report.by_setting(read_runs(study / "runs.jsonl.gz"))
-    found = {name: report.compare(settings, name, "test") for name in report.BASELINES}
+    found = report.compare(settings, "test")
     report.write_csv(found, tmp_path / "differences.csv")
     assert (tmp_path / "differences.csv").read_text() == (study / "differences.csv").read_text()
-    table = report.table(settings, found["plain"], "test", "plain")
+    table = report.table(settings, found, "test")
     assert table == (study / "table.md").read_text()
-    page = (ROOT / "docs" / "evidence-negative.md").read_text()
+    page = page_of("docs/evidence-negative.md")
     rows = [row for row in shown_rows("docs/evidence-negative.md") if re.search(r" \d+ \|$", row)]
     assert len(rows) > 10 and set(table.splitlines()).issuperset(rows)
     for name, setting in AUGMENTATIONS.items():
@@ -188,17 +200,14 @@ def in_pilot(row: dict[str, str]) -> bool:
 @cache
 def third_groups() -> Any:
     """The runs of the third study, by what may be compared."""
-    analysis = importlib.import_module("studies.3.analysis")
-    return analysis.grouped(read_runs(STUDIES / "3" / "runs.jsonl.gz"))
+    return ANALYSIS.grouped(read_runs(STUDIES / "3" / "runs.jsonl.gz"))
 
 
 @cache
 def third_study(table: str) -> list[dict[str, str]]:
     """The rows of a table of the third study, after they have been made again from its runs."""
-    analysis = importlib.import_module("studies.3.analysis")
-    with (STUDIES / "3" / f"{table}.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    for row, again in zip(rows, getattr(analysis, table)(third_groups()), strict=True):
+    rows = table_of("3", table)
+    for row, again in zip(rows, getattr(ANALYSIS, table)(third_groups()), strict=True):
         for name in ("mean", "low", "high"):
             stored = float(row[name]) if row[name] else None
             assert stored == pytest.approx(again.get(name), abs=1e-5)
@@ -207,7 +216,7 @@ def third_study(table: str) -> list[dict[str, str]]:
 
 def test_the_pages_of_evidence_show_the_third_study_as_it_was_analysed() -> None:
     rows = third_study("differences")
-    page = (ROOT / "docs" / "evidence-negative.md").read_text().partition("## The pilot")[2]
+    page = page_of("docs/evidence-negative.md").partition("## The pilot")[2]
     parts = page.partition("### After fewer steps")
     fewer = parts[2].partition("\n### ")[0]
     for steps, part in (("300", fewer), ("600", parts[0])):
@@ -231,7 +240,7 @@ def test_the_pages_of_evidence_show_the_third_study_as_it_was_analysed() -> None
         if (row["baseline"], row["confirmation"]) == ("plain", "True")
         and row["dataset"] == "bloodmnist"
     }
-    part = (ROOT / "docs" / "evidence.md").read_text().partition("### The same networks")[2]
+    part = page_of("docs/evidence.md").partition("### The same networks")[2]
     shown = [line for line in part.partition("\n## ")[0].splitlines() if line.startswith("|")][2:]
     for line, arm in zip(shown, ("merging per image", *CHANNELS), strict=True):
         cells = [interval(confirmed[(arm, *measure)]) for measure in MEASURES]
@@ -239,7 +248,7 @@ def test_the_pages_of_evidence_show_the_third_study_as_it_was_analysed() -> None
 
 
 def test_the_page_shows_the_network_from_scratch_as_it_was_analysed() -> None:
-    page = (ROOT / "docs" / "evidence-negative.md").read_text().partition("## From scratch")[2]
+    page = page_of("docs/evidence-negative.md").partition("## From scratch")[2]
     shown = re.findall(r"^\| (.+) − (.+) \| (\d+) \| (.+) \|$", page, re.MULTILINE)
     assert len(shown) == 3
     names = ("arm", "baseline", "measure", "tested_on", "arch", "pairs")
@@ -251,7 +260,7 @@ def test_the_page_shows_the_network_from_scratch_as_it_was_analysed() -> None:
 
 
 def test_the_page_shows_the_volumes_as_they_were_analysed() -> None:
-    page = (ROOT / "docs" / "evidence-negative.md").read_text().partition("### Volumes")[2]
+    page = page_of("docs/evidence-negative.md").partition("### Volumes")[2]
     shown = re.findall(r"^\| (\d+), (.+) \| (\d+) \| (.+) \|$", page, re.MULTILINE)
     names = ("images", "augmentation", "pairs", "arm", "baseline", "measure", "tested_on")
     measured = {
@@ -275,7 +284,7 @@ def test_the_page_shows_the_volumes_as_they_were_analysed() -> None:
         gains.append(float(found[0]["mean"]))
         assert all(float(row["low"]) < 0 < float(row["high"]) for row in found)
     ends = f"three pairs in each of four cells: {min(gains):+.3f} to {max(gains):+.3f}, none"
-    assert ends in " ".join((ROOT / "docs" / "evidence.md").read_text().split())
+    assert ends in words(page_of("docs/evidence.md"))
 
 
 PAGE_NAMES = {
@@ -305,9 +314,8 @@ def test_the_page_of_evidence_shows_the_confirmation_as_it_was_pooled(augmentati
         for row in third_study("pooled")
         if row["augmentation"] == augmentation and not row["data"].startswith("without")
     }
-    page = (ROOT / "docs" / "evidence.md").read_text().partition(begin)[2].partition(end)[0]
+    page = page_of("docs/evidence.md").partition(begin)[2].partition(end)[0]
     shown = [line for line in page.splitlines() if line.startswith("| ")][1:]
-    analysis = importlib.import_module("studies.3.analysis")
     plain = {
         group.cell.dataset.removesuffix("mnist").capitalize(): list(arms["plain"].values())
         for group, arms in third_groups().items()
@@ -316,7 +324,7 @@ def test_the_page_of_evidence_shows_the_confirmation_as_it_was_pooled(augmentati
     wanted = []
     for name in ("Breast", "Chest", "Pneumonia"):
         values = [
-            [analysis.score(run, "test", *measure) for run in plain[name]] for measure in MEASURES
+            [ANALYSIS.score(run, "test", *measure) for run in plain[name]] for measure in MEASURES
         ]
         cells = [f"{np.mean(of):.3f} ± {np.std(of, ddof=1):.3f}" for of in values]
         wanted.append(f"| plain, {name} | {' | '.join(cells)} |")
@@ -326,13 +334,13 @@ def test_the_page_of_evidence_shows_the_confirmation_as_it_was_pooled(augmentati
         wanted.append(f"| {name} | {' | '.join(cells)} |")
     assert shown == wanted
     gain = found[("merging per image", "plain", *MEASURES[0])]
-    text = " ".join(page.split())
+    text = words(page)
     assert f"p is {float(gain['p_holm']):.2f}" in text
     wide = "{:+.3f} to {:+.3f}".format(*(float(gain[end]) for end in ("wide_low", "wide_high")))
     assert wide in text
     level = found[("merging per image", "plain", "balanced accuracy", "clean")]
     assert f"p = {float(level['p_loss']):.2f}" in text
-    text = " ".join((ROOT / "README.md").read_text().split()).replace("95% interval ", "")
+    text = words(page_of("README.md")).replace("95% interval ", "")
     assert interval(gain).replace("+", "") in text.replace("+", "")
 
 
@@ -343,7 +351,7 @@ def test_the_page_of_evidence_shows_the_arms_that_were_left_as_they_were_pooled(
         for row in third_study("pooled")
         if not row["data"].startswith("without")
     }
-    page = (ROOT / "docs" / "evidence.md").read_text().partition("### The other arms\n")[2]
+    page = page_of("docs/evidence.md").partition("### The other arms\n")[2]
     shown = re.findall(r"^\| (.+) − (.+) \| (.+\|.+\|.+) \|$", page.partition("\n### ")[0], re.M)
     arms = ["channel dropout", "merging per step", "random erasing", "EMA", "DAMP"]
     compared = [("merging per image", "channel dropout"), *((arm, "plain") for arm in arms)]
@@ -355,10 +363,10 @@ def test_the_page_of_evidence_shows_the_arms_that_were_left_as_they_were_pooled(
     # The pages on which the second study's gain stands beside this one.
     weights_alone = interval(found[("flips", "merging per step", "plain", *MEASURES[0])])
     for name in ("README.md", "docs/evidence.md"):
-        lines = (ROOT / name).read_text().partition("## Merging in the weights")
+        lines = page_of(name).partition("## Merging in the weights")
         shown = lines[2] if name == "docs/evidence.md" else lines[0]
-        assert weights_alone.replace("+", "") in " ".join(shown.split()).replace("+", "")
-    text = " ".join(page.partition("\n### ")[0].split())
+        assert weights_alone.replace("+", "") in words(shown).replace("+", "")
+    text = words(page.partition("\n### ")[0])
     losses = [float(found[("flips", arm, "plain", *MEASURES[2])]["p_loss"]) for arm in arms]
     dropout, weights, erasing, *others = losses
     assert erasing < 0.001 and f"not for channel dropout ({dropout:.2f})" in text
@@ -375,21 +383,18 @@ def test_the_page_of_evidence_shows_the_arms_that_were_left_as_they_were_pooled(
 
 def test_plain_training_with_strong_augmentation_is_above_merging_with_flips() -> None:
     """As the page says, on each data set of the confirmation."""
-    analysis = importlib.import_module("studies.3.analysis")
     means: dict[tuple[str, str, str], float] = {}
     for group, arms in third_groups().items():
         for arm, runs in arms.items() if group.confirming else ():
-            scores = [analysis.score(run, "test", *MEASURES[0]) for run in runs.values()]
+            scores = [ANALYSIS.score(run, "test", *MEASURES[0]) for run in runs.values()]
             means[group.cell.dataset, group.cell.augmentation, arm] = float(np.mean(scores))
     for name in ("breastmnist", "chest", "pneumoniamnist"):
         assert means[name, "trivial", "plain"] > means[name, "flips", "merging per image"]
 
 
 def test_the_page_of_evidence_shows_the_map_as_it_was_measured() -> None:
-    analysis = importlib.import_module("studies.3.analysis")
-    with (STUDIES / "3" / "map.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["arch"] == "tf_efficientnet_lite0"]
-    made = [row for row in analysis.chart(third_groups()) if row["arch"] == rows[0]["arch"]]
+    rows = [row for row in table_of("3", "map") if row["arch"] == "tf_efficientnet_lite0"]
+    made = [row for row in ANALYSIS.chart(third_groups()) if row["arch"] == rows[0]["arch"]]
     for row, again in zip(rows, made, strict=True):
         for name in ("plain", "merging", "difference"):
             assert float(row[name]) == pytest.approx(again[name], abs=1e-5)
@@ -400,7 +405,7 @@ def test_the_page_of_evidence_shows_the_map_as_it_was_measured() -> None:
         for row in rows
     }
     names = runpy.run_path(str(ROOT / "docs" / ".diagram.py"))["AUGMENTATIONS"]
-    page = (ROOT / "docs" / "evidence.md").read_text().partition("## Beside which")[2]
+    page = page_of("docs/evidence.md").partition("## Beside which")[2]
     page = page.partition("\n## ")[0]
     shown = [line for line in page.splitlines() if line.startswith("|")][2:]
 
@@ -408,13 +413,13 @@ def test_the_page_of_evidence_shows_the_map_as_it_was_measured() -> None:
         every = [cells.get((of, augmentation, n, "AUROC")) for n in (150, 600, 2400)]
         return ", ".join("–" if cell is None else f"{cell[place]:{sign}.3f}" for cell in every)
 
-    for line, (augmentation, words) in zip(shown, names.items(), strict=True):
+    for line, (augmentation, named) in zip(shown, names.items(), strict=True):
         both = [
             in_order(of, augmentation, place, sign)
             for of in ("bloodmnist", "dermamnist")
             for place, sign in ((0, ""), (2, "+"))
         ]
-        assert line == f"| {words} | {' | '.join(both)} |"
+        assert line == f"| {named} | {' | '.join(both)} |"
 
     def gains(
         *augmentations: str, on: str = "blood", measure: str = "AUROC", images: int | None = None
@@ -426,7 +431,7 @@ def test_the_page_of_evidence_shows_the_map_as_it_was_measured() -> None:
             if images in (None, n)
         )
 
-    said = " ".join(page.split())
+    said = words(page)
     *most, second, first = gains("trivial", "trivial and jitter", on="")
     assert [second, first] == gains("trivial", "trivial and jitter", on="derma", images=150)
     ends = f"{most[0]:.3f} and {most[-1]:+.3f}. The other two, {second:+.3f} and {first:+.3f}"
@@ -456,16 +461,15 @@ def test_the_page_of_evidence_shows_the_map_as_it_was_measured() -> None:
     below = sum(gain < 0 for gain in clean)
     assert f"below plain training in {below} of {len(clean)}, and changed by" in said
     assert f"changed by {clean[0]:.3f} to {clean[-1]:+.3f}." in said
-    front = (ROOT / "README.md").read_text()
+    front = page_of("README.md")
     assert f"little seen: {most[0]:.3f} to {first:+.3f} of AUROC under corruption in ten" in front
     assert fell.replace("cells", "pairs of networks").rstrip(".") in front
 
 
 def test_the_page_of_evidence_shows_the_one_pair_of_a_larger_network() -> None:
-    analysis = importlib.import_module("studies.3.analysis")
     (arms,) = [a for g, a in third_groups().items() if g.cell.arch == "tf_efficientnet_lite1"]
     scores = {
-        arm: [analysis.score(run, "test", "AUROC", "corrupted") for run in runs.values()]
+        arm: [ANALYSIS.score(run, "test", "AUROC", "corrupted") for run in runs.values()]
         for arm, runs in arms.items()
     }
     assert {len(found) for found in scores.values()} == {1}
@@ -473,7 +477,7 @@ def test_the_page_of_evidence_shows_the_one_pair_of_a_larger_network() -> None:
         scores[arm][0] - scores["plain"][0] for arm in ("merging per image", "channel noise")
     )
     said = f"one pair: merging gained {merging:.3f}, channel noise {noise:.3f}."
-    assert said in (ROOT / "docs" / "evidence.md").read_text()
+    assert said in page_of("docs/evidence.md")
 
 
 def test_the_page_of_evidence_shows_the_other_laboratories_as_they_were_analysed() -> None:
@@ -482,7 +486,7 @@ def test_the_page_of_evidence_shows_the_other_laboratories_as_they_were_analysed
     found = {tuple(row[name] for name in names): row for row in rows}
     assert {row["runs"] for row in rows if row["arm"] not in OTHER_ARMS} == {"10"}
     places = [(place, way) for place in PLACES for way in ("as trained", "adapted")]
-    page = (ROOT / "docs" / "evidence.md").read_text().partition("## In another laboratory")[2]
+    page = page_of("docs/evidence.md").partition("## In another laboratory")[2]
     page = page.partition("\n## ")[0]
     parts = page.partition("\n### ")[0].split("\n\n")
     tables = [part.splitlines()[2:] for part in parts if part.startswith("|")]
@@ -506,7 +510,7 @@ def test_the_page_of_evidence_shows_the_other_laboratories_as_they_were_analysed
         interval(found["balanced accuracy", "plain", "", place, "adapted - as trained"])
         for place in PLACES
     ]
-    text = " ".join(page.split())
+    text = words(page)
     assert f"{adapting[0]} of plain training" in text and f"it gave {adapting[1]}, which" in text
     first, second = (gain.split()[0] for gain in noise)
     gain, auroc = (
@@ -514,7 +518,7 @@ def test_the_page_of_evidence_shows_the_other_laboratories_as_they_were_analysed
         for measure in ("balanced accuracy", "AUROC")
     )
     assert f"by {float(gain['mean']):.3f} and {float(auroc['mean']):.3f}" in text
-    text = " ".join((ROOT / "README.md").read_text().split()).replace("95% interval ", "")
+    text = words(page_of("README.md")).replace("95% interval ", "")
     assert f"{merging[0]} and {merging[1]}. Channel noise: {first} and {second} (" in text
     assert f"accuracy by {merging[0].replace('+', '')}, and channel noise by {first[1:]};" in text
     assert f"gave plain training {adapting[0].split()[0][1:]}" in text
@@ -525,7 +529,7 @@ def test_the_page_of_evidence_shows_the_other_arms_in_the_laboratories() -> None
     assert {row["runs"] for row in rows} == {"5"}
     names = ("measure", "arm", "baseline", "laboratory", "way")
     found = {tuple(row[name] for name in names): row for row in rows}
-    page = (ROOT / "docs" / "evidence.md").read_text()
+    page = page_of("docs/evidence.md")
     page = page.partition("### The other arms in the laboratories")[2].partition("\n### ")[0]
     tables = [part.splitlines() for part in page.split("\n\n") if part.startswith("|")]
     for table, measure in zip(tables, ("balanced accuracy", "AUROC"), strict=True):
@@ -546,14 +550,13 @@ def test_the_page_of_evidence_shows_the_other_arms_in_the_laboratories() -> None
         for arm in OTHER_ARMS
     )
     said = f"Adapting gave them {adapting[0]:.3f} to {adapting[-1]:.3f} of balanced accuracy there"
-    assert said in " ".join(page.split())
+    assert said in words(page)
 
 
 def test_the_means_inside_the_networks_are_those_of_the_table() -> None:
-    with (STUDIES / "3" / "mechanism.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if in_pilot(row)]
+    rows = [row for row in table_of("3", "mechanism") if in_pilot(row)]
     runs = [row for row in rows if (row["augmentation"], row["steps"]) == ("flips", "600")]
-    page = (ROOT / "docs" / "evidence-negative.md").read_text().partition("### Inside")[2]
+    page = page_of("docs/evidence-negative.md").partition("### Inside")[2]
     lines = page.partition("|---")[2].partition("\n\n")[0].splitlines()[1:]
     columns = ("moved_by_mixing", "channel_correlation", "cka_under_noise")
     arms = ("plain", "merging per image", "channel noise", "channel dropout")
@@ -566,12 +569,11 @@ def test_the_means_inside_the_networks_are_those_of_the_table() -> None:
 
 def test_the_page_of_evidence_shows_the_second_study_as_it_was_analysed() -> None:
     study = STUDIES / "2"
-    with (study / "reanalysis.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["data"] == "all"]
+    rows = [row for row in table_of("2", "reanalysis") if row["data"] == "all"]
     found = {
         (row["arm"], row["baseline"], row["measure"], row["images"]): interval(row) for row in rows
     }
-    page = (ROOT / "docs" / "evidence.md").read_text()
+    page = page_of("docs/evidence.md")
     for label, *arms in (
         ("merging in the weights − plain", "transient, signed 0.3", "plain"),
         ("Gaussian noise − plain", "Gaussian noise 0.3", "plain"),
@@ -585,7 +587,7 @@ def test_the_page_of_evidence_shows_the_second_study_as_it_was_analysed() -> Non
         for row in rows
         if (row["baseline"], row["measure"], row["images"]) == ("plain", *MEASURES[0])
     }
-    limits = " ".join(page.partition("## Limits")[2].split())
+    limits = words(page.partition("## Limits")[2])
     assert (
         f"{wide['transient, signed 0.3']} for merging minus plain, and"
         f" {wide['Gaussian noise 0.3']} for Gaussian noise minus plain"
@@ -603,5 +605,5 @@ def test_the_page_of_evidence_shows_the_second_study_as_it_was_analysed() -> Non
         "Gaussian noise 0.3")]  # fmt: skip
     gain = said[0].replace("+", "")
     for front_page in ("README.md", "docs/evidence.md"):
-        text = " ".join((ROOT / front_page).read_text().split()).replace("95% interval ", "")
+        text = words(page_of(front_page)).replace("95% interval ", "")
         assert f"by {gain}" in text and f"size gave {said[1].split()[0].replace('+', '')}" in text

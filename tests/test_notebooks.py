@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,12 @@ def test_the_site_shows_the_notebook_as_it_is(path: Path) -> None:
         rest = rest.partition(cell.source)[2]
     pictures = re.findall(r"^!\[.*\]\((.*)\)$", page, re.MULTILINE)
     assert all((ROOT / "docs" / "notebooks" / name).stat().st_size > 5_000 for name in pictures)
+
+
+def test_a_notebook_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["render.py", "02_merging"])
+    with pytest.raises(SystemExit, match="no notebook 02_merging; there are 01_quickstart, 02_"):
+        runpy.run_path(str(ROOT / "notebooks" / "render.py"), run_name="__main__")
 
 
 # The kernel's own machinery warns of its transport, which is no concern of ours.

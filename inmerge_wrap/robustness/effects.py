@@ -61,8 +61,6 @@ class Corruption:
         function: Pure function `(images, draws, **parameters) -> images` on (B, C, H, W) floats in
             [0, 1]. It may overshoot the range: `corrupt` clamps.
         severities: Five mappings with the keyword arguments of `function`, mildest first.
-        about: What happens to the image, in one sentence.
-        random: Whether the result depends on the seed.
         rgb_only: Whether it needs colour, so that it does not apply to one-channel images.
     """
 
@@ -70,8 +68,6 @@ class Corruption:
     kind: str
     function: Callable[..., Tensor]
     severities: tuple[Mapping[str, float], ...]
-    about: str
-    random: bool = False
     rgb_only: bool = False
 
     def __post_init__(self) -> None:
@@ -91,15 +87,13 @@ REGISTRY: dict[str, Corruption] = {}
 def _corruption(
     kind: str,
     name: str | None = None,
-    cause: str | None = None,
     *,
-    random: bool = False,
     rgb_only: bool = False,
     **five: tuple[float, float, float, float, float],
 ) -> Callable[[_Effect], _Effect]:
-    """Registers an effect, with each parameter's values at the five severities.
+    """Registers an effect by the name of its function, or by another where there are two of it.
 
-    Its name and its docstring are those of the function, unless there are two of an effect.
+    ``five`` are the values of each parameter at the five severities.
     """
     severities = tuple(
         MappingProxyType(dict(zip(five, values, strict=True)))
@@ -107,11 +101,7 @@ def _corruption(
     )
 
     def register(effect: _Effect) -> _Effect:
-        about = effect.__doc__ or ""  # none with python -OO
-        about = f"{about[:-1]}: {cause}." if cause else about
-        entry = Corruption(
-            name or effect.__name__, kind, effect, severities, about, random, rgb_only
-        )
+        entry = Corruption(name or effect.__name__, kind, effect, severities, rgb_only)
         REGISTRY[entry.name] = entry
         return effect
 
@@ -146,21 +136,11 @@ class Draws:
         ]
 
     def normal(self, *shape: int, like: Tensor) -> Tensor:
-        """Draws standard normal numbers, shape (B, *shape).
-
-        Args:
-            shape: Of the numbers of one image.
-            like: Gives the device and the dtype.
-        """
+        """Draws standard normal numbers (B, *shape), with the device and the dtype of `like`."""
         return torch.stack([torch.randn(shape, generator=g) for g in self._generators]).to(like)
 
     def uniform(self, *shape: int, like: Tensor) -> Tensor:
-        """Draws uniform numbers in [0, 1), shape (B, *shape).
-
-        Args:
-            shape: Of the numbers of one image.
-            like: Gives the device and the dtype.
-        """
+        """Draws uniform numbers in [0, 1), (B, *shape), with the device and the dtype of `like`."""
         return torch.stack([torch.rand(shape, generator=g) for g in self._generators]).to(like)
 
     def poisson(self, rates: Tensor) -> Tensor:
@@ -221,19 +201,19 @@ def _blend(images: Tensor, colour: Tensor | float, opacity: Tensor) -> Tensor:
     return images + opacity * (colour - images)
 
 
-@_corruption("noise", random=True, sigma=(0.04, 0.08, 0.12, 0.18, 0.26))
+@_corruption("noise", sigma=(0.04, 0.08, 0.12, 0.18, 0.26))
 def gaussian_noise(images: Tensor, draws: Draws, *, sigma: float) -> Tensor:
     """Normal noise of standard deviation sigma on every value: read-out electronics."""
     return images + sigma * draws.normal(*images.shape[1:], like=images)
 
 
-@_corruption("noise", random=True, photons=(100, 50, 25, 12, 6))
+@_corruption("noise", photons=(100, 50, 25, 12, 6))
 def shot_noise(images: Tensor, draws: Draws, *, photons: float) -> Tensor:
     """Poisson noise with this many photons for a white pixel: low dose, short exposure."""
     return draws.poisson(images.clamp_min(0) * photons) / photons
 
 
-@_corruption("noise", random=True, share=(0.01, 0.03, 0.06, 0.10, 0.17))
+@_corruption("noise", share=(0.01, 0.03, 0.06, 0.10, 0.17))
 def impulse_noise(images: Tensor, draws: Draws, *, share: float) -> Tensor:
     """This share of the values turns black or white: dead pixels, bit errors."""
     # One uniform number decides both whether a value is hit and whether it turns black or white,
@@ -243,7 +223,7 @@ def impulse_noise(images: Tensor, draws: Draws, *, share: float) -> Tensor:
     return images.masked_fill(black, 0.0).masked_fill(white, 1.0)
 
 
-@_corruption("noise", random=True, sigma=(0.08, 0.15, 0.25, 0.35, 0.50))
+@_corruption("noise", sigma=(0.08, 0.15, 0.25, 0.35, 0.50))
 def speckle_noise(images: Tensor, draws: Draws, *, sigma: float) -> Tensor:
     """Noise in proportion to the signal: coherent imaging, such as ultrasound and OCT."""
     return images * (1 + sigma * draws.normal(*images.shape[1:], like=images))
@@ -270,7 +250,7 @@ def defocus_blur(images: Tensor, draws: Draws, *, radius: float) -> Tensor:
     return _filtered(images, disc[None] / disc.sum())
 
 
-@_corruption("blur", random=True, length=(0.05, 0.08, 0.11, 0.15, 0.20))
+@_corruption("blur", length=(0.05, 0.08, 0.11, 0.15, 0.20))
 def motion_blur(images: Tensor, draws: Draws, *, length: float) -> Tensor:
     """Every point becomes a line of a random direction; length as a share of the side."""
     # A line of any length, laid on the grid point by point with linear weights: of whole odd
@@ -320,10 +300,10 @@ def pixelate(images: Tensor, draws: Draws, *, scale: float) -> Tensor:
     )
 
 
-@_corruption("colour", "brightness_down", "underexposure", factor=(0.85, 0.70, 0.57, 0.45, 0.35))
-@_corruption("colour", "brightness_up", "overexposure", factor=(1.10, 1.20, 1.35, 1.50, 1.70))
+@_corruption("colour", "brightness_down", factor=(0.85, 0.70, 0.57, 0.45, 0.35))
+@_corruption("colour", "brightness_up", factor=(1.10, 1.20, 1.35, 1.50, 1.70))
 def brightness(images: Tensor, draws: Draws, *, factor: float) -> Tensor:
-    """Every value times the factor."""
+    """Every value times the factor: overexposure, underexposure."""
     return images * factor
 
 
@@ -335,10 +315,10 @@ def contrast(images: Tensor, draws: Draws, *, factor: float) -> Tensor:
     return images * factor + grey * (1 - images.new_tensor(factor))
 
 
-@_corruption("colour", "gamma_down", "middle tones brighten", gamma=(0.85, 0.70, 0.57, 0.46, 0.36))
-@_corruption("colour", "gamma_up", "middle tones darken", gamma=(1.20, 1.40, 1.70, 2.00, 2.50))
+@_corruption("colour", "gamma_down", gamma=(0.85, 0.70, 0.57, 0.46, 0.36))
+@_corruption("colour", "gamma_up", gamma=(1.20, 1.40, 1.70, 2.00, 2.50))
 def gamma(images: Tensor, draws: Draws, *, gamma: float) -> Tensor:
-    """Value to the power gamma."""
+    """Value to the power gamma: middle tones darken above 1, brighten below."""
     return images.clamp_min(0).pow(gamma)
 
 
@@ -348,7 +328,7 @@ def saturate(images: Tensor, draws: Draws, *, factor: float) -> Tensor:
     return images * factor + _grey(images) * (1 - images.new_tensor(factor))
 
 
-@_corruption("colour", random=True, rgb_only=True, strength=(0.08, 0.15, 0.24, 0.35, 0.50))
+@_corruption("colour", rgb_only=True, strength=(0.08, 0.15, 0.24, 0.35, 0.50))
 def colour_cast(images: Tensor, draws: Draws, *, strength: float) -> Tensor:
     """Gains of the three channels in a random direction: white balance, lamp, filter."""
     # A random direction of chroma: gains that multiply to one, so that no light is added.
@@ -357,7 +337,7 @@ def colour_cast(images: Tensor, draws: Draws, *, strength: float) -> Tensor:
     return images * torch.exp(strength * direction)[:, :, None, None]
 
 
-@_corruption("colour", random=True, rgb_only=True, strength=(0.15, 0.30, 0.45, 0.60, 0.80))
+@_corruption("colour", rgb_only=True, strength=(0.15, 0.30, 0.45, 0.60, 0.80))
 def stain_shift(images: Tensor, draws: Draws, *, strength: float) -> Tensor:
     """More or less haematoxylin and eosin, in a random direction: another laboratory."""
     # Separate the image into its stains, scale each of them, and recombine.
@@ -380,7 +360,7 @@ def black_corner(images: Tensor, draws: Draws, *, radius: float) -> Tensor:
     return images * ((radius - distance) * _side(images) / 2 + 0.5).clamp(0, 1)
 
 
-@_corruption("artefact", random=True, count=(2, 3, 4, 6, 8), radius=(0.05, 0.07, 0.09, 0.11, 0.13))
+@_corruption("artefact", count=(2, 3, 4, 6, 8), radius=(0.05, 0.07, 0.09, 0.11, 0.13))
 def bubble(images: Tensor, draws: Draws, *, count: int, radius: float) -> Tensor:
     """Bright discs with a dark rim; radius as a share of the side: air under the glass."""
     lots = draws.uniform(_MOST_BUBBLES, 3, like=images)
@@ -392,7 +372,7 @@ def bubble(images: Tensor, draws: Draws, *, count: int, radius: float) -> Tensor
     return images
 
 
-@_corruption("artefact", random=True, count=(4, 8, 14, 22, 32))
+@_corruption("artefact", count=(4, 8, 14, 22, 32))
 def dust(images: Tensor, draws: Draws, *, count: int) -> Tensor:
     """This many dark specks of 1 to 3% of the side."""
     lots = draws.uniform(_MOST_SPECKS, 3, like=images)
@@ -403,7 +383,7 @@ def dust(images: Tensor, draws: Draws, *, count: int) -> Tensor:
     return images
 
 
-@_corruption("artefact", random=True, rgb_only=True, area=(0.03, 0.06, 0.10, 0.15, 0.22))
+@_corruption("artefact", rgb_only=True, area=(0.03, 0.06, 0.10, 0.15, 0.22))
 def stain_deposit(images: Tensor, draws: Draws, *, area: float) -> Tensor:
     """Purple blots over this share of the image: precipitated dye."""
     coarse = draws.normal(1, 6, 6, like=images)
@@ -416,7 +396,7 @@ def stain_deposit(images: Tensor, draws: Draws, *, area: float) -> Tensor:
     return _blend(images, purple, opacity)
 
 
-@_corruption("artefact", random=True, count=(1, 2, 4, 6, 9))
+@_corruption("artefact", count=(1, 2, 4, 6, 9))
 def bars(images: Tensor, draws: Draws, *, count: int) -> Tensor:
     """This many of 28 vertical stripes are black: dead detector elements."""
     # 28 detector stripes; the first `count` in a random order are dead.
@@ -437,15 +417,15 @@ def border(images: Tensor, draws: Draws, *, width: float) -> Tensor:
     return images * (to_edge + 0.5 - width * _side(images)).clamp(0, 1)
 
 
-@_corruption("artefact", random=True, count=(1, 2, 3, 4, 6), size=(0.18, 0.18, 0.18, 0.18, 0.18))
-def characters(images: Tensor, draws: Draws, *, count: int, size: float) -> Tensor:
-    """This many digits burnt in; height as a share of the side: scales and markers."""
+@_corruption("artefact", count=(1, 2, 3, 4, 6))
+def characters(images: Tensor, draws: Draws, *, count: int) -> Tensor:
+    """This many digits burnt in, 18% of the side in height: scales and markers."""
     lots = draws.uniform(_MOST_CHARACTERS, 3, like=images)
     font = torch.tensor([[int(dot) for dot in digit] for digit in _DIGITS]).to(images)
     font = font.view(-1, 1, 5, 3)
     # White on a dark image, black on a bright one, so that the marker is visible.
     ink = (images.mean((1, 2, 3), keepdim=True) < 0.5).to(images)
-    high = size * _side(images)
+    high = 0.18 * _side(images)
     rows, columns = _pixel_grid(images)
     rows, columns = rows.expand(images.shape[-2:]), columns.expand(images.shape[-2:])
     for lot in lots.unbind(1)[:count]:

@@ -128,7 +128,7 @@ def evaluate_robustness(
         _checked_attacks(attacks),
         task=resolve_task(task),
         normalise=_normaliser(mean, std, normalize),
-        threshold=threshold,
+        threshold=torch.as_tensor(threshold, dtype=torch.float64).tolist(),
         seed=seed,
         device=_device_of(model, device),
         progress=progress or (lambda images: None),
@@ -143,7 +143,7 @@ def _checked_levels(severities: Sequence[int]) -> tuple[int, ...]:
     levels = tuple(severities)
     if not levels or len(set(levels)) < len(levels) or not set(levels) <= {1, 2, 3, 4, 5}:
         raise ValueError(f"severities is {levels}; choose some of 1, 2, 3, 4, 5, each once")
-    return levels
+    return tuple(map(int, levels))
 
 
 def _checked_attacks(attacks: Sequence[Attack | str]) -> tuple[Attack, ...]:
@@ -195,23 +195,22 @@ def _device_of(model: nn.Module, device: torch.device | str | None) -> torch.dev
 
 @contextmanager
 def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluates in eval mode, then restores modes, gradients and torch's global generators."""
+    """Evaluates in eval mode, then restores modes, what is trained, and torch's generators."""
     modes = [(module, module.training) for module in model.modules()]
-    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             # Flags, not eval(): a module may override eval() and leave its own flag untouched.
             for module, _ in modes:
                 module.training = False
-            for parameter, _, _ in parameters:
+            for parameter in trained:
                 parameter.requires_grad_(False)
             yield
         finally:
             for module, training in modes:
                 module.training = training
-            for parameter, requires_grad, gradient in parameters:
-                parameter.requires_grad_(requires_grad)
-                parameter.grad = gradient
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
 
 @dataclass
@@ -224,7 +223,7 @@ class _Run:
     attacks: tuple[Attack, ...]
     task: str
     normalise: Callable[[Tensor], Tensor]
-    threshold: float | Sequence[float]
+    threshold: float | list[float]
     seed: int
     device: torch.device
     progress: Callable[[int], None]
@@ -301,7 +300,6 @@ def _result_of(
         raise ValueError("the loader is empty; give it at least one batch (images, labels)")
     targets = torch.cat(run.targets)
     run.digest.update(targets.numpy().tobytes())
-    threshold = run.threshold if isinstance(run.threshold, int | float) else list(run.threshold)
     started = time.perf_counter()
     weights = bootstrap_weights(len(targets), bootstrap, seed=run.seed, groups=groups)
     settings = {
@@ -309,7 +307,7 @@ def _result_of(
         "corruptions": [entry.name for entry in run.corruptions],
         "severities": list(run.levels),
         "seed": run.seed,
-        "threshold": threshold,
+        "threshold": run.threshold,
         "coverages": list(coverages),
         "bootstrap": bootstrap,
         "attacks": [asdict(attack) for attack in run.attacks],

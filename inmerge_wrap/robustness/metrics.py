@@ -63,6 +63,8 @@ def bootstrap_weights(
         ValueError: If `n` is below 1, `resamples` below 0, or there is not one group an image.
     """
     if groups is not None:
+        # The entries of a tensor are no keys: two of the same value are not the same.
+        groups = groups.tolist() if isinstance(groups, Tensor) else groups
         if len(groups) != n:
             raise ValueError(f"groups has {len(groups)} entries for {n} images; give one each")
         places = {group: place for place, group in enumerate(dict.fromkeys(groups))}
@@ -141,11 +143,14 @@ def paired_difference(
         raise ImportError(
             'paired_difference needs scipy: pip install "inmerge-wrap[robustness]"'
         ) from error
-    half_width = stats.sem(differences) * stats.t.ppf((1 + level) / 2, len(differences) - 1)
-    ends = summary["mean"] - half_width, summary["mean"] + half_width
-    summary["low"], summary["high"] = map(float, ends)
     if np.ptp(differences) > 1e-12:
-        summary["p_t"] = float(stats.ttest_1samp(differences, 0.0).pvalue)
+        test = stats.ttest_1samp(differences, 0.0)
+        summary["low"], summary["high"] = map(float, test.confidence_interval(level))
+        summary["p_t"] = float(test.pvalue)
+    else:
+        summary["low"] = summary["high"] = summary["mean"]
+    # Not scipy's permutation_test: it takes equal sums that differ by rounding for unequal, as of
+    # accuracies, which are counts over one number of images.
     if len(differences) <= _MOST_EXACT_FLIPS:
         signs = np.array(list(itertools.product((1.0, -1.0), repeat=len(differences))))
     else:
@@ -221,7 +226,8 @@ def classification_metrics(
         return _multiclass_metrics(probabilities, targets, weights, coverages)
 
     names = probabilities.shape[1]
-    thresholds = [threshold] * names if isinstance(threshold, int | float) else list(threshold)
+    cuts = torch.as_tensor(threshold, dtype=torch.float64)
+    thresholds = [cuts.item()] * names if cuts.ndim == 0 else cuts.tolist()
     if len(thresholds) != names or not all(0 <= value <= 1 for value in thresholds):
         raise ValueError(
             f"threshold is {threshold!r}; give a probability in [0, 1], or one for each of the "

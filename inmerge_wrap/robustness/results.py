@@ -112,7 +112,7 @@ def compare_results(result: RobustnessResult, baseline: RobustnessResult) -> lis
 
     Raises:
         ValueError: If the two were measured on different data, with different settings, or under
-            different corruptions.
+            different corruptions or attacks.
     """
     check_baseline(baseline, result.settings)
     if extra := set(baseline.settings["corruptions"]) - set(result.settings["corruptions"]):
@@ -120,9 +120,15 @@ def compare_results(result: RobustnessResult, baseline: RobustnessResult) -> lis
             f"the baseline was also measured under {', '.join(sorted(extra))}, so its mean of all "
             "is another: run both with the same preset"
         )
+    measured = {(row["corruption"], row["severity"]) for row in baseline.rows}
     differences = []
     for row in result.rows:
         condition = row["corruption"], row["severity"]
+        if condition not in measured:
+            raise ValueError(
+                f"the baseline was not measured under {condition[0]} with eps {condition[1]:g}: "
+                "run both with the same attacks"
+            )
         theirs = baseline.value("balanced_error", *condition)
         if "balanced_error" not in row or theirs is None:
             continue

@@ -99,8 +99,8 @@ def _row(corruption: str, kind: str, severity: int | float | str, n: int, score:
     for name, value in score.values.items():
         row[name] = value
         drawn = score.replicates.get(name, np.empty(0))
-        if name == "ece" and drawn.size:
-            drawn = np.maximum(0, drawn - (drawn.mean() - value))
+        if name == "ece" and np.isfinite(drawn).any():  # not where no label of a resample is known
+            drawn = np.maximum(0, drawn - (np.nanmean(drawn) - value))
         add_interval(row, name, drawn)
     if score.left_out:
         row["left_out"] = score.left_out

@@ -3,10 +3,10 @@
     python -m studies.1.report
     python -m studies.1.report --sweep study --runs DIR --out DIR    # of JSON files in a folder
 
-Every arm is compared with the plain run of the same seed and setting, and with EMA and SWA.
-``differences.csv`` holds all paired differences with their 95% t interval and the p-value, adjusted
-for the number of arms (Benjamini and Hochberg); ``table.md`` the most important of those from plain
-training. Metrics under corruption are means over the corruptions of a run.
+Every arm is compared with the plain run of the same seed and setting. ``table.md`` holds the paired
+differences with their 95% t interval, ``differences.csv`` the same with the p-value, as it is and
+adjusted for the number of arms (Benjamini and Hochberg). Metrics under corruption are means over
+the corruptions of a run.
 
 Hardware and time: a minute on a CPU. Expected: docs/evidence.md.
 """
@@ -35,6 +35,7 @@ METRICS = {  # shown, higher is better -> field of a run
     "balanced accuracy": "balanced_error",
     "AUROC": "auroc",
 }
+COMPARED = ("balanced accuracy", "AUROC")
 WHERE = ("clean", "corrupted")
 SETTING = {  # field of a run -> how a title names it
     "dataset": "{}",
@@ -48,7 +49,6 @@ SETTING = {  # field of a run -> how a title names it
     "label_noise": "{:.0%} random labels",
     "weights": "from {}",
 }
-ALTERNATIVES = ("ema .98", "swa")  # what costs the same and is in every toolbox
 SILENT = {"label_noise": 0.0, "weights": "", "weight_decay": 5e-4}
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> result
@@ -112,7 +112,7 @@ def compare(runs: Runs, setting: str, baseline: str) -> list[Row]:
     if baseline not in runs:
         raise SystemExit(f"{setting}: there is no run of {baseline!r} to compare with")
     rows: list[Row] = []
-    for metric in METRICS:
+    for metric in COMPARED:
         for where in WHERE:
             block: list[Row] = []
             for arm, done in runs.items():
@@ -123,9 +123,9 @@ def compare(runs: Runs, setting: str, baseline: str) -> list[Row]:
                     [value(runs[name][seed], metric, where) for seed in seeds]
                     for name in (arm, baseline)
                 )
-                row = {"setting": setting, "arm": arm, "baseline": baseline, "metric": metric}
-                row |= {"images": where, "mean": mean(mine)}
-                block.append(row | {"difference": paired_difference(mine, plain)})
+                row = {"setting": setting, "arm": arm, "metric": metric, "images": where}
+                row |= {"mean": mean(mine), "difference": paired_difference(mine, plain)}
+                block.append(row)
             tested = [row for row in block if "p_t" in row["difference"]]
             if tested:
                 adjusted = false_discovery_control([row["difference"]["p_t"] for row in tested])
@@ -136,7 +136,7 @@ def compare(runs: Runs, setting: str, baseline: str) -> list[Row]:
 
 
 def write_csv(rows: list[Row], path: Path) -> None:
-    fields = ["sweep", "setting", "arm", "baseline", "metric", "images", "n", "mean", "difference"]
+    fields = ["sweep", "setting", "arm", "metric", "images", "n", "mean", "difference"]
     fields += ["low", "high", "p_t", "p_adjusted"]
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, fields, lineterminator="\n")
@@ -153,47 +153,42 @@ def write_csv(rows: list[Row], path: Path) -> None:
             )
 
 
-def table(settings: dict[str, Runs], rows: list[Row], baseline: str) -> str:
-    """Markdown, for each setting: differences from the baseline, and what each arm cost."""
-    found = {
-        (row["setting"], row["arm"], row["metric"], row["images"]): row
-        for row in rows
-        if row["baseline"] == baseline
-    }
+def table(setting: str, runs: Runs, rows: list[Row], baseline: str) -> str:
+    """Markdown: differences from the baseline, and what each arm cost."""
+    found = {(row["arm"], row["metric"], row["images"]): row for row in rows}
 
-    def cell(setting: str, arm: str, metric: str, where: str) -> str:
+    def cell(arm: str, metric: str, where: str) -> str:
         if arm == baseline:
-            done = settings[setting][arm].values()
-            return spread([value(run, metric, where) for run in done])
-        row = found[setting, arm, metric, where]
+            return spread([value(run, metric, where) for run in runs[arm].values()])
+        if (arm, metric, where) not in found:  # no seed that the baseline has, too
+            return ""
+        row = found[arm, metric, where]
         text = difference_text(row["difference"])
         return f"**{text}**" if row.get("p_adjusted", 1.0) < 0.05 else text
 
-    lines = []
-    for setting, runs in settings.items():
-        lines += [f"### {setting}", ""]
-        for metric in ("balanced accuracy", "AUROC"):
-            heads = ["arm", *(f"{metric}, {where}" for where in WHERE)]
-            lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-            for arm in runs:
-                cells = [in_words(arm), *(cell(setting, arm, metric, where) for where in WHERE)]
-                lines.append(f"| {' | '.join(cells)} |")
-            lines.append("")
-        heads = ["arm", "seeds", "passes: train, test", "pairs merged", "accuracy, clean"]
+    lines = [f"### {setting}", ""]
+    for metric in COMPARED:
+        heads = ["arm", *(f"{metric}, {where}" for where in WHERE)]
         lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-        for arm, done in runs.items():
-            some, share = next(iter(done.values())), merged_share(done)
-            passes = f"{some['training_passes']:g}, {some['inference_passes']}"
-            cells = [in_words(arm), str(len(done)), passes]
-            cells.append("" if share is None else f"{share:.1%}")
-            cells.append(spread([value(run, "accuracy", "clean") for run in done.values()]))
+        for arm in runs:
+            cells = [in_words(arm), *(cell(arm, metric, where) for where in WHERE)]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
-    lines.append(
+    heads = ["arm", "seeds", "passes: train, test", "pairs merged", "accuracy, clean"]
+    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for arm, done in runs.items():
+        some, share = next(iter(done.values())), merged_share(done)
+        passes = f"{some['training_passes']:g}, {some['inference_passes']}"
+        cells = [in_words(arm), str(len(done)), passes]
+        cells.append("" if share is None else f"{share:.1%}")
+        cells.append(spread([value(run, "accuracy", "clean") for run in done.values()]))
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
         f"The row of {in_words(baseline)}: means over the seeds, ± their standard deviation. The "
         "other rows: paired differences from it, with 95% intervals. Bold: an adjusted p below "
-        f"0.05. {GLOSSARY}"
-    )
+        f"0.05. {GLOSSARY}",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -218,20 +213,20 @@ def report(sweep: str, results: list[Row]) -> tuple[str, list[Row]]:
     text = []
     for setting, runs in settings.items():
         if architectures:
-            here: list[Row] = []
-            for arch in dict.fromkeys(arm.split(": ")[0] for arm in runs):
-                own = {arm: done for arm, done in runs.items() if arm.startswith(f"{arch}: ")}
-                found = compare(own, f"{setting}, {arch}", f"{arch}: plain")
-                text.append(table({f"{setting}, {arch}": own}, found, f"{arch}: plain"))
-                here += found
+            groups = [
+                (
+                    f"{setting}, {arch}",
+                    {arm: done for arm, done in runs.items() if arm.startswith(f"{arch}: ")},
+                    f"{arch}: plain",
+                )
+                for arch in dict.fromkeys(arm.split(": ")[0] for arm in runs)
+            ]
         else:
-            runs = best_first(runs)
-            here = compare(runs, setting, "plain")
-            text.append(table({setting: runs}, here, "plain"))
-            for baseline in ALTERNATIVES:
-                if baseline in runs:
-                    rows += compare(runs, setting, baseline)
-        rows += here
+            groups = [(setting, best_first(runs), "plain")]
+        for name, own, baseline in groups:
+            found = compare(own, name, baseline)
+            text.append(table(name, own, found, baseline))
+            rows += found
     return "\n".join(text), [{"sweep": sweep, **row} for row in rows]
 
 

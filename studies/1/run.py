@@ -30,7 +30,7 @@ from torch import nn
 
 from inmerge_wrap import Quantile, ZScore
 from inmerge_wrap.app.training import make_accelerator
-from studies.common.evaluation import CORRUPTIONS, evaluate
+from studies.common.evaluation import evaluate
 from studies.common.images import Images, Normalised, load_images
 from studies.common.merging import Fade, Merge
 from studies.common.methods import EMA, SAM, SWA, Dropout, Ensemble, Method, Soup
@@ -140,7 +140,7 @@ def with_border(data: Images, width: int) -> Images:
 
 def under_corruption(network: nn.Module, data: Images, normalise: Normalised) -> dict[str, Any]:
     """Evaluates the test part, clean and under four corruptions."""
-    return {"test": evaluate(network, data, normalise, corruptions=CORRUPTIONS)}
+    return {"test": evaluate(network, data, normalise)}
 
 
 def collect(name: str, folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""Paired differences of a study: each arm minus a baseline of the same seed, on each data set.
+"""Paired differences of the second study: each arm minus the plain run of the same seed.
 
 Pure functions of the results of run.py; tables are in report.py.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from statistics import mean, stdev
 from typing import Any
 
 from scipy import stats
 
-from studies.common.exams import FAMILIES, by_family
+from studies.common.exams import by_family
 from studies.common.records import name_of
 
 from .run import CONFIRMING
@@ -23,11 +23,9 @@ MEASURES = {  # display name -> metric of a run
     "balanced accuracy": "balanced_error",
     "AUROC": "auroc",
     "calibration error": "ece",
-    "calibration error, scaled": "scaled_ece",
-    "log loss": "nll",
-    "retained": "balanced_error",
 }
-WHERE = ("clean", "corrupted", *FAMILIES)
+WHERE = ("clean", "corrupted")
+CONFIRMED = {regime.dataset for regime in CONFIRMING.values()}
 POOLED = "pooled"
 SCALED = "plain, temperature scaled"  # derived from the plain runs, and compared like an arm
 
@@ -50,7 +48,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Difference:
-    """An arm minus the baseline: a mean with its 95% t interval, and what it was computed from.
+    """An arm minus plain: a mean with its 95% t interval, and what it was computed from.
 
     ``n`` is the number of pairs; for a pooled one, the smallest of its data sets. Interval, ``sd``
     and ``p`` are None for a single pair. ``p_adjusted`` is set by ``adjust``.
@@ -100,22 +98,18 @@ def temperature_scaled(result: Mapping[str, Any]) -> dict[str, Any]:
 
     The decisions do not change; the AUROC, which may change slightly, is left out.
     """
-    kept = ("accuracy", "balanced_error", "scaled_ece", "scaled_nll")
-
-    def scaled(row: Mapping[str, float]) -> dict[str, float]:
-        return {name: row[name] for name in kept} | {
-            name: row[f"scaled_{name}"] for name in ("ece", "nll")
-        }
-
     parts = {
-        part: {name: scaled(row) for name, row in result[part].items()}
+        part: {
+            name: {"balanced_error": row["balanced_error"], "ece": row["scaled_ece"]}
+            for name, row in result[part].items()
+        }
         for part in ("validation", "test")
     }
     return {**result, **parts}
 
 
 def values(result: Mapping[str, Any], part: str) -> dict[tuple[str, str], float]:
-    """Returns every measure of one run on a part: clean, corrupted and by family.
+    """Returns every measure of one run on a part, clean and corrupted.
 
     ``retained`` is the share of the clean balanced accuracy that is left under corruption.
     """
@@ -124,12 +118,12 @@ def values(result: Mapping[str, Any], part: str) -> dict[tuple[str, str], float]
         rows = {name: row for name, row in result[part].items() if metric in row}
         if "clean" not in rows:
             continue
-        for where, value in by_family(rows, metric).items():
+        of_family = by_family(rows, metric)
+        for where in WHERE:
+            value = of_family[where]
             found[measure, where] = 1.0 - value if metric == "balanced_error" else value
-    clean = found["retained", "clean"]
-    for where in WHERE:
-        found["retained", where] /= clean
-    del found["retained", "clean"]
+    clean, corrupted = (found["balanced accuracy", where] for where in WHERE)
+    found["retained", "corrupted"] = corrupted / clean
     return found
 
 
@@ -146,9 +140,9 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
 def _with_interval(center: float, n: int, sd: float, error: float, freedom: float) -> Difference:
     if error == 0:
         return Difference(center, n, sd, center, center)
-    reach = error * float(stats.t.ppf(0.975, freedom))
+    low, high = map(float, stats.t.interval(0.95, freedom, center, error))
     p = 2 * float(stats.t.sf(abs(center) / error, freedom))
-    return Difference(center, n, sd, center - reach, center + reach, p)
+    return Difference(center, n, sd, low, high, p)
 
 
 def pool(parts: Sequence[Difference]) -> Difference:
@@ -171,30 +165,30 @@ def pool(parts: Sequence[Difference]) -> Difference:
     return _with_interval(center, n, sd, sqrt(total) / len(parts), freedom)
 
 
-def compare(settings: Mapping[Setting, Runs], baseline: str, part: str) -> dict[Key, Difference]:
-    """Returns every arm minus the baseline, by setting and, for several data sets, pooled.
+def compare(settings: Mapping[Setting, Runs], part: str) -> dict[Key, Difference]:
+    """Returns every arm minus plain, by setting and, for several data sets, pooled.
 
     ``pools`` defines what is pooled. The p-values of a setting, measure and kind of images are
     adjusted for the number of arms.
     """
     found: dict[Key, Difference] = {}
     for setting, runs in settings.items():
-        if baseline not in runs:
+        if "plain" not in runs:
             continue
         scores = {
             arm: {seed: values(result, part) for seed, result in done.items()}
             for arm, done in runs.items()
         }
         for arm in runs:
-            seeds = sorted(set(scores[arm]) & set(scores[baseline]))
-            if arm == baseline or not seeds:
+            seeds = sorted(set(scores[arm]) & set(scores["plain"]))
+            if arm == "plain" or not seeds:
                 continue
             for key in scores[arm][seeds[0]]:
-                mine, other = (
-                    [scores[name][seed][key] for seed in seeds] for name in (arm, baseline)
+                mine, plain = (
+                    [scores[name][seed][key] for seed in seeds] for name in (arm, "plain")
                 )
-                found[(str(setting), arm, *key)] = difference(mine, other)
-    for name, members in pools(s for s in settings if baseline in settings[s]).items():
+                found[(str(setting), arm, *key)] = difference(mine, plain)
+    for name, members in pools(s for s in settings if "plain" in settings[s]).items():
         for key in dict.fromkeys(key[1:] for key in found if key[0] in members):
             parts = [found.get((member, *key)) for member in members]
             if all(parts):
@@ -209,8 +203,7 @@ def pools(settings: Iterable[Setting]) -> dict[str, list[str]]:
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for setting in settings:
-        confirming = setting.dataset in {regime.dataset for regime in CONFIRMING.values()}
-        parts = [POOLED, "confirmation" if confirming else ""]
+        parts = [POOLED, "confirmation" if setting.dataset in CONFIRMED else ""]
         parts += ["from ImageNet" if setting.pretrained else "", setting.augmentation]
         groups[", ".join(part for part in parts if part and part != "flips")].append(str(setting))
     return {name: members for name, members in groups.items() if len(members) > 1}
@@ -229,5 +222,5 @@ def adjust(found: Mapping[Key, Difference]) -> dict[Key, Difference]:
     for keys in families.values():
         ps = stats.false_discovery_control([found[key].p for key in keys])
         for key, p in zip(keys, ps, strict=True):
-            adjusted[key] = Difference(**{**vars(found[key]), "p_adjusted": float(p)})
+            adjusted[key] = replace(found[key], p_adjusted=float(p))
     return adjusted

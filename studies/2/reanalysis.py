@@ -21,8 +21,7 @@ from studies.common.statistics import (
     random_effects,
 )
 
-from .paired import Runs, Setting, values
-from .run import CONFIRMING
+from .paired import CONFIRMED, Runs, Setting, values
 
 ARM = "transient, signed 0.3"
 COMPARISONS = (  # arm, baseline
@@ -48,10 +47,9 @@ def effects(
     settings: Mapping[Setting, Runs], arm: str, baseline: str, key: tuple[str, str]
 ) -> dict[str, Effect]:
     """Returns data set -> arm minus baseline on the test part, over pairs of seeds."""
-    confirming = {regime.dataset for regime in CONFIRMING.values()}
     found = {}
     for setting, runs in settings.items():
-        if setting.dataset in confirming:
+        if setting.dataset in CONFIRMED:
             seeds = sorted(set(runs[arm]) & set(runs[baseline]))
             pairs = [
                 values(runs[arm][seed], "test")[key] - values(runs[baseline][seed], "test")[key]
@@ -76,11 +74,9 @@ def reanalysis(settings: Mapping[Setting, Runs]) -> list[dict[str, Any]]:
             pooled[key] = random_effects(list(found.values()))
             others = {f"without {name}": one for name, one in leave_one_out(found).items()}
             for name, one in {"all": pooled[key], **others}.items():
-                row = {"data": name, "mean": one.mean, "low": one.low, "high": one.high}
-                row |= {"wide_low": one.wide_low, "wide_high": one.wide_high}
                 level = equivalence(one, MARGIN)
-                row |= {"p": one.p, "i2": one.i2, "p_level": level["p"], "p_loss": level["loss"]}
-                rows.append(head | row)
+                row = {"data": name} | one.to_row()
+                rows.append(head | row | {"p_level": level["p"], "p_loss": level["loss"]})
         adjusted = holm({" ".join(key): pooled[key].p for key in PRIMARY})
         for row in rows[first:]:
             name = f"{row['measure']} {row['images']}"

@@ -3,8 +3,8 @@
     python -m studies.2.report
     python -m studies.2.report --part validation --out DIR   # for choosing
 
-``differences.csv``: every arm minus plain, minus EMA and minus noise of the same size, per data set
-and pooled over seeds, with 95% intervals and adjusted p. ``table.md``: those from plain.
+``table.md``: every arm minus plain, per data set and pooled over seeds, with 95% intervals.
+``differences.csv``: the same with p, as it is and adjusted for the number of arms.
 ``reanalysis.csv`` and ``.md``: pooled over data sets with random effects, see reanalysis.py.
 
 Hardware and time: a minute on a CPU. Expected: docs/evidence.md.
@@ -13,33 +13,29 @@ Hardware and time: a minute on a CPU. Expected: docs/evidence.md.
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas
 
 from studies.common.names import GLOSSARY, in_words
 from studies.common.records import difference_text, raw_runs, read_runs, spread
 
-from .paired import SCALED, Difference, Key, Runs, Setting, by_setting, compare, values
+from .paired import CONFIRMED, SCALED, Difference, Key, Runs, Setting, by_setting, compare, values
 from .reanalysis import reanalysis, reanalysis_table
-from .run import ARMS, CONFIRMING, HERE, RUNS
+from .run import ARMS, HERE, RUNS
 
 # -- settings --------------------------------------------------------------------------------------
 
-BASELINES = ("plain", "EMA .98", "Gaussian noise 0.3")
 BLOCKS = (  # of the table: few columns, so that a page shows them whole
     (("balanced accuracy", "clean"), ("balanced accuracy", "corrupted")),
     (("AUROC", "corrupted"), ("retained", "corrupted")),
     (("calibration error", "clean"), ("calibration error", "corrupted")),
 )
-CONFIRMED = {regime.dataset for regime in CONFIRMING.values()}
 
 
 def in_order(arms: Sequence[str]) -> list[str]:
-    """Arms as study.py lists them, combinations after the first of theirs."""
+    """Arms as run.py lists them, combinations after the first of theirs."""
     places = {arm: place for place, arm in enumerate((*ARMS, SCALED))}
     return sorted(arms, key=lambda arm: (places.get(arm.split(" + ")[0], len(places)), arm))
 
@@ -47,24 +43,13 @@ def in_order(arms: Sequence[str]) -> list[str]:
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def write_csv(found: Mapping[str, Mapping[Key, Difference]], path: Path) -> None:
-    """One line for each difference; baseline -> differences."""
-    names = ["baseline", "setting", "arm", "measure", "images"]
+def write_csv(found: Mapping[Key, Difference], path: Path) -> None:
+    """One line for each difference."""
+    names = ("setting", "arm", "measure", "images")
     numbers = ["n", "mean", "low", "high", "sd", "p", "p_adjusted"]
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*names, *numbers])
-        for baseline, differences in found.items():
-            for key, one in differences.items():
-                cells = [getattr(one, name) for name in numbers]
-                writer.writerow([baseline, *key, *map(as_cell, cells)])
-
-
-def as_cell(value: float | int | None) -> str:
-    """A number of the CSV file."""
-    if value is None:
-        return ""
-    return f"{value:.5f}" if isinstance(value, float) else str(value)
+    rows = [dict(zip(names, key, strict=True)) | vars(one) for key, one in found.items()]
+    columns = [*names, *numbers]
+    pandas.DataFrame(rows)[columns].to_csv(path, index=False, float_format="%.5f")
 
 
 def text_of(one: Difference) -> str:
@@ -73,10 +58,8 @@ def text_of(one: Difference) -> str:
     return f"**{text}**" if one.p_adjusted is not None and one.p_adjusted < 0.05 else text
 
 
-def table(
-    settings: Mapping[Setting, Runs], found: Mapping[Key, Difference], part: str, baseline: str
-) -> str:
-    """Markdown: the baseline's own figures, then every arm's differences from it."""
+def table(settings: Mapping[Setting, Runs], found: Mapping[Key, Difference], part: str) -> str:
+    """Markdown: the figures of plain training, then every arm's differences from them."""
     by_name = {str(setting): runs for setting, runs in settings.items()}
     lines = []
     for name in dict.fromkeys(key[0] for key in found):
@@ -86,9 +69,9 @@ def table(
             heads = ["arm", *(f"{measure}, {where}" for measure, where in claims), "pairs"]
             lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
             if name in by_name:
-                scores = [values(result, part) for result in by_name[name][baseline].values()]
+                scores = [values(result, part) for result in by_name[name]["plain"].values()]
                 own = [spread([score[claim] for score in scores]) for claim in claims]
-                cells = [in_words(baseline), *own, str(len(scores))]
+                cells = [in_words("plain"), *own, str(len(scores))]
                 lines.append(f"| {' | '.join(cells)} |")
             for arm in arms:
                 here = [found.get((name, arm, *claim)) for claim in claims]
@@ -98,7 +81,7 @@ def table(
                     lines.append(f"| {' | '.join([*cells, str(pairs)])} |")
             lines.append("")
     lines.append(
-        f"Paired differences from {in_words(baseline)} with their 95% interval, {part} part; its "
+        f"Paired differences from {in_words('plain')} with their 95% interval, {part} part; its "
         "own row: means ± standard deviations. Bold: p below 5% after adjustment for the number of "
         "arms. Retained: the share of the clean balanced accuracy that is left under corruption. "
         f"{GLOSSARY}"
@@ -109,25 +92,19 @@ def table(
 # -- what is asked for -----------------------------------------------------------------------------
 
 
-def results(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The runs of the study, or of a folder."""
-    return raw_runs(options.runs) if options.runs else read_runs(RUNS)
-
-
 def write_report(options: argparse.Namespace) -> None:
     """differences.csv, table.md, reanalysis.csv and reanalysis.md."""
-    settings = by_setting(results(options))
-    found = {name: compare(settings, name, options.part) for name in BASELINES}
-    differences = found["plain"]
+    settings = by_setting(raw_runs(options.runs) if options.runs else read_runs(RUNS))
+    differences = compare(settings, options.part)
     if not differences:
         raise SystemExit("there is no run of 'plain' and another arm to compare")
-    write_csv(found, options.out / "differences.csv")
+    write_csv(differences, options.out / "differences.csv")
     if options.part == "test" and any(s.dataset in CONFIRMED for s in settings):
         rows = reanalysis(settings)
         frame = pandas.DataFrame(rows)
         frame.to_csv(options.out / "reanalysis.csv", index=False, float_format="%.5f")
         (options.out / "reanalysis.md").write_text(reanalysis_table(rows))
-    text = table(settings, differences, options.part, "plain")
+    text = table(settings, differences, options.part)
     (options.out / "table.md").write_text(text)
     print(text)
 

@@ -36,7 +36,7 @@ import torch
 from inmerge_wrap import Quantile
 from inmerge_wrap.app.training import make_accelerator
 from studies.common.chest import load_chest
-from studies.common.exams import Exam, examine, make_exam
+from studies.common.exams import Exam, answers, make_exam, scored
 from studies.common.freezing import check_frozen, described, freeze, read_frozen
 from studies.common.images import Images, load_images
 from studies.common.merging import Fade, Merge
@@ -340,8 +340,8 @@ def main() -> None:
 def measured(
     exams: dict[str, Exam], network: torch.nn.Module, data: Images, normalise: Any
 ) -> dict[str, Any]:
-    """See ``examine``."""
-    return examine(network, exams, normalise, data.task)
+    """Returns the scores of the network in every exam."""
+    return scored(answers(network, exams, normalise), exams, data.task)
 
 
 if __name__ == "__main__":

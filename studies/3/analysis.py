@@ -14,7 +14,6 @@ from studies.common.contributions import classes_of, unpack
 from studies.common.exams import by_family
 from studies.common.statistics import (
     Effect,
-    Pooled,
     equivalence,
     holm,
     leave_one_out,
@@ -46,10 +45,6 @@ class Group:
     steps: int
     lr: float
     confirming: bool
-
-    def __str__(self) -> str:
-        kind = "confirmation" if self.confirming else "choice"
-        return f"{self.cell.dataset}, {self.cell.images or 'all'} images, {kind}"
 
 
 def grouped(runs: Iterable[Result]) -> dict[Group, Arms]:
@@ -204,22 +199,19 @@ def by_data_set(
     augmentation: str,
     measure: str,
     images: str,
-    arch: str = LITE0,
 ) -> dict[str, Effect]:
-    """Returns data set -> effect of the confirming cells; BloodMNIST, chosen on, is left out."""
+    """Returns data set -> effect of the confirming cells of EfficientNet-lite0.
+
+    BloodMNIST, on which was chosen, is left out.
+    """
     found = {}
     for group, arms in groups.items():
         cell = group.cell
-        if group.confirming and (cell.augmentation, cell.arch) == (augmentation, arch):
+        if group.confirming and (cell.augmentation, cell.arch) == (augmentation, LITE0):
             one = effect(arms, arm, baseline, measure, images)
             if one and cell.dataset != "bloodmnist":
                 found[cell.dataset.removesuffix("mnist").capitalize()] = one
     return found
-
-
-def _row(one: Pooled) -> dict[str, Any]:
-    kept = ("mean", "low", "high", "wide_low", "wide_high", "p", "i2")
-    return {name: getattr(one, name) for name in kept}
 
 
 def pooled(groups: Mapping[Group, Arms]) -> list[dict[str, Any]]:
@@ -242,14 +234,14 @@ def pooled(groups: Mapping[Group, Arms]) -> list[dict[str, Any]]:
                         one = random_effects(list(found.values()))
                         head = {"arm": arm, "baseline": baseline, "augmentation": augmentation}
                         head |= {"measure": measure, "tested_on": images}
-                        row = head | {"data": ", ".join(found)} | _row(one)
+                        row = head | {"data": ", ".join(found)} | one.to_row()
                         if (measure, images) == ("balanced accuracy", "clean"):
                             level = equivalence(one, MARGIN)
                             row |= {"p_level": level["p"], "p_loss": level["loss"]}
                         rows.append(row)
                         if len(found) > 2:
                             rows += [
-                                head | {"data": f"without {name}"} | _row(other)
+                                head | {"data": f"without {name}"} | other.to_row()
                                 for name, other in leave_one_out(found).items()
                             ]
     family = {

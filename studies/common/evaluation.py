@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,10 +12,9 @@ from inmerge_wrap.robustness import classification_metrics
 from inmerge_wrap.robustness.corruptions import corrupt
 from studies.common.images import Images, Normalised
 
-# The corruptions of the test images, at the middle severity.
-CORRUPTIONS = {
-    name: (3,) for name in ("gaussian_noise", "gaussian_blur", "contrast_down", "brightness_up")
-}
+CORRUPTIONS = ("gaussian_noise", "gaussian_blur", "contrast_down", "brightness_up")
+SEVERITY = 3  # the middle one
+BATCH = 500  # images
 
 
 @contextmanager
@@ -45,30 +44,18 @@ def metrics(logits: Tensor, labels: Tensor, task: str) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}
 
 
-def evaluate(
-    model: nn.Module,
-    data: Images,
-    normalise: Normalised,
-    *,
-    corruptions: Mapping[str, tuple[int, ...]],
-    batch_size: int = 500,
-) -> dict[str, dict[str, float]]:
-    """Computes metrics of the test part, clean and under each ``corruption/severity``.
+def evaluate(model: nn.Module, data: Images, normalise: Normalised) -> dict[str, dict[str, float]]:
+    """Computes metrics of the test part, clean and under each corruption, ``name/severity``.
 
     Every model sees the same corrupted images: the draws depend only on the image's index.
     """
     pixels, labels = data.parts["test"]
-    rows = {"clean": metrics(predict(model, pixels, normalise, batch_size), labels, data.task)}
-    for name, severities in corruptions.items():
-        for severity in severities:
-            damaged = [
-                corrupt(part.float() / 255, name, severity, indices=index.tolist())
-                for part, index in zip(
-                    pixels.split(batch_size),
-                    torch.arange(len(pixels)).split(batch_size),
-                    strict=True,
-                )
-            ]
-            logits = predict(model, torch.cat(damaged), normalise, batch_size)
-            rows[f"{name}/{severity}"] = metrics(logits, labels, data.task)
+    rows = {"clean": metrics(predict(model, pixels, normalise, BATCH), labels, data.task)}
+    for name in CORRUPTIONS:
+        damaged = [
+            corrupt(pixels[index].float() / 255, name, SEVERITY, indices=index.tolist())
+            for index in torch.arange(len(pixels)).split(BATCH)
+        ]
+        logits = predict(model, torch.cat(damaged), normalise, BATCH)
+        rows[f"{name}/{SEVERITY}"] = metrics(logits, labels, data.task)
     return rows

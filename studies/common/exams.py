@@ -137,13 +137,6 @@ def scored(logits: Logits, exams: Mapping[str, Exam], task: str) -> dict[str, An
     return {"measured_images": images, "temperature": temperature, **rows}
 
 
-def examine(
-    network: nn.Module, exams: Mapping[str, Exam], normalise: Normalised, task: str
-) -> dict[str, Any]:
-    """Returns what ``scored`` says of the answers of a network."""
-    return scored(answers(network, exams, normalise), exams, task)
-
-
 def by_family(rows: Mapping[str, Mapping[str, float]], metric: str) -> dict[str, float]:
     """Returns a metric clean, for each family, and ``corrupted``, the mean over the families."""
     of_family = {

@@ -51,6 +51,11 @@ class Pooled:
     wide_low: float
     wide_high: float
 
+    def to_row(self) -> dict[str, float]:
+        """Returns what tables show of it."""
+        shown = ("mean", "low", "high", "wide_low", "wide_high", "p", "i2")
+        return {name: getattr(self, name) for name in shown}
+
 
 def over_seeds(differences: Sequence[float]) -> Effect:
     """Returns the mean of paired differences with its t interval, which counts seeds alone.

@@ -284,6 +284,11 @@ def test_differences_need_the_same_pictures_and_know_their_limits(tmp_path):
     )
     with pytest.raises(ValueError, match=f"also measured under {FEW[1]}, so its mean of all"):
         compare_results(fewer, result)
+    attacked = evaluate_robustness(
+        network(4), batches(images, labels), **settings, attacks=["fgsm"]
+    )
+    with pytest.raises(ValueError, match="the baseline was not measured under fgsm"):
+        compare_results(attacked, result)
     result.to_json(tmp_path / "stored.json")
     stored = RobustnessResult.from_json(tmp_path / "stored.json")
     for entry in compare_results(result, stored):  # no resamples are stored: no interval
@@ -321,6 +326,32 @@ def test_json_round_trip_serves_as_a_baseline(tmp_path):
     assert again.value("be", "bars") == pytest.approx(1)
     assert "be_low" not in again.row("bars")
     assert [row["severity"] for row in result.rows[:4]] == [0, 2, 4, "mean"]
+
+
+def test_settings_may_be_arrays():
+    images, labels = data("multilabel")
+    given = {
+        "threshold": [0.25, 0.5, 0.75],
+        "severities": [1, 3],
+        "groups": [n // 4 for n in range(len(images))],
+    }
+    arrays = {
+        "threshold": torch.tensor(given["threshold"]),
+        "severities": np.array(given["severities"]),
+        "groups": torch.tensor(given["groups"]),
+    }
+    about = {"preset": FEW, "task": "multilabel", "bootstrap": 5}
+    one, other = (
+        evaluate_robustness(network(3), [(images, labels)], **about, **settings)
+        for settings in (given, arrays)
+    )
+    contents = [json.loads(result.to_json()) for result in (one, other)]
+    assert contents[0]["settings"] == contents[1]["settings"]
+    assert contents[0]["rows"] == contents[1]["rows"]
+    single = evaluate_robustness(
+        network(1), [data("binary")], preset=FEW, task="binary", threshold=np.float32(0.25)
+    )
+    assert single.settings["threshold"] == 0.25
 
 
 @pytest.mark.parametrize(
@@ -428,6 +459,16 @@ def test_the_interval_of_the_ece_is_not_carried_away_by_its_bias():
     row = result.row()
     assert row["ece"] == pytest.approx(0, abs=1e-6)
     assert row["ece_low"] <= row["ece"] < row["ece_high"]
+
+
+def test_the_ece_has_an_interval_though_some_resamples_hold_no_known_label():
+    images, labels = data("multilabel", n=20)
+    labels = labels.float()
+    labels[:4], labels[4:] = torch.tensor([0.0, 1.0, 0.0, 1.0])[:, None], math.nan
+    row = evaluate_robustness(
+        network(3), [(images, labels)], preset=["bars"], task="multilabel", bootstrap=400
+    ).row()
+    assert row["accuracy_low"] < row["accuracy_high"] and row["ece_low"] < row["ece_high"]
 
 
 @pytest.mark.parametrize("outputs", [1, 2])

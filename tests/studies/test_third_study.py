@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from studies.common import channels, chest, laboratories, mechanism, networks, training
-from studies.common.augmentation import AUGMENTATIONS
 from studies.common.contributions import contributions
 from studies.common.exams import FAMILIES, METRICS
 from studies.common.images import Normalised, load_digits
@@ -111,17 +110,6 @@ def test_erasing_fills_a_rectangle_of_half_of_the_images() -> None:
         rows, columns = mask.any(1), mask.any(0)
         assert int(mask.sum()) == int(rows.sum() * columns.sum())  # one rectangle
     assert torch.equal(inputs, torch.full_like(inputs, 7.0)) and len(targets) == 400
-
-
-@pytest.mark.parametrize("name", list(arms.TRAINING))
-def test_the_augmentations_depend_on_their_generator_alone(name: str) -> None:
-    pixels = load_digits().parts["train"][0][:8].expand(-1, 3, -1, -1)
-    found = []
-    for noise in (0, 1):
-        torch.manual_seed(noise)
-        found.append(AUGMENTATIONS[name](pixels, torch.Generator().manual_seed(5)))
-    assert torch.equal(*found) and found[0].dtype == torch.uint8
-    assert torch.equal(found[0], pixels) is (name == "none")
 
 
 # -- networks, volumes, laboratories, mechanism ----------------------------------------------------
