@@ -236,9 +236,9 @@ def refuse_per_image_gradients(layers: Sequence[MergedLayer]) -> None:
     for layer in layers:
         if any(hasattr(parameter, "grad_sample") for parameter in layer.parameters):
             raise RuntimeError(
-                f"Opacus would compute wrong gradients of {layer.site.name!r}, from the gradient of "
-                "its output, which mode='outputs' blends: wrap the network with mode='weights' or "
-                "mode='step'"
+                f"Opacus would compute wrong gradients of {layer.site.name!r}, from the gradient "
+                "of its output, which mode='outputs' blends: wrap the network with mode='weights' "
+                "or mode='step'"
             )
 
 
