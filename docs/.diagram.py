@@ -69,7 +69,7 @@ COMPARISONS = {  # of the second study's confirmation: arm, baseline -> heading,
         "ink",
     ),
 }
-PER_IMAGE = {  # the same of the third study's, and beside which augmentation
+PER_IMAGE = {  # the same of the third study's, and on top of which augmentation
     ("merging per image", "plain", "flips"): ("merging for each image − plain training", "forward"),
     ("channel noise", "plain", "flips"): ("channel noise − plain training", "noise"),
     ("channel dropout", "plain", "flips"): ("channel dropout − plain training", "noise"),
@@ -78,7 +78,7 @@ PER_IMAGE = {  # the same of the third study's, and beside which augmentation
         "ink",
     ),
     ("merging per image", "plain", "trivial"): (
-        "beside TrivialAugment: merging − plain training",
+        "on top of TrivialAugment: merging − plain training",
         "forward",
     ),
 }
@@ -400,7 +400,7 @@ def mechanism() -> str:
     return picture("Third study, pilot: networks inside, and their robustness", top - 14, parts)
 
 
-def beside_augmentation() -> str:
+def augmentations() -> str:
     """The third study's map: plain training and merging, by augmentation and number of images."""
     shown = ("tf_efficientnet_lite0", "AUROC")
     rows = [row for row in table_of(3, "map") if (row["arch"], row["measure"]) == shown]
@@ -427,7 +427,7 @@ def beside_augmentation() -> str:
     for value in (0.7, 0.8, 0.9, 1.0):
         parts.append(text(106 + scale * (value - first), top + 24, f"{value:.1f}", 13, "soft"))
     parts.append(text(200, top + 46, "AUROC under corruption, by number of training images", 14))
-    title = "Third study: merging for each image beside augmentation, by training images"
+    title = "Third study: merging for each image on top of augmentation, by training images"
     return picture(title, top + 58, parts)
 
 
@@ -440,7 +440,7 @@ def dot(x: float, y: float, kind: str, shape: str) -> str:
 
 PICTURES = {
     "after-each-step.svg": after_each_step,
-    "beside-augmentation.svg": beside_augmentation,
+    "augmentations.svg": augmentations,
     "confirmation.svg": confirmation,
     "evidence.svg": evidence,
     "forward-pass.svg": in_the_forward_pass,

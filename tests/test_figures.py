@@ -302,7 +302,7 @@ CONFIRMED = {  # augmentation -> where the page has it, up to what, and what was
             ("merging per image", "channel noise"),
         ],
     ),
-    "trivial": ("### Beside TrivialAugmentWide", "\n## ", [("merging per image", "plain")]),
+    "trivial": ("### On top of TrivialAugmentWide", "\n## ", [("merging per image", "plain")]),
 }
 
 
@@ -405,7 +405,7 @@ def test_the_page_of_evidence_shows_the_map_as_it_was_measured() -> None:
         for row in rows
     }
     names = runpy.run_path(str(ROOT / "docs" / ".diagram.py"))["AUGMENTATIONS"]
-    page = page_of("docs/evidence.md").partition("## Beside which")[2]
+    page = page_of("docs/evidence.md").partition("## On top of which")[2]
     page = page.partition("\n## ")[0]
     shown = [line for line in page.splitlines() if line.startswith("|")][2:]
 
@@ -447,7 +447,7 @@ def test_the_page_of_evidence_shows_the_map_as_it_was_measured() -> None:
     weak = gains("none", "flips", "noise and blur", "augmix", on="derma")
     gained = [gain for gain in weak if gain > 0]
     assert (len(gained), len(weak)) == (9, 12)
-    assert f"beside weaker augmentation, by {gained[0]:.3f} to {gained[-1]:.3f}." in said
+    assert f"on top of weaker augmentation, by {gained[0]:.3f} to {gained[-1]:.3f}." in said
     lost = gains("flips", on="derma")
     assert f"**lost {-lost[0]:.3f} and {-lost[1]:.3f} with flips** and 600 or 2,400" in said
     assert f"and {-gains('augmix', on='derma')[0]:.3f} with AugMix and 2,400" in said
