@@ -554,11 +554,15 @@ def test_the_page_of_evidence_shows_the_other_arms_in_the_laboratories() -> None
 
 
 def test_the_means_inside_the_networks_are_those_of_the_table() -> None:
-    rows = [row for row in table_of("3", "mechanism") if in_pilot(row)]
-    runs = [row for row in rows if (row["augmentation"], row["steps"]) == ("flips", "600")]
+    rows = table_of("3", "mechanism")
+    columns = ("moved_by_mixing", "channel_correlation", "cka_under_noise")
+    for row, again in zip(rows, ANALYSIS.inside(third_groups()), strict=True):
+        for name in (*columns, "AUROC, corrupted"):
+            assert float(row[name]) == pytest.approx(again[name], abs=1e-5)
+    pilot = [row for row in rows if in_pilot(row)]
+    runs = [row for row in pilot if (row["augmentation"], row["steps"]) == ("flips", "600")]
     page = page_of("docs/evidence-negative.md").partition("### Inside")[2]
     lines = page.partition("|---")[2].partition("\n\n")[0].splitlines()[1:]
-    columns = ("moved_by_mixing", "channel_correlation", "cka_under_noise")
     arms = ("plain", "merging per image", "channel noise", "channel dropout")
     for line, column in zip(lines, columns, strict=True):
         values = [[float(row[column]) for row in runs if row["arm"] == arm] for arm in arms]

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from inmerge_wrap import InMergeWrapper
 from tests.scripts.common import attached, loss_of, sgd, wrapped
-from tests.scripts.sharded import shard
+from tests.scripts.sharded import distance, shard
 
 STEPS = 4
 CASES: dict[str, dict[str, Any]] = {
@@ -56,20 +55,12 @@ def in_parallel(kind: str, **settings: Any) -> dict[str, Any]:
             loss_of(parallel, step)
         model.train()
     expected, drawn = in_one_process(world, **settings)
-    worst = 0.0
-    for name, parameter in model.named_parameters():
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        worst = max(worst, (whole - expected.get_parameter(name)).abs().max().item())
     plain, _ = in_one_process(world, **settings | {"merge_weight": 1.0, "radius": None})
-    moved = max(
-        (p - plain.get_parameter(name)).abs().max().item()
-        for name, p in expected.named_parameters()
-    )
     report = model.report()
     # In the weights each pass of the one process counts its kernels again.
     return {
-        "worst": worst,
-        "moved": moved,
+        "worst": distance(model, expected),
+        "moved": distance(expected, plain),
         "drawn": [layer.drawn * world for layer in report] == drawn,
         "merged": report.merged,
         "step": model.step,

@@ -47,15 +47,21 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
     return model
 
 
-def alone(make: Callable[[Any], Any] = sgd, **settings: Any) -> InMergeWrapper:
-    """The same training in one process."""
-    model = wrapped(**settings)
+def trained(
+    model: Any, make: Callable[[Any], Any] = sgd, steps: int = STEPS, start: int = 0
+) -> tuple[Any, Any]:
+    """Attaches an optimizer and trains; returns the model and its optimizer."""
     optimizer = make(model)
     model.attach(optimizer)
     if hasattr(optimizer, "train"):
         optimizer.train()
-    train(model, optimizer, STEPS)
-    return model
+    train(model, optimizer, steps, start)
+    return model, optimizer
+
+
+def alone(make: Callable[[Any], Any] = sgd) -> InMergeWrapper:
+    """The same training in one process."""
+    return trained(wrapped(), make)[0]
 
 
 def same_reports(model: InMergeWrapper, expected: InMergeWrapper) -> bool:
@@ -66,18 +72,20 @@ def same_reports(model: InMergeWrapper, expected: InMergeWrapper) -> bool:
     return close and all(a == b for a, b in pairs)
 
 
-def compare(model: InMergeWrapper, expected: InMergeWrapper) -> dict[str, Any]:
-    worst, sharded = 0.0, True
+def distance(model: nn.Module, expected: nn.Module) -> float:
+    """The largest difference of a weight, whole or sharded."""
+    worst = 0.0
     for name, parameter in model.named_parameters():
-        sharded &= isinstance(parameter, DTensor)
-        if isinstance(parameter, DTensor):
-            parameter = parameter.full_tensor()
-        worst = max(worst, (parameter - expected.get_parameter(name)).abs().max().item())
-    local = sum(p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor))
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        worst = max(worst, (whole - expected.get_parameter(name)).abs().max().item())
+    return worst
+
+
+def compare(model: InMergeWrapper, expected: InMergeWrapper) -> dict[str, Any]:
     return {
-        "worst": worst,
-        "sharded": sharded,
-        "local": local,
+        "worst": distance(model, expected),
+        "sharded": all(isinstance(p, DTensor) for p in model.parameters()),
+        "local": sum(p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor)),
         "total": sum(p.numel() for p in expected.parameters()),
         "reports": same_reports(model, expected) or str(model.report()),
         "merged": model.report().merged,
@@ -85,10 +93,7 @@ def compare(model: InMergeWrapper, expected: InMergeWrapper) -> dict[str, Any]:
 
 
 def wrapped_then_sharded(folder: Path) -> dict[str, Any]:
-    model = shard(wrapped(check_replicas_every=2))
-    optimizer = sgd(model)
-    model.attach(optimizer)
-    train(model, optimizer, STEPS)
+    model, _ = trained(shard(wrapped(check_replicas_every=2)))
     outcome = compare(model, alone())
     outcome["rows"] = len(model.module.mid.weight.to_local())
     export_weights(model, folder / "sharded.safetensors")
@@ -102,10 +107,7 @@ def sharded_then_wrapped(folder: Path) -> dict[str, Any]:
         # The trace may need plain weights; the order of registration is right here, too.
         warnings.filterwarnings("ignore", "no forward pass was possible")
         model = InMergeWrapper(shard(tiny_net()), **SETTINGS)
-    optimizer = sgd(model)
-    model.attach(optimizer)
-    train(model, optimizer, STEPS)
-    return compare(model, alone())
+    return compare(trained(model)[0], alone())
 
 
 def attached_then_sharded(folder: Path) -> dict[str, Any]:
@@ -193,11 +195,7 @@ def inside_a_sharded_parent(folder: Path) -> dict[str, Any]:
 
 def replicated_and_sharded(folder: Path) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("copies", "shards"))
-    model = shard(wrapped(), mesh=mesh)
-    optimizer = sgd(model)
-    model.attach(optimizer)
-    train(model, optimizer, STEPS)
-    return compare(model, alone())
+    return compare(trained(shard(wrapped(), mesh=mesh))[0], alone())
 
 
 def other_ranks(folder: Path) -> dict[str, Any]:
@@ -234,16 +232,8 @@ def schedule_free(folder: Path) -> dict[str, Any]:
     def make(model: nn.Module) -> Any:
         return schedulefree.SGDScheduleFree(model.parameters(), lr=0.05, foreach=False)
 
-    model = shard(wrapped())
-    optimizer = make(model)
-    model.attach(optimizer)
-    optimizer.train()
-    train(model, optimizer, STEPS)
-    expected = wrapped()
-    expected_optimizer = make(expected)
-    expected.attach(expected_optimizer)
-    expected_optimizer.train()
-    train(expected, expected_optimizer, STEPS)
+    model, optimizer = trained(shard(wrapped()), make)
+    expected, expected_optimizer = trained(wrapped(), make)
     for each in (optimizer, expected_optimizer):
         each.eval()  # the average, in which both sequences take part
     return compare(model, expected)
@@ -251,10 +241,11 @@ def schedule_free(folder: Path) -> dict[str, Any]:
 
 def resumed(folder: Path) -> dict[str, Any]:
     """Through torch.distributed.checkpoint's state dicts, step counter included."""
-    first = shard(wrapped())
-    optimizer = torch.optim.SGD(first.parameters(), lr=0.05)
-    first.attach(optimizer)
-    train(first, optimizer, 2)
+
+    def make(model: nn.Module) -> torch.optim.SGD:
+        return torch.optim.SGD(model.parameters(), lr=0.05)
+
+    first, _ = trained(shard(wrapped()), make, 2)
     state = {
         name: value.clone() if isinstance(value, torch.Tensor) else value
         for name, value in get_model_state_dict(first).items()
@@ -262,18 +253,12 @@ def resumed(folder: Path) -> dict[str, Any]:
     second = shard(wrapped(seed=7))
     second.seed = 0
     set_model_state_dict(second, state)
-    optimizer = torch.optim.SGD(second.parameters(), lr=0.05)
-    second.attach(optimizer)
-    train(second, optimizer, STEPS - 2, start=2)
-    return compare(second, alone(lambda m: torch.optim.SGD(m.parameters(), lr=0.05)))
+    trained(second, make, STEPS - 2, start=2)
+    return compare(second, alone(make))
 
 
 def sharded_run(steps: int, seed: int = 0) -> tuple[InMergeWrapper, torch.optim.SGD]:
-    model = shard(wrapped(seed))
-    optimizer = sgd(model)
-    model.attach(optimizer)
-    train(model, optimizer, steps)
-    return model, optimizer
+    return trained(shard(wrapped(seed)), steps=steps)
 
 
 def went_on(model: InMergeWrapper, optimizer: Any) -> dict[str, Any]:
