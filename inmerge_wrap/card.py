@@ -107,7 +107,7 @@ def results_of(
     dataset: str,
     dataset_id: str | None = None,
     split: str = "test",
-    metrics: Sequence[str] = ("accuracy", "auroc", "balanced_error"),
+    metrics: str | Sequence[str] = ("accuracy", "auroc", "balanced_error"),
 ) -> list[CardResult]:
     """Converts the results of a robustness evaluation to the results of a card.
 
@@ -121,6 +121,7 @@ def results_of(
     Returns:
         The clean figures, then their means over all corruptions and severities.
     """
+    metrics = (metrics,) if isinstance(metrics, str) else metrics
     settings = result.settings
     severities = settings["severities"]
     corrupted = (

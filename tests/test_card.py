@@ -451,6 +451,7 @@ def test_robustness_results_and_picture(model: nn.Module, tmp_path: Path) -> Non
         ("corrupted", "ece", corrupted["ece"]),
     ]
     assert results[0].interval == (clean["accuracy_low"], clean["accuracy_high"])
+    assert results_of(result, dataset="Noise", metrics="ece") == results[1::2]
     assert results[2].note == "mean of 5 corruptions at severity 2"
     figure = plot_pairs(measure_similarity(model, include="layer4.*"))
     text = write(model, tmp_path / "a", small_card(results=results, robustness_picture=figure))
