@@ -22,6 +22,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -958,6 +959,26 @@ def test_layers_on_two_devices_merge_where_they_are() -> None:
         network.grouped(network.norm(network.stem(x)).relu()).relu().to("meta")
     )
     assert model(images()).device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "outputs", "similarity_threshold": 0.0},
+        {"mode": "outputs", "merge_probability": 0.5},
+        {"mode": "weights"},
+    ],
+)
+def test_a_network_may_go_to_its_device_after_attach(settings: dict[str, Any]) -> None:
+    """As in Accelerate's prepare(). Fake tensors check which devices meet, and need no GPU."""
+    conv = nn.Conv2d(3, 8, 3)
+    example = torch.randn(2, 3, 6, 6)
+    model, optimizer = made(network=conv, include="", example_input=example, **settings)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        for name, parameter in list(conv.named_parameters()):
+            setattr(conv, name, nn.Parameter(torch.empty_like(parameter, device="cuda")))
+        assert model(torch.empty_like(example, device="cuda")).device.type == "cuda"
+    assert optimizer.param_groups  # alive: a model merges as long as its optimizer exists
 
 
 @pytest.mark.parametrize("inside", [False, True])
