@@ -63,7 +63,7 @@ class Driver:
                 f"the plan was made for mode={plan.mode!r}, which can merge other convolutions: "
                 f"make it with plan_merging(network, mode={settings.mode!r})"
             )
-        self._network, self._plan, self._settings = network, plan, settings
+        self._network, self.plan, self.settings = network, plan, settings
         self.tally = Tally(len(plan.merged), per_image=settings.mode == "outputs")
         self.watch = Watch()
         self._pauses = 0
@@ -99,7 +99,7 @@ class Driver:
     @property
     def _in_step(self) -> bool:
         """Whether merging happens after each step and not in the forward pass."""
-        return self._settings.mode == "step"
+        return self.settings.mode == "step"
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -144,7 +144,7 @@ class Driver:
         if trains and not self._pauses:  # averages of weights need no gradient
             self.watch.before_forward(attached=bool(self._attachments.live))
             if self._in_step:
-                self._replicas.tell(self._settings, self._plan, wrapper)
+                self._replicas.tell(self.settings, self.plan, wrapper)
             if (step := self._replicas.follow(self.tally.step)) > self.tally.step:
                 self.tally.catch_up(step)
                 self._prepare()
@@ -155,7 +155,7 @@ class Driver:
             return
         if self._attachments.live:
             step = self.tally.step
-            self._forward.set_step(step, self._settings.strength(step), self._settings)
+            self._forward.set_step(step, self.settings.strength(step), self.settings)
         else:
             self._forward.uninstall()
 
@@ -165,7 +165,7 @@ class Driver:
         """Makes an optimizer drive the merging; see :meth:`InMergeWrapper.attach`."""
         optimizer = stepping_optimizer(given, to_write=self._in_step)
         if not self._in_step:
-            check_sites(self._network, self._plan.merged)  # it may have changed since
+            check_sites(self._network, self.plan.merged)  # it may have changed since
             self._refuse_replaced(self._layers())
         known = self._attachments.of(optimizer)
         attachment = self._attached(optimizer, given, hook, wrapper) if known is None else known
@@ -185,7 +185,7 @@ class Driver:
         if self._in_step:
             check_layers(held)
         refuse_second(optimizer, wrapper)
-        check_settings(self._settings, optimizer)
+        check_settings(self.settings, optimizer)
         if self._in_step and not is_schedule_free(optimizer):
             for each in {id(found): found for found in (unprepared(given), optimizer)}.values():
                 refuse_undone(each, held[0].parameters[0])
@@ -208,7 +208,7 @@ class Driver:
 
     def _warn_if_over(self, times: float) -> None:
         """Warns if so many times the steps of the schedule are counted."""
-        end = self._settings.schedule.end
+        end = self.settings.schedule.end
         if end is not None and self.tally.step >= times * end:
             self.watch.warn(
                 f"the schedule ended at step {end:,} and {self.tally.step:,} steps are counted, so "
@@ -229,8 +229,8 @@ class Driver:
         return list(layers)
 
     def change(self, new: MergeSettings) -> None:
-        """Replaces the settings; see :meth:`InMergeWrapper.change_settings`."""
-        old = self._settings
+        """Replaces the settings; see :attr:`InMergeWrapper.settings`."""
+        old = self.settings
         if old.mode != new.mode:
             raise ValueError(
                 f"mode={old.mode!r} cannot become {new.mode!r}, because the plan depends on it: "
@@ -238,7 +238,7 @@ class Driver:
             )
         for optimizer in self._attachments.live:
             check_settings(new, optimizer)
-        self._settings = new
+        self.settings = new
         self._prepare()
 
     # -- one step ---------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ class Driver:
         """Runs one pass over all merged layers; see :meth:`InMergeWrapper.merge_`."""
         if not self._in_step:
             raise RuntimeError(
-                f"merge_() writes merged weights, and mode={self._settings.mode!r} merges in the "
+                f"merge_() writes merged weights, and mode={self.settings.mode!r} merges in the "
                 "forward pass: attach the optimizer, or wrap the network with mode='step'"
             )
         self._reshard(wrapper)
@@ -293,7 +293,7 @@ class Driver:
     ) -> None:
         """Counts a step of some layers, and merges those that train."""
         if self._in_step:
-            self._replicas.check(self._settings, self._plan)
+            self._replicas.check(self.settings, self.plan)
         seen = self.tally.step
         step = self.tally.begin([layer.number for layer in held])
         self.watch.idle_forwards = self.watch.missed_steps = 0
@@ -302,7 +302,7 @@ class Driver:
         if acts:
             for layer in held if self._in_step else layers:
                 self._last.pop(layer.number, None)
-        strength = self._settings.strength(step)
+        strength = self.settings.strength(step)
         trained = trained_of(held if self._in_step else layers)
         if acts and strength is not None and trained:
             self._passes += 1
@@ -311,9 +311,9 @@ class Driver:
             else:
                 self._note_forward(trained, strength)
             passes = self.tally.passes if self._in_step else [self._passes] * len(layers)
-            self.watch.after_pass(trained, passes, self._settings, self.report)
-        self.watch.after_step(step, self._settings.schedule)
-        every = self._settings.check_replicas_every
+            self.watch.after_pass(trained, passes, self.settings, self.report)
+        self.watch.after_step(step, self.settings.schedule)
+        every = self.settings.check_replicas_every
         # Counted here, not by the schedule or a checkpoint, so that all replicas get here even
         # if their step counters are what differs.
         if every and self.watch.steps % every == 0:
@@ -336,12 +336,12 @@ class Driver:
             trained = stepped_of(trained, optimizer)
         if not trained:
             return
-        found, problem = companions(optimizer, trained, moments=self._settings.merge_momentum)
+        found, problem = companions(optimizer, trained, moments=self.settings.merge_momentum)
         if problem is not None:
             self.watch.warn_once("momentum", f"merge_momentum has no effect: {problem}")
         # A fused optimizer runs its hooks even on a step that the scaler skips for overflow.
         skip = getattr(optimizer, "found_inf", None)
-        outcome = merge_step(trained, self._settings, strength, step, companions=found, skip=skip)
+        outcome = merge_step(trained, self.settings, strength, step, companions=found, skip=skip)
         self.tally.add(outcome)
         self._last.update(dict.fromkeys(outcome.numbers, outcome))
 
@@ -365,9 +365,9 @@ class Driver:
     def report(self) -> MergeReport:
         """Returns what merging did so far, layer by layer; waits for the device."""
         self._read_counts()
-        end = self._settings.schedule.end
+        end = self.settings.schedule.end
         return replace(
-            self.tally.report([site.name for site in self._plan.merged]),
+            self.tally.report([site.name for site in self.plan.merged]),
             ended=end if end is not None and self.tally.step > end else None,
             idle=self.watch.why_never(self.tally.step, attached=bool(self._attachments.live)),
         )
@@ -395,10 +395,10 @@ class Driver:
 
     def next_pairs(self) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Returns the pairs that the next step draws; see :meth:`InMergeWrapper.next_pairs`."""
-        return pairs_of_step(self._plan.merged, self._settings, self.tally.step)
+        return pairs_of_step(self.plan.merged, self.settings, self.tally.step)
 
     def _layers(self) -> list[MergedLayer]:
-        return find_layers(self._network, self._plan.merged)
+        return find_layers(self._network, self.plan.merged)
 
     def _reshard(self, wrapper: nn.Module) -> None:
         if self._sharded is None or not self.watch.steps:
@@ -409,7 +409,7 @@ class Driver:
 
     def _check_replicas(self) -> None:
         if self._replicas.joins:
-            every = self._settings.check_replicas_every
+            every = self.settings.check_replicas_every
             raise RuntimeError(
                 f"check_replicas_every={every} would wait forever inside DDP's join(), where some "
                 "processes have no batches left: set it to 0, or give all the same number of "
@@ -418,14 +418,14 @@ class Driver:
         weights = [layer for layer in self._layers() if layer.parameters]
         check_replicas(
             {f"{layer.site.name}.weight": layer.parameters[0] for layer in weights},
-            {"the seed": self._settings.seed, "the step counter of merging": self.tally.step},
+            {"the seed": self.settings.seed, "the step counter of merging": self.tally.step},
         )
 
     def _after_any_step(self, optimizer: Optimizer) -> None:
         """Counts steps of optimizers that train the merged weights without being attached."""
         if self._last and not self._attachments.live and self._trains(optimizer):
             self._last.clear()  # a plain step, whose forward pass measured these weights
-        end = self._settings.schedule.end
+        end = self.settings.schedule.end
         has_ended = end is not None and self.tally.step >= end
         if has_ended or (self.watch.steps and not len(self._attachments)):  # or merged by hand
             return
@@ -437,7 +437,7 @@ class Driver:
         """Returns whether an optimizer trains one of the layers to merge."""
         held = set(map(id, parameters_of(optimizer)))
         try:
-            modules = modules_of(self._network, self._plan.merged)
+            modules = modules_of(self._network, self.plan.merged)
         except RuntimeError:  # reparameterised for inference: the layers of the plan are gone
             return False
         return any(p.requires_grad and id(p) in held for m in modules for p in m.parameters())
@@ -453,13 +453,13 @@ class Driver:
     def state(self) -> Tensor:
         """Returns the step counter and the statistics as a tensor."""
         self._read_counts()
-        return self.tally.to_state(self._settings.seed)
+        return self.tally.to_state(self.settings.seed)
 
     def load(self, state: Tensor | None) -> None:
         """Continues from a step counter and statistics; from None, which holds none, not."""
         if state is None:
             return
-        tally = Tally.from_state(state, now=self.tally, seed=self._settings.seed)
+        tally = Tally.from_state(state, now=self.tally, seed=self.settings.seed)
         if tally is None:
             return
         self._begin(tally)
@@ -479,6 +479,6 @@ class Driver:
         self._forward.take_counts()
         self._replicas.begin()
         self.tally, self._passes = tally, max(tally.passes)
-        self._uncounted = [0] * len(self._plan.merged)
+        self._uncounted = [0] * len(self.plan.merged)
         self._ran = False
         self._last.clear()

@@ -8,6 +8,7 @@ import math
 import pickle
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -340,6 +341,12 @@ def test_settings_changed_later_are_checked_as_at_first() -> None:
         assert getattr(model, name) == before
     with pytest.raises(TypeError, match="schedule must be a Schedule, got 'cosine'"):
         model.schedule = "cosine"
+    model.settings = replace(model.settings, merge_weight=1.0)  # no kernel changes any more
+    assert model.merge_weight == 1.0
+    before = copy.deepcopy(model.module.state_dict())
+    with pytest.warns(NoEffectWarning, match=r"merge_weight=1\.0 leaves every kernel as it is"):
+        model.merge_()
+    assert equal(before, model.module.state_dict())
     with pytest.raises(AttributeError, match="the plan cannot change"):
         model.plan = plan_merging(model.module)
 
