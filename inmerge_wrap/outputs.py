@@ -25,7 +25,7 @@ from inmerge_wrap.merging import (
     mix,
     mix_channels,
 )
-from inmerge_wrap.pairs import compare, shared_shift, weight_of, without_autocast
+from inmerge_wrap.pairs import compare, sent, shared_shift, weight_of, without_autocast
 from inmerge_wrap.plan import ConvSite
 from inmerge_wrap.settings import MergeSettings, Strength
 from inmerge_wrap.steps import is_captured
@@ -103,7 +103,8 @@ class Outputs:
         self._shifts = [shared_shift(site, settings.seed, step) for site in self._sites]
         shifts = torch.tensor(self._shifts, device="cpu")[self._layers]
         both = torch.stack([shifts, -shifts])
-        self._partners.copy_(cyclic_sources(self._places, both, self._sizes))
+        partners = cyclic_sources(self._places, both, self._sizes)
+        self._partners.copy_(sent(partners, self.device))
 
     def draw(self, inputs: Any) -> Draw:
         """Draws for a forward pass on these inputs."""

@@ -48,9 +48,9 @@ class Outcome:
     @property
     def layer(self) -> Tensor:
         """Position of each pair's layer in the plan, int64, shape (pairs,)."""
-        device = self.cosines.device
-        numbers, lengths = torch.tensor([[*self.numbers], [*self.lengths]], device=device)
-        return numbers.repeat_interleave(lengths, output_size=len(self.cosines))
+        numbers, lengths = torch.tensor([[*self.numbers], [*self.lengths]], device="cpu")
+        layer = numbers.repeat_interleave(lengths, output_size=len(self.cosines))
+        return sent(layer, self.cosines.device)
 
 
 @dataclass(frozen=True)
@@ -236,6 +236,13 @@ def move(
         return Move(rows, weight, None)
     scale = norm_scale(kernels, rows)
     return Move(rows * scale, weight, scale)
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """Sends what was drawn on the CPU to a device without waiting for it."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
