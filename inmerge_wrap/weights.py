@@ -55,6 +55,7 @@ class Weights:
         self._noise: list[Tensor] = []
         # Of a layer whose convolution runs: it, what the stand-in hides, and the stand-in.
         self._shadowed: dict[int, tuple[nn.Module, Any, Tensor | None]] = {}
+        self._counted: set[int] = set()  # of these, the ones whose computed weight was read
 
     def set_step(self, step: int, strength: Strength, settings: MergeSettings) -> None:
         """Draws the pairs of a step, as merging after that step would, and sets its strength."""
@@ -106,6 +107,9 @@ class Weights:
         """Returns the stand-in of a weight that a parametrization computes."""
         if number not in self._shadowed:  # somebody reads the weight, no convolution runs
             return None
+        if number in self._counted:  # a convolution may read its weight several times
+            counts = None
+        self._counted.add(number)
         return self._stand_in(number, self._shadowed[number][0], weight, counts)
 
     def after(self, number: int, *_: Any) -> None:
@@ -120,6 +124,7 @@ class Weights:
     def _taken_away(self, number: int) -> bool:
         """Takes a stand-in away, and returns whether it was still in its place."""
         module, hidden, stand_in = self._shadowed.pop(number)
+        self._counted.discard(number)
         found = vars(module).pop("weight", None)
         if hidden is not _NOTHING:
             vars(module)["weight"] = hidden

@@ -504,6 +504,15 @@ def test_a_convolution_called_twice_merges_in_both_calls_alike() -> None:
     assert model.report().drawn == 2 * 3 * 4 and optimizer.param_groups
 
 
+def test_a_computed_weight_that_is_read_twice_in_a_call_is_counted_once() -> None:
+    network = nn.Sequential(parametrizations.weight_norm(StdConv2d(3, 8, 3)), nn.Conv2d(8, 8, 3))
+    example = torch.randn(2, 3, 8, 8)
+    model, optimizer = made("weights", network, example_input=example)
+    model(example)
+    assert [layer.drawn for layer in model.report()] == [8, 8]
+    assert optimizer.param_groups  # alive: a model merges as long as its optimizer exists
+
+
 def test_a_batch_of_one_and_an_image_without_a_batch() -> None:
     conv = nn.Conv2d(3, 8, 3)
     x = torch.randn(1, 3, 6, 6)
