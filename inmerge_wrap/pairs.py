@@ -21,7 +21,6 @@ from inmerge_wrap.merging import (
     centre,
     cyclic_sources,
     draw_pairs,
-    draw_shift,
     mix,
     multiply_gaussian,
     nearest_kernels,
@@ -77,10 +76,14 @@ def draw_layer(site: ConvSite, probability: float, seed: int, step: int) -> tupl
 
 
 def shared_shift(site: ConvSite, seed: int, step: int) -> int:
-    """Draws the shift that gives all kernels of a layer their partners on the outputs."""
-    return draw_shift(
-        site.shape[0], site.pair_groups, seed, step, _PARTNER_STREAM + stream_of(site)
-    )
+    """Draws the cyclic shift that gives all kernels of a layer their partners on the outputs.
+
+    Each kernel's partner is uniform: the shift lies in [1, C_out / groups). It is 0 where a group
+    has one kernel and no pair exists.
+    """
+    size = site.shape[0] // site.pair_groups
+    draw = mix(seed, step, _PARTNER_STREAM + stream_of(site))
+    return 1 + draw % (size - 1) if size > 1 else 0
 
 
 def pairs_of_step(

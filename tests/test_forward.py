@@ -31,7 +31,9 @@ from torch.utils.checkpoint import checkpoint
 from inmerge_wrap import InMergeWrapper, NoEffectWarning, Quantile, Schedule, plan_merging
 from inmerge_wrap.counts import Counts
 from inmerge_wrap.kernels import layout_of
-from inmerge_wrap.merging import draw_bits, draw_shift, draw_ways, fingerprint, mix_channels
+from inmerge_wrap.merging import draw_bits, draw_ways, fingerprint, mix_channels
+from inmerge_wrap.pairs import shared_shift
+from inmerge_wrap.plan import ConvSite
 from tests import reference
 
 ALWAYS: dict[str, Any] = {
@@ -159,10 +161,12 @@ def test_bits_are_fair_and_independent() -> None:
 
 
 def test_shared_shifts_give_every_partner_the_same_chance() -> None:
-    counts = torch.bincount(torch.tensor([draw_shift(12, 2, 5, n) for n in range(5000)]))
+    site = ConvSite("conv", depth=1, shape=(12, 2, 3, 3), groups=2)
+    counts = torch.bincount(torch.tensor([shared_shift(site, 5, n) for n in range(5000)]))
     assert len(counts) == 6 and counts[0] == 0
     assert ((counts[1:] - 1000).abs() < 4 * 1000**0.5).all()
-    assert draw_shift(4, 4, 1, 2) == 0  # one kernel in each group
+    alone = ConvSite("conv", depth=1, shape=(4, 2, 3, 3), groups=4)
+    assert shared_shift(alone, 1, 2) == 0  # one kernel in each group
 
 
 @pytest.mark.parametrize(
