@@ -164,9 +164,7 @@ class ForwardMerge:
         """
         if self._draw is None and self._replayed is None and self._open and _in_backward():
             self._find()
-        if self._way is None or not self._way.reads(module):
-            return
-        if (draw := self._acting(module)) is not None:
+        if self._way is not None and (draw := self._acting(module)) is not None:
             self._way.before(number, module, draw, self._counting())
 
     def _after(self, number: int, module: nn.Module, _: Any, output: Any) -> Tensor | None:
@@ -181,13 +179,12 @@ class ForwardMerge:
             return None
         return self._way.computed(number, weight, self._counting())
 
-    def _current(self) -> Any:
-        """Returns the draw of the pass that runs, or of the one that a checkpoint repeats."""
-        return self._replayed if self._draw is None and _in_backward() else self._draw
-
     def _acting(self, module: nn.Module) -> Any:
-        """Returns the draw that acts on a convolution; none in eval mode and on a frozen one."""
-        draw = self._current()
+        """Returns the draw that acts on a convolution; none in eval mode and on a frozen one.
+
+        It is that of the pass that runs, or of the one that a checkpoint repeats.
+        """
+        draw = self._replayed if self._draw is None and _in_backward() else self._draw
         if draw is None or not module.training or not deciding_parameter(module).requires_grad:
             return None
         return draw

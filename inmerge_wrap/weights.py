@@ -84,10 +84,6 @@ class Weights:
         """Returns a sign that a pass merges: the step has drawn for all batches."""
         return self
 
-    def reads(self, _: nn.Module) -> bool:
-        """Returns whether merging needs a parameter of a convolution: always the weight."""
-        return True
-
     def before(self, number: int, module: nn.Module, _: Any, counts: Counts | None) -> None:
         """Puts the merged weight before the parameter.
 
