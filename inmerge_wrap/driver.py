@@ -228,11 +228,10 @@ class Driver:
 
     def change(self, new: MergeSettings) -> None:
         """Replaces the settings; see :attr:`InMergeWrapper.settings`."""
-        old = self.settings
-        if old.mode != new.mode:
+        if new.mode != self.settings.mode:
             raise ValueError(
-                f"mode={old.mode!r} cannot become {new.mode!r}, because the plan depends on it: "
-                "wrap the bare network, model.module, again"
+                f"mode={self.settings.mode!r} cannot become {new.mode!r}, because the plan depends "
+                "on it: wrap the bare network, model.module, again"
             )
         for optimizer in self._attachments.live:
             check_settings(new, optimizer)
@@ -339,7 +338,7 @@ class Driver:
             self.watch.warn_once("momentum", f"merge_momentum has no effect: {problem}")
         # A fused optimizer runs its hooks even on a step that the scaler skips for overflow.
         skip = getattr(optimizer, "found_inf", None)
-        outcome = merge_step(trained, self.settings, strength, step, companions=found, skip=skip)
+        outcome = merge_step(trained, self.settings, strength, step, found, skip)
         self.tally.add(outcome)
         self._last.update(dict.fromkeys(outcome.numbers, outcome))
 

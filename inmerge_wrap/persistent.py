@@ -36,9 +36,8 @@ def merge_step(
     settings: MergeSettings,
     strength: Strength,
     step: int,
-    *,
-    companions: Mapping[int, Sequence[Store]] | None = None,
-    skip: Tensor | None = None,
+    companions: Mapping[int, Sequence[Store]],
+    skip: Tensor | None,
 ) -> Outcome:
     """Draws and merges the pairs of some layers, in place.
 
@@ -52,7 +51,7 @@ def merge_step(
     found = []
     for layer in layers:
         device = layer.store.weight.device
-        kept = (companions or {}).get(layer.number, ())
+        kept = companions.get(layer.number, ())
         unless = None if skip is None else skip.to(device)
         with without_autocast(device), layer.store.opened() as store:
             found.append(_merge_layer_(layer.site, store, settings, strength, step, kept, unless))
