@@ -24,10 +24,9 @@ from inmerge_wrap.optimizers import (
     check_still_held,
     companions,
     fsdp_modules,
+    ids_of,
     is_schedule_free,
-    parameters_of,
     refuse_second,
-    replaced,
     stepped_of,
     stepping_optimizer,
     trained_by,
@@ -164,7 +163,7 @@ class Driver:
         optimizer = stepping_optimizer(given, to_write=self._in_step)
         if not self._in_step:
             check_sites(self._network, self.plan.merged)  # it may have changed since
-            self._refuse_replaced(self._layers())
+            self._forward.refuse_replaced(self._layers())
         known = self._attachments.of(optimizer)
         attachment = self._attached(optimizer, given, hook, wrapper) if known is None else known
         if not self._in_step:
@@ -260,15 +259,18 @@ class Driver:
             check_layers(layers)
             check_still_held(attachment, trained_of(held), layers)
         elif not self._in_step:
-            self._refuse_replaced(layers)
+            self._forward.refuse_replaced(layers)
         if held:
             self._step(held, layers, optimizer)
         if not trained_of(layers):
             self._warn_of_frozen_weights()
 
-    def _refuse_replaced(self, layers: Sequence[MergedLayer]) -> None:
-        if (found := self._forward.replaced(layers)) is not None:
-            raise RuntimeError(replaced(*found))
+    def _waits(self) -> bool:
+        """Returns whether merging is paused; what the step leaves is then a plain network."""
+        if self._pauses:
+            self.watch.idle_forwards = self.watch.missed_steps = 0
+            self._last.clear()
+        return self._pauses > 0
 
     def merge_(self, wrapper: nn.Module) -> None:
         """Runs one pass over all merged layers; see :meth:`InMergeWrapper.merge_`."""
@@ -430,7 +432,7 @@ class Driver:
 
     def _trains(self, optimizer: Optimizer) -> bool:
         """Returns whether an optimizer trains one of the layers to merge."""
-        held = set(map(id, parameters_of(optimizer)))
+        held = ids_of(optimizer)
         try:
             modules = modules_of(self._network, self.plan.merged)
         except RuntimeError:  # reparameterised for inference: the layers of the plan are gone

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from inmerge_wrap.counts import Counts
 from inmerge_wrap.inputs import tensors_of
-from inmerge_wrap.kernels import MergedLayer, deciding_parameter, modules_of
+from inmerge_wrap.kernels import MergedLayer, deciding_parameter, modules_of, replaced
 from inmerge_wrap.outputs import Outputs
 from inmerge_wrap.plan import ConvSite
 from inmerge_wrap.settings import MergeSettings, Strength
@@ -72,12 +72,11 @@ class ForwardMerge:
         self._hooks = []
         self._chains.clear()  # the same object, which the stand-ins look at
 
-    def replaced(self, layers: Sequence[MergedLayer]) -> tuple[str, nn.Module] | None:
-        """Returns the name of a convolution that another module has replaced, and that module."""
+    def refuse_replaced(self, layers: Sequence[MergedLayer]) -> None:
+        """Raises a RuntimeError if another module has taken the place of a convolution."""
         for layer, module in zip(layers, self._modules, strict=True):
             if layer.module is not module:
-                return layer.site.name, layer.module
-        return None
+                raise RuntimeError(replaced(layer.site.name, layer.module))
 
     def set_step(self, step: int, strength: Strength | None, settings: MergeSettings) -> None:
         """Prepares the next step: draws what does not depend on the images, and sets the strength.

@@ -26,7 +26,7 @@ class NetworkProxy(nn.Module):
     set: this replaces the frozen object that holds them.
     """
 
-    # For type checkers: a subclass holds the settings in one frozen object, which __getattr__ reads.
+    # For type checkers: a subclass holds the settings as one object, which __getattr__ reads.
     settings: MergeSettings
     mode: Mode
     merge_weight: float
