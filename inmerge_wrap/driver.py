@@ -245,12 +245,10 @@ class Driver:
         """Counts a step of an attached optimizer, and merges after it or prepares the next."""
         if is_nested_step(optimizer) or is_no_training_step():
             return
-        if self._pauses:
-            self.watch.idle_forwards = self.watch.missed_steps = 0
-            self._last.clear()
+        if self._waits():
             return
+        refuse_capture("optimizer.step()")
         if self._in_step:
-            refuse_capture("optimizer.step()")
             self._reshard(wrapper)
         layers = self._layers()
         held = self._held_by(optimizer, layers)
@@ -279,6 +277,9 @@ class Driver:
                 f"merge_() writes merged weights, and mode={self.settings.mode!r} merges in the "
                 "forward pass: attach the optimizer, or wrap the network with mode='step'"
             )
+        if self._waits():
+            return
+        refuse_capture("merge_()")
         self._reshard(wrapper)
         layers = self._layers()
         check_layers(layers)

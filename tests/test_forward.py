@@ -1057,6 +1057,10 @@ def test_a_captured_pass_repeats_no_draw(
             optimizer.step()
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
     assert model.report().merged > counted
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"would repeat .* run optimizer\.step\(\) outside"):
+        second.step()
 
 
 @pytest.mark.parametrize("mode", ["outputs", "weights"])

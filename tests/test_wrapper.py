@@ -126,6 +126,16 @@ def test_a_pass_by_hand_merges_all_planned_layers() -> None:
     assert model.step == 1
 
 
+def test_a_pass_by_hand_waits_under_paused_as_the_steps_do() -> None:
+    model = wrapped(similarity_threshold=-1.0, merge_probability=1.0)
+    before = copy.deepcopy(model.state_dict())
+    with model.paused():
+        model.merge_()
+    assert model.step == 0 and equal(before, model.state_dict())
+    model.merge_()
+    assert model.step == 1 and not equal(before, model.state_dict())
+
+
 def test_what_is_no_optimizer_is_refused() -> None:
     with pytest.raises(TypeError, match=r"attach needs a torch\.optim\.Optimizer, got dict"):
         wrapped().attach({})
