@@ -14,6 +14,7 @@ class Counts:
 
     def __init__(self, layers: int, device: torch.device) -> None:
         wide = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
+        self._device = device
         with torch.device(device):
             # Drawn, merged, pairs without and with a cosine; then sum and maximum of the cosines.
             self._numbers = [
@@ -36,9 +37,14 @@ class Counts:
             torch._foreach_copy_(list(self._cosines[layer]), list(other._cosines[layer]))
 
     def add(self, layer: int, drawn: int | Tensor, merged: Tensor) -> None:
-        """Adds images x channels, or kernels, that were drawn, and those of them that merged."""
+        """Adds images x channels, or kernels, that were drawn, and those of them that merged.
+
+        Here as in :meth:`add_cosines`, they may be on another device: that of a layer, where a
+        network is spread over several, or went to another after the last step.
+        """
+        drawn = drawn.to(self._device) if isinstance(drawn, Tensor) else drawn
         self._numbers[layer][0].add_(drawn)
-        self._numbers[layer][1].add_(merged)
+        self._numbers[layer][1].add_(merged.to(self._device))
 
     def add_all(self, layer: int, drawn: int) -> None:
         """Adds images x channels that were drawn and all merged, at the end of the pass."""
@@ -72,9 +78,11 @@ class Counts:
             images: Images that share the pairs.
             drawn: Which pairs count, bool, shape (pairs,); None for all.
         """
+        cosines = cosines.to(self._device)
         undefined = cosines.isnan()
         known = ~undefined
         if drawn is not None:
+            drawn = drawn.to(self._device)
             undefined, known = undefined & drawn, known & drawn
         numbers, (total, largest) = self._numbers[layer], self._cosines[layer]
         numbers[2].add_(undefined.sum() * images)

@@ -24,11 +24,10 @@ from inmerge_wrap.optimizers import (
     check_still_held,
     companions,
     fsdp_modules,
+    ids_of,
     is_schedule_free,
-    parameters_of,
     refuse_per_image_gradients,
     refuse_second,
-    replaced,
     stepped_of,
     stepping_optimizer,
     trained_by,
@@ -65,7 +64,7 @@ class Driver:
                 f"the plan was made for mode={plan.mode!r}, which can merge other convolutions: "
                 f"make it with plan_merging(network, mode={settings.mode!r})"
             )
-        self._network, self._plan, self._settings = network, plan, settings
+        self._network, self.plan, self.settings = network, plan, settings
         self.tally = Tally(len(plan.merged), per_image=settings.mode == "outputs")
         self.watch = Watch()
         self._pauses = 0
@@ -77,7 +76,6 @@ class Driver:
         # Of each layer, steps that merged whose counts have not been read; -1: one more has.
         self._uncounted = [0] * len(plan.merged)
         self._ran = False  # whether a forward pass merged since the last step
-        self._sharded: list[Any] | None = None  # modules of FSDP2
         self._replicas = Replicas()
         notice_every_step(self._after_any_step)
 
@@ -90,7 +88,6 @@ class Driver:
             "_attachments": Attachments(),
             "_pauses": 0,
             "_replicas": Replicas(),
-            "_sharded": None,
             "watch": watch,
         }
 
@@ -101,7 +98,7 @@ class Driver:
     @property
     def _in_step(self) -> bool:
         """Whether merging happens after each step and not in the forward pass."""
-        return self._settings.mode == "step"
+        return self.settings.mode == "step"
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -147,7 +144,7 @@ class Driver:
         if trains and not self._pauses:  # averages of weights need no gradient
             self.watch.before_forward(attached=bool(self._attachments.live))
             if self._in_step:
-                self._replicas.tell(self._settings, self._plan, wrapper)
+                self._replicas.tell(self.settings, self.plan, wrapper)
             if (step := self._replicas.follow(self.tally.step)) > self.tally.step:
                 self.tally.catch_up(step)
                 self._prepare()
@@ -158,7 +155,7 @@ class Driver:
             return
         if self._attachments.live:
             step = self.tally.step
-            self._forward.set_step(step, self._settings.strength(step), self._settings)
+            self._forward.set_step(step, self.settings.strength(step), self.settings)
         else:
             self._forward.uninstall()
 
@@ -168,7 +165,7 @@ class Driver:
         """Makes an optimizer drive the merging; see :meth:`InMergeWrapper.attach`."""
         optimizer = stepping_optimizer(given, to_write=self._in_step)
         if not self._in_step:
-            check_sites(self._network, self._plan.merged)  # it may have changed since
+            check_sites(self._network, self.plan.merged)  # it may have changed since
             self._check_forward(self._layers())
         known = self._attachments.of(optimizer)
         attachment = self._attached(optimizer, given, hook, wrapper) if known is None else known
@@ -188,7 +185,7 @@ class Driver:
         if self._in_step:
             check_layers(held)
         refuse_second(optimizer, wrapper)
-        check_settings(self._settings, optimizer)
+        check_settings(self.settings, optimizer)
         if self._in_step and not is_schedule_free(optimizer):
             for each in {id(found): found for found in (unprepared(given), optimizer)}.values():
                 refuse_undone(each, held[0].parameters[0])
@@ -211,7 +208,7 @@ class Driver:
 
     def _warn_if_over(self, times: float) -> None:
         """Warns if so many times the steps of the schedule are counted."""
-        end = self._settings.schedule.end
+        end = self.settings.schedule.end
         if end is not None and self.tally.step >= times * end:
             self.watch.warn(
                 f"the schedule ended at step {end:,} and {self.tally.step:,} steps are counted, so "
@@ -232,16 +229,15 @@ class Driver:
         return list(layers)
 
     def change(self, new: MergeSettings) -> None:
-        """Replaces the settings; see :meth:`InMergeWrapper.change_settings`."""
-        old = self._settings
-        if old.mode != new.mode:
+        """Replaces the settings; see :attr:`InMergeWrapper.settings`."""
+        if new.mode != self.settings.mode:
             raise ValueError(
-                f"mode={old.mode!r} cannot become {new.mode!r}, because the plan depends on it: "
-                "wrap the bare network, model.module, again"
+                f"mode={self.settings.mode!r} cannot become {new.mode!r}, because the plan depends "
+                "on it: wrap the bare network, model.module, again"
             )
         for optimizer in self._attachments.live:
             check_settings(new, optimizer)
-        self._settings = new
+        self.settings = new
         self._prepare()
 
     # -- one step ---------------------------------------------------------------------------------
@@ -252,12 +248,10 @@ class Driver:
         """Counts a step of an attached optimizer, and merges after it or prepares the next."""
         if is_nested_step(optimizer) or is_no_training_step():
             return
-        if self._pauses:
-            self.watch.idle_forwards = self.watch.missed_steps = 0
-            self._last.clear()
+        if self._waits():
             return
+        refuse_capture("optimizer.step()")
         if self._in_step:
-            refuse_capture("optimizer.step()")
             self._reshard(wrapper)
         layers = self._layers()
         held = self._held_by(optimizer, layers)
@@ -273,18 +267,27 @@ class Driver:
             self._warn_of_frozen_weights()
 
     def _check_forward(self, layers: Sequence[MergedLayer]) -> None:
-        if (found := self._forward.replaced(layers)) is not None:
-            raise RuntimeError(replaced(*found))
-        if self._settings.mode == "outputs":
+        self._forward.refuse_replaced(layers)
+        if self.settings.mode == "outputs":
             refuse_per_image_gradients(layers)
+
+    def _waits(self) -> bool:
+        """Returns whether merging is paused; what the step leaves is then a plain network."""
+        if self._pauses:
+            self.watch.idle_forwards = self.watch.missed_steps = 0
+            self._last.clear()
+        return self._pauses > 0
 
     def merge_(self, wrapper: nn.Module) -> None:
         """Runs one pass over all merged layers; see :meth:`InMergeWrapper.merge_`."""
         if not self._in_step:
             raise RuntimeError(
-                f"merge_() writes merged weights, and mode={self._settings.mode!r} merges in the "
+                f"merge_() writes merged weights, and mode={self.settings.mode!r} merges in the "
                 "forward pass: attach the optimizer, or wrap the network with mode='step'"
             )
+        if self._waits():
+            return
+        refuse_capture("merge_()")
         self._reshard(wrapper)
         layers = self._layers()
         check_layers(layers)
@@ -298,7 +301,7 @@ class Driver:
     ) -> None:
         """Counts a step of some layers, and merges those that train."""
         if self._in_step:
-            self._replicas.check(self._settings, self._plan)
+            self._replicas.check(self.settings, self.plan)
         seen = self.tally.step
         step = self.tally.begin([layer.number for layer in held])
         self.watch.idle_forwards = self.watch.missed_steps = 0
@@ -307,7 +310,7 @@ class Driver:
         if acts:
             for layer in held if self._in_step else layers:
                 self._last.pop(layer.number, None)
-        strength = self._settings.strength(step)
+        strength = self.settings.strength(step)
         trained = trained_of(held if self._in_step else layers)
         if acts and strength is not None and trained:
             self._passes += 1
@@ -316,9 +319,9 @@ class Driver:
             else:
                 self._note_forward(trained, strength)
             passes = self.tally.passes if self._in_step else [self._passes] * len(layers)
-            self.watch.after_pass(trained, passes, self._settings, self.report)
-        self.watch.after_step(step, self._settings.schedule)
-        every = self._settings.check_replicas_every
+            self.watch.after_pass(trained, passes, self.settings, self.report)
+        self.watch.after_step(step, self.settings.schedule)
+        every = self.settings.check_replicas_every
         # Counted here, not by the schedule or a checkpoint, so that all replicas get here even
         # if their step counters are what differs.
         if every and self.watch.steps % every == 0:
@@ -341,12 +344,12 @@ class Driver:
             trained = stepped_of(trained, optimizer)
         if not trained:
             return
-        found, problem = companions(optimizer, trained, moments=self._settings.merge_momentum)
+        found, problem = companions(optimizer, trained, moments=self.settings.merge_momentum)
         if problem is not None:
             self.watch.warn_once("momentum", f"merge_momentum has no effect: {problem}")
         # A fused optimizer runs its hooks even on a step that the scaler skips for overflow.
         skip = getattr(optimizer, "found_inf", None)
-        outcome = merge_step(trained, self._settings, strength, step, companions=found, skip=skip)
+        outcome = merge_step(trained, self.settings, strength, step, found, skip)
         self.tally.add(outcome)
         self._last.update(dict.fromkeys(outcome.numbers, outcome))
 
@@ -370,9 +373,9 @@ class Driver:
     def report(self) -> MergeReport:
         """Returns what merging did so far, layer by layer; waits for the device."""
         self._read_counts()
-        end = self._settings.schedule.end
+        end = self.settings.schedule.end
         return replace(
-            self.tally.report([site.name for site in self._plan.merged]),
+            self.tally.report([site.name for site in self.plan.merged]),
             ended=end if end is not None and self.tally.step > end else None,
             idle=self.watch.why_never(self.tally.step, attached=bool(self._attachments.live)),
         )
@@ -400,21 +403,19 @@ class Driver:
 
     def next_pairs(self) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Returns the pairs that the next step draws; see :meth:`InMergeWrapper.next_pairs`."""
-        return pairs_of_step(self._plan.merged, self._settings, self.tally.step)
+        return pairs_of_step(self.plan.merged, self.settings, self.tally.step)
 
     def _layers(self) -> list[MergedLayer]:
-        return find_layers(self._network, self._plan.merged)
+        return find_layers(self._network, self.plan.merged)
 
     def _reshard(self, wrapper: nn.Module) -> None:
-        if self._sharded is None or not self.watch.steps:
-            is_distributed = dist.is_available() and dist.is_initialized()
-            self._sharded = fsdp_modules(wrapper) if is_distributed else []
-        for module in self._sharded:
-            module.reshard()
+        if dist.is_available() and dist.is_initialized():
+            for module in fsdp_modules(wrapper):
+                module.reshard()
 
     def _check_replicas(self) -> None:
         if self._replicas.joins:
-            every = self._settings.check_replicas_every
+            every = self.settings.check_replicas_every
             raise RuntimeError(
                 f"check_replicas_every={every} would wait forever inside DDP's join(), where some "
                 "processes have no batches left: set it to 0, or give all the same number of "
@@ -423,14 +424,14 @@ class Driver:
         weights = [layer for layer in self._layers() if layer.parameters]
         check_replicas(
             {f"{layer.site.name}.weight": layer.parameters[0] for layer in weights},
-            {"the seed": self._settings.seed, "the step counter of merging": self.tally.step},
+            {"the seed": self.settings.seed, "the step counter of merging": self.tally.step},
         )
 
     def _after_any_step(self, optimizer: Optimizer) -> None:
         """Counts steps of optimizers that train the merged weights without being attached."""
         if self._last and not self._attachments.live and self._trains(optimizer):
             self._last.clear()  # a plain step, whose forward pass measured these weights
-        end = self._settings.schedule.end
+        end = self.settings.schedule.end
         has_ended = end is not None and self.tally.step >= end
         if has_ended or (self.watch.steps and not len(self._attachments)):  # or merged by hand
             return
@@ -440,9 +441,9 @@ class Driver:
 
     def _trains(self, optimizer: Optimizer) -> bool:
         """Returns whether an optimizer trains one of the layers to merge."""
-        held = set(map(id, parameters_of(optimizer)))
+        held = ids_of(optimizer)
         try:
-            modules = modules_of(self._network, self._plan.merged)
+            modules = modules_of(self._network, self.plan.merged)
         except RuntimeError:  # reparameterised for inference: the layers of the plan are gone
             return False
         return any(p.requires_grad and id(p) in held for m in modules for p in m.parameters())
@@ -458,13 +459,13 @@ class Driver:
     def state(self) -> Tensor:
         """Returns the step counter and the statistics as a tensor."""
         self._read_counts()
-        return self.tally.to_state(self._settings.seed)
+        return self.tally.to_state(self.settings.seed)
 
     def load(self, state: Tensor | None) -> None:
         """Continues from a step counter and statistics; from None, which holds none, not."""
         if state is None:
             return
-        tally = Tally.from_state(state, now=self.tally, seed=self._settings.seed)
+        tally = Tally.from_state(state, now=self.tally, seed=self.settings.seed)
         if tally is None:
             return
         self._begin(tally)
@@ -484,6 +485,6 @@ class Driver:
         self._forward.take_counts()
         self._replicas.begin()
         self.tally, self._passes = tally, max(tally.passes)
-        self._uncounted = [0] * len(self._plan.merged)
+        self._uncounted = [0] * len(self.plan.merged)
         self._ran = False
         self._last.clear()

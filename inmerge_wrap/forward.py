@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from inmerge_wrap.counts import Counts
 from inmerge_wrap.inputs import tensors_of
-from inmerge_wrap.kernels import MergedLayer, deciding_parameter, modules_of
+from inmerge_wrap.kernels import MergedLayer, deciding_parameter, modules_of, replaced
 from inmerge_wrap.outputs import Outputs
 from inmerge_wrap.plan import ConvSite
 from inmerge_wrap.settings import MergeSettings, Strength
@@ -72,12 +72,11 @@ class ForwardMerge:
         self._hooks = []
         self._chains.clear()  # the same object, which the stand-ins look at
 
-    def replaced(self, layers: Sequence[MergedLayer]) -> tuple[str, nn.Module] | None:
-        """Returns the name of a convolution that another module has replaced, and that module."""
+    def refuse_replaced(self, layers: Sequence[MergedLayer]) -> None:
+        """Raises a RuntimeError if another module has taken the place of a convolution."""
         for layer, module in zip(layers, self._modules, strict=True):
             if layer.module is not module:
-                return layer.site.name, layer.module
-        return None
+                raise RuntimeError(replaced(layer.site.name, layer.module))
 
     def set_step(self, step: int, strength: Strength | None, settings: MergeSettings) -> None:
         """Prepares the next step: draws what does not depend on the images, and sets the strength.
@@ -164,9 +163,7 @@ class ForwardMerge:
         """
         if self._draw is None and self._replayed is None and self._open and _in_backward():
             self._find()
-        if self._way is None or not self._way.reads(module):
-            return
-        if (draw := self._acting(module)) is not None:
+        if self._way is not None and (draw := self._acting(module)) is not None:
             self._way.before(number, module, draw, self._counting())
 
     def _after(self, number: int, module: nn.Module, _: Any, output: Any) -> Tensor | None:
@@ -181,13 +178,12 @@ class ForwardMerge:
             return None
         return self._way.computed(number, weight, self._counting())
 
-    def _current(self) -> Any:
-        """Returns the draw of the pass that runs, or of the one that a checkpoint repeats."""
-        return self._replayed if self._draw is None and _in_backward() else self._draw
-
     def _acting(self, module: nn.Module) -> Any:
-        """Returns the draw that acts on a convolution; none in eval mode and on a frozen one."""
-        draw = self._current()
+        """Returns the draw that acts on a convolution; none in eval mode and on a frozen one.
+
+        It is that of the pass that runs, or of the one that a checkpoint repeats.
+        """
+        draw = self._replayed if self._draw is None and _in_backward() else self._draw
         if draw is None or not module.training or not deciding_parameter(module).requires_grad:
             return None
         return draw

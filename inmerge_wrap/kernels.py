@@ -305,6 +305,15 @@ def check_layers(layers: Sequence[MergedLayer]) -> None:
             )
 
 
+def replaced(names: str, by: nn.Module) -> str:
+    """Returns the message for convolutions whose place another module took."""
+    return (
+        f"{names}: a {type(by).__name__} took the place of the convolution after the network was "
+        "wrapped. Change the network first (BlurPool and other surgery, quantisation, adapters), "
+        "then wrap it and create the optimizer"
+    )
+
+
 def check_sites(network: nn.Module, sites: Sequence[ConvSite]) -> None:
     """Raises a ValueError if a plan does not belong to this network, or merges nothing."""
     if not sites:

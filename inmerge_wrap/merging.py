@@ -79,21 +79,6 @@ def draw_pairs(
     return targets, cyclic_sources(targets, shifts, size)
 
 
-def draw_shift(num_kernels: int, groups: int, *key: int) -> int:
-    """Draws one cyclic shift for all kernels of a layer: each kernel's partner is uniform.
-
-    Args:
-        num_kernels: C_out of the convolution.
-        groups: As in :func:`draw_pairs`.
-        *key: The integers that decide the draw (seed, step, layer).
-
-    Returns:
-        A shift in [1, C_out / groups); 0 where a group has one kernel and no pair exists.
-    """
-    size = num_kernels // groups
-    return 1 + mix(*key) % (size - 1) if size > 1 else 0
-
-
 def cyclic_sources(targets: Tensor, shifts: Tensor | int, size: Tensor | int) -> Tensor:
     """Returns the partners that lie some places further, cyclically within each group.
 

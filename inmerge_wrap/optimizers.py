@@ -17,6 +17,7 @@ from inmerge_wrap.kernels import (
     Store,
     deciding_parameter,
     is_sharded,
+    replaced,
     tensor_store,
 )
 from inmerge_wrap.settings import NOISE, MergeSettings
@@ -106,8 +107,7 @@ class Attachments:
         """Returns the layers that the optimizer holds and no optimizer attached later does."""
         live = self.live
         later = live[live.index(optimizer) + 1 :] if optimizer in live else []
-        mine = set(map(id, parameters_of(optimizer)))
-        mine = mine.difference(*(map(id, parameters_of(other)) for other in later))
+        mine = ids_of(optimizer).difference(*map(ids_of, later))
         return [
             each for each in layers if each.parameters and mine.issuperset(map(id, each.parameters))
         ]
@@ -119,7 +119,7 @@ def trained_by(optimizer: Optimizer, layers: Sequence[MergedLayer]) -> list[Merg
     Of a weight with several parameters the first decides, so that of several optimizers, one for
     each parameter, one counts the steps of the layer.
     """
-    mine = set(map(id, parameters_of(optimizer)))
+    mine = ids_of(optimizer)
     return [
         layer
         for layer in layers
@@ -169,8 +169,7 @@ def check_held(
             f"the optimizer holds none of the {len(layers)} weights to merge "
             f"({layers[0].site.name}, ...): {remedy}"
         )
-    mine = set(map(id, parameters_of(optimizer)))
-    if mine.isdisjoint(map(id, network.parameters())):
+    if ids_of(optimizer).isdisjoint(map(id, network.parameters())):
         raise ValueError(
             "the optimizer holds none of the parameters of this network: build it from "
             "model.parameters()"
@@ -188,7 +187,7 @@ def check_still_held(
     optimizer = attachment.optimizer
     if optimizer is None or len(attachment.merged) == len(merging):
         return
-    held = set(map(id, parameters_of(optimizer)))
+    held = ids_of(optimizer)
 
     def is_lost(layer: MergedLayer) -> bool:
         trained = [p for p in layer.parameters if p.requires_grad]
@@ -215,15 +214,6 @@ def check_still_held(
     raise RuntimeError(
         f"the attached optimizer no longer holds the weights of {names}: they were replaced "
         f"after attach(). {remedy}"
-    )
-
-
-def replaced(names: str, by: nn.Module) -> str:
-    """Returns the message for convolutions whose place another module took."""
-    return (
-        f"{names}: a {type(by).__name__} took the place of the convolution after the network was "
-        "wrapped. Change the network first (BlurPool and other surgery, quantisation, adapters), "
-        "then wrap it and create the optimizer"
     )
 
 
@@ -305,7 +295,7 @@ def check_settings(settings: MergeSettings, optimizer: Optimizer) -> None:
         )
 
 
-def stepping_optimizer(optimizer: Any, *, to_write: bool = True) -> Optimizer:
+def stepping_optimizer(optimizer: Any, *, to_write: bool) -> Optimizer:
     """Returns the torch optimizer whose step() writes the weights, inside any other wrappers.
 
     With ``to_write`` weights are written after its steps. Without, steps are only counted, and
@@ -370,6 +360,11 @@ def _refuse_copies(optimizer: Any) -> None:
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     """Returns the parameters in the optimizer's groups."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def ids_of(optimizer: Optimizer) -> set[int]:
+    """Returns the ids of the parameters in the optimizer's groups."""
+    return set(map(id, parameters_of(optimizer)))
 
 
 def companions(

@@ -8,7 +8,7 @@ A convolution being linear in its kernels, the gradient is the exact one::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from inmerge_wrap.merging import (
     mix,
     mix_channels,
 )
-from inmerge_wrap.pairs import compare, shared_shift, weight_of, without_autocast
+from inmerge_wrap.pairs import compare, sent, shared_shift, weight_of, without_autocast
 from inmerge_wrap.plan import ConvSite
 from inmerge_wrap.settings import MergeSettings, Strength
 from inmerge_wrap.steps import is_captured
@@ -50,14 +50,6 @@ class Draw:
     rows: int
     shares: Tensor
     shifts: Sequence[int] | None
-    _converted: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict)
-
-    def shares_as(self, output: Tensor) -> Tensor:
-        """Returns the shares in the dtype and on the device of an output; converted once a pass."""
-        kind = output.dtype, output.device
-        if kind not in self._converted:
-            self._converted[kind] = self.shares.to(output)
-        return self._converted[kind]
 
 
 class Outputs:
@@ -103,7 +95,8 @@ class Outputs:
         self._shifts = [shared_shift(site, settings.seed, step) for site in self._sites]
         shifts = torch.tensor(self._shifts, device="cpu")[self._layers]
         both = torch.stack([shifts, -shifts])
-        self._partners.copy_(cyclic_sources(self._places, both, self._sizes))
+        partners = cyclic_sources(self._places, both, self._sizes)
+        self._partners.copy_(sent(partners, self.device))
 
     def draw(self, inputs: Any) -> Draw:
         """Draws for a forward pass on these inputs."""
@@ -131,10 +124,6 @@ class Outputs:
         if torch.compiler.is_compiling():
             shares = _opaque(shares)
         return Draw(key, rows, shares, shifts)
-
-    def reads(self, module: nn.Module) -> bool:
-        """Returns whether the blend needs a parameter of a convolution."""
-        return self._compares or module.bias is not None
 
     def before(self, number: int, module: nn.Module, _: Draw, __: Counts | None) -> None:
         """Keeps what the blend needs of the parameters of a convolution."""
@@ -166,10 +155,8 @@ class Outputs:
             draw = self._drawn(draw.key, rows, draw.shifts)
         local, cosines = self._shares.pop(number, (None, None))
         span = self._spans[number]
-        if local is None:
-            shares = draw.shares_as(output)[:, span]
-        else:
-            shares = draw.shares[:, span].to(output.device) * local
+        shares = draw.shares[:, span].to(output.device)
+        shares = shares if local is None else shares * local
         size = site.shape[0] // site.pair_groups
         if not self._settings.shared_partner:
             own = _image_keys(draw.key + 1, rows)

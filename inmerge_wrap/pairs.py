@@ -21,7 +21,6 @@ from inmerge_wrap.merging import (
     centre,
     cyclic_sources,
     draw_pairs,
-    draw_shift,
     mix,
     multiply_gaussian,
     nearest_kernels,
@@ -48,9 +47,9 @@ class Outcome:
     @property
     def layer(self) -> Tensor:
         """Position of each pair's layer in the plan, int64, shape (pairs,)."""
-        device = self.cosines.device
-        numbers, lengths = torch.tensor([[*self.numbers], [*self.lengths]], device=device)
-        return numbers.repeat_interleave(lengths, output_size=len(self.cosines))
+        numbers, lengths = torch.tensor([[*self.numbers], [*self.lengths]], device="cpu")
+        layer = numbers.repeat_interleave(lengths, output_size=len(self.cosines))
+        return sent(layer, self.cosines.device)
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,14 @@ def draw_layer(site: ConvSite, probability: float, seed: int, step: int) -> tupl
 
 
 def shared_shift(site: ConvSite, seed: int, step: int) -> int:
-    """Draws the shift that gives all kernels of a layer their partners on the outputs."""
-    return draw_shift(
-        site.shape[0], site.pair_groups, seed, step, _PARTNER_STREAM + stream_of(site)
-    )
+    """Draws the cyclic shift that gives all kernels of a layer their partners on the outputs.
+
+    Each kernel's partner is uniform: the shift lies in [1, C_out / groups). It is 0 where a group
+    has one kernel and no pair exists.
+    """
+    size = site.shape[0] // site.pair_groups
+    draw = mix(seed, step, _PARTNER_STREAM + stream_of(site))
+    return 1 + draw % (size - 1) if size > 1 else 0
 
 
 def pairs_of_step(
@@ -236,6 +239,13 @@ def move(
         return Move(rows, weight, None)
     scale = norm_scale(kernels, rows)
     return Move(rows * scale, weight, scale)
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """Sends what was drawn on the CPU to a device without waiting for it."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -23,6 +23,7 @@ from inmerge_wrap.pairs import (
     draw_noise,
     draw_signs,
     move,
+    sent,
     without_autocast,
 )
 from inmerge_wrap.plan import ConvSite
@@ -35,9 +36,8 @@ def merge_step(
     settings: MergeSettings,
     strength: Strength,
     step: int,
-    *,
-    companions: Mapping[int, Sequence[Store]] | None = None,
-    skip: Tensor | None = None,
+    companions: Mapping[int, Sequence[Store]],
+    skip: Tensor | None,
 ) -> Outcome:
     """Draws and merges the pairs of some layers, in place.
 
@@ -51,7 +51,7 @@ def merge_step(
     found = []
     for layer in layers:
         device = layer.store.weight.device
-        kept = (companions or {}).get(layer.number, ())
+        kept = companions.get(layer.number, ())
         unless = None if skip is None else skip.to(device)
         with without_autocast(device), layer.store.opened() as store:
             found.append(_merge_layer_(layer.site, store, settings, strength, step, kept, unless))
@@ -75,14 +75,14 @@ def _merge_layer_(
     targets, sources = draw_layer(site, strength.probability, settings.seed, step)
     signs = None
     if settings.direction == "signed":
-        signs = _sent(draw_signs(site, len(targets), settings.seed, step), device)
-    targets, sources = _sent(targets, device), _sent(sources, device)
+        signs = sent(draw_signs(site, len(targets), settings.seed, step), device)
+    targets, sources = sent(targets, device), sent(sources, device)
     if settings.partner != "random":
         everyone = torch.arange(site.shape[0], device=device)
         sources = choose_sources(store.read(everyone), targets, sources, site, settings)
     is_usual = isinstance(settings.direction, str) and settings.direction not in NOISE
     if store.is_matrix and is_usual and not companions and compiles(settings.compiled, device):
-        size = torch.tensor(strength.size, device=device)
+        size = torch.full((), strength.size, device=device)  # a tensor of a number would wait
         bank = _bank(store.weight)
         return _compiled()(bank, targets, sources, signs, size, skip, site.centred, settings)
 
@@ -186,10 +186,3 @@ def _bank(weight: Tensor) -> Tensor:
         return weight.flatten(1)
     places = sorted(range(1, weight.ndim), key=weight.stride, reverse=True)
     return weight.permute(0, *places).view(len(weight), -1)
-
-
-def _sent(values: Tensor, device: torch.device) -> Tensor:
-    """Sends drawn numbers to a device without waiting for it."""
-    if device.type != "cuda":
-        return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)

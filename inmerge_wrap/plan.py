@@ -78,10 +78,13 @@ class MergePlan:
         count, total = len(self.merged), len(self.merged) + len(self.skipped)
         return f"{count} of {total} convolutions {'is' if count == 1 else 'are'} merged"
 
+    @property
+    def sites(self) -> list[ConvSite]:
+        """All convolutions in depth order, those that never ran at the end."""
+        everyone = self.merged + self.skipped
+        return sorted(everyone, key=lambda site: (site.depth is None, site.depth or 0))
+
     def __str__(self) -> str:
-        sites = sorted(
-            self.merged + self.skipped, key=lambda site: (site.depth is None, site.depth or 0)
-        )
         rows = [("depth", "convolution", "weight", "groups", "")]
         rows += [
             (
@@ -91,7 +94,7 @@ class MergePlan:
                 str(site.groups),
                 "merged" if site.reason is None else f"skipped ({site.reason})",
             )
-            for site in sites
+            for site in self.sites
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = [

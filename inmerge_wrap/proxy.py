@@ -26,7 +26,8 @@ class NetworkProxy(nn.Module):
     set: this replaces the frozen object that holds them.
     """
 
-    # The settings, for type checkers: a frozen object holds them, and __getattr__ returns them.
+    # For type checkers: a subclass holds the settings as one object, which __getattr__ reads.
+    settings: MergeSettings
     mode: Mode
     merge_weight: float
     radius: float | None
@@ -44,21 +45,16 @@ class NetworkProxy(nn.Module):
     inspect_every: int
     check_replicas_every: int
 
-    def __init__(self, module: nn.Module, settings: MergeSettings) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.settings = settings
         self.module = module
         self.register_state_dict_post_hook(neighbours.put_counter_last)
         self.register_state_dict_post_hook(neighbours.plain_for_timms_export)
         self.register_load_state_dict_pre_hook(neighbours.accept_network_state)
 
-    def change_settings(self, settings: MergeSettings) -> None:
-        """Replaces the settings; a subclass can reject those that do not work."""
-        self.settings = settings
-
     def __getattr__(self, name: str) -> Any:
         if name in _SETTINGS:
-            return getattr(vars(self)["settings"], name)
+            return getattr(self.settings, name)
         own = getattr(type(self), name, None)
         if isinstance(own, property):  # it failed inside: the network would fail by another name
             return own.__get__(self)
@@ -70,7 +66,7 @@ class NetworkProxy(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _SETTINGS:
-            self.change_settings(replace(self.settings, **{name: value}))
+            self.settings = replace(self.settings, **{name: value})
             return
         network = vars(self).get("_modules", {}).get("module")
         if name == "module" and network is not None and unwrap(value) is not unwrap(network):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
 from numbers import Integral, Real
-from typing import Any, Literal, ParamSpec, Protocol
+from typing import Any, Literal, ParamSpec, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 Mode = Literal["step", "outputs", "weights"]
-MODES = ("step", "outputs", "weights")
+MODES: tuple[str, ...] = get_args(Mode)
 PARTNERS = ("random", "most_similar")
 DIRECTIONS = ("partner", "signed", "gaussian", "multiplicative")
 NOISE = ("gaussian", "multiplicative")

@@ -59,7 +59,7 @@ class Tally:
         A layer that was frozen or joined later adopts the count of the others: the schedule
         follows the training run, not the layer.
         """
-        step = max((self.steps[layer] for layer in layers), default=self.step)
+        step = max(self.steps[layer] for layer in layers)
         for layer in layers:
             self.steps[layer] = step + 1
         return step
@@ -67,8 +67,7 @@ class Tally:
     def catch_up(self, step: int) -> None:
         """Adopts a step counter that is ahead: that of replicas which had more batches."""
         missed = step - self.step
-        if missed > 0:
-            self.steps = [taken + missed for taken in self.steps]
+        self.steps = [taken + missed for taken in self.steps]
 
     def add(self, outcome: Outcome) -> None:
         """Adds what one pass after a step did."""

@@ -43,16 +43,15 @@ def share_kept(optimizer: Optimizer, weight: Tensor) -> float | None:
     the optimizer nor its state nor the global generators are touched. None if the trial fails, as
     for an optimizer that needs a closure.
     """
-    device = weight.device
-    devices = [device] if device.type == "cuda" else []
+    devices = [weight.device] if weight.device.type == "cuda" else []
     before = random.getstate()
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices), torch.no_grad():
             warnings.simplefilter("ignore")
             try:
-                share = _measured(optimizer, weight, device, fills_state=False)
+                share = _measured(optimizer, weight, fills_state=False)
             except Exception:  # perhaps because its constructor has filled its state
-                share = _measured(optimizer, weight, device, fills_state=True)
+                share = _measured(optimizer, weight, fills_state=True)
     except Exception:  # someone else's code on tensors that it did not expect: no verdict
         return None
     finally:
@@ -60,13 +59,11 @@ def share_kept(optimizer: Optimizer, weight: Tensor) -> float | None:
     return share if abs(share) < float("inf") else None
 
 
-def _measured(
-    optimizer: Optimizer, weight: Tensor, device: torch.device, *, fills_state: bool
-) -> float:
+def _measured(optimizer: Optimizer, weight: Tensor, *, fills_state: bool) -> float:
     generator = torch.Generator("cpu").manual_seed(0)
 
     def drawn() -> Tensor:
-        return torch.randn(4, 2, 3, 3, generator=generator, device="cpu").to(device)
+        return torch.randn(4, 2, 3, 3, generator=generator, device="cpu").to(weight.device)
 
     start, change = drawn(), drawn()
     changed, plain = nn.Parameter(start.clone()), nn.Parameter(start.clone())

@@ -23,6 +23,7 @@ from inmerge_wrap.pairs import (
     draw_noise,
     draw_signs,
     move,
+    sent,
     without_autocast,
 )
 from inmerge_wrap.plan import ConvSite
@@ -48,33 +49,30 @@ class Weights:
         kernels = self._spans[-1].stop
         with torch.device(device):
             self._size = torch.zeros((), dtype=torch.float32)
-            # Of each kernel: its partner, whether it was drawn, and its sign.
+            # Of each kernel: its partner, and its sign, which is 0 where it was not drawn.
             self._sources = torch.zeros(kernels, dtype=torch.int64)
-            self._drawn = torch.zeros(kernels, dtype=torch.bool)
-            self._signs = torch.ones((kernels, 1), dtype=torch.int64)
+            self._signs = torch.zeros((kernels, 1), dtype=torch.int64)
         self._noise: list[Tensor] = []
         # Of a layer whose convolution runs: it, what the stand-in hides, and the stand-in.
         self._shadowed: dict[int, tuple[nn.Module, Any, Tensor | None]] = {}
+        self._counted: set[int] = set()  # of these, the ones whose computed weight was read
 
     def set_step(self, step: int, strength: Strength, settings: MergeSettings) -> None:
         """Draws the pairs of a step, as merging after that step would, and sets its strength."""
         self._settings = settings
         self._size.fill_(strength.size)
         seed = settings.seed
+        is_signed = settings.direction == "signed"
         # On the host, because a GPU would wait for a launch in every layer.
         sources = torch.zeros_like(self._sources, device="cpu")
-        drawn = torch.zeros_like(self._drawn, device="cpu")
-        signs = torch.ones_like(self._signs, device="cpu")
+        signs = torch.zeros_like(self._signs, device="cpu")
         for site, span in zip(self._sites, self._spans, strict=True):
             targets, partners = draw_layer(site, strength.probability, seed, step)
             sources[span] = torch.arange(site.shape[0], device="cpu")
             sources[span][targets] = partners
-            drawn[span][targets] = True
-            if settings.direction == "signed":
-                signs[span][targets] = draw_signs(site, len(targets), seed, step)
-        self._sources.copy_(sources)
-        self._drawn.copy_(drawn)
-        self._signs.copy_(signs)
+            signs[span][targets] = draw_signs(site, len(targets), seed, step) if is_signed else 1
+        self._sources.copy_(sent(sources, self.device))
+        self._signs.copy_(sent(signs, self.device))
         if settings.direction in NOISE:
             noise = [
                 draw_noise(site, site.shape[0], seed, step, self.device) for site in self._sites
@@ -85,10 +83,6 @@ class Weights:
     def draw(self, _: Any) -> Any:
         """Returns a sign that a pass merges: the step has drawn for all batches."""
         return self
-
-    def reads(self, _: nn.Module) -> bool:
-        """Returns whether merging needs a parameter of a convolution: always the weight."""
-        return True
 
     def before(self, number: int, module: nn.Module, _: Any, counts: Counts | None) -> None:
         """Puts the merged weight before the parameter.
@@ -109,6 +103,9 @@ class Weights:
         """Returns the stand-in of a weight that a parametrization computes."""
         if number not in self._shadowed:  # somebody reads the weight, no convolution runs
             return None
+        if number in self._counted:  # a convolution may read its weight several times
+            counts = None
+        self._counted.add(number)
         return self._stand_in(number, self._shadowed[number][0], weight, counts)
 
     def after(self, number: int, *_: Any) -> None:
@@ -123,6 +120,7 @@ class Weights:
     def _taken_away(self, number: int) -> bool:
         """Takes a stand-in away, and returns whether it was still in its place."""
         module, hidden, stand_in = self._shadowed.pop(number)
+        self._counted.discard(number)
         found = vars(module).pop("weight", None)
         if hidden is not _NOTHING:
             vars(module)["weight"] = hidden
@@ -140,10 +138,11 @@ class Weights:
         site, settings = self._sites[number], self._settings
         with torch.no_grad(), without_autocast(self.device):
             kernels = rows_of(module, weight)
-            sources, drawn, signs = (
+            sources, signs = (
                 table[self._spans[number]].to(kernels.device)
-                for table in (self._sources, self._drawn, self._signs)
+                for table in (self._sources, self._signs)
             )
+            drawn = signs.squeeze(1) != 0
             everyone = torch.arange(len(kernels), device=kernels.device)
             sources = choose_sources(kernels, everyone, sources, site, settings)
             partners = kernels[sources]

@@ -98,8 +98,6 @@ class InMergeWrapper(NetworkProxy):
             wrapped already, or there is nothing to merge.
     """
 
-    plan: MergePlan
-
     @explains_symbols
     def __init__(
         self,
@@ -151,8 +149,7 @@ class InMergeWrapper(NetworkProxy):
         plan = plan_or_make(
             plan, module, mode, shallow_layers, example_input, include, exclude, also_merge
         )
-        super().__init__(module, settings)
-        vars(self)["plan"] = plan  # though the network may have one of its own
+        super().__init__(module)
         self._driver = Driver(module, plan, settings)
 
     @classmethod
@@ -178,13 +175,6 @@ class InMergeWrapper(NetworkProxy):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the network; merges on the way if the mode is one of the forward pass."""
         return self._driver.forward(self, args, kwargs)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "plan":
-            raise AttributeError(
-                "the plan cannot change, its layers have the statistics: wrap the network again"
-            )
-        super().__setattr__(name, value)
 
     def attach(self, optimizer: Any) -> Attachment:
         """Merges with each step of ``optimizer`` from now on.
@@ -265,6 +255,17 @@ class InMergeWrapper(NetworkProxy):
         return self._driver.report()
 
     @property
+    def plan(self) -> MergePlan:
+        """Which convolutions are merged, and why the others are not."""
+        return self._driver.plan
+
+    @plan.setter
+    def plan(self, _: MergePlan) -> None:
+        raise AttributeError(
+            "the plan cannot change, its layers have the statistics: wrap the network again"
+        )
+
+    @property
     def history(self) -> list[LayerSnapshot]:
         """Snapshots of the merged layers, taken every ``inspect_every`` passes."""
         return self._driver.watch.history
@@ -274,15 +275,23 @@ class InMergeWrapper(NetworkProxy):
         """Optimizer steps seen so far; with several optimizers, those of the one with most."""
         return self._driver.tally.step
 
-    def change_settings(self, settings: MergeSettings) -> None:
-        """Replaces some settings, as ``model.merge_weight = ...`` does for one.
+    @property
+    def settings(self) -> MergeSettings:
+        """All settings as one frozen object; set it, or attributes of it, to change them.
 
         Raises:
-            RuntimeError: If they do not work with an attached optimizer.
+            RuntimeError: If the new ones do not work with an attached optimizer.
             ValueError: If the mode changes, on which the plan depends.
         """
+        return self._driver.settings
+
+    @settings.setter
+    def settings(self, settings: MergeSettings) -> None:
+        self.change_settings(settings)
+
+    def change_settings(self, settings: MergeSettings) -> None:
+        """Replaces the settings, as ``model.settings = ...`` does."""
         self._driver.change(settings)
-        super().change_settings(settings)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._driver.after_step(optimizer, self)

@@ -9,9 +9,15 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inmerge_wrap import InMergeWrapper
+from inmerge_wrap import InMergeWrapper, MergeSettings
+from inmerge_wrap.outputs import Outputs
+from inmerge_wrap.pairs import Outcome
+from inmerge_wrap.plan import ConvSite
+from inmerge_wrap.settings import Strength
+from inmerge_wrap.weights import Weights
 
 
 class Ledger(TorchDispatchMode):
@@ -57,6 +63,37 @@ def test_a_pass_takes_the_memory_of_one_layer(device: str, threshold: float) -> 
     largest = max(site.fan_in * site.shape[0] * 4 for site in model.plan.merged)
     assert all(peak < 5 * 0.4 * largest for _, peak in sizes)
     assert len({count for count, _ in sizes}) == 1  # nothing grows with the steps
+
+
+class Waits(TorchDispatchMode):
+    """Names the operations that copy to a GPU while the host waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        devices = {each.device.type for each in (*args, out) if isinstance(each, torch.Tensor)}
+        copies = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        if copies and devices == {"cpu", "cuda"} and not (kwargs or {}).get("non_blocking"):
+            self.found.append(str(func))
+        return out
+
+
+def test_what_a_step_draws_is_sent_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors stand for those of a GPU, which is not needed."""
+    every = torch.arange(8)
+    monkeypatch.setattr("inmerge_wrap.weights.draw_layer", lambda *_: (every, every.flip(0)))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda values: values)
+    sites, cuda = [ConvSite("conv", depth=1, shape=(8, 3, 3, 3))], torch.device("cuda")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        ways, cosines = (Outputs(sites, cuda), Weights(sites, cuda, {})), torch.zeros(8).to(cuda)
+        with Waits() as waits:
+            for way in ways:
+                way.set_step(0, Strength(1.0, 0.8), MergeSettings())
+            assert Outcome([0], [8], cosines, cosines > 0).layer.device.type == "cuda"
+    assert waits.found == []
 
 
 def test_on_the_outputs_nothing_but_shares_is_kept_for_the_backward_pass() -> None:

@@ -22,6 +22,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -30,7 +31,9 @@ from torch.utils.checkpoint import checkpoint
 from inmerge_wrap import InMergeWrapper, NoEffectWarning, Quantile, Schedule, plan_merging
 from inmerge_wrap.counts import Counts
 from inmerge_wrap.kernels import layout_of
-from inmerge_wrap.merging import draw_bits, draw_shift, draw_ways, fingerprint, mix_channels
+from inmerge_wrap.merging import draw_bits, draw_ways, fingerprint, mix_channels
+from inmerge_wrap.pairs import shared_shift
+from inmerge_wrap.plan import ConvSite
 from tests import reference
 
 ALWAYS: dict[str, Any] = {
@@ -158,10 +161,12 @@ def test_bits_are_fair_and_independent() -> None:
 
 
 def test_shared_shifts_give_every_partner_the_same_chance() -> None:
-    counts = torch.bincount(torch.tensor([draw_shift(12, 2, 5, n) for n in range(5000)]))
+    site = ConvSite("conv", depth=1, shape=(12, 2, 3, 3), groups=2)
+    counts = torch.bincount(torch.tensor([shared_shift(site, 5, n) for n in range(5000)]))
     assert len(counts) == 6 and counts[0] == 0
     assert ((counts[1:] - 1000).abs() < 4 * 1000**0.5).all()
-    assert draw_shift(4, 4, 1, 2) == 0  # one kernel in each group
+    alone = ConvSite("conv", depth=1, shape=(4, 2, 3, 3), groups=4)
+    assert shared_shift(alone, 1, 2) == 0  # one kernel in each group
 
 
 @pytest.mark.parametrize(
@@ -501,6 +506,15 @@ def test_a_convolution_called_twice_merges_in_both_calls_alike() -> None:
     expected = reference.mixed_outputs(network.conv, once, pairs, shares)
     torch.testing.assert_close(model(batch), expected, rtol=1e-6, atol=1e-6)
     assert model.report().drawn == 2 * 3 * 4 and optimizer.param_groups
+
+
+def test_a_computed_weight_that_is_read_twice_in_a_call_is_counted_once() -> None:
+    network = nn.Sequential(parametrizations.weight_norm(StdConv2d(3, 8, 3)), nn.Conv2d(8, 8, 3))
+    example = torch.randn(2, 3, 8, 8)
+    model, optimizer = made("weights", network, example_input=example)
+    model(example)
+    assert [layer.drawn for layer in model.report()] == [8, 8]
+    assert optimizer.param_groups  # alive: a model merges as long as its optimizer exists
 
 
 def test_a_batch_of_one_and_an_image_without_a_batch() -> None:
@@ -960,6 +974,26 @@ def test_layers_on_two_devices_merge_where_they_are() -> None:
     assert model(images()).device.type == "meta"
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "outputs", "similarity_threshold": 0.0},
+        {"mode": "outputs", "merge_probability": 0.5},
+        {"mode": "weights"},
+    ],
+)
+def test_a_network_may_go_to_its_device_after_attach(settings: dict[str, Any]) -> None:
+    """As in Accelerate's prepare(). Fake tensors check which devices meet, and need no GPU."""
+    conv = nn.Conv2d(3, 8, 3)
+    example = torch.randn(2, 3, 6, 6)
+    model, optimizer = made(network=conv, include="", example_input=example, **settings)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        for name, parameter in list(conv.named_parameters()):
+            setattr(conv, name, nn.Parameter(torch.empty_like(parameter, device="cuda")))
+        assert model(torch.empty_like(example, device="cuda")).device.type == "cuda"
+    assert optimizer.param_groups  # alive: a model merges as long as its optimizer exists
+
+
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize(
     "settings",
@@ -1023,6 +1057,10 @@ def test_a_captured_pass_repeats_no_draw(
             optimizer.step()
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
     assert model.report().merged > counted
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"would repeat .* run optimizer\.step\(\) outside"):
+        second.step()
 
 
 @pytest.mark.parametrize("mode", ["outputs", "weights"])

@@ -236,8 +236,10 @@ def test_cuda_graph_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     loss_of(model, 0).backward()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match=r"CUDA graph would repeat.*outside the graph"):
+    with pytest.raises(RuntimeError, match=r"would repeat.* run optimizer\.step\(\) outside the"):
         optimizer.step()
+    with pytest.raises(RuntimeError, match=r"would repeat.* run merge_\(\) outside the graph"):
+        model.merge_()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     optimizer.step()
     assert model.step == 1

@@ -8,6 +8,7 @@ import math
 import pickle
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -123,6 +124,16 @@ def test_a_pass_by_hand_merges_all_planned_layers() -> None:
     }
     assert changed == {"convs.2.weight", "convs.3.weight"}
     assert model.step == 1
+
+
+def test_a_pass_by_hand_waits_under_paused_as_the_steps_do() -> None:
+    model = wrapped(similarity_threshold=-1.0, merge_probability=1.0)
+    before = copy.deepcopy(model.state_dict())
+    with model.paused():
+        model.merge_()
+    assert model.step == 0 and equal(before, model.state_dict())
+    model.merge_()
+    assert model.step == 1 and not equal(before, model.state_dict())
 
 
 def test_what_is_no_optimizer_is_refused() -> None:
@@ -340,6 +351,12 @@ def test_settings_changed_later_are_checked_as_at_first() -> None:
         assert getattr(model, name) == before
     with pytest.raises(TypeError, match="schedule must be a Schedule, got 'cosine'"):
         model.schedule = "cosine"
+    model.settings = replace(model.settings, merge_weight=1.0)  # no kernel changes any more
+    assert model.merge_weight == 1.0
+    before = copy.deepcopy(model.module.state_dict())
+    with pytest.warns(NoEffectWarning, match=r"merge_weight=1\.0 leaves every kernel as it is"):
+        model.merge_()
+    assert equal(before, model.module.state_dict())
     with pytest.raises(AttributeError, match="the plan cannot change"):
         model.plan = plan_merging(model.module)
 

@@ -98,9 +98,7 @@ _LAST_WORDS = {
 
 
 def _print_plan(model: str, found: MergePlan, recommended: bool) -> None:
-    sites = sorted(
-        found.merged + found.skipped, key=lambda site: (site.depth is None, site.depth or 0)
-    )
+    sites = found.sites
     columns = [
         Column("depth", ["-" if site.depth is None else str(site.depth) for site in sites], 2),
         Column("convolution", [site.name for site in sites], KEPT, justify="left"),
