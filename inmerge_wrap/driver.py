@@ -76,6 +76,7 @@ class Driver:
         # Of each layer, steps that merged whose counts have not been read; -1: one more has.
         self._uncounted = [0] * len(plan.merged)
         self._ran = False  # whether a forward pass merged since the last step
+        self._sharded: list[Any] | None = None  # modules of FSDP2
         self._replicas = Replicas()
         notice_every_step(self._after_any_step)
 
@@ -88,6 +89,7 @@ class Driver:
             "_attachments": Attachments(),
             "_pauses": 0,
             "_replicas": Replicas(),
+            "_sharded": None,
             "watch": watch,
         }
 
@@ -409,9 +411,11 @@ class Driver:
         return find_layers(self._network, self.plan.merged)
 
     def _reshard(self, wrapper: nn.Module) -> None:
-        if dist.is_available() and dist.is_initialized():
-            for module in fsdp_modules(wrapper):
-                module.reshard()
+        if self._sharded is None or not self.watch.steps:
+            is_distributed = dist.is_available() and dist.is_initialized()
+            self._sharded = fsdp_modules(wrapper) if is_distributed else []
+        for module in self._sharded:
+            module.reshard()
 
     def _check_replicas(self) -> None:
         if self._replicas.joins:
