@@ -253,7 +253,7 @@ def files_below(folder: Path) -> list[Path]:
     """All files in a folder and the folders in it, but hidden ones; links are followed."""
     found: list[Path] = []
     seen: set[str] = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_refuse_unreadable):
         real = os.path.realpath(parent)
         if real in seen:  # a link that leads back
             folders.clear()
@@ -262,6 +262,14 @@ def files_below(folder: Path) -> list[Path]:
         folders[:] = sorted(name for name in folders if not _hidden(name))
         found += [Path(parent, name) for name in files if not _hidden(name)]
     return _in_unicode(found)
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    """What `os.walk` would leave out without a word."""
+    raise DataError(
+        f"the folder {error.filename} cannot be read ({error.strerror}): make it readable, or move "
+        "it away"
+    ) from error
 
 
 def inside(directory: Path, *, folders: bool) -> list[Path]:

@@ -229,5 +229,6 @@ def write_split(collection: ImageCollection, path: Path) -> None:
     rows = []
     for image in collection.images:
         known = [image.group or "", image.part, *(image.mark(name) for name in extra)]
-        rows.append([str(image.path.resolve()), *collection.cells(image), *known])
+        place = image.path.parent.resolve() / image.path.name  # two links are two images
+        rows.append([str(place), *collection.cells(image), *known])
     write_table(path, ["path", *names, "group", "part", *extra], rows)

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -763,6 +764,36 @@ def test_empty_folders_are_named(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
+def test_a_folder_that_cannot_be_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images in it would be missing without a word."""
+    fill(tmp_path / "data", {"a": 2, "a/visit2": 2, "b": 2})
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("visit2"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(DataError, match=r"a.visit2 cannot be read \(Permission denied\): make it"):
+        find_images(tmp_path / "data")
+
+
+def test_two_links_to_one_file_are_two_images_of_the_written_split(tmp_path: Path) -> None:
+    save(tmp_path / "store" / "1.png", picture(0))
+    for part in ("train", "val", "test"):
+        fill(tmp_path / "data" / part, {"a": 1, "b": 1}, start=10 * len(part) + ord(part[0]))
+    for name in ("one.png", "two.png"):
+        (tmp_path / "data" / "test" / "a" / name).symlink_to(tmp_path / "store" / "1.png")
+    collection, _ = opened(tmp_path / "data")
+    image_folders.write_split(collection, tmp_path / "split.csv")
+    _, labels, read = image_folders.read_part(tmp_path / "split.csv", "test", size=8)
+    assert labels.tolist() == [0, 0, 0, 1]
+    assert [image.path.name for image in read.images] == ["0.png", "one.png", "two.png", "0.png"]
+
+
 def test_names_that_no_table_can_hold_are_refused_before_anything_is_read(tmp_path: Path) -> None:
     start = fill(tmp_path, {"benign ": 12, "malign": 12})
     collection, _ = opened(tmp_path)
@@ -962,6 +993,11 @@ def test_kept_pixels_are_those_of_the_files(tmp_path: Path) -> None:
     for n in range(12):
         assert torch.equal(kept[n][0], images[n][0]) and kept[n][1] == images[n][1]
     assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / "all.npy"]
+    # What a process that is spawned receives: the place of the pixels, not a copy of them.
+    wide = image_sets.ImageSet(images.images, dataclasses.replace(preparation, size=200))
+    sent = pickle.dumps(image_sets.keep_pixels(wide, tmp_path / "cache" / "wide.npy"))
+    assert len(sent) < 12 * 200 * 200 / 10
+    assert torch.equal(pickle.loads(sent)[3][0], wide[3][0])
 
 
 def test_files_are_examined_once_until_they_change(
