@@ -587,6 +587,21 @@ def test_what_is_wrong_with_the_images_is_one_message(
     assert not (tmp_path / "out" / "runs").exists()
 
 
+def test_a_network_that_diverges_on_validation_alone_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverging(self: training._Training, epoch: int) -> float:
+        with torch.no_grad():
+            next(self.final.parameters()).fill_(torch.nan)
+        return 0.5
+
+    monkeypatch.setattr(training._Training, "_pass", diverging)
+    write_images(tmp_path / "data", 6)
+    given = ["--data-dir", tmp_path / "data", *TINY, "--skip-broken", "--out", tmp_path / "out"]
+    message = run_here(monkeypatch, *given, "--only", "plain")
+    assert message == "plain, seed 0: the loss on validation is nan in epoch 1: lower --lr"
+
+
 def test_workers_do_not_change_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_images(tmp_path / "data", 6)
     (tmp_path / "data" / CLASSES[0] / "patient099_0.png").unlink()
