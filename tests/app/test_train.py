@@ -38,6 +38,7 @@ from sklearn.metrics import (  # noqa: E402
     roc_auc_score,
 )
 
+from inmerge_wrap import export_timm  # noqa: E402
 from inmerge_wrap.app import (  # noqa: E402
     batches,
     drawings,
@@ -869,6 +870,11 @@ def test_weights_of_a_file_keep_everything_but_the_head(tmp_path: Path) -> None:
             if not key.startswith("fc."):
                 assert torch.equal(value, state[key])
         assert network.fc.out_features == 3
+    about = {"input_size": (3, 32, 32), "mean": [0.1, 0.2, 0.3], "std": [0.4] * 3}
+    export_timm(trained, tmp_path / "folder", **about)
+    network, mean, std = start("test_resnet", str(tmp_path / "folder"), num_classes=3, channels=3)
+    assert (mean, std) == ([0.1, 0.2, 0.3], [0.4] * 3), "as the images of these weights were"
+    assert torch.equal(network.layer1[0].conv1.weight, state["layer1.0.conv1.weight"])
     grey, mean, _ = start("test_resnet", str(tmp_path / "w.pth"), num_classes=3, channels=1)
     first = f"{trained.pretrained_cfg['first_conv']}.weight"
     assert torch.allclose(grey.state_dict()[first], state[first].sum(1, keepdim=True))
