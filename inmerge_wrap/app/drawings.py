@@ -46,9 +46,9 @@ class Drawing:
         place = {"x": self.x(at[0]), "y": self.y(at[1]), "radius": round(radius, 1)}
         self.marks.append({"shape": "dot", "kind": kind, "title": title, **place})
 
-    def text(self, x: float, y: float, text: str, anchor: str = "end") -> None:
-        """Adds words at pixels."""
-        self.marks.append({"shape": "text", "x": x, "y": y, "text": text, "anchor": anchor})
+    def text(self, x: float, y: float, text: str) -> None:
+        """Adds words that end at pixels."""
+        self.marks.append({"shape": "text", "x": x, "y": y, "text": text})
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:

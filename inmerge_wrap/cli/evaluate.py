@@ -11,9 +11,10 @@ from typer import Argument, Option
 
 from inmerge_wrap.cli import options
 from inmerge_wrap.cli.options import check_file, check_there, load
-from inmerge_wrap.cli.shell import command, print_json, progress, save_json, warn
+from inmerge_wrap.cli.shell import command, print_json, progress, warn
 from inmerge_wrap.cli.tables import KEPT, Column, print_table
 from inmerge_wrap.errors import ArgumentError, check_pixels
+from inmerge_wrap.files import write_json
 
 if TYPE_CHECKING:
     from inmerge_wrap.robustness import RobustnessResult
@@ -76,7 +77,9 @@ def evaluate(
     paths = _named_paths(models)
     check_there(data)
     check_pixels(mean, std)
-    _check_options(eps, attack, output, (data, *paths.values()))
+    check_file(output, sources=(data, *paths.values()))
+    if eps is not None and not attack:
+        raise ArgumentError("<eps> is the size of an attack: give <attack> fgsm or pgd, too")
     networks = {n: load(path, arch, num_classes, in_chans, key)[0] for n, path in paths.items()}
     from inmerge_wrap.app import evaluating
     from inmerge_wrap.robustness import Attack
@@ -111,14 +114,6 @@ def evaluate(
     _report(results, output, as_json)
 
 
-def _check_options(
-    eps: float | None, attack: list[str] | None, output: Path | None, sources: Sequence[Path]
-) -> None:
-    check_file(output, sources=sources)
-    if eps is not None and not attack:
-        raise ArgumentError("<eps> is the size of an attack: give <attack> fgsm or pgd, too")
-
-
 def _report(results: dict[str, RobustnessResult], output: Path | None, as_json: bool) -> None:
     from inmerge_wrap.robustness import compare_results
 
@@ -129,7 +124,7 @@ def _report(results: dict[str, RobustnessResult], output: Path | None, as_json: 
     if others:
         content = {"models": models, "minus": first, "differences": differences}
     if output is not None:
-        save_json(output, content)
+        write_json(output, content, allow_nan=False)
     if as_json:
         print_json(content)
     elif others:
