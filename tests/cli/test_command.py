@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from inmerge_wrap import __version__, plan_merging
 from inmerge_wrap.cli import app, main
-from inmerge_wrap.errors import ArgumentError, ArgumentWarning, as_option
+from inmerge_wrap.errors import ArgumentError, ArgumentWarning, for_command_line
 from tests.cli.common import ARCH, complaint, run
 
 
@@ -151,7 +151,7 @@ def test_help_fits_any_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_error_names_the_argument_to_python_and_the_option_to_a_shell() -> None:
     error = ArgumentError("pass <shallow_layers=0>, <skip_broken=True> or a <size>")
     assert str(error) == "pass shallow_layers=0, skip_broken=True or a size"
-    assert error.with_options(as_option) == "pass --shallow-layers 0, --skip-broken or a --size"
+    assert for_command_line(error) == "pass --shallow-layers 0, --skip-broken or a --size"
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
     with pytest.raises(ValueError, match=r"^also_merge must be among"):
         plan_merging(timm.create_model(ARCH), also_merge=["everything"])

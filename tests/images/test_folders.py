@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from inmerge_wrap.errors import as_option
+from inmerge_wrap.errors import for_command_line
 from inmerge_wrap.images import collection as image_collection
 from inmerge_wrap.images import dicom as image_dicom
 from inmerge_wrap.images import files as image_files
@@ -26,7 +26,7 @@ from inmerge_wrap.images.collection import ImageCollection, ImageFile, deal
 from inmerge_wrap.images.files import DataError, decode, examine, range_of
 from inmerge_wrap.images.finding import find_images
 from inmerge_wrap.images.preparation import Preparation, Recipe, Seen
-from inmerge_wrap.images.tables import read_table, restored, safe, write_table
+from inmerge_wrap.images.tables import numbered_rows, restored, safe, write_table
 
 
 def ramp(height: int = 12, width: int = 10, top: int = 255, dtype: Any = np.uint8) -> np.ndarray:
@@ -572,7 +572,7 @@ def test_cells_that_a_spreadsheet_would_run_are_made_safe_and_read_back(tmp_path
     assert [restored(safe(text)) for text in texts] == texts
     assert not any(safe(text).startswith(("=", "+", "-", "@", "\t")) for text in texts)
     write_table(tmp_path / "t.csv", ["name", "=size"], [[text, -1.5] for text in texts[:3]])
-    rows = read_table(tmp_path / "t.csv")
+    rows = [row for _, row in numbered_rows(tmp_path / "t.csv")]
     assert rows[0] == {"name": "=HYPERLINK(1)", "=size": "-1.5"}
     assert (tmp_path / "t.csv").read_text().splitlines()[:2] == [
         "name,'=size", "'=HYPERLINK(1),-1.5",
@@ -621,15 +621,18 @@ def test_what_tables_write_for_nothing_is_neither_a_patient_nor_a_class(
 def test_equal_columns_are_refused(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("path,label, label\n1.png,a,b\n")
     with pytest.raises(ValueError, match="has several columns 'label': keep one"):
-        read_table(tmp_path / "t.csv")
+        numbered_rows(tmp_path / "t.csv")
 
 
 def test_cells_beyond_the_header_are_not_lost(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("path,label\n1.png,benign,\n2.png,benign, mild\n")
     with pytest.raises(ValueError, match=r"t\.csv, row 3 has more cells than the header: put"):
-        read_table(tmp_path / "t.csv")
+        numbered_rows(tmp_path / "t.csv")
     (tmp_path / "t.csv").write_text('path,label\n1.png,benign,\n2.png,"benign, mild"\n')
-    assert [row["label"] for row in read_table(tmp_path / "t.csv")] == ["benign", "benign, mild"]
+    assert [row["label"] for _, row in numbered_rows(tmp_path / "t.csv")] == [
+        "benign",
+        "benign, mild",
+    ]
 
 
 def test_a_site_is_held_out_whole(tmp_path: Path) -> None:
@@ -1047,14 +1050,14 @@ def test_an_error_names_arguments_in_python_options_on_the_command_line_and_name
     with pytest.raises(DataError) as raised:
         Preparation(size=4, channels=3)
     assert str(raised.value) == "size must be at least 8 pixels, got 4"
-    assert raised.value.with_options(as_option).startswith("--size must")
+    assert for_command_line(raised.value).startswith("--size must")
     for name in ("<i>", "<b>x"):
         (tmp_path / name).mkdir()
     save(tmp_path / "a.png", ramp())
     (tmp_path / "a.png").rename(tmp_path / "<b>x" / "a.png")
     with pytest.raises(DataError, match="no image in 1 class folder: <i>") as raised:
         find_images(tmp_path)
-    assert "folder: <i>" in raised.value.with_options(as_option)
+    assert "folder: <i>" in for_command_line(raised.value)
 
 
 def test_a_deployment_survives_json_and_checks_itself(tmp_path: Path) -> None:
