@@ -35,18 +35,19 @@ def start_network(
         network = timm.create_model(_LITE0_ARCH, **shape)
         _fit(network, package_state(PACKAGE, _LITE0_ARCH), weights)
         return network, [0.5] * channels, [0.5] * channels
-    config: Any = {}
+    stored: dict[str, Any] = {}
     if Path(weights).exists():
         network = timm.create_model(arch or "resnet18", **shape)
         _fit(network, _read(Path(weights)), weights)
         if is_timm_folder(weights):  # whose network was trained on images prepared so
-            config = read_json(Path(weights) / "config.json").get("pretrained_cfg", {})
+            stored = read_json(Path(weights) / "config.json").get("pretrained_cfg", {})
     else:
         name = (arch or "resnet18") if weights == "imagenet" else weights
         if arch is not None and name.split(".")[0] != arch.split(".")[0]:
             raise SystemExit(f"--weights {weights} is neither a file nor weights of --arch {arch}")
         network = _from_timm(name, shape)
-    config = {**network.pretrained_cfg, **config}
+    own: Any = network.pretrained_cfg
+    config = {**own, **stored}
     return network, _per_channel(config["mean"], channels), _per_channel(config["std"], channels)
 
 

@@ -77,9 +77,7 @@ def evaluate(
     paths = _named_paths(models)
     check_there(data)
     check_pixels(mean, std)
-    check_file(output, sources=(data, *paths.values()))
-    if eps is not None and not attack:
-        raise ArgumentError("<eps> is the size of an attack: give <attack> fgsm or pgd, too")
+    _check_options(eps, attack, output, (data, *paths.values()))
     networks = {n: load(path, arch, num_classes, in_chans, key)[0] for n, path in paths.items()}
     from inmerge_wrap.app import evaluating
     from inmerge_wrap.robustness import Attack
@@ -112,6 +110,14 @@ def evaluate(
     for result in results.values():
         result.settings |= {"data": data.name, "preset": chosen}
     _report(results, output, as_json)
+
+
+def _check_options(
+    eps: float | None, attack: list[str] | None, output: Path | None, sources: Sequence[Path]
+) -> None:
+    check_file(output, sources=sources)
+    if eps is not None and not attack:
+        raise ArgumentError("<eps> is the size of an attack: give <attack> fgsm or pgd, too")
 
 
 def _report(results: dict[str, RobustnessResult], output: Path | None, as_json: bool) -> None:

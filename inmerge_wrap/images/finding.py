@@ -21,6 +21,8 @@ _MEANT = {
 _PART_OF = {word: part for part, words in _MEANT.items() for word in words}
 _MARKS = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0}
 _UNKNOWN = ("", "nan", "na", "n/a", "#na", "#n/a", "null")
+_OF_SYSTEMS = ("__MACOSX", "Thumbs.db", "desktop.ini")
+_OF_SYSTEMS += ("System Volume Information", "$RECYCLE.BIN", "lost+found")  # at the top of disks
 _UNDECODED = re.compile("[\udc80-\udcff]")  # how Python holds the bytes of a name in Latin-1
 
 _Row = dict[str, str]
@@ -43,6 +45,11 @@ def find_images(
     """
     if not directory.is_dir():
         raise DataError(f"{directory} is no folder")
+    several = set(labels) if len(labels) > 1 else set()
+    if taken := several & {"path", "group", "part"}:
+        raise DataError(
+            f"<labels> names {min(taken)!r}, another column of split.csv: rename it in the table"
+        )
     rows: Sequence[Mapping[str, str]] = []
     if table is None:
         found = _from_folders(directory)
@@ -54,8 +61,7 @@ def find_images(
             "class, write them alike."
         )
     names = [image.name for image in found.images]
-    columns = {"path", "label", "group", "part", *(labels if len(labels) > 1 else ())}
-    if taken := columns.intersection(marks):
+    if taken := {"path", "label", "group", "part", *several}.intersection(marks):
         raise DataError(
             f"<site> or <subgroups> names {min(taken)!r}, a column of split.csv too: rename yours"
         )
@@ -290,7 +296,7 @@ def _in_unicode(paths: Iterable[Path]) -> list[Path]:
 
 
 def _hidden(name: str) -> bool:
-    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+    return name.startswith(".") or name in _OF_SYSTEMS
 
 
 def canonical(text: str) -> str:

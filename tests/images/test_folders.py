@@ -530,6 +530,8 @@ def test_a_table_of_several_labels_and_parts(tmp_path: Path) -> None:
     pixels, labels, read = image_folders.read_part(tmp_path / "split.csv", "test", size=8)
     assert pixels.shape == (4, 1, 8, 8) and read.classes == collection.classes
     assert torch.equal(labels, torch.tensor([image.label for image in collection.part("test")]))
+    with pytest.raises(DataError, match=r"^labels names 'group', another column of split\.csv"):
+        opened(tmp_path, table=table, labels=("effusion", "group"))
     for row in rows[4:8]:
         row |= {"effusion": "", "mass": ""}
     with pytest.raises(DataError, match="the part val holds no image of which a label is known"):
@@ -814,7 +816,8 @@ def test_names_that_no_table_can_hold_are_refused_before_anything_is_read(tmp_pa
 
 def test_hidden_files_and_others_are_left_alone_and_named(tmp_path: Path) -> None:
     fill(tmp_path, {"a": 12, "b": 12})
-    (tmp_path / ".git" / "x").mkdir(parents=True)
+    for name in (".git", "System Volume Information", "$RECYCLE.BIN", "lost+found"):
+        (tmp_path / name / "x").mkdir(parents=True)
     save(tmp_path / "a" / ".thumbs" / "0.png", ramp())
     (tmp_path / "a" / "notes.txt").write_text("text")
     save(tmp_path / "loose.png", ramp())
