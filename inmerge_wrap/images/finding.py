@@ -21,8 +21,10 @@ _MEANT = {
 _PART_OF = {word: part for part, words in _MEANT.items() for word in words}
 _MARKS = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0}
 _UNKNOWN = ("", "nan", "na", "n/a", "#na", "#n/a", "null")
-_OF_SYSTEMS = ("__MACOSX", "Thumbs.db", "desktop.ini")
-_OF_SYSTEMS += ("System Volume Information", "$RECYCLE.BIN", "lost+found")  # at the top of disks
+_OF_SYSTEMS = (
+    *("__MACOSX", "Thumbs.db", "desktop.ini"),
+    *("System Volume Information", "$RECYCLE.BIN", "lost+found"),  # at the top of disks
+)
 _UNDECODED = re.compile("[\udc80-\udcff]")  # how Python holds the bytes of a name in Latin-1
 
 _Row = dict[str, str]
