@@ -412,9 +412,7 @@ def test_a_preparation_is_the_transform_of_timm(
     assert torch.equal(ours.float() / 255, theirs)
 
 
-def test_a_preparation_survives_json_and_checks_itself() -> None:
-    made = Preparation(32, 1, "center", (0, 4095), True)
-    assert Preparation.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+def test_a_preparation_checks_itself() -> None:
     for wrong, message in (
         ({"size": 4}, "at least 8"),
         ({"channels": 2}, "1 or 3"),
@@ -1066,14 +1064,13 @@ def test_an_error_names_arguments_in_python_options_on_the_command_line_and_name
 def test_a_deployment_survives_json_and_checks_itself(tmp_path: Path) -> None:
     seen = Seen(40, ("integers",), 0.0, 0.0, 4095.0, 900.0, 30, 200, (0.1, 0.4), (0.05, 0.2))
     several = Recipe(
-        Preparation(32, 1, "center", (0.0, 4095.0)), (0.5,), (0.2,), "multi-label", ("a", "b"),
-        1.7, (0.2, 0.9), seen, ("0123",),
+        Preparation(32, 1, "center", (0.0, 4095.0), True),
+        (0.5,), (0.2,), "multi-label", ("a", "b"), 1.7, (0.2, 0.9), seen, ("0123",),
     )  # fmt: skip
     several.write(tmp_path)
     assert Recipe.read(tmp_path) == several
     content = json.loads((tmp_path / "preparation.json").read_text())
     assert content["pixel_range"] == [0, 4095] and content["thresholds"] == [0.2, 0.9]
-    assert Preparation.from_dict(content) == several.preparation
     logits = torch.tensor([[1.0, -2.0]])
     assert torch.allclose(several.probabilities(logits).float(), (logits / 1.7).sigmoid())
     one = Recipe(Preparation(32, 1), (0.5,), (0.2,), "multi-class", ("a", "b"), 0.5)
