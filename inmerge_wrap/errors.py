@@ -20,27 +20,14 @@ class _NamesArguments(Exception):
 
     arguments: Collection[str] | None = None  # those that marks can name; None for any
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
-
     def __str__(self) -> str:
-        return self._shown(lambda found: found[0][1:-1])
+        return self.shown(lambda mark: mark[0][1:-1])
 
-    def with_options(self, option_of: Callable[[str], str]) -> str:
-        """Returns the message with the option of each argument, ``"--size"`` for ``"size"``."""
-
-        def option(found: re.Match[str]) -> str:
-            name, value = option_of(found[1]), found[2]
-            return name if value in (None, "True") else f"{name} {value}"
-
-        return self._shown(option)
-
-    def _shown(self, show: Callable[[re.Match[str]], str]) -> str:
+    def shown(self, show: Callable[[re.Match[str]], str]) -> str:
+        """Returns the message with each mark as a function shows it."""
         known = self.arguments
         return _MARK.sub(
-            lambda found: show(found) if known is None or found[1] in known else found[0],
-            self.message,
+            lambda mark: show(mark) if known is None or mark[1] in known else mark[0], self.args[0]
         )
 
 
@@ -62,9 +49,14 @@ def for_command_line(message: Exception | str, options: Mapping[str, str] | None
 
     ``options`` are, by argument, those that have another name than `as_option` gives.
     """
-    if not isinstance(message, ArgumentError | ArgumentWarning):
+    if not isinstance(message, _NamesArguments):
         return str(message)
-    return message.with_options(lambda name: (options or {}).get(name, as_option(name)))
+
+    def option(mark: re.Match[str]) -> str:
+        name, value = (options or {}).get(mark[1], as_option(mark[1])), mark[2]
+        return name if value in (None, "True") else f"{name} {value}"
+
+    return message.shown(option)
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -100,10 +100,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Writes plain data as JSON, atomically as :func:`replacing` does."""
+def write_json(
+    path: str | os.PathLike[str], content: Mapping[str, Any], *, allow_nan: bool = True
+) -> None:
+    """Writes plain data as JSON, atomically as :func:`replacing` does.
+
+    Without ``allow_nan`` a number that is not finite, which other programs cannot read, is a
+    ValueError.
+    """
+    text = json.dumps(content, indent=1, allow_nan=allow_nan)
     with replacing(path) as draft:
-        draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        draft.write_text(text + "\n", encoding="utf-8")
 
 
 def sync(path: Path) -> None:

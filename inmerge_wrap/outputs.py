@@ -8,7 +8,7 @@ A convolution being linear in its kernels, the gradient is the exact one::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,6 +50,14 @@ class Draw:
     rows: int
     shares: Tensor
     shifts: Sequence[int] | None
+    _converted: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict)
+
+    def shares_as(self, output: Tensor) -> Tensor:
+        """Returns the shares in the dtype and on the device of an output; converted once a pass."""
+        kind = output.dtype, output.device
+        if kind not in self._converted:
+            self._converted[kind] = self.shares.to(output)
+        return self._converted[kind]
 
 
 class Outputs:
@@ -155,8 +163,10 @@ class Outputs:
             draw = self._drawn(draw.key, rows, draw.shifts)
         local, cosines = self._shares.pop(number, (None, None))
         span = self._spans[number]
-        shares = draw.shares[:, span].to(output.device)
-        shares = shares if local is None else shares * local
+        if local is None:
+            shares = draw.shares_as(output)[:, span]
+        else:
+            shares = draw.shares[:, span].to(output.device) * local
         size = site.shape[0] // site.pair_groups
         if not self._settings.shared_partner:
             own = _image_keys(draw.key + 1, rows)

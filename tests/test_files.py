@@ -122,3 +122,13 @@ def test_a_block_that_fails_leaves_nothing(tmp_path: Path) -> None:
         draft.write_text("half of")
         raise KeyboardInterrupt
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_result_that_is_no_json_leaves_no_file(tmp_path: Path) -> None:
+    write_json(tmp_path / "result.json", {"auroc": 0.9})
+    before = (tmp_path / "result.json").read_text()
+    assert before == '{\n "auroc": 0.9\n}\n'
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "result.json", {"auroc": float("nan")}, allow_nan=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    assert (tmp_path / "result.json").read_text() == before

@@ -38,10 +38,11 @@ _MOVED = 0.2  # change of a share, likewise
 class Site:
     """Images of another site."""
 
-    names: tuple[str, ...]  # of those that can be read
+    names: tuple[str, ...]  # of those that were read
     pixels: Tensor  # uint8 (N, C, S, S), prepared as in training
     looks: tuple[Look, ...]
     errors: Mapping[str, str]  # reason by name, of files that cannot be read
+    beyond: int = 0  # files that the limit left out
 
 
 @dataclass(frozen=True)
@@ -79,20 +80,23 @@ def read_site(
     progress: Progress = silent,
 ) -> Site:
     """Reads images of another site into memory, up to ``limit`` of them, evenly spaced."""
-    files = [files[place] for place in spaced(len(files), limit)]
-    names, pixels, looks, errors = [], [], [], {}
-    for batch in read_files(files, model.recipe.preparation, workers=workers, progress=progress):
+    used = [files[place] for place in spaced(len(files), limit)]
+    names, stacks, looks, errors = [], [], [], {}
+    batches = read_files(used, model.recipe.preparation, workers=workers, progress=progress)
+    for batch, pixels in batches:
+        if len(pixels):
+            stacks.append(pixels)
         for entry in batch:
-            if entry.pixels is None or entry.look is None:
+            if entry.look is None:
                 errors[entry.name] = str(entry.error)
                 continue
             names.append(entry.name)
-            pixels.append(entry.pixels)
             looks.append(entry.look)
-    if not pixels:
+    if not names:
         name, error = next(iter(errors.items()))
         raise ArgumentError(f"no image can be read, for example {name}: {error}")
-    return Site(tuple(names), torch.stack(pixels), tuple(looks), errors)
+    beyond = len(files) - len(used)
+    return Site(tuple(names), torch.cat(stacks), tuple(looks), errors, beyond)
 
 
 def adapt(
@@ -118,11 +122,13 @@ def adapt(
     recipe, accuracy = model.recipe, None
     notes: list[str] = []
     kept = [place for place, name in enumerate(site.names) if name in (labels or {})]
+    elsewhere = "among those of the site"
+    if site.beyond:
+        elsewhere += f", or among the {counted(site.beyond, 'image')} that --limit left out"
     if labels and not kept:
         raise ArgumentError(
-            "no labelled image is among those of the site, "
-            f"for example {next(iter(labels))!r} and {site.names[0]!r}: name them as below the "
-            "folder"
+            f"no labelled image is {elsewhere}, for example {next(iter(labels))!r} and "
+            f"{site.names[0]!r}: name them as below the folder"
         )
     if labels:
         known = torch.tensor([labels[site.names[place]] for place in kept])
@@ -130,8 +136,8 @@ def adapt(
         recipe, notes = operating_point(recipe, after[kept], known)
         if unused := [name for name in labels if name not in site.names]:
             notes.append(
-                f"{len(unused)} of {len(labels)} labelled images not used, as not among those "
-                f"of the site: {named(unused)}"
+                f"{len(unused)} of {len(labels)} labelled images not used, as not {elsewhere}: "
+                f"{named(unused)}"
             )
         if math.isnan(first):
             notes.append("the labelled images hold one class, so balanced accuracy is undefined")

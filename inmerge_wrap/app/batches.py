@@ -18,9 +18,9 @@ from inmerge_wrap.robustness.effects import seed_of
 _EVALUATED = 64  # images in a batch of validation
 
 
-def statistics(images: ImageSet, most: int = 1000) -> tuple[list[float], list[float]]:
+def statistics(images: ImageSet) -> tuple[list[float], list[float]]:
     """Returns mean and standard deviation per channel of up to 1,000 images, pixels in [0, 1]."""
-    sample = images.sample(most, "brightness of images")
+    sample = images.sample(1000, "brightness of images")
     pixels = torch.stack([pixels for _, pixels in sample]).float() / 255
     return pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).clamp_min(1e-3).tolist()
 

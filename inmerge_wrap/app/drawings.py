@@ -29,12 +29,12 @@ class Drawing:
     def x(self, value: float) -> float:
         """Pixel of a value."""
         low, high = self.x_range
-        return round(self.left + (value - low) / ((high - low) or 1.0) * self.size[0], 1)
+        return round(self.left + (value - low) / (high - low) * self.size[0], 1)
 
     def y(self, value: float) -> float:
         """Pixel of a value; the larger, the higher."""
         low, high = self.y_range
-        return round(10 + (high - value) / ((high - low) or 1.0) * self.size[1], 1)
+        return round(10 + (high - value) / (high - low) * self.size[1], 1)
 
     def line(self, points: Sequence[tuple[float, float]], kind: str) -> None:
         """Adds a line through points; ``kind`` is its classes of style."""
@@ -46,9 +46,9 @@ class Drawing:
         place = {"x": self.x(at[0]), "y": self.y(at[1]), "radius": round(radius, 1)}
         self.marks.append({"shape": "dot", "kind": kind, "title": title, **place})
 
-    def text(self, x: float, y: float, text: str, anchor: str = "end") -> None:
-        """Adds words at pixels."""
-        self.marks.append({"shape": "text", "x": x, "y": y, "text": text, "anchor": anchor})
+    def text(self, x: float, y: float, text: str) -> None:
+        """Adds words that end at pixels."""
+        self.marks.append({"shape": "text", "x": x, "y": y, "text": text})
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -93,21 +93,20 @@ def draw_roc(entry: Mapping[str, Any]) -> Drawing:
 
 def draw_families(families: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> Drawing:
     """Draws balanced accuracy by corruption family with intervals; a line marks clean images."""
-    shown = [entry for entry in families if entry["family"] in names]
     ends = [
         entry.get(f"balanced_accuracy{suffix}", entry["balanced_accuracy"])
-        for entry in shown
+        for entry in families
         for suffix in ("", "_low", "_high")
     ]
-    low, high = max(0.0, min(ends) - 0.03), min(1.0, max(ends) + 0.03)
+    count, low, high = len(families), max(0.0, min(ends) - 0.03), min(1.0, max(ends) + 0.03)
     drawing = Drawing(
-        "Balanced accuracy by family of damage", (low, high), (0, len(shown)),
-        (282, 34 * len(shown)), left=128, x_ticks=ticks(low, high, 4), x_label="balanced accuracy",
+        "Balanced accuracy by family of damage", (low, high), (0, count),
+        (282, 34 * count), left=128, x_ticks=ticks(low, high, 4), x_label="balanced accuracy",
     )  # fmt: skip
-    for place, entry in enumerate(reversed(shown)):
+    for place, entry in enumerate(reversed(families)):
         value, middle = entry["balanced_accuracy"], place + 0.5
         if entry["family"] == "clean":
-            drawing.line([(value, 0), (value, len(shown))], "ideal")
+            drawing.line([(value, 0), (value, count)], "ideal")
         if "balanced_accuracy_low" in entry:
             span = [(entry[f"balanced_accuracy_{end}"], middle) for end in ("low", "high")]
             drawing.line(span, "line blue")

@@ -245,7 +245,7 @@ def seen_in_training(contenders: Sequence[Contender], images: LabelledImages) ->
     found = []
     for each in contenders:
         known = set(each.recipe.trained_on) if each.recipe is not None else set()
-        count = sum(digest_of(digest) in known for digest in images.digests if digest)
+        count = sum(digest_of(digest) in known for digest in images.digests)
         if count:
             found.append(
                 f"{each.name} was trained on {count} of the {len(images.digests)} images, so its "

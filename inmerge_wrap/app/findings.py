@@ -17,6 +17,7 @@ from inmerge_wrap.robustness import RobustnessResult, classification_metrics, pe
 from inmerge_wrap.robustness.effects import KINDS
 
 BINS = 15  # as many as the calibration error has
+ROC_POINTS = 200
 
 
 def proportion(successes: int, trials: int) -> dict[str, Any]:
@@ -157,7 +158,7 @@ def _auroc(scores: Tensor, truth: Tensor, weights: Tensor | None) -> dict[str, A
     return {"n": len(truth), **_figure(point["auroc"], drawn.get("auroc"))}
 
 
-def _roc(scores: Tensor, truth: Tensor, most: int = 200) -> list[list[float]]:
+def _roc(scores: Tensor, truth: Tensor) -> list[list[float]]:
     """(1 - specificity, sensitivity) at every threshold, thinned out; empty if it is undefined."""
     if not truth.any() or truth.all():
         return []
@@ -167,7 +168,7 @@ def _roc(scores: Tensor, truth: Tensor, most: int = 200) -> list[list[float]]:
     hits = truth[order].cumsum(0)[last] / truth.sum()
     alarms = (~truth)[order].cumsum(0)[last] / (~truth).sum()
     points = torch.stack([alarms, hits], 1)
-    keep = torch.linspace(0, len(points) - 1, min(most, len(points))).round().long()
+    keep = torch.linspace(0, len(points) - 1, min(ROC_POINTS, len(points))).round().long()
     return [[0.0, 0.0], *points[keep].tolist()]
 
 

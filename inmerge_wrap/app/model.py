@@ -106,22 +106,27 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class Read:
-    """One file: its name, and its pixels uint8 (C, S, S) and look, or why it cannot be read."""
+    """One file: its name, and what it is like, or why it cannot be read."""
 
     name: str
-    pixels: Tensor | None = None
     look: Look | None = None
     error: str | None = None
 
 
-def _read(preparation: Preparation, file: tuple[str, Path]) -> Read:
+def _read(preparation: Preparation, file: tuple[str, Path]) -> tuple[Read, Tensor | None]:
     name, path = file
     try:
         decoded = decode(path)
         pixels = preparation.pixels_of(decoded)
-        return Read(name, pixels, look_at(facts_of(decoded), pixels))
+        return Read(name, look_at(facts_of(decoded), pixels)), pixels
     except Exception as error:  # readers raise all sorts of things on files that are not sound
-        return Read(name, error=failure(error, path))
+        return Read(name, error=failure(error, path)), None
+
+
+def _stacked(batch: list[tuple[Read, Tensor | None]]) -> tuple[list[Read], Tensor]:
+    """One tensor of all pixels: each tensor from another process holds a file descriptor."""
+    pixels = [each for _, each in batch if each is not None]
+    return [read for read, _ in batch], torch.stack(pixels) if pixels else torch.empty(0)
 
 
 def read_files(
@@ -131,11 +136,14 @@ def read_files(
     batch_size: int = 64,
     workers: int = 0,
     progress: Progress = silent,
-) -> Iterator[list[Read]]:
-    """Reads files, given by name and path, in batches and in their order, as in training."""
+) -> Iterator[tuple[list[Read], Tensor]]:
+    """Reads files, given by name and path, in batches and in their order, as in training.
+
+    Yields what is known of each file, and the pixels uint8 (n, C, S, S) of those that can be read.
+    """
     if not files:
         raise ArgumentError("there is no image to read")
     reading = Mapped(partial(_read, preparation), files)
-    for batch in DataLoader(reading, batch_size, num_workers=workers, collate_fn=list):
-        yield batch
+    for batch, pixels in DataLoader(reading, batch_size, num_workers=workers, collate_fn=_stacked):
+        yield batch, pixels
         progress(len(batch))

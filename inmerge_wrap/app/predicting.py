@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from inmerge_wrap.app.model import Progress, Read, TrainedModel, read_files, silent
 from inmerge_wrap.errors import ArgumentError, ArgumentWarning
@@ -22,7 +23,7 @@ from inmerge_wrap.images.finding import (
 )
 from inmerge_wrap.images.looks import unlike, warnings_about
 from inmerge_wrap.images.preparation import Recipe
-from inmerge_wrap.images.tables import numbered_rows, read_table, write_table
+from inmerge_wrap.images.tables import numbered_rows, write_table
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,14 @@ def find_files(sources: Sequence[Path], path_column: str = "path") -> list[tuple
                 ((path.relative_to(source) if alone else path).as_posix(), path) for path in images
             ]
         elif source.suffix.lower() == ".csv":
-            rows = read_table(source, {path_column: "path_column"})
-            names = [name_in(row[path_column]) for row in rows]
-            found += [(name, source.parent / name) for name in names]
+            for number, row in numbered_rows(source, {path_column: "path_column"}):
+                if not row[path_column]:
+                    raise ArgumentError(
+                        f"{source}, row {number} without a {path_column}: fill it in, or remove "
+                        "the row"
+                    )
+                name = name_in(row[path_column])
+                found.append((name, source.parent / name))
         elif source.exists():
             found.append((str(source), source))
         else:
@@ -110,13 +116,12 @@ def predict(
     batches = read_files(
         files, model.recipe.preparation, batch_size=batch_size, workers=workers, progress=progress
     )
-    return [answer for batch in batches for answer in _answers(model, batch)]
+    return [answer for batch, pixels in batches for answer in _answers(model, batch, pixels)]
 
 
-def _answers(model: TrainedModel, batch: Sequence[Read]) -> list[Prediction]:
-    pixels = [entry.pixels for entry in batch if entry.pixels is not None]
+def _answers(model: TrainedModel, batch: Sequence[Read], pixels: Tensor) -> list[Prediction]:
     recipe, seen = model.recipe, model.recipe.seen
-    rows = recipe.probabilities(model.scores(torch.stack(pixels))) if pixels else torch.empty(0, 1)
+    rows = recipe.probabilities(model.scores(pixels)) if len(pixels) else torch.empty(0, 1)
     answers = zip(rows, recipe.named(rows), strict=True)
     found = []
     for entry in batch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -167,7 +167,7 @@ def _content_of(
         "groups": len({image.group for image in collection.images if image.group is not None}),
         "notes": list(collection.notes),
         "warnings": [*collection.warnings, *found["notes"]],
-        "preparation": recipe.preparation.to_dict(),
+        "preparation": asdict(recipe.preparation),
         "chosen": chosen.name,
         "method": chosen.method,
         "test": {key: found[key] for key in (*kept, "thresholds", "temperature")}

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file
 from timm.models import adapt_input_conv, clean_state_dict
 from torch import Tensor, nn
+
+from inmerge_wrap.architectures import is_timm_folder
+from inmerge_wrap.checkpoints import read_state
+from inmerge_wrap.files import read_json
 
 LITE0 = "efficientnet-lite0"
 _LITE0_ARCH = "tf_efficientnet_lite0"  # timm's name of the network of that package
@@ -30,19 +35,23 @@ def start_network(
         network = timm.create_model(_LITE0_ARCH, **shape)
         _fit(network, package_state(PACKAGE, _LITE0_ARCH), weights)
         return network, [0.5] * channels, [0.5] * channels
+    stored: dict[str, Any] = {}
     if Path(weights).exists():
         network = timm.create_model(arch or "resnet18", **shape)
         _fit(network, _read(Path(weights)), weights)
+        if is_timm_folder(weights):  # whose network was trained on images prepared so
+            stored = read_json(Path(weights) / "config.json").get("pretrained_cfg", {})
     else:
         name = (arch or "resnet18") if weights == "imagenet" else weights
         if arch is not None and name.split(".")[0] != arch.split(".")[0]:
             raise SystemExit(f"--weights {weights} is neither a file nor weights of --arch {arch}")
         network = _from_timm(name, shape)
-    config: Any = network.pretrained_cfg
+    own: Any = network.pretrained_cfg
+    config = {**own, **stored}
     return network, _per_channel(config["mean"], channels), _per_channel(config["std"], channels)
 
 
-def _per_channel(values: tuple[float, ...], channels: int) -> list[float]:
+def _per_channel(values: Sequence[float], channels: int) -> list[float]:
     return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
 
 
@@ -59,16 +68,12 @@ def _from_timm(name: str, shape: dict[str, Any]) -> nn.Module:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    file = path / "model.safetensors" if path.is_dir() else path
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
-        for key in ("state_dict", "model"):
-            content = content.get(key, content)
-        return clean_state_dict(content)
-    except Exception as error:  # a wrong file may fail in any way
-        reason = " ".join(str(error).split())[:200]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an average in the file, which has no option here
+            return clean_state_dict(read_state(path))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
         raise SystemExit(f"--weights {path} cannot be read ({reason})") from error
 
 

@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,7 @@ def read_data(options: argparse.Namespace, runs: list[Run], memory: Path) -> Dat
     finished = all((run.folder / "evaluation.json").exists() for run in runs)
     if not (options.no_cache or finished):
         key = hashlib.sha256(
-            json.dumps([collection.fingerprint, preparation.to_dict()]).encode()
+            json.dumps([collection.fingerprint, asdict(preparation)]).encode()
         ).hexdigest()[:12]
         for part, images in sets.items():
             path = options.out / "cache" / f"{part}-{key}.npy"

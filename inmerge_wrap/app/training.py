@@ -250,11 +250,13 @@ class _Training:
             losses += loss.detach()
             self.bar.update()
         mean = float(losses) / steps
-        if not math.isfinite(mean):
-            raise SystemExit(
-                f"{self.run.name}: the loss is {mean} in epoch {epoch + 1}: lower --lr"
-            )
+        self._refuse_divergence("the loss", mean)
         return mean
+
+    def _refuse_divergence(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            epoch = len(self.history) + 1
+            raise SystemExit(f"{self.run.name}: {what} is {value} in epoch {epoch}: lower --lr")
 
     @torch.no_grad()
     def _validate(self) -> dict[str, Any]:
@@ -265,12 +267,13 @@ class _Training:
             found.append([part.cpu() for part in self.accelerator.gather_for_metrics(pair)])
             self.bar.update()
         logits, truth = map(torch.cat, zip(*found, strict=True))
-        loss = loss_of(self.task, truth, balanced=False, device=logits.device)
+        loss = float(loss_of(self.task, truth, balanced=False, device=logits.device)(logits, truth))
+        self._refuse_divergence("the loss on validation", loss)
         probabilities = to_probabilities(logits.double(), self.task)
         values, _ = classification_metrics(probabilities, truth, task=self.task)
         area = float(values["auroc"])
         return {
-            "val_loss": float(loss(logits, truth)),
+            "val_loss": loss,
             "val_auroc": None if math.isnan(area) else area,
         }
 

@@ -11,9 +11,10 @@ from typer import Argument, Option
 
 from inmerge_wrap.cli import options
 from inmerge_wrap.cli.options import check_file, check_there, load
-from inmerge_wrap.cli.shell import command, print_json, progress, save_json, warn
+from inmerge_wrap.cli.shell import command, print_json, progress, warn
 from inmerge_wrap.cli.tables import KEPT, Column, print_table
 from inmerge_wrap.errors import ArgumentError, check_pixels
+from inmerge_wrap.files import write_json
 
 if TYPE_CHECKING:
     from inmerge_wrap.robustness import RobustnessResult
@@ -129,7 +130,7 @@ def _report(results: dict[str, RobustnessResult], output: Path | None, as_json: 
     if others:
         content = {"models": models, "minus": first, "differences": differences}
     if output is not None:
-        save_json(output, content)
+        write_json(output, content, allow_nan=False)
     if as_json:
         print_json(content)
     elif others:

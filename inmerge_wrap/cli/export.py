@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from inmerge_wrap.architectures import creation_arguments, resolve
 from inmerge_wrap.cli import options
 from inmerge_wrap.cli.options import check_image, load
-from inmerge_wrap.cli.shell import command, print_json, say
+from inmerge_wrap.cli.shell import command, print_json, say, warn
 from inmerge_wrap.errors import ArgumentError, check_pixels
 from inmerge_wrap.files import read_json
 
@@ -53,6 +53,11 @@ def export(
     network, arguments = load(weights, arch, num_classes, in_chans, key)
     from inmerge_wrap.export import export_timm, export_weights
 
+    if (weights / "preparation.json").is_file():
+        warn(
+            f"{weights} is of inmerge train, and its preparation.json (the range of values, the "
+            "temperature, the thresholds) is not exported: copy the whole folder to keep it"
+        )
     if output.suffix == ".safetensors":
         of_folders: dict[str, Any] = {"input_size": input_size, "mean": mean, "std": std}
         of_folders |= {"label_names": label_names, "card": card}

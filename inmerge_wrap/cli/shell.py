@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,7 +17,6 @@ from rich.console import Console
 from inmerge_wrap import __version__
 from inmerge_wrap.cli.help import Command, Group
 from inmerge_wrap.errors import for_command_line
-from inmerge_wrap.files import replacing
 
 app = typer.Typer(
     name="inmerge",
@@ -96,18 +94,7 @@ def say(text: str) -> None:
 
 def print_json(content: Any) -> None:
     """Prints the result of a command for programs."""
-    print(_strict_json(content))
-
-
-def save_json(path: Path, content: Any) -> None:
-    """Writes the result of a command for programs."""
-    text = _strict_json(content)
-    with replacing(path) as draft:
-        draft.write_text(text + "\n", encoding="utf-8")
-
-
-def _strict_json(content: Any) -> str:
-    return json.dumps(content, indent=1, allow_nan=False)  # other programs cannot read NaN
+    print(json.dumps(content, indent=1, allow_nan=False))  # other programs cannot read NaN
 
 
 def main() -> None:

@@ -10,9 +10,10 @@ from typer import Option
 
 from inmerge_wrap.cli import options
 from inmerge_wrap.cli.options import load
-from inmerge_wrap.cli.shell import command, print_json, save_json, say
+from inmerge_wrap.cli.shell import command, print_json, say
 from inmerge_wrap.cli.tables import KEPT, Column, print_table
 from inmerge_wrap.errors import ArgumentError
+from inmerge_wrap.files import write_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,7 +60,7 @@ def similarity(
         "layers": [layer.to_dict() for layer in layers],
     }
     written = [output / "similarity.json"]
-    save_json(written[0], content)
+    write_json(written[0], content, allow_nan=False)
     if pictures:
         from inmerge_wrap.plots import plot_matrices, plot_overview, plot_pairs
 

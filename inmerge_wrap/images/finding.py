@@ -21,6 +21,10 @@ _MEANT = {
 _PART_OF = {word: part for part, words in _MEANT.items() for word in words}
 _MARKS = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0}
 _UNKNOWN = ("", "nan", "na", "n/a", "#na", "#n/a", "null")
+_OF_SYSTEMS = (
+    *("__MACOSX", "Thumbs.db", "desktop.ini"),
+    *("System Volume Information", "$RECYCLE.BIN", "lost+found"),  # at the top of disks
+)
 _UNDECODED = re.compile("[\udc80-\udcff]")  # how Python holds the bytes of a name in Latin-1
 
 _Row = dict[str, str]
@@ -43,6 +47,11 @@ def find_images(
     """
     if not directory.is_dir():
         raise DataError(f"{directory} is no folder")
+    several = set(labels) if len(labels) > 1 else set()
+    if taken := several & {"path", "group", "part"}:
+        raise DataError(
+            f"<labels> names {min(taken)!r}, another column of split.csv: rename it in the table"
+        )
     rows: Sequence[Mapping[str, str]] = []
     if table is None:
         found = _from_folders(directory)
@@ -54,8 +63,7 @@ def find_images(
             "class, write them alike."
         )
     names = [image.name for image in found.images]
-    columns = {"path", "label", "group", "part", *(labels if len(labels) > 1 else ())}
-    if taken := columns.intersection(marks):
+    if taken := {"path", "label", "group", "part", *several}.intersection(marks):
         raise DataError(
             f"<site> or <subgroups> names {min(taken)!r}, a column of split.csv too: rename yours"
         )
@@ -253,7 +261,7 @@ def files_below(folder: Path) -> list[Path]:
     """All files in a folder and the folders in it, but hidden ones; links are followed."""
     found: list[Path] = []
     seen: set[str] = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_refuse_unreadable):
         real = os.path.realpath(parent)
         if real in seen:  # a link that leads back
             folders.clear()
@@ -262,6 +270,14 @@ def files_below(folder: Path) -> list[Path]:
         folders[:] = sorted(name for name in folders if not _hidden(name))
         found += [Path(parent, name) for name in files if not _hidden(name)]
     return _in_unicode(found)
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    """What `os.walk` would leave out without a word."""
+    raise DataError(
+        f"the folder {error.filename} cannot be read ({error.strerror}): make it readable, or move "
+        "it away"
+    ) from error
 
 
 def inside(directory: Path, *, folders: bool) -> list[Path]:
@@ -282,7 +298,7 @@ def _in_unicode(paths: Iterable[Path]) -> list[Path]:
 
 
 def _hidden(name: str) -> bool:
-    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+    return name.startswith(".") or name in _OF_SYSTEMS
 
 
 def canonical(text: str) -> str:

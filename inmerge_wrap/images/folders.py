@@ -23,7 +23,7 @@ from inmerge_wrap.images.files import DataError, counted, named, range_of
 from inmerge_wrap.images.finding import canonical, find_images, listed, parts_in
 from inmerge_wrap.images.preparation import Preparation
 from inmerge_wrap.images.sets import ImageSet, examine_all
-from inmerge_wrap.images.tables import check_columns, read_table, write_table
+from inmerge_wrap.images.tables import check_columns, numbered_rows, write_table
 
 
 def open_images(
@@ -161,7 +161,7 @@ def read_part(
         Pixels uint8 (N, C, S, S), labels, and the collection of this part.
     """
     if directory.is_file():
-        columns = list(read_table(directory, {"path": None})[0])
+        columns = list(numbered_rows(directory, {"path": None})[0][1])
         labels = _label_columns(columns, classes, several)
         check_columns(directory, columns, dict.fromkeys(["path", *labels]))
         collection = find_images(directory.parent, table=directory, labels=labels)
@@ -229,5 +229,6 @@ def write_split(collection: ImageCollection, path: Path) -> None:
     rows = []
     for image in collection.images:
         known = [image.group or "", image.part, *(image.mark(name) for name in extra)]
-        rows.append([str(image.path.resolve()), *collection.cells(image), *known])
+        place = image.path.parent.resolve() / image.path.name  # two links are two images
+        rows.append([str(place), *collection.cells(image), *known])
     write_table(path, ["path", *names, "group", "part", *extra], rows)

@@ -17,7 +17,6 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from torchvision.transforms.v2 import functional as F
 
 from inmerge_wrap.errors import ArgumentError
 from inmerge_wrap.images.collection import PARTS
-from inmerge_wrap.images.sets import write_pixels
+from inmerge_wrap.images.sets import PixelFile, write_pixels
 
 __all__ = ["FINDINGS", "Part", "Radiographs", "cached", "read_dataset", "read_hub", "read_release"]
 
@@ -294,26 +293,6 @@ class Radiographs(Dataset[tuple[Tensor, Tensor]]):
 # -- the cache -------------------------------------------------------------------------------------
 
 
-class Squares(Sequence[np.ndarray]):
-    """Grey squares in a file that each process maps itself; a pickled map would be a full copy."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @cached_property
-    def _array(self) -> np.ndarray:
-        return np.load(self.path, mmap_mode="r")
-
-    def __len__(self) -> int:
-        return len(self._array)
-
-    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
-        return self._array[index]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
-
-
 def cached(part: Part, path: Path, source: str, size: int, workers: int = 0) -> Part:
     """Returns the part with its images from a file, written first if there is none.
 
@@ -334,4 +313,4 @@ def cached(part: Part, path: Path, source: str, size: int, workers: int = 0) -> 
     if not path.exists():
         squares = Radiographs(part, side, side=side)
         write_pixels(squares, (len(part), side, side), path, workers=workers)
-    return replace(part, images=Squares(path))
+    return replace(part, images=PixelFile(path))

@@ -69,15 +69,6 @@ class Preparation:
             image = v2.functional.center_crop(image, [self.size, self.size])
         return v2.functional.pil_to_tensor(image).contiguous()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, from which ``from_dict`` makes the same."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Preparation:
-        """Reads what ``to_dict`` gave, also by way of JSON and among other keys."""
-        return cls(**_fields_of(cls, content))
-
 
 @dataclass(frozen=True)
 class Seen:
@@ -148,7 +139,7 @@ class Recipe:
         own = _fields_of(cls, content)
         if "seen" in own:
             own["seen"] = Seen(**_fields_of(Seen, own["seen"]))
-        return cls(preparation=Preparation.from_dict(content), **own)
+        return cls(preparation=Preparation(**_fields_of(Preparation, content)), **own)
 
     def write(self, folder: Path) -> None:
         """Writes ``preparation.json`` beside the weights."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -123,13 +124,34 @@ def _stamp(path: Path) -> list[int] | None:
 # -- reading ---------------------------------------------------------------------------------------
 
 
+class PixelFile(Sequence[np.ndarray]):
+    """Pixels in an .npy file that each process maps itself; a pickled map would be a full copy."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def array(self) -> np.ndarray:
+        """All of them, mapped read-only."""
+        return np.load(self.path, mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
+        return self.array[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}
+
+
 @dataclass(eq=False)
 class ImageSet(Dataset):
     """The images of one part, in order. See the top of this file for what an item is."""
 
     images: Sequence[ImageFile]
     preparation: Preparation
-    pixels: np.ndarray | None = None  # (N, C, S, S), decoded before: see `keep_pixels`
+    pixels: PixelFile | None = None  # (N, C, S, S), decoded before: see `keep_pixels`
 
     def __len__(self) -> int:
         return len(self.images)
@@ -176,9 +198,9 @@ def keep_pixels(images: ImageSet, path: Path, *, workers: int = 0) -> ImageSet:
             )
         write_pixels(images, shape, path, workers=workers)
     try:
-        pixels = np.load(path, mmap_mode="r")
-        if pixels.shape != shape or pixels.dtype != np.uint8:
-            raise ValueError(f"it holds {pixels.dtype} {pixels.shape}")
+        pixels = PixelFile(path)
+        if pixels.array.shape != shape or pixels.array.dtype != np.uint8:
+            raise ValueError(f"it holds {pixels.array.dtype} {pixels.array.shape}")
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path} cannot be used ({error}): remove it, and the images are decoded again"

@@ -35,18 +35,14 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]
             writer.writerow([safe(cell) if isinstance(cell, str) else cell for cell in row])
 
 
-def read_table(path: Path, needed: Mapping[str, str | None] | None = None) -> list[dict[str, str]]:
-    """Returns the rows of a CSV file with a header: by column, text without space around it.
-
-    Comma, semicolon or tab; UTF-8, UTF-16 or Windows-1252.
-    """
-    return [row for _, row in numbered_rows(path, needed)]
-
-
 def numbered_rows(
     path: Path, needed: Mapping[str, str | None] | None = None
 ) -> list[tuple[int, dict[str, str]]]:
-    """As `read_table`, each row after its number in the file, which counts empty rows too."""
+    """Returns the rows of a CSV file with a header, each after its number in the file.
+
+    A row is text by column, without space around it; the numbers count empty rows too. Comma,
+    semicolon or tab; UTF-8, UTF-16 or Windows-1252.
+    """
     try:
         text = _decoded(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:

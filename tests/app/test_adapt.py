@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -237,6 +238,34 @@ def test_labels_that_name_no_image_are_said(site: Path, tmp_path: Path) -> None:
     assert content["labelled"] == 2
     said = "1 of 3 labelled images not used, as not among those of the site: elsewhere.png"
     assert said in content["warnings"]
+
+
+def test_labelled_images_beyond_the_limit_are_said(site: Path, tmp_path: Path) -> None:
+    names = [name for name, _ in find_files([site / "other"])]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label", *(f"{n},a" for n in names)]))
+    options = ("--labels", tmp_path / "labels.csv", "--limit", 10, "--out", tmp_path / "out")
+    content = run_json("adapt", site / "model", site / "other", *options)
+    assert content["images"] == content["labelled"] == 10
+    (said,) = [text for text in content["warnings"] if "not used" in text]
+    assert said.startswith("30 of 40 labelled images not used, as not among those of the site, or ")
+    assert "or among the 30 images that --limit left out: " in said
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts the open descriptors")
+def test_files_that_other_processes_read_stay_within_the_descriptors(
+    site: Path, tmp_path: Path
+) -> None:
+    resource = pytest.importorskip("resource")
+    for n in range(150):
+        shutil.copy(site / "other" / "00.png", tmp_path / f"{n}.png")
+    model = TrainedModel.read(site / "model")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, hard))
+    try:
+        read = read_site(model, find_files([tmp_path]), workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert read.pixels.shape == (150, 1, 32, 32) and len(read.looks) == 150
 
 
 def test_an_image_has_one_label_however_its_path_is_written(site: Path, tmp_path: Path) -> None:

@@ -140,6 +140,9 @@ def test_files_and_tables_of_spreadsheets_are_read(tmp_path: Path) -> None:
         assert listed[0]["probabilities"] == answers["Zürich.png"]
     told = complaint("predict", folder, tmp_path / "list.csv", "--out", tmp_path / "p.csv")
     assert "no column 'path': name it with --path-column; it has Datei, Alter" in told
+    (tmp_path / "list.csv").write_text("path,age\nimages/02.png,40\n,50\n")
+    told = complaint("predict", folder, tmp_path / "list.csv", "--out", tmp_path / "p.csv")
+    assert "list.csv, row 3 without a path: fill it in, or remove the row" in told
     two = (images / "02.png", images / "01.png")
     assert len(run_json("predict", folder, *two, "--out", tmp_path / "p.csv")["images"]) == 2
 

@@ -38,6 +38,7 @@ from sklearn.metrics import (  # noqa: E402
     roc_auc_score,
 )
 
+from inmerge_wrap import export_timm  # noqa: E402
 from inmerge_wrap.app import (  # noqa: E402
     batches,
     drawings,
@@ -587,6 +588,21 @@ def test_what_is_wrong_with_the_images_is_one_message(
     assert not (tmp_path / "out" / "runs").exists()
 
 
+def test_a_network_that_diverges_on_validation_alone_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverging(self: training._Training, epoch: int) -> float:
+        with torch.no_grad():
+            next(self.final.parameters()).fill_(torch.nan)
+        return 0.5
+
+    monkeypatch.setattr(training._Training, "_pass", diverging)
+    write_images(tmp_path / "data", 6)
+    given = ["--data-dir", tmp_path / "data", *TINY, "--skip-broken", "--out", tmp_path / "out"]
+    message = run_here(monkeypatch, *given, "--only", "plain")
+    assert message == "plain, seed 0: the loss on validation is nan in epoch 1: lower --lr"
+
+
 def test_workers_do_not_change_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_images(tmp_path / "data", 6)
     (tmp_path / "data" / CLASSES[0] / "patient099_0.png").unlink()
@@ -854,6 +870,11 @@ def test_weights_of_a_file_keep_everything_but_the_head(tmp_path: Path) -> None:
             if not key.startswith("fc."):
                 assert torch.equal(value, state[key])
         assert network.fc.out_features == 3
+    about = {"input_size": (3, 32, 32), "mean": [0.1, 0.2, 0.3], "std": [0.4] * 3}
+    export_timm(trained, tmp_path / "folder", **about)
+    network, mean, std = start("test_resnet", str(tmp_path / "folder"), num_classes=3, channels=3)
+    assert (mean, std) == ([0.1, 0.2, 0.3], [0.4] * 3), "as the images of these weights were"
+    assert torch.equal(network.layer1[0].conv1.weight, state["layer1.0.conv1.weight"])
     grey, mean, _ = start("test_resnet", str(tmp_path / "w.pth"), num_classes=3, channels=1)
     first = f"{trained.pretrained_cfg['first_conv']}.weight"
     assert torch.allclose(grey.state_dict()[first], state[first].sum(1, keepdim=True))

@@ -16,8 +16,7 @@ from typer.testing import CliRunner
 
 from inmerge_wrap import __version__, plan_merging
 from inmerge_wrap.cli import app, main
-from inmerge_wrap.cli.shell import save_json
-from inmerge_wrap.errors import ArgumentError, ArgumentWarning, as_option
+from inmerge_wrap.errors import ArgumentError, ArgumentWarning, for_command_line
 from tests.cli.common import ARCH, complaint, run
 
 
@@ -152,7 +151,7 @@ def test_help_fits_any_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_error_names_the_argument_to_python_and_the_option_to_a_shell() -> None:
     error = ArgumentError("pass <shallow_layers=0>, <skip_broken=True> or a <size>")
     assert str(error) == "pass shallow_layers=0, skip_broken=True or a size"
-    assert error.with_options(as_option) == "pass --shallow-layers 0, --skip-broken or a --size"
+    assert for_command_line(error) == "pass --shallow-layers 0, --skip-broken or a --size"
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
     with pytest.raises(ValueError, match=r"^also_merge must be among"):
         plan_merging(timm.create_model(ARCH), also_merge=["everything"])
@@ -199,13 +198,3 @@ def test_an_extra_is_named_for_the_package_of_another_alone(
     monkeypatch.setitem(sys.modules, lost, None)
     told = complaint("train", "--help")
     assert lost in told and ('pip install "inmerge-wrap[app]"' in told) is extra
-
-
-def test_a_result_that_is_no_json_leaves_no_file(tmp_path: Path) -> None:
-    save_json(tmp_path / "result.json", {"auroc": 0.9})
-    before = (tmp_path / "result.json").read_text()
-    assert before == '{\n "auroc": 0.9\n}\n'
-    with pytest.raises(ValueError, match="JSON compliant"):
-        save_json(tmp_path / "result.json", {"auroc": float("nan")})
-    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
-    assert (tmp_path / "result.json").read_text() == before

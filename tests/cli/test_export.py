@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import nn
 
-from inmerge_wrap import InMergeWrapper
+from inmerge_wrap import InMergeWrapper, export_timm
 from inmerge_wrap.checkpoints import read_merging
 from tests.cli.common import ARCH, complaint, run, run_json, same_weights
 
@@ -72,6 +72,16 @@ def test_export_takes_other_forms_of_checkpoints(form: str, net: nn.Module, tmp_
         assert torch.equal(found, state["fc.weight"].half().float())
     else:
         assert same_weights(output, net)
+
+
+def test_what_an_export_leaves_behind_of_a_training_is_told(tmp_path: Path) -> None:
+    network = timm.create_model("test_resnet", num_classes=2)
+    about = {"input_size": (3, 32, 32), "mean": [0.5] * 3, "std": [0.5] * 3}
+    export_timm(network, tmp_path / "model", **about)
+    assert run("export", tmp_path / "model", tmp_path / "a.safetensors").stderr == ""
+    (tmp_path / "model" / "preparation.json").write_text("{}")
+    said = run("export", tmp_path / "model", tmp_path / "b.safetensors").stderr
+    assert "preparation.json (the range of values, the temperature, the thresholds) is not" in said
 
 
 def test_outputs_and_channels_are_those_of_the_weights(tmp_path: Path) -> None:

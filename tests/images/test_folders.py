@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from inmerge_wrap.errors import as_option
+from inmerge_wrap.errors import for_command_line
 from inmerge_wrap.images import collection as image_collection
 from inmerge_wrap.images import dicom as image_dicom
 from inmerge_wrap.images import files as image_files
@@ -25,7 +26,7 @@ from inmerge_wrap.images.collection import ImageCollection, ImageFile, deal
 from inmerge_wrap.images.files import DataError, decode, examine, range_of
 from inmerge_wrap.images.finding import find_images
 from inmerge_wrap.images.preparation import Preparation, Recipe, Seen
-from inmerge_wrap.images.tables import read_table, restored, safe, write_table
+from inmerge_wrap.images.tables import numbered_rows, restored, safe, write_table
 
 
 def ramp(height: int = 12, width: int = 10, top: int = 255, dtype: Any = np.uint8) -> np.ndarray:
@@ -411,9 +412,7 @@ def test_a_preparation_is_the_transform_of_timm(
     assert torch.equal(ours.float() / 255, theirs)
 
 
-def test_a_preparation_survives_json_and_checks_itself() -> None:
-    made = Preparation(32, 1, "center", (0, 4095), True)
-    assert Preparation.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+def test_a_preparation_checks_itself() -> None:
     for wrong, message in (
         ({"size": 4}, "at least 8"),
         ({"channels": 2}, "1 or 3"),
@@ -529,6 +528,8 @@ def test_a_table_of_several_labels_and_parts(tmp_path: Path) -> None:
     pixels, labels, read = image_folders.read_part(tmp_path / "split.csv", "test", size=8)
     assert pixels.shape == (4, 1, 8, 8) and read.classes == collection.classes
     assert torch.equal(labels, torch.tensor([image.label for image in collection.part("test")]))
+    with pytest.raises(DataError, match=r"^labels names 'group', another column of split\.csv"):
+        opened(tmp_path, table=table, labels=("effusion", "group"))
     for row in rows[4:8]:
         row |= {"effusion": "", "mass": ""}
     with pytest.raises(DataError, match="the part val holds no image of which a label is known"):
@@ -571,7 +572,7 @@ def test_cells_that_a_spreadsheet_would_run_are_made_safe_and_read_back(tmp_path
     assert [restored(safe(text)) for text in texts] == texts
     assert not any(safe(text).startswith(("=", "+", "-", "@", "\t")) for text in texts)
     write_table(tmp_path / "t.csv", ["name", "=size"], [[text, -1.5] for text in texts[:3]])
-    rows = read_table(tmp_path / "t.csv")
+    rows = [row for _, row in numbered_rows(tmp_path / "t.csv")]
     assert rows[0] == {"name": "=HYPERLINK(1)", "=size": "-1.5"}
     assert (tmp_path / "t.csv").read_text().splitlines()[:2] == [
         "name,'=size", "'=HYPERLINK(1),-1.5",
@@ -620,15 +621,18 @@ def test_what_tables_write_for_nothing_is_neither_a_patient_nor_a_class(
 def test_equal_columns_are_refused(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("path,label, label\n1.png,a,b\n")
     with pytest.raises(ValueError, match="has several columns 'label': keep one"):
-        read_table(tmp_path / "t.csv")
+        numbered_rows(tmp_path / "t.csv")
 
 
 def test_cells_beyond_the_header_are_not_lost(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("path,label\n1.png,benign,\n2.png,benign, mild\n")
     with pytest.raises(ValueError, match=r"t\.csv, row 3 has more cells than the header: put"):
-        read_table(tmp_path / "t.csv")
+        numbered_rows(tmp_path / "t.csv")
     (tmp_path / "t.csv").write_text('path,label\n1.png,benign,\n2.png,"benign, mild"\n')
-    assert [row["label"] for row in read_table(tmp_path / "t.csv")] == ["benign", "benign, mild"]
+    assert [row["label"] for _, row in numbered_rows(tmp_path / "t.csv")] == [
+        "benign",
+        "benign, mild",
+    ]
 
 
 def test_a_site_is_held_out_whole(tmp_path: Path) -> None:
@@ -763,6 +767,36 @@ def test_empty_folders_are_named(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
+def test_a_folder_that_cannot_be_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images in it would be missing without a word."""
+    fill(tmp_path / "data", {"a": 2, "a/visit2": 2, "b": 2})
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("visit2"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(DataError, match=r"a.visit2 cannot be read \(Permission denied\): make it"):
+        find_images(tmp_path / "data")
+
+
+def test_two_links_to_one_file_are_two_images_of_the_written_split(tmp_path: Path) -> None:
+    save(tmp_path / "store" / "1.png", picture(0))
+    for part in ("train", "val", "test"):
+        fill(tmp_path / "data" / part, {"a": 1, "b": 1}, start=10 * len(part) + ord(part[0]))
+    for name in ("one.png", "two.png"):
+        (tmp_path / "data" / "test" / "a" / name).symlink_to(tmp_path / "store" / "1.png")
+    collection, _ = opened(tmp_path / "data")
+    image_folders.write_split(collection, tmp_path / "split.csv")
+    _, labels, read = image_folders.read_part(tmp_path / "split.csv", "test", size=8)
+    assert labels.tolist() == [0, 0, 0, 1]
+    assert [image.path.name for image in read.images] == ["0.png", "one.png", "two.png", "0.png"]
+
+
 def test_names_that_no_table_can_hold_are_refused_before_anything_is_read(tmp_path: Path) -> None:
     start = fill(tmp_path, {"benign ": 12, "malign": 12})
     collection, _ = opened(tmp_path)
@@ -780,7 +814,8 @@ def test_names_that_no_table_can_hold_are_refused_before_anything_is_read(tmp_pa
 
 def test_hidden_files_and_others_are_left_alone_and_named(tmp_path: Path) -> None:
     fill(tmp_path, {"a": 12, "b": 12})
-    (tmp_path / ".git" / "x").mkdir(parents=True)
+    for name in (".git", "System Volume Information", "$RECYCLE.BIN", "lost+found"):
+        (tmp_path / name / "x").mkdir(parents=True)
     save(tmp_path / "a" / ".thumbs" / "0.png", ramp())
     (tmp_path / "a" / "notes.txt").write_text("text")
     save(tmp_path / "loose.png", ramp())
@@ -962,6 +997,11 @@ def test_kept_pixels_are_those_of_the_files(tmp_path: Path) -> None:
     for n in range(12):
         assert torch.equal(kept[n][0], images[n][0]) and kept[n][1] == images[n][1]
     assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / "all.npy"]
+    # What a process that is spawned receives: the place of the pixels, not a copy of them.
+    wide = image_sets.ImageSet(images.images, dataclasses.replace(preparation, size=200))
+    sent = pickle.dumps(image_sets.keep_pixels(wide, tmp_path / "cache" / "wide.npy"))
+    assert len(sent) < 12 * 200 * 200 / 10
+    assert torch.equal(pickle.loads(sent)[3][0], wide[3][0])
 
 
 def test_files_are_examined_once_until_they_change(
@@ -1011,27 +1051,26 @@ def test_an_error_names_arguments_in_python_options_on_the_command_line_and_name
     with pytest.raises(DataError) as raised:
         Preparation(size=4, channels=3)
     assert str(raised.value) == "size must be at least 8 pixels, got 4"
-    assert raised.value.with_options(as_option).startswith("--size must")
+    assert for_command_line(raised.value).startswith("--size must")
     for name in ("<i>", "<b>x"):
         (tmp_path / name).mkdir()
     save(tmp_path / "a.png", ramp())
     (tmp_path / "a.png").rename(tmp_path / "<b>x" / "a.png")
     with pytest.raises(DataError, match="no image in 1 class folder: <i>") as raised:
         find_images(tmp_path)
-    assert "folder: <i>" in raised.value.with_options(as_option)
+    assert "folder: <i>" in for_command_line(raised.value)
 
 
 def test_a_deployment_survives_json_and_checks_itself(tmp_path: Path) -> None:
     seen = Seen(40, ("integers",), 0.0, 0.0, 4095.0, 900.0, 30, 200, (0.1, 0.4), (0.05, 0.2))
     several = Recipe(
-        Preparation(32, 1, "center", (0.0, 4095.0)), (0.5,), (0.2,), "multi-label", ("a", "b"),
-        1.7, (0.2, 0.9), seen, ("0123",),
+        Preparation(32, 1, "center", (0.0, 4095.0), True),
+        (0.5,), (0.2,), "multi-label", ("a", "b"), 1.7, (0.2, 0.9), seen, ("0123",),
     )  # fmt: skip
     several.write(tmp_path)
     assert Recipe.read(tmp_path) == several
     content = json.loads((tmp_path / "preparation.json").read_text())
     assert content["pixel_range"] == [0, 4095] and content["thresholds"] == [0.2, 0.9]
-    assert Preparation.from_dict(content) == several.preparation
     logits = torch.tensor([[1.0, -2.0]])
     assert torch.allclose(several.probabilities(logits).float(), (logits / 1.7).sigmoid())
     one = Recipe(Preparation(32, 1), (0.5,), (0.2,), "multi-class", ("a", "b"), 0.5)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inmerge_wrap.errors import as_option
+from inmerge_wrap.errors import for_command_line
 from inmerge_wrap.images.collection import ImageCollection
 from inmerge_wrap.images.files import DataError
 from inmerge_wrap.images.finding import find_images
@@ -181,7 +181,7 @@ def test_a_table_of_which_no_file_is_there_says_where_its_paths_start(tmp_path: 
     said = f"none of the 9 images .*{tmp_path}/out/0.png; its paths start from {tmp_path}/out; .*"
     with pytest.raises(DataError, match=f"{said}name that folder with data_dir") as raised:
         open_images(tmp_path / "out", size=8, table=table)
-    assert raised.value.with_options(as_option).endswith("name that folder with --data-dir")
+    assert for_command_line(raised.value).endswith("name that folder with --data-dir")
     moved = table.rename(tmp_path / "out" / "table.csv")
     with pytest.raises(DataError, match=f"{said}move the table there, or write whole paths"):
         read_part(moved, "test", size=8)
