@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,11 @@ class Driver:
                 f"make it with plan_merging(network, mode={settings.mode!r})"
             )
         self._network, self.plan, self.settings = network, plan, settings
-        self.tally = Tally(len(plan.merged), per_image=settings.mode == "outputs")
+        self.tally = Tally(
+            len(plan.merged),
+            per_image=settings.mode == "outputs",
+            key=crc32("\n".join(site.name for site in plan.merged).encode()),
+        )
         self.watch = Watch()
         self._pauses = 0
         # Of each layer that merged with the last step of its optimizer, how.

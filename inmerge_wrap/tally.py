@@ -13,8 +13,8 @@ from torch import Tensor
 from inmerge_wrap.pairs import Outcome
 from inmerge_wrap.report import LayerReport, MergeReport
 
-_FORMAT = 3
-_HEADER = 4  # format, seed, layers, whether images are counted
+_FORMAT = 4
+_HEADER = 5  # format, seed, layers, whether images are counted, which layers
 _COLUMNS = 8
 _AVERAGED = 1e-3  # what weights that add up to about 1 may change in the format's number
 _NO_COSINE = -2.0  # below every cosine
@@ -27,8 +27,9 @@ class Tally:
     knows (which pairs merged, their cosines) is added up there, without waiting for it.
     """
 
-    def __init__(self, layers: int, *, per_image: bool = False) -> None:
+    def __init__(self, layers: int, *, per_image: bool = False, key: int = 0) -> None:
         self.per_image = per_image  # whether a channel of an image is drawn, not a pair of kernels
+        self.key = key  # stands for the names of the layers
         self.steps = [0] * layers  # that each layer has seen
         self.passes = [0] * layers  # of these, the steps in which it was merged
         self._drawn = [0] * layers
@@ -44,7 +45,7 @@ class Tally:
 
     def begun_again(self, step: int = 0) -> Tally:
         """Returns counts of the same layers at a step, without statistics."""
-        other = Tally(len(self.steps), per_image=self.per_image)
+        other = Tally(len(self.steps), per_image=self.per_image, key=self.key)
         other.steps = [step] * len(self.steps)
         return other
 
@@ -136,7 +137,7 @@ class Tally:
             table = torch.stack(
                 [torch.as_tensor(column).detach().cpu().double() for column in columns], dim=1
             )
-            header = table.new_tensor([_FORMAT, seed, len(self.steps), self.per_image])
+            header = table.new_tensor([_FORMAT, seed, len(self.steps), self.per_image, self.key])
             return torch.cat([header, table.flatten()])
 
     @classmethod
@@ -182,16 +183,17 @@ class Tally:
         table = state[_HEADER:].detach().cpu().reshape(written_layers, _COLUMNS)
         counts = table[:, :6].round().long()
         steps, passes, drawn = counts[:, :3].T.tolist()
-        tally = cls(written_layers, per_image=bool(round(state[3].item())))
+        per_image, key = (round(number.item()) for number in state[3:_HEADER])
+        tally = cls(written_layers, per_image=bool(per_image), key=key)
         tally.steps, tally.passes, tally._drawn = steps, passes, drawn
         tally._counts = counts[:, 3:].clone()
         tally._cosine_sum, tally._cosine_max = table[:, 6].clone(), table[:, 7].float().clone()
-        if now is None or (len(now.steps), now.unit) == (written_layers, tally.unit):
+        if now is None or (now.key, now.unit) == (tally.key, tally.unit):
             return tally
         warnings.warn(
-            f"the checkpoint merged {written_layers} layers ({tally.unit}) and this plan "
-            f"{len(now.steps)} ({now.unit}): the step counter continues, the statistics start "
-            "again",
+            f"the checkpoint merged {written_layers} layers ({tally.unit}) and this plan merges "
+            f"{len(now.steps)} others ({now.unit}): the step counter continues, the statistics "
+            "start again",
             stacklevel=3,
         )
         return now.begun_again(tally.step)
