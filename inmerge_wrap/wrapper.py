@@ -287,10 +287,6 @@ class InMergeWrapper(NetworkProxy):
 
     @settings.setter
     def settings(self, settings: MergeSettings) -> None:
-        self.change_settings(settings)
-
-    def change_settings(self, settings: MergeSettings) -> None:
-        """Replaces the settings, as ``model.settings = ...`` does."""
         self._driver.change(settings)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
