@@ -287,6 +287,14 @@ def test_the_page_shows_the_volumes_as_they_were_analysed() -> None:
     assert ends in words(page_of("docs/evidence.md"))
 
 
+def pooled_over_all(augmentation: str) -> dict[tuple[str, ...], dict[str, str]]:
+    return {
+        tuple(row[name] for name in ("arm", "baseline", "measure", "tested_on")): row
+        for row in third_study("pooled")
+        if row["augmentation"] == augmentation and not row["data"].startswith("without")
+    }
+
+
 PAGE_NAMES = {
     "merging for each image": "merging per image",
     "merging in the weights": "merging per step",
@@ -302,18 +310,14 @@ CONFIRMED = {  # augmentation -> where the page has it, up to what, and what was
             ("merging per image", "channel noise"),
         ],
     ),
-    "trivial": ("### On top of TrivialAugmentWide", "\n## ", [("merging per image", "plain")]),
+    "trivial": ("### On top of TrivialAugmentWide", "\n##", [("merging per image", "plain")]),
 }
 
 
 @pytest.mark.parametrize("augmentation", list(CONFIRMED))
 def test_the_page_of_evidence_shows_the_confirmation_as_it_was_pooled(augmentation: str) -> None:
     begin, end, compared = CONFIRMED[augmentation]
-    found = {
-        (row["arm"], row["baseline"], row["measure"], row["tested_on"]): row
-        for row in third_study("pooled")
-        if row["augmentation"] == augmentation and not row["data"].startswith("without")
-    }
+    found = pooled_over_all(augmentation)
     page = page_of("docs/evidence.md").partition(begin)[2].partition(end)[0]
     shown = [line for line in page.splitlines() if line.startswith("| ")][1:]
     plain = {
@@ -344,41 +348,61 @@ def test_the_page_of_evidence_shows_the_confirmation_as_it_was_pooled(augmentati
     assert interval(gain).replace("+", "") in text.replace("+", "")
 
 
-def test_the_page_of_evidence_shows_the_arms_that_were_left_as_they_were_pooled() -> None:
-    names = ("augmentation", "arm", "baseline", "measure", "tested_on")
-    found = {
-        tuple(row[name] for name in names): row
-        for row in third_study("pooled")
-        if not row["data"].startswith("without")
-    }
-    page = page_of("docs/evidence.md").partition("### The other arms\n")[2]
-    shown = re.findall(r"^\| (.+) − (.+) \| (.+\|.+\|.+) \|$", page.partition("\n### ")[0], re.M)
-    arms = ["channel dropout", "merging per step", "random erasing", "EMA", "DAMP"]
-    compared = [("merging per image", "channel dropout"), *((arm, "plain") for arm in arms)]
-    assert {(PAGE_NAMES.get(arm, arm), baseline) for arm, baseline, _ in shown} == {*compared}
-    assert len(shown) == len(compared)
+OTHERS = ["channel dropout", "merging per step", "random erasing", "EMA", "DAMP"]
+LEFT = {  # augmentation -> where the page has the arms that were left, and what was compared
+    "flips": (
+        "### The other arms\n",
+        [*((arm, "plain") for arm in OTHERS), ("merging per image", "channel dropout")],
+    ),
+    "trivial": (
+        "### The other arms on top of TrivialAugmentWide\n",
+        [
+            *((arm, "plain") for arm in ("channel noise", *OTHERS)),
+            *(("merging per image", arm) for arm in CHANNELS),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("augmentation", list(LEFT))
+def test_the_page_of_evidence_shows_the_arms_that_were_left_as_they_were_pooled(
+    augmentation: str,
+) -> None:
+    heading, compared = LEFT[augmentation]
+    found = pooled_over_all(augmentation)
+    page = page_of("docs/evidence.md").partition(heading)[2].partition("\n##")[0]
+    shown = re.findall(r"^\| (.+) − (.+) \| (.+\|.+\|.+) \|$", page, re.M)
+    assert [(PAGE_NAMES.get(arm, arm), baseline) for arm, baseline, _ in shown] == compared
     for arm, baseline, cells in shown:
-        rows = [found[("flips", PAGE_NAMES.get(arm, arm), baseline, *of)] for of in MEASURES]
+        rows = [found[(PAGE_NAMES.get(arm, arm), baseline, *of)] for of in MEASURES]
         assert cells == " | ".join(map(interval, rows))
-    # The pages on which the second study's gain stands beside this one.
-    weights_alone = interval(found[("flips", "merging per step", "plain", *MEASURES[0])])
-    for name in ("README.md", "docs/evidence.md"):
-        lines = page_of(name).partition("## Merging in the weights")
-        shown = lines[2] if name == "docs/evidence.md" else lines[0]
-        assert weights_alone.replace("+", "") in words(shown).replace("+", "")
-    text = words(page.partition("\n### ")[0])
-    losses = [float(found[("flips", arm, "plain", *MEASURES[2])]["p_loss"]) for arm in arms]
-    dropout, weights, erasing, *others = losses
-    assert erasing < 0.001 and f"not for channel dropout ({dropout:.2f})" in text
-    for loss in (weights, *others):
-        assert loss < 0.05 and f"({loss:.3f})" in text
     pairs = {
         row["pairs"]
         for row in third_study("differences")
         if row["confirmation"] == "True" and row["dataset"] != "bloodmnist"
-        if row["arm"] in arms[1:] and row["baseline"] == "plain"
+        if row["augmentation"] == augmentation
+        if row["arm"] in OTHERS[1:] and row["baseline"] == "plain"
     }
-    assert pairs == {"4"} and "in four pairs of seeds on each" in text
+    count = {"flips": "four", "trivial": "two"}[augmentation]
+    assert pairs == {{"four": "4", "two": "2"}[count]}
+    assert f"{count} pairs of seeds on each" in words(page)
+
+
+def test_the_page_of_evidence_says_what_the_arms_with_flips_found() -> None:
+    found = pooled_over_all("flips")
+    page = page_of("docs/evidence.md").partition("### The other arms\n")[2].partition("\n##")[0]
+    # The pages on which the second study's gain stands beside this one.
+    weights_alone = interval(found[("merging per step", "plain", *MEASURES[0])])
+    for name in ("README.md", "docs/evidence.md"):
+        lines = page_of(name).partition("## Merging in the weights")
+        shown = lines[2] if name == "docs/evidence.md" else lines[0]
+        assert weights_alone.replace("+", "") in words(shown).replace("+", "")
+    text = words(page)
+    losses = [float(found[(arm, "plain", *MEASURES[2])]["p_loss"]) for arm in OTHERS]
+    dropout, weights, erasing, *others = losses
+    assert erasing < 0.001 and f"not for channel dropout ({dropout:.2f})" in text
+    for loss in (weights, *others):
+        assert loss < 0.05 and f"({loss:.3f})" in text
 
 
 def test_plain_training_with_strong_augmentation_is_above_merging_with_flips() -> None:

@@ -74,7 +74,7 @@ def test_export_takes_other_forms_of_checkpoints(form: str, net: nn.Module, tmp_
         assert same_weights(output, net)
 
 
-def test_what_an_export_leaves_behind_of_a_training_is_told(tmp_path: Path) -> None:
+def test_what_an_export_leaves_behind_of_a_training_is_reported(tmp_path: Path) -> None:
     network = timm.create_model("test_resnet", num_classes=2)
     about = {"input_size": (3, 32, 32), "mean": [0.5] * 3, "std": [0.5] * 3}
     export_timm(network, tmp_path / "model", **about)
