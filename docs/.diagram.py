@@ -78,7 +78,7 @@ PER_IMAGE = {  # the same of the third study's, and on top of which augmentation
         "ink",
     ),
     ("merging per image", "plain", "trivial"): (
-        "on top of TrivialAugment: merging − plain training",
+        "with TrivialAugment: merging − plain training",
         "forward",
     ),
 }
