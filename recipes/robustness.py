@@ -64,7 +64,7 @@ add("--data-root", type=Path, default=Path("data"), help="folder of the npz file
 add("--size", type=int, default=28, help="side if no preparation.json says (default: %(default)s)")
 add("--limit", type=at_least(1), help="use only LIMIT of the test images, evenly spaced")
 add("--preset", nargs="+", help="a preset, or corruptions by name (default: that of the data)")
-add("--severities", type=int, nargs="+", choices=range(1, 6), default=[1, 2, 3, 4, 5])
+add("--severities", type=int, nargs="+", choices=range(1, 6), default=range(1, 6), help="1 to 5")
 add("--attacks", nargs="*", default=[], choices=("fgsm", "pgd"), help="also attack the networks")
 add("--eps", type=float, help="size of the attacks, in units of 1/255 (default: 2)")
 add("--threshold", type=float, help="of binary and multi-label (default: as trained, or 0.5)")

@@ -131,7 +131,7 @@ def test_files_that_are_no_weights(weights: Path, tmp_path: Path) -> None:
     told = complaint("export", tmp_path / "folder", out, *arch)
     assert "no model.safetensors (it holds optimizer.bin)" in told
     torch.save({"epoch": 3}, tmp_path / "empty.pt")
-    assert "no state dict" in complaint("export", tmp_path / "empty.pt", out, *arch)
+    assert "holds no weights" in complaint("export", tmp_path / "empty.pt", out, *arch)
 
 
 def test_two_networks_in_one_checkpoint_are_not_guessed_at(net: nn.Module, tmp_path: Path) -> None:
