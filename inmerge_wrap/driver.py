@@ -38,7 +38,7 @@ from inmerge_wrap.optimizers import (
 from inmerge_wrap.pairs import Outcome, pairs_of_step
 from inmerge_wrap.persistent import merge_step
 from inmerge_wrap.plan import MergePlan
-from inmerge_wrap.replicas import Replicas, check_replicas
+from inmerge_wrap.replicas import Replicas, check_replicas, compared_weights
 from inmerge_wrap.report import MergeReport
 from inmerge_wrap.settings import MergeSettings, Strength
 from inmerge_wrap.steps import (
@@ -430,9 +430,8 @@ class Driver:
                 "processes have no batches left: set it to 0, or give all the same number of "
                 "batches (drop_last=True)"
             )
-        weights = [layer for layer in self._layers() if layer.parameters]
         check_replicas(
-            {f"{layer.site.name}.weight": layer.parameters[0] for layer in weights},
+            compared_weights(self._layers()),
             {"the seed": self.settings.seed, "the step counter of merging": self.tally.step},
         )
 

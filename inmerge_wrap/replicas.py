@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from inmerge_wrap.kernels import is_sharded
+from inmerge_wrap.kernels import MergedLayer, is_sharded
 from inmerge_wrap.optimizers import fsdp_modules
 from inmerge_wrap.plan import MergePlan
 from inmerge_wrap.schedule import Schedule
@@ -127,6 +127,16 @@ def _described(settings: MergeSettings, plan: MergePlan) -> dict[str, str]:
     }
     layers = sha256(repr(plan.merged).encode()).hexdigest()[:8]
     return {**chosen, "plan": f"layers: {len(plan.merged)} ({layers})"}
+
+
+def compared_weights(layers: Sequence[MergedLayer]) -> dict[str, Tensor]:
+    """Returns the weights of merged layers by name; of a computed one, what it is computed from."""
+    return {
+        f"{layer.site.name}.{name}": parameter
+        for layer in layers
+        for name, parameter in layer.module.named_parameters()
+        if parameter.ndim > 1
+    }
 
 
 def check_replicas(weights: Mapping[str, Tensor], numbers: Mapping[str, int]) -> None:

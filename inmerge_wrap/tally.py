@@ -191,9 +191,9 @@ class Tally:
         if now is None or (now.key, now.unit) == (tally.key, tally.unit):
             return tally
         warnings.warn(
-            f"the checkpoint merged {written_layers} layers ({tally.unit}) and this plan merges "
-            f"{len(now.steps)} others ({now.unit}): the step counter continues, the statistics "
-            "start again",
+            f"the checkpoint merged {written_layers} layers ({tally.unit}), not the "
+            f"{len(now.steps)} of this plan ({now.unit}): the step counter continues, the "
+            "statistics start again",
             stacklevel=3,
         )
         return now.begun_again(tally.step)

@@ -30,10 +30,11 @@ from torch.utils.checkpoint import checkpoint
 
 from inmerge_wrap import InMergeWrapper, NoEffectWarning, Quantile, Schedule, plan_merging
 from inmerge_wrap.counts import Counts
-from inmerge_wrap.kernels import layout_of
+from inmerge_wrap.kernels import find_layers, layout_of
 from inmerge_wrap.merging import draw_bits, draw_ways, fingerprint, mix_channels
 from inmerge_wrap.pairs import shared_shift
 from inmerge_wrap.plan import ConvSite
+from inmerge_wrap.replicas import compared_weights
 from tests import reference
 
 ALWAYS: dict[str, Any] = {
@@ -458,6 +459,8 @@ def test_a_network_of_computed_weights_alone_counts_its_steps(mode: str) -> None
         optimizer.step()
     assert model.step == 3 and model.report()[""].steps == 3
     assert model.report().drawn == 2 * 4 * (2 if mode == "outputs" else 1)
+    compared = compared_weights(find_layers(model.module, model.plan.merged))
+    assert list(compared) == [".parametrizations.weight.original"], "what replicas compare"
 
 
 def test_what_no_hook_can_reach_is_in_the_plan_with_its_reason() -> None:

@@ -235,15 +235,13 @@ def test_another_seed_or_plan_in_the_checkpoint_is_reported() -> None:
         wrapped(seed=4).load_state_dict(model.state_dict())
     fewer = wrapped(exclude="convs.2")
     other = wrapped(mode="outputs", include="convs.[12]")
-    for new, plan in ((fewer, r"1 others \(drawn"), (other, r"2 others \(images")):
-        with pytest.warns(
-            UserWarning, match=rf"merged 2 layers \(drawn pairs\) and this plan merges {plan}"
-        ):
+    for new, plan in ((fewer, r"1 of this plan \(drawn"), (other, r"2 of this plan \(images")):
+        with pytest.warns(UserWarning, match=rf"merged 2 layers \(drawn pairs\), not the {plan}"):
             new.load_state_dict(model.state_dict())
         assert new.step == 1 and new.report().drawn == 0
     another = wrapped(include="convs.[01]", shallow_layers=0)
     assert len(another.plan.merged) == 2 and another.plan.merged != model.plan.merged
-    with pytest.warns(UserWarning, match="2 others"):
+    with pytest.warns(UserWarning, match="not the 2 of this plan"):
         another.load_state_dict(model.state_dict())
     assert another.step == 1 and another.report().drawn == 0
 
