@@ -75,7 +75,7 @@ def frozen(augmentation: str) -> Path:
 def planned(options: argparse.Namespace) -> list[Run]:
     """Returns the runs of a command, narrowed by the options, the most valuable first."""
     if options.command == "confirm":
-        first = options.first_seed or FIRST_CONFIRMING_SEED
+        first = FIRST_CONFIRMING_SEED if options.first_seed is None else options.first_seed
         if first < FIRST_CONFIRMING_SEED:
             raise SystemExit(f"--first-seed: the confirmation has {FIRST_CONFIRMING_SEED} or more")
         seeds = range(first, first + (options.seeds or 20))

@@ -232,6 +232,16 @@ def carry_out(folder: Path, *arguments: str) -> None:
     run.main(run.parse([*arguments, "--out", str(folder / "raw"), "--archs", "test_resnet"]))
 
 
+def test_the_confirmation_begins_at_no_seed_of_the_choice() -> None:
+    def seeds(*given: str) -> list[int]:
+        runs = run.planned(run.parse(["confirm", "--arms", "plain", "--seeds", "2", *given]))
+        return sorted({each.seed for each in runs})
+
+    assert seeds() == [1000, 1001] and seeds("--first-seed", "1003") == [1003, 1004]
+    with pytest.raises(SystemExit, match="--first-seed: the confirmation has 1000 or more"):
+        seeds("--first-seed", "0")
+
+
 def test_the_command_carries_out_what_is_missing(
     small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
