@@ -405,6 +405,23 @@ def test_the_page_of_evidence_says_what_the_arms_with_flips_found() -> None:
         assert loss < 0.05 and f"({loss:.3f})" in text
 
 
+def test_the_page_of_evidence_says_what_the_arms_with_trivial_augmentation_found() -> None:
+    """And README.md that none of them gained."""
+    found = pooled_over_all("trivial")
+    heading, _, compared = LEFT["trivial"]
+    text = words(page_of("docs/evidence.md").partition(heading)[2].partition("\n##")[0])
+    rows = [found[(*pair, *MEASURES[0])] for pair in compared]
+    assert all(float(row["low"]) < 0 < float(row["high"]) for row in rows)
+    highest = max(rows, key=lambda row: float(row["mean"]))
+    assert highest["arm"] == "random erasing" and f"{float(highest['mean']):+.3f}." in text
+    lost = [found[(arm, "plain", *MEASURES[2])] for arm in CHANNELS]
+    assert all(float(row["high"]) < 0 for row in lost)
+    noise, dropout = (-float(row["mean"]) for row in lost)
+    assert f"channel noise and channel dropout lost {noise:.3f} and {dropout:.3f} of" in text
+    kept = sorted(float(found[(arm, "plain", *MEASURES[2])]["mean"]) for arm in OTHER_ARMS)
+    assert f"other four changed it by {kept[0]:.3f} to {kept[-1]:+.3f}." in text
+
+
 def test_plain_training_with_strong_augmentation_is_above_merging_with_flips() -> None:
     """As the page says, on each data set of the confirmation."""
     means: dict[tuple[str, str, str], float] = {}
@@ -434,8 +451,8 @@ def test_the_page_of_evidence_shows_the_map_as_it_was_measured() -> None:
     shown = [line for line in page.splitlines() if line.startswith("|")][2:]
 
     def in_order(of: str, augmentation: str, place: int, sign: str) -> str:
-        every = [cells.get((of, augmentation, n, "AUROC")) for n in (150, 600, 2400)]
-        return ", ".join("–" if cell is None else f"{cell[place]:{sign}.3f}" for cell in every)
+        every = [cells[of, augmentation, n, "AUROC"] for n in (150, 600, 2400)]
+        return ", ".join(f"{cell[place]:{sign}.3f}" for cell in every)
 
     for line, (augmentation, named) in zip(shown, names.items(), strict=True):
         both = [
