@@ -51,9 +51,6 @@ class ForwardMerge:
 
     def install(self) -> None:
         """Puts the hooks on the convolutions of the plan, behind all others that are there."""
-        if not self._hooks and "torch._dynamo" in sys.modules:
-            # Graphs do not look for hooks: one made before would go on without these.
-            torch._dynamo.reset()
         self.uninstall()
         for number, module in enumerate(self._modules):
             self._hooks += [
@@ -83,6 +80,7 @@ class ForwardMerge:
 
         Without a strength the step does not merge.
         """
+        guard_hooks()
         self.is_on = strength is not None
         self._open.clear()
         if strength is None:
@@ -103,6 +101,7 @@ class ForwardMerge:
     def begin(self, inputs: Any) -> None:
         """Draws for a forward pass of the network on these inputs."""
         assert self._way is not None, "set_step comes first"
+        guard_hooks()
         if is_captured():
             self.is_graphed = True
         if self._way.device.type == "meta" and not next(self._modules[0].parameters()).is_meta:
@@ -197,6 +196,19 @@ class ForwardMerge:
     def take_counts(self) -> tuple[Tensor, Tensor] | None:
         """Returns what acted since the last call, see :meth:`Counts.take`; None if nothing ran."""
         return None if self._counts is None else self._counts.take()
+
+
+def guard_hooks() -> None:
+    """Lets compiled graphs look for hooks, and discards those that were made without looking.
+
+    By default one graph serves all networks of a class: that of a network without hooks would serve
+    a merged one, which would not merge.
+    """
+    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
+        return
+    if getattr(torch._dynamo.config, "skip_nnmodule_hook_guards", False):
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        torch._dynamo.reset()
 
 
 def _in_backward() -> bool:

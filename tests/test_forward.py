@@ -1099,6 +1099,24 @@ def test_a_network_that_was_compiled_without_hooks_merges_with_them(
     assert model.report().drawn - before == (130 if mode == "outputs" else 26)
 
 
+@pytest.mark.parametrize("mode", ["outputs", "weights"])
+@torch._dynamo.config.patch(skip_nnmodule_hook_guards=True)  # as in a new process
+def test_a_compiled_network_does_not_take_the_graph_of_a_plain_one(mode: str) -> None:
+    """A process that compares has two networks of a class, one of which merges."""
+    torch._dynamo.reset()
+    eager, first = made(mode=mode)
+    torch._dynamo.config.skip_nnmodule_hook_guards = True  # type: ignore[assignment]
+    plain, network = (torch.compile(net(), backend="eager") for _ in range(2))
+    model, second = made(mode=mode, network=network)
+    for number in range(3):
+        plain(images(number))
+        step(eager, first, number)
+        step(model, second, number)
+    for one, other in zip(eager.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    assert model.report().merged == eager.report().merged > 0
+
+
 def test_a_compiled_backward_pass_draws_nothing_again() -> None:
     wide = [nn.Conv2d(8, 64, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
     network = nn.Sequential(nn.Conv2d(3, 8, 3), *wide, nn.Conv2d(64, 96, 1), nn.ReLU())
