@@ -74,6 +74,8 @@ def frozen(augmentation: str) -> Path:
 
 def planned(options: argparse.Namespace) -> list[Run]:
     """Returns the runs of a command, narrowed by the options, the most valuable first."""
+    if options.lr is not None and options.command != "confirm":
+        raise SystemExit("--lr: only confirm has it; rates are compared by the command rates")
     if options.command == "confirm":
         first = FIRST_CONFIRMING_SEED if options.first_seed is None else options.first_seed
         if first < FIRST_CONFIRMING_SEED:
@@ -87,7 +89,8 @@ def planned(options: argparse.Namespace) -> list[Run]:
             and cell.dataset in (options.datasets or [cell.dataset])
             and cell.augmentation in (options.augmentations or [cell.augmentation])
         ]
-        return list(runs_of(cells, options.arms or list(ARMS), seeds))
+        runs = runs_of(cells, options.arms or list(ARMS), seeds)
+        return [run if options.lr is None else replace(run, lr=options.lr) for run in runs]
     defaults = {
         "lengths": (CHOOSING[:1], [600], list(TRAINING), ["plain"], 2),
         "rates": (CHOOSING[:1], [600], list(TRAINING), ["plain"], 2),
@@ -175,6 +178,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--archs", nargs="+", help=f"networks (default: {LITE0})")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS))
     parser.add_argument("--steps", nargs="+", type=int, help="of lengths: which to compare")
+    parser.add_argument(
+        "--lr", type=float, help="of confirm: a rate tried afterwards (default: the frozen one)"
+    )
     parser.add_argument("--seeds", type=int, help="paired runs of each arm")
     parser.add_argument(
         "--first-seed",

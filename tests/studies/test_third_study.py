@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -242,6 +243,15 @@ def test_the_confirmation_begins_at_no_seed_of_the_choice() -> None:
         seeds("--first-seed", "0")
 
 
+def test_a_rate_tried_after_the_confirmation_stays_out_of_it() -> None:
+    given = ["confirm", "--datasets", "chest", "--augmentations", "trivial", "--arms", "plain"]
+    frozen, tried = (run.planned(run.parse([*given, *rate])) for rate in ([], ["--lr", "0.04"]))
+    assert {each.lr for each in frozen} == {0.02}
+    assert tried == [dataclasses.replace(each, lr=0.04) for each in frozen]
+    with pytest.raises(SystemExit, match="--lr: only confirm has it"):
+        run.planned(run.parse(["map", "--lr", "0.04"]))
+
+
 def test_the_command_carries_out_what_is_missing(
     small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -327,7 +337,10 @@ def made_up(gains: dict[str, float], seeds: int = 5) -> list[dict[str, Any]]:
 def test_the_report_pools_what_was_confirmed(tmp_path: Path, monkeypatch: Any) -> None:
     path = tmp_path / "runs.jsonl.gz"
     gains = {"plain": 0.0, "merging per image": 1.0, "channel noise": 0.9}
-    write_runs(path, made_up(gains))
+    afterwards = made_up({"plain": 0.9, "merging per image": 0.0})
+    for result in afterwards:
+        result["run"]["lr"] = 0.5
+    write_runs(path, [*made_up(gains), *afterwards])
     monkeypatch.setattr("sys.argv", ["report.py", "--runs", str(path), "--out", str(tmp_path)])
     report.main()
     with open(tmp_path / "pooled.csv", newline="") as file:
