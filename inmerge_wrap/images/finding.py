@@ -47,6 +47,8 @@ def find_images(
     """
     if not directory.is_dir():
         raise DataError(f"{directory} is no folder")
+    if len(set(labels)) < len(labels):
+        raise DataError(f"<labels> names a column twice: {', '.join(labels)}")
     several = set(labels) if len(labels) > 1 else set()
     if taken := several & {"path", "group", "part"}:
         raise DataError(

@@ -110,6 +110,36 @@ def test_the_delimiter_is_that_which_gives_the_columns(tmp_path: Path, label: st
         read_part(table, "test", size=8)
 
 
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
+@pytest.mark.parametrize("delimiter", [",", ";"])
+def test_a_table_of_any_system_is_read(tmp_path: Path, end: str, delimiter: str) -> None:
+    """Excel for Macintosh ends lines with a carriage return alone, and headers can be broken."""
+    lines = ['"Patient\nID";path;label', "5;a.png;x", "6;b.png;y"]
+    (tmp_path / "t.csv").write_bytes(end.join(lines).replace(";", delimiter).encode())
+    rows = numbered_rows(tmp_path / "t.csv", {"path": None})
+    assert [row for _, row in rows] == [
+        {"Patient\nID": "5", "path": "a.png", "label": "x"},
+        {"Patient\nID": "6", "path": "b.png", "label": "y"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "text,told",
+    [
+        ("\npath,label\na.png,x\n", "row 1 is empty: it must name the columns"),
+        (";;\npath;label;\na.png;x;\n", "row 1 is empty: it must name the columns"),
+        ("Export\npath,label\na.png,x\n", "more cells than the header.* header into row 1"),
+        ("x" * 200_000, r"save it as CSV UTF-8 \(field larger"),
+        (None, r"t\.csv cannot be read \(No such file or directory\)$"),
+    ],
+)
+def test_what_is_wrong_above_the_rows_is_said(text: str | None, told: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(DataError, match=told):
+        numbered_rows(tmp_path / "t.csv", {"path": None})
+
+
 def test_all_rows_with_a_fault_are_named_at_once(tmp_path: Path) -> None:
     rows = [(f"{n}.png", "ab"[n % 2], "train") for n in range(12)]
     for n in range(7):
@@ -147,6 +177,12 @@ def test_a_row_that_only_repeats_another_is_left_out_and_told(tmp_path: Path) ->
 
 
 # -- cells -----------------------------------------------------------------------------------------
+
+
+def test_a_column_of_labels_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    table = table_of(tmp_path, [("0.png", "1"), ("1.png", "0")], "path,nodule")
+    with pytest.raises(DataError, match="labels names a column twice: nodule, nodule"):
+        find_images(tmp_path, table=table, labels=["nodule", "nodule"])
 
 
 def test_classes_that_differ_only_in_case_are_told(tmp_path: Path) -> None:
