@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from inmerge_wrap.images.collection import PARTS, ImageCollection, ImageFile
-from inmerge_wrap.images.files import DataError, counted, is_image, named
+from inmerge_wrap.images.files import DICOM, RASTER, DataError, counted, is_image, named
 from inmerge_wrap.images.tables import numbered_rows
 
 _MEANT = {
@@ -144,6 +144,7 @@ def _from_folders(directory: Path) -> ImageCollection:
     parts = _training_parts(directory)
     files: list[tuple[str | None, str, Path]] = []
     ignored: list[str] = []
+    hidden: list[str] = []
     empty: list[str] = []
     warnings: list[str] = []
     for part, root in parts.items() if parts else [(None, directory)]:
@@ -157,6 +158,7 @@ def _from_folders(directory: Path) -> ImageCollection:
             )
             continue
         ignored += map(below, loose)
+        hidden += map(below, _hidden_with_images(root))
         for folder in folders:
             images, others = images_below(folder)
             files += [(part, canonical(folder.name), path) for path in images]
@@ -190,7 +192,19 @@ def _from_folders(directory: Path) -> ImageCollection:
     if ignored:
         what = counted(len(ignored), "file")
         collection = collection.listed(f"{what} ignored, not images in a class", ignored)
+    if hidden:
+        what = counted(len(hidden), "folder")
+        collection = collection.listed(f"{what} with images ignored, as hidden", hidden)
     return collection
+
+
+def _hidden_with_images(directory: Path) -> list[Path]:
+    """The hidden folders that may be meant as classes, such as ``.5 mg``."""
+    hidden = _in_unicode(path for path in directory.iterdir() if path.name.startswith("."))
+    readable = (path for path in hidden if path.is_dir() and os.access(path, os.R_OK | os.X_OK))
+    return [
+        path for path in readable if any(e.suffix.lower() in RASTER + DICOM for e in path.iterdir())
+    ]
 
 
 def parts_in(directory: Path) -> dict[str, Path]:

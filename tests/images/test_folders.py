@@ -827,9 +827,11 @@ def test_hidden_files_and_others_are_left_alone_and_named(tmp_path: Path) -> Non
     save(tmp_path / "a" / ".thumbs" / "0.png", ramp())
     (tmp_path / "a" / "notes.txt").write_text("text")
     save(tmp_path / "loose.png", ramp())
+    save(tmp_path / ".5 mg" / "0.png", ramp())
     collection, _ = opened(tmp_path)
     assert len(collection.images) == 24
     assert "2 files ignored, not images in a class: loose.png, a/notes.txt." in collection.notes
+    assert "1 folder with images ignored, as hidden: .5 mg." in collection.notes
 
 
 @pytest.mark.parametrize(
