@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -59,11 +59,14 @@ def find_images(
         found = _from_folders(directory)
     else:
         found, rows = _from_table(table, directory, labels, path_column)
-    if alike := _differing_in_case(found.classes):
-        found = found.warned(
-            f"Classes that differ only in upper and lower case: {named(alike)}. If they are one "
-            "class, write them alike."
-        )
+    for what, key in (
+        ("differ only in upper and lower case", str.casefold),
+        ("are one number in two forms", _as_number),
+    ):
+        if alike := _alike(found.classes, key):
+            found = found.warned(
+                f"Classes that {what}: {named(alike)}. If they are one class, write them alike."
+            )
     names = [image.name for image in found.images]
     if taken := {"path", "label", "group", "part", *several}.intersection(marks):
         raise DataError(
@@ -126,12 +129,20 @@ def _places_of(classes: Iterable[str]) -> dict[str, int]:
     return {name: place for place, name in enumerate(sorted(set(classes), key=natural))}
 
 
-def _differing_in_case(classes: Sequence[str]) -> list[str]:
-    """``A = a`` for names of classes that are equal but for their case."""
-    same: dict[str, list[str]] = {}
+def _alike(classes: Sequence[str], key: Callable[[str], Hashable]) -> list[str]:
+    """``A = a`` for names of classes of which a key is equal."""
+    same: dict[Hashable, list[str]] = {}
     for name in classes:
-        same.setdefault(name.casefold(), []).append(name)
+        same.setdefault(key(name), []).append(name)
     return [" = ".join(names) for names in same.values() if len(names) > 1]
+
+
+def _as_number(name: str) -> float | str:
+    """1 and 1.0, which spreadsheets and pandas write for each other, as equal."""
+    try:
+        return float(name)
+    except ValueError:
+        return name
 
 
 # -- folders ---------------------------------------------------------------------------------------
