@@ -35,17 +35,27 @@ def write_adapted(adaptation: Adaptation, source: Path, out: Path, *, site: str)
         draft = Path(drafts) / out.name
         adaptation.model.write(draft)
         card = source / "README.md"
-        text = card.read_text(encoding="utf-8") if card.is_file() else _BARE
-        (draft / "README.md").write_text(_card(text, adaptation, site), encoding="utf-8")
+        before = _read_card(card) if card.is_file() else ModelCard(_BARE)
+        (draft / "README.md").write_text(_card(before, adaptation, site), encoding="utf-8")
         if out.is_dir():
             out.rmdir()
         os.replace(draft, out)
     return f'timm.create_model("local-dir:{out}", pretrained=True)'
 
 
-def _card(text: str, adaptation: Adaptation, site: str) -> str:
+def _read_card(path: Path) -> ModelCard:
+    try:
+        return ModelCard(path.read_text(encoding="utf-8"))
+    except Exception as error:  # someone has edited it, and its YAML is no more
+        reason = " ".join(str(error).split())[:200]
+        raise ArgumentError(
+            f"{path} cannot be read ({reason}): mend the lines between the first two ---, or "
+            "remove the file"
+        ) from error
+
+
+def _card(card: ModelCard, adaptation: Adaptation, site: str) -> str:
     """The card of the network before, with the adaptation, and without results as its own."""
-    card = ModelCard(text)
     cast(ModelCardData, card.data).eval_results = None
     recipe = adaptation.model.recipe
     code = f"```python\n{snippet(recipe, PLACE)}```"

@@ -58,18 +58,19 @@ def find_files(sources: Sequence[Path], path_column: str = "path") -> list[tuple
             ]
         elif source.suffix.lower() == ".csv":
             for number, row in numbered_rows(source, {path_column: "path_column"}):
-                if not row[path_column]:
-                    raise ArgumentError(
-                        f"{source}, row {number} without a {path_column}: fill it in, or remove "
-                        "the row"
-                    )
-                name = name_in(row[path_column])
+                name = _name_in_row(f"{source}, row {number}", row[path_column], path_column)
                 found.append((name, source.parent / name))
         elif source.exists():
             found.append((str(source), source))
         else:
             raise ArgumentError(f"no such file or folder: {source}")
     return found
+
+
+def _name_in_row(place: str, cell: str, path_column: str) -> str:
+    if not cell:
+        raise ArgumentError(f"{place} without a {path_column}: fill it in, or remove the row")
+    return name_in(cell)
 
 
 def read_labels(table: Path, recipe: Recipe, path_column: str = "path") -> dict[str, Any]:
@@ -81,9 +82,10 @@ def read_labels(table: Path, recipe: Recipe, path_column: str = "path") -> dict[
     found: dict[str, Any] = {}
     rows: dict[str, int] = {}
     for number, row in numbered_rows(table, dict.fromkeys([path_column, *labels])):
-        name, place = name_in(row[path_column]), f"{table}, row {number}"
         if all(is_unknown(row[label]) for label in labels):
             continue
+        place = f"{table}, row {number}"
+        name = _name_in_row(place, row[path_column], path_column)
         if name in rows:
             raise ArgumentError(
                 f"{place}: {name} was named in row {rows[name]} already: keep one of the rows"

@@ -42,6 +42,8 @@ def publish(evaluations: Mapping[Run, Found], data: Data, options: argparse.Name
     with of_an_earlier_start(chosen.folder, remove=chosen.folder):
         trained = best_of(chosen, found["training"], data)
     model = _described(trained, found, data)
+    for name in ("lists.txt", "mistakes.png"):  # of an earlier start, where none is written now
+        (out / name).unlink(missing_ok=True)
     call = model.write(out / "model", _card(found, model.recipe, collection, options))
     _write_predictions(found, collection, out / "predictions.csv")
     write_split(collection, out / "split.csv")

@@ -31,7 +31,7 @@ from inmerge_wrap.app.training import Data, Run, make_accelerator, one_line_if_o
 from inmerge_wrap.errors import ArgumentError, for_command_line
 from inmerge_wrap.files import read_json, replacing, write_json
 from inmerge_wrap.images.collection import PARTS, ImageCollection
-from inmerge_wrap.images.files import SHOWN, DataError
+from inmerge_wrap.images.files import SHOWN, DataError, named
 from inmerge_wrap.images.finding import find_images
 from inmerge_wrap.images.folders import open_images
 from inmerge_wrap.images.sets import ImageSet, keep_pixels
@@ -110,8 +110,10 @@ def train_each_site(options: argparse.Namespace, accelerator: Accelerator) -> No
     unknown = [site for site in wanted if site not in sites]
     if unknown:
         raise DataError(f"<site={column} {' '.join(unknown)}>: there are {', '.join(sites)}")
+    chosen = list(dict.fromkeys(wanted)) or sites
+    _refuse_sites_that_alone_show_a_class(found, column, chosen)
     rows = []
-    for site in wanted or sites:
+    for site in chosen:
         accelerator.print(f"== held out: {column} {site}")
         each = copy.copy(options)
         each.out, each.site = options.out / folder_name(site), [column, site]
@@ -122,6 +124,19 @@ def train_each_site(options: argparse.Namespace, accelerator: Accelerator) -> No
         head = ["site", "run", "test images", "balanced accuracy", "low", "high", "auroc"]
         write_table(options.out / "sites.csv", head, rows)
         print(f"Each site, when it was held out: {options.out / 'sites.csv'}")
+
+
+def _refuse_sites_that_alone_show_a_class(
+    found: ImageCollection, column: str, sites: Sequence[str]
+) -> None:
+    """Before the first site is trained for hours, what would stop a later one."""
+    for site in sites:
+        counts = found.counts(image for image in found.images if image.mark(column) != site)
+        if gone := [name for name, count in zip(found.classes, counts, strict=True) if not count]:
+            raise DataError(
+                f"<site={column} {site}>: without it there is no image of {named(gone)} to train "
+                f"on; hold other sites out, by their names after {column}"
+            )
 
 
 def folder_name(site: str) -> str:

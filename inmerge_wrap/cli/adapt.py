@@ -62,7 +62,8 @@ def adapt(
     check_place(out)
     trained = TrainedModel.read(model, device)
     check_norms(trained.network)
-    files = find_files([images], path_column)
+    # A table may have several rows of an image, one a finding: each image counts once.
+    files = list(dict.fromkeys(find_files([images], path_column)))
     marks = read_labels(labels, trained.recipe, path_column) if labels else None
     used = min(limit, len(files))
     # Each image is read once, and passes the network before, during and after the adaptation.

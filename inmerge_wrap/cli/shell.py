@@ -16,6 +16,7 @@ from rich.console import Console
 # Only modules that do not import torch: help, completion and usage errors must not wait for it.
 from inmerge_wrap import __version__
 from inmerge_wrap.cli.help import Command, Group
+from inmerge_wrap.cli.tables import AS_IT_IS
 from inmerge_wrap.errors import for_command_line
 
 app = typer.Typer(
@@ -58,7 +59,7 @@ def command(
                 raise
             except (ValueError, OSError, ImportError, RuntimeError) as error:
                 text = f"error: {for_command_line(error, _OPTIONS)}"
-                Console(stderr=True).print(text, style="red", markup=False, soft_wrap=True)
+                Console(stderr=True, **AS_IT_IS).print(text, style="red", soft_wrap=True)
                 raise typer.Exit(1) from error
 
         app.command(cls=Command, epilog="\n".join(examples), **settings)(guarded)
@@ -75,7 +76,7 @@ def progress(totals: Mapping[str, int]) -> Iterator[Callable[[str, int], None]]:
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     console, hidden = Console(stderr=True), not sys.stderr.isatty()
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         tasks = {name: bar.add_task(name, total=total) for name, total in totals.items()}
@@ -84,12 +85,12 @@ def progress(totals: Mapping[str, int]) -> Iterator[Callable[[str, int], None]]:
 
 def warn(text: str) -> None:
     """Prints a warning on stderr."""
-    Console(stderr=True).print(f"warning: {text}", soft_wrap=True, highlight=False, markup=False)
+    Console(stderr=True, **AS_IT_IS).print(f"warning: {text}", soft_wrap=True, highlight=False)
 
 
 def say(text: str) -> None:
     """Prints a line for people."""
-    Console().print(text, soft_wrap=True, highlight=False, markup=False)
+    Console(**AS_IT_IS).print(text, soft_wrap=True, highlight=False)
 
 
 def print_json(content: Any) -> None:

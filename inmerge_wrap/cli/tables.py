@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -12,6 +12,9 @@ from rich.table import Table
 
 KEPT = 9
 """Importance of a column that a table never drops."""
+
+AS_IT_IS: Mapping[str, Any] = {"markup": False, "emoji": False}
+"""Of a console: a class may be called ``[left]``, and a file ``a:x:b``."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def print_table(
     title: str, columns: Sequence[Column], styles: Sequence[str] = (), footer: str = ""
 ) -> None:
     """Prints a table of columns, with a style for each row, and names the columns left out."""
-    console = Console()
+    console = Console(**AS_IT_IS)
     shown = list(columns)
 
     def too_wide() -> bool:

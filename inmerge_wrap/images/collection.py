@@ -148,11 +148,18 @@ def split(
             contents[row, shown(collection.images[chosen[n]]) or [-1]] += 1
     total = sum(sizes[part] for part in wanted)
     assigned = deal(contents, [sizes[part] / total for part in wanted], seed)
+    grouped = any(image.group is not None for image in collection.images)
+    if empty := [part for place, part in enumerate(wanted) if place not in assigned]:
+        found = counted(len(units), "group" if grouped else "image")
+        remedy = "add images" + (", or see whether the <groups> are right" if grouped else "")
+        raise DataError(
+            f"{found} with these labels are too few to split: none is left for "
+            f"{' and '.join(empty)}; {remedy}"
+        )
     parts = [image.part for image in collection.images]
     for unit, place in zip(units, assigned, strict=True):
         for n in unit:
             parts[chosen[n]] = wanted[place]
-    grouped = any(image.group is not None for image in collection.images)
     new = [part for part in wanted if part != "train"]
     made = f"{' and '.join(new)} {'was' if len(new) == 1 else 'were'}"
     note = (

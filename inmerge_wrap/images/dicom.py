@@ -46,6 +46,8 @@ def decode_dicom(path: Path) -> Decoded:
     values = finite(np.asarray(apply_modality_lut(values, data)))
     inverted = data.PhotometricInterpretation == "MONOCHROME1"
     black, white = _range_of_bits(data)
+    if black == white:
+        raise ValueError("its rescale slope is 0, which makes all of its values equal")
     if "VOILUTSequence" in data:
         most = 2 ** int(data.VOILUTSequence[0].LUTDescriptor[2]) - 1
         return Decoded(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from inmerge_wrap.images.collection import PARTS, ImageCollection, ImageFile
-from inmerge_wrap.images.files import DataError, counted, is_image, named
+from inmerge_wrap.images.files import DICOM, RASTER, DataError, counted, is_image, named
 from inmerge_wrap.images.tables import numbered_rows
 
 _MEANT = {
@@ -47,6 +47,8 @@ def find_images(
     """
     if not directory.is_dir():
         raise DataError(f"{directory} is no folder")
+    if len(set(labels)) < len(labels):
+        raise DataError(f"<labels> names a column twice: {', '.join(labels)}")
     several = set(labels) if len(labels) > 1 else set()
     if taken := several & {"path", "group", "part"}:
         raise DataError(
@@ -57,11 +59,14 @@ def find_images(
         found = _from_folders(directory)
     else:
         found, rows = _from_table(table, directory, labels, path_column)
-    if alike := _differing_in_case(found.classes):
-        found = found.warned(
-            f"Classes that differ only in upper and lower case: {named(alike)}. If they are one "
-            "class, write them alike."
-        )
+    for what, key in (
+        ("differ only in upper and lower case", str.casefold),
+        ("are one number in two forms", _as_number),
+    ):
+        if alike := _alike(found.classes, key):
+            found = found.warned(
+                f"Classes that {what}: {named(alike)}. If they are one class, write them alike."
+            )
     names = [image.name for image in found.images]
     if taken := {"path", "label", "group", "part", *several}.intersection(marks):
         raise DataError(
@@ -124,12 +129,20 @@ def _places_of(classes: Iterable[str]) -> dict[str, int]:
     return {name: place for place, name in enumerate(sorted(set(classes), key=natural))}
 
 
-def _differing_in_case(classes: Sequence[str]) -> list[str]:
-    """``A = a`` for names of classes that are equal but for their case."""
-    same: dict[str, list[str]] = {}
+def _alike(classes: Sequence[str], key: Callable[[str], Hashable]) -> list[str]:
+    """``A = a`` for names of classes of which a key is equal."""
+    same: dict[Hashable, list[str]] = {}
     for name in classes:
-        same.setdefault(name.casefold(), []).append(name)
+        same.setdefault(key(name), []).append(name)
     return [" = ".join(names) for names in same.values() if len(names) > 1]
+
+
+def _as_number(name: str) -> float | str:
+    """1 and 1.0, which spreadsheets and pandas write for each other, as equal."""
+    try:
+        return float(name)
+    except ValueError:
+        return name
 
 
 # -- folders ---------------------------------------------------------------------------------------
@@ -142,6 +155,7 @@ def _from_folders(directory: Path) -> ImageCollection:
     parts = _training_parts(directory)
     files: list[tuple[str | None, str, Path]] = []
     ignored: list[str] = []
+    hidden: list[str] = []
     empty: list[str] = []
     warnings: list[str] = []
     for part, root in parts.items() if parts else [(None, directory)]:
@@ -155,6 +169,7 @@ def _from_folders(directory: Path) -> ImageCollection:
             )
             continue
         ignored += map(below, loose)
+        hidden += map(below, _hidden_with_images(root))
         for folder in folders:
             images, others = images_below(folder)
             files += [(part, canonical(folder.name), path) for path in images]
@@ -188,7 +203,19 @@ def _from_folders(directory: Path) -> ImageCollection:
     if ignored:
         what = counted(len(ignored), "file")
         collection = collection.listed(f"{what} ignored, not images in a class", ignored)
+    if hidden:
+        what = counted(len(hidden), "folder")
+        collection = collection.listed(f"{what} with images ignored, as hidden", hidden)
     return collection
+
+
+def _hidden_with_images(directory: Path) -> list[Path]:
+    """The hidden folders that may be meant as classes, such as ``.5 mg``."""
+    hidden = _in_unicode(path for path in directory.iterdir() if path.name.startswith("."))
+    readable = (path for path in hidden if path.is_dir() and os.access(path, os.R_OK | os.X_OK))
+    return [
+        path for path in readable if any(e.suffix.lower() in RASTER + DICOM for e in path.iterdir())
+    ]
 
 
 def parts_in(directory: Path) -> dict[str, Path]:

@@ -5,6 +5,7 @@ Pixels are in [0, 1] and not normalised, in a fixed order, as `evaluate_robustne
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from inmerge_wrap.images.finding import canonical, files_below, inside, listed, 
 
 __all__ = ["ImageFolder", "fit_images", "read_npz"]
 
+# What numpy raises on a file of another kind, of other arrays, or with damaged bytes.
+_NOT_IN_LAYOUT = (KeyError, ValueError, OSError, EOFError, TypeError, BadZipFile, zlib.error)
 _SUFFIXES = {*RASTER, *DICOM, ".webp", ".gif"}
 
 
@@ -44,7 +47,7 @@ def read_npz(path: str | Path, split: str = "test") -> tuple[Tensor, Tensor]:
     try:
         with open(path, "rb") as file, np.load(file) as content:
             images, labels = content[f"{split}_images"], content[f"{split}_labels"]
-    except (KeyError, ValueError, OSError, EOFError, TypeError, BadZipFile) as error:
+    except _NOT_IN_LAYOUT as error:
         raise ValueError(
             f"{path} is not in the MedMNIST layout: an .npz with {split}_images (N, H, W) or "
             f"(N, H, W, 3), bytes, and {split}_labels (N, 1) or (N, L); {error}"

@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from inmerge_wrap.errors import check_pixels
 from inmerge_wrap.files import write_json
-from inmerge_wrap.images.files import DataError, Decoded, decode
+from inmerge_wrap.images.files import DataError, Decoded, counted, decode
 
 FILE = "preparation.json"
 TASKS = ("multi-class", "multi-label")
@@ -104,6 +105,17 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise DataError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
+        if len(set(self.classes)) < len(self.classes):
+            raise DataError(f"classes must have different names, got {', '.join(self.classes)}")
+        check_pixels(self.mean, self.std)
+        channels, outputs = self.preparation.channels, len(self.classes)
+        for name, values, count in (
+            ("mean", self.mean, channels),
+            ("std", self.std, channels),
+            ("class_shares", self.class_shares, outputs),
+        ):
+            if values is not None and len(values) != count:
+                raise DataError(f"{name} must be {counted(count, 'number')}, got {len(values)}")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise DataError(f"temperature must be positive, got {self.temperature}")
         wanted = len(self.classes) if self.task == "multi-label" else None
@@ -112,6 +124,8 @@ class Recipe:
                 f"thresholds are {self.thresholds}, and the task is {self.task}: a multi-label "
                 f"task has one for each label: {', '.join(self.classes)}; any other has none"
             )
+        if not all(0 <= threshold <= 1 for threshold in self.thresholds or ()):
+            raise DataError(f"thresholds must lie in [0, 1], as probabilities: {self.thresholds}")
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The outputs (N, classes) as probabilities, in double precision."""

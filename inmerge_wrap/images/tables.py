@@ -44,18 +44,21 @@ def numbered_rows(
     semicolon or tab; UTF-8, UTF-16 or Windows-1252.
     """
     try:
-        text = _decoded(path.read_bytes())
-    except (OSError, UnicodeDecodeError) as error:
+        text, delimiter = _delimited(_decoded(path.read_bytes()), needed or {})
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from error
+    except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read: save it as CSV UTF-8 ({error})") from error
-    text, delimiter = _delimited(text, needed or {})
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows = []
     try:
+        if reader.fieldnames is not None and not any(map(str.strip, reader.fieldnames)):
+            raise DataError(f"{path}, row 1 is empty: it must name the columns")
         for row in reader:
             if any(cell.strip() for cell in row.get(None, ())):
                 raise DataError(
                     f"{path}, row {reader.line_num} has more cells than the header: put a text "
-                    f"that holds {delimiter!r} in quotes"
+                    f"that holds {delimiter!r} in quotes, and the header into row 1"
                 )
             cells = {_cell(key): _cell(value or "") for key, value in row.items() if key}
             if any(cells.values()):  # spreadsheets end in rows of delimiters
@@ -94,11 +97,13 @@ def _delimited(text: str, needed: Iterable[str]) -> tuple[str, str]:
     """
     if said := _SEPARATOR.match(text):
         return text[said.end() :], said[1]
-    header = text.partition("\n")[0]
-    often = sorted(",;\t", key=header.count, reverse=True)
+    headers = {  # a name in quotes may go on in the next line
+        delimiter: next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
+        for delimiter in ",;\t"
+    }
+    often = sorted(headers, key=lambda delimiter: len(headers[delimiter]), reverse=True)
     for delimiter in often:
-        cells = next(csv.reader([header], delimiter=delimiter), [])
-        if set(needed) <= {_cell(cell) for cell in cells}:
+        if set(needed) <= {_cell(cell) for cell in headers[delimiter]}:
             return text, delimiter
     return text, often[0]
 

@@ -228,6 +228,32 @@ def test_labels_of_one_class_give_no_balanced_accuracy(site: Path, tmp_path: Pat
     assert "the labelled images hold one class" in " ".join(content["warnings"])
 
 
+def test_an_image_in_several_rows_of_a_table_counts_once(site: Path, tmp_path: Path) -> None:
+    rows = ["path,finding", *(f"{n:02}.png,{m}" for n in range(5) for m in "xyz")]
+    (site / "other" / "table.csv").write_text("\n".join(rows))
+    options = ("--out", tmp_path / "out")
+    try:
+        content = run_json("adapt", site / "model", site / "other" / "table.csv", *options)
+    finally:
+        (site / "other" / "table.csv").unlink()
+    assert content["images"] == 5
+
+
+def test_labels_without_a_path_are_said(site: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("path,label\n00.png,a\n,b\n,c\n")
+    options = ("--labels", tmp_path / "labels.csv", "--out", tmp_path / "out")
+    told = complaint("adapt", site / "model", site / "other", *options)
+    assert "labels.csv, row 3 without a path: fill it in, or remove the row" in told
+
+
+def test_an_edited_card_that_cannot_be_read_is_named(site: Path, tmp_path: Path) -> None:
+    shutil.copytree(site / "model", tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("---\nlicense: ours: all of it\n---\n# Ours\n")
+    told = complaint("adapt", tmp_path / "model", site / "other", "--out", tmp_path / "out")
+    assert "README.md cannot be read (mapping values" in told and "mend the lines" in told
+    assert not (tmp_path / "out").exists()
+
+
 def test_labels_that_name_no_image_are_said(site: Path, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("path,label\nelsewhere.png,a\n")
     options = ("--labels", tmp_path / "labels.csv", "--out", tmp_path / "out")

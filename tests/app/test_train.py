@@ -306,7 +306,9 @@ def test_the_same_command_changes_nothing_and_another_is_refused(
     kept = sorted(path for path in (out / "runs").rglob("*") if path.is_file())
     before = [path.stat().st_mtime_ns for path in kept]
     page = (out / "report.html").read_text()
+    (out / "lists.txt").write_text("names of an error that was mended")
     assert run_here(monkeypatch, *arguments) == 0
+    assert not (out / "lists.txt").exists() and (out / "mistakes.png").exists()
     assert [path.stat().st_mtime_ns for path in kept] == before
     again = (out / "report.html").read_text()
     assert again.split("<details>")[:2] == page.split("<details>")[:2]
@@ -719,6 +721,23 @@ def test_each_site_is_held_out_in_turn(tmp_path: Path, monkeypatch: pytest.Monke
         assert all(len(row[name]) <= 9 for name in ("balanced accuracy", "low", "high", "auroc"))
     message = run_here(monkeypatch, *arguments, "--site", "hospital", "west")
     assert "hospital west: there are north, south/1" in str(message)
+
+
+def test_a_site_that_alone_shows_a_class_is_refused_before_any_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sites before it had been trained for hours by then."""
+    rows = [["path", "label", "hospital"]]
+    for n in range(48):
+        coloured(n % 2, n).save(tmp_path / f"{n}.png")
+        rows.append([f"{n}.png", "ab"[n % 2], ("east", "north")[n // 2 % 2]])
+    rows[-1][1:] = ["rare", "west"]
+    with open(tmp_path / "t.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    arguments = ["--data-dir", tmp_path, "--csv", tmp_path / "t.csv", "--out", tmp_path / "out"]
+    message = run_here(monkeypatch, *arguments, *TINY, "--site", "hospital")
+    assert "--site hospital west: without it there is no image of rare to train on" in str(message)
+    assert not list((tmp_path / "out").glob("*/runs"))
 
 
 @pytest.mark.parametrize(

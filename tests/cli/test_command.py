@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 
 from inmerge_wrap import __version__, plan_merging
 from inmerge_wrap.cli import app, main
+from inmerge_wrap.cli.shell import say, warn
+from inmerge_wrap.cli.tables import KEPT, Column, print_table
 from inmerge_wrap.errors import ArgumentError, ArgumentWarning, for_command_line
 from tests.cli.common import ARCH, complaint, run
 
@@ -198,3 +200,16 @@ def test_an_extra_is_named_for_the_package_of_another_alone(
     monkeypatch.setitem(sys.modules, lost, None)
     told = complaint("train", "--help")
     assert lost in told and ('pip install "inmerge-wrap[app]"' in told) is extra
+
+
+def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets were taken for markup, and words between colons for pictures."""
+    names = ["tumour [left]", "[/b]", "stage:x:a"]
+    column = Column("class [all]", names, KEPT, justify="left")
+    print_table("Images of runs/[old]", [column], footer="all [left]")
+    say("stage:x:a of [left]")
+    warn("stage:x:a of [left]")
+    shown = capsys.readouterr()
+    for text in [*names, "class [all]", "runs/[old]", "all [left]", "stage:x:a of [left]"]:
+        assert text in shown.out
+    assert "stage:x:a of [left]" in shown.err

@@ -139,6 +139,11 @@ def test_evaluate_refuses_other_layouts_and_labels_beyond_the_outputs(
     for broken in (cut, tmp_path / "array.npy"):
         assert "is not in the MedMNIST layout" in complaint(*common, broken)
     arrays = read(data)
+    np.savez_compressed(tmp_path / "damaged.npz", **arrays)
+    content = bytearray((tmp_path / "damaged.npz").read_bytes())
+    content[200:210] = bytes(10)
+    (tmp_path / "damaged.npz").write_bytes(content)
+    assert "not in the MedMNIST layout" in complaint(*common, tmp_path / "damaged.npz")
     np.savez(tmp_path / "float.npz", **arrays | {"test_images": arrays["test_images"] / 255})
     assert "bytes" in complaint(*common, tmp_path / "float.npz")
     np.savez(tmp_path / "nine.npz", **arrays | {"test_labels": arrays["test_labels"] + 2})

@@ -321,6 +321,14 @@ def test_what_anonymisers_leave_empty_is_as_if_it_were_not_there(tmp_path: Path,
         assert np.array_equal(shown, np.round(255 * (stored / 4095)))
 
 
+@pytest.mark.parametrize("window", [{}, {"WindowCenter": 40, "WindowWidth": 400}])
+def test_a_rescale_slope_of_zero_is_refused(window: dict, tmp_path: Path) -> None:
+    """It was shown as black, for the range of the bits had no width."""
+    tags = {"RescaleSlope": 0, "RescaleIntercept": -1024, **window}
+    path = dicom(tmp_path / "a.dcm", ramp(top=4095, dtype=np.uint16), BitsStored=12, **tags)
+    assert "rescale slope is 0" in str(examine(path).error)
+
+
 def test_dicom_without_a_window_shows_all_its_bits_and_monochrome1_is_inverted(
     tmp_path: Path,
 ) -> None:
@@ -819,9 +827,11 @@ def test_hidden_files_and_others_are_left_alone_and_named(tmp_path: Path) -> Non
     save(tmp_path / "a" / ".thumbs" / "0.png", ramp())
     (tmp_path / "a" / "notes.txt").write_text("text")
     save(tmp_path / "loose.png", ramp())
+    save(tmp_path / ".5 mg" / "0.png", ramp())
     collection, _ = opened(tmp_path)
     assert len(collection.images) == 24
     assert "2 files ignored, not images in a class: loose.png, a/notes.txt." in collection.notes
+    assert "1 folder with images ignored, as hidden: .5 mg." in collection.notes
 
 
 @pytest.mark.parametrize(
@@ -1061,11 +1071,39 @@ def test_an_error_names_arguments_in_python_options_on_the_command_line_and_name
     assert "folder: <i>" in for_command_line(raised.value)
 
 
+@pytest.mark.parametrize(
+    "edited,told",
+    [
+        ({"thresholds": [50, 40]}, r"thresholds must lie in \[0, 1\].*\(50, 40\)"),
+        ({"thresholds": [float("nan"), 0.5]}, r"thresholds must lie in \[0, 1\]"),
+        ({"std": [0]}, r"std is 0, but pixels in \[0, 1\] need \(0, 1\]"),
+        ({"mean": [127]}, "mean is 127, .*for grey levels up to 255, pass 0.498"),
+        ({"mean": [0.4, 0.5, 0.6]}, "mean must be 1 number, got 3"),
+        ({"classes": ["a", "a"]}, "classes must have different names, got a, a"),
+        ({"class_shares": [0.5]}, "class_shares must be 2 numbers, got 1"),
+    ],
+)
+def test_what_someone_wrote_into_a_deployment_is_checked(
+    edited: dict, told: str, tmp_path: Path
+) -> None:
+    """All of it gave wrong answers without a word."""
+    recipe = Recipe(
+        *(Preparation(32, 1), (0.5,), (0.2,), "multi-label", ("a", "b")), thresholds=(0.2, 0.9)
+    )
+    recipe.write(tmp_path)
+    assert Recipe.read(tmp_path) == recipe
+    content = json.loads((tmp_path / "preparation.json").read_text()) | edited
+    (tmp_path / "preparation.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"preparation\.json cannot be used: {told}"):
+        Recipe.read(tmp_path)
+
+
 def test_a_deployment_survives_json_and_checks_itself(tmp_path: Path) -> None:
     seen = Seen(40, ("integers",), 0.0, 0.0, 4095.0, 900.0, 30, 200, (0.1, 0.4), (0.05, 0.2))
     several = Recipe(
         Preparation(32, 1, "center", (0.0, 4095.0), True),
-        (0.5,), (0.2,), "multi-label", ("a", "b"), 1.7, (0.2, 0.9), seen, ("0123",),
+        (0.5,), (0.2,), "multi-label", ("a", "b"), 1.7, (0.2, 0.9), seen, (0.3, 0.1),
+        ("0123",),
     )  # fmt: skip
     several.write(tmp_path)
     assert Recipe.read(tmp_path) == several

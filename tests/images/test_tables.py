@@ -110,6 +110,36 @@ def test_the_delimiter_is_that_which_gives_the_columns(tmp_path: Path, label: st
         read_part(table, "test", size=8)
 
 
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
+@pytest.mark.parametrize("delimiter", [",", ";"])
+def test_a_table_of_any_system_is_read(tmp_path: Path, end: str, delimiter: str) -> None:
+    """Excel for Macintosh ends lines with a carriage return alone, and headers can be broken."""
+    lines = ['"Patient\nID";path;label', "5;a.png;x", "6;b.png;y"]
+    (tmp_path / "t.csv").write_bytes(end.join(lines).replace(";", delimiter).encode())
+    rows = numbered_rows(tmp_path / "t.csv", {"path": None})
+    assert [row for _, row in rows] == [
+        {"Patient\nID": "5", "path": "a.png", "label": "x"},
+        {"Patient\nID": "6", "path": "b.png", "label": "y"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "text,told",
+    [
+        ("\npath,label\na.png,x\n", "row 1 is empty: it must name the columns"),
+        (";;\npath;label;\na.png;x;\n", "row 1 is empty: it must name the columns"),
+        ("Export\npath,label\na.png,x\n", "more cells than the header.* header into row 1"),
+        ("x" * 200_000, r"save it as CSV UTF-8 \(field larger"),
+        (None, r"t\.csv cannot be read \(No such file or directory\)$"),
+    ],
+)
+def test_what_is_wrong_above_the_rows_is_said(text: str | None, told: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(DataError, match=told):
+        numbered_rows(tmp_path / "t.csv", {"path": None})
+
+
 def test_all_rows_with_a_fault_are_named_at_once(tmp_path: Path) -> None:
     rows = [(f"{n}.png", "ab"[n % 2], "train") for n in range(12)]
     for n in range(7):
@@ -149,6 +179,12 @@ def test_a_row_that_only_repeats_another_is_left_out_and_told(tmp_path: Path) ->
 # -- cells -----------------------------------------------------------------------------------------
 
 
+def test_a_column_of_labels_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    table = table_of(tmp_path, [("0.png", "1"), ("1.png", "0")], "path,nodule")
+    with pytest.raises(DataError, match="labels names a column twice: nodule, nodule"):
+        find_images(tmp_path, table=table, labels=["nodule", "nodule"])
+
+
 def test_classes_that_differ_only_in_case_are_told(tmp_path: Path) -> None:
     rows = [(f"{n}.png", ("Mass", "MASS", "cyst")[n % 3]) for n in range(36)]
     assert "upper and lower case: MASS = Mass. If" in " ".join(
@@ -156,6 +192,24 @@ def test_classes_that_differ_only_in_case_are_told(tmp_path: Path) -> None:
     )
     rows = [(path, label.lower()) for path, label in rows]
     assert "lower case" not in " ".join(opened(table_of(tmp_path, rows)).warnings)
+
+
+def test_numbers_in_two_forms_are_told_as_they_are_two_classes(tmp_path: Path) -> None:
+    rows = [(f"{n}.png", ["0", "1", "0.0", "1.0", "x"][n % 5]) for n in range(40)]
+    table = table_of(tmp_path, rows)
+    told = [w for w in opened(table).warnings if "one number in two forms" in w]
+    assert len(told) == 1 and "0 = 0.0, 1 = 1.0. If they are one class" in told[0]
+
+
+def test_what_is_too_little_to_split_is_said(tmp_path: Path) -> None:
+    """The message told to let the split make the parts, which it had done."""
+    table = table_of(tmp_path, [(f"{n}.png", "abc"[n]) for n in range(3)])
+    with pytest.raises(DataError, match=r"3 images with .* none is left for val and test; add"):
+        opened(table)
+    rows = [(f"{n}.png", "ab"[n % 2], "ward") for n in range(24)]
+    table = table_of(tmp_path, rows, "path,label,patient")
+    with pytest.raises(DataError, match=r"1 group with these .*see whether the groups are right"):
+        open_images(tmp_path, size=8, table=table, groups="patient")
 
 
 def test_a_part_that_a_program_wrote_as_missing_is_no_part(tmp_path: Path) -> None:
