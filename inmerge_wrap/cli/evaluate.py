@@ -163,13 +163,10 @@ def _print_result(result: RobustnessResult) -> None:
         for cells in [[_interval_cell(row, metric) for row in rows]]
     ]
     mean, std = (", ".join(f"{v:.4g}" for v in settings[name]) for name in ("mean", "std"))
-    _print_rows(
-        result,
-        columns,
-        f"{settings['weights']} on",
-        f"; normalised with mean [{mean}], std [{std}]. In brackets: 95% confidence interval over "
-        f"{_units(settings)}.",
-    )
+    explanation = f"; normalised with mean [{mean}], std [{std}]."
+    if settings["bootstrap"]:
+        explanation += f" In brackets: 95% confidence interval over {_units(settings)}."
+    _print_rows(result, columns, f"{settings['weights']} on", explanation)
 
 
 def _print_comparison(
@@ -187,14 +184,12 @@ def _print_comparison(
         by_place = {(entry["corruption"], entry["severity"]): entry for entry in found}
         cells = [_interval_cell(by_place.get(p, {}), "difference", sign="+") for p in places]
         columns.append(Column(f"{name} - {first}", cells, KEPT, wraps=True))
-    _print_rows(
-        results[first],
-        columns,
-        "Balanced error on",
-        f". A difference below 0 is better than {first}; in brackets: paired 95% confidence "
-        f"interval over {_units(results[first].settings)}. It does not cover the variation between "
-        "training seeds.",
-    )
+    settings = results[first].settings
+    explanation = f". A difference below 0 is better than {first}"
+    if settings["bootstrap"]:
+        explanation += f"; in brackets: paired 95% confidence interval over {_units(settings)}"
+    explanation += ". It does not cover the variation between training seeds."
+    _print_rows(results[first], columns, "Balanced error on", explanation)
 
 
 def _print_rows(
