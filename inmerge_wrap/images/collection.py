@@ -123,6 +123,14 @@ def spaced(count: int, most: int | None) -> list[int]:
 # -- splitting -------------------------------------------------------------------------------------
 
 
+def check_shares(shares: Mapping[str, float]) -> None:
+    """Raises an error unless each part has a positive share and they add up to 1."""
+    positive = set(shares) == set(PARTS) and all(share > 0 for share in shares.values())
+    if not positive or not np.isclose(sum(shares.values()), 1):
+        given = ", ".join(f"{share:g} for {part}" for part, share in shares.items())
+        raise DataError(f"<shares> must be three positive shares that add up to 1, got {given}")
+
+
 def split(
     collection: ImageCollection, *, shares: Mapping[str, float] | None = None, seed: int = 0
 ) -> ImageCollection:
@@ -131,9 +139,7 @@ def split(
     Parts that the data have stay as they are; missing ones are taken from train, by their shares.
     """
     sizes = shares or SHARES
-    positive = set(sizes) == set(PARTS) and all(size > 0 for size in sizes.values())
-    if not positive or not np.isclose(sum(sizes.values()), 1):
-        raise DataError(f"<shares> must be three positive shares that add up to 1, got {sizes}")
+    check_shares(sizes)
     given = {image.part for image in collection.images}
     wanted = [part for part in PARTS if part == "train" or part not in given]
     if wanted == ["train"]:
@@ -142,6 +148,12 @@ def split(
         return collection
     chosen = [n for n, image in enumerate(collection.images) if image.part in (None, "train")]
     units = _units([collection.images[n] for n in chosen])
+    if len(units) < len(wanted):
+        raise DataError(
+            f"{counted(len(chosen), 'image')} cannot be split into {', '.join(wanted)}: those of "
+            f"one group, or with equal pixels, stay together, which leaves {len(units)} to deal "
+            "out. Check <groups>, or add images"
+        )
     contents = np.zeros((len(units), len(collection.classes) + 1))
     for row, unit in enumerate(units):
         for n in unit:  # the last column counts images that show nothing
@@ -164,8 +176,8 @@ def split(
     if grouped:
         return done
     return done.warned(
-        "Images were split one by one, for no groups were named. If there are several of one "
-        "patient, figures are too good: name the patients as groups."
+        "Images were split one by one, because no groups were named. If a patient has several "
+        "images, figures are too good: name the patients with --groups."
     )
 
 
