@@ -63,7 +63,10 @@ def at_least(least: int) -> Callable[[str], int]:
     """Returns the argparse type of whole numbers from ``least`` on."""
 
     def whole_number(text: str) -> int:
-        number = int(text)
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
         if number < least:
             raise argparse.ArgumentTypeError(f"must lie in [{least}, inf), got {number}")
         return number

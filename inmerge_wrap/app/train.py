@@ -183,7 +183,9 @@ def train_and_report(options: argparse.Namespace, accelerator: Accelerator, memo
     for run, each in found.items():
         clean = row_of(each, "clean")
         if "balanced_error" in clean:
-            print(f"{run.name}: balanced accuracy {1 - clean['balanced_error']:.3f} on the test")
+            print(
+                f"{run.name}: balanced accuracy {1 - clean['balanced_error']:.3f} on the test part"
+            )
     print(f"The report: {page}\nThe network, for plain timm: {options.out / 'model'}")
 
 

@@ -45,6 +45,7 @@ from inmerge_wrap.app import (  # noqa: E402
     findings,
     operating,
     options,
+    records,
     report,
     starting_weights,
     testing,
@@ -726,7 +727,14 @@ def test_each_site_is_held_out_in_turn(tmp_path: Path, monkeypatch: pytest.Monke
     [
         (["--prevalence", "2", "--preset", "quick"], "between 0 and 1, or CLASS=SHARE\n"),
         (["--epochs", "0"], "argument --epochs: must lie in [1, inf), got 0"),
-        (["--lr", "0"], "--lr positive"),
+        (["--epochs", "1.5"], "argument --epochs: must be a whole number, got '1.5'"),
+        (["--size", "4"], "--size must be at least 8 pixels, got 4"),
+        (["--pixel-range", "9", "1"], "--pixel-range must be BLACK < WHITE, got 9 1"),
+        (["--split", "70", "15", "15"], "--split must be three positive shares that add up to 1, "),
+        (["--lr", "0"], "--lr must be above 0, got 0"),
+        (["--lr", "nan"], "--lr must be above 0, got nan"),
+        (["--weight-decay", "-1"], "--weight-decay must be at least 0, got -1"),
+        (["--weight-decay", "nan"], "--weight-decay must be at least 0, got nan"),
         (["--arch", "resnet19"], "--arch resnet19 is no model of timm"),
         (["--labels", "a", "b"], "give --csv FILE"),
         (["--license", "mine, all mine"], "is not an identifier of the Hub"),
@@ -745,6 +753,20 @@ def test_settings_out_of_range_are_refused_at_once(
 ) -> None:
     assert run_here(monkeypatch, "--data-dir", tmp_path, *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("program", "shown"),
+    [
+        ("/home/x/bin/inmerge", "inmerge train --out 'my runs'"),
+        ("recipes/own_images.py", "python recipes/own_images.py train --out 'my runs'"),
+    ],
+)
+def test_the_command_is_shown_as_it_was_given(
+    program: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [program, "train", "--out", "my runs"])
+    assert records.environment()["command"] == shown
 
 
 def test_a_severity_that_is_given_twice_counts_once() -> None:
@@ -879,7 +901,7 @@ def test_weights_of_a_file_keep_everything_but_the_head(tmp_path: Path) -> None:
     first = f"{trained.pretrained_cfg['first_conv']}.weight"
     assert torch.allclose(grey.state_dict()[first], state[first].sum(1, keepdim=True))
     assert len(mean) == 1
-    with pytest.raises(SystemExit, match=r"do not fit resnet10t: .* tensors are missing"):
+    with pytest.raises(SystemExit, match=r"do not fit resnet10t: .* tensors are missing .*--arch"):
         start("resnet10t", str(tmp_path / "w.pth"), num_classes=3, channels=3)
     (tmp_path / "bad.pth").write_text("nothing")
     with pytest.raises(SystemExit, match="cannot be read"):
