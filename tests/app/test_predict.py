@@ -188,6 +188,8 @@ def test_predict_answers_mistakes(tmp_path: Path) -> None:
     told = complaint("predict", tmp_path / "model", tmp_path / "images")
     assert "has no preparation.json" in told and "give the folder model/" in told
     trained(tmp_path / "model", "png8", tmp_path / "images")
+    told = complaint("predict", tmp_path / "model", tmp_path / "images", "--path-column", "file")
+    assert "--path-column file names a column of a CSV file, and none is given" in told
     (tmp_path / "empty").mkdir()
     assert "no image in" in complaint("predict", tmp_path / "model", tmp_path / "empty")
     there = ("--out", tmp_path / "empty")
