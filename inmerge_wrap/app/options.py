@@ -254,6 +254,8 @@ def parse_arguments(arguments: Sequence[str] | None, program: str) -> argparse.N
         parser.error("--labels and --path-column name columns of a table: give --csv FILE")
     if options.arch is not None and not timm.is_model(options.arch):
         parser.error(f"--arch {options.arch} is no model of timm")
+    if options.license_name is not None and options.license != "other":
+        parser.error(f"--license-name {options.license_name}: give --license other, too")
     if not title_of(options):
         parser.error(f"--data-dir {options.data_dir} has no name for the report: give a --title")
     try:

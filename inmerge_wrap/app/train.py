@@ -210,7 +210,9 @@ def check_network(runs: list[Run], options: argparse.Namespace, processes: int) 
         try:
             InMergeWrapper.recommended(network, total_steps=1)
         except ValueError as error:
-            raise SystemExit(f"--arch {arch}: {error}") from error
+            raise SystemExit(
+                f"--arch {arch}: {error}. Or train it without merging: --only plain"
+            ) from error
 
 
 def _failure_of(network: nn.Module, options: argparse.Namespace, images: int) -> str | None:

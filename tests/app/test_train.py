@@ -682,6 +682,16 @@ def test_a_network_is_tried_before_images_are_read(
     assert not (tmp_path / "out" / "files.json").exists()
 
 
+def test_a_network_in_which_nothing_merges_can_be_trained_without_merging(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "data", 4)
+    arguments = ["--data-dir", tmp_path / "data", *TINY, "--out", tmp_path / "out"]
+    message = str(run_here(monkeypatch, *arguments, "--arch", "test_vit", "--size", "160"))
+    assert message.startswith("--arch test_vit: nothing to merge in VisionTransformer")
+    assert message.endswith("Or train it without merging: --only plain")
+
+
 def test_trying_a_network_does_not_change_the_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -740,6 +750,7 @@ def test_each_site_is_held_out_in_turn(tmp_path: Path, monkeypatch: pytest.Monke
         (["--license", "mine, all mine"], "is not an identifier of the Hub"),
         (["--data-dir", "/", "--csv", "t.csv"], "--data-dir / has no name for the report: give a"),
         (["--license", "other"], "--license other needs --license-name"),
+        (["--license-name", "ward-7"], "--license-name ward-7: give --license other, too"),
         (["--ema", "1"], "--ema must lie in [0, 1), got 1"),
         (["--preset", "moonlight"], "'moonlight'"),
     ],
