@@ -66,7 +66,8 @@ def at_least(least: int) -> Callable[[str], int]:
         try:
             number = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+            message = f"must be an integer in [{least}, inf), got {text!r}"
+            raise argparse.ArgumentTypeError(message) from None
         if number < least:
             raise argparse.ArgumentTypeError(f"must lie in [{least}, inf), got {number}")
         return number

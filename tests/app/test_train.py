@@ -737,7 +737,7 @@ def test_each_site_is_held_out_in_turn(tmp_path: Path, monkeypatch: pytest.Monke
     [
         (["--prevalence", "2", "--preset", "quick"], "between 0 and 1, or CLASS=SHARE\n"),
         (["--epochs", "0"], "argument --epochs: must lie in [1, inf), got 0"),
-        (["--epochs", "1.5"], "argument --epochs: must be a whole number, got '1.5'"),
+        (["--epochs", "1.5"], "argument --epochs: must be an integer in [1, inf), got '1.5'"),
         (["--size", "4"], "--size must be at least 8 pixels, got 4"),
         (["--pixel-range", "9", "1"], "--pixel-range must be BLACK < WHITE, got 9 1"),
         (["--split", "70", "15", "15"], "--split must be three positive shares that add up to 1, "),
