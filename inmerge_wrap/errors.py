@@ -63,7 +63,11 @@ def at_least(least: int) -> Callable[[str], int]:
     """Returns the argparse type of whole numbers from ``least`` on."""
 
     def whole_number(text: str) -> int:
-        number = int(text)
+        try:
+            number = int(text)
+        except ValueError:
+            message = f"must be an integer in [{least}, inf), got {text!r}"
+            raise argparse.ArgumentTypeError(message) from None
         if number < least:
             raise argparse.ArgumentTypeError(f"must lie in [{least}, inf), got {number}")
         return number

@@ -572,7 +572,7 @@ def test_the_page_of_evidence_shows_the_other_laboratories_as_they_were_analysed
     text = words(page_of("README.md")).replace("95% interval ", "")
     assert f"{merging[0]} and {merging[1]}. Channel noise: {first} and {second} (" in text
     assert f"accuracy by {merging[0].replace('+', '')}, and channel noise by {first[1:]};" in text
-    assert f"gave plain training {adapting[0].split()[0][1:]}" in text
+    assert f"raised the balanced accuracy of plain training by {adapting[0].split()[0][1:]}" in text
 
 
 def test_the_page_of_evidence_shows_the_other_arms_in_the_laboratories() -> None:

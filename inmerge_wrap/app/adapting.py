@@ -128,7 +128,8 @@ def adapt(
     if labels and not kept:
         raise ArgumentError(
             f"no labelled image is {elsewhere}, for example {next(iter(labels))!r} and "
-            f"{site.names[0]!r}: name them as below the folder"
+            f"{site.names[0]!r}: write the paths of the labels as they are below the folder of "
+            "images, or in the table of images"
         )
     if labels:
         known = torch.tensor([labels[site.names[place]] for place in kept])

@@ -182,7 +182,7 @@ def _check_same_images(contenders: Sequence[Contender], *, files: bool) -> None:
                 raise ArgumentError(
                     f"{one.name} and {other.name} cannot be compared on the same images: {what} "
                     f"is {mine[what]} and {theirs}"
-                    + ("; <size> makes them equal" if what == "size" else "")
+                    + ("; <size> makes them equal" if what == "size" else "; evaluate each alone")
                 )
 
 
@@ -249,8 +249,8 @@ def seen_in_training(contenders: Sequence[Contender], images: LabelledImages) ->
         if count:
             found.append(
                 f"{each.name} was trained on {count} of the {len(images.digests)} images, so its "
-                "figures are too good: give the split.csv of that training, "
-                "of which the test part alone is used"
+                "figures are too good: use other images, such as the test part of the split.csv of "
+                "that training"
             )
     return found
 

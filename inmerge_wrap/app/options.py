@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 from inmerge_wrap.app.training import Run
 from inmerge_wrap.card import ModelCard
 from inmerge_wrap.errors import ArgumentError, at_least, for_command_line
+from inmerge_wrap.images.collection import PARTS, check_shares
 from inmerge_wrap.images.finding import canonical
+from inmerge_wrap.images.preparation import Preparation
 from inmerge_wrap.robustness.corruptions import resolve_preset
 
 DESCRIPTION = """\
@@ -87,7 +90,12 @@ add(
     metavar=("TRAIN", "VAL", "TEST"),
     help="shares of the parts, if the data are not split (default: 0.7 0.15 0.15)",
 )
-add("--split-seed", type=int, default=0, help="seed of the split, the same for all runs")
+add(
+    "--split-seed",
+    type=int,
+    default=0,
+    help="seed of the split, the same for all runs (default: 0)",
+)
 add("--skip-broken", action="store_true", help="leave out files that cannot be read")
 add("--allow-overlap", action="store_true", help="train although parts share images or groups")
 add("--size", type=int, default=224, help="side of the images in pixels (default: %(default)s)")
@@ -132,9 +140,19 @@ add(
 )
 add("--epochs", type=at_least(1), default=20, help="epochs of each run (default: %(default)s)")
 add("--batch-size", type=at_least(1), default=32, help="over all processes (default: %(default)s)")
-add("--lr", type=float, default=5e-4, help="learning rate of AdamW, after one epoch of warm-up")
+add(
+    "--lr",
+    type=float,
+    default=5e-4,
+    help="learning rate of AdamW, after one epoch of warm-up (default: %(default)s)",
+)
 add("--weight-decay", type=float, default=0.05, help="of AdamW (default: %(default)s)")
-add("--ema", type=float, default=0.998, help="decay of the averaged weights (EMA); 0 for none")
+add(
+    "--ema",
+    type=float,
+    default=0.998,
+    help="decay of the averaged weights (EMA); 0 for none (default: %(default)s)",
+)
 add(
     "--augment",
     default="trivial",
@@ -179,7 +197,12 @@ add(
     metavar="S",
     help="severities of the corruptions, 1 to 5 (default: 3)",
 )
-add("--bootstrap", type=at_least(0), default=1000, help="resamples for the intervals; 0 for none")
+add(
+    "--bootstrap",
+    type=at_least(0),
+    default=1000,
+    help="resamples for the intervals; 0 for none (default: 1000)",
+)
 add(
     "--subgroups",
     nargs="+",
@@ -195,7 +218,11 @@ add(
     help="also report predictive values for this share of patients with the finding, such as 0.02",
 )
 add("--title", help="title of the report (default: the name of the folder)")
-add("--license", default="unknown", help="licence of the weights, for the model card")
+add(
+    "--license",
+    default="unknown",
+    help="licence of the weights, for the model card (default: unknown)",
+)
 add("--license-name", help="name of the licence, with --license other")
 add("--out", type=Path, default=Path("runs/own_images"), help="folder (default: %(default)s)")
 
@@ -211,8 +238,10 @@ def parse_arguments(arguments: Sequence[str] | None, program: str) -> argparse.N
     parser.prog = program
     options = parser.parse_args(arguments)
     options.severities = sorted(set(options.severities))
-    if not options.lr > 0 or options.weight_decay < 0:
-        parser.error("--weight-decay must not be negative, and --lr positive")
+    if not 0 < options.lr < math.inf:
+        parser.error(f"--lr must be above 0, got {options.lr:g}")
+    if not 0 <= options.weight_decay < math.inf:
+        parser.error(f"--weight-decay must be at least 0, got {options.weight_decay:g}")
     if not 0 <= options.ema < 1:
         parser.error(f"--ema must lie in [0, 1), got {options.ema:g}")
     inside = options.out.resolve().is_relative_to(options.data_dir.resolve())
@@ -225,16 +254,21 @@ def parse_arguments(arguments: Sequence[str] | None, program: str) -> argparse.N
         parser.error("--labels and --path-column name columns of a table: give --csv FILE")
     if options.arch is not None and not timm.is_model(options.arch):
         parser.error(f"--arch {options.arch} is no model of timm")
+    if options.license_name is not None and options.license != "other":
+        parser.error(f"--license-name {options.license_name}: give --license other, too")
     if not title_of(options):
         parser.error(f"--data-dir {options.data_dir} has no name for the report: give a --title")
     try:
+        Preparation(options.size, options.channels or 3, pixel_range=options.pixel_range)
+        if options.split is not None:
+            check_shares(dict(zip(PARTS, options.split, strict=True)))
         prevalences_of(options, ())
         if options.preset is not None:
             resolve_preset(options.preset)
         licence = {name: getattr(options, name) for name in ("license", "license_name")}
         ModelCard(title=title_of(options), training_data="own images", **licence)
     except ValueError as error:
-        parser.error(for_command_line(error))
+        parser.error(for_command_line(error, {"shares": "--split"}))
     return options
 
 

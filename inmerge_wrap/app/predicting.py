@@ -40,6 +40,7 @@ class Prediction:
 def find_files(sources: Sequence[Path], path_column: str = "path") -> list[tuple[str, Path]]:
     """Returns name and path of each image of files, folders and CSV files."""
     found: list[tuple[str, Path]] = []
+    alone = len(sources) == 1  # names in two folders or tables can be equal
     for source in sources:
         if source.is_dir():
             images, others = images_below(source)
@@ -52,14 +53,14 @@ def find_files(sources: Sequence[Path], path_column: str = "path") -> list[tuple
                     f"BMP or DICOM: {named(names)}"
                 )
                 warnings.warn(ArgumentWarning(message), stacklevel=2)
-            alone = len(sources) == 1  # names in two folders can be equal
             found += [
                 ((path.relative_to(source) if alone else path).as_posix(), path) for path in images
             ]
         elif source.suffix.lower() == ".csv":
             for number, row in numbered_rows(source, {path_column: "path_column"}):
                 name = _name_in_row(f"{source}, row {number}", row[path_column], path_column)
-                found.append((name, source.parent / name))
+                path = source.parent / name
+                found.append((name if alone else path.as_posix(), path))
         elif source.exists():
             found.append((str(source), source))
         else:

@@ -20,8 +20,10 @@ from inmerge_wrap import __version__
 def environment() -> dict[str, Any]:
     """Returns the command, the versions and the machine."""
     packages = ("torch", "timm", "accelerate")
+    program, *arguments = sys.argv
+    called = ["inmerge"] if Path(program).stem == "inmerge" else ["python", program]
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join([*called, *arguments]),
         "versions": {
             "inmerge_wrap": __version__,
             **{package: version(package) for package in packages},

@@ -91,7 +91,8 @@ def _fit(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
     if missing:
         raise SystemExit(
             f"--weights {source} do not fit {config['architecture']}: {len(missing)} of "
-            f"{len(own)} tensors are missing or of another shape, such as {missing[0]}"
+            f"{len(own)} tensors are missing or of another shape, such as {missing[0]}; name their "
+            "network with --arch"
         )
     network.load_state_dict(fitting, strict=False)
 

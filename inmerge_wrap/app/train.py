@@ -198,7 +198,9 @@ def train_and_report(options: argparse.Namespace, accelerator: Accelerator, memo
     for run, each in found.items():
         clean = row_of(each, "clean")
         if "balanced_error" in clean:
-            print(f"{run.name}: balanced accuracy {1 - clean['balanced_error']:.3f} on the test")
+            print(
+                f"{run.name}: balanced accuracy {1 - clean['balanced_error']:.3f} on the test part"
+            )
     print(f"The report: {page}\nThe network, for plain timm: {options.out / 'model'}")
 
 
@@ -223,7 +225,9 @@ def check_network(runs: list[Run], options: argparse.Namespace, processes: int) 
         try:
             InMergeWrapper.recommended(network, total_steps=1)
         except ValueError as error:
-            raise SystemExit(f"--arch {arch}: {error}") from error
+            raise SystemExit(
+                f"--arch {arch}: {error}. Or train it without merging: --only plain"
+            ) from error
 
 
 def _failure_of(network: nn.Module, options: argparse.Namespace, images: int) -> str | None:

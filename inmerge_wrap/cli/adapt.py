@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from inmerge_wrap.cli import options
-from inmerge_wrap.cli.options import check_place, check_there
+from inmerge_wrap.cli.options import check_path_column, check_place, check_there
 from inmerge_wrap.cli.shell import command, print_json, progress, say, warn
 from inmerge_wrap.cli.tables import KEPT, Column, print_table
 
@@ -45,13 +45,15 @@ def adapt(
             need no labels.
         out: New folder for the adapted network.
         prior: Number of images that the training's statistics count as.
-        labels: Labels of some of the images: columns path and label, or path and a column of 0 and
-            1 for each label. The temperature and the thresholds are chosen on these images.
+        labels: Labels of some of the images: columns path (as below the folder of images) and
+            label, or path and a column of 0 and 1 for each label. The temperature and the
+            thresholds are chosen on these images.
         site: Name of the site, for the model card; default: that of the folder.
         limit: Number of images to use, evenly spaced over all.
     """
     for path in (model, images, *([labels] if labels else [])):
         check_there(path)
+    check_path_column(path_column, (images, labels))
     from inmerge_wrap.app.adapted_folder import check_out, write_adapted
     from inmerge_wrap.app.adapting import adapt as adapted_to
     from inmerge_wrap.app.adapting import check_norms, read_site

@@ -60,18 +60,20 @@ def evaluate(
         data: A folder with one folder of images for each class, FOLDER/CLASS/* or
             FOLDER/test/CLASS/*; an .npz in the MedMNIST layout; or, for a network of `inmerge
             train`, a CSV file such as its split.csv.
-        mean: Mean of the training images, pixels in [0, 1]; a timm folder records its own.
+        mean: Mean of the training images, pixels in [0, 1]: one value, or one per channel (repeat
+            the option); a timm folder records its own.
         std: Standard deviation, likewise.
-        preset: Corruptions: a preset or a MedMNIST name; default: by the name of the data.
+        preset: Corruptions: a preset or a MedMNIST name; default: by the name of a MedMNIST file,
+            otherwise quick.
         severity: Severity, 1 to 5; default: all. Repeatable.
         attack: fgsm or pgd. Repeatable.
         eps: Size of the attacks, in units of 1/255; default: 2.
         task: multiclass, binary or multilabel; default: by the labels.
-        split: Part of the data to use.
+        split: Part of the data to use: test, val or train.
         size: Side to resize to; default: that of the timm folder.
         limit: Number of images to use, evenly spaced over all.
         seed: Seed of corruptions, attacks and bootstrap.
-        bootstrap: Number of bootstrap resamples.
+        bootstrap: Number of bootstrap resamples; 0 for no intervals.
         output: JSON file for all rows.
     """
     paths = _named_paths(models)
@@ -163,13 +165,10 @@ def _print_result(result: RobustnessResult) -> None:
         for cells in [[_interval_cell(row, metric) for row in rows]]
     ]
     mean, std = (", ".join(f"{v:.4g}" for v in settings[name]) for name in ("mean", "std"))
-    _print_rows(
-        result,
-        columns,
-        f"{settings['weights']} on",
-        f"; normalised with mean [{mean}], std [{std}]. In brackets: 95% confidence interval over "
-        f"{_units(settings)}.",
-    )
+    explanation = f"; normalised with mean [{mean}], std [{std}]."
+    if settings["bootstrap"]:
+        explanation += f" In brackets: 95% confidence interval over {_units(settings)}."
+    _print_rows(result, columns, f"{settings['weights']} on", explanation)
 
 
 def _print_comparison(
@@ -187,14 +186,12 @@ def _print_comparison(
         by_place = {(entry["corruption"], entry["severity"]): entry for entry in found}
         cells = [_interval_cell(by_place.get(p, {}), "difference", sign="+") for p in places]
         columns.append(Column(f"{name} - {first}", cells, KEPT, wraps=True))
-    _print_rows(
-        results[first],
-        columns,
-        "Balanced error on",
-        f". A difference below 0 is better than {first}; in brackets: paired 95% confidence "
-        f"interval over {_units(results[first].settings)}. It does not cover the variation between "
-        "training seeds.",
-    )
+    settings = results[first].settings
+    explanation = f". A difference below 0 is better than {first}"
+    if settings["bootstrap"]:
+        explanation += f"; in brackets: paired 95% confidence interval over {_units(settings)}"
+    explanation += ". It does not cover the variation between training seeds."
+    _print_rows(results[first], columns, "Balanced error on", explanation)
 
 
 def _print_rows(
@@ -203,12 +200,13 @@ def _print_rows(
     settings, rows = result.settings, _shown_rows(result)
     names = Column("corruption", [_row_name(row) for row in rows], KEPT, justify="left")
     severities = ", ".join(map(str, settings["severities"]))
+    several = len(settings["severities"]) > 1
+    at = f"mean over severities {severities}" if several else f"severity {severities}"
     print_table(
         f"{subject} {settings['data']} ({settings['split']}, {settings['n']} images)",
         [names, *columns],
         ["bold" if row["corruption"] in ("clean", "all") else "" for row in rows],
-        f"Corruptions of preset {settings['preset']}, mean over severities {severities}"
-        f"{explanation}",
+        f"Corruptions of preset {settings['preset']}, {at}{explanation}",
     )
 
 

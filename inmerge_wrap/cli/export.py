@@ -43,7 +43,7 @@ def export(
 
     Args:
         output: A .safetensors file for plain weights, or a folder for timm's `local-dir:`.
-        mean: Mean of pixels in [0, 1]: one value, or one per channel.
+        mean: Mean of pixels in [0, 1]: one value, or one per channel (repeat the option).
         std: Standard deviation, likewise.
         label_names: Class names, separated by commas.
         card: JSON file with the fields of the model card.
@@ -63,7 +63,8 @@ def export(
         of_folders |= {"label_names": label_names, "card": card}
         unused = [f"<{name}>" for name, value in of_folders.items() if value]
         if unused:
-            raise ArgumentError(f"{', '.join(unused)} need a folder as the output, not one file")
+            what = ", ".join(unused)
+            raise ArgumentError(f"{output} is one file, and {what} can be written to a folder only")
         export_weights(network, output)
         arch = arch or read_json(weights / "config.json")["architecture"]
         line = _loading_line(arch, arguments, output)

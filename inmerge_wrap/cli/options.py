@@ -113,6 +113,15 @@ def check_file(path: Path | None, *, sources: Iterable[Path] = ()) -> None:
     check_place(path)
 
 
+def check_path_column(column: str, tables: Iterable[Path | None]) -> None:
+    """Raises an error if a column of paths is named and there is no table that could have it."""
+    named = column != "path"
+    if named and not any(path is not None and path.suffix.lower() == ".csv" for path in tables):
+        raise ArgumentError(
+            f"<path_column={column}> names a column of a CSV file, and none is given: leave it out"
+        )
+
+
 def check_place(path: Path) -> None:
     """Raises an error if nothing can be written where a file or folder is to be."""
     try:

@@ -11,7 +11,7 @@ import typer
 from typer import Argument, Option
 
 from inmerge_wrap.cli import options
-from inmerge_wrap.cli.options import check_file, check_there
+from inmerge_wrap.cli.options import check_file, check_path_column, check_there
 from inmerge_wrap.cli.shell import command, print_json, progress, say, warn
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def predict(
     """
     for path in (model, *images):
         check_there(path)
+    check_path_column(path_column, images)
     check_file(out, sources=images)
     from inmerge_wrap.app.model import TrainedModel
     from inmerge_wrap.app.predicting import find_files, warnings_of, write_predictions

@@ -123,6 +123,14 @@ def spaced(count: int, most: int | None) -> list[int]:
 # -- splitting -------------------------------------------------------------------------------------
 
 
+def check_shares(shares: Mapping[str, float]) -> None:
+    """Raises an error unless each part has a positive share and they add up to 1."""
+    positive = set(shares) == set(PARTS) and all(share > 0 for share in shares.values())
+    if not positive or not np.isclose(sum(shares.values()), 1):
+        given = ", ".join(f"{share:g} for {part}" for part, share in shares.items())
+        raise DataError(f"<shares> must be three positive shares that add up to 1, got {given}")
+
+
 def split(
     collection: ImageCollection, *, shares: Mapping[str, float] | None = None, seed: int = 0
 ) -> ImageCollection:
@@ -131,9 +139,7 @@ def split(
     Parts that the data have stay as they are; missing ones are taken from train, by their shares.
     """
     sizes = shares or SHARES
-    positive = set(sizes) == set(PARTS) and all(size > 0 for size in sizes.values())
-    if not positive or not np.isclose(sum(sizes.values()), 1):
-        raise DataError(f"<shares> must be three positive shares that add up to 1, got {sizes}")
+    check_shares(sizes)
     given = {image.part for image in collection.images}
     wanted = [part for part in PARTS if part == "train" or part not in given]
     if wanted == ["train"]:
@@ -148,18 +154,17 @@ def split(
             contents[row, shown(collection.images[chosen[n]]) or [-1]] += 1
     total = sum(sizes[part] for part in wanted)
     assigned = deal(contents, [sizes[part] / total for part in wanted], seed)
-    grouped = any(image.group is not None for image in collection.images)
     if empty := [part for place, part in enumerate(wanted) if place not in assigned]:
-        found = counted(len(units), "group" if grouped else "image")
-        remedy = "add images" + (", or see whether the <groups> are right" if grouped else "")
         raise DataError(
-            f"{found} with these labels are too few to split: none is left for "
-            f"{' and '.join(empty)}; {remedy}"
+            f"{counted(len(chosen), 'image')} with these labels are too few to split: those of one "
+            f"group, or with equal pixels, stay together, and none is left for "
+            f"{' and '.join(empty)}. Check <groups>, or add images"
         )
     parts = [image.part for image in collection.images]
     for unit, place in zip(units, assigned, strict=True):
         for n in unit:
             parts[chosen[n]] = wanted[place]
+    grouped = any(image.group is not None for image in collection.images)
     new = [part for part in wanted if part != "train"]
     made = f"{' and '.join(new)} {'was' if len(new) == 1 else 'were'}"
     note = (
@@ -171,8 +176,8 @@ def split(
     if grouped:
         return done
     return done.warned(
-        "Images were split one by one, for no groups were named. If there are several of one "
-        "patient, figures are too good: name the patients as groups."
+        "Images were split one by one, because no groups were named. If a patient has several "
+        "images, figures are too good: name the patients with --groups."
     )
 
 

@@ -108,9 +108,10 @@ def _values_of(
     matches = [expression.search(canonical(name)) for name in names]
     unmatched = [name for name, match in zip(names, matches, strict=True) if match is None]
     if unmatched:
+        there = f" (it has {', '.join(rows[0])})" if rows else ""
         raise DataError(
-            f"{option} {what!r} is no column of a table, and as a pattern it is not found in "
-            f"{counted(len(unmatched), 'name')}: {named(unmatched)}",
+            f"{option} {what!r} is no column of a table{there}, and as a pattern it is not found "
+            f"in {counted(len(unmatched), 'name')}: {named(unmatched)}",
             names=unmatched,
         )
     return [_value(m[min(expression.groups, 1)] or "") for m in matches if m is not None]

@@ -62,7 +62,8 @@ def open_images(
     if site is not None:
         collection = _hold_out(collection, *site)
     collection = split(collection, shares=shares, seed=seed)
-    return _suspicious(check(collection, allow_overlap=allow_overlap)), preparation
+    checked = check(collection, allow_overlap=allow_overlap)
+    return _suspicious(checked, windows=not preparation.override_windows), preparation
 
 
 def _refuse_if_none_is_there(collection: ImageCollection, directory: Path, remedy: str) -> None:
@@ -100,12 +101,14 @@ def _hold_out(collection: ImageCollection, column: str, site: str) -> ImageColle
     return collection
 
 
-def _suspicious(collection: ImageCollection) -> ImageCollection:
+def _suspicious(collection: ImageCollection, *, windows: bool) -> ImageCollection:
+    """Warns of what may be shown otherwise than people think; ``windows`` are those of DICOM."""
     facts = [image.facts for image in collection.images]
-    if unwindowed := sum(entry.kind == "unwindowed" for entry in facts):
+    unwindowed = sum(entry.kind == "unwindowed" for entry in facts)
+    if windows and unwindowed:
         collection = collection.warned(
             f"{counted(unwindowed, 'DICOM file')} without a window: all of the values that the "
-            "bits can hold are shown, unless a pixel range is given."
+            "bits can hold are shown. --pixel-range sets another range."
         )
     if long := sum(entry.sides[1] > 1.5 * entry.sides[0] for entry in facts):
         collection = collection.warned(
@@ -151,7 +154,7 @@ def read_part(
         directory: A folder ``DIR/part/CLASS/...``, a folder ``DIR/CLASS/...`` that is taken whole,
             or a CSV file: the ``split.csv`` that a training wrote, or any with the columns path and
             label, or path and those of ``classes``.
-        part: train, val or test.
+        part: train, val or test; only test of what is not split.
         size: Side in pixels, where no preparation is given.
         preparation: As the network was trained with; guessed from these files if None.
         classes: Names in the order of the network's outputs; those found, sorted, if None.
@@ -176,6 +179,11 @@ def read_part(
             collection = collection.in_parts([part] * len(collection.images))
     if any(image.part is not None for image in collection.images):
         collection = replace(collection, images=collection.part(part))
+    elif part != "test":
+        raise DataError(
+            f"{directory} is not split, so it has no part {part}: it is used whole, as the part "
+            "test"
+        )
     if not collection.images:
         raise DataError(f"{directory} has no part {part}")
     for title, names in collection.lists:

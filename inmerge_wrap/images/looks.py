@@ -85,9 +85,9 @@ def warnings_about(differences: Sequence[Sequence[str]], seen: Seen) -> list[str
         "grey": "are grey, and all training images showed colours",
         "size": f"have sides outside of {seen.smallest} to {seen.largest} pixels, those in "
         "training",
-        "brightness": f"have a mean outside of {low:.2f} to {high:.2f}, that of 98% of the "
+        "brightness": f"have a mean outside of {low:.3f} to {high:.3f}, that of 98% of the "
         "training images",
-        "contrast": f"have a spread outside of {least:.2f} to {most:.2f}, that of 98% of the "
+        "contrast": f"have a spread outside of {least:.3f} to {most:.3f}, that of 98% of the "
         "training images",
     }
     extremes, percentiles = 1 / (seen.images + 1), _OUTSIDE + 2 / seen.images

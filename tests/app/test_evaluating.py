@@ -133,6 +133,8 @@ def test_groups_of_a_table_are_drawn_whole(tmp_path: Path) -> None:
     assert widths[0] != widths[1]
     shown = " ".join(run("evaluate", tmp_path / "model", *options).stdout.split())
     assert "95% confidence interval over 3 groups" in shown
+    shown = " ".join(run("evaluate", tmp_path / "model", *options, "--bootstrap", 0).stdout.split())
+    assert "Corruptions of preset quick" in shown and "In brackets" not in shown
 
 
 def test_a_table_needs_a_preparation(tmp_path: Path) -> None:

@@ -143,6 +143,14 @@ def test_files_and_tables_of_spreadsheets_are_read(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("path,age\nimages/02.png,40\n,50\n")
     told = complaint("predict", folder, tmp_path / "list.csv", "--out", tmp_path / "p.csv")
     assert "list.csv, row 3 without a path: fill it in, or remove the row" in told
+    for place in (tmp_path, images):  # two tables that name their images alike
+        (place / "list.csv").write_text("path\n01.png\n")
+    (images / "01.png").rename(tmp_path / "01.png")
+    Image.open(images / "02.png").save(images / "01.png")
+    tables = (tmp_path / "list.csv", images / "list.csv")
+    listed = run_json("predict", folder, *tables, "--out", tmp_path / "p.csv")["images"]
+    wanted = [str(tmp_path / "01.png"), str(images / "01.png")]
+    assert [entry["image"] for entry in listed] == wanted
     two = (images / "02.png", images / "01.png")
     assert len(run_json("predict", folder, *two, "--out", tmp_path / "p.csv")["images"]) == 2
 
@@ -180,6 +188,8 @@ def test_predict_answers_mistakes(tmp_path: Path) -> None:
     told = complaint("predict", tmp_path / "model", tmp_path / "images")
     assert "has no preparation.json" in told and "give the folder model/" in told
     trained(tmp_path / "model", "png8", tmp_path / "images")
+    told = complaint("predict", tmp_path / "model", tmp_path / "images", "--path-column", "file")
+    assert "--path-column file names a column of a CSV file, and none is given" in told
     (tmp_path / "empty").mkdir()
     assert "no image in" in complaint("predict", tmp_path / "model", tmp_path / "empty")
     there = ("--out", tmp_path / "empty")

@@ -45,6 +45,7 @@ from inmerge_wrap.app import (  # noqa: E402
     findings,
     operating,
     options,
+    records,
     report,
     starting_weights,
     testing,
@@ -683,6 +684,16 @@ def test_a_network_is_tried_before_images_are_read(
     assert not (tmp_path / "out" / "files.json").exists()
 
 
+def test_a_network_in_which_nothing_merges_can_be_trained_without_merging(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "data", 4)
+    arguments = ["--data-dir", tmp_path / "data", *TINY, "--out", tmp_path / "out"]
+    message = str(run_here(monkeypatch, *arguments, "--arch", "test_vit", "--size", "160"))
+    assert message.startswith("--arch test_vit: nothing to merge in VisionTransformer")
+    assert message.endswith("Or train it without merging: --only plain")
+
+
 def test_trying_a_network_does_not_change_the_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -745,12 +756,20 @@ def test_a_site_that_alone_shows_a_class_is_refused_before_any_is_trained(
     [
         (["--prevalence", "2", "--preset", "quick"], "between 0 and 1, or CLASS=SHARE\n"),
         (["--epochs", "0"], "argument --epochs: must lie in [1, inf), got 0"),
-        (["--lr", "0"], "--lr positive"),
+        (["--epochs", "1.5"], "argument --epochs: must be an integer in [1, inf), got '1.5'"),
+        (["--size", "4"], "--size must be at least 8 pixels, got 4"),
+        (["--pixel-range", "9", "1"], "--pixel-range must be BLACK < WHITE, got 9 1"),
+        (["--split", "70", "15", "15"], "--split must be three positive shares that add up to 1, "),
+        (["--lr", "0"], "--lr must be above 0, got 0"),
+        (["--lr", "nan"], "--lr must be above 0, got nan"),
+        (["--weight-decay", "-1"], "--weight-decay must be at least 0, got -1"),
+        (["--weight-decay", "nan"], "--weight-decay must be at least 0, got nan"),
         (["--arch", "resnet19"], "--arch resnet19 is no model of timm"),
         (["--labels", "a", "b"], "give --csv FILE"),
         (["--license", "mine, all mine"], "is not an identifier of the Hub"),
         (["--data-dir", "/", "--csv", "t.csv"], "--data-dir / has no name for the report: give a"),
         (["--license", "other"], "--license other needs --license-name"),
+        (["--license-name", "ward-7"], "--license-name ward-7: give --license other, too"),
         (["--ema", "1"], "--ema must lie in [0, 1), got 1"),
         (["--preset", "moonlight"], "'moonlight'"),
     ],
@@ -764,6 +783,20 @@ def test_settings_out_of_range_are_refused_at_once(
 ) -> None:
     assert run_here(monkeypatch, "--data-dir", tmp_path, *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("program", "shown"),
+    [
+        ("/home/x/bin/inmerge", "inmerge train --out 'my runs'"),
+        ("recipes/own_images.py", "python recipes/own_images.py train --out 'my runs'"),
+    ],
+)
+def test_the_command_is_shown_as_it_was_given(
+    program: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [program, "train", "--out", "my runs"])
+    assert records.environment()["command"] == shown
 
 
 def test_a_severity_that_is_given_twice_counts_once() -> None:
@@ -898,7 +931,7 @@ def test_weights_of_a_file_keep_everything_but_the_head(tmp_path: Path) -> None:
     first = f"{trained.pretrained_cfg['first_conv']}.weight"
     assert torch.allclose(grey.state_dict()[first], state[first].sum(1, keepdim=True))
     assert len(mean) == 1
-    with pytest.raises(SystemExit, match=r"do not fit resnet10t: .* tensors are missing"):
+    with pytest.raises(SystemExit, match=r"do not fit resnet10t: .* tensors are missing .*--arch"):
         start("resnet10t", str(tmp_path / "w.pth"), num_classes=3, channels=3)
     (tmp_path / "bad.pth").write_text("nothing")
     with pytest.raises(SystemExit, match="cannot be read"):

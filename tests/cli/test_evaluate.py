@@ -75,7 +75,7 @@ def test_evaluate_takes_settings_from_the_file_name_and_the_folder(
     export_timm(net, folder, input_size=(3, 32, 32), mean=[0.3] * 3, std=[0.2] * 3)
     options = ["--data", data, "--severity", 1, "--bootstrap", 0, "--limit", 10]
     text = " ".join(run("evaluate", folder, *options).stdout.split())
-    assert "10 images" in text and "preset dermatoscopy" in text
+    assert "10 images" in text and "preset dermatoscopy, severity 1; normalised" in text
     assert "mean [0.3, 0.3, 0.3], std [0.2, 0.2, 0.2]" in text
     content = run_json("evaluate", folder, *options)
     arrays = read(data)
@@ -213,6 +213,7 @@ def test_bare_weights_are_compared_with_a_folder_as_its_images_are_prepared(
     assert both["before"]["rows"][1]["accuracy"] == alone["rows"][1]["accuracy"]
     other = complaint("evaluate", *told, f"other={tmp_path / '32'}", "--data", folder)
     assert "after and other cannot be compared on the same images: size is (24, 24)" in other
+    assert "--size makes them equal" in other
     told = complaint("evaluate", tmp_path / "24", "--arch", "resnet18", "--data", folder)
     assert f"holds a {ARCH}, not resnet18: leave out --arch; if other weights need it" in told
 
@@ -270,7 +271,10 @@ def test_evaluate_reads_images_as_the_model_was_trained_on_them(
     other = tmp_path / "other"
     export_timm(net, other, **prepared, crop_mode="center", label_names=list("abcdefg"))
     told = complaint("evaluate", model, other, "--data", tmp_path / "photos")
-    assert "cannot be compared on the same images: crop_mode is squash and center" in told
+    assert (
+        "cannot be compared on the same images: crop_mode is squash and center; evaluate each"
+        in told
+    )
 
 
 def test_evaluate_compares_models_in_pairs(

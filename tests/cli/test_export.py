@@ -217,8 +217,16 @@ def test_export_from_torchvision_tells_how_to_load(tmp_path: Path) -> None:
             "--std is 0, but pixels in [0, 1] need (0, 1]",
         ),
         ("folder", ["--input-size", 3, 0, 28], "--input-size is 3 0 28: channels, height"),
-        ("file.safetensors", ["--label-names", "a,b"], "need a folder"),
-        ("file.safetensors", ["--mean", 0.5, "--std", 0.5], "--mean, --std need a folder"),
+        (
+            "file.safetensors",
+            ["--label-names", "a,b"],
+            "file.safetensors is one file, and --label-names can",
+        ),
+        (
+            "file.safetensors",
+            ["--mean", 0.5, "--std", 0.5],
+            "--mean, --std can be written to a folder",
+        ),
         (
             "folder",
             ["--input-size", 3, 8, 8, "--mean", 0, "--std", 1, "--card", "no.json"],

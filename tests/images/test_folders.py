@@ -344,6 +344,16 @@ def test_dicom_without_a_window_shows_all_its_bits_and_monochrome1_is_inverted(
     )
 
 
+def test_a_range_in_place_of_windows_needs_no_warning_of_their_absence(tmp_path: Path) -> None:
+    for n in range(12):
+        values = picture(n).astype(np.uint16) * 16
+        dicom(tmp_path / "ab"[n % 2] / f"{n}.dcm", values, BitsStored=12, HighBit=11)
+    for pixel_range, told in ((None, True), ((0.0, 4000.0), False)):
+        collection, _ = opened(tmp_path, pixel_range=pixel_range)
+        said = any("DICOM files without a window" in text for text in collection.warnings)
+        assert said == told
+
+
 def test_signed_8_bit_and_colour_dicom(tmp_path: Path) -> None:
     signed = (ramp(top=2000, dtype=np.int32) - 1000).astype(np.int16)
     path = dicom(tmp_path / "a.dcm", signed, WindowCenter=0, WindowWidth=2000)
@@ -485,6 +495,14 @@ def test_groups_by_a_pattern_stay_together(tmp_path: Path) -> None:
         opened(tmp_path, groups=r"case(\d+)")
     with pytest.raises(DataError, match="no column and no regular expression"):
         opened(tmp_path, groups="(")
+    told = r"50 images with these labels are too few to split: .* none is left for val and test"
+    with pytest.raises(DataError, match=told):
+        opened(tmp_path, groups="p")  # which is found in every name
+    table = write_table_of(tmp_path / "t.csv", [{"path": "a/patient0_0.png", "label": "a"}])
+    with pytest.raises(
+        DataError, match=r"is no column of a table \(it has path, label\), and as a"
+    ):
+        find_images(tmp_path, table=table, groups="owner")
 
 
 def test_a_patient_whose_accent_is_written_in_two_ways_is_one(tmp_path: Path) -> None:
@@ -551,6 +569,10 @@ def test_a_test_part_alone_is_read_in_the_order_of_the_models_classes(tmp_path: 
     assert labels.tolist() == [0, 1, 1] and read.classes == ("a", "b")
     with pytest.raises(DataError, match="has test but no val"):
         image_folders.read_part(tmp_path, "val", size=8)
+    whole = write_table_of(tmp_path / "t.csv", [{"path": "test/a/0.png", "label": "a"}])
+    for place in (tmp_path / "test", whole):
+        with pytest.raises(DataError, match="is not split, so it has no part val"):
+            image_folders.read_part(place, "val", size=8)
     names = ["b", "missing", "a"]
     for place in (tmp_path, tmp_path / "test"):
         _, labels, read = image_folders.read_part(place, "test", size=8, classes=names)
