@@ -191,7 +191,7 @@ class Driver:
             self._warn_of_frozen_weights()
         if self._in_step:
             check_layers(held)
-        refuse_second(optimizer, wrapper)
+        refuse_second(optimizer, wrapper, held)
         check_settings(self.settings, optimizer)
         if self._in_step and not is_schedule_free(optimizer):
             for each in {id(found): found for found in (unprepared(given), optimizer)}.values():

@@ -158,6 +158,21 @@ def test_two_wrappers_of_one_network_do_not_share_an_optimizer() -> None:
     other.attach(optimizer)
 
 
+def test_networks_that_share_a_weight_do_not_merge_it_twice_in_a_step() -> None:
+    first, second = small_net(), small_net()
+    name = InMergeWrapper(small_net(), shallow_layers=2).plan.merged[0].name
+    second.set_submodule(name, first.get_submodule(name))
+    one, other = (InMergeWrapper(network, shallow_layers=2) for network in (first, second))
+    parameters = dict.fromkeys([*one.parameters(), *other.parameters()])
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    one.attach(optimizer)
+    with pytest.raises(ValueError, match=rf"already merges {name} for .* \(exclude='{name}'\)"):
+        other.attach(optimizer)
+    InMergeWrapper(second, shallow_layers=2, exclude=name).attach(optimizer)
+    # A second optimizer merges in steps of its own.
+    other.attach(torch.optim.SGD(second.parameters(), lr=0.1))
+
+
 # -- it leaves no trace --------------------------------------------------------------------------
 
 
