@@ -177,7 +177,7 @@ class Driver:
         known = self._attachments.of(optimizer)
         attachment = self._attached(optimizer, given, hook, wrapper) if known is None else known
         if not self._in_step:
-            self._forward.install()
+            self._forward.install(self._network)
             self._prepare()
         return attachment
 
