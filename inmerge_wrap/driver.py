@@ -90,6 +90,7 @@ class Driver:
         # average of weights, whose original merges: what it missed is counted from now on.
         watch = copy.copy(self.watch)
         watch.steps = watch.idle_forwards = watch.missed_steps = 0
+        self._read_counts()  # into the tally, which is copied
         return vars(self) | {
             "_attachments": Attachments(),
             "_pauses": 0,

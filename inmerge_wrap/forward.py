@@ -51,8 +51,10 @@ class ForwardMerge:
         self._sharing: set[ForwardMerge] = set()  # of other networks, with convolutions of this one
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy is driven by no optimizer, for which a compiled forward pass does not look.
-        return vars(self) | {"is_on": False, "_open": {}, "_over": set(), "_replayed": None}
+        # A copy is driven by no optimizer, for which a compiled forward pass does not look. It has
+        # no tensors of this one: those that go to another process share their memory with it.
+        none = {"_way": None, "_counts": None, "_replayed": None}
+        return vars(self) | none | {"is_on": False, "_open": {}, "_over": set()}
 
     def install(self, network: nn.Module) -> None:
         """Puts the hooks on the convolutions of the plan, behind all others that are there."""
@@ -238,7 +240,9 @@ class ForwardMerge:
 
     def take_counts(self) -> tuple[Tensor, Tensor] | None:
         """Returns what acted since the last call, see :meth:`Counts.take`; None if nothing ran."""
-        return None if self._counts is None else self._counts.take()
+        if self._counts is None or self._way is None or self._way.device.type == "meta":
+            return None
+        return self._counts.take()
 
 
 def guard_hooks() -> None:

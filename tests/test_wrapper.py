@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import multiprocessing
 import pickle
 import re
 from collections.abc import Callable
@@ -278,6 +279,33 @@ def test_copies_and_pickles_are_independent_and_drive_no_optimizer() -> None:
         train(twin, own, 1)
         assert twin.step == 2
         model.load_state_dict(model.state_dict())
+
+
+def step_elsewhere(models: list[InMergeWrapper], merged: Any) -> None:
+    """What another process does with the models that it was sent."""
+    for model in models:
+        own = sgd(model)
+        model.attach(own)
+        train(model, own, 1)
+        merged.put(model.report().merged)
+
+
+def test_a_process_that_was_sent_a_model_leaves_the_counts_of_its_parent_alone() -> None:
+    """The two share the memory of all tensors that were sent."""
+    settings = {"similarity_threshold": -1.0, "merge_probability": 1.0}
+    pairs = [attached(mode=mode, **settings) for mode in ("step", "outputs", "weights")]
+    for model, optimizer in pairs:
+        train(model, optimizer, 1)
+    models = [model for model, _ in pairs]
+    counted = [copy.deepcopy(model).report() for model in models]
+    context = multiprocessing.get_context("spawn")
+    merged = context.Queue()
+    process = context.Process(target=step_elsewhere, args=(models, merged))
+    process.start()
+    twice = [merged.get(timeout=300) for _ in models]
+    process.join()
+    assert twice == [2 * report.merged for report in counted]
+    assert [model.report() for model in models] == counted
 
 
 def test_timm_sees_its_model_through_the_wrapper() -> None:
