@@ -90,6 +90,7 @@ class Driver:
         # average of weights, whose original merges: what it missed is counted from now on.
         watch = copy.copy(self.watch)
         watch.steps = watch.idle_forwards = watch.missed_steps = 0
+        self._read_counts()  # into the tally, which is copied
         return vars(self) | {
             "_attachments": Attachments(),
             "_pauses": 0,
@@ -177,7 +178,7 @@ class Driver:
         known = self._attachments.of(optimizer)
         attachment = self._attached(optimizer, given, hook, wrapper) if known is None else known
         if not self._in_step:
-            self._forward.install()
+            self._forward.install(self._network)
             self._prepare()
         return attachment
 
@@ -191,7 +192,7 @@ class Driver:
             self._warn_of_frozen_weights()
         if self._in_step:
             check_layers(held)
-        refuse_second(optimizer, wrapper)
+        refuse_second(optimizer, wrapper, held)
         check_settings(self.settings, optimizer)
         if self._in_step and not is_schedule_free(optimizer):
             for each in {id(found): found for found in (unprepared(given), optimizer)}.values():

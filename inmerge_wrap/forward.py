@@ -27,6 +27,10 @@ from inmerge_wrap.steps import is_captured
 from inmerge_wrap.weights import Weights, chain_of
 
 
+class Plain:
+    """Stands for the draw of a pass that does not merge."""
+
+
 class ForwardMerge:
     """Merges in the forward pass of one network."""
 
@@ -44,14 +48,20 @@ class ForwardMerge:
         # Draws of the passes of this step, by their id; and which have had a backward pass.
         self._open: dict[int, Any] = {}
         self._over: set[int] = set()
+        self._sharing: set[ForwardMerge] = set()  # of other networks, with convolutions of this one
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy is driven by no optimizer, for which a compiled forward pass does not look.
-        return vars(self) | {"is_on": False, "_open": {}, "_over": set()}
+        # A copy is driven by no optimizer, for which a compiled forward pass does not look. It has
+        # no tensors of this one: those that go to another process share their memory with it.
+        none = {"_way": None, "_counts": None, "_replayed": None}
+        return vars(self) | none | {"is_on": False, "_open": {}, "_over": set()}
 
-    def install(self) -> None:
+    def install(self, network: nn.Module) -> None:
         """Puts the hooks on the convolutions of the plan, behind all others that are there."""
         self.uninstall()
+        for other in self._others():
+            self._sharing.add(other)
+            other._sharing.add(self)
         for number, module in enumerate(self._modules):
             self._hooks += [
                 module.register_forward_pre_hook(partial(self._before, number)),
@@ -60,6 +70,13 @@ class ForwardMerge:
             if (chain := chain_of(module)) is not None:
                 self._chains[number] = chain
                 self._hooks.append(chain.register_forward_hook(partial(self._computed, number)))
+        self._hooks.append(network.register_forward_hook(self._passed))
+
+    def _others(self) -> set[ForwardMerge]:
+        """Returns what merges in other networks that have a convolution of this one."""
+        hooks = [hook for module in self._modules for hook in module._forward_pre_hooks.values()]
+        owners = [getattr(getattr(hook, "func", None), "__self__", None) for hook in hooks]
+        return {each for each in owners if isinstance(each, ForwardMerge) and each is not self}
 
     def uninstall(self) -> None:
         """Takes the hooks off the network, when no optimizer drives the merging any more."""
@@ -67,6 +84,9 @@ class ForwardMerge:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        for other in self._sharing:
+            other._sharing.discard(self)
+        self._sharing.clear()
         self._chains.clear()  # the same object, which the stand-ins look at
 
     def refuse_replaced(self, layers: Sequence[MergedLayer]) -> None:
@@ -83,6 +103,7 @@ class ForwardMerge:
         guard_hooks()
         self.is_on = strength is not None
         self._open.clear()
+        self._forget()
         if strength is None:
             return
         device = next(self._modules[0].parameters()).device
@@ -109,10 +130,6 @@ class ForwardMerge:
                 "the weights were on the meta device when the optimizer was attached: place them "
                 "first, then create the optimizer and attach it"
             )
-        if not torch.compiler.is_compiling():
-            for place in self._over:
-                self._open.pop(place, None)
-            self._over.clear()
         self._draw = self._way.draw(inputs)
 
     def end(self, outputs: Any) -> None:
@@ -121,8 +138,34 @@ class ForwardMerge:
         assert self._way is not None and self._counts is not None, "begin comes first"
         self._counts.end_pass(is_repeated=torch.compiler.is_compiling() or is_captured())
         self._way.end_pass()
-        if draw is None or torch.compiler.is_compiling():  # a compiled graph repeats what it drew
+        if draw is not None:
+            self._follow(draw, outputs)
+
+    def _passed(self, _: nn.Module, __: Any, outputs: Any) -> None:
+        """Ends a forward pass of the network that did not merge: under paused(), or a direct one.
+
+        A backward pass may repeat it beside one that did.
+        """
+        if self._draw is None and torch.is_grad_enabled() and not _in_backward():
+            self._follow(Plain(), outputs)
+
+    def _follow(self, draw: Any, outputs: Any) -> None:
+        """Makes the backward pass of these outputs repeat what their forward pass drew."""
+        if torch.compiler.is_compiling():  # a compiled graph repeats it by itself
             return
+        self._note(draw, outputs)
+        for other in tuple(self._sharing):
+            other._note(Plain(), outputs)
+
+    def _note(self, draw: Any, outputs: Any) -> None:
+        """Notes a pass over the convolutions, for a backward pass that repeats it."""
+        if not self.is_on:
+            return
+        if not _in_backward():
+            self._forget()  # what one that raised has left
+        for place in self._over:
+            self._open.pop(place, None)
+        self._over.clear()
         if torch.is_grad_enabled():
             self._open[id(draw)] = draw
         for tensor in tensors_of(outputs):
@@ -183,7 +226,9 @@ class ForwardMerge:
         It is that of the pass that runs, or of the one that a checkpoint repeats.
         """
         draw = self._replayed if self._draw is None and _in_backward() else self._draw
-        if draw is None or not module.training or not deciding_parameter(module).requires_grad:
+        if draw is None or isinstance(draw, Plain):
+            return None
+        if not module.training or not deciding_parameter(module).requires_grad:
             return None
         return draw
 
@@ -195,7 +240,9 @@ class ForwardMerge:
 
     def take_counts(self) -> tuple[Tensor, Tensor] | None:
         """Returns what acted since the last call, see :meth:`Counts.take`; None if nothing ran."""
-        return None if self._counts is None else self._counts.take()
+        if self._counts is None or self._way is None or self._way.device.type == "meta":
+            return None
+        return self._counts.take()
 
 
 def guard_hooks() -> None:

@@ -16,6 +16,7 @@ from inmerge_wrap.kernels import (
     MergedLayer,
     Store,
     deciding_parameter,
+    find_layers,
     is_sharded,
     replaced,
     tensor_store,
@@ -274,16 +275,35 @@ def carry_counter(optimizers: Sequence[Any], wrapper: Any) -> list[RemovableHand
     return handles
 
 
-def refuse_second(optimizer: Optimizer, wrapper: nn.Module) -> None:
-    """Raises a ValueError if the optimizer merges for another wrapper of the same network."""
+def refuse_second(optimizer: Optimizer, wrapper: Any, held: Sequence[MergedLayer]) -> None:
+    """Raises a ValueError if the optimizer merges the same for another wrapper.
+
+    That is one of the same network or, where weights are written, of one that shares a convolution
+    that the optimizer holds.
+    """
     for hook in optimizer._optimizer_step_post_hooks.values():
         other = getattr(hook, "__self__", None)
-        if isinstance(other, type(wrapper)) and unwrap(other) is unwrap(wrapper):
+        if not isinstance(other, type(wrapper)):
+            continue
+        if unwrap(other) is unwrap(wrapper):
             raise ValueError(
                 "the optimizer already merges for another InMergeWrapper of this network, and "
                 "both would merge in each step: create a new optimizer, or detach the other "
                 "wrapper with handle.remove(), where handle is what its attach() returned"
             )
+        if other.mode != "step" or wrapper.mode != "step":
+            continue
+        theirs = find_layers(unwrap(other), other.plan.merged)
+        merged = {id(parameter) for layer in theirs for parameter in layer.parameters}
+        for layer in held:
+            if not merged.isdisjoint(map(id, layer.parameters)):
+                name = layer.site.name
+                raise ValueError(
+                    f"the optimizer already merges {name} for another InMergeWrapper, whose "
+                    "network shares its weight, and both would merge it in each step: leave it out "
+                    f"of one of them (exclude={name!r}), or wrap one module that holds both "
+                    "networks"
+                )
 
 
 def check_settings(settings: MergeSettings, optimizer: Optimizer) -> None:

@@ -24,7 +24,8 @@ class Tally:
     """Running counts of a number of layers.
 
     What the host knows (steps, passes, drawn pairs) is counted in Python; what only the device
-    knows (which pairs merged, their cosines) is added up there, without waiting for it.
+    knows (which pairs merged, their cosines) is added up there, without waiting for it. No tensor
+    changes in place: a process that was started with the model shares their memory.
     """
 
     def __init__(self, layers: int, *, per_image: bool = False, key: int = 0) -> None:
@@ -79,11 +80,11 @@ class Tally:
         self._move_to(cosines.device)
         undefined = cosines.isnan()
         columns = torch.stack([outcome.merged, undefined, ~undefined], dim=1)
-        self._counts.index_add_(0, layer, columns.long())
+        self._counts = self._counts.index_add(0, layer, columns.long())
         known = torch.where(undefined, 0.0, cosines).to(self._cosine_sum.dtype)
-        self._cosine_sum.index_add_(0, layer, known)
+        self._cosine_sum = self._cosine_sum.index_add(0, layer, known)
         candidates = torch.where(undefined, _NO_COSINE, cosines).float()
-        self._cosine_max.scatter_reduce_(0, layer, candidates, "amax")
+        self._cosine_max = self._cosine_max.scatter_reduce(0, layer, candidates, "amax")
 
     def add_totals(self, counts: Tensor, cosines: Tensor, passes: Sequence[int]) -> None:
         """Adds what forward passes did, see :meth:`Counts.take`.
@@ -94,8 +95,8 @@ class Tally:
             self._drawn[number] += drawn
             self.passes[number] += passes[number] if drawn else 0
         device = self._counts.device
-        self._counts += counts[:, 1:].to(device)
-        self._cosine_sum += cosines[:, 0].to(self._cosine_sum)
+        self._counts = self._counts + counts[:, 1:].to(device)
+        self._cosine_sum = self._cosine_sum + cosines[:, 0].to(self._cosine_sum)
         self._cosine_max = torch.maximum(self._cosine_max, cosines[:, 1].to(self._cosine_max))
 
     def _move_to(self, device: torch.device) -> None:

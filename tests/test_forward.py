@@ -8,7 +8,7 @@ import pickle
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -919,6 +919,90 @@ def test_a_pass_that_cannot_be_found_is_an_error_where_it_would_matter() -> None
     network.inner.features = lambda x: checkpoint(inner, x, use_reentrant=True)  # type: ignore
     with pytest.raises(RuntimeError, match="cannot be found which of 2, so"):
         gradients(model, two)
+
+
+@pytest.mark.parametrize("mode", ["outputs", "weights"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (1, 0, 1)])
+def test_a_plain_pass_beside_a_merged_one_is_repeated_plain(
+    mode: str, reentrant: bool, direct: bool, order: Sequence[int]
+) -> None:
+    """The loss of one pass, or of both: a plain branch beside a merged one."""
+    found = []
+    for again in (False, True):
+        model, _ = made(mode, direction="signed")
+        inner = model.module.features
+        if again:
+            model.module.features = lambda x, inner=inner: checkpoint(  # type: ignore[method-assign]
+                inner, x, use_reentrant=reentrant
+            )
+
+        def passed(is_plain: int, model: InMergeWrapper = model) -> Tensor:
+            x = images(is_plain).requires_grad_()
+            if not is_plain:
+                return model(x)
+            if direct:
+                return model.module(x)
+            with model.paused():
+                return model(x)
+
+        found += gradients(model, lambda passed=passed: torch.stack([*map(passed, order)]))
+        for is_plain in order:
+            found += gradients(model, partial(passed, is_plain))
+    half = len(found) // 2
+    for one, other in zip(found[:half], found[half:], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("mode", ["outputs", "weights"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_networks_that_share_convolutions_repeat_their_own_draws(
+    mode: str, reentrant: bool
+) -> None:
+    found = []
+    for again in (False, True):
+        networks = [net(), net()]
+        networks[1].stem, networks[1].grouped = networks[0].stem, networks[0].grouped
+        pairs = [made(mode, n, direction="signed", seed=seed) for seed, n in enumerate(networks)]
+        for network in networks if again else ():
+            network.features = partial(  # type: ignore[method-assign]
+                checkpoint, network.features, use_reentrant=reentrant
+            )
+        first, second = (model for model, _ in pairs)
+        both = nn.ModuleList([first, second])
+        x = images().requires_grad_()
+        found.append(gradients(both, lambda a=first, b=second, x=x: a(x) + 2 * b(x)))
+        found.append(gradients(both, lambda a=first, b=second, x=x: b(x) - a(x)))
+    for plain, repeated in zip(found[:2], found[2:], strict=True):
+        for expected, actual in zip(plain, repeated, strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_backward_pass_that_raised_leaves_no_draw_to_the_next(reentrant: bool) -> None:
+    """As after an error for want of memory, with a loss of features alone."""
+    found = []
+    for again in (False, True):
+        model, _ = made(direction="signed")
+        inner, kept = model.module.features, []
+        if again:
+            model.module.features = partial(  # type: ignore[method-assign]
+                checkpoint, inner, use_reentrant=reentrant
+            )
+        model.module.head.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0]))
+        handle = model.module.grouped.weight.register_hook(lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(images(1).requires_grad_()).sum().backward()
+        handle.remove()
+
+        def features(model: nn.Module = model, kept: list[Tensor] = kept) -> Tensor:
+            model(images(2).requires_grad_())
+            return kept[-1]
+
+        found.append(gradients(model, features))
+    for plain, repeated in zip(*found, strict=True):
+        torch.testing.assert_close(plain, repeated)
 
 
 def step_in_the_backward_pass(model: InMergeWrapper, lr: float) -> None:

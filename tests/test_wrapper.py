@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import multiprocessing
 import pickle
 import re
 from collections.abc import Callable
@@ -158,6 +159,21 @@ def test_two_wrappers_of_one_network_do_not_share_an_optimizer() -> None:
     other.attach(optimizer)
 
 
+def test_networks_that_share_a_weight_do_not_merge_it_twice_in_a_step() -> None:
+    first, second = small_net(), small_net()
+    name = InMergeWrapper(small_net(), shallow_layers=2).plan.merged[0].name
+    second.set_submodule(name, first.get_submodule(name))
+    one, other = (InMergeWrapper(network, shallow_layers=2) for network in (first, second))
+    parameters = dict.fromkeys([*one.parameters(), *other.parameters()])
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    one.attach(optimizer)
+    with pytest.raises(ValueError, match=rf"already merges {name} for .* \(exclude='{name}'\)"):
+        other.attach(optimizer)
+    InMergeWrapper(second, shallow_layers=2, exclude=name).attach(optimizer)
+    # A second optimizer merges in steps of its own.
+    other.attach(torch.optim.SGD(second.parameters(), lr=0.1))
+
+
 # -- it leaves no trace --------------------------------------------------------------------------
 
 
@@ -263,6 +279,33 @@ def test_copies_and_pickles_are_independent_and_drive_no_optimizer() -> None:
         train(twin, own, 1)
         assert twin.step == 2
         model.load_state_dict(model.state_dict())
+
+
+def step_elsewhere(models: list[InMergeWrapper], merged: Any) -> None:
+    """What another process does with the models that it was sent."""
+    for model in models:
+        own = sgd(model)
+        model.attach(own)
+        train(model, own, 1)
+        merged.put(model.report().merged)
+
+
+def test_a_process_that_was_sent_a_model_leaves_the_counts_of_its_parent_alone() -> None:
+    """The two share the memory of all tensors that were sent."""
+    settings = {"similarity_threshold": -1.0, "merge_probability": 1.0}
+    pairs = [attached(mode=mode, **settings) for mode in ("step", "outputs", "weights")]
+    for model, optimizer in pairs:
+        train(model, optimizer, 1)
+    models = [model for model, _ in pairs]
+    counted = [copy.deepcopy(model).report() for model in models]
+    context = multiprocessing.get_context("spawn")
+    merged = context.Queue()
+    process = context.Process(target=step_elsewhere, args=(models, merged))
+    process.start()
+    twice = [merged.get(timeout=300) for _ in models]
+    process.join()
+    assert twice == [2 * report.merged for report in counted]
+    assert [model.report() for model in models] == counted
 
 
 def test_timm_sees_its_model_through_the_wrapper() -> None:
