@@ -133,7 +133,7 @@ class Outputs:
             shares = _opaque(shares)
         return Draw(key, rows, shares, shifts)
 
-    def before(self, number: int, module: nn.Module, _: Draw, __: Counts | None) -> None:
+    def before(self, number: int, module: nn.Module, _: Counts | None) -> None:
         """Keeps what the blend needs of the parameters of a convolution."""
         if self._compares:
             self._shares[number] = self._shares_of(number, module)
