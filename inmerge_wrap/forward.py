@@ -113,6 +113,10 @@ class ForwardMerge:
             for place in self._over:
                 self._open.pop(place, None)
             self._over.clear()
+            # A pass that was interrupted while a backward pass repeated it has left its traces.
+            self._way.end_pass()
+            if not _in_backward():
+                self._replayed = None
         self._draw = self._way.draw(inputs)
 
     def end(self, outputs: Any) -> None:
