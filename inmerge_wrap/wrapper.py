@@ -13,6 +13,7 @@ from inmerge_wrap._constants import DEFAULT_SHALLOW_SHARE
 from inmerge_wrap.discovery import Pattern, plan_merging
 from inmerge_wrap.driver import Driver
 from inmerge_wrap.optimizers import Attachment
+from inmerge_wrap.pairs import pairs_of_step
 from inmerge_wrap.plan import MergePlan
 from inmerge_wrap.proxy import NetworkProxy
 from inmerge_wrap.recalibration import recalibrate
@@ -242,7 +243,7 @@ class InMergeWrapper(NetworkProxy):
         Raises:
             RuntimeError: With ``shared_partner=False``, where each image draws for itself.
         """
-        return self._driver.next_pairs()
+        return pairs_of_step(self.plan.merged, self.settings, self.step)
 
     def recalibrate(
         self, loader: Iterable[Any], *, prior: float = 0.0, max_batches: int | None = None
