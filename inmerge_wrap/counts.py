@@ -70,13 +70,9 @@ class Counts:
     def add_cosines(
         self, layer: int, cosines: Tensor, images: int, drawn: Tensor | None = None
     ) -> None:
-        """Adds the cosines of pairs, NaN where undefined, each of so many images.
+        """Adds the cosines of pairs that so many images share, shape (pairs,), NaN where undefined.
 
-        Args:
-            layer: Number of the layer.
-            cosines: Shape (pairs,).
-            images: Images that share the pairs.
-            drawn: Which pairs count, bool, shape (pairs,); None for all.
+        Only those that were ``drawn``, bool, shape (pairs,), count; None stands for all.
         """
         cosines = cosines.to(self._device)
         undefined = cosines.isnan()

@@ -99,33 +99,6 @@ def plan_merging(
     return MergePlan(merged, skipped, found_by, mode)
 
 
-def plan_or_make(
-    plan: MergePlan | None,
-    model: nn.Module,
-    mode: Mode,
-    shallow_layers: int | float,
-    example_input: Any,
-    include: Pattern | Sequence[Pattern] | None,
-    exclude: Pattern | Sequence[Pattern],
-    also_merge: Collection[str],
-) -> MergePlan:
-    """Returns the plan that is given, else one made with the arguments of :func:`plan_merging`."""
-    if plan is None:
-        return plan_merging(
-            model,
-            shallow_layers=shallow_layers,
-            example_input=example_input,
-            include=include,
-            exclude=exclude,
-            also_merge=also_merge,
-            mode=mode,
-        )
-    optional = example_input is not None or include is not None or exclude or also_merge
-    if shallow_layers != DEFAULT_SHALLOW_SHARE or optional:
-        raise ValueError("a plan decides what is merged: pass either a plan or its arguments")
-    return plan
-
-
 def _check_arguments(shallow_layers: int | float, also_merge: Collection[str]) -> None:
     count = isinstance(shallow_layers, int) and not isinstance(shallow_layers, bool)
     share = isinstance(shallow_layers, float) and 0.0 <= shallow_layers < 1.0

@@ -35,7 +35,7 @@ from inmerge_wrap.optimizers import (
     trained_of,
     unprepared,
 )
-from inmerge_wrap.pairs import Outcome, pairs_of_step
+from inmerge_wrap.pairs import Outcome
 from inmerge_wrap.persistent import merge_step
 from inmerge_wrap.plan import MergePlan
 from inmerge_wrap.replicas import Replicas, check_replicas, compared_weights
@@ -408,10 +408,6 @@ class Driver:
     def statistics_measured(self) -> None:
         """Records that BatchNorm was recalibrated after the last step."""
         self._last.clear()
-
-    def next_pairs(self) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """Returns the pairs that the next step draws; see :meth:`InMergeWrapper.next_pairs`."""
-        return pairs_of_step(self.plan.merged, self.settings, self.tally.step)
 
     def _layers(self) -> list[MergedLayer]:
         return find_layers(self._network, self.plan.merged)

@@ -130,6 +130,8 @@ class ForwardMerge:
                 "the weights were on the meta device when the optimizer was attached: place them "
                 "first, then create the optimizer and attach it"
             )
+        if not torch.compiler.is_compiling():
+            self._way.end_pass()  # of what was interrupted while a backward pass repeated it
         self._draw = self._way.draw(inputs)
 
     def end(self, outputs: Any) -> None:
@@ -205,8 +207,8 @@ class ForwardMerge:
         """
         if self._draw is None and self._replayed is None and self._open and _in_backward():
             self._find()
-        if self._way is not None and (draw := self._acting(module)) is not None:
-            self._way.before(number, module, draw, self._counting())
+        if self._way is not None and self._acting(module) is not None:
+            self._way.before(number, module, self._counting())
 
     def _after(self, number: int, module: nn.Module, _: Any, output: Any) -> Tensor | None:
         """Removes the stand-in, or blends the channels of the output."""

@@ -82,7 +82,6 @@ class Outputs:
         self._layers, self._places, self._sizes, keys = host
         self._columns = keys.to(device)
         self._shifts: list[int] = []
-        self._compares = False  # whether a share depends on the weights
         with torch.device(device):
             self._clock = torch.zeros((), dtype=torch.int64)
             self._size = torch.zeros((), dtype=torch.float32)
@@ -96,7 +95,6 @@ class Outputs:
     def set_step(self, step: int, strength: Strength, settings: MergeSettings) -> None:
         """Draws the shared partners of a step, and sets its strength."""
         self._settings = settings
-        self._compares = settings.compares or settings.size != "merge_weight"
         self._clock.fill_(mix(settings.seed, step))
         self._size.fill_(strength.size)
         self._probability.fill_(strength.probability)
@@ -133,9 +131,9 @@ class Outputs:
             shares = _opaque(shares)
         return Draw(key, rows, shares, shifts)
 
-    def before(self, number: int, module: nn.Module, _: Draw, __: Counts | None) -> None:
+    def before(self, number: int, module: nn.Module, _: Counts | None) -> None:
         """Keeps what the blend needs of the parameters of a convolution."""
-        if self._compares:
+        if self._settings.compares or self._settings.size != "merge_weight":
             self._shares[number] = self._shares_of(number, module)
         if isinstance(bias := module.bias, Tensor):
             self._biases[number] = bias.clone()

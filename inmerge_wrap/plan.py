@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-
-import torch
 
 __all__ = ["ConvSite", "MergePlan"]
 
@@ -51,7 +50,7 @@ class ConvSite:
     @property
     def fan_in(self) -> int:
         """Entries of one kernel."""
-        return int(torch.Size(self.shape[1:]).numel())
+        return math.prod(self.shape[1:])
 
 
 @dataclass(frozen=True)

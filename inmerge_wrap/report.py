@@ -141,7 +141,7 @@ class MergeReport:
     @property
     def had_effect(self) -> bool:
         """Whether merging had an effect: at least a thousandth of the pairs merged."""
-        return self.drawn > 0 and self.share >= _NEGLIGIBLE
+        return self.share >= _NEGLIGIBLE
 
     @property
     def drawn(self) -> int:

@@ -117,8 +117,8 @@ def extreme_pairs(cosines: Tensor, count: int = 4) -> tuple[list[tuple[int, int,
     extremes = []
     for largest in (True, False):
         found = values.topk(min(count, len(values)), largest=largest)
-        pairs = zip(places[:, found.indices].T.tolist(), found.values.tolist(), strict=True)
-        extremes.append([(first, second, cosine) for (first, second), cosine in pairs])
+        first, second = places[:, found.indices].tolist()
+        extremes.append([*zip(first, second, found.values.tolist(), strict=True)])
     return tuple(extremes)
 
 

@@ -35,8 +35,7 @@ def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
     if torch.compiler.is_compiling():
         return
     for reference in tuple(_listeners):
-        listener = reference()
-        if listener is not None:
+        if (listener := reference()) is not None:
             listener(optimizer)
 
 

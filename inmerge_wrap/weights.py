@@ -84,7 +84,7 @@ class Weights:
         """Returns a sign that a pass merges: the step has drawn for all batches."""
         return self
 
-    def before(self, number: int, module: nn.Module, _: Any, counts: Counts | None) -> None:
+    def before(self, number: int, module: nn.Module, counts: Counts | None) -> None:
         """Puts the merged weight before the parameter.
 
         Raises:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from inmerge_wrap._constants import DEFAULT_SHALLOW_SHARE
-from inmerge_wrap.discovery import Pattern, plan_or_make
+from inmerge_wrap.discovery import Pattern, plan_merging
 from inmerge_wrap.driver import Driver
 from inmerge_wrap.optimizers import Attachment
+from inmerge_wrap.pairs import pairs_of_step
 from inmerge_wrap.plan import MergePlan
 from inmerge_wrap.proxy import NetworkProxy
 from inmerge_wrap.recalibration import recalibrate
@@ -146,9 +147,24 @@ class InMergeWrapper(NetworkProxy):
             inspect_every=inspect_every,
             check_replicas_every=check_replicas_every,
         )
-        plan = plan_or_make(
-            plan, module, mode, shallow_layers, example_input, include, exclude, also_merge
-        )
+        if plan is None:
+            plan = plan_merging(
+                module,
+                shallow_layers=shallow_layers,
+                example_input=example_input,
+                include=include,
+                exclude=exclude,
+                also_merge=also_merge,
+                mode=mode,
+            )
+        elif (
+            shallow_layers != DEFAULT_SHALLOW_SHARE
+            or example_input is not None
+            or include is not None
+            or exclude
+            or also_merge
+        ):
+            raise ValueError("a plan decides what is merged: pass either a plan or its arguments")
         super().__init__(module)
         self._driver = Driver(module, plan, settings)
 
@@ -227,7 +243,7 @@ class InMergeWrapper(NetworkProxy):
         Raises:
             RuntimeError: With ``shared_partner=False``, where each image draws for itself.
         """
-        return self._driver.next_pairs()
+        return pairs_of_step(self.plan.merged, self.settings, self.step)
 
     def recalibrate(
         self, loader: Iterable[Any], *, prior: float = 0.0, max_batches: int | None = None

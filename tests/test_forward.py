@@ -852,6 +852,34 @@ def test_recomputed_activations_draw_the_same(mode: str, reentrant: bool, where:
 
 
 @pytest.mark.parametrize("mode", ["outputs", "weights"])
+def test_an_interrupted_backward_pass_leaves_nothing_to_the_next(mode: str) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    found = []
+    for interrupts in (False, True):
+        model, _ = made(mode, direction="signed")
+        inner, kept = model.module.features, []
+        model.module.features = lambda x, inner=inner: checkpoint(  # type: ignore[method-assign]
+            inner, x, use_reentrant=False
+        )
+        model.module.head.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0]))
+        if interrupts:
+            loss = model(images(1)).sum()
+            handle = model.module.last.register_forward_pre_hook(stop)
+            with pytest.raises(KeyboardInterrupt):
+                loss.backward()
+            handle.remove()
+        model.zero_grad()
+        model(images(2))
+        kept[-1].square().sum().backward()  # no output leads to the draws of this pass
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        assert all("weight" not in vars(module) for module in model.modules())
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("mode", ["outputs", "weights"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_result_in_an_object_is_followed_into_the_backward_pass(
     mode: str, reentrant: bool
