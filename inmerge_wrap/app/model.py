@@ -101,7 +101,13 @@ class TrainedModel:
     def scores(self, pixels: Tensor) -> Tensor:
         """The network's outputs (N, classes) for pixels uint8 (N, C, S, S), on the CPU."""
         with torch.no_grad():
-            return self.network(self.normalised(pixels)).float().cpu()
+            found = self.network(self.normalised(pixels)).float().cpu()
+        if not found.isfinite().all():  # of which the first class would be taken for the answer
+            raise ValueError(
+                "the network's outputs are not finite (NaN or infinite): its weights are damaged, "
+                "copy the folder again"
+            )
+        return found
 
 
 @dataclass(frozen=True)

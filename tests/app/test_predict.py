@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from inmerge_wrap.app.predicting import find_files, predict, warnings_of
 from inmerge_wrap.errors import ArgumentWarning
@@ -179,6 +180,19 @@ def test_images_unlike_those_of_the_training_are_told(
     else:
         assert any(told in sentence for sentence in said), said
         assert all(entry.unlike for entry in found if "quarter" in told or "colours" in told)
+
+
+def test_outputs_that_are_not_finite_are_no_answer(tmp_path: Path) -> None:
+    """The first class was named, and the probabilities were nan."""
+    pictures(tmp_path / "images", "png8", count=2)
+    trained(tmp_path / "model", "png8", tmp_path / "images")
+    weights = tmp_path / "model" / "model.safetensors"
+    damaged = {name: value * float("nan") for name, value in load_file(weights).items()}
+    save_file(damaged, weights)
+    out = tmp_path / "p.csv"
+    told = complaint("predict", tmp_path / "model", tmp_path / "images", "--out", out)
+    assert "outputs are not finite" in told and "copy the folder again" in told
+    assert not out.exists()
 
 
 def test_predict_answers_mistakes(tmp_path: Path) -> None:

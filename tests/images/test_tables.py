@@ -194,7 +194,7 @@ def test_classes_that_differ_only_in_case_are_told(tmp_path: Path) -> None:
     assert "lower case" not in " ".join(opened(table_of(tmp_path, rows)).warnings)
 
 
-def test_numbers_in_two_forms_are_told_as_they_are_two_classes(tmp_path: Path) -> None:
+def test_a_warning_names_classes_that_are_one_number_in_two_forms(tmp_path: Path) -> None:
     rows = [(f"{n}.png", ["0", "1", "0.0", "1.0", "x"][n % 5]) for n in range(40)]
     table = table_of(tmp_path, rows)
     told = [w for w in opened(table).warnings if "one number in two forms" in w]
@@ -202,13 +202,12 @@ def test_numbers_in_two_forms_are_told_as_they_are_two_classes(tmp_path: Path) -
 
 
 def test_what_is_too_little_to_split_is_said(tmp_path: Path) -> None:
-    """The message told to let the split make the parts, which it had done."""
     table = table_of(tmp_path, [(f"{n}.png", "abc"[n]) for n in range(3)])
-    with pytest.raises(DataError, match=r"3 images with .* none is left for val and test; add"):
+    with pytest.raises(DataError, match=r"3 images with .* none is left for val and test\. Check"):
         opened(table)
     rows = [(f"{n}.png", "ab"[n % 2], "ward") for n in range(24)]
     table = table_of(tmp_path, rows, "path,label,patient")
-    with pytest.raises(DataError, match=r"1 group with these .*see whether the groups are right"):
+    with pytest.raises(DataError, match=r"24 images with these .* of one group, .* stay together"):
         open_images(tmp_path, size=8, table=table, groups="patient")
 
 
