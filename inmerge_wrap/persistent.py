@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inmerge_wrap.kernels import MergedLayer, Store, tensor_store
+from inmerge_wrap.kernels import MergedLayer, Store
 from inmerge_wrap.pairs import (
     Outcome,
     choose_sources,
@@ -80,20 +80,29 @@ def _merge_layer_(
     if settings.partner != "random":
         everyone = torch.arange(site.shape[0], device=device)
         sources = choose_sources(store.read(everyone), targets, sources, site, settings)
-    options: dict[str, Any] = {"signs": signs, "centred": site.centred, "skip": skip}
     is_usual = isinstance(settings.direction, str) and settings.direction not in NOISE
     if store.is_matrix and is_usual and not companions and compiles(settings.compiled, device):
         size = torch.full((), strength.size, device=device)  # a tensor of a number would wait
-        bank = tensor_store(_bank(store.weight))
-        return _compiled()(bank, targets, sources, settings, size, **options)
+        bank = _bank(store.weight)
+        return _compiled()(bank, targets, sources, signs, size, skip, site.centred, settings)
 
     def noise(count: int) -> Tensor | None:
         if settings.direction not in NOISE:
             return None
         return draw_noise(site, count, settings.seed, step, device)
 
-    options |= {"noise": noise, "companions": companions}
-    return merge_pairs_(store, targets, sources, settings, strength.size, **options)
+    return merge_pairs_(
+        store,
+        targets,
+        sources,
+        settings,
+        strength.size,
+        signs=signs,
+        noise=noise,
+        centred=site.centred,
+        companions=companions,
+        skip=skip,
+    )
 
 
 def merge_pairs_(
@@ -101,7 +110,7 @@ def merge_pairs_(
     targets: Tensor,
     sources: Tensor,
     settings: MergeSettings,
-    size: float | Tensor,
+    size: float,
     *,
     signs: Tensor | None = None,
     noise: Callable[[int], Tensor | None] = lambda count: None,
@@ -121,8 +130,7 @@ def merge_pairs_(
     if skip is not None:
         merged &= skip == 0
     mask: Tensor | None = merged
-    # Finding the merged pairs waits for nothing on the CPU, but no graph can hold it.
-    if merged.device.type == "cpu" and not torch.compiler.is_compiling():
+    if merged.device.type == "cpu":  # finding the merged pairs waits for nothing there
         (known,) = merged.nonzero(as_tuple=True)
         mask = None
         if len(known) < len(targets):
@@ -144,10 +152,32 @@ def merge_pairs_(
     return cosines, merged
 
 
+def _merge_bank_(
+    bank: Tensor,
+    targets: Tensor,
+    sources: Tensor,
+    signs: Tensor | None,
+    size: Tensor,
+    skip: Tensor | None,
+    centred: bool,
+    settings: MergeSettings,
+) -> tuple[Tensor, Tensor]:
+    """Merges kernels that are the rows of a matrix, (C_out, fan_in): what is compiled as one."""
+    wide = torch.promote_types(bank.dtype, torch.float32)
+    kernels, partners = bank[targets].to(wide), bank[sources].to(wide)
+    cosines, merged = compare(kernels, partners, settings, centred=centred)
+    if skip is not None:
+        merged = merged & (skip == 0)
+    moved = move(kernels, partners, signs, None, size, settings)
+    rows = torch.where(merged.unsqueeze(1), moved.rows, kernels)
+    bank.index_copy_(0, targets, rows.to(bank.dtype))
+    return cosines, merged
+
+
 @cache
 def _compiled() -> Any:
-    """Returns :func:`merge_pairs_` compiled; layers of all sizes share its code."""
-    return torch.compile(merge_pairs_, dynamic=True)
+    """Returns the compiled pass over a layer; layers of all sizes share its code."""
+    return torch.compile(_merge_bank_, dynamic=True)
 
 
 def _bank(weight: Tensor) -> Tensor:
