@@ -84,7 +84,10 @@ def _merge_layer_(
     if store.is_matrix and is_usual and not companions and compiles(settings.compiled, device):
         size = torch.full((), strength.size, device=device)  # a tensor of a number would wait
         bank = _bank(store.weight)
-        return _compiled()(bank, targets, sources, signs, size, skip, site.centred, settings)
+        found = _compiled()(bank, targets, sources, signs, size, skip, site.centred, settings)
+        cosines, merged, rows = found
+        bank.index_copy_(0, targets, rows)
+        return cosines, merged
 
     def noise(count: int) -> Tensor | None:
         if settings.direction not in NOISE:
@@ -152,7 +155,7 @@ def merge_pairs_(
     return cosines, merged
 
 
-def _merge_bank_(
+def _merged_bank(
     bank: Tensor,
     targets: Tensor,
     sources: Tensor,
@@ -161,8 +164,12 @@ def _merge_bank_(
     skip: Tensor | None,
     centred: bool,
     settings: MergeSettings,
-) -> tuple[Tensor, Tensor]:
-    """Merges kernels that are the rows of a matrix, (C_out, fan_in): what is compiled as one."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merges kernels that are the rows of a matrix, (C_out, fan_in): what is compiled as one.
+
+    It returns the new rows and writes none: compiled by PyTorch 2.6 it would read what it has
+    written, where the partner of one pair is the target of another.
+    """
     wide = torch.promote_types(bank.dtype, torch.float32)
     kernels, partners = bank[targets].to(wide), bank[sources].to(wide)
     cosines, merged = compare(kernels, partners, settings, centred=centred)
@@ -170,14 +177,13 @@ def _merge_bank_(
         merged = merged & (skip == 0)
     moved = move(kernels, partners, signs, None, size, settings)
     rows = torch.where(merged.unsqueeze(1), moved.rows, kernels)
-    bank.index_copy_(0, targets, rows.to(bank.dtype))
-    return cosines, merged
+    return cosines, merged, rows.to(bank.dtype)
 
 
 @cache
 def _compiled() -> Any:
     """Returns the compiled pass over a layer; layers of all sizes share its code."""
-    return torch.compile(_merge_bank_, dynamic=True)
+    return torch.compile(_merged_bank, dynamic=True)
 
 
 def _bank(weight: Tensor) -> Tensor:
