@@ -24,6 +24,7 @@ ANALYSIS = importlib.import_module("studies.3.analysis")
 PLACES = ("Jiangxi", "CellaVision")
 CHANNELS = ("channel noise", "channel dropout")
 FROZEN_RATE = 0.02  # of the confirmation; another was tried afterwards
+LITE0, HOW = "tf_efficientnet_lite0", ("clean", "corrupted")
 OTHER_ARMS = ("merging per step", "random erasing", "EMA", "DAMP")
 MEASURES = (
     ("AUROC", "corrupted"),
@@ -324,7 +325,8 @@ def test_the_page_of_evidence_shows_the_confirmation_as_it_was_pooled(augmentati
     plain = {
         group.cell.dataset.removesuffix("mnist").capitalize(): list(arms["plain"].values())
         for group, arms in third_groups().items()
-        if group.confirming and group.cell.augmentation == augmentation
+        if (group.confirming, group.cell.augmentation, group.lr)
+        == (True, augmentation, FROZEN_RATE)
     }
     wanted = []
     for name in ("Breast", "Chest", "Pneumonia"):
@@ -421,6 +423,44 @@ def test_the_page_of_evidence_says_what_the_arms_with_trivial_augmentation_found
     assert f"channel noise and channel dropout lost {noise:.3f} and {dropout:.3f} of" in text
     kept = sorted(float(found[(arm, "plain", *MEASURES[2])]["mean"]) for arm in OTHER_ARMS)
     assert f"other four changed it by {kept[0]:.3f} to {kept[-1]:+.3f}." in text
+
+
+def test_the_page_of_evidence_says_what_a_better_rate_and_more_steps_gave() -> None:
+    text = words(page_of("docs/evidence.md"))
+    wanted = ("breastmnist", "chest", "pneumoniamnist")
+    tried = {g.cell.dataset: arms for g, arms in third_groups().items() if g.lr == 0.04}
+    assert tried.keys() == {"bloodmnist", *wanted}
+    levels = []
+    for name in wanted:
+        scores = [
+            ANALYSIS.score(run, "test", *MEASURES[0]) for run in tried[name]["plain"].values()
+        ]
+        levels.append(f"{np.mean(scores):.3f}")
+    assert "reached {} (Breast), {} (Chest) and {} (Pneumonia)".format(*levels) in text
+    rows = {
+        row["dataset"]: row
+        for row in third_study("differences")
+        if (float(row["lr"]), row["confirmation"]) == (0.04, "True")
+        and (row["measure"], row["tested_on"]) == MEASURES[0]
+    }
+    assert {row["pairs"] for row in rows.values()} == {"2"}
+    assert all(float(row["low"]) < 0 < float(row["high"]) for row in rows.values())
+    found = [f"{float(rows[name]['mean']):+.3f}" for name in wanted]
+    assert "merging differed from it by {}, {} and {}.".format(*found) in text
+    steps = {
+        (row["augmentation"], row["steps"]): [float(row[f"AUROC, {on}"]) for on in HOW]
+        for row in third_study("training")
+        if (row["dataset"], row["images"], row["arch"]) == ("bloodmnist", "600", LITE0)
+        and float(row["lr"]) == FROZEN_RATE
+    }
+    longer = [
+        after - before
+        for (augmentation, length), scores in steps.items()
+        if length == str(ANALYSIS.TRAINING[augmentation].steps) != "1500"
+        for before, after in zip(scores, steps[augmentation, "1500"], strict=True)
+    ]
+    assert len(longer) == 10
+    assert f"clean and corrupted, by {min(longer):+.3f} to {max(longer):+.3f} (" in text
 
 
 def test_plain_training_with_strong_augmentation_is_above_merging_with_flips() -> None:

@@ -47,7 +47,7 @@ class Length:
     lr: float = 0.02
 
 
-TRAINING = {  # by augmentation; chosen for flips and trivial, else provisional, see protocol.md
+TRAINING = {  # by augmentation; see protocol.md
     "none": Length(600),
     "flips": Length(600),
     "noise and blur": Length(1000),
