@@ -449,7 +449,7 @@ def test_the_page_of_evidence_says_what_a_better_rate_and_more_steps_gave() -> N
     assert "merging differed from it by {}, {} and {}.".format(*found) in text
     steps = {
         (row["augmentation"], row["steps"]): [float(row[f"AUROC, {on}"]) for on in HOW]
-        for row in third_study("training")
+        for row in table_of("3", "training")
         if (row["dataset"], row["images"], row["arch"]) == ("bloodmnist", "600", LITE0)
         and float(row["lr"]) == FROZEN_RATE
     }
