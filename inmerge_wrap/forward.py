@@ -27,7 +27,7 @@ from inmerge_wrap.steps import is_captured
 from inmerge_wrap.weights import Weights, chain_of
 
 
-class Plain:
+class _Plain:
     """Stands for the draw of a pass that does not merge."""
 
 
@@ -100,7 +100,7 @@ class ForwardMerge:
 
         Without a strength the step does not merge.
         """
-        guard_hooks()
+        _guard_hooks()
         self.is_on = strength is not None
         self._open.clear()
         self._forget()
@@ -122,7 +122,7 @@ class ForwardMerge:
     def begin(self, inputs: Any) -> None:
         """Draws for a forward pass of the network on these inputs."""
         assert self._way is not None, "set_step comes first"
-        guard_hooks()
+        _guard_hooks()
         if is_captured():
             self.is_graphed = True
         if self._way.device.type == "meta" and not next(self._modules[0].parameters()).is_meta:
@@ -149,7 +149,7 @@ class ForwardMerge:
         A backward pass may repeat it beside one that did.
         """
         if self._draw is None and torch.is_grad_enabled() and not _in_backward():
-            self._follow(Plain(), outputs)
+            self._follow(_Plain(), outputs)
 
     def _follow(self, draw: Any, outputs: Any) -> None:
         """Makes the backward pass of these outputs repeat what their forward pass drew."""
@@ -157,7 +157,7 @@ class ForwardMerge:
             return
         self._note(draw, outputs)
         for other in tuple(self._sharing):
-            other._note(Plain(), outputs)
+            other._note(_Plain(), outputs)
 
     def _note(self, draw: Any, outputs: Any) -> None:
         """Notes a pass over the convolutions, for a backward pass that repeats it."""
@@ -228,7 +228,7 @@ class ForwardMerge:
         It is that of the pass that runs, or of the one that a checkpoint repeats.
         """
         draw = self._replayed if self._draw is None and _in_backward() else self._draw
-        if draw is None or isinstance(draw, Plain):
+        if draw is None or isinstance(draw, _Plain):
             return None
         if not module.training or not deciding_parameter(module).requires_grad:
             return None
@@ -243,11 +243,11 @@ class ForwardMerge:
     def take_counts(self) -> tuple[Tensor, Tensor] | None:
         """Returns what acted since the last call, see :meth:`Counts.take`; None if nothing ran."""
         if self._counts is None or self._way is None or self._way.device.type == "meta":
-            return None
+            return None  # a copy reads the counts too, also before the weights have a place
         return self._counts.take()
 
 
-def guard_hooks() -> None:
+def _guard_hooks() -> None:
     """Lets compiled graphs look for hooks, and discards those that were made without looking.
 
     By default one graph serves all networks of a class: that of a network without hooks would serve

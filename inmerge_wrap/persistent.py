@@ -84,8 +84,10 @@ def _merge_layer_(
     if store.is_matrix and is_usual and not companions and compiles(settings.compiled, device):
         size = torch.full((), strength.size, device=device)  # a tensor of a number would wait
         bank = _bank(store.weight)
-        found = _compiled()(bank, targets, sources, signs, size, skip, site.centred, settings)
-        cosines, merged, rows = found
+        merge = _compiled()
+        cosines, merged, rows = merge(
+            bank, targets, sources, signs, size, skip, site.centred, settings
+        )
         bank.index_copy_(0, targets, rows)
         return cosines, merged
 

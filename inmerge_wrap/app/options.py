@@ -94,7 +94,7 @@ add(
     "--split-seed",
     type=int,
     default=0,
-    help="seed of the split, the same for all runs (default: 0)",
+    help="seed of the split, the same for all runs (default: %(default)s)",
 )
 add("--skip-broken", action="store_true", help="leave out files that cannot be read")
 add("--allow-overlap", action="store_true", help="train although parts share images or groups")
@@ -201,7 +201,7 @@ add(
     "--bootstrap",
     type=at_least(0),
     default=1000,
-    help="resamples for the intervals; 0 for none (default: 1000)",
+    help="resamples for the intervals; 0 for none (default: %(default)s)",
 )
 add(
     "--subgroups",
@@ -221,7 +221,7 @@ add("--title", help="title of the report (default: the name of the folder)")
 add(
     "--license",
     default="unknown",
-    help="licence of the weights, for the model card (default: unknown)",
+    help="licence of the weights, for the model card (default: %(default)s)",
 )
 add("--license-name", help="name of the licence, with --license other")
 add("--out", type=Path, default=Path("runs/own_images"), help="folder (default: %(default)s)")

@@ -157,7 +157,7 @@ def split(
     if empty := [part for place, part in enumerate(wanted) if place not in assigned]:
         raise DataError(
             f"{counted(len(chosen), 'image')} with these labels are too few to split: those of one "
-            f"group, or with equal pixels, stay together, and none is left for "
+            "group, or with equal pixels, stay together, and none is left for "
             f"{' and '.join(empty)}. Check <groups>, or add images"
         )
     parts = [image.part for image in collection.images]
