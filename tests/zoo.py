@@ -4,7 +4,10 @@
     python -m tests.zoo --round-trip    # trains, exports and reloads one model of each family,
                                         # writes benchmarks/results/zoo_round_trip.csv
 
-Both take some 10 minutes on two CPU processes and need no weights. The first builds on the meta
+With ``--recommended`` both merge in the forward pass, as ``InMergeWrapper.recommended`` does, and
+write zoo_recommended.csv and zoo_recommended_round_trip.csv.
+
+Each takes some 10 minutes on two CPU processes and needs no weights. The first builds on the meta
 device, where tensors have shapes and no memory, but for detection networks, whose boxes depend on
 values. They end with exit status 1 if a model broke a promise.
 """
@@ -37,7 +40,13 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
-from inmerge_wrap import InMergeWrapper, export_timm, export_weights, plan_merging
+from inmerge_wrap import (
+    InMergeWrapper,
+    export_timm,
+    export_weights,
+    plan_merging,
+    recommended_settings,
+)
 from inmerge_wrap.discovery import SKIPPED_KINDS
 from inmerge_wrap.plan import MergePlan
 
@@ -220,8 +229,8 @@ def compact(plan: MergePlan) -> str:
     return "; ".join(f"{count} {word}" for word, count in words.most_common())
 
 
-def plan_one(entry: Entry) -> Outcome:
-    """Plans one model and checks every promise."""
+def plan_one(entry: Entry, recommended: bool = False) -> Outcome:
+    """Plans one model, for the paper's settings or the recommended ones; checks every promise."""
     outcome = Outcome(**asdict(entry))
     torch.manual_seed(0)  # which boxes a detection network finds depends on its weights
     model = build(entry)
@@ -231,7 +240,8 @@ def plan_one(entry: Entry) -> Outcome:
     try:
         given = example(entry, input_size(model)) if entry.detects else None
         with strict(entry):
-            plan = plan_merging(model, example_input=given)
+            settings = {"mode": "outputs", "shallow_layers": 0} if recommended else {}
+            plan = plan_merging(model, example_input=given, **settings)
     except ValueError as error:
         outcome.refusal = str(error)
     except Exception as error:
@@ -252,7 +262,7 @@ def plan_one(entry: Entry) -> Outcome:
     return outcome
 
 
-def go_round(entry: Entry) -> RoundTrip:
+def go_round(entry: Entry, recommended: bool = False) -> RoundTrip:
     """Wrap, two real training steps with every pair merged, export, reload, compare logits."""
     outcome = RoundTrip(**asdict(entry))
     start = time.perf_counter()
@@ -260,14 +270,14 @@ def go_round(entry: Entry) -> RoundTrip:
         with strict(entry):
             # True, and of no matter here: what is exported is compared with what was trained.
             warnings.filterwarnings("ignore", "kernels were merged in the very last step")
-            _go_round(entry, outcome)
+            _go_round(entry, outcome, recommended)
     except Exception as error:
         outcome.broken = f"{type(error).__name__}: {error}".splitlines()[0]
     outcome.seconds = round(time.perf_counter() - start, 1)
     return outcome
 
 
-def _go_round(entry: Entry, outcome: RoundTrip) -> None:
+def _go_round(entry: Entry, outcome: RoundTrip, recommended: bool) -> None:
     torch.manual_seed(0)
     settings = _SETTINGS.get(entry.model, {})
     network = build(entry, "cpu", **settings)
@@ -275,9 +285,9 @@ def _go_round(entry: Entry, outcome: RoundTrip) -> None:
     if "img_size" in settings:
         size = size[0], settings["img_size"], settings["img_size"]
     given = example(entry, size) if entry.detects else None
-    wrapper = InMergeWrapper(
-        network, similarity_threshold=-1.0, merge_probability=1.0, example_input=given
-    )
+    every_pair = {"similarity_threshold": -1.0, "merge_probability": 1.0}
+    chosen = recommended_settings(total_steps=100) if recommended else every_pair
+    wrapper = InMergeWrapper(network, example_input=given, **chosen)
     optimizer = torch.optim.SGD(wrapper.parameters(), lr=1e-3, momentum=0.9)
     wrapper.attach(optimizer)
     wrapper.train()
@@ -293,7 +303,11 @@ def _go_round(entry: Entry, outcome: RoundTrip) -> None:
     report = wrapper.report()
     outcome.layers, outcome.merges = len(wrapper.plan.merged), report.merged
     # All pairs are drawn and merged, but those of zero kernels, which some layers start with.
-    idle = [layer.name for layer in report if layer.merged + layer.undefined < layer.drawn]
+    idle = [
+        layer.name
+        for layer in report
+        if not layer.drawn or layer.merged + layer.undefined < layer.drawn
+    ]
     images = example(entry, size)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         expected = tree_leaves(network.eval()(images))
@@ -340,10 +354,10 @@ def _equal(model: nn.Module, images: Any, expected: Sequence[Tensor]) -> bool:
     return len(found) == len(expected) > 0 and all(map(torch.equal, found, expected))
 
 
-def smallest_of_families() -> list[Entry]:
-    """The smallest model of each family with something to merge, as zoo.csv knows it."""
+def smallest_of_families(table: str = "zoo") -> list[Entry]:
+    """The smallest model of each family with something to merge, as a table knows it."""
     best: dict[tuple[str, str], dict[str, str]] = {}
-    for row in read(RESULTS / "zoo.csv"):
+    for row in read(RESULTS / f"{table}.csv"):
         key = row["source"], row["family"]
         if int(row["merged"]) and (
             key not in best or int(row["parameters"]) < int(best[key]["parameters"])
@@ -445,6 +459,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--round-trip", action="store_true", help="train, export and reload")
+    parser.add_argument("--recommended", action="store_true", help="merge in the forward pass")
     parser.add_argument("--only", default="*", help="names to take, with * wildcards")
     parser.add_argument("--output", type=Path, help="the table to write")
     parser.add_argument("--processes", type=int, default=2)
@@ -453,13 +468,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = smallest_of_families() if options.round_trip else list(entries())
     names = [entry for entry in names if fnmatchcase(entry.model, options.only)]
     random.Random(0).shuffle(names)  # so that the large models of a family do not meet
-    default = RESULTS / ("zoo_round_trip.csv" if options.round_trip else "zoo.csv")
+    parts = "zoo", options.recommended * "_recommended", options.round_trip * "_round_trip"
+    default = RESULTS / f"{''.join(parts)}.csv"
     start, outcomes = time.perf_counter(), []
     # An executor, because a pool waits for ever for the work of a process that was killed.
     with ProcessPoolExecutor(
         options.processes, multiprocessing.get_context("spawn"), _use_one_thread
     ) as pool:
-        for future in as_completed([pool.submit(job, entry) for entry in names]):
+        jobs = [pool.submit(job, entry, options.recommended) for entry in names]
+        for future in as_completed(jobs):
             outcome = future.result()
             outcomes.append(outcome)
             if outcome.broken:
