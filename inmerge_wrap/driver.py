@@ -73,12 +73,12 @@ class Driver:
         )
         self.watch = Watch()
         self._pauses = 0
-        # Of each layer that merged with the last step of its optimizer, how.
+        # How each layer merged in the last step of its optimizer, for those that did.
         self._last: dict[int, Outcome | Strength] = {}
         self._attachments = Attachments()
         self._forward = ForwardMerge(plan.merged, network)
         self._passes = 0  # steps that merged
-        # Of each layer, steps that merged whose counts have not been read; -1: one more has.
+        # Steps of each layer that merged and whose counts have not been read; -1: one more has.
         self._uncounted = [0] * len(plan.merged)
         self._ran = False  # whether a forward pass merged since the last step
         self._sharded: list[Any] | None = None  # modules of FSDP2
@@ -464,13 +464,13 @@ class Driver:
     def state(self) -> Tensor:
         """Returns the step counter and the statistics as a tensor."""
         self._read_counts()
-        return self.tally.to_state(self.settings.seed)
+        return self.tally.to_state(self.settings)
 
     def load(self, state: Tensor | None) -> None:
-        """Continues from a step counter and statistics; from None, which holds none, not."""
+        """Continues from a step counter and statistics; None leaves them unchanged."""
         if state is None:
             return
-        tally = Tally.from_state(state, now=self.tally, seed=self.settings.seed)
+        tally = Tally.from_state(state, now=self.tally, settings=self.settings)
         if tally is None:
             return
         self._begin(tally)

@@ -6,15 +6,18 @@ import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from inmerge_wrap.pairs import Outcome
 from inmerge_wrap.report import LayerReport, MergeReport
+from inmerge_wrap.schedule import Schedule
+from inmerge_wrap.settings import MergeSettings
 
-_FORMAT = 4
-_HEADER = 5  # format, seed, layers, whether images are counted, which layers
+_FORMAT = 5
+_HEADER = 6  # format, seed, schedule, layers, whether images are counted, which layers
 _COLUMNS = 8
 _AVERAGED = 1e-3  # what weights that add up to about 1 may change in the format's number
 _NO_COSINE = -2.0  # below every cosine
@@ -130,7 +133,7 @@ class Tally:
             )
         return MergeReport(tuple(layers), unit=self.unit)
 
-    def to_state(self, seed: int) -> Tensor:
+    def to_state(self, settings: MergeSettings) -> Tensor:
         """Returns the whole tally as one float64 CPU tensor (exact up to 2**53 pairs)."""
         columns: list[Any] = [self.steps, self.passes, self._drawn, *self._counts.T]
         columns += [self._cosine_sum, self._cosine_max]
@@ -138,18 +141,19 @@ class Tally:
             table = torch.stack(
                 [torch.as_tensor(column).detach().cpu().double() for column in columns], dim=1
             )
-            header = table.new_tensor([_FORMAT, seed, len(self.steps), self.per_image, self.key])
+            about = [settings.seed, _key_of(settings.schedule), len(self.steps)]
+            header = table.new_tensor([_FORMAT, *about, self.per_image, self.key])
             return torch.cat([header, table.flatten()])
 
     @classmethod
     def from_state(
-        cls, state: object, *, now: Tally | None = None, seed: int | None = None
+        cls, state: object, *, now: Tally | None = None, settings: MergeSettings | None = None
     ) -> Tally | None:
         """Restores the tally that :meth:`to_state` wrote, or returns None with a warning.
 
-        ``now`` and seed, where given, are those of the wrapper that continues. Counters that were
-        averaged over several models, as in federated training, are rounded; those that were
-        converted to another type have lost digits and are of no use.
+        ``now`` and settings, where given, are those of the wrapper that continues. Counters are
+        rounded if they were averaged over several models, as in federated training; if they were
+        converted to another type, they have lost digits and are of no use.
         """
         if isinstance(state, Tensor) and state.dtype != torch.float64:
             warnings.warn(
@@ -169,26 +173,33 @@ class Tally:
             )
         if not bool(state.isfinite().all()):
             raise ValueError("_extra_state of the checkpoint holds numbers that are not finite")
-        written_seed, written_layers = round(state[1].item()), round(state[2].item())
+        written = [round(number.item()) for number in state[1:_HEADER]]
+        written_seed, written_schedule, written_layers, per_image, key = written
         if state.numel() != _HEADER + _COLUMNS * written_layers:
             raise ValueError(
                 f"_extra_state holds {state.numel()} numbers where {written_layers} merged layers "
                 f"need {_HEADER + _COLUMNS * written_layers}: the checkpoint is truncated"
             )
-        if seed is not None and written_seed != seed:
+        if settings is not None and written_seed != settings.seed:
             warnings.warn(
                 f"the checkpoint was trained with seed={written_seed}, this wrapper draws with "
-                f"seed={seed}: the run will not continue as it began",
+                f"seed={settings.seed}: the run will not continue as it began",
                 stacklevel=3,
             )
         table = state[_HEADER:].detach().cpu().reshape(written_layers, _COLUMNS)
         counts = table[:, :6].round().long()
         steps, passes, drawn = counts[:, :3].T.tolist()
-        per_image, key = (round(number.item()) for number in state[3:_HEADER])
         tally = cls(written_layers, per_image=bool(per_image), key=key)
         tally.steps, tally.passes, tally._drawn = steps, passes, drawn
         tally._counts = counts[:, 3:].clone()
         tally._cosine_sum, tally._cosine_max = table[:, 6].clone(), table[:, 7].float().clone()
+        if settings is not None and tally.step and written_schedule != _key_of(settings.schedule):
+            warnings.warn(
+                f"the checkpoint was trained with another schedule: at step {tally.step:,} this "
+                f"one continues, {settings.schedule}. If a new training run begins, call "
+                "model.restart()",
+                stacklevel=3,
+            )
         if now is None or (now.key, now.unit) == (tally.key, tally.unit):
             return tally
         warnings.warn(
@@ -198,3 +209,8 @@ class Tally:
             stacklevel=3,
         )
         return now.begun_again(tally.step)
+
+
+def _key_of(schedule: Schedule) -> int:
+    """Returns a number that stands for a schedule."""
+    return crc32(repr(schedule).encode())

@@ -100,7 +100,7 @@ def test_a_write_that_fails_leaves_the_previous_file_and_no_draft(
 @pytest.mark.parametrize(
     "damage,message",
     [
-        (lambda state: state[:-2], "_extra_state holds 19 numbers.*is truncated"),
+        (lambda state: state[:-2], "_extra_state holds 20 numbers.*is truncated"),
         (lambda state: state[:2], "_extra_state of the checkpoint is not that of"),
         (
             lambda state: torch.cat([torch.full_like(state[:1], 9), state[1:]]),

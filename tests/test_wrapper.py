@@ -249,6 +249,10 @@ def test_another_seed_or_plan_in_the_checkpoint_is_reported() -> None:
     model.merge_()
     with pytest.warns(UserWarning, match="trained with seed=0, this wrapper draws with seed=4"):
         wrapped(seed=4).load_state_dict(model.state_dict())
+    longer = wrapped(schedule=Schedule(end=500))
+    with pytest.warns(UserWarning, match=r"another schedule: at step 1 this one.*restart\(\)"):
+        longer.load_state_dict(model.state_dict())
+    assert longer.step == 1
     fewer = wrapped(exclude="convs.2")
     other = wrapped(mode="outputs", include="convs.[12]")
     for new, plan in ((fewer, r"1 of this plan \(drawn"), (other, r"2 of this plan \(images")):
