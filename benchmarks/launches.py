@@ -63,7 +63,7 @@ def count(name: str, size: int, merging: bool) -> Counter:
         network = timm.create_model(name, num_classes=10).to(torch.bfloat16)
         images = torch.empty(BATCH, 3, size, size, dtype=torch.bfloat16)
         labels = torch.empty(BATCH, dtype=torch.int64)
-    model = InMergeWrapper(network, inspect_every=0, **recommended_settings(10**9))
+    model = InMergeWrapper(network, **recommended_settings(10**9))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=True)
     model.attach(optimizer)
     with nullcontext() if merging else model.paused():

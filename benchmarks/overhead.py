@@ -83,10 +83,10 @@ def measure(name: str, way: str, options: argparse.Namespace) -> dict[str, Any]:
     device = options.device
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     network = timm.create_model(name, num_classes=10).to(device, memory_format=layout)
-    chosen = dict(WAYS[way])
+    chosen = {**WAYS[way], "inspect_every": options.inspect_every}
     if options.shallow_layers is not None:
         chosen["shallow_layers"] = options.shallow_layers
-    model = InMergeWrapper(network, inspect_every=options.inspect_every, **chosen)
+    model = InMergeWrapper(network, **chosen)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
     images = torch.randn(options.batch_size, 3, options.size, options.size, device=device)
     images = images.contiguous(memory_format=layout)

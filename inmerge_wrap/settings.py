@@ -301,6 +301,7 @@ def recommended_settings(total_steps: int, *, mode: Mode = "outputs") -> dict[st
         "similarity_threshold": -1.0,
         "merge_probability": 1.0,
         "schedule": Schedule(end=end, decay="cosine", anneals="strength"),
+        "inspect_every": 0,  # no weight is written that could become a copy of another
     }
 
 
