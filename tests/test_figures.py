@@ -611,7 +611,10 @@ def test_the_page_of_evidence_shows_the_other_laboratories_as_they_were_analysed
     assert f"by {float(gain['mean']):.3f} and {float(auroc['mean']):.3f}" in text
     text = words(page_of("README.md")).replace("95% interval ", "")
     assert f"{merging[0]} and {merging[1]}. Channel noise: {first} and {second} (" in text
-    assert f"accuracy by {merging[0].replace('+', '')}, and channel noise by {first[1:]};" in text
+    plain = found["balanced accuracy", "plain", "", "Jiangxi", "as trained"]
+    gain = merging[0].replace("+", "").rstrip(")")
+    lead = f"from {float(plain['mean']):.3f}, where chance is 0.25, by {gain}, one of several"
+    assert f"{lead} comparisons), and channel noise by {first[1:]};" in text
     assert f"raised the balanced accuracy of plain training by {adapting[0].split()[0][1:]}" in text
 
 
@@ -698,7 +701,9 @@ def test_the_page_of_evidence_shows_the_second_study_as_it_was_analysed() -> Non
         assert f"| plain, {name} | {auroc} | {corrupted} | {clean} |" in page
     said = [found[(arm, "plain", "AUROC", "corrupted")] for arm in ("transient, signed 0.3",
         "Gaussian noise 0.3")]  # fmt: skip
-    gain = said[0].replace("+", "")
+    gain = said[0].replace("+", "").rstrip(")")
+    adjusted = f"p = {re.findall('p is ([0-9.]+[0-9])', page)[-1]} after adjustment"
     for front_page in ("README.md", "docs/evidence.md"):
         text = words(page_of(front_page)).replace("95% interval ", "")
+        assert adjusted in text
         assert f"by {gain}" in text and f"size gave {said[1].split()[0].replace('+', '')}" in text
