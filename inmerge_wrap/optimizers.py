@@ -117,8 +117,8 @@ class Attachments:
 def trained_by(optimizer: Optimizer, layers: Sequence[MergedLayer]) -> list[MergedLayer]:
     """Returns the layers whose weight an optimizer trains, whatever computes the weight.
 
-    Of a weight with several parameters the first decides, so that of several optimizers, one for
-    each parameter, one counts the steps of the layer.
+    If a weight has several parameters, the first decides: with an optimizer for each of them, only
+    one counts the steps of the layer.
     """
     mine = ids_of(optimizer)
     return [

@@ -88,7 +88,7 @@ class Outputs:
             self._probability = torch.zeros((), dtype=torch.float32)
             # The partner of each channel, and whose partner it is.
             self._partners = torch.zeros((2, len(every)), dtype=torch.int64)
-        # Of a layer, from before its convolution to after it.
+        # What a layer keeps from before its convolution to after it.
         self._shares: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._biases: dict[int, Tensor] = {}
 

@@ -156,8 +156,8 @@ def plot_pairs(
     while there are layers enough; from 1x1 kernels, which have nothing to look at, where there are
     no others. A kernel is drawn as a mosaic of its input channels, the 16 that weigh most in the
     pair; a 1x1 kernel as a square of its heaviest weights, at most 256; a kernel of three channels
-    as a colour picture. Each pair says how many of its channels that is. Of a kernel over volumes
-    or videos the central slice is drawn, of one along a single dimension a strip. Both kernels of a
+    as a colour picture. Each pair says how many of its channels that is. Kernels over volumes or
+    videos show their central slice, those along a single dimension are strips. Both kernels of a
     pair share one scale, each after division by its own length: the cosine does not see the length
     either. The colour bar is in shares of the pair's largest weight.
 
@@ -307,7 +307,7 @@ def _draw_pair(panels: Sequence[Axes], layer: LayerSimilarity, pair: KernelPair)
 
 
 def _bound(rule: Threshold, layer: LayerSimilarity) -> float:
-    """Of a rule without a bound of its own the smallest cosine that passes; NaN if none does."""
+    """Returns the bound of a rule, or the smallest cosine that it lets pass; NaN if none does."""
     fan_in = math.prod(layer.shape[1:])
     if callable(bound := getattr(rule, "bound", None)):
         return float(bound(fan_in))

@@ -49,11 +49,11 @@ class Weights:
         kernels = self._spans[-1].stop
         with torch.device(device):
             self._size = torch.zeros((), dtype=torch.float32)
-            # Of each kernel: its partner, and its sign, which is 0 where it was not drawn.
+            # The partner of each kernel, and its sign, which is 0 where it was not drawn.
             self._sources = torch.zeros(kernels, dtype=torch.int64)
             self._signs = torch.zeros((kernels, 1), dtype=torch.int64)
         self._noise: list[Tensor] = []
-        # Of a layer whose convolution runs: it, what the stand-in hides, and the stand-in.
+        # While a convolution runs: its module, what the stand-in hides, and the stand-in.
         self._shadowed: dict[int, tuple[nn.Module, Any, Tensor | None]] = {}
         self._counted: set[int] = set()  # of these, the ones whose computed weight was read
 
