@@ -44,7 +44,7 @@ from inmerge_wrap.images.collection import spaced, units_of
 from inmerge_wrap.images.files import DataError
 from inmerge_wrap.images.folders import read_part
 from inmerge_wrap.images.labelled import fit_images, read_npz
-from inmerge_wrap.images.preparation import FILE, Preparation, Recipe
+from inmerge_wrap.images.preparation import FILE, Recipe
 from inmerge_wrap.robustness import Attack, RobustnessResult, evaluate_robustness, paired_difference
 from inmerge_wrap.robustness.corruptions import CORRUPTIONS, DATASET_PRESETS, resolve_preset
 
@@ -82,11 +82,12 @@ Data = tuple[Tensor, Tensor, str, list[str] | None]  # pixels in [0, 1], labels,
 
 
 def read_test_part(options: argparse.Namespace, folders: list[Path]) -> Data:
-    prepare, names = wanted = expected(folders[0])[1:]
+    recipe, names = expected(folders[0])
+    prepare = recipe and recipe.preparation
     for folder in folders[1:]:
-        pairs = zip(wanted, expected(folder)[1:], strict=True)
-        if any(None not in pair and pair[0] != pair[1] for pair in pairs):
-            raise SystemExit(f"{folder} and {folders[0]} differ in label_names or preparation")
+        other, others = expected(folder)
+        if prepare != (other and other.preparation) or (names and others and names != others):
+            raise SystemExit(f"{folder} and {folders[0]} differ in label_names or {FILE}")
     if options.data in medmnist.INFO:
         info, suffix = medmnist.INFO[options.data], "" if options.size == 28 else f"_{options.size}"
         path = options.data_root / f"{options.data}{suffix}.npz"
@@ -133,11 +134,10 @@ def group_models(entries: list[str], baseline: str | None) -> Groups:
     return {first: groups.pop(first), **groups}
 
 
-def expected(folder: Path) -> tuple[Recipe | None, Preparation | None, list[str] | None]:
-    """Returns the recipe of a training, how it reads a file, and the order of the classes."""
+def expected(folder: Path) -> tuple[Recipe | None, list[str] | None]:
+    """Returns the recipe of a training of the application, and the order of the classes."""
     recipe = Recipe.read(folder) if (folder / FILE).exists() else None
-    names = read_json(folder / "config.json").get("label_names")
-    return recipe, recipe and recipe.preparation, names
+    return recipe, read_json(folder / "config.json").get("label_names")
 
 
 def normaliser(network: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -164,7 +164,7 @@ def evaluate_all(
     for label, paths in groups.items():
         for seed, path in enumerate(paths):
             network = timm.create_model(f"local-dir:{path}", pretrained=True)
-            recipe, *_ = expected(path)
+            recipe, _ = expected(path)
             threshold = (recipe and recipe.thresholds) or 0.5
             tempered = Tempered(network, recipe.temperature if recipe else 1.0)
             result = evaluate_robustness(
