@@ -82,13 +82,13 @@ Data = tuple[Tensor, Tensor, str, list[str] | None]  # pixels in [0, 1], labels,
 
 
 def read_test_part(options: argparse.Namespace, folders: list[Path]) -> Data:
-    recipe, names = expected(folders[0])
-    prepare = recipe and recipe.preparation
-    for folder in folders[1:]:
-        other, others = expected(folder)
-        if prepare != (other and other.preparation) or (names and others and names != others):
+    flag = options.data in medmnist.INFO  # whose pixels are read without a preparation
+    facts = [(r and r.preparation, names) for r, names in map(expected, folders)]
+    prepare, names = facts[0][0], next((names for _, names in facts if names), None)
+    for folder, (other, others) in zip(folders, facts, strict=True):
+        if (prepare != other and not flag) or (others and others != names):
             raise SystemExit(f"{folder} and {folders[0]} differ in label_names or {FILE}")
-    if options.data in medmnist.INFO:
+    if flag:
         info, suffix = medmnist.INFO[options.data], "" if options.size == 28 else f"_{options.size}"
         path = options.data_root / f"{options.data}{suffix}.npz"
         if not path.exists():
