@@ -6,6 +6,7 @@ python docs/.diagram.py
 from __future__ import annotations
 
 import csv
+import json
 import math
 from itertools import chain
 from pathlib import Path
@@ -92,8 +93,10 @@ ARMS = {  # of the third study's pilot: name -> colour, shape
 LABORATORIES = ("Jiangxi", "CellaVision")
 WAYS = {"as trained": "", "adapted": ", adapted"}  # as the table names them -> after a laboratory
 PILOT = "bloodmnist", "600", "tf_efficientnet_lite0"
-FROZEN_RATE = 0.02  # of the third study's confirmation; another was tried afterwards
-STEPS = {"flips": "600", "trivial": "1000"}  # of the runs that are drawn
+FROZEN = {  # steps and rate of the third study's confirmation; another rate was tried afterwards
+    name: json.loads((ROOT / f"studies/3/frozen-{name}.json").read_text())["training"][name]
+    for name in ("flips", "trivial")
+}
 INSIDE = {  # column of mechanism.csv -> in words, range
     "moved_by_mixing": ("probability moved by mixing", 0.45, 0.80),
     "channel_correlation": ("correlation of channels", 0.07, 0.18),
@@ -279,8 +282,8 @@ def confirmation() -> str:
             name = "all"
             if table == "differences":
                 name = row["dataset"].removesuffix("mnist").capitalize()
-                is_frozen = row["confirmation"] == "True" and float(row["lr"]) == FROZEN_RATE
-                if not is_frozen or name == "Blood":
+                confirms = row["confirmation"] == "True" and name != "Blood"
+                if not confirms or float(row["lr"]) != FROZEN[row["augmentation"]]["lr"]:
                     continue
             elif row["data"].startswith("without"):
                 continue
@@ -389,7 +392,8 @@ def mechanism() -> str:
         for run in table_of(3, "mechanism"):
             arm = run["arm"] + {"trivial": ", TrivialAugment"}.get(run["augmentation"], "")
             cell = run["dataset"], run["images"], run["arch"]
-            if run["steps"] != STEPS.get(run["augmentation"]) or cell != PILOT or arm not in ARMS:
+            is_drawn = cell == PILOT and arm in ARMS and run["augmentation"] in FROZEN
+            if not is_drawn or int(run["steps"]) != FROZEN[run["augmentation"]]["steps"]:
                 continue
             x = 62 + wide * (float(run[quantity]) - low) / (most - low)
             y = top + high * (areas[1] - float(run["AUROC, corrupted"])) / (areas[1] - areas[0])

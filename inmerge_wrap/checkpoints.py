@@ -285,43 +285,15 @@ def _why_unreadable(path: Path, error: Exception) -> str:
 
 
 def _read_folder(path: Path) -> dict[str, Tensor]:
-    """Returns the weights of a folder that Accelerate wrote, in one file or in shards."""
-    names = ("model.safetensors", "pytorch_model.bin")
-    for name in names:
-        if (index := path / f"{name}.index.json").is_file():
-            return _read_shards(index, Path(name).suffix)
-    for name in names:
+    """Returns the weights of a folder that Accelerate wrote; it splits none of less than 10 GB."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
         if (path / name).is_file():
             return read_state(path / name)
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
     raise ValueError(
-        f"{path} holds no model.safetensors (it holds {found}); name the file of the weights"
+        f"{path} holds no model.safetensors (it holds {found}): name the file of the weights; if "
+        "they are in several, save them again in one file, with max_shard_size"
     )
-
-
-def _read_shards(index: Path, suffix: str) -> dict[str, Tensor]:
-    """Returns the weights that an index assigns to files beside it."""
-    folder = index.parent
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise ValueError(f"{index} has no weight_map, which says which file holds which weight")
-    for shard in places.values():
-        # A path would lead out of the folder, and another index to itself.
-        plain = isinstance(shard, str) and Path(shard).name == shard
-        if not plain or not shard.endswith(suffix):
-            raise ValueError(f"{index} names {shard!r}, which is not a {suffix} file beside it")
-    shards = {}
-    for shard in sorted(set(places.values())):
-        if not (folder / shard).is_file():  # a folder might hold another index
-            raise ValueError(f"{index} names {shard}, which is not in {folder}: copy it there")
-        shards[shard] = read_state(folder / shard)
-    missing = [name for name, shard in places.items() if name not in shards[shard]]
-    if missing:
-        raise ValueError(
-            f"{folder} is incomplete: {places[missing[0]]} does not hold {missing[0]}, as {index} "
-            "says; copy all files of one checkpoint"
-        )
-    return {name: shards[shard][name] for name, shard in places.items()}
 
 
 def _without_prefix(

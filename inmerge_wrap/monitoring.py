@@ -6,12 +6,13 @@ accelerator.log(tracker_values(model), step=step)
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from inmerge_wrap.report import MergeReport, pairs_between
+from inmerge_wrap.report import MergeReport
 from inmerge_wrap.similarity import effective_rank, read_kernels
 from inmerge_wrap.unwrapping import find_wrapper
 
@@ -59,16 +60,15 @@ def tracker_values(
             "report() after restart() or after an earlier checkpoint was loaded"
         )
     values = {f"{prefix}/step": float(wrapper.step)}
-    all_drawn = all_merged = 0
-    for earlier, layer in zip(since or [None] * len(names), report, strict=True):
-        drawn, merged, known, total = pairs_between(earlier, layer)
-        all_drawn, all_merged = all_drawn + drawn, all_merged + merged
-        if drawn:
-            values[f"{prefix}_share/{layer.name}"] = merged / drawn
-        if known:
-            values[f"{prefix}_cosine/{layer.name}"] = total / known
-    if all_drawn:
-        values[f"{prefix}/share"] = all_merged / all_drawn
+    layers = zip(since or [None] * len(names), report, strict=True)
+    new = replace(report, layers=tuple(layer.since(earlier) for earlier, layer in layers))
+    if new.drawn:
+        values[f"{prefix}/share"] = new.share
+    for layer in new:
+        if layer.drawn:
+            values[f"{prefix}_share/{layer.name}"] = layer.share
+        if layer.mean_cosine is not None:
+            values[f"{prefix}_cosine/{layer.name}"] = layer.mean_cosine
     for name, rank in zip(names, _ranks(wrapper), strict=True):
         if math.isfinite(rank):
             values[f"{prefix}_rank/{name}"] = rank

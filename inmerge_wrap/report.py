@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 __all__ = ["LayerReport", "LayerSnapshot", "MergeReport"]
 
-
 _NEGLIGIBLE = 1e-3  # share of merged pairs below which a run counts as a plain training run
-
-
-def share_of(merged: int, drawn: int) -> float:
-    """Returns merged pairs over drawn pairs, 0 where none was drawn."""
-    return merged / drawn if drawn else 0.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,28 @@ class LayerReport:
     @property
     def share(self) -> float:
         """Returns merged pairs over drawn pairs, 0 where none was drawn."""
-        return share_of(self.merged, self.drawn)
+        return self.merged / self.drawn if self.drawn else 0.0
+
+    def since(self, earlier: LayerReport | None) -> LayerReport:
+        """Returns what was counted after an earlier report of the layer; without one, everything.
+
+        The largest cosine of that part is not known, so it is None.
+        """
+        if earlier is None:
+            return self
+        compared = self.compared - earlier.compared
+        before, now = ((each.mean_cosine or 0.0) * each.compared for each in (earlier, self))
+        return LayerReport(
+            name=self.name,
+            steps=self.steps - earlier.steps,
+            passes=self.passes - earlier.passes,
+            drawn=self.drawn - earlier.drawn,
+            merged=self.merged - earlier.merged,
+            undefined=self.undefined - earlier.undefined,
+            compared=compared,
+            mean_cosine=(now - before) / compared if compared else None,
+            max_cosine=None,
+        )
 
 
 @dataclass(frozen=True)
@@ -67,41 +82,6 @@ class LayerSnapshot:
     share: float
     mean_cosine: float | None
     effective_rank: float
-    _total: LayerReport = field(repr=False, compare=False)
-
-    @classmethod
-    def since(cls, last: LayerSnapshot | None, total: LayerReport, rank: float) -> LayerSnapshot:
-        """Returns the snapshot between an earlier one and the current running totals.
-
-        Args:
-            last: The snapshot before, if there is one.
-            total: What merging did to the layer since the start of the run.
-            rank: The effective rank of its kernels.
-        """
-        drawn, merged, known, cosines = pairs_between(last._total if last else None, total)
-        return cls(
-            name=total.name,
-            step=total.steps,
-            share=share_of(merged, drawn),
-            mean_cosine=cosines / known if known else None,
-            effective_rank=rank,
-            _total=total,
-        )
-
-
-def pairs_between(earlier: LayerReport | None, later: LayerReport) -> tuple[int, int, int, float]:
-    """Returns pairs drawn, merged, and with a cosine, and the cosine sum between two reports.
-
-    Without an earlier report of the same layer, it counts all pairs up to the later one.
-    """
-
-    def sums(layer: LayerReport) -> tuple[int, int, int, float]:
-        known = layer.compared
-        return layer.drawn, layer.merged, known, (layer.mean_cosine or 0.0) * known
-
-    drawn, merged, known, cosines = sums(later)
-    before = sums(earlier) if earlier else (0, 0, 0, 0.0)
-    return drawn - before[0], merged - before[1], known - before[2], cosines - before[3]
 
 
 @dataclass(frozen=True)
@@ -156,7 +136,7 @@ class MergeReport:
     @property
     def share(self) -> float:
         """Merged pairs over drawn pairs in all layers, 0 where none was drawn."""
-        return share_of(self.merged, self.drawn)
+        return self.merged / self.drawn if self.drawn else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain numbers, for a JSON file or a tracker."""

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from inmerge_wrap.kernels import MergedLayer
-from inmerge_wrap.report import LayerSnapshot, MergeReport
+from inmerge_wrap.report import LayerReport, LayerSnapshot, MergeReport
 from inmerge_wrap.schedule import Schedule
 from inmerge_wrap.settings import MergeSettings
 from inmerge_wrap.similarity import effective_rank, read_kernels
@@ -38,7 +38,7 @@ class Watch:
         self.steps = 0  # with merging in this process, not counting those before a checkpoint
         self.idle_forwards = 0  # training forward passes since the last of these steps
         self.missed_steps = 0  # since then, of optimizers that are not attached
-        self._snapshots: dict[str, tuple[LayerSnapshot, LayerSnapshot]] = {}  # first, last
+        self._inspected: dict[str, tuple[float, LayerReport]] = {}  # first rank, last report
         self._warned: set[str] = set()
 
     def warn_once(self, key: str, message: str, category: type[Warning] = NoEffectWarning) -> None:
@@ -54,7 +54,7 @@ class Watch:
     def rewind(self, step: int) -> None:
         """Discards snapshots after the step that a loaded checkpoint goes back to."""
         self.history = [entry for entry in self.history if entry.step <= step]
-        self._snapshots.clear()
+        self._inspected.clear()
 
     def before_forward(self, *, attached: bool) -> None:
         """Counts a training forward pass; warns after several without a step."""
@@ -125,7 +125,7 @@ class Watch:
         every = settings.inspect_every
 
         def is_due(layer: MergedLayer) -> bool:
-            return layer.site.name not in self._snapshots or (passes[layer.number] - 1) % every == 0
+            return layer.site.name not in self._inspected or (passes[layer.number] - 1) % every == 0
 
         if every and (due := list(filter(is_due, layers))):
             self._inspect(due, report(), merges_for_good=settings.mode == "step")
@@ -140,20 +140,24 @@ class Watch:
             site = layer.site
             kernels = read_kernels(layer.module, centred=site.centred)
             rank = float(effective_rank(kernels, site.pair_groups))
-            first, last = self._snapshots.get(site.name, (None, None))
-            now = LayerSnapshot.since(last, report[site.name], rank)
-            self._snapshots[site.name] = (first or now, now)
-            self.history.append(now)
+            total = report[site.name]
+            first_rank, last = self._inspected.get(site.name, (rank, None))
+            self._inspected[site.name] = first_rank, total
+            new = total.since(last)
+            self.history.append(
+                LayerSnapshot(site.name, total.steps, new.share, new.mean_cosine, rank)
+            )
             # Training alone can lower the rank too, which is no reason to warn of merging. Nor can
             # merging for a gradient alone make copies.
-            is_ours = merges_for_good and now.share > _NOTABLE
-            if first and is_ours and rank < _COLLAPSED * first.effective_rank:
+            is_ours = merges_for_good and new.share > _NOTABLE
+            if is_ours and rank < _COLLAPSED * first_rank:
                 self.warn_once(
-                    now.name,
-                    f"the kernels of {now.name} are becoming copies of each other: their effective "
-                    f"rank fell from {first.effective_rank:.2f} to {rank:.2f} by step {now.step}, "
-                    f"and {now.share:.0%} of the drawn pairs merge. Raise similarity_threshold, "
-                    "lower merge_probability, or let merging end earlier (schedule)",
+                    site.name,
+                    f"the kernels of {site.name} are becoming copies of each other: their "
+                    f"effective rank fell from {first_rank:.2f} to {rank:.2f} by step "
+                    f"{total.steps}, and {new.share:.0%} of the drawn pairs merge. Raise "
+                    "similarity_threshold, lower merge_probability, or let merging end earlier "
+                    "(schedule)",
                     CollapseWarning,
                 )
 

@@ -44,7 +44,7 @@ from inmerge_wrap.images.collection import spaced, units_of
 from inmerge_wrap.images.files import DataError
 from inmerge_wrap.images.folders import read_part
 from inmerge_wrap.images.labelled import fit_images, read_npz
-from inmerge_wrap.images.preparation import FILE, Preparation, Recipe
+from inmerge_wrap.images.preparation import FILE, Recipe
 from inmerge_wrap.robustness import Attack, RobustnessResult, evaluate_robustness, paired_difference
 from inmerge_wrap.robustness.corruptions import CORRUPTIONS, DATASET_PRESETS, resolve_preset
 
@@ -82,12 +82,13 @@ Data = tuple[Tensor, Tensor, str, list[str] | None]  # pixels in [0, 1], labels,
 
 
 def read_test_part(options: argparse.Namespace, folders: list[Path]) -> Data:
-    prepare, names = wanted = expected(folders[0])[1:]
-    for folder in folders[1:]:
-        pairs = zip(wanted, expected(folder)[1:], strict=True)
-        if any(None not in pair and pair[0] != pair[1] for pair in pairs):
-            raise SystemExit(f"{folder} and {folders[0]} differ in label_names or preparation")
-    if options.data in medmnist.INFO:
+    flag = options.data in medmnist.INFO  # whose pixels are read without a preparation
+    facts = [(r and r.preparation, names) for r, names in map(expected, folders)]
+    prepare, names = facts[0][0], next((names for _, names in facts if names), None)
+    for folder, (other, others) in zip(folders, facts, strict=True):
+        if (prepare != other and not flag) or (others and others != names):
+            raise SystemExit(f"{folder} and {folders[0]} differ in label_names or {FILE}")
+    if flag:
         info, suffix = medmnist.INFO[options.data], "" if options.size == 28 else f"_{options.size}"
         path = options.data_root / f"{options.data}{suffix}.npz"
         if not path.exists():
@@ -133,11 +134,10 @@ def group_models(entries: list[str], baseline: str | None) -> Groups:
     return {first: groups.pop(first), **groups}
 
 
-def expected(folder: Path) -> tuple[Recipe | None, Preparation | None, list[str] | None]:
-    """Returns the recipe of a training, how it reads a file, and the order of the classes."""
+def expected(folder: Path) -> tuple[Recipe | None, list[str] | None]:
+    """Returns the recipe of a training of the application, and the order of the classes."""
     recipe = Recipe.read(folder) if (folder / FILE).exists() else None
-    names = read_json(folder / "config.json").get("label_names")
-    return recipe, recipe and recipe.preparation, names
+    return recipe, read_json(folder / "config.json").get("label_names")
 
 
 def normaliser(network: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -164,7 +164,7 @@ def evaluate_all(
     for label, paths in groups.items():
         for seed, path in enumerate(paths):
             network = timm.create_model(f"local-dir:{path}", pretrained=True)
-            recipe, *_ = expected(path)
+            recipe, _ = expected(path)
             threshold = (recipe and recipe.thresholds) or 0.5
             tempered = Tempered(network, recipe.temperature if recipe else 1.0)
             result = evaluate_robustness(

@@ -12,6 +12,7 @@ import pathlib
 import pickle
 import random
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -269,59 +270,17 @@ def test_a_config_that_is_none_is_named(
         load_network(tmp_path)
 
 
-def shards(folder: Path, weight_map: Any) -> Path:
-    for number in range(2):
-        tensors = {f"layer{number}.weight": torch.full((2,), float(number)), "both": torch.ones(1)}
-        tensors["both"] *= number
-        safetensors.torch.save_file(tensors, folder / f"model-{number}.safetensors")
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}))
-    return folder
-
-
-def test_an_index_says_which_file_holds_a_weight(tmp_path: Path) -> None:
-    places = {
-        "layer0.weight": "model-0.safetensors",
-        "layer1.weight": "model-1.safetensors",
-        "both": "model-0.safetensors",
-    }
-    state = read_state(shards(tmp_path, places))
-    assert {name: float(value[0]) for name, value in state.items()} == {
-        "layer0.weight": 0.0, "layer1.weight": 1.0, "both": 0.0,
-    }  # fmt: skip
-
-
 @pytest.mark.usefixtures("own_accelerator_state")
 @pytest.mark.parametrize("safe", [True, False])
-def test_what_accelerate_saves_in_several_files(net: nn.Module, tmp_path: Path, safe: bool) -> None:
-    model = InMergeWrapper(net)
-    Accelerator(cpu=True).save_model(model, tmp_path, max_shard_size="2MB", safe_serialization=safe)
-    assert len(list(tmp_path.glob("*-of-*"))) > 2
-    assert equal(load_network(tmp_path, ARCH)[0], net)
-
-
-@pytest.mark.parametrize(
-    ("places", "told"),
-    [
-        (None, "has no weight_map"),
-        ({}, "has no weight_map"),
-        (["model-0.safetensors"], "has no weight_map"),
-        ({"a": "../good.safetensors"}, "not a .safetensors file beside it"),
-        ({"a": "/tmp/good.safetensors"}, "not a .safetensors file beside it"),
-        ({"a": "model.safetensors.index.json"}, "not a .safetensors file beside it"),
-        ({"a": "."}, "not a .safetensors file beside it"),
-        ({"a": ".."}, "not a .safetensors file beside it"),
-        ({"a": ""}, "not a .safetensors file beside it"),
-        ({"a": 3}, "not a .safetensors file beside it"),
-        ({"a": "model-7.safetensors"}, "model-7.safetensors, which is not in"),
-        ({"a": "model-0.safetensors"}, "does not hold a"),
-    ],
-)
-def test_an_index_that_leads_astray_is_refused(tmp_path: Path, places: Any, told: str) -> None:
-    safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "good.safetensors")
-    (tmp_path / "net").mkdir()
-    with pytest.raises(ValueError, match=told):
-        read_state(shards(tmp_path / "net", places))
+def test_what_accelerate_saves_is_read_and_parts_are_refused(
+    net: nn.Module, tmp_path: Path, safe: bool
+) -> None:
+    save = partial(Accelerator(cpu=True).save_model, InMergeWrapper(net), safe_serialization=safe)
+    save(tmp_path / "whole")
+    assert equal(load_network(tmp_path / "whole", ARCH)[0], net)
+    save(tmp_path / "parts", max_shard_size="2MB")
+    with pytest.raises(ValueError, match=r"holds no model\.safetensors .*one file, with max_shard"):
+        load_network(tmp_path / "parts", ARCH)
 
 
 # -- damaged files -------------------------------------------------------------------------------

@@ -399,11 +399,12 @@ def stain_deposit(images: Tensor, draws: Draws, *, area: float) -> Tensor:
 @_corruption("artefact", count=(1, 2, 4, 6, 9))
 def bars(images: Tensor, draws: Draws, *, count: int) -> Tensor:
     """This many of 28 vertical stripes are black: dead detector elements."""
-    # 28 detector stripes; the first `count` in a random order are dead.
+    # Dead are the first in a random order; of a narrower image the same share of its columns.
     width = images.shape[-1]
-    ranks = draws.uniform(_STRIPES, like=images).argsort(1).argsort(1)
-    stripe = torch.arange(width, device=images.device) * _STRIPES // width
-    dead = ranks[:, stripe] < count
+    stripes = min(_STRIPES, width)
+    ranks = draws.uniform(_STRIPES, like=images)[:, :stripes].argsort(1).argsort(1)
+    stripe = torch.arange(width, device=images.device) * stripes // width
+    dead = ranks[:, stripe] < count * stripes / _STRIPES
     return images.masked_fill(dead[:, None, None, :], 0.0)
 
 

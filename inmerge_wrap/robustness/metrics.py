@@ -37,7 +37,7 @@ _TASKS = {
 }
 _ECE_BINS = 15
 _ROUNDED = 1e-5  # of a sum of probabilities in half precision
-LEVEL = 0.95
+LEVEL = 0.95  # of every interval
 _MOST_EXACT_FLIPS = 13
 
 
@@ -79,50 +79,39 @@ def bootstrap_weights(
     return weights
 
 
-def percentile_interval(
-    replicates: ArrayLike, *, level: float = LEVEL
-) -> tuple[float, float] | None:
-    """Returns the percentile interval of bootstrap replicates.
+def percentile_interval(replicates: ArrayLike) -> tuple[float, float] | None:
+    """Returns the 95% percentile interval of bootstrap replicates.
 
     Args:
         replicates: Values of the statistic; those that are not finite are left out.
-        level: Share of the replicates inside.
 
     Returns:
         Lower and upper end, or None where no replicate is finite or all agree: an interval without
         width would look like certainty.
-
-    Raises:
-        ValueError: If `level` is not in (0, 1).
     """
-    _check_level(level)
     values = np.asarray(replicates, dtype=float)
     values = values[np.isfinite(values)]
     if values.size == 0:
         return None
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return (float(low), float(high)) if low < high else None
 
 
-def paired_difference(
-    a: ArrayLike, b: ArrayLike, *, level: float = LEVEL, seed: int = 0
-) -> dict[str, float]:
+def paired_difference(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> dict[str, float]:
     """Returns the mean of a - b over pairs, such as two methods trained from the same seeds.
 
     Args:
         a: One value per seed.
         b: The other method's value for the same seeds, in the same order.
-        level: Confidence of the interval.
         seed: Seed of the sign flips if there are too many to enumerate.
 
     Returns:
-        `n` and `mean`; from two pairs on `low` and `high` of the t interval, `p_t` of the paired t
-        test and `p_sign_flip` of the sign-flip test (exact up to 13 pairs; it cannot fall below
-        2 / 2^n). `p_t` is absent where all differences are equal.
+        `n` and `mean`; from two pairs on `low` and `high` of the 95% t interval, `p_t` of the
+        paired t test and `p_sign_flip` of the sign-flip test (exact up to 13 pairs; it cannot fall
+        below 2 / 2^n). `p_t` is absent where all differences are equal.
 
     Raises:
-        ValueError: If the lengths differ, nothing is given, a value is not finite, or `level` is
-            not in (0, 1).
+        ValueError: If the lengths differ, nothing is given, or a value is not finite.
     """
     first, second = np.asarray(a, dtype=float).ravel(), np.asarray(b, dtype=float).ravel()
     if first.shape != second.shape or first.size == 0:
@@ -132,7 +121,6 @@ def paired_difference(
         )
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         raise ValueError("a and b must be finite; leave out the seeds where a value is undefined")
-    _check_level(level)
     differences = first - second
     summary = {"n": len(differences), "mean": float(differences.mean())}
     if len(differences) < 2:
@@ -145,7 +133,7 @@ def paired_difference(
         ) from error
     if np.ptp(differences) > 1e-12:
         test = stats.ttest_1samp(differences, 0.0)
-        summary["low"], summary["high"] = map(float, test.confidence_interval(level))
+        summary["low"], summary["high"] = map(float, test.confidence_interval(LEVEL))
         summary["p_t"] = float(test.pvalue)
     else:
         summary["low"] = summary["high"] = summary["mean"]
@@ -355,11 +343,6 @@ def resolve_task(task: str) -> str:
     if task not in _TASKS:
         raise ValueError(f"task is {task!r}; choose one of {', '.join(_TASKS)}")
     return _TASKS[task]
-
-
-def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}; it must lie in (0, 1), for example 0.95")
 
 
 def check_coverages(coverages: Sequence[float]) -> None:

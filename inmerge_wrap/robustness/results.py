@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from inmerge_wrap.files import replacing
+from inmerge_wrap.files import write_json
 from inmerge_wrap.robustness.metrics import percentile_interval
 
 __all__ = ["RobustnessResult", "compare_results"]
@@ -81,11 +81,9 @@ class RobustnessResult:
     def to_json(self, path: str | Path | None = None) -> str:
         """Returns rows, settings and seconds as JSON text, also written to `path` if given."""
         content = {"settings": self.settings, "seconds": self.seconds, "rows": self.rows}
-        text = json.dumps(content, indent=1, allow_nan=False)
         if path is not None:
-            with replacing(path) as draft:
-                draft.write_text(text + "\n", encoding="utf-8")
-        return text
+            write_json(path, content, allow_nan=False)
+        return json.dumps(content, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, path: str | Path) -> RobustnessResult:

@@ -34,18 +34,8 @@ def test_export_takes_what_accelerate_saved(net: nn.Module, tmp_path: Path) -> N
         assert torch.equal(loaded.eval()(image), model.eval()(image))
 
 
-def shard(net: nn.Module, folder: Path) -> Path:
-    names = list(net.state_dict())
-    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
-    for file, own in parts.items():
-        safetensors.torch.save_file({n: net.state_dict()[n] for n in own}, folder / file)
-    index = {"weight_map": {name: file for file, own in parts.items() for name in own}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
-
-
 @pytest.mark.parametrize(
-    "form", ["plain", "compiled", "lightning", "container", "averaged", "shards", "half"]
+    "form", ["plain", "compiled", "lightning", "container", "averaged", "half"]
 )
 def test_export_takes_other_forms_of_checkpoints(form: str, net: nn.Module, tmp_path: Path) -> None:
     state = net.state_dict()
@@ -61,10 +51,7 @@ def test_export_takes_other_forms_of_checkpoints(form: str, net: nn.Module, tmp_
         content = torch.optim.swa_utils.AveragedModel(net).state_dict()
     elif form == "half":
         content = {n: v.half() if v.is_floating_point() else v for n, v in state.items()}
-    if form == "shards":
-        source = shard(net, tmp_path)
-    else:
-        torch.save(content, source)
+    torch.save(content, source)
     output = tmp_path / "plain.safetensors"
     run("export", source, output, "--arch", ARCH)
     if form == "half":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def test_a_folder_of_images_and_a_split_of_own_images(
     export(tmp_path / "other", 0, classes=2, channels=1, label_names=["b", "a"])
     both = [f"{name}={tmp_path / name}" for name in ("net", "other")]
     stopped = refusal(monkeypatch, "robustness", *both, "--data", tmp_path / "data")
-    assert "differ in label_names or preparation" in str(stopped)
+    assert "differ in label_names or preparation.json" in str(stopped)
     alone = tmp_path / "data" / "train" / "a"
     stopped = refusal(monkeypatch, "robustness", f"net={tmp_path / 'net'}", "--data", alone)
     assert "holds no images in class folders" in str(stopped)
@@ -161,6 +162,13 @@ def test_a_trained_network_is_measured_as_inmerge_evaluate_does(
     table = tmp_path / "t.csv"
     table.write_text("\n".join(["path,a,b,c,group", *rows]))
     settings = ["--data", table, "--bootstrap", "20"]
+    shutil.copytree(tmp_path / "net", tmp_path / "bare")
+    (tmp_path / "bare" / "preparation.json").unlink()
+    both = [f"{name}={tmp_path / name}" for name in ("bare", "net")]
+    stopped = refusal(monkeypatch, "robustness", *both, *settings)
+    assert "net and " in str(stopped) and "differ in label_names or preparation.json" in str(
+        stopped
+    )
     content = start(
         monkeypatch, f"net={tmp_path / 'net'}", *settings, "--preset", "quick", "--severities", "3",
         "--out", tmp_path / "out",

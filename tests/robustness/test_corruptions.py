@@ -192,6 +192,8 @@ def test_bars_are_as_many_as_stated():
     for severity, count in enumerate((1, 2, 4, 6, 9), start=1):
         dead = (corrupt(images, "bars", severity) == 0).all(2).all(1).sum(1)
         assert dead.tolist() == [count] * 5
+        narrow = (corrupt(images[..., :9], "bars", severity) == 0).all(2).all(1).sum(1)
+        assert narrow.tolist() == [math.ceil(count * 9 / 28)] * 5, "the same share"
 
 
 def test_presets_name_known_corruptions_and_grey_modalities_no_colour():

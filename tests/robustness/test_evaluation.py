@@ -531,7 +531,6 @@ def test_grey_images_with_a_normaliser_of_ones_own():
         ({"attacks": ("fgsm", "fgsm")}, "repeat"),
         ({"attacks": ("cw",)}, "unknown"),
         ({"coverages": (2,)}, "coverage is 2"),
-        ({"device": "meta"}, "move the model"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(change, message):
