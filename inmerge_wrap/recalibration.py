@@ -8,7 +8,6 @@ robustness against common corruptions by covariate shift adaptation, arXiv 2006.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -23,13 +22,7 @@ from inmerge_wrap.unwrapping import named_wrappers
 __all__ = ["recalibrate"]
 
 
-def recalibrate(
-    model: nn.Module,
-    loader: Iterable[Any],
-    *,
-    prior: float = 0.0,
-    max_batches: int | None = None,
-) -> int:
+def recalibrate(model: nn.Module, loader: Iterable[Any], *, prior: float = 0.0) -> int:
     """Measures the running statistics of every BatchNorm on the images of a loader.
 
     The new statistics are the mean of those of the batches, each weighted by its images; of a
@@ -43,19 +36,17 @@ def recalibrate(
     Args:
         model: The network, or a wrapper of it, on its device.
         loader: Batches of images, or tuples that begin with them, preprocessed as in training.
+            ``itertools.islice(loader, 100)`` is a part of them.
         prior: Number of images that the old statistics count as; 0 forgets them.
-        max_batches: Number of batches to use; None for all.
 
     Returns:
         The number of batches used; 0 if the network has no BatchNorm statistics.
 
     Raises:
         TypeError: If a batch is neither a tensor nor a sequence that begins with one.
-        ValueError: If the loader yields no batch, ``prior`` is negative or not finite, or
-            ``max_batches`` is not positive; or if no BatchNorm runs.
+        ValueError: If the loader yields no batch, ``prior`` is negative or not finite, or no
+            BatchNorm runs.
     """
-    if max_batches is not None and not (isinstance(max_batches, int) and max_batches >= 1):
-        raise ValueError(f"max_batches must be a count >= 1 or None, got {max_batches!r}")
     if not isinstance(prior, int | float) or not 0 <= prior < math.inf:
         raise ArgumentError(f"<prior> must be a number of images >= 0, got {prior!r}")
     norms = [
@@ -63,19 +54,13 @@ def recalibrate(
         for module in model.modules()
         if isinstance(module, _BatchNorm) and module.track_running_stats
     ]
-    batches = _measure(model, norms, loader, prior, max_batches) if norms else 0
+    batches = _measure(model, norms, loader, prior) if norms else 0
     for _, wrapper in named_wrappers(model):
         wrapper.statistics_measured()  # type: ignore[operator]  # or its export would warn
     return batches
 
 
-def _measure(
-    model: nn.Module,
-    norms: list[_BatchNorm],
-    loader: Iterable[Any],
-    prior: float,
-    max_batches: int | None,
-) -> int:
+def _measure(model: nn.Module, norms: list[_BatchNorm], loader: Iterable[Any], prior: float) -> int:
     modes = [(module, module.training) for module in model.modules()]
     momenta = [norm.momentum for norm in norms]
     before = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
@@ -85,7 +70,7 @@ def _measure(
         for norm in norms:
             norm.reset_running_stats()
             norm.train()
-        batches, images, rows = _run(model, norms, loader, max_batches)
+        batches, images, rows = _run(model, norms, loader)
         if not batches:
             raise ValueError("the loader yielded no batch, so there are no statistics to measure")
         if not rows:
@@ -111,7 +96,7 @@ def _measure(
 
 
 def _run(
-    model: nn.Module, norms: list[_BatchNorm], loader: Iterable[Any], max_batches: int | None
+    model: nn.Module, norms: list[_BatchNorm], loader: Iterable[Any]
 ) -> tuple[int, int, dict[nn.Module, int]]:
     """Runs the batches; returns how many there were, their images, and the rows of each norm."""
     device = next(model.parameters()).device
@@ -127,7 +112,7 @@ def _run(
     try:
         # A compiled network does not look for new hooks.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            for batch in itertools.islice(loader, max_batches):
+            for batch in loader:
                 pixels = _images(batch).to(device)
                 batches, images = batches + 1, images + len(pixels)
                 model(pixels)

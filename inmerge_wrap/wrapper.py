@@ -245,17 +245,14 @@ class InMergeWrapper(NetworkProxy):
         """
         return pairs_of_step(self.plan.merged, self.settings, self.step)
 
-    def recalibrate(
-        self, loader: Iterable[Any], *, prior: float = 0.0, max_batches: int | None = None
-    ) -> int:
+    def recalibrate(self, loader: Iterable[Any], *, prior: float = 0.0) -> int:
         """Measures BatchNorm's statistics again, before evaluation; see :func:`recalibrate`.
 
         Args:
             loader: Batches of images, or tuples that begin with them, preprocessed as in training.
             prior: Number of images that the old statistics count as; 0 forgets them.
-            max_batches: Number of batches to use; None for all.
         """
-        return recalibrate(self, loader, prior=prior, max_batches=max_batches)
+        return recalibrate(self, loader, prior=prior)
 
     def statistics_measured(self) -> None:
         """Records that BatchNorm was recalibrated after the last step by other means."""

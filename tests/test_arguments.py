@@ -130,10 +130,7 @@ FACE: dict[Callable[..., Any], dict[str, st.SearchStrategy[Any]]] = {
         "groups": _mostly(st.integers(1, 4)),
     },
     _recommend: {"total_steps": _mostly(st.integers(1, 1000)), "mode": _PLAN["mode"]},
-    _measure: {
-        "prior": _mostly(st.floats(0, 100)),
-        "max_batches": _mostly(st.one_of(st.none(), st.integers(1, 3))),
-    },
+    _measure: {"prior": _mostly(st.floats(0, 100))},
     Fixed: {"tau": _mostly(st.floats(-1, 1))},
     ZScore: {"z": _mostly(st.floats(-5, 5))},
     Quantile: {"share": _mostly(_SHARES)},

@@ -45,7 +45,6 @@ from inmerge_wrap.robustness.corruptions import Corruption, check_images, corrup
 from inmerge_wrap.robustness.effects import Draws
 from inmerge_wrap.robustness.metrics import (
     bootstrap_weights,
-    check_coverages,
     check_logits,
     check_targets,
     resolve_task,
@@ -70,7 +69,6 @@ def evaluate_robustness(
     baseline: RobustnessResult | None = None,
     attacks: Sequence[Attack | str] = (),
     threshold: float | Sequence[float] = 0.5,
-    coverages: Sequence[float] = (0.5, 0.8, 0.9),
     bootstrap: int = 1000,
     groups: Sequence[Hashable] | None = None,
     progress: Callable[[int], None] | None = None,
@@ -95,7 +93,6 @@ def evaluate_robustness(
             may leave an image unchanged: one that the attack would correct counts as clean.
         threshold: Operating point of a binary or multi-label task, one or one per label. Choose it
             on validation data: with rare labels, 0.5 predicts nothing.
-        coverages: Shares of the images for the selective accuracy.
         bootstrap: Number of resamples; 0 for no intervals.
         groups: Whose image each is, such as patients, in the order of the loader: resamples draw
             whole groups then. None for independent images.
@@ -112,7 +109,6 @@ def evaluate_robustness(
             [0, 1], labels do not fit the outputs, logits are not finite, or the baseline was
             measured on other data.
     """
-    check_coverages(coverages)
     if bootstrap < 0:
         raise ValueError(f"bootstrap is {bootstrap}; it must be >= 0")
     if isinstance(getattr(loader, "sampler", None), torch.utils.data.RandomSampler):
@@ -136,7 +132,7 @@ def evaluate_robustness(
     with _undisturbed(model, run.device):
         for batch in loader:
             run.add(batch)
-    return _result_of(run, coverages, bootstrap, groups, baseline, scored or (lambda: None))
+    return _result_of(run, bootstrap, groups, baseline, scored or (lambda: None))
 
 
 def _checked_levels(severities: Sequence[int]) -> tuple[int, ...]:
@@ -280,7 +276,6 @@ class _Run:
 
 def _result_of(
     run: _Run,
-    coverages: Sequence[float],
     bootstrap: int,
     groups: Sequence[Hashable] | None,
     baseline: RobustnessResult | None,
@@ -298,7 +293,6 @@ def _result_of(
         "severities": list(run.levels),
         "seed": run.seed,
         "threshold": run.threshold,
-        "coverages": list(coverages),
         "bootstrap": bootstrap,
         "attacks": [asdict(attack) for attack in run.attacks],
         "n": len(targets),
@@ -311,7 +305,7 @@ def _result_of(
     scores = {}
     for condition, parts in run.logits.items():
         logits = torch.cat(parts)
-        scores[condition] = score(logits, targets, run.task, run.threshold, coverages, weights)
+        scores[condition] = score(logits, targets, run.task, run.threshold, weights)
         scored()
     rows, drawn = rows_of(scores, settings, run.corruptions, baseline)
     run.seconds["statistics"] = time.perf_counter() - started

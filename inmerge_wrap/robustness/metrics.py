@@ -156,7 +156,6 @@ def classification_metrics(
     *,
     task: str = "multiclass",
     threshold: float | Sequence[float] = 0.5,
-    coverages: Sequence[float] = (0.5, 0.8, 0.9),
     weights: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Scores probabilities against labels, for any number of image weightings at once.
@@ -168,7 +167,6 @@ def classification_metrics(
       positive class (binary, multi-label); the conventions of torchmetrics.
     - `brier`: mean squared distance to the one-hot label, summed over classes (multi-class, 0 to
       2), or of the positive class (binary, multi-label, 0 to 1).
-    - `selective_accuracy_c`: accuracy on the share c of the images with the highest confidence.
 
     Multi-label figures are the mean of the binary ones over the labels. A label or class for which
     a figure is undefined (no positives, no negatives) is left out of that mean and named; where all
@@ -182,9 +180,7 @@ def classification_metrics(
         task: "multiclass", "binary" or "multilabel", or a task name of MedMNIST.
         threshold: Probability above which a label is predicted (binary, multi-label; one for all or
             one per label).
-        coverages: Shares c in (0, 1] for the selective accuracy.
         weights: (N, R), counts such as those of bootstrap resamples; all ones (R = 1) if None.
-            Scale other weights to a mean of 1: `selective_accuracy` takes whole images.
 
     Returns:
         Values of shape (R,) by name, and the reason for everything left out, by name.
@@ -193,7 +189,6 @@ def classification_metrics(
         ValueError: If shapes, labels or settings do not fit, or values are no probabilities.
     """
     task = resolve_task(task)
-    check_coverages(coverages)
     if probabilities.ndim == 1:
         probabilities = probabilities[:, None]
     probabilities = probabilities.detach().double().cpu()
@@ -211,7 +206,7 @@ def classification_metrics(
     if bool((weights < 0).any()):
         raise ValueError(f"weights must not be negative, the smallest is {float(weights.min()):g}")
     if task == "multiclass":
-        return _multiclass_metrics(probabilities, targets, weights, coverages)
+        return _multiclass_metrics(probabilities, targets, weights)
 
     names = probabilities.shape[1]
     cuts = torch.as_tensor(threshold, dtype=torch.float64)
@@ -225,7 +220,7 @@ def classification_metrics(
     for label, cut in enumerate(thresholds):
         known = ~targets[:, label].isnan()
         of_label = probabilities[known, label], targets[known, label], weights[known]
-        scores.append(_binary_metrics(*of_label, cut, coverages))
+        scores.append(_binary_metrics(*of_label, cut))
     metrics, left_out = {}, {}
     for name in scores[0]:
         metrics[name] = torch.stack([each[name] for each in scores]).nanmean(0)
@@ -249,7 +244,7 @@ def _why_left_out(labels: list[int], targets: Tensor, task: str) -> str:
 
 
 def _binary_metrics(
-    scores: Tensor, labels: Tensor, weights: Tensor, threshold: float, coverages: Sequence[float]
+    scores: Tensor, labels: Tensor, weights: Tensor, threshold: float
 ) -> dict[str, Tensor]:
     positive = labels == 1
     correct = ((scores > threshold) == positive).to(weights)
@@ -263,12 +258,11 @@ def _binary_metrics(
         "auroc": _auroc(scores, positive, weights),
         "ece": _calibration_error(scores, positive.to(weights), weights),
         "brier": _weighted_mean((scores - labels).square(), weights),
-        **_selective_accuracy(torch.maximum(scores, 1 - scores), correct, weights, coverages),
     }
 
 
 def _multiclass_metrics(
-    probabilities: Tensor, targets: Tensor, weights: Tensor, coverages: Sequence[float]
+    probabilities: Tensor, targets: Tensor, weights: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     classes = probabilities.shape[1]
     one_hot = F.one_hot(targets, classes)
@@ -297,7 +291,6 @@ def _multiclass_metrics(
         "auroc": torch.stack(areas).nanmean(0) if areas else undefined,
         "ece": _calibration_error(confidence, correct, weights),
         "brier": _weighted_mean((probabilities - one_hot).square().sum(1), weights),
-        **_selective_accuracy(confidence, correct, weights, coverages),
     }
     return metrics, dict.fromkeys(("auroc", "balanced_error"), reason) if reason else {}
 
@@ -324,31 +317,10 @@ def _calibration_error(confidence: Tensor, correct: Tensor, weights: Tensor) -> 
     return gaps.abs().sum(0) / weights.sum(0)
 
 
-def _selective_accuracy(
-    confidence: Tensor, correct: Tensor, weights: Tensor, coverages: Sequence[float]
-) -> dict[str, Tensor]:
-    order = confidence.argsort(descending=True, stable=True)
-    weights, correct = weights[order], correct[order]
-    running = weights.cumsum(0)
-    accuracies = {}
-    for coverage in coverages:
-        # The subtrahend undoes rounding: 0.55 * 100 is 55.00000000000001 and must not become 56.
-        budget = (coverage * weights.sum(0).double() - 1e-6).ceil().to(weights)
-        taken = (weights - (running - budget).clamp_min(0)).clamp_min(0)
-        accuracies[f"selective_accuracy_{coverage:g}"] = correct @ taken / budget
-    return accuracies
-
-
 def resolve_task(task: str) -> str:
     if task not in _TASKS:
         raise ValueError(f"task is {task!r}; choose one of {', '.join(_TASKS)}")
     return _TASKS[task]
-
-
-def check_coverages(coverages: Sequence[float]) -> None:
-    for coverage in coverages:
-        if not 0 < coverage <= 1:
-            raise ValueError(f"coverage is {coverage}; it must lie in (0, 1], for example 0.8")
 
 
 def check_targets(targets: Tensor, shape: Sequence[int], task: str) -> Tensor:

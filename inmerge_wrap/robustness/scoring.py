@@ -33,7 +33,6 @@ def score(
     targets: Tensor,
     task: str,
     threshold: float | Sequence[float],
-    coverages: Sequence[float],
     weights: np.ndarray,
 ) -> Score:
     """Scores the logits of one condition, and its bootstrap resamples by ``weights`` (N, R)."""
@@ -43,7 +42,6 @@ def score(
         targets,
         task=task,
         threshold=threshold,
-        coverages=coverages,
     )
     points, left_out = metrics()
     values = {name: float(point) for name, point in points.items() if not point.isnan()}

@@ -530,7 +530,6 @@ def test_grey_images_with_a_normaliser_of_ones_own():
         ({"bootstrap": -1}, "bootstrap is -1"),
         ({"attacks": ("fgsm", "fgsm")}, "repeat"),
         ({"attacks": ("cw",)}, "unknown"),
-        ({"coverages": (2,)}, "coverage is 2"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(change, message):

@@ -141,25 +141,6 @@ def test_metrics_of_one_class_are_undefined_not_zero():
     assert not left_out
 
 
-def test_selective_accuracy_keeps_the_surest():
-    confidence = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.55])
-    probabilities = torch.stack([confidence, 1 - confidence], dim=1)
-    targets = torch.tensor([0, 0, 1, 0, 1])
-    values = point(
-        classification_metrics(probabilities, targets, coverages=(0.2, 0.4, 0.5, 1.0))[0]
-    )
-    assert values["selective_accuracy_0.2"] == 1
-    assert values["selective_accuracy_0.4"] == 1
-    assert values["selective_accuracy_0.5"] == pytest.approx(2 / 3)
-    assert values["selective_accuracy_1"] == pytest.approx(values["accuracy"]) == 0.6
-    # 0.55 * 100 is a hair above 55 in floating point: 55 images, not 56.
-    many = torch.linspace(0.9, 0.6, 100, dtype=torch.float64)
-    labels = torch.zeros(100, dtype=torch.long)
-    labels[55] = 1
-    values = classification_metrics(torch.stack([many, 1 - many], 1), labels, coverages=(0.55,))[0]
-    assert float(values["selective_accuracy_0.55"]) == 1
-
-
 @pytest.mark.parametrize("task", ["multiclass", "binary", "multilabel"])
 def test_weights_equal_repeated_images(task):
     _, targets = data(task, 60)
@@ -173,7 +154,6 @@ def test_weights_equal_repeated_images(task):
         index = torch.arange(60).repeat_interleave(weights[:, column].long())
         alone = classification_metrics(probabilities[index], targets[index], task=task)[0]
         for name, values in together.items():
-            # Selected images of equal confidence are copies of one: no tie to break.
             assert float(values[column]) == pytest.approx(float(alone[name]), abs=1e-5), name
 
 
@@ -187,7 +167,6 @@ def test_weights_equal_repeated_images(task):
         ({"task": "multilabel", "targets": torch.tensor([0, 1])}, "shape"),
         ({"task": "multilabel", "targets": torch.full((2, 3), 2)}, "hold 2"),
         ({"task": "regression"}, "choose one of"),
-        ({"coverages": (0.0,)}, "coverage is 0"),
         ({"weights": torch.ones(3, 1)}, "weights have shape"),
         ({"task": "multilabel", "targets": torch.ones(2, 3), "threshold": 2.0}, "threshold"),
         ({"task": "multilabel", "targets": torch.ones(2, 3), "threshold": (0.5,)}, "3 labels"),
