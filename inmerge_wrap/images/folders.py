@@ -20,7 +20,7 @@ from torch import Tensor
 
 from inmerge_wrap.images.collection import ImageCollection, check, split
 from inmerge_wrap.images.files import DataError, counted, named, range_of
-from inmerge_wrap.images.finding import canonical, find_images, listed, parts_in
+from inmerge_wrap.images.finding import find_images, listed, parts_in
 from inmerge_wrap.images.preparation import Preparation
 from inmerge_wrap.images.sets import ImageSet, examine_all
 from inmerge_wrap.images.tables import check_columns, numbered_rows, write_table
@@ -167,14 +167,14 @@ def read_part(
         columns = list(numbered_rows(directory, {"path": None})[0][1])
         labels = _label_columns(columns, classes, several)
         check_columns(directory, columns, dict.fromkeys(["path", *labels]))
-        collection = find_images(directory.parent, table=directory, labels=labels)
+        collection = find_images(directory.parent, table=directory, labels=labels, classes=classes)
         remedy = "move the table there, or write whole paths"
         _refuse_if_none_is_there(collection, directory.parent, remedy)
     else:
         parts = parts_in(directory)
         if parts and part not in parts:
             raise DataError(f"{directory} has {listed(parts)} but no {part}")
-        collection = find_images(parts.get(part, directory))
+        collection = find_images(parts.get(part, directory), classes=classes)
         if parts:
             collection = collection.in_parts([part] * len(collection.images))
     if any(image.part is not None for image in collection.images):
@@ -188,8 +188,6 @@ def read_part(
         raise DataError(f"{directory} has no part {part}")
     for title, names in collection.lists:
         warnings.warn(f"{title}: {named(names)}", stacklevel=2)
-    if classes is not None:
-        collection = _in_order(collection, classes)
     collection = examine_all(collection, skip_broken=None)
     opened = ImageSet(collection.images, preparation or _prepare(collection, size))
     pixels = torch.stack([pixels for _, pixels in opened.sample(None, "reading images")])
@@ -203,30 +201,7 @@ def _label_columns(
         return list(classes)
     if several is False or "label" in columns or "group" not in columns:
         return ["label"]
-    return columns[1 : columns.index("group")]
-
-
-def _in_order(collection: ImageCollection, classes: Sequence[str]) -> ImageCollection:
-    """The same images, labelled by the places of their classes among others."""
-    if collection.task == "multiclass":
-        classes = list(map(canonical, classes))
-    foreign = [name for name in collection.classes if name not in classes]
-    if foreign:
-        raise DataError(
-            f"no class of the model: {named(foreign)}; its classes are {', '.join(classes)}"
-        )
-    if collection.task == "multilabel" and tuple(classes) != collection.classes:
-        raise DataError(
-            f"the labels are {', '.join(collection.classes)} and those of the model are "
-            f"{', '.join(classes)}: add the columns that are missing, empty if unknown"
-        )
-    images = tuple(
-        replace(image, label=classes.index(collection.classes[image.label]))
-        if isinstance(image.label, int)
-        else image
-        for image in collection.images
-    )
-    return replace(collection, classes=tuple(classes), images=images)
+    return columns[1 : columns.index("group")] if classes is None else list(classes)
 
 
 def write_split(collection: ImageCollection, path: Path) -> None:
