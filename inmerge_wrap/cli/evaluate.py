@@ -79,7 +79,9 @@ def evaluate(
     paths = _named_paths(models)
     check_there(data)
     check_pixels(mean, std)
-    _check_options(eps, attack, output, (data, *paths.values()))
+    check_file(output, sources=(data, *paths.values()))
+    if eps is not None and not attack:
+        raise ArgumentError("<eps> is the size of an attack: give <attack> fgsm or pgd, too")
     networks = {n: load(path, arch, num_classes, in_chans, key)[0] for n, path in paths.items()}
     from inmerge_wrap.app import evaluating
     from inmerge_wrap.robustness import Attack
@@ -114,14 +116,6 @@ def evaluate(
     _report(results, output, as_json)
 
 
-def _check_options(
-    eps: float | None, attack: list[str] | None, output: Path | None, sources: Sequence[Path]
-) -> None:
-    check_file(output, sources=sources)
-    if eps is not None and not attack:
-        raise ArgumentError("<eps> is the size of an attack: give <attack> fgsm or pgd, too")
-
-
 def _report(results: dict[str, RobustnessResult], output: Path | None, as_json: bool) -> None:
     from inmerge_wrap.robustness import compare_results
 
@@ -135,10 +129,8 @@ def _report(results: dict[str, RobustnessResult], output: Path | None, as_json: 
         write_json(output, content, allow_nan=False)
     if as_json:
         print_json(content)
-    elif others:
-        _print_comparison(results, differences)
     else:
-        _print_result(results[first])
+        _print_table(results, differences)
 
 
 def _named_paths(models: Sequence[str]) -> dict[str, Path]:
@@ -154,64 +146,56 @@ def _named_paths(models: Sequence[str]) -> dict[str, Path]:
     return paths
 
 
-def _print_result(result: RobustnessResult) -> None:
-    """Prints the metrics of one model."""
-    settings, rows = result.settings, _shown_rows(result)
-    metrics = {"accuracy": 1, "auroc": 2, "balanced_error": KEPT, "ece": 0}
-    columns = [
-        Column(metric.replace("_", " "), cells, importance, wraps=True)
-        for metric, importance in metrics.items()
-        if metric in result.rows[0]
-        for cells in [[_interval_cell(row, metric) for row in rows]]
-    ]
-    mean, std = (", ".join(f"{v:.4g}" for v in settings[name]) for name in ("mean", "std"))
-    explanation = f"; normalised with mean [{mean}], std [{std}]."
-    if settings["bootstrap"]:
-        explanation += f" In brackets: 95% confidence interval over {_units(settings)}."
-    _print_rows(result, columns, f"{settings['weights']} on", explanation)
-
-
-def _print_comparison(
+def _print_table(
     results: Mapping[str, RobustnessResult], differences: Mapping[str, list[dict[str, Any]]]
 ) -> None:
-    """Prints the balanced error of several models, and how it differs from that of the first."""
-    first = next(iter(results))
-    places = [(row["corruption"], row["severity"]) for row in _shown_rows(results[first])]
-    columns = []
-    for name, result in results.items():
-        errors = [result.value("balanced_error", *place) for place in places]
-        cells = ["-" if error is None else f"{error:.3f}" for error in errors]
-        columns.append(Column(name, cells, 0, wraps=True))
-    for name, found in differences.items():
-        by_place = {(entry["corruption"], entry["severity"]): entry for entry in found}
-        cells = [_interval_cell(by_place.get(p, {}), "difference", sign="+") for p in places]
-        columns.append(Column(f"{name} - {first}", cells, KEPT, wraps=True))
-    settings = results[first].settings
-    explanation = f". A difference below 0 is better than {first}"
-    if settings["bootstrap"]:
-        explanation += f"; in brackets: paired 95% confidence interval over {_units(settings)}"
-    explanation += ". It does not cover the variation between training seeds."
-    _print_rows(results[first], columns, "Balanced error on", explanation)
+    """Prints the metrics of one model, or the errors of several and how they differ from the first.
 
-
-def _print_rows(
-    result: RobustnessResult, columns: Sequence[Column], subject: str, explanation: str
-) -> None:
-    settings, rows = result.settings, _shown_rows(result)
-    names = Column("corruption", [_row_name(row) for row in rows], KEPT, justify="left")
+    A row is a corruption: the mean over its severities, or an attack.
+    """
+    first, result = next(iter(results.items()))
+    rows = [row for row in result.rows if row["severity"] in (0, "mean") or row["kind"] == "attack"]
+    settings = result.settings
     severities = ", ".join(map(str, settings["severities"]))
     several = len(settings["severities"]) > 1
     at = f"mean over severities {severities}" if several else f"severity {severities}"
+    note = f"Corruptions of preset {settings['preset']}, {at}"
+    units = f"{settings['groups']} groups" if settings["groups"] else "images"
+    columns = [Column("corruption", [_row_name(row) for row in rows], KEPT, justify="left")]
+
+    def add(heading: str, importance: int, found: list[dict[str, Any]], *cell: str) -> None:
+        known = {(row["corruption"], row["severity"]): row for row in found}
+        there = [known.get((row["corruption"], row["severity"]), {}) for row in rows]
+        cells = [_cell(row, *cell) for row in there]
+        columns.append(Column(heading, cells, importance, wraps=True))
+
+    if differences:
+        subject = "Balanced error"
+        for name, each in results.items():
+            add(name, 0, each.rows, "balanced_error", "{:.3f}")
+        for name, found in differences.items():
+            add(f"{name} - {first}", KEPT, found, "difference", "{:+.3f}", " ({:+.3f}…{:+.3f})")
+        note += f". A difference below 0 is better than {first}"
+        if settings["bootstrap"]:
+            note += f"; in brackets: paired 95% confidence interval over {units}"
+        note += ". It does not cover the variation between training seeds."
+    else:
+        subject = settings["weights"]
+        metrics = {"accuracy": 1, "auroc": 2, "balanced_error": KEPT, "ece": 0}
+        for metric, importance in metrics.items():
+            if metric in result.rows[0]:
+                interval = "" if metric == "ece" else " ({:.3f}-{:.3f})"
+                add(metric.replace("_", " "), importance, result.rows, metric, "{:.3f}", interval)
+        mean, std = (", ".join(f"{v:.4g}" for v in settings[name]) for name in ("mean", "std"))
+        note += f"; normalised with mean [{mean}], std [{std}]."
+        if settings["bootstrap"]:
+            note += f" In brackets: 95% confidence interval over {units}."
     print_table(
-        f"{subject} {settings['data']} ({settings['split']}, {settings['n']} images)",
-        [names, *columns],
+        f"{subject} on {settings['data']} ({settings['split']}, {settings['n']} images)",
+        columns,
         ["bold" if row["corruption"] in ("clean", "all") else "" for row in rows],
-        f"Corruptions of preset {settings['preset']}, {at}{explanation}",
+        note,
     )
-
-
-def _shown_rows(result: RobustnessResult) -> list[dict[str, Any]]:
-    return [row for row in result.rows if row["severity"] in (0, "mean") or row["kind"] == "attack"]
 
 
 def _row_name(row: Mapping[str, Any]) -> str:
@@ -221,16 +205,9 @@ def _row_name(row: Mapping[str, Any]) -> str:
     return {"clean": "none", "all": "mean of all"}.get(name, name)
 
 
-def _interval_cell(row: Mapping[str, Any], metric: str, sign: str = "") -> str:
-    """Returns a figure and its interval, which may wrap between the two."""
+def _cell(row: Mapping[str, Any], metric: str, figure: str, interval: str = "") -> str:
+    """Returns a figure and its interval, which may wrap between the two, in these formats."""
     if metric not in row:
         return "-"
-    cell = f"{row[metric]:{sign}.3f}"
-    low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
-    if low is None or metric == "ece":
-        return cell
-    return f"{cell} ({low:{sign}.3f}{'…' if sign else '-'}{high:{sign}.3f})"
-
-
-def _units(settings: Mapping[str, Any]) -> str:
-    return f"{settings['groups']} groups" if settings["groups"] else "images"
+    ends = [row[end] for end in (f"{metric}_low", f"{metric}_high") if end in row]
+    return figure.format(row[metric]) + (interval.format(*ends) if ends else "")

@@ -31,7 +31,7 @@ from torchvision.transforms.v2 import functional as F
 
 from inmerge_wrap.errors import ArgumentError
 from inmerge_wrap.images.collection import PARTS
-from inmerge_wrap.images.sets import PixelFile, write_pixels
+from inmerge_wrap.images.sets import decoded_once
 
 __all__ = ["FINDINGS", "Part", "Radiographs", "cached", "read_dataset", "read_hub", "read_release"]
 
@@ -293,7 +293,7 @@ def cached(part: Part, path: Path, source: str, size: int, workers: int = 0) -> 
     side = resized_side(size)
     about = "\n".join([source, str(side), *part.names])
     path = path.with_stem(f"{path.stem}-{hashlib.sha256(about.encode()).hexdigest()[:12]}")
-    if not path.exists():
-        squares = Radiographs(part, side, side=side)
-        write_pixels(squares, (len(part), side, side), path, workers=workers)
-    return replace(part, images=PixelFile(path))
+    squares = Radiographs(part, side, side=side)
+    return replace(
+        part, images=decoded_once(squares, (len(part), side, side), path, workers=workers)
+    )
