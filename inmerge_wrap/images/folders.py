@@ -10,6 +10,7 @@ only suspicious becomes a warning.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -40,7 +41,7 @@ def open_images(
     site: tuple[str, str] | None = None,
     subgroups: Sequence[str] = (),
     shares: Mapping[str, float] | None = None,
-    seed: int = 0,
+    split_seed: int | None = None,
     skip_broken: bool = False,
     allow_overlap: bool = False,
     workers: int = 0,
@@ -61,14 +62,14 @@ def open_images(
     preparation = _prepare(collection, size, channels, crop_mode, pixel_range)
     if site is not None:
         collection = _hold_out(collection, *site)
-    collection = split(collection, shares=shares, seed=seed)
+    collection = split(collection, shares=shares, seed=split_seed)
     checked = check(collection, allow_overlap=allow_overlap)
     return _suspicious(checked, windows=not preparation.override_windows), preparation
 
 
 def _refuse_if_none_is_there(collection: ImageCollection, directory: Path, remedy: str) -> None:
     paths = [image.path for image in collection.images]
-    if any(path.exists() or path.is_symlink() for path in paths):
+    if any(map(os.path.lexists, paths)):
         return
     if PureWindowsPath(collection.images[0].name).anchor:  # of /x.png and of C:/x.png
         remedy = "mend the paths in the table"
