@@ -79,9 +79,7 @@ def evaluate(
     paths = _named_paths(models)
     check_there(data)
     check_pixels(mean, std)
-    check_file(output, sources=(data, *paths.values()))
-    if eps is not None and not attack:
-        raise ArgumentError("<eps> is the size of an attack: give <attack> fgsm or pgd, too")
+    _check_options(eps, attack, output, (data, *paths.values()))
     networks = {n: load(path, arch, num_classes, in_chans, key)[0] for n, path in paths.items()}
     from inmerge_wrap.app import evaluating
     from inmerge_wrap.robustness import Attack
@@ -114,6 +112,14 @@ def evaluate(
     for result in results.values():
         result.settings |= {"data": data.name, "preset": chosen}
     _report(results, output, as_json)
+
+
+def _check_options(
+    eps: float | None, attack: list[str] | None, output: Path | None, sources: Sequence[Path]
+) -> None:
+    check_file(output, sources=sources)
+    if eps is not None and not attack:
+        raise ArgumentError("<eps> is the size of an attack: give <attack> fgsm or pgd, too")
 
 
 def _report(results: dict[str, RobustnessResult], output: Path | None, as_json: bool) -> None:
@@ -155,12 +161,6 @@ def _print_table(
     """
     first, result = next(iter(results.items()))
     rows = [row for row in result.rows if row["severity"] in (0, "mean") or row["kind"] == "attack"]
-    settings = result.settings
-    severities = ", ".join(map(str, settings["severities"]))
-    several = len(settings["severities"]) > 1
-    at = f"mean over severities {severities}" if several else f"severity {severities}"
-    note = f"Corruptions of preset {settings['preset']}, {at}"
-    units = f"{settings['groups']} groups" if settings["groups"] else "images"
     columns = [Column("corruption", [_row_name(row) for row in rows], KEPT, justify="left")]
 
     def add(heading: str, importance: int, found: list[dict[str, Any]], *cell: str) -> None:
@@ -170,32 +170,43 @@ def _print_table(
         columns.append(Column(heading, cells, importance, wraps=True))
 
     if differences:
-        subject = "Balanced error"
         for name, each in results.items():
             add(name, 0, each.rows, "balanced_error", "{:.3f}")
         for name, found in differences.items():
             add(f"{name} - {first}", KEPT, found, "difference", "{:+.3f}", " ({:+.3f}…{:+.3f})")
-        note += f". A difference below 0 is better than {first}"
-        if settings["bootstrap"]:
-            note += f"; in brackets: paired 95% confidence interval over {units}"
-        note += ". It does not cover the variation between training seeds."
     else:
-        subject = settings["weights"]
         metrics = {"accuracy": 1, "auroc": 2, "balanced_error": KEPT, "ece": 0}
         for metric, importance in metrics.items():
             if metric in result.rows[0]:
                 interval = "" if metric == "ece" else " ({:.3f}-{:.3f})"
                 add(metric.replace("_", " "), importance, result.rows, metric, "{:.3f}", interval)
-        mean, std = (", ".join(f"{v:.4g}" for v in settings[name]) for name in ("mean", "std"))
-        note += f"; normalised with mean [{mean}], std [{std}]."
-        if settings["bootstrap"]:
-            note += f" In brackets: 95% confidence interval over {units}."
+    settings = result.settings
+    subject = "Balanced error" if differences else settings["weights"]
     print_table(
         f"{subject} on {settings['data']} ({settings['split']}, {settings['n']} images)",
         columns,
         ["bold" if row["corruption"] in ("clean", "all") else "" for row in rows],
-        note,
+        _note(settings, first if differences else None),
     )
+
+
+def _note(settings: Mapping[str, Any], first: str | None) -> str:
+    """Returns what a reader of the table must know; ``first`` is what others are compared with."""
+    severities = ", ".join(map(str, settings["severities"]))
+    several = len(settings["severities"]) > 1
+    at = f"mean over severities {severities}" if several else f"severity {severities}"
+    note = f"Corruptions of preset {settings['preset']}, {at}"
+    units = f"{settings['groups']} groups" if settings["groups"] else "images"
+    if first is None:
+        mean, std = (", ".join(f"{v:.4g}" for v in settings[name]) for name in ("mean", "std"))
+        note += f"; normalised with mean [{mean}], std [{std}]."
+        if settings["bootstrap"]:
+            note += f" In brackets: 95% confidence interval over {units}."
+        return note
+    note += f". A difference below 0 is better than {first}"
+    if settings["bootstrap"]:
+        note += f"; in brackets: paired 95% confidence interval over {units}"
+    return note + ". It does not cover the variation between training seeds."
 
 
 def _row_name(row: Mapping[str, Any]) -> str:
