@@ -19,7 +19,7 @@ from pathlib import Path, PureWindowsPath
 import torch
 from torch import Tensor
 
-from inmerge_wrap.images.collection import ImageCollection, check, split
+from inmerge_wrap.images.collection import ImageCollection, check, spaced, split
 from inmerge_wrap.images.files import DataError, counted, named, range_of
 from inmerge_wrap.images.finding import find_images, listed, parts_in
 from inmerge_wrap.images.preparation import Preparation
@@ -148,8 +148,9 @@ def read_part(
     preparation: Preparation | None = None,
     classes: Sequence[str] | None = None,
     several: bool | None = None,
+    limit: int | None = None,
 ) -> tuple[Tensor, Tensor, ImageCollection]:
-    """One part of images that are split already, whole in memory, for an evaluation.
+    """One part of images that are split already, read into memory, for an evaluation.
 
     Args:
         directory: A folder ``DIR/part/CLASS/...``, a folder ``DIR/CLASS/...`` that is taken whole,
@@ -160,9 +161,10 @@ def read_part(
         preparation: As the network was trained with; guessed from these files if None.
         classes: Names in the order of the network's outputs; those found, sorted, if None.
         several: Whether the task is multi-label; as the columns say if None.
+        limit: Number of images to read, evenly spaced over all.
 
     Returns:
-        Pixels uint8 (N, C, S, S), labels, and the collection of this part.
+        Pixels uint8 (N, C, S, S), labels, and the collection of what was read.
     """
     if directory.is_file():
         columns = list(numbered_rows(directory, {"path": None})[0][1])
@@ -189,8 +191,11 @@ def read_part(
         raise DataError(f"{directory} has no part {part}")
     for title, names in collection.lists:
         warnings.warn(f"{title}: {named(names)}", stacklevel=2)
-    collection = examine_all(collection, skip_broken=None)
-    opened = ImageSet(collection.images, preparation or _prepare(collection, size))
+    if preparation is None:  # a range holds for all of them
+        preparation = _prepare(examine_all(collection, skip_broken=None), size)
+    chosen = tuple(collection.images[n] for n in spaced(len(collection.images), limit))
+    collection = examine_all(replace(collection, images=chosen), skip_broken=None)
+    opened = ImageSet(collection.images, preparation)
     pixels = torch.stack([pixels for _, pixels in opened.sample(None, "reading images")])
     return pixels, opened.labels, collection
 

@@ -594,6 +594,10 @@ def test_a_test_part_alone_is_read_in_the_order_of_the_models_classes(tmp_path: 
     for place in (tmp_path, tmp_path / "test"):
         _, labels, read = image_folders.read_part(place, "test", size=8, classes=names)
         assert labels.tolist() == [2, 0, 0] and read.classes == tuple(names)
+    (tmp_path / "test" / "b" / "0.png").write_bytes(b"left out by the limit")
+    settings = {"size": 8, "classes": names, "preparation": Preparation(8, 1)}
+    _, labels, read = image_folders.read_part(tmp_path, "test", limit=2, **settings)
+    assert labels.tolist() == [2, 0] and len(read.images) == 2
     with pytest.raises(DataError, match=r"no class of the model: b; its classes are a, c"):
         image_folders.read_part(tmp_path, "test", size=8, classes=["a", "c"])
 
