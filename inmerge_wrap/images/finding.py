@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -61,14 +61,11 @@ def find_images(
         found = _from_folders(directory, classes)
     else:
         found, rows = _from_table(table, directory, labels, path_column, classes)
-    for what, key in (
-        ("differ only in upper and lower case", str.casefold),
-        ("are one number in two forms", _as_number),
-    ):
-        if alike := _alike(found.classes, key):
-            found = found.warned(
-                f"Classes that {what}: {named(alike)}. If they are one class, write them alike."
-            )
+    if alike := _alike(found.classes):
+        found = found.warned(
+            "Classes that differ only in upper and lower case, or are one number in two forms: "
+            f"{named(alike)}. If they are one class, write them alike."
+        )
     names = [image.name for image in found.images]
     if taken := {"path", "label", "group", "part", *several}.intersection(marks):
         raise DataError(
@@ -138,20 +135,15 @@ def _places_of(names: Iterable[str], classes: Sequence[str] | None) -> dict[str,
     return {name: place for place, name in enumerate(outputs)}
 
 
-def _alike(classes: Sequence[str], key: Callable[[str], Hashable]) -> list[str]:
-    """``A = a`` for names of classes of which a key is equal."""
-    same: dict[Hashable, list[str]] = {}
+def _alike(classes: Sequence[str]) -> list[str]:
+    """``A = a`` and ``1 = 1.0``, which spreadsheets and pandas write for each other."""
+    same: dict[float | str, list[str]] = {}
     for name in classes:
-        same.setdefault(key(name), []).append(name)
+        try:
+            same.setdefault(float(name), []).append(name)
+        except ValueError:
+            same.setdefault(name.casefold(), []).append(name)
     return [" = ".join(names) for names in same.values() if len(names) > 1]
-
-
-def _as_number(name: str) -> float | str:
-    """1 and 1.0, which spreadsheets and pandas write for each other, as equal."""
-    try:
-        return float(name)
-    except ValueError:
-        return name
 
 
 # -- folders ---------------------------------------------------------------------------------------
