@@ -107,14 +107,11 @@ def read_test_part(options: argparse.Namespace, folders: list[Path]) -> Data:
     if not Path(options.data).exists():
         raise SystemExit(f"--data {options.data} is neither a folder, a file nor a MedMNIST flag")
     try:
-        pixels, labels, images = read_part(
-            Path(options.data), "test", size=options.size, preparation=prepare, classes=names
-        )
+        about = {"size": options.size, "preparation": prepare, "limit": options.limit}
+        pixels, labels, found = read_part(Path(options.data), "test", classes=names, **about)
     except DataError as error:
         raise SystemExit(f"--data {options.data}: {error}") from error
-    chosen = spaced(len(labels), options.limit)
-    patients = units_of([images.images[place] for place in chosen])
-    return pixels[chosen].float() / 255, labels[chosen], images.task, patients
+    return pixels.float() / 255, labels, found.task, units_of(found.images)
 
 
 def group_models(entries: list[str], baseline: str | None) -> Groups:

@@ -213,10 +213,9 @@ def _read_part(
         preparation=recipe.preparation,
         classes=classes,
         several=recipe.task == "multi-label",
+        limit=limit,
     )
-    places = spaced(len(pixels), limit)
-    pixels, labels = pixels[places], labels[places]
-    images = [collection.images[place] for place in places]
+    images = collection.images
     return LabelledImages(
         DataLoader(TensorDataset(pixels, labels), batch_size=batch_size, collate_fn=as_floats),
         labels,

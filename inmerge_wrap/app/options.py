@@ -93,8 +93,7 @@ add(
 add(
     "--split-seed",
     type=int,
-    default=0,
-    help="seed of the split, the same for all runs (default: %(default)s)",
+    help="seed of the split, the same for all runs (default: 0)",
 )
 add("--skip-broken", action="store_true", help="leave out files that cannot be read")
 add("--allow-overlap", action="store_true", help="train although parts share images or groups")

@@ -87,21 +87,20 @@ def read_labels(table: Path, recipe: Recipe, path_column: str = "path") -> dict[
             continue
         place = f"{table}, row {number}"
         name = _name_in_row(place, row[path_column], path_column)
-        if name in rows:
-            raise ArgumentError(
-                f"{place}: {name} was named in row {rows[name]} already: keep one of the rows"
-            )
-        rows[name] = number
         if recipe.task == "multi-label":
-            found[name] = read_marks(place, row, recipe.classes)
-            continue
-        label = canonical(row["label"])
-        if label not in recipe.classes:
+            label: Any = read_marks(place, row, recipe.classes)
+        elif (text := canonical(row["label"])) in recipe.classes:
+            label = recipe.classes.index(text)
+        else:
             raise ArgumentError(
-                f"{place}: label {label!r} is no class of the network; its classes are "
+                f"{place}: label {text!r} is no class of the network; its classes are "
                 f"{', '.join(recipe.classes)}"
             )
-        found[name] = recipe.classes.index(label)
+        first = rows.setdefault(name, number)
+        if str(found.setdefault(name, label)) != str(label):  # as texts, because of NaN
+            raise ArgumentError(
+                f"{place}: {name} has another label in row {first}: keep one of the rows"
+            )
     if not found:
         raise ArgumentError(f"{table} holds no label")
     return found

@@ -255,7 +255,7 @@ def read_data(options: argparse.Namespace, runs: list[Run], memory: Path) -> Dat
         site=tuple(options.site) if options.site else None,
         subgroups=options.subgroups,
         shares=dict(zip(PARTS, options.split, strict=True)) if options.split else None,
-        seed=options.split_seed,
+        split_seed=options.split_seed,
         skip_broken=options.skip_broken,
         allow_overlap=options.allow_overlap,
         workers=options.workers,
@@ -285,6 +285,7 @@ def begin_or_continue(
 ) -> None:
     """Notes each run's settings in its folder, or holds those that are there against them."""
     settings = {key: value for key, value in vars(options).items() if key not in FREE} | {
+        "split_seed": options.split_seed or 0,
         "images": collection.fingerprint,
         "processes": processes,
     }

@@ -135,10 +135,8 @@ def _report(results: dict[str, RobustnessResult], output: Path | None, as_json: 
         write_json(output, content, allow_nan=False)
     if as_json:
         print_json(content)
-    elif others:
-        _print_comparison(results, differences)
     else:
-        _print_result(results[first])
+        _print_table(results, differences)
 
 
 def _named_paths(models: Sequence[str]) -> dict[str, Path]:
@@ -154,64 +152,61 @@ def _named_paths(models: Sequence[str]) -> dict[str, Path]:
     return paths
 
 
-def _print_result(result: RobustnessResult) -> None:
-    """Prints the metrics of one model."""
-    settings, rows = result.settings, _shown_rows(result)
-    metrics = {"accuracy": 1, "auroc": 2, "balanced_error": KEPT, "ece": 0}
-    columns = [
-        Column(metric.replace("_", " "), cells, importance, wraps=True)
-        for metric, importance in metrics.items()
-        if metric in result.rows[0]
-        for cells in [[_interval_cell(row, metric) for row in rows]]
-    ]
-    mean, std = (", ".join(f"{v:.4g}" for v in settings[name]) for name in ("mean", "std"))
-    explanation = f"; normalised with mean [{mean}], std [{std}]."
-    if settings["bootstrap"]:
-        explanation += f" In brackets: 95% confidence interval over {_units(settings)}."
-    _print_rows(result, columns, f"{settings['weights']} on", explanation)
-
-
-def _print_comparison(
+def _print_table(
     results: Mapping[str, RobustnessResult], differences: Mapping[str, list[dict[str, Any]]]
 ) -> None:
-    """Prints the balanced error of several models, and how it differs from that of the first."""
-    first = next(iter(results))
-    places = [(row["corruption"], row["severity"]) for row in _shown_rows(results[first])]
-    columns = []
-    for name, result in results.items():
-        errors = [result.value("balanced_error", *place) for place in places]
-        cells = ["-" if error is None else f"{error:.3f}" for error in errors]
-        columns.append(Column(name, cells, 0, wraps=True))
-    for name, found in differences.items():
-        by_place = {(entry["corruption"], entry["severity"]): entry for entry in found}
-        cells = [_interval_cell(by_place.get(p, {}), "difference", sign="+") for p in places]
-        columns.append(Column(f"{name} - {first}", cells, KEPT, wraps=True))
-    settings = results[first].settings
-    explanation = f". A difference below 0 is better than {first}"
-    if settings["bootstrap"]:
-        explanation += f"; in brackets: paired 95% confidence interval over {_units(settings)}"
-    explanation += ". It does not cover the variation between training seeds."
-    _print_rows(results[first], columns, "Balanced error on", explanation)
+    """Prints the metrics of one model, or the errors of several and how they differ from the first.
 
+    A row is a corruption: the mean over its severities, or an attack.
+    """
+    first, result = next(iter(results.items()))
+    rows = [row for row in result.rows if row["severity"] in (0, "mean") or row["kind"] == "attack"]
+    columns = [Column("corruption", [_row_name(row) for row in rows], KEPT, justify="left")]
 
-def _print_rows(
-    result: RobustnessResult, columns: Sequence[Column], subject: str, explanation: str
-) -> None:
-    settings, rows = result.settings, _shown_rows(result)
-    names = Column("corruption", [_row_name(row) for row in rows], KEPT, justify="left")
-    severities = ", ".join(map(str, settings["severities"]))
-    several = len(settings["severities"]) > 1
-    at = f"mean over severities {severities}" if several else f"severity {severities}"
+    def add(heading: str, importance: int, found: list[dict[str, Any]], *cell: str) -> None:
+        known = {(row["corruption"], row["severity"]): row for row in found}
+        there = [known.get((row["corruption"], row["severity"]), {}) for row in rows]
+        cells = [_cell(row, *cell) for row in there]
+        columns.append(Column(heading, cells, importance, wraps=True))
+
+    if differences:
+        for name, each in results.items():
+            add(name, 0, each.rows, "balanced_error", "{:.3f}")
+        for name, found in differences.items():
+            add(f"{name} - {first}", KEPT, found, "difference", "{:+.3f}", " ({:+.3f}…{:+.3f})")
+    else:
+        metrics = {"accuracy": 1, "auroc": 2, "balanced_error": KEPT, "ece": 0}
+        for metric, importance in metrics.items():
+            if metric in result.rows[0]:
+                interval = "" if metric == "ece" else " ({:.3f}-{:.3f})"
+                add(metric.replace("_", " "), importance, result.rows, metric, "{:.3f}", interval)
+    settings = result.settings
+    subject = "Balanced error" if differences else settings["weights"]
     print_table(
-        f"{subject} {settings['data']} ({settings['split']}, {settings['n']} images)",
-        [names, *columns],
+        f"{subject} on {settings['data']} ({settings['split']}, {settings['n']} images)",
+        columns,
         ["bold" if row["corruption"] in ("clean", "all") else "" for row in rows],
-        f"Corruptions of preset {settings['preset']}, {at}{explanation}",
+        _note(settings, first if differences else None),
     )
 
 
-def _shown_rows(result: RobustnessResult) -> list[dict[str, Any]]:
-    return [row for row in result.rows if row["severity"] in (0, "mean") or row["kind"] == "attack"]
+def _note(settings: Mapping[str, Any], first: str | None) -> str:
+    """Returns what a reader of the table must know; ``first`` is what others are compared with."""
+    severities = ", ".join(map(str, settings["severities"]))
+    several = len(settings["severities"]) > 1
+    at = f"mean over severities {severities}" if several else f"severity {severities}"
+    note = f"Corruptions of preset {settings['preset']}, {at}"
+    units = f"{settings['groups']} groups" if settings["groups"] else "images"
+    if first is None:
+        mean, std = (", ".join(f"{v:.4g}" for v in settings[name]) for name in ("mean", "std"))
+        note += f"; normalised with mean [{mean}], std [{std}]."
+        if settings["bootstrap"]:
+            note += f" In brackets: 95% confidence interval over {units}."
+        return note
+    note += f". A difference below 0 is better than {first}"
+    if settings["bootstrap"]:
+        note += f"; in brackets: paired 95% confidence interval over {units}"
+    return note + ". It does not cover the variation between training seeds."
 
 
 def _row_name(row: Mapping[str, Any]) -> str:
@@ -221,16 +216,9 @@ def _row_name(row: Mapping[str, Any]) -> str:
     return {"clean": "none", "all": "mean of all"}.get(name, name)
 
 
-def _interval_cell(row: Mapping[str, Any], metric: str, sign: str = "") -> str:
-    """Returns a figure and its interval, which may wrap between the two."""
+def _cell(row: Mapping[str, Any], metric: str, figure: str, interval: str = "") -> str:
+    """Returns a figure and its interval, which may wrap between the two, in these formats."""
     if metric not in row:
         return "-"
-    cell = f"{row[metric]:{sign}.3f}"
-    low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
-    if low is None or metric == "ece":
-        return cell
-    return f"{cell} ({low:{sign}.3f}{'…' if sign else '-'}{high:{sign}.3f})"
-
-
-def _units(settings: Mapping[str, Any]) -> str:
-    return f"{settings['groups']} groups" if settings["groups"] else "images"
+    ends = [row[end] for end in (f"{metric}_low", f"{metric}_high") if end in row]
+    return figure.format(row[metric]) + (interval.format(*ends) if ends else "")

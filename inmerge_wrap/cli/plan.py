@@ -72,20 +72,12 @@ def plan(
         example_input=None if input_size is None else torch.zeros(2, *input_size),
     )
     if as_json:
-        print_json({"model": model, "mode": settings["mode"], **_plan_content(found)})
+        content = {"model": model, "mode": settings["mode"], "found_by": found.found_by}
+        for name, sites in {"merged": found.merged, "skipped": found.skipped}.items():
+            content[name] = [{**dataclasses.asdict(site), "fan_in": site.fan_in} for site in sites]
+        print_json(content)
     else:
         _print_plan(model, found, recommended)
-
-
-def _plan_content(found: MergePlan) -> dict[str, Any]:
-    def listed(sites: Any) -> list[dict[str, Any]]:
-        return [{**dataclasses.asdict(site), "fan_in": site.fan_in} for site in sites]
-
-    return {
-        "merged": listed(found.merged),
-        "skipped": listed(found.skipped),
-        "found_by": found.found_by,
-    }
 
 
 _LAST_WORDS = {

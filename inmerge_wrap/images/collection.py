@@ -132,20 +132,26 @@ def check_shares(shares: Mapping[str, float]) -> None:
 
 
 def split(
-    collection: ImageCollection, *, shares: Mapping[str, float] | None = None, seed: int = 0
+    collection: ImageCollection,
+    *,
+    shares: Mapping[str, float] | None = None,
+    seed: int | None = None,
 ) -> ImageCollection:
     """Gives every image a part: stratified by label, whole groups, equal images together.
 
     Parts that the data have stay as they are; missing ones are taken from train, by their shares.
+    The seed is 0 if it is None.
     """
     sizes = shares or SHARES
     check_shares(sizes)
     given = {image.part for image in collection.images}
     wanted = [part for part in PARTS if part == "train" or part not in given]
     if wanted == ["train"]:
-        if shares is not None:
-            raise DataError("<shares> would do nothing: the data have all three parts already")
+        for name, value in {"shares": shares, "split_seed": seed}.items():
+            if value is not None:
+                raise DataError(f"<{name}> would do nothing: the data have all three parts already")
         return collection
+    seed = seed or 0
     chosen = [n for n, image in enumerate(collection.images) if image.part in (None, "train")]
     units = _units([collection.images[n] for n in chosen])
     contents = np.zeros((len(units), len(collection.classes) + 1))

@@ -48,23 +48,18 @@ def decode_dicom(path: Path) -> Decoded:
     black, white = _range_of_bits(data)
     if black == white:
         raise ValueError("its rescale slope is 0, which makes all of its values equal")
-    if "VOILUTSequence" in data:
-        most = 2 ** int(data.VOILUTSequence[0].LUTDescriptor[2]) - 1
-        return Decoded(
-            values,
-            lambda x: apply_voi(x.astype(np.int64), data) / most,
-            windowed=True,
-            inverted=inverted,
-            ends=black + white,
-        )
-    windowed = "WindowCenter" in data and "WindowWidth" in data
+    has_table = "VOILUTSequence" in data
+    has_window = "WindowCenter" in data and "WindowWidth" in data
 
     def shown(x: np.ndarray) -> np.ndarray:
-        if windowed:  # by a negative slope from white to black, as the range is
+        if has_table:
+            most = 2 ** int(data.VOILUTSequence[0].LUTDescriptor[2]) - 1
+            return apply_voi(x.astype(np.int64), data) / most
+        if has_window:  # by a negative slope from white to black, as the range is
             return (apply_windowing(x, data) - black) / (white - black)
         return (x - min(black, white)) / abs(white - black)
 
-    return Decoded(values, shown, windowed, inverted, ends=black + white)
+    return Decoded(values, shown, has_table or has_window, inverted, ends=black + white)
 
 
 def _check_inflated(path: Path) -> None:

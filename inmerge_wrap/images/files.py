@@ -27,7 +27,7 @@ class DataError(ArgumentError):
     # Any other ``<name>`` in a message is part of the user's own names of files and classes.
     arguments = frozenset(
         "allow_overlap channels crop_mode data_dir groups labels path_column pixel_range shares "
-        "site size skip_broken subgroups".split()
+        "site size skip_broken split_seed subgroups".split()
     )
 
     def __init__(self, message: str, *, names: Sequence[str] = ()) -> None:
@@ -226,9 +226,10 @@ def examine(path: Path) -> Facts:
 
 def failure(error: Exception, path: Path) -> str:
     """Returns in one line why a file could not be read."""
-    if path.is_symlink() and not path.exists():
+    missing = not os.path.exists(path)  # a Path raises on names that are too long
+    if missing and os.path.islink(path):
         return f"it is a link to {path.readlink()}, which does not exist"
-    if isinstance(error, FileNotFoundError) and not path.exists():
+    if missing and isinstance(error, FileNotFoundError):
         return f"No such file: {path.absolute()}"
     reason = " ".join(str(error).split()).replace(str(path), path.name)
     return f"{reason[:200] or 'no reason given'} ({type(error).__name__})"

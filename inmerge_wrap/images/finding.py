@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -38,12 +38,14 @@ def find_images(
     path_column: str = "path",
     groups: str | None = None,
     marks: Sequence[str] = (),
+    classes: Sequence[str] | None = None,
 ) -> ImageCollection:
     """Lists the images of a directory's class folders, or those that a CSV file names.
 
     ``groups`` and each of ``marks`` is a column of the table, or a regular expression that is
     searched for in the image's name; its first group, or all of it, is the value. Without
-    ``groups``, a column ``group`` of the table is used, as `write_split` writes it.
+    ``groups``, a column ``group`` of the table is used, as `write_split` writes it. ``classes``
+    are in the order of a network's outputs; None for those found, sorted.
     """
     if not directory.is_dir():
         raise DataError(f"{directory} is no folder")
@@ -56,17 +58,14 @@ def find_images(
         )
     rows: Sequence[Mapping[str, str]] = []
     if table is None:
-        found = _from_folders(directory)
+        found = _from_folders(directory, classes)
     else:
-        found, rows = _from_table(table, directory, labels, path_column)
-    for what, key in (
-        ("differ only in upper and lower case", str.casefold),
-        ("are one number in two forms", _as_number),
-    ):
-        if alike := _alike(found.classes, key):
-            found = found.warned(
-                f"Classes that {what}: {named(alike)}. If they are one class, write them alike."
-            )
+        found, rows = _from_table(table, directory, labels, path_column, classes)
+    if alike := _alike(found.classes):
+        found = found.warned(
+            "Classes that differ only in upper and lower case, or are one number in two forms: "
+            f"{named(alike)}. If they are one class, write them alike."
+        )
     names = [image.name for image in found.images]
     if taken := {"path", "label", "group", "part", *several}.intersection(marks):
         raise DataError(
@@ -121,35 +120,36 @@ def _value(text: str) -> str:
     return "" if is_unknown(text) else canonical(text)
 
 
-def _places_of(classes: Iterable[str]) -> dict[str, int]:
+def _places_of(names: Iterable[str], classes: Sequence[str] | None) -> dict[str, int]:
     """The place of each class among the outputs: 2 before 10, and numbers before words."""
 
     def natural(name: str) -> tuple[int, int, str]:
         return (0, int(name), name) if name.isdecimal() else (1, 0, name)
 
-    return {name: place for place, name in enumerate(sorted(set(classes), key=natural))}
+    found = sorted(set(names), key=natural)
+    outputs = found if classes is None else list(map(canonical, classes))
+    if foreign := [name for name in found if name not in outputs]:
+        raise DataError(
+            f"no class of the model: {named(foreign)}; its classes are {', '.join(outputs)}"
+        )
+    return {name: place for place, name in enumerate(outputs)}
 
 
-def _alike(classes: Sequence[str], key: Callable[[str], Hashable]) -> list[str]:
-    """``A = a`` for names of classes of which a key is equal."""
-    same: dict[Hashable, list[str]] = {}
+def _alike(classes: Sequence[str]) -> list[str]:
+    """``A = a`` and ``1 = 1.0``, which spreadsheets and pandas write for each other."""
+    same: dict[float | str, list[str]] = {}
     for name in classes:
-        same.setdefault(key(name), []).append(name)
+        try:
+            same.setdefault(float(name), []).append(name)
+        except ValueError:
+            same.setdefault(name.casefold(), []).append(name)
     return [" = ".join(names) for names in same.values() if len(names) > 1]
-
-
-def _as_number(name: str) -> float | str:
-    """1 and 1.0, which spreadsheets and pandas write for each other, as equal."""
-    try:
-        return float(name)
-    except ValueError:
-        return name
 
 
 # -- folders ---------------------------------------------------------------------------------------
 
 
-def _from_folders(directory: Path) -> ImageCollection:
+def _from_folders(directory: Path, classes: Sequence[str] | None) -> ImageCollection:
     def below(path: Path) -> str:
         return path.relative_to(directory).as_posix()
 
@@ -188,8 +188,8 @@ def _from_folders(directory: Path) -> ImageCollection:
             "add images or remove the folder",
             names=empty,
         )
-    places = _places_of(name for _, name, _ in files)
-    if unknown := [name for name in places if is_unknown(name)]:
+    places = _places_of((name for _, name, _ in files), classes)
+    if unknown := [name for _, name, _ in files if is_unknown(name)]:
         raise DataError(
             f"the class folder {unknown[0]!r} is called what tables write for no label: rename it"
         )
@@ -338,7 +338,11 @@ def canonical(text: str) -> str:
 
 
 def _from_table(
-    table: Path, directory: Path, labels: Sequence[str], path_column: str
+    table: Path,
+    directory: Path,
+    labels: Sequence[str],
+    path_column: str,
+    classes: Sequence[str] | None,
 ) -> tuple[ImageCollection, list[_Row]]:
     """The images that a table names, and the row of each."""
     numbered = numbered_rows(table, {path_column: "path_column"} | dict.fromkeys(labels, "labels"))
@@ -353,13 +357,13 @@ def _from_table(
     _refuse_faults(table, list(distinct.values()), root, labels, path_column)
     rows = [row for _, row in distinct.values()]
     several = len(labels) > 1
-    classes = [] if several else [canonical(row[labels[0]]) for row in rows]
-    places = _places_of(classes)
+    names = [] if several else [canonical(row[labels[0]]) for row in rows]
+    places = _places_of(names, classes)
     images = []
     for n, row in enumerate(rows):
         path = Path(name_in(row[path_column]))
         name = (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
-        label = read_marks(str(table), row, labels) if several else places[classes[n]]
+        label = read_marks(str(table), row, labels) if several else places[names[n]]
         images.append(ImageFile(directory / path, name, label, part=_part(row)))
     task = "multilabel" if several else "multiclass"
     found = ImageCollection(tuple(labels if several else places), task, tuple(images))

@@ -10,6 +10,7 @@ only suspicious becomes a warning.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,9 +19,9 @@ from pathlib import Path, PureWindowsPath
 import torch
 from torch import Tensor
 
-from inmerge_wrap.images.collection import ImageCollection, check, split
+from inmerge_wrap.images.collection import ImageCollection, check, spaced, split
 from inmerge_wrap.images.files import DataError, counted, named, range_of
-from inmerge_wrap.images.finding import canonical, find_images, listed, parts_in
+from inmerge_wrap.images.finding import find_images, listed, parts_in
 from inmerge_wrap.images.preparation import Preparation
 from inmerge_wrap.images.sets import ImageSet, examine_all
 from inmerge_wrap.images.tables import check_columns, numbered_rows, write_table
@@ -40,7 +41,7 @@ def open_images(
     site: tuple[str, str] | None = None,
     subgroups: Sequence[str] = (),
     shares: Mapping[str, float] | None = None,
-    seed: int = 0,
+    split_seed: int | None = None,
     skip_broken: bool = False,
     allow_overlap: bool = False,
     workers: int = 0,
@@ -61,14 +62,14 @@ def open_images(
     preparation = _prepare(collection, size, channels, crop_mode, pixel_range)
     if site is not None:
         collection = _hold_out(collection, *site)
-    collection = split(collection, shares=shares, seed=seed)
+    collection = split(collection, shares=shares, seed=split_seed)
     checked = check(collection, allow_overlap=allow_overlap)
     return _suspicious(checked, windows=not preparation.override_windows), preparation
 
 
 def _refuse_if_none_is_there(collection: ImageCollection, directory: Path, remedy: str) -> None:
     paths = [image.path for image in collection.images]
-    if any(path.exists() or path.is_symlink() for path in paths):
+    if any(map(os.path.lexists, paths)):
         return
     if PureWindowsPath(collection.images[0].name).anchor:  # of /x.png and of C:/x.png
         remedy = "mend the paths in the table"
@@ -147,8 +148,9 @@ def read_part(
     preparation: Preparation | None = None,
     classes: Sequence[str] | None = None,
     several: bool | None = None,
+    limit: int | None = None,
 ) -> tuple[Tensor, Tensor, ImageCollection]:
-    """One part of images that are split already, whole in memory, for an evaluation.
+    """One part of images that are split already, read into memory, for an evaluation.
 
     Args:
         directory: A folder ``DIR/part/CLASS/...``, a folder ``DIR/CLASS/...`` that is taken whole,
@@ -159,22 +161,23 @@ def read_part(
         preparation: As the network was trained with; guessed from these files if None.
         classes: Names in the order of the network's outputs; those found, sorted, if None.
         several: Whether the task is multi-label; as the columns say if None.
+        limit: Number of images to read, evenly spaced over all.
 
     Returns:
-        Pixels uint8 (N, C, S, S), labels, and the collection of this part.
+        Pixels uint8 (N, C, S, S), labels, and the collection of what was read.
     """
     if directory.is_file():
         columns = list(numbered_rows(directory, {"path": None})[0][1])
         labels = _label_columns(columns, classes, several)
         check_columns(directory, columns, dict.fromkeys(["path", *labels]))
-        collection = find_images(directory.parent, table=directory, labels=labels)
+        collection = find_images(directory.parent, table=directory, labels=labels, classes=classes)
         remedy = "move the table there, or write whole paths"
         _refuse_if_none_is_there(collection, directory.parent, remedy)
     else:
         parts = parts_in(directory)
         if parts and part not in parts:
             raise DataError(f"{directory} has {listed(parts)} but no {part}")
-        collection = find_images(parts.get(part, directory))
+        collection = find_images(parts.get(part, directory), classes=classes)
         if parts:
             collection = collection.in_parts([part] * len(collection.images))
     if any(image.part is not None for image in collection.images):
@@ -188,10 +191,11 @@ def read_part(
         raise DataError(f"{directory} has no part {part}")
     for title, names in collection.lists:
         warnings.warn(f"{title}: {named(names)}", stacklevel=2)
-    if classes is not None:
-        collection = _in_order(collection, classes)
-    collection = examine_all(collection, skip_broken=None)
-    opened = ImageSet(collection.images, preparation or _prepare(collection, size))
+    if preparation is None:  # a range holds for all of them
+        preparation = _prepare(examine_all(collection, skip_broken=None), size)
+    chosen = tuple(collection.images[n] for n in spaced(len(collection.images), limit))
+    collection = examine_all(replace(collection, images=chosen), skip_broken=None)
+    opened = ImageSet(collection.images, preparation)
     pixels = torch.stack([pixels for _, pixels in opened.sample(None, "reading images")])
     return pixels, opened.labels, collection
 
@@ -203,30 +207,7 @@ def _label_columns(
         return list(classes)
     if several is False or "label" in columns or "group" not in columns:
         return ["label"]
-    return columns[1 : columns.index("group")]
-
-
-def _in_order(collection: ImageCollection, classes: Sequence[str]) -> ImageCollection:
-    """The same images, labelled by the places of their classes among others."""
-    if collection.task == "multiclass":
-        classes = list(map(canonical, classes))
-    foreign = [name for name in collection.classes if name not in classes]
-    if foreign:
-        raise DataError(
-            f"no class of the model: {named(foreign)}; its classes are {', '.join(classes)}"
-        )
-    if collection.task == "multilabel" and tuple(classes) != collection.classes:
-        raise DataError(
-            f"the labels are {', '.join(collection.classes)} and those of the model are "
-            f"{', '.join(classes)}: add the columns that are missing, empty if unknown"
-        )
-    images = tuple(
-        replace(image, label=classes.index(collection.classes[image.label]))
-        if isinstance(image.label, int)
-        else image
-        for image in collection.images
-    )
-    return replace(collection, classes=tuple(classes), images=images)
+    return columns[1 : columns.index("group")] if classes is None else list(classes)
 
 
 def write_split(collection: ImageCollection, path: Path) -> None:

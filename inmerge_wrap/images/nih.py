@@ -15,7 +15,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from inmerge_wrap.errors import ArgumentError
 from inmerge_wrap.images.collection import PARTS
-from inmerge_wrap.images.sets import PixelFile, write_pixels
+from inmerge_wrap.images.sets import decoded_once
 
 __all__ = ["FINDINGS", "Part", "Radiographs", "cached", "read_dataset", "read_hub", "read_release"]
 
@@ -52,10 +52,14 @@ class Part:
 
     names: list[str]
     labels: Tensor
-    images: Sequence[Any]
+    images: Any  # a sequence of them
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def rows(self, rows: list[int]) -> Part:
+        """Some of them."""
+        return Part([self.names[row] for row in rows], self.labels[rows], Subset(self.images, rows))
 
 
 # -- the official release --------------------------------------------------------------------------
@@ -87,54 +91,35 @@ def read_release(root: Path, seed: int) -> dict[str, Part]:
             raise ValueError(
                 f"{name} is listed but not found in {where}: the release is incomplete"
             )
-    columns = {}
+    sources = {}
     for source, names in listed.items():
-        found = [entries[name]["Finding Labels"].split("|") for name in names]
-        columns[source] = names, found, [entries[name]["Patient ID"] for name in names]
-    return _parts_of(
-        columns, lambda source, rows: [paths[listed[source][row]] for row in rows], seed
-    )
+        found = [entries[name] for name in names]
+        labels = label_matrix(names, [row["Finding Labels"].split("|") for row in found])
+        part = Part(names, labels, [paths[name] for name in names])
+        sources[source] = part, [row["Patient ID"] for row in found]
+    return _by_patient(sources, seed)
 
 
-def _parts_of(
-    columns: Mapping[str, tuple[list[str], list[list[str]], list[str]]],
-    images: Callable[[str, list[int]], Sequence[Any]],
-    seed: int,
-) -> dict[str, Part]:
-    """The parts of names, findings and patients by source; ``images`` gives those of some rows."""
-    parts = {}
-    patients = {source: owners for source, (_, _, owners) in columns.items()}
-    for part, (source, rows) in split(patients, seed).items():
-        names, findings, _ = columns[source]
-        chosen = [names[row] for row in rows]
-        labels = label_matrix(chosen, [findings[row] for row in rows])
-        parts[part] = Part(chosen, labels, images(source, rows))
-    return parts
-
-
-def split(patients: dict[str, list[str]], seed: int) -> dict[str, tuple[str, list[int]]]:
-    """Maps each part to its source and rows; a source ``train_val`` is split by patient."""
-    parts: dict[str, tuple[str, list[int]]] = {}
-    for source, column in patients.items():
-        if source != "train_val":
-            parts[source] = source, list(range(len(column)))
-            continue
-        drawn = {  # 26 of 256: a tenth of the patients
-            patient: hashlib.sha256(f"{seed}:{patient}".encode()).digest()[0] < 26
-            for patient in set(column)
+def _by_patient(sources: dict[str, tuple[Part, list[str]]], seed: int) -> dict[str, Part]:
+    """Train, val and test of parts with the patient of each image; ``train_val`` is split."""
+    if "train_val" in sources:
+        whole, patients = sources.pop("train_val")
+        held_out = {  # 26 of 256: a tenth of the patients
+            patient
+            for patient in set(patients)
+            if hashlib.sha256(f"{seed}:{patient}".encode()).digest()[0] < 26
         }
-        parts["train"] = source, [row for row, name in enumerate(column) if not drawn[name]]
-        parts["val"] = source, [row for row, name in enumerate(column) if drawn[name]]
-    people = {
-        part: {patients[source][row] for row in rows} for part, (source, rows) in parts.items()
-    }
+        for part in ("train", "val"):
+            rows = [n for n, one in enumerate(patients) if (one in held_out) == (part == "val")]
+            sources[part] = whole.rows(rows), [patients[row] for row in rows]
+    people = {part: set(patients) for part, (_, patients) in sources.items()}
     for one, other in combinations(PARTS, 2):
         if shared := people[one] & people[other]:
             raise ValueError(f"patients {sorted(shared)[:5]} are in both {one} and {other}")
     for part in PARTS:
         if not people[part]:
             raise ValueError(f"the part {part} has no patients")
-    return {part: parts[part] for part in PARTS}
+    return {part: sources[part][0] for part in PARTS}
 
 
 def label_matrix(names: Sequence[str], findings: Sequence[Sequence[str]]) -> Tensor:
@@ -170,10 +155,7 @@ def read_dataset(loaded: Mapping[str, Any], seed: int) -> dict[str, Part]:
     sources = {"train_val": "train", "test": "test"}
     if "validation" in loaded:
         sources = {"train": "train", "val": "validation", "test": "test"}
-    columns = {source: _columns(loaded[key], key) for source, key in sources.items()}
-    return _parts_of(
-        columns, lambda source, rows: loaded[sources[source]].select(rows)["image"], seed
-    )
+    return _by_patient({source: _read(loaded[key], key) for source, key in sources.items()}, seed)
 
 
 def read_hub(name: str, revision: str | None, seed: int) -> dict[str, Part]:
@@ -205,8 +187,8 @@ def read_hub(name: str, revision: str | None, seed: int) -> dict[str, Part]:
     return read_dataset(loaded, seed)
 
 
-def _columns(table: Any, split: str) -> tuple[list[str], list[list[str]], list[str]]:
-    """The names, findings and patients of one split, row by row."""
+def _read(table: Any, split: str) -> tuple[Part, list[str]]:
+    """One split of the data set, and the patient of each image."""
     kinds = table.features
     complaint = ValueError(
         f"split {split} has the columns "
@@ -242,7 +224,8 @@ def _columns(table: Any, split: str) -> tuple[list[str], list[list[str]], list[s
         patients = [int(match[1]) if match else None for match in found]
     if None in patients:
         raise complaint
-    return names, findings, [str(patient) for patient in patients]
+    part = Part(names, label_matrix(names, findings), table["image"])
+    return part, [str(patient) for patient in patients]
 
 
 # -- images ----------------------------------------------------------------------------------------
@@ -310,7 +293,7 @@ def cached(part: Part, path: Path, source: str, size: int, workers: int = 0) -> 
     side = resized_side(size)
     about = "\n".join([source, str(side), *part.names])
     path = path.with_stem(f"{path.stem}-{hashlib.sha256(about.encode()).hexdigest()[:12]}")
-    if not path.exists():
-        squares = Radiographs(part, side, side=side)
-        write_pixels(squares, (len(part), side, side), path, workers=workers)
-    return replace(part, images=PixelFile(path))
+    squares = Radiographs(part, side, side=side)
+    return replace(
+        part, images=decoded_once(squares, (len(part), side, side), path, workers=workers)
+    )

@@ -30,7 +30,8 @@ CROP_MODES = ("squash", "center")  # as timm names them
 class Preparation:
     """How a file becomes the pixels of a network. Calling it on a path gives uint8 (C, S, S).
 
-    On 8-bit files it equals timm's evaluation transform with ``crop_pct=1``, bicubic.
+    On 8-bit files it equals timm's evaluation transform with ``crop_pct=1``, bicubic; the middle of
+    a strip, of which one side is more than 8 times the other, may be shifted by a pixel.
     """
 
     size: int  # side S in pixels
@@ -66,6 +67,9 @@ class Preparation:
         if self.crop_mode == "squash":
             image = v2.functional.resize(image, [self.size, self.size], bicubic)
         else:
+            # The ends of a strip are cut off before they are resized, which can take gigabytes.
+            x, y = (max(0, (side - 8 * min(image.size)) // 2) for side in image.size)
+            image = image.crop((x, y, image.width - x, image.height - y))
             image = v2.functional.resize(image, [self.size], bicubic)
             image = v2.functional.center_crop(image, [self.size, self.size])
         return v2.functional.pil_to_tensor(image).contiguous()

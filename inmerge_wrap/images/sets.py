@@ -182,40 +182,42 @@ def as_floats(batch: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def keep_pixels(images: ImageSet, path: Path, *, workers: int = 0) -> ImageSet:
-    """The same set, its pixels decoded once into a file that all processes map into memory.
+    """The same set, its pixels decoded once into a file; see `decoded_once`."""
+    shape = (len(images), images.preparation.channels, *[images.preparation.size] * 2)
+    pixels = decoded_once(images, shape, path, workers=workers)
+    return ImageSet(images.images, images.preparation, pixels)
+
+
+def decoded_once(
+    images: Dataset[Any], shape: tuple[int, ...], path: Path, *, workers: int = 0
+) -> PixelFile:
+    """The pixels of all items, bytes of this shape together, written into an .npy file first.
 
     An existing file is used as it is: its name must be of these images and this preparation.
     """
-    shape = (len(images), images.preparation.channels, *[images.preparation.size] * 2)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         needed, free = int(np.prod(shape)), shutil.disk_usage(path.parent).free
         if needed > 0.9 * free:
             raise DataError(
                 f"the decoded images take {needed / 1e9:.1f} GB in {path.parent} and "
-                f"{free / 1e9:.1f} GB are free: decode them in every epoch (inmerge train "
-                "--no-cache)"
+                f"{free / 1e9:.1f} GB are free: make room, or decode them in every epoch, without "
+                "a cache (inmerge train --no-cache)"
             )
-        write_pixels(images, shape, path, workers=workers)
+        loader = DataLoader(images, batch_size=None, num_workers=workers)
+        # Written, not mapped: on a full disk, a map ends the process without an error message.
+        with replacing(path) as draft, open(draft, "wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            part = path.stem.partition("-")[0]
+            for pixels, _ in tqdm(loader, desc=f"reading {part}", unit="image"):
+                file.write(pixels.numpy().tobytes())
     try:
-        pixels = PixelFile(path)
-        if pixels.array.shape != shape or pixels.array.dtype != np.uint8:
-            raise ValueError(f"it holds {pixels.array.dtype} {pixels.array.shape}")
+        found = PixelFile(path)
+        if found.array.shape != shape or found.array.dtype != np.uint8:
+            raise ValueError(f"it holds {found.array.dtype} {found.array.shape}")
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path} cannot be used ({error}): remove it, and the images are decoded again"
         ) from error
-    return ImageSet(images.images, images.preparation, pixels=pixels)
-
-
-def write_pixels(
-    images: Dataset[Any], shape: tuple[int, ...], path: Path, *, workers: int = 0
-) -> None:
-    """Writes the pixels of all items, bytes of this shape together, as an .npy file."""
-    loader = DataLoader(images, batch_size=None, num_workers=workers)
-    # Written, not mapped: on a full disk, a map ends the process without an error message.
-    with replacing(path) as draft, open(draft, "wb") as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        for pixels, _ in tqdm(loader, desc=f"reading {path.stem.partition('-')[0]}", unit="image"):
-            file.write(pixels.numpy().tobytes())
+    return found

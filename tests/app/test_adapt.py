@@ -300,8 +300,8 @@ def test_an_image_has_one_label_however_its_path_is_written(site: Path, tmp_path
     for other in ("00.png", "./00.png", ".\\00.png"):
         labels.write_text(f"path,label\n00.png,a\n01.png,b\n,\n{other},c\n")
         told = complaint("adapt", site / "model", site / "other", *options)
-        assert "row 5: 00.png was named in row 2 already: keep one of the rows" in told
-    labels.write_text("path,label\n.\\00.png,a\n./01.png,b\n00.png,\n")
+        assert "row 5: 00.png has another label in row 2: keep one of the rows" in told
+    labels.write_text("path,label\n.\\00.png,a\n./01.png,b\n00.png,\n00.png,a\n")
     assert run_json("adapt", site / "model", site / "other", *options)["labelled"] == 2
 
 

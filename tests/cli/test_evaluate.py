@@ -19,7 +19,7 @@ from torch import nn
 
 from inmerge_wrap import export_timm
 from inmerge_wrap.cli import main
-from inmerge_wrap.cli.evaluate import _interval_cell
+from inmerge_wrap.cli.evaluate import _cell
 from inmerge_wrap.images.preparation import Preparation, Recipe
 from inmerge_wrap.robustness import RobustnessResult, evaluate_robustness
 from tests.cli.common import ARCH, PREPARED, complaint, run, run_json
@@ -303,12 +303,12 @@ def test_evaluate_compares_models_in_pairs(
 
 
 def test_a_figure_is_shown_with_the_interval_that_it_has() -> None:
+    formats = "{:+.3f}", " ({:+.3f}…{:+.3f})"
     row = {"accuracy": 1.0, "difference": 0.1}
-    assert _interval_cell(row, "accuracy") == "1.000"
-    row |= {"accuracy_low": 0.9, "accuracy_high": 1.0}
+    assert _cell(row, "difference", *formats) == "+0.100"
     row |= {"difference_low": -0.02, "difference_high": 0.22}
-    assert _interval_cell(row, "accuracy") == "1.000 (0.900-1.000)"
-    assert _interval_cell(row, "difference", "+") == "+0.100 (-0.020…+0.220)"
+    assert _cell(row, "difference", *formats) == "+0.100 (-0.020…+0.220)"
+    assert _cell(row, "difference", "{:.3f}") == "0.100" and _cell(row, "ece", *formats) == "-"
 
 
 def test_evaluate_tells_what_cannot_be_compared(

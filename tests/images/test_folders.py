@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from inmerge_wrap.errors import for_command_line
 from inmerge_wrap.images import collection as image_collection
@@ -430,6 +431,22 @@ def test_a_preparation_is_the_transform_of_timm(
     assert torch.equal(ours.float() / 255, theirs)
 
 
+@pytest.mark.parametrize("shape", [(3, 400), (401, 3)])
+def test_the_ends_of_a_strip_are_not_resized(
+    tmp_path: Path, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+    path, resized = save(tmp_path / "a.png", values), []
+    resize = v2.functional.resize
+    monkeypatch.setattr(
+        v2.functional, "resize", lambda image, *a: resized.append(resize(image, *a)) or resized[-1]
+    )
+    ours = Preparation(24, 1, "center")(path)
+    assert max(resized[0].size) < 10 * 24
+    whole = v2.functional.center_crop(resize(Image.open(path), [24], 3), [24, 24])
+    assert torch.equal(ours, v2.functional.pil_to_tensor(whole))
+
+
 def test_a_preparation_checks_itself() -> None:
     for wrong, message in (
         ({"size": 4}, "at least 8"),
@@ -470,7 +487,7 @@ def test_class_folders_are_split_by_class_and_seed(tmp_path: Path) -> None:
     first, _ = opened(tmp_path)
     assert first.counts(first.part("test")) == [6, 3] == first.counts(first.part("val"))
     again, _ = opened(tmp_path)
-    other, _ = opened(tmp_path, seed=1)
+    other, _ = opened(tmp_path, split_seed=1)
     assert first == again and first.images != other.images
     assert any("no groups were named" in text for text in first.warnings)
     halves, _ = opened(tmp_path, shares={"train": 0.5, "val": 0.25, "test": 0.25})
@@ -577,6 +594,10 @@ def test_a_test_part_alone_is_read_in_the_order_of_the_models_classes(tmp_path: 
     for place in (tmp_path, tmp_path / "test"):
         _, labels, read = image_folders.read_part(place, "test", size=8, classes=names)
         assert labels.tolist() == [2, 0, 0] and read.classes == tuple(names)
+    (tmp_path / "test" / "b" / "0.png").write_bytes(b"left out by the limit")
+    settings = {"size": 8, "classes": names, "preparation": Preparation(8, 1)}
+    _, labels, read = image_folders.read_part(tmp_path, "test", limit=2, **settings)
+    assert labels.tolist() == [2, 0] and len(read.images) == 2
     with pytest.raises(DataError, match=r"no class of the model: b; its classes are a, c"):
         image_folders.read_part(tmp_path, "test", size=8, classes=["a", "c"])
 
@@ -990,6 +1011,8 @@ def test_arguments_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
         start = fill(tmp_path / part, {"a": 3, "b": 3}, start)
     with pytest.raises(DataError, match="shares would do nothing"):
         opened(tmp_path, shares={"train": 0.5, "val": 0.25, "test": 0.25})
+    with pytest.raises(DataError, match="split_seed would do nothing"):
+        opened(tmp_path, split_seed=0)
     with pytest.raises(DataError, match="pixel_range would do nothing"):
         opened(tmp_path, pixel_range=(0, 100))
 

@@ -187,9 +187,8 @@ def test_a_column_of_labels_that_is_named_twice_is_refused(tmp_path: Path) -> No
 
 def test_classes_that_differ_only_in_case_are_told(tmp_path: Path) -> None:
     rows = [(f"{n}.png", ("Mass", "MASS", "cyst")[n % 3]) for n in range(36)]
-    assert "upper and lower case: MASS = Mass. If" in " ".join(
-        opened(table_of(tmp_path, rows)).warnings
-    )
+    told = " ".join(opened(table_of(tmp_path, rows)).warnings)
+    assert "differ only in upper and lower case, " in told and ": MASS = Mass. If" in told
     rows = [(path, label.lower()) for path, label in rows]
     assert "lower case" not in " ".join(opened(table_of(tmp_path, rows)).warnings)
 
@@ -225,6 +224,9 @@ def test_a_file_that_is_not_there_has_the_path_that_was_looked_for(tmp_path: Pat
     (tmp_path / "3.png").unlink()
     with pytest.raises(DataError, match=f"3.png: No such file: {tmp_path}/3.png\n"):
         opened(table)
+    table.write_text(table.read_text() + f"{'long' * 99}.png,a\n")
+    with pytest.raises(DataError, match="File name too long"):
+        opened(table)
 
 
 def test_a_table_of_which_no_file_is_there_says_where_its_paths_start(tmp_path: Path) -> None:
@@ -238,7 +240,7 @@ def test_a_table_of_which_no_file_is_there_says_where_its_paths_start(tmp_path: 
     moved = table.rename(tmp_path / "out" / "table.csv")
     with pytest.raises(DataError, match=f"{said}move the table there, or write whole paths"):
         read_part(moved, "test", size=8)
-    for gone in ("/gone", "C:/gone"):
+    for gone in ("/gone", "C:/gone", f"/{'long' * 99}"):
         whole = [(f"{gone}/{name}", label) for name, label in rows]
         with pytest.raises(DataError, match=rf"{gone}/0\.png; mend the paths in the table"):
             opened(table_of(tmp_path, whole, write=False))
