@@ -13,7 +13,7 @@ from inmerge_wrap.cli.options import load
 from inmerge_wrap.cli.shell import command, print_json, say
 from inmerge_wrap.cli.tables import KEPT, Column, print_table
 from inmerge_wrap.errors import ArgumentError
-from inmerge_wrap.files import write_json
+from inmerge_wrap.files import replacing, write_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,7 +74,8 @@ def similarity(
         }
         for name, figure in figures.items():
             written.append(output / f"{name}.png")
-            figure.savefig(written[-1])
+            with replacing(written[-1]) as draft:
+                figure.savefig(draft)
     if as_json:
         print_json({**content, "files": [str(path) for path in written]})
     else:
