@@ -226,11 +226,11 @@ add(
 add("--license-name", help="name of the licence, with --license other")
 add("--out", type=Path, default=Path("runs/own_images"), help="folder (default: %(default)s)")
 
-ASKED = ("preset", "severities", "bootstrap", "subgroups", "prevalence")  # what decides the figures
+MEASURED = ("preset", "severities", "bootstrap")  # what decides what is measured of a network
 # What may differ when a run is continued: none of it changes the weights, and the images
 # themselves are compared.
-FREE = {*ASKED, "out", "workers", "no_cache", "title", "license", "license_name", "seeds", "only"}
-FREE |= {"data_dir", "csv", "skip_broken", "allow_overlap"}
+FREE = {*MEASURED, "subgroups", "prevalence", "title", "license", "license_name", "seeds", "only"}
+FREE |= {"out", "workers", "no_cache", "data_dir", "csv", "skip_broken", "allow_overlap"}
 
 
 def parse_arguments(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:

@@ -26,7 +26,7 @@ from inmerge_wrap.app.publishing import publish
 from inmerge_wrap.app.records import of_an_earlier_start
 from inmerge_wrap.app.report import flipped
 from inmerge_wrap.app.starting_weights import start_network
-from inmerge_wrap.app.testing import row_of, test
+from inmerge_wrap.app.testing import test
 from inmerge_wrap.app.training import Data, Run, make_accelerator, one_line_if_out_of_memory, train
 from inmerge_wrap.errors import ArgumentError, for_command_line
 from inmerge_wrap.files import read_json, replacing, write_json
@@ -196,11 +196,9 @@ def train_and_report(options: argparse.Namespace, accelerator: Accelerator, memo
     page = publish(found, data, options)
     shutil.rmtree(options.out / "cache", ignore_errors=True)
     for run, each in found.items():
-        clean = row_of(each, "clean")
-        if "balanced_error" in clean:
-            print(
-                f"{run.name}: balanced accuracy {1 - clean['balanced_error']:.3f} on the test part"
-            )
+        error = each.result.value("balanced_error")
+        if error is not None:
+            print(f"{run.name}: balanced accuracy {1 - error:.3f} on the test part")
     print(f"The report: {page}\nThe network, for plain timm: {options.out / 'model'}")
 
 
