@@ -985,24 +985,31 @@ def test_the_tensors_of_the_package_go_by_their_order(
     assert network.classifier.out_features == 4
 
 
+def opened(train: int, val: int, seed: int = 0) -> batches.Batches:
+    """The batches of a run with as many images, which hold nothing."""
+    sets: Any = {"train": range(train), "val": range(val)}
+    settings: Any = SimpleNamespace(batch_size=8, workers=0, augment="trivial", flip="none")
+    alone: Any = SimpleNamespace(num_processes=1, prepare=lambda *loaders: loaders)
+    return batches.open_batches(sets, settings, seed, alone)
+
+
 def test_an_order_depends_on_seed_and_epoch_alone() -> None:
-    order = batches.EpochOrder(50, seed=1)
-    first = list(order)
-    order.epoch = 1
-    second = list(order)
-    again = batches.EpochOrder(50, seed=1)
-    again.epoch = 1
-    assert sorted(first) == list(range(50)) and first != second and list(again) == second
-    assert list(batches.EpochOrder(50, seed=2)) != first
+    def order(seed: int, *epochs: int) -> list[int]:
+        found = opened(50, 1, seed)
+        for epoch in epochs:
+            found.start(epoch)
+            places = list(found.loader.sampler)
+        return places
+
+    assert sorted(order(1, 0)) == list(range(50)) and order(1, 0) != order(1, 1)
+    assert order(1, 0, 1) == order(1, 1) and order(2, 0) != order(1, 0)
+    generator = torch.Generator().manual_seed(batches.derived_seed(1, 0))
+    assert order(1, 0) == torch.randperm(50, generator=generator).tolist(), "as it always was"
 
 
 @pytest.mark.parametrize(("train", "val"), [(20, 70), (3, 1), (64, 64)])
 def test_the_bar_counts_the_batches_that_are_read(train: int, val: int) -> None:
-    sets: Any = {"train": range(train), "val": range(val)}
-    settings: Any = SimpleNamespace(batch_size=8, workers=0, augment="trivial", flip="none")
-    alone: Any = SimpleNamespace(num_processes=1, prepare=lambda *loaders: loaders)
-    opened = batches.open_batches(sets, settings, 0, alone)
-    assert batches.batches_per_epoch(train, val, 8, 1) == len(opened)
+    assert batches.batches_per_epoch(train, val, 8, 1) == len(opened(train, val))
 
 
 def test_augmentation_gives_bytes_of_the_same_shape() -> None:
