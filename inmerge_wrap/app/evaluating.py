@@ -241,16 +241,16 @@ def outputs_of(network: nn.Module, loader: DataLoader[Any]) -> int:
 
 
 def seen_in_training(contenders: Sequence[Contender], images: LabelledImages) -> list[str]:
-    """Returns a warning for each network that was trained on some of the images."""
+    """Returns a warning for each network that training, or a choice after it, showed them to."""
     found = []
     for each in contenders:
         known = set(each.recipe.trained_on) if each.recipe is not None else set()
         count = sum(digest_of(digest) in known for digest in images.digests)
         if count:
             found.append(
-                f"{each.name} was trained on {count} of the {len(images.digests)} images, so its "
-                "figures are too good: use other images, such as the test part of the split.csv of "
-                "that training"
+                f"{each.name} was trained, or its temperature and thresholds chosen, on {count} of "
+                f"the {len(images.digests)} images, so its figures are too good: use other images, "
+                "such as the test part of the split.csv of that training"
             )
     return found
 

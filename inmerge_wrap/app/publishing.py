@@ -13,6 +13,7 @@ from typing import Any
 from inmerge_wrap.app.findings import marks_of
 from inmerge_wrap.app.model import TrainedModel
 from inmerge_wrap.app.options import title_of
+from inmerge_wrap.app.predicting import class_columns
 from inmerge_wrap.app.records import environment, of_an_earlier_start
 from inmerge_wrap.app.report import contact_sheet, flipped, write_report
 from inmerge_wrap.app.snippet import snippet
@@ -126,7 +127,8 @@ def _training_of(training: Mapping[str, Any], options: argparse.Namespace) -> st
 def _write_predictions(found: Measured, collection: ImageCollection, path: Path) -> None:
     """One row for each test image: its name, its truth, the answer, and all probabilities."""
     several, classes = collection.task == "multilabel", collection.classes
-    truths = [f"true {name}" for name in classes] if several else ["true"]
+    others = ["image", *([f"true {name}" for name in classes] if several else ["true"])]
+    others += ["prediction"]
     probabilities = found.recipe.probabilities(found.outputs)
     answers = zip(found.recipe.named(probabilities), probabilities.tolist(), strict=True)
     rows = []
@@ -134,7 +136,7 @@ def _write_predictions(found: Measured, collection: ImageCollection, path: Path)
         named = "; ".join(name for name, is_so in zip(classes, said, strict=True) if is_so)
         figures = [round(value, 7) for value in row]
         rows.append([image.name, *collection.cells(image), named, *figures])
-    write_table(path, ["image", *truths, "prediction", *classes], rows)
+    write_table(path, [*others, *class_columns(classes, others)], rows)
 
 
 # -- the report's content --------------------------------------------------------------------------

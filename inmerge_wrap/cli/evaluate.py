@@ -233,4 +233,6 @@ def _interval_cell(row: Mapping[str, Any], metric: str, sign: str = "") -> str:
 
 
 def _units(settings: Mapping[str, Any]) -> str:
-    return f"{settings['groups']} groups" if settings["groups"] else "images"
+    from inmerge_wrap.images.files import counted
+
+    return counted(settings["groups"], "group") if settings["groups"] else "images"

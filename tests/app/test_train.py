@@ -45,6 +45,7 @@ from inmerge_wrap.app import (  # noqa: E402
     findings,
     operating,
     options,
+    publishing,
     records,
     report,
     starting_weights,
@@ -1093,6 +1094,17 @@ def test_patients_who_all_agree_leave_the_interval_of_their_number() -> None:
     for name in ("sensitivity", "specificity", "ppv", "npv"):
         assert row[name]["value"] == 1 and row[name]["n"] == 12
         assert row[name]["low"] == expected["low"] < 0.5
+
+
+def test_a_class_called_true_has_a_column_of_its_own(tmp_path: Path) -> None:
+    recipe = recipe_of(["false", "true"])
+    found = testing.Measured({}, recipe, [], None, [], torch.zeros(1, 2))
+    image = ImageFile(Path("1.png"), "1.png", 0, part="test")
+    collection = ImageCollection(recipe.classes, "multiclass", (image,))
+    publishing._write_predictions(found, collection, tmp_path / "p.csv")
+    (row,) = rows_of(tmp_path / "p.csv")
+    assert row["true"] == row["prediction"] == "false"
+    assert row["false"] == row["probability of true"] == "0.5"
 
 
 def test_sites_have_rounded_figures_and_intervals_where_there_are_any(tmp_path: Path) -> None:
