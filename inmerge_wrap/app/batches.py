@@ -15,8 +15,6 @@ from torchvision.transforms import v2
 from inmerge_wrap.images.sets import ImageSet
 from inmerge_wrap.robustness.effects import seed_of
 
-_EVALUATED = 64  # images in a batch of validation
-
 
 def statistics(images: ImageSet) -> tuple[list[float], list[float]]:
     """Returns mean and standard deviation per channel of up to 1,000 images, pixels in [0, 1]."""
@@ -105,11 +103,6 @@ def open_batches(
         num_workers=options.workers,
         drop_last=True,  # BatchNorm cannot train on a last batch of one image
     )
-    val_loader = DataLoader(sets["val"], batch_size=_EVALUATED, num_workers=options.workers)
+    val_loader = DataLoader(sets["val"], batch_size=64, num_workers=options.workers)
     loader, val_loader = accelerator.prepare(loader, val_loader)
     return Batches(loader, val_loader, images, order)
-
-
-def batches_per_epoch(train: int, val: int, batch_size: int, processes: int) -> int:
-    """Returns the length of `Batches` before the images are read."""
-    return train // min(batch_size, train) + -(-val // (_EVALUATED * processes))

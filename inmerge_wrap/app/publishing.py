@@ -12,7 +12,6 @@ from typing import Any
 
 from inmerge_wrap.app.findings import marks_of
 from inmerge_wrap.app.model import TrainedModel
-from inmerge_wrap.app.options import title_of
 from inmerge_wrap.app.predicting import class_columns
 from inmerge_wrap.app.records import environment, of_an_earlier_start
 from inmerge_wrap.app.report import contact_sheet, flipped, write_report
@@ -82,7 +81,7 @@ def _card(
     training = found.training
     counts = ", ".join(f"{len(collection.part(part)):,} {part}" for part in PARTS)
     said = plain_text(" ".join([*collection.notes, *collection.warnings]))
-    name, classes = title_of(options), plain_text(", ".join(collection.classes))
+    name, classes = options.title, plain_text(", ".join(collection.classes))
     several = recipe.thresholds is not None
     aim = f"looks for {classes}, each by itself" if several else f"tells apart {classes}"
     limits = list(ModelCard.limits)
@@ -148,7 +147,7 @@ def _content_of(
     """All that the report says, as plain data."""
     found, collection = measured[chosen], data.collection
     return {
-        "title": title_of(options),
+        "title": options.title,
         "date": time.strftime("%Y-%m-%d"),
         "task": collection.task,
         "classes": list(collection.classes),

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
-from inmerge_wrap.app.batches import batches_per_epoch
+from inmerge_wrap.app.batches import open_batches
 from inmerge_wrap.app.options import FREE, parse_arguments, planned_runs, precision, prevalences_of
 from inmerge_wrap.app.publishing import publish
 from inmerge_wrap.app.records import of_an_earlier_start
@@ -166,7 +166,7 @@ def train_and_report(options: argparse.Namespace, accelerator: Accelerator, memo
     with accelerator.main_process_first():
         check_network(runs, options, accelerator.num_processes)
         data = read_data(options, runs, memory)
-    collection, sets = data.collection, data.sets
+    collection = data.collection
     prevalences_of(options, collection.classes)
     for note in collection.notes:
         accelerator.print(f"note: {note}")
@@ -176,9 +176,7 @@ def train_and_report(options: argparse.Namespace, accelerator: Accelerator, memo
         begin_or_continue(runs, collection, options, accelerator.num_processes)
     accelerator.wait_for_everyone()
 
-    per_epoch = batches_per_epoch(
-        len(sets["train"]), len(sets["val"]), options.batch_size, accelerator.num_processes
-    )
+    per_epoch = len(open_batches(data.sets, options, 0, accelerator))
     bar = tqdm(
         total=len(runs) * options.epochs * per_epoch,
         unit="batch",

@@ -984,17 +984,13 @@ def test_the_tensors_of_the_package_go_by_their_order(
     assert network.classifier.out_features == 4
 
 
-def opened(train: int, val: int, seed: int = 0) -> batches.Batches:
-    """The batches of a run with as many images, which hold nothing."""
-    sets: Any = {"train": range(train), "val": range(val)}
+def test_an_order_depends_on_seed_and_epoch_alone() -> None:
+    sets: Any = {"train": range(50), "val": range(1)}
     settings: Any = SimpleNamespace(batch_size=8, workers=0, augment="trivial", flip="none")
     alone: Any = SimpleNamespace(num_processes=1, prepare=lambda *loaders: loaders)
-    return batches.open_batches(sets, settings, seed, alone)
 
-
-def test_an_order_depends_on_seed_and_epoch_alone() -> None:
     def order(seed: int, *epochs: int) -> list[int]:
-        found = opened(50, 1, seed)
+        found = batches.open_batches(sets, settings, seed, alone)
         for epoch in epochs:
             found.start(epoch)
             places = list(found.loader.sampler)
@@ -1004,11 +1000,6 @@ def test_an_order_depends_on_seed_and_epoch_alone() -> None:
     assert order(1, 0, 1) == order(1, 1) and order(2, 0) != order(1, 0)
     generator = torch.Generator().manual_seed(batches.derived_seed(1, 0))
     assert order(1, 0) == torch.randperm(50, generator=generator).tolist(), "as it always was"
-
-
-@pytest.mark.parametrize(("train", "val"), [(20, 70), (3, 1), (64, 64)])
-def test_the_bar_counts_the_batches_that_are_read(train: int, val: int) -> None:
-    assert batches.batches_per_epoch(train, val, 8, 1) == len(opened(train, val))
 
 
 def test_augmentation_gives_bytes_of_the_same_shape() -> None:
