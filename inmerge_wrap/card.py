@@ -6,7 +6,6 @@ import dataclasses
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -439,7 +438,7 @@ def push_to_hub(
     Raises:
         ValueError: If the folder is not a complete export with a card, or the name is malformed.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     source = Path(directory)
     missing = [name for name in _NEEDED if not (source / name).is_file()]
@@ -450,17 +449,14 @@ def push_to_hub(
         )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise ValueError(f"repo_id must be 'user/name', got {repo_id!r}")
+    names = [name for name in (*_NEEDED, *_PICTURES) if (source / name).is_file()]
+    contents: dict[str, Path | bytes] = {name: source / name for name in names}
+    card = (source / "README.md").read_text(encoding="utf-8")
+    contents["README.md"] = card.replace(PLACE, f"hf-hub:{repo_id}").encode()
+    operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        staged = Path(folder)
-        for name in (*_NEEDED, *_PICTURES):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, staged / name)
-        card = staged / "README.md"
-        text = card.read_text(encoding="utf-8").replace(PLACE, f"hf-hub:{repo_id}")
-        card.write_text(text, encoding="utf-8")
-        api.upload_folder(repo_id=repo_id, folder_path=staged, commit_message=message)
+    api.create_commit(repo_id, operations, commit_message=message)
     return f'timm.create_model("hf-hub:{repo_id}", pretrained=True)'
 
 

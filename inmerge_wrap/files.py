@@ -82,7 +82,10 @@ def _errors_naming(path: str | os.PathLike[str], target: Path, draft: Path) -> I
             named = Path(error.filename)
             if draft not in (named, *named.parents) and named not in (target, *target.parents):
                 raise
-        reason = f"{path} was not written, what was there is unchanged: {error.strerror or error}"
+        first = (
+            error.__cause__ if isinstance(error.__cause__, OSError) else error
+        )  # of inner drafts
+        reason = f"{path} was not written, what was there is unchanged: {first.strerror or first}"
         told = (reason,) if error.errno is None else (error.errno, reason)
         raise OSError(*told) from error
 

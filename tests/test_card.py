@@ -508,12 +508,15 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def create_repo(self: HfApi, repo_id: str, **options: Any) -> None:
         seen["created"] = (repo_id, options)
 
-    def upload_folder(self: HfApi, *, repo_id: str, folder_path: Path, **options: Any) -> None:
-        files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+    def create_commit(self: HfApi, repo_id: str, operations: list[Any], **options: Any) -> None:
+        files = {}
+        for added in operations:
+            with added.as_file() as file:
+                files[added.path_in_repo] = file.read()
         seen.update(token=self.token, uploaded=repo_id, files=files, options=options)
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
     return seen
 
 

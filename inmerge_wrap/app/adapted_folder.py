@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import cast
 
@@ -18,33 +16,27 @@ from inmerge_wrap.images.files import counted
 from inmerge_wrap.markdown import plain_text
 
 
-def check_out(out: Path) -> None:
-    """Raises an error if there is something in the way of a new folder."""
+def check_folders(source: Path, out: Path) -> None:
+    """Raises an error if `write_adapted` could not write what was adapted."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ArgumentError(f"<out> {out} exists: give another folder, or remove it")
+    _read_card(source)
 
 
 def write_adapted(adaptation: Adaptation, source: Path, out: Path, *, site: str) -> str:
-    """Writes an adapted network, whole or not at all; returns the line of code that loads it.
+    """Writes an adapted network into a new folder; returns the line of code that loads it.
 
     ``source`` is the folder of the network before, for its card.
     """
-    check_out(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".draft-") as drafts:
-        draft = Path(drafts) / out.name
-        adaptation.model.write(draft)
-        card = source / "README.md"
-        before = _read_card(card) if card.is_file() else ModelCard(_BARE)
-        (draft / "README.md").write_text(_card(before, adaptation, site), encoding="utf-8")
-        if out.is_dir():
-            out.rmdir()
-        os.replace(draft, out)
-    return f'timm.create_model("local-dir:{out}", pretrained=True)'
+    check_folders(source, out)
+    return adaptation.model.write(out, _card(_read_card(source), adaptation, site))
 
 
-def _read_card(path: Path) -> ModelCard:
+def _read_card(source: Path) -> ModelCard:
+    path = source / "README.md"
     try:
+        if not path.exists():
+            return ModelCard(_BARE)
         return ModelCard(path.read_text(encoding="utf-8"))
     except Exception as error:  # someone has edited it, and its YAML is no more
         reason = " ".join(str(error).split())[:200]
@@ -66,8 +58,11 @@ def _card(card: ModelCard, adaptation: Adaptation, site: str) -> str:
             body = re.sub(row, rf"\g<1> {threshold:.4g} |", body, count=1, flags=re.M)
     if _BEFORE not in body:
         body = body.replace("## Results\n", f"## Results\n\n{_BEFORE}\n", 1)
-    before, use, after = body.partition("## Use\n")  # not there if someone has edited the card
-    body = "\n".join([before, _section(adaptation, plain_text(site)), use + after])
+    section = _section(adaptation, plain_text(site))
+    if _BEFORE not in body:  # someone has edited the card, and figures may stand anywhere in it
+        section += "\nFigures that were measured before the adaptation do not hold any more.\n"
+    before, use, after = body.partition("## Use\n")  # likewise
+    body = "\n".join([before, section, use + after])
     return f"---\n{card.data.to_yaml()}\n---\n{body}"
 
 

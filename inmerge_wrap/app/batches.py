@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.transforms import v2
 
 from inmerge_wrap.images.sets import ImageSet
 from inmerge_wrap.robustness.effects import seed_of
-
-_EVALUATED = 64  # images in a batch of validation
 
 
 def statistics(images: ImageSet) -> tuple[list[float], list[float]]:
@@ -55,20 +53,6 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
             return self.transform(pixels), label
 
 
-class EpochOrder(Sampler[int]):
-    """An order of the images that depends only on seed and epoch, to be repeatable."""
-
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed, self.epoch = count, seed, 0
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
-        yield from torch.randperm(self.count, generator=generator).tolist()
-
-
 def derived_seed(*numbers: int) -> int:
     """Derives a seed of 32 bits from numbers, such as a run's seed and the epoch."""
     return seed_of(repr(numbers))
@@ -80,16 +64,17 @@ class Batches:
 
     loader: DataLoader
     val_loader: DataLoader
-    order: EpochOrder
     images: Augmented
+    order: torch.Generator  # of the next pass over the images
 
     def __len__(self) -> int:
         """Batches that this process reads in an epoch, of training and of validation."""
         return len(self.loader) + len(self.val_loader)
 
     def start(self, epoch: int) -> None:
-        """Sets the order and the augmentation of an epoch."""
-        self.order.epoch = self.images.epoch = epoch
+        """Makes order and augmentation those of an epoch, which depend on it and the seed alone."""
+        self.images.epoch = epoch
+        self.order.manual_seed(derived_seed(self.images.seed, epoch))
 
 
 def per_process(batch_size: int, processes: int, images: int | None = None) -> int:
@@ -109,20 +94,15 @@ def open_batches(
 ) -> Batches:
     """Returns the batches of a run: those of the parts train and val, prepared."""
     count, processes = len(sets["train"]), accelerator.num_processes
-    order = EpochOrder(count, seed)
+    order = torch.Generator()
     images = Augmented(sets["train"], augmentation(options.augment, options.flip), seed)
     loader = DataLoader(
         images,
         batch_size=per_process(min(options.batch_size, count // processes * processes), processes),
-        sampler=order,
+        sampler=RandomSampler(images, generator=order),  # not shuffle, which draws more from it
         num_workers=options.workers,
         drop_last=True,  # BatchNorm cannot train on a last batch of one image
     )
-    val_loader = DataLoader(sets["val"], batch_size=_EVALUATED, num_workers=options.workers)
+    val_loader = DataLoader(sets["val"], batch_size=64, num_workers=options.workers)
     loader, val_loader = accelerator.prepare(loader, val_loader)
-    return Batches(loader, val_loader, order, images)
-
-
-def batches_per_epoch(train: int, val: int, batch_size: int, processes: int) -> int:
-    """Returns the length of `Batches` before the images are read."""
-    return train // min(batch_size, train) + -(-val // (_EVALUATED * processes))
+    return Batches(loader, val_loader, images, order)

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +42,8 @@ class Contender:
     network: nn.Module
     mean: Sequence[float]
     std: Sequence[float]
-    size: tuple[int, ...] | None  # height and width, if they are known
-    config: Mapping[str, Any]  # timm's crop mode, share and interpolation; None if not known
-    classes: Sequence[str] | None  # in the order of the outputs, if they are known
+    reads: Mapping[str, Any]  # its classes, and how it reads images; None what is not known
     recipe: Recipe | None  # of a training of the application
-
-    @property
-    def channels(self) -> int:
-        """Channels that the network reads."""
-        return next(m.in_channels for m in self.network.modules() if isinstance(m, nn.Conv2d))
 
 
 def contender(
@@ -75,17 +67,14 @@ def contender(
     if recipe is not None and size is not None:
         recipe = replace(recipe, preparation=replace(recipe.preparation, size=size))
     stored = tuple(config["input_size"][1:]) if config else None
-    return Contender(
-        name=name,
-        path=path,
-        network=network,
-        mean=mean,
-        std=std,
-        size=(size, size) if size is not None else stored,
-        config={key: config.get(key) for key in _CROP},
-        classes=config.get("label_names"),
-        recipe=recipe,
-    )
+    reads = {
+        "channels": next(m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d)),
+        "size": stored if size is None else (size, size),
+        "classes": config.get("label_names"),
+        **{key: config.get(key) for key in _CROP},
+        "preparation": recipe and recipe.preparation,
+    }
+    return Contender(name, path, network, mean, std, reads, recipe)
 
 
 @dataclass(frozen=True)
@@ -103,16 +92,14 @@ def open_data(
     data: Path, contenders: Sequence[Contender], *, part: str, limit: int | None, batch_size: int
 ) -> LabelledImages:
     """Opens an .npz file, a folder of classes or a CSV file for networks that read it alike."""
-    _check_same_images(contenders, files=data.suffix != ".npz")
-    first = contenders[0]
-    size = next((each.size for each in contenders if each.size is not None), None)
+    reads = _common(contenders, files=data.suffix != ".npz")
+    size, classes = reads["size"], reads["classes"]
     recipe = next((each.recipe for each in contenders if each.recipe), None)
-    classes = next((each.classes for each in contenders if each.classes), None)
     if data.suffix.lower() == ".csv" or (data.is_dir() and recipe is not None):
         if recipe is None:
             raise ArgumentError(
-                f"{first.path} has no {FILE}, which says how files are read: of such networks a "
-                "folder of classes or an .npz file is read, not a table"
+                f"{contenders[0].path} has no {FILE}, which says how files are read: of such "
+                "networks a folder of classes or an .npz file is read, not a table"
             )
         return _read_part(data, recipe, classes, part, limit, batch_size)
     for each in contenders:
@@ -125,17 +112,15 @@ def open_data(
     if not data.is_dir():
         images, labels = read_npz(data, part)
         places = spaced(len(labels), limit)
-        images = fit_images(images[places], first.channels, size)  # type: ignore[arg-type]
+        images = fit_images(images[places], reads["channels"], size)
         dataset = TensorDataset(images, labels[places])
         return LabelledImages(DataLoader(dataset, batch_size=batch_size), labels[places], part)
     if size is None:
         raise ArgumentError(f"{data} holds images of any size: pass <size>, the side in training")
     if classes is not None and len(classes) == 1:
         classes = _with_its_opposite(data, part, classes[0])
-    config: dict[str, Any] = {"input_size": (first.channels, *size)}
-    for key, default in _CROP.items():
-        known = (each.config[key] for each in contenders if each.config[key] is not None)
-        config[key] = next(known, default)
+    known = {key: reads[key] for key in _CROP if reads[key] is not None}
+    config = {"input_size": (reads["channels"], *size), **_CROP, **known}
     folder = ImageFolder(data, config=config, split=part, classes=classes, limit=limit)
     if deep := [path for path in folder.paths if _is_deep(path)]:
         _warn(
@@ -169,21 +154,20 @@ def _is_deep(path: Path) -> bool:
         return path.suffix.lower() not in RASTER
 
 
-def _check_same_images(contenders: Sequence[Contender], *, files: bool) -> None:
-    def facts(each: Contender) -> dict[str, Any]:
-        found = {"channels": each.channels, "size": each.size, "classes": each.classes}
-        prepared = {**each.config, "preparation": each.recipe and each.recipe.preparation}
-        return found | prepared if files else found
-
-    for one, other in combinations(contenders, 2):
-        mine = facts(one)
-        for what, theirs in facts(other).items():
-            if theirs != mine[what] and None not in (theirs, mine[what]):
+def _common(contenders: Sequence[Contender], *, files: bool) -> dict[str, Any]:
+    """What all networks read, None if none of them says; an error where they differ."""
+    common = dict(contenders[0].reads)
+    for what in common if files else ("channels", "size", "classes"):
+        first, *others = [each for each in contenders if each.reads[what] is not None] or contenders
+        common[what] = first.reads[what]
+        for other in others:
+            if other.reads[what] != common[what]:
                 raise ArgumentError(
-                    f"{one.name} and {other.name} cannot be compared on the same images: {what} "
-                    f"is {mine[what]} and {theirs}"
+                    f"{first.name} and {other.name} cannot be compared on the same images: {what} "
+                    f"is {common[what]} and {other.reads[what]}"
                     + ("; <size> makes them equal" if what == "size" else "; evaluate each alone")
                 )
+    return common
 
 
 def _with_its_opposite(data: Path, part: str, name: str) -> list[str]:
@@ -240,16 +224,16 @@ def outputs_of(network: nn.Module, loader: DataLoader[Any]) -> int:
 
 
 def seen_in_training(contenders: Sequence[Contender], images: LabelledImages) -> list[str]:
-    """Returns a warning for each network that was trained on some of the images."""
+    """Returns a warning for each network that training, or a choice after it, showed them to."""
     found = []
     for each in contenders:
         known = set(each.recipe.trained_on) if each.recipe is not None else set()
         count = sum(digest_of(digest) in known for digest in images.digests)
         if count:
             found.append(
-                f"{each.name} was trained on {count} of the {len(images.digests)} images, so its "
-                "figures are too good: use other images, such as the test part of the split.csv of "
-                "that training"
+                f"{each.name} was trained, or its temperature and thresholds chosen, on {count} of "
+                f"the {len(images.digests)} images, so its figures are too good: use other images, "
+                "such as the test part of the split.csv of that training"
             )
     return found
 

@@ -16,6 +16,7 @@ from inmerge_wrap.card import ModelCard
 from inmerge_wrap.checkpoints import load_network
 from inmerge_wrap.errors import ArgumentError
 from inmerge_wrap.export import export_timm
+from inmerge_wrap.files import replacing_files
 from inmerge_wrap.images.files import decode, facts_of, failure
 from inmerge_wrap.images.looks import Look, look_at
 from inmerge_wrap.images.preparation import Preparation, Recipe
@@ -77,21 +78,27 @@ class TrainedModel:
             )
         return cls(network, recipe)
 
-    def write(self, folder: Path, card: ModelCard | None = None) -> str:
-        """Writes the folder that `read` reads; returns the line that loads it with plain timm."""
+    def write(self, folder: Path, card: ModelCard | str) -> str:
+        """Writes the folder that `read` reads, with a card or the text of one.
+
+        Returns the line that loads the network with plain timm.
+        """
         preparation = self.recipe.preparation
-        call = export_timm(
-            self.network,
-            folder,
-            input_size=(preparation.channels, preparation.size, preparation.size),
-            mean=self.recipe.mean,
-            std=self.recipe.std,
-            crop_mode=preparation.crop_mode,
-            label_names=self.recipe.classes,
-            card=card,
-        )
-        self.recipe.write(folder)
-        return call
+        with replacing_files(folder) as draft:  # no weights without their preparation
+            export_timm(
+                self.network,
+                draft,
+                input_size=(preparation.channels, preparation.size, preparation.size),
+                mean=self.recipe.mean,
+                std=self.recipe.std,
+                crop_mode=preparation.crop_mode,
+                label_names=self.recipe.classes,
+                card=card if isinstance(card, ModelCard) else None,
+            )
+            if isinstance(card, str):
+                (draft / "README.md").write_text(card, encoding="utf-8")
+            self.recipe.write(draft)
+        return f'timm.create_model("local-dir:{folder}", pretrained=True)'
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """Pixels uint8 (N, C, S, S) as input of the network, on its device."""

@@ -33,7 +33,7 @@ def operating_point(recipe: Recipe, scores: Tensor, labels: Tensor) -> tuple[Rec
     has the best balanced accuracy of its label.
     """
     found = minimize_scalar(
-        lambda log: _cross_entropy(recipe, scores.double() / math.exp(log), labels),
+        lambda log: float(cross_entropy(scores.double() / math.exp(log), labels)),
         bounds=_BOUNDS,
         method="bounded",
     )
@@ -88,8 +88,18 @@ def chosen_threshold(probabilities: Tensor, marks: Tensor) -> float | None:
     return float(between[(spared - missed).argmax()])
 
 
-def _cross_entropy(recipe: Recipe, scores: Tensor, labels: Tensor) -> float:
-    if recipe.thresholds is None:
-        return float(F.cross_entropy(scores, labels.long()))
+def cross_entropy(scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns the mean cross-entropy; of several labels the binary one, over those that are known.
+
+    Args:
+        scores: A network's outputs (N, classes).
+        labels: Class indices (N,), or 0, 1 and NaN for unknown (N, labels).
+        weights: One for each class, or one for the positives of each label.
+    """
+    if labels.ndim == 1:
+        return F.cross_entropy(scores, labels, weight=weights)
     known = ~labels.isnan()
-    return float(F.binary_cross_entropy_with_logits(scores[known], labels.double()[known]))
+    losses = F.binary_cross_entropy_with_logits(
+        scores, labels.nan_to_num(), pos_weight=weights, reduction="none"
+    )
+    return (losses * known).sum() / known.sum().clamp_min(1)

@@ -225,11 +225,11 @@ add(
 add("--license-name", help="name of the licence, with --license other")
 add("--out", type=Path, default=Path("runs/own_images"), help="folder (default: %(default)s)")
 
-ASKED = ("preset", "severities", "bootstrap", "subgroups", "prevalence")  # what decides the figures
+MEASURED = ("preset", "severities", "bootstrap")  # what decides what is measured of a network
 # What may differ when a run is continued: none of it changes the weights, and the images
 # themselves are compared.
-FREE = {*ASKED, "out", "workers", "no_cache", "title", "license", "license_name", "seeds", "only"}
-FREE |= {"data_dir", "csv", "skip_broken", "allow_overlap"}
+FREE = {*MEASURED, "subgroups", "prevalence", "title", "license", "license_name", "seeds", "only"}
+FREE |= {"out", "workers", "no_cache", "data_dir", "csv", "skip_broken", "allow_overlap"}
 
 
 def parse_arguments(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
@@ -255,7 +255,8 @@ def parse_arguments(arguments: Sequence[str] | None, program: str) -> argparse.N
         parser.error(f"--arch {options.arch} is no model of timm")
     if options.license_name is not None and options.license != "other":
         parser.error(f"--license-name {options.license_name}: give --license other, too")
-    if not title_of(options):
+    options.title = (options.title or "").strip() or options.data_dir.resolve().name
+    if not options.title:
         parser.error(f"--data-dir {options.data_dir} has no name for the report: give a --title")
     try:
         Preparation(options.size, options.channels or 3, pixel_range=options.pixel_range)
@@ -265,7 +266,7 @@ def parse_arguments(arguments: Sequence[str] | None, program: str) -> argparse.N
         if options.preset is not None:
             resolve_preset(options.preset)
         licence = {name: getattr(options, name) for name in ("license", "license_name")}
-        ModelCard(title=title_of(options), training_data="own images", **licence)
+        ModelCard(title=options.title, training_data="own images", **licence)
     except ValueError as error:
         parser.error(for_command_line(error, {"shares": "--split"}))
     return options
@@ -287,11 +288,6 @@ def prevalences_of(options: argparse.Namespace, classes: Sequence[str]) -> list[
         if name and classes and name not in classes:
             raise ArgumentError(f"--prevalence {text}: the classes are {', '.join(classes)}")
     return [found.get(name, found.get("")) for name in classes]
-
-
-def title_of(options: argparse.Namespace) -> str:
-    """What the images are called."""
-    return (options.title or "").strip() or options.data_dir.resolve().name
 
 
 def planned_runs(options: argparse.Namespace) -> list[Run]:

@@ -171,4 +171,10 @@ def write_predictions(found: Sequence[Prediction], recipe: Recipe, path: Path) -
         cells: list[Any] = values or [""] * len(recipe.classes)
         said = "; ".join(entry.predicted), *cells, "; ".join(entry.unlike), entry.error or ""
         rows.append([entry.name, *said])
-    write_table(path, ["image", "prediction", *recipe.classes, "unlike training", "error"], rows)
+    others = "image", "prediction", "unlike training", "error"
+    write_table(path, [*others[:2], *class_columns(recipe.classes, others), *others[2:]], rows)
+
+
+def class_columns(classes: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Returns the columns of probabilities: the classes, told from other columns of their name."""
+    return [f"probability of {name}" if name in others else name for name in classes]

@@ -12,11 +12,11 @@ from typing import Any
 
 from inmerge_wrap.app.findings import marks_of
 from inmerge_wrap.app.model import TrainedModel
-from inmerge_wrap.app.options import title_of
+from inmerge_wrap.app.predicting import class_columns
 from inmerge_wrap.app.records import environment, of_an_earlier_start
 from inmerge_wrap.app.report import contact_sheet, flipped, write_report
 from inmerge_wrap.app.snippet import snippet
-from inmerge_wrap.app.testing import best_of, row_of
+from inmerge_wrap.app.testing import Measured, describe, network_of
 from inmerge_wrap.app.training import Data, Run, standing
 from inmerge_wrap.card import PLACE, UNEXAMINED, ModelCard, results_of
 from inmerge_wrap.files import replacing, write_json
@@ -27,21 +27,17 @@ from inmerge_wrap.images.looks import look_at, seen_of
 from inmerge_wrap.images.preparation import Recipe, digest_of
 from inmerge_wrap.images.tables import write_table
 from inmerge_wrap.markdown import plain_text
-from inmerge_wrap.robustness import RobustnessResult, paired_difference
-
-Found = dict[str, Any]
+from inmerge_wrap.robustness import paired_difference
 
 
-def publish(evaluations: Mapping[Run, Found], data: Data, options: argparse.Namespace) -> Path:
+def publish(measured: Mapping[Run, Measured], data: Data, options: argparse.Namespace) -> Path:
     """Writes everything that is handed on; returns the page to open."""
     # The run with the best epoch on validation: the test part plays no role.
-    chosen = max(
-        evaluations, key=lambda run: max(map(standing, evaluations[run]["training"]["history"]))
-    )
-    found, collection, out = evaluations[chosen], data.collection, options.out
+    chosen = max(measured, key=lambda run: max(map(standing, measured[run].training["history"])))
+    found, collection, out = measured[chosen], data.collection, options.out
     with of_an_earlier_start(chosen.folder, remove=chosen.folder):
-        trained = best_of(chosen, found["training"], data)
-    model = _described(trained, found, data)
+        network = network_of(chosen, found.training, len(collection.classes))
+    model = TrainedModel(network, _described(found.recipe, data))
     for name in ("lists.txt", "mistakes.png"):  # of an earlier start, where none is written now
         (out / name).unlink(missing_ok=True)
     call = model.write(out / "model", _card(found, model.recipe, collection, options))
@@ -51,9 +47,9 @@ def publish(evaluations: Mapping[Run, Found], data: Data, options: argparse.Name
         with replacing(out / "lists.txt") as draft:
             lists = ("\n".join([f"{title}:", *names]) for title, names in collection.lists)
             draft.write_text("\n\n".join(lists), encoding="utf-8")
+    content = _content_of(chosen, measured, data, options) | {"load": call}
     test = data.sets["test"]
-    pictures = [test[mistake["index"]][0] for mistake in found["mistakes"]]
-    content = _content_of(chosen, evaluations, collection, model.recipe, options) | {"load": call}
+    pictures = [test[mistake["index"]][0] for mistake in content["test"]["mistakes"]]
     write_json(out / "results.json", content)
     if pictures:
         contact_sheet(pictures, out / "mistakes.png")
@@ -63,35 +59,31 @@ def publish(evaluations: Mapping[Run, Found], data: Data, options: argparse.Name
 # -- the network -----------------------------------------------------------------------------------
 
 
-def _described(model: TrainedModel, found: Found, data: Data) -> TrainedModel:
-    """The network as it is used, with what its training images were like and which they were."""
+def _described(recipe: Recipe, data: Data) -> Recipe:
+    """The recipe, with what the training images were like and which they were."""
     train, val = data.sets["train"], data.sets["val"]
     looks = [
         look_at(image.facts, pixels)
         for image, pixels in train.sample(1000, "looking at training images")
     ]
     marks = marks_of(train.labels, len(data.collection.classes))
-    recipe = replace(
-        model.recipe,
-        temperature=found["temperature"],
-        thresholds=tuple(found["thresholds"]) or None,
+    return replace(
+        recipe,
         seen=seen_of([image.facts for image in train.images], looks),
         class_shares=tuple(marks.nanmean(0).nan_to_num().tolist()),
         trained_on=tuple(sorted({digest_of(i.digest) for i in (*train.images, *val.images)})),
     )
-    return replace(model, recipe=recipe)
 
 
 def _card(
-    found: Found, recipe: Recipe, collection: ImageCollection, options: argparse.Namespace
+    found: Measured, recipe: Recipe, collection: ImageCollection, options: argparse.Namespace
 ) -> ModelCard:
-    training = found["training"]
+    training = found.training
     counts = ", ".join(f"{len(collection.part(part)):,} {part}" for part in PARTS)
     said = plain_text(" ".join([*collection.notes, *collection.warnings]))
-    name, classes = title_of(options), plain_text(", ".join(collection.classes))
+    name, classes = options.title, plain_text(", ".join(collection.classes))
     several = recipe.thresholds is not None
     aim = f"looks for {classes}, each by itself" if several else f"tells apart {classes}"
-    result = RobustnessResult(found["rows"], found["settings"], found["seconds"])
     limits = list(ModelCard.limits)
     if options.subgroups:
         columns = plain_text(", ".join(options.subgroups))
@@ -108,7 +100,7 @@ def _card(
         thresholds=recipe.thresholds or (),
         code=snippet(recipe, PLACE),
         limits=limits,
-        results=results_of(result, dataset=name),
+        results=results_of(found.result, dataset=name),
         merging=training["merging"] or None,
         merged=bool(training["merging"]),
     )
@@ -131,36 +123,31 @@ def _training_of(training: Mapping[str, Any], options: argparse.Namespace) -> st
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def _write_predictions(found: Found, collection: ImageCollection, path: Path) -> None:
+def _write_predictions(found: Measured, collection: ImageCollection, path: Path) -> None:
     """One row for each test image: its name, its truth, the answer, and all probabilities."""
     several, classes = collection.task == "multilabel", collection.classes
-    truths = [f"true {name}" for name in classes] if several else ["true"]
+    others = ["image", *([f"true {name}" for name in classes] if several else ["true"])]
+    others += ["prediction"]
+    probabilities = found.recipe.probabilities(found.outputs)
+    answers = zip(found.recipe.named(probabilities), probabilities.tolist(), strict=True)
     rows = []
-    for image, said, row in zip(
-        collection.part("test"), found["said"], found["probabilities"], strict=True
-    ):
+    for image, (said, row) in zip(collection.part("test"), answers, strict=True):
         named = "; ".join(name for name, is_so in zip(classes, said, strict=True) if is_so)
         figures = [round(value, 7) for value in row]
         rows.append([image.name, *collection.cells(image), named, *figures])
-    write_table(path, ["image", *truths, "prediction", *classes], rows)
+    write_table(path, [*others, *class_columns(classes, others)], rows)
 
 
 # -- the report's content --------------------------------------------------------------------------
 
 
 def _content_of(
-    chosen: Run,
-    evaluations: Mapping[Run, Found],
-    collection: ImageCollection,
-    recipe: Recipe,
-    options: argparse.Namespace,
+    chosen: Run, measured: Mapping[Run, Measured], data: Data, options: argparse.Namespace
 ) -> dict[str, Any]:
     """All that the report says, as plain data."""
-    found = evaluations[chosen]
-    images = collection.part("test")
-    kept = ("rows", "families", "classes", "confusion", "calibration", "subgroups", "units")
+    found, collection = measured[chosen], data.collection
     return {
-        "title": title_of(options),
+        "title": options.title,
         "date": time.strftime("%Y-%m-%d"),
         "task": collection.task,
         "classes": list(collection.classes),
@@ -168,37 +155,38 @@ def _content_of(
         "images": {part: len(collection.part(part)) for part in PARTS},
         "groups": len({image.group for image in collection.images if image.group is not None}),
         "notes": list(collection.notes),
-        "warnings": [*collection.warnings, *found["notes"]],
-        "preparation": asdict(recipe.preparation),
+        "warnings": [*collection.warnings, *found.notes],
+        "preparation": asdict(found.recipe.preparation),
         "chosen": chosen.name,
         "method": chosen.method,
-        "test": {key: found[key] for key in (*kept, "thresholds", "temperature")}
-        | {
-            "severities": found["settings"]["severities"],
-            "mistakes": [
-                {**mistake, "image": images[mistake["index"]].name} for mistake in found["mistakes"]
-            ],
+        "test": {
+            "rows": found.result.rows,
+            "families": found.families,
+            "severities": found.result.settings["severities"],
+            "temperature": found.recipe.temperature,
+            "thresholds": list(found.recipe.thresholds or ()),
+            **describe(found, data, options),
         },
         "runs": [
             {
                 "name": run.name,
-                **{key: each["training"][key] for key in ("method", "seed", "best_epoch")},
-                "history": each["training"]["history"],
-                "clean": row_of(each, "clean"),
-                "corrupted": row_of(each, "all"),
-                "merging": each["training"]["merging"],
+                **{key: each.training[key] for key in ("method", "seed", "best_epoch")},
+                "history": each.training["history"],
+                "clean": each.result.row("clean"),
+                "corrupted": each.result.row("all"),
+                "merging": each.training["merging"],
             }
-            for run, each in evaluations.items()
+            for run, each in measured.items()
         ],
-        "differences": _compare(evaluations),
-        "parameters": found["training"]["parameters"],
-        "arch": found["training"]["arch"],
+        "differences": _compare(measured),
+        "parameters": found.training["parameters"],
+        "arch": found.training["arch"],
         "settings": {key: str(value) for key, value in vars(options).items()},
         "environment": environment(),
     }
 
 
-def _compare(evaluations: Mapping[Run, Found]) -> list[dict[str, Any]]:
+def _compare(measured: Mapping[Run, Measured]) -> list[dict[str, Any]]:
     """Merged minus plain, paired over the seeds; empty without both."""
     differences = []
     for metric, condition in (
@@ -209,8 +197,8 @@ def _compare(evaluations: Mapping[Run, Found]) -> list[dict[str, Any]]:
     ):
         plain, merged = (
             [
-                _figure(row_of(found, condition), metric)
-                for run, found in evaluations.items()
+                _figure(found.result.row(condition), metric)
+                for run, found in measured.items()
                 if run.method == method
             ]
             for method in ("plain", "merged")

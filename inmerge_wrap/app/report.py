@@ -19,7 +19,6 @@ from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from inmerge_wrap.app import drawings
-from inmerge_wrap.app.testing import row_of
 from inmerge_wrap.files import replacing
 from inmerge_wrap.images.collection import counted
 
@@ -110,11 +109,12 @@ def write_report(content: Mapping[str, Any], pictures: Sequence[Tensor], path: P
     if content["task"] == "multiclass" and len(content["classes"]) == 2:
         rocs = rocs[-1:]  # the other is its mirror image
     names = {name: words for name, (words, _) in FAMILIES.items()}
+    run = next(run for run in content["runs"] if run["name"] == content["chosen"])
     page = environment.get_template("report.html").render(
         content,
         several=content["task"] == "multilabel",
-        clean=row_of(test, "clean"),
-        damaged=row_of(test, "all"),
+        clean=run["clean"],
+        damaged=run["corrupted"],
         pictures=[_inline(pixels) for pixels in pictures],
         course=drawings.draw_course(content["runs"]),
         reliability={
@@ -123,7 +123,7 @@ def write_report(content: Mapping[str, Any], pictures: Sequence[Tensor], path: P
         },
         rocs=[drawings.draw_roc(entry) for entry in rocs[:ROCS]],
         damage=test["families"] and drawings.draw_families(test["families"], names),
-        merging=next(r["merging"] for r in content["runs"] if r["name"] == content["chosen"]),
+        merging=run["merging"],
     )
     with replacing(path) as draft:
         draft.write_text(page, encoding="utf-8")

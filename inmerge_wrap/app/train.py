@@ -20,13 +20,13 @@ from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
-from inmerge_wrap.app.batches import batches_per_epoch
+from inmerge_wrap.app.batches import open_batches
 from inmerge_wrap.app.options import FREE, parse_arguments, planned_runs, precision, prevalences_of
 from inmerge_wrap.app.publishing import publish
 from inmerge_wrap.app.records import of_an_earlier_start
 from inmerge_wrap.app.report import flipped
 from inmerge_wrap.app.starting_weights import start_network
-from inmerge_wrap.app.testing import row_of, test
+from inmerge_wrap.app.testing import test
 from inmerge_wrap.app.training import Data, Run, make_accelerator, one_line_if_out_of_memory, train
 from inmerge_wrap.errors import ArgumentError, for_command_line
 from inmerge_wrap.files import read_json, replacing, write_json
@@ -166,7 +166,7 @@ def train_and_report(options: argparse.Namespace, accelerator: Accelerator, memo
     with accelerator.main_process_first():
         check_network(runs, options, accelerator.num_processes)
         data = read_data(options, runs, memory)
-    collection, sets = data.collection, data.sets
+    collection = data.collection
     prevalences_of(options, collection.classes)
     for note in collection.notes:
         accelerator.print(f"note: {note}")
@@ -176,9 +176,7 @@ def train_and_report(options: argparse.Namespace, accelerator: Accelerator, memo
         begin_or_continue(runs, collection, options, accelerator.num_processes)
     accelerator.wait_for_everyone()
 
-    per_epoch = batches_per_epoch(
-        len(sets["train"]), len(sets["val"]), options.batch_size, accelerator.num_processes
-    )
+    per_epoch = len(open_batches(data.sets, options, 0, accelerator))
     bar = tqdm(
         total=len(runs) * options.epochs * per_epoch,
         unit="batch",
@@ -196,11 +194,9 @@ def train_and_report(options: argparse.Namespace, accelerator: Accelerator, memo
     page = publish(found, data, options)
     shutil.rmtree(options.out / "cache", ignore_errors=True)
     for run, each in found.items():
-        clean = row_of(each, "clean")
-        if "balanced_error" in clean:
-            print(
-                f"{run.name}: balanced accuracy {1 - clean['balanced_error']:.3f} on the test part"
-            )
+        error = each.result.value("balanced_error")
+        if error is not None:
+            print(f"{run.name}: balanced accuracy {1 - error:.3f} on the test part")
     print(f"The report: {page}\nThe network, for plain timm: {options.out / 'model'}")
 
 

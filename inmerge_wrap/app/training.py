@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from accelerate.utils.memory import should_reduce_batch_size
@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from inmerge_wrap.app.batches import derived_seed, open_batches, statistics
 from inmerge_wrap.app.model import Normalise
+from inmerge_wrap.app.operating import cross_entropy
 from inmerge_wrap.app.records import of_an_earlier_start
 from inmerge_wrap.app.starting_weights import start_network
 from inmerge_wrap.card import merging_settings
@@ -91,25 +92,12 @@ def one_line_if_out_of_memory() -> Iterator[None]:
 # -- the parts of training ---------------------------------------------------------------------
 
 
-def loss_of(
-    task: str, labels: Tensor, *, balanced: bool, device: torch.device
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """Computes cross-entropy; binary, over the known labels, for a multi-label task."""
-    if task == "multiclass":
+def balancing_weights(labels: Tensor) -> Tensor:
+    """Returns weights for `cross_entropy` with which rare classes count as much as common ones."""
+    if labels.ndim == 1:
         counts = labels.bincount().float()
-        weights = (len(labels) / (len(counts) * counts)).to(device) if balanced else None
-        return lambda logits, truth: F.cross_entropy(logits, truth, weight=weights)
-    ratio = (labels == 0).sum(0) / (labels == 1).sum(0).clamp_min(1)
-    positive = ratio.clamp_min(1e-3).to(device) if balanced else None
-
-    def binary(logits: Tensor, truth: Tensor) -> Tensor:
-        known = ~truth.isnan()
-        losses = F.binary_cross_entropy_with_logits(
-            logits, truth.nan_to_num(), pos_weight=positive, reduction="none"
-        )
-        return (losses * known).sum() / known.sum().clamp_min(1)
-
-    return binary
+        return len(labels) / (len(counts) * counts)
+    return ((labels == 0).sum(0) / (labels == 1).sum(0).clamp_min(1)).clamp_min(1e-3)
 
 
 def warm_up_and_cosine(warm_up: int, total: int) -> Callable[[int], float]:
@@ -166,9 +154,8 @@ class _Training:
         self.mean, self.std = mean, std
         self.normalise = Normalise(mean, std, accelerator.device)
         self.batches = open_batches(data.sets, options, run.seed, accelerator)
-        self.loss = loss_of(
-            self.task, images.labels, balanced=options.class_balanced, device=accelerator.device
-        )
+        weights = balancing_weights(images.labels).to(accelerator.device)
+        self.loss = partial(cross_entropy, weights=weights if options.class_balanced else None)
         self.network = network.to(accelerator.device)
         steps = len(self.batches.loader)
         total_steps = options.epochs * steps
@@ -267,7 +254,7 @@ class _Training:
             found.append([part.cpu() for part in self.accelerator.gather_for_metrics(pair)])
             self.bar.update()
         logits, truth = map(torch.cat, zip(*found, strict=True))
-        loss = float(loss_of(self.task, truth, balanced=False, device=logits.device)(logits, truth))
+        loss = float(cross_entropy(logits, truth))
         self._refuse_divergence("the loss on validation", loss)
         probabilities = to_probabilities(logits.double(), self.task)
         values, _ = classification_metrics(probabilities, truth, task=self.task)

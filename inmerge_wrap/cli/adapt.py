@@ -54,13 +54,13 @@ def adapt(
     for path in (model, images, *([labels] if labels else [])):
         check_there(path)
     check_path_column(path_column, (images, labels))
-    from inmerge_wrap.app.adapted_folder import check_out, write_adapted
+    from inmerge_wrap.app.adapted_folder import check_folders, write_adapted
     from inmerge_wrap.app.adapting import adapt as adapted_to
     from inmerge_wrap.app.adapting import check_norms, read_site
     from inmerge_wrap.app.model import TrainedModel
     from inmerge_wrap.app.predicting import find_files, read_labels
 
-    check_out(out)
+    check_folders(model, out)
     check_place(out)
     trained = TrainedModel.read(model, device)
     check_norms(trained.network)

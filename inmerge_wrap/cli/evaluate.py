@@ -192,11 +192,13 @@ def _print_table(
 
 def _note(settings: Mapping[str, Any], first: str | None) -> str:
     """Returns what a reader of the table must know; ``first`` is what others are compared with."""
+    from inmerge_wrap.images.files import counted
+
     severities = ", ".join(map(str, settings["severities"]))
     several = len(settings["severities"]) > 1
     at = f"mean over severities {severities}" if several else f"severity {severities}"
     note = f"Corruptions of preset {settings['preset']}, {at}"
-    units = f"{settings['groups']} groups" if settings["groups"] else "images"
+    units = counted(settings["groups"], "group") if settings["groups"] else "images"
     if first is None:
         mean, std = (", ".join(f"{v:.4g}" for v in settings[name]) for name in ("mean", "std"))
         note += f"; normalised with mean [{mean}], std [{std}]."

@@ -309,4 +309,4 @@ def _result_of(
         scored()
     rows, drawn = rows_of(scores, settings, run.corruptions, baseline)
     run.seconds["statistics"] = time.perf_counter() - started
-    return RobustnessResult(rows, settings, run.seconds, drawn)
+    return RobustnessResult(rows, settings, run.seconds, drawn, torch.cat(run.logits[CLEAN]))

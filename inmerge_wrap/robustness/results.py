@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
+from torch import Tensor
 
 from inmerge_wrap.files import write_json
 from inmerge_wrap.robustness.metrics import percentile_interval
@@ -35,12 +37,14 @@ class RobustnessResult:
         seconds: Wall-clock time in corruption, inference, attacks and statistics.
         replicates: Bootstrap values of the balanced error by corruption and severity, for intervals
             of ratios between two models; not written to JSON.
+        logits: What the model returned for the clean images (N, outputs); not written to JSON.
     """
 
     rows: list[Row]
     settings: dict[str, Any]
     seconds: dict[str, float]
     replicates: dict[Condition, np.ndarray] = field(default_factory=dict, repr=False)
+    logits: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
 
     def row(self, corruption: str = "clean", severity: int | float | str | None = None) -> Row:
         """Returns the row of a condition.

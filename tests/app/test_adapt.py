@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import shutil
 from dataclasses import replace
@@ -123,6 +124,7 @@ def test_a_card_names_the_site_whatever_became_of_the_card_before(
     shown = (tmp_path / "out" / "README.md").read_text()
     assert "\n## Adaptation\n\nAdapted to 40 images of Ward 3:" in shown
     assert shown.startswith("---\nli") and (card is None or "It is 97% right." in shown)
+    assert "measured before the adaptation do not hold any more" in shown
     assert card is not None or "create_model" in code_of(tmp_path / "out")
 
 
@@ -150,6 +152,35 @@ def test_a_class_that_was_common_in_training_may_be_common_here(site: Path, tmp_
     write_adapted(found, site / "model", tmp_path / "out", site="Ward 3")
     assert "| b | 95.0% | 100.0% | 100.0% |" in (tmp_path / "out" / "README.md").read_text()
     assert Recipe.read(tmp_path / "out").class_shares == known.class_shares
+
+
+def test_weights_never_stand_without_their_preparation(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, replace_file = [], os.replace
+
+    def noted(draft: Path, target: Path) -> None:
+        replace_file(draft, target)
+        there.append({path.name for path in (tmp_path / "out").iterdir() if path.is_file()})
+
+    monkeypatch.setattr(os, "replace", noted)
+    TrainedModel.read(site / "model").write(tmp_path / "out", "# A card")
+    assert there[-1] == {"README.md", "config.json", "model.safetensors", "preparation.json"}
+    assert all("preparation.json" in names for names in there if "model.safetensors" in names)
+
+
+def test_a_full_disk_is_told_once(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = TrainedModel.read(site / "model")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left") as told:
+        model.write(tmp_path / "out", "# A card")
+    assert str(told.value).count("was not written") == 1 and ".draft" not in str(told.value)
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder that root cannot write")
@@ -246,11 +277,18 @@ def test_labels_without_a_path_are_said(site: Path, tmp_path: Path) -> None:
     assert "labels.csv, row 3 without a path: fill it in, or remove the row" in told
 
 
-def test_an_edited_card_that_cannot_be_read_is_named(site: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [("license: ours: all of it", "mapping values"), ("- mit", "repo card metadata block should")],
+)
+def test_an_edited_card_that_cannot_be_read_is_named_before_the_work(
+    metadata: str, reason: str, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainedModel, "read", lambda *_: pytest.fail("the work began"))
     shutil.copytree(site / "model", tmp_path / "model")
-    (tmp_path / "model" / "README.md").write_text("---\nlicense: ours: all of it\n---\n# Ours\n")
+    (tmp_path / "model" / "README.md").write_text(f"---\n{metadata}\n---\n# Ours\n")
     told = complaint("adapt", tmp_path / "model", site / "other", "--out", tmp_path / "out")
-    assert "README.md cannot be read (mapping values" in told and "mend the lines" in told
+    assert f"README.md cannot be read ({reason}" in told and "mend the lines" in told
     assert not (tmp_path / "out").exists()
 
 

@@ -108,7 +108,8 @@ def test_before_and_after_are_compared_and_training_images_are_told(tmp_path: Pa
     models = (f"before={tmp_path / 'model'}", f"after={tmp_path / 'adapted'}")
     result = run("evaluate", *models, "--data", tmp_path / "list.csv", *QUICKLY)
     said = " ".join(result.stderr.split())
-    assert "before was trained on 5 of the 12 images" in said and "after was" not in said
+    chosen = "before was trained, or its temperature and thresholds chosen, on 5 of the 12 images"
+    assert chosen in said and "after was" not in said
     assert "after - before" in result.stdout
 
 
@@ -133,6 +134,12 @@ def test_groups_of_a_table_are_drawn_whole(tmp_path: Path) -> None:
     assert widths[0] != widths[1]
     shown = " ".join(run("evaluate", tmp_path / "model", *options).stdout.split())
     assert "95% confidence interval over 3 groups" in shown
+    for row in rows:
+        row[2] = "the only patient"
+    with open(tmp_path / "split.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["path", "label", "group", "part"], *rows])
+    shown = " ".join(run("evaluate", tmp_path / "model", *options).stdout.split())
+    assert "interval over 1 group." in shown
     shown = " ".join(run("evaluate", tmp_path / "model", *options, "--bootstrap", 0).stdout.split())
     assert "Corruptions of preset quick" in shown and "In brackets" not in shown
 

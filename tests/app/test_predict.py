@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from inmerge_wrap.app.predicting import find_files, predict, warnings_of
+from inmerge_wrap.app.predicting import find_files, predict, warnings_of, write_predictions
 from inmerge_wrap.errors import ArgumentWarning
 from tests.app.trained import code_of, pictures, trained
 from tests.cli.common import complaint, run, run_json
@@ -69,6 +70,18 @@ print("found:" + json.dumps(found))
             rows[name]["prediction"].split("; ") if rows[name]["prediction"] else []
             for name in sorted(rows)
         ]
+
+
+def test_classes_called_like_other_columns_have_columns_of_their_own(tmp_path: Path) -> None:
+    pictures(tmp_path / "images", "png8", count=2)
+    model = trained(tmp_path / "model", "png8", tmp_path / "images")
+    recipe = replace(model.recipe, classes=("image", "prediction", "c"))
+    found = predict(replace(model, recipe=recipe), find_files([tmp_path / "images"]))
+    write_predictions(found, recipe, tmp_path / "p.csv")
+    row = rows_of(tmp_path / "p.csv")["00.png"]
+    assert row["prediction"] in recipe.classes
+    columns = ["probability of image", "probability of prediction", "c"]
+    assert [float(row[name]) for name in columns] == pytest.approx(found[0].probabilities, abs=1e-6)
 
 
 def test_deep_images_are_not_clipped(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ from inmerge_wrap.app import (  # noqa: E402
     findings,
     operating,
     options,
+    publishing,
     records,
     report,
     starting_weights,
@@ -113,7 +114,15 @@ def test_a_test_part_of_one_class_is_reported(
                 image.save(tmp_path / "data" / part / name / f"{n}.png")
     given = ["--data-dir", tmp_path / "data", *TINY, "--epochs", "1", "--out", tmp_path / "mine"]
     given += ["--ema", "0", "--augment", "none", "--flip", "both", "--class-balanced"]
+    scores, passed = TrainedModel.scores, []
+
+    def counted(model: TrainedModel, pixels: torch.Tensor) -> torch.Tensor:
+        passed.append(len(pixels))
+        return scores(model, pixels)
+
+    monkeypatch.setattr(TrainedModel, "scores", counted)
     assert run_here(monkeypatch, *given, "--license", "other", "--license-name", "ward-7") == 0
+    assert passed == [9, 9], "validation images alone: those of the test pass once, in the exam"
     text = (tmp_path / "mine" / "report.html").read_text()
     assert "The test images hold one class" in text
     card = (tmp_path / "mine" / "model" / "README.md").read_text()
@@ -126,15 +135,13 @@ def test_a_test_part_of_one_class_is_reported(
 
 
 def test_a_patient_that_is_corrected_is_measured_again() -> None:
-    options = SimpleNamespace(
-        preset=None, severities=[3], bootstrap=5, subgroups=["sex"], prevalence=[]
-    )
-    image = ImageFile(Path("1.png"), "1.png", 0, part="test", group="p1", marks=(("sex", "f"),))
+    options = SimpleNamespace(preset=None, severities=[3], bootstrap=5)
+    image = ImageFile(Path("1.png"), "1.png", 0, part="test", group="p1")
     asked = [
         testing.asked_of(options, ImageCollection(("a", "b"), "multiclass", (each,)))
-        for each in (image, replace(image, group="p2"), replace(image, marks=(("sex", "m"),)))
+        for each in (image, replace(image, group="p2"))
     ]
-    assert asked[0] != asked[1] != asked[2] != asked[0]
+    assert asked[0] != asked[1]
     other = replace(image, part="train", group="p2")
     collection = ImageCollection(("a", "b"), "multiclass", (image, other))
     assert testing.asked_of(options, collection) == asked[0]
@@ -313,6 +320,12 @@ def test_the_same_command_changes_nothing_and_another_is_refused(
     assert [path.stat().st_mtime_ns for path in kept] == before
     again = (out / "report.html").read_text()
     assert again.split("<details>")[:2] == page.split("<details>")[:2]
+    named = ["--prevalence", "mixed=0.02", "--subgroups", "patient(.)"]
+    assert run_here(monkeypatch, *arguments, *named) == 0
+    assert [path.stat().st_mtime_ns for path in kept] == before, "nothing is measured again"
+    test = results(out)["test"]
+    assert test["classes"][2]["elsewhere"]["prevalence"] == 0.02
+    assert [row["value"] for row in test["subgroups"]] == ["0", "1", "2"]
     message = run_here(monkeypatch, *arguments, "--lr", "0.1")
     assert "was begun with lr 0.0005, not 0.1" in str(message)
     moved = data / CLASSES[0] / "patient000_0.png"
@@ -440,6 +453,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list
         ("evaluation.json", b"null"),
         ("evaluation.json", {"rows"}),
         ("evaluation.json", {"settings"}),
+        ("evaluation.json", {"recipe"}),
         ("best.safetensors", b"\xff" * 8),
     ],
 )
@@ -452,7 +466,6 @@ def test_a_hostile_file_of_a_finished_run_is_one_line(
     _, out, arguments, _ = finished
     monkeypatch.chdir(out.parent)
     run = out / "runs" / "plain-0"
-    assert json.loads((run / "evaluation.json").read_text()).keys() == testing.NAMES
     kept = {path.name: path.read_bytes() for path in run.iterdir()}
     if name != "evaluation.json":
         (run / "evaluation.json").unlink()
@@ -475,8 +488,7 @@ def test_a_hostile_file_of_a_finished_run_is_one_line(
     [
         ("best.safetensors", lambda path: os.truncate(path, 1000)),
         ("best.safetensors", Path.unlink),
-        ("evaluation.json", lambda path: shorten(path, "probabilities")),
-        ("evaluation.json", lambda path: shorten(path, "said")),
+        ("evaluation.json", lambda path: shorten(path, "outputs")),
     ],
 )
 def test_the_damaged_file_of_a_measured_run_is_named(
@@ -817,18 +829,16 @@ def test_results_inside_the_class_folders_are_refused(
 
 def test_balanced_losses_weigh_classes_alike_and_unknown_labels_not_at_all() -> None:
     labels = torch.tensor([0] * 9 + [1] * 3)
-    cpu = torch.device("cpu")
     logits = torch.randn(12, 2, generator=torch.Generator().manual_seed(0))
-    balanced = training.loss_of("multiclass", labels, balanced=True, device=cpu)(logits, labels)
+    balanced = operating.cross_entropy(logits, labels, training.balancing_weights(labels))
     each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     assert balanced == pytest.approx((each[:9].mean() + each[9:].mean()).item() / 2)
 
     marks = torch.tensor([[1.0, float("nan")], [0.0, 1.0], [0.0, 0.0]])
-    loss = training.loss_of("multilabel", marks, balanced=False, device=cpu)
     scores = torch.tensor([[0.3, 50.0], [-0.2, 1.0], [0.5, -2.0]])
     known = ~marks.isnan()
     expected = torch.nn.functional.binary_cross_entropy_with_logits(scores[known], marks[known])
-    assert loss(scores, marks) == pytest.approx(expected.item())
+    assert operating.cross_entropy(scores, marks) == pytest.approx(expected.item())
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
@@ -975,23 +985,21 @@ def test_the_tensors_of_the_package_go_by_their_order(
 
 
 def test_an_order_depends_on_seed_and_epoch_alone() -> None:
-    order = batches.EpochOrder(50, seed=1)
-    first = list(order)
-    order.epoch = 1
-    second = list(order)
-    again = batches.EpochOrder(50, seed=1)
-    again.epoch = 1
-    assert sorted(first) == list(range(50)) and first != second and list(again) == second
-    assert list(batches.EpochOrder(50, seed=2)) != first
-
-
-@pytest.mark.parametrize(("train", "val"), [(20, 70), (3, 1), (64, 64)])
-def test_the_bar_counts_the_batches_that_are_read(train: int, val: int) -> None:
-    sets: Any = {"train": range(train), "val": range(val)}
+    sets: Any = {"train": range(50), "val": range(1)}
     settings: Any = SimpleNamespace(batch_size=8, workers=0, augment="trivial", flip="none")
     alone: Any = SimpleNamespace(num_processes=1, prepare=lambda *loaders: loaders)
-    opened = batches.open_batches(sets, settings, 0, alone)
-    assert batches.batches_per_epoch(train, val, 8, 1) == len(opened)
+
+    def order(seed: int, *epochs: int) -> list[int]:
+        found = batches.open_batches(sets, settings, seed, alone)
+        for epoch in epochs:
+            found.start(epoch)
+            places = list(found.loader.sampler)
+        return places
+
+    assert sorted(order(1, 0)) == list(range(50)) and order(1, 0) != order(1, 1)
+    assert order(1, 0, 1) == order(1, 1) and order(2, 0) != order(1, 0)
+    generator = torch.Generator().manual_seed(batches.derived_seed(1, 0))
+    assert order(1, 0) == torch.randperm(50, generator=generator).tolist(), "as it always was"
 
 
 def test_augmentation_gives_bytes_of_the_same_shape() -> None:
@@ -1075,6 +1083,17 @@ def test_patients_who_all_agree_leave_the_interval_of_their_number() -> None:
     for name in ("sensitivity", "specificity", "ppv", "npv"):
         assert row[name]["value"] == 1 and row[name]["n"] == 12
         assert row[name]["low"] == expected["low"] < 0.5
+
+
+def test_a_class_called_true_has_a_column_of_its_own(tmp_path: Path) -> None:
+    recipe = recipe_of(["false", "true"])
+    found = testing.Measured({}, recipe, [], None, [], torch.zeros(1, 2))
+    image = ImageFile(Path("1.png"), "1.png", 0, part="test")
+    collection = ImageCollection(recipe.classes, "multiclass", (image,))
+    publishing._write_predictions(found, collection, tmp_path / "p.csv")
+    (row,) = rows_of(tmp_path / "p.csv")
+    assert row["true"] == row["prediction"] == "false"
+    assert row["false"] == row["probability of true"] == "0.5"
 
 
 def test_sites_have_rounded_figures_and_intervals_where_there_are_any(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import timm
 import torch
 from PIL import Image
 
-from inmerge_wrap import export_timm
 from inmerge_wrap.app.model import TrainedModel
 from inmerge_wrap.app.snippet import snippet
 from inmerge_wrap.card import PLACE, CardResult, ModelCard
@@ -81,7 +79,7 @@ def trained(folder: Path, form: str, images: Path, arch: str = "test_resnet") ->
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = timm.create_model(arch, num_classes=3, in_chans=recipe.preparation.channels)
-        model = TrainedModel(network, replace(recipe))
+        model = TrainedModel(network, recipe)
         pixels = [recipe.preparation(path) for path in sorted(images.iterdir())]
         network.train()
         for _ in range(20):
@@ -89,25 +87,16 @@ def trained(folder: Path, form: str, images: Path, arch: str = "test_resnet") ->
                 network(model.normalised(torch.stack(pixels)))
         network.eval()
         torch.nn.init.normal_(network.get_classifier().weight, std=1.0)
-    export_timm(
-        network,
-        folder,
-        input_size=(recipe.preparation.channels, SIZE, SIZE),
-        mean=recipe.mean,
-        std=recipe.std,
-        crop_mode=recipe.preparation.crop_mode,
-        label_names=recipe.classes,
-        card=ModelCard(
-            "Three classes",
-            "mit",
-            "Random numbers.",
-            results=[CardResult("accuracy", 0.987, "Noise")],
-            task=recipe.task.replace("-", ""),
-            thresholds=recipe.thresholds or (),
-            code=snippet(recipe, PLACE),
-        ),
+    card = ModelCard(
+        "Three classes",
+        "mit",
+        "Random numbers.",
+        results=[CardResult("accuracy", 0.987, "Noise")],
+        task=recipe.task.replace("-", ""),
+        thresholds=recipe.thresholds or (),
+        code=snippet(recipe, PLACE),
     )
-    recipe.write(folder)
+    model.write(folder, card)
     return model
 
 
