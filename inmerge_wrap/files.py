@@ -82,9 +82,8 @@ def _errors_naming(path: str | os.PathLike[str], target: Path, draft: Path) -> I
             named = Path(error.filename)
             if draft not in (named, *named.parents) and named not in (target, *target.parents):
                 raise
-        first = (
-            error.__cause__ if isinstance(error.__cause__, OSError) else error
-        )  # of inner drafts
+        # An inner draft has named itself already.
+        first = error.__cause__ if isinstance(error.__cause__, OSError) else error
         reason = f"{path} was not written, what was there is unchanged: {first.strerror or first}"
         told = (reason,) if error.errno is None else (error.errno, reason)
         raise OSError(*told) from error

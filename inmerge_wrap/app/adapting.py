@@ -206,7 +206,7 @@ def _cautions(found: Adaptation, errors: Mapping[str, str]) -> Iterator[str]:
         )
     name, (before, after) = max(found.shares.items(), key=lambda entry: entry[1][1])
     usual = recipe.class_shares[recipe.classes.index(name)] if recipe.class_shares else 0.0
-    if recipe.task == "multi-class" and after >= max(_MOST, usual + _MOVED / 2):
+    if recipe.task == "multiclass" and after >= max(_MOST, usual + _MOVED / 2):
         trained = f", {usual:.0%} of the training images" if recipe.class_shares else ""
         yield (
             f"{after:.0%} of the images are now taken for {name} ({before:.0%} before{trained}). "

@@ -95,13 +95,13 @@ def open_data(
     reads = _common(contenders, files=data.suffix != ".npz")
     size, classes = reads["size"], reads["classes"]
     recipe = next((each.recipe for each in contenders if each.recipe), None)
-    if data.suffix.lower() == ".csv" or (data.is_dir() and recipe is not None):
-        if recipe is None:
-            raise ArgumentError(
-                f"{contenders[0].path} has no {FILE}, which says how files are read: of such "
-                "networks a folder of classes or an .npz file is read, not a table"
-            )
-        return _read_part(data, recipe, classes, part, limit, batch_size)
+    is_table = data.suffix.lower() == ".csv"
+    if is_table and recipe is None:
+        raise ArgumentError(
+            f"{contenders[0].path} has no {FILE}, which says how files are read: of such "
+            "networks a folder of classes or an .npz file is read, not a table"
+        )
+    prepared = recipe if is_table or data.is_dir() else None
     for each in contenders:
         if each.recipe is None and in_card(each.path):
             _warn(
@@ -109,6 +109,13 @@ def open_data(
                 "temperature, the thresholds and the range of values are not those of the "
                 "training. Copy the whole folder model/"
             )
+        elif each.recipe is None and prepared is not None:
+            _warn(
+                f"{each.name} has no {FILE}: its images are prepared as that of the other network "
+                "says, with its size, crop and range of values"
+            )
+    if prepared is not None:
+        return _read_part(data, prepared, classes, part, limit, batch_size)
     if not data.is_dir():
         images, labels = read_npz(data, part)
         places = spaced(len(labels), limit)
@@ -196,7 +203,7 @@ def _read_part(
         size=recipe.preparation.size,
         preparation=recipe.preparation,
         classes=classes,
-        several=recipe.task == "multi-label",
+        several=recipe.task == "multilabel",
         limit=limit,
     )
     images = collection.images
@@ -253,7 +260,7 @@ def evaluate_all(
     """
     results: dict[str, RobustnessResult] = {}
     for each in contenders:
-        several = each.recipe is not None and each.recipe.task == "multi-label"
+        several = each.recipe is not None and each.recipe.task == "multilabel"
         if several and task is None and images.labels.ndim == 1:
             raise ArgumentError(
                 f"{each.name} answers for several labels, and the images have one class each: give "

@@ -79,7 +79,7 @@ def read_labels(table: Path, recipe: Recipe, path_column: str = "path") -> dict[
 
     It is a class index; or for a multi-label task a tuple of 0, 1 and NaN.
     """
-    labels = recipe.classes if recipe.task == "multi-label" else ["label"]
+    labels = recipe.classes if recipe.task == "multilabel" else ["label"]
     found: dict[str, Any] = {}
     rows: dict[str, int] = {}
     for number, row in numbered_rows(table, dict.fromkeys([path_column, *labels])):
@@ -87,7 +87,7 @@ def read_labels(table: Path, recipe: Recipe, path_column: str = "path") -> dict[
             continue
         place = f"{table}, row {number}"
         name = _name_in_row(place, row[path_column], path_column)
-        if recipe.task == "multi-label":
+        if recipe.task == "multilabel":
             label: Any = read_marks(place, row, recipe.classes)
         elif (text := canonical(row["label"])) in recipe.classes:
             label = recipe.classes.index(text)

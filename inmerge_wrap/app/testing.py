@@ -88,7 +88,7 @@ def test(run: Run, data: Data, options: argparse.Namespace, device: torch.device
             preparation=data.sets["test"].preparation,
             mean=tuple(map(float, training["mean"])),
             std=tuple(map(float, training["std"])),
-            task="multi-label" if several else "multi-class",
+            task=data.collection.task,
             classes=classes,
             thresholds=(0.5,) * len(classes) if several else None,
         )

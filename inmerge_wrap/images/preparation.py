@@ -22,7 +22,7 @@ from inmerge_wrap.files import write_json
 from inmerge_wrap.images.files import DataError, Decoded, counted, decode
 
 FILE = "preparation.json"
-TASKS = ("multi-class", "multi-label")
+TASKS = ("multiclass", "multilabel")
 CROP_MODES = ("squash", "center")  # as timm names them
 
 
@@ -98,7 +98,7 @@ class Recipe:
     preparation: Preparation
     mean: tuple[float, ...]  # of each channel, of pixels in [0, 1]
     std: tuple[float, ...]
-    task: str  # "multi-class" (a softmax) or "multi-label" (a sigmoid for each label)
+    task: str  # "multiclass" (a softmax) or "multilabel" (a sigmoid for each label)
     classes: tuple[str, ...]  # in the order of the outputs
     temperature: float = 1.0  # divides the outputs
     thresholds: tuple[float, ...] | None = None  # of several labels, above which each is named
@@ -122,7 +122,7 @@ class Recipe:
                 raise DataError(f"{name} must be {counted(count, 'number')}, got {len(values)}")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise DataError(f"temperature must be positive, got {self.temperature}")
-        wanted = len(self.classes) if self.task == "multi-label" else None
+        wanted = len(self.classes) if self.task == "multilabel" else None
         if wanted != (None if self.thresholds is None else len(self.thresholds)):
             raise DataError(
                 f"thresholds are {self.thresholds}, and the task is {self.task}: a multi-label "
@@ -134,7 +134,7 @@ class Recipe:
     def probabilities(self, logits: Tensor) -> Tensor:
         """The outputs (N, classes) as probabilities, in double precision."""
         scaled = logits.double() / self.temperature
-        return scaled.sigmoid() if self.task == "multi-label" else scaled.softmax(1)
+        return scaled.sigmoid() if self.task == "multilabel" else scaled.softmax(1)
 
     def named(self, probabilities: Tensor) -> Tensor:
         """Whether each class is part of the answer, (N, classes).

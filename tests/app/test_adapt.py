@@ -357,7 +357,7 @@ def test_labels_find_images_of_a_table_however_both_write_the_path(
 def test_thresholds_are_chosen_where_both_answers_are_known() -> None:
     recipe = Recipe.from_dict(
         {
-            "size": 32, "channels": 1, "mean": [0.5], "std": [0.5], "task": "multi-label",
+            "size": 32, "channels": 1, "mean": [0.5], "std": [0.5], "task": "multilabel",
             "classes": ["a", "b"], "thresholds": [0.5, 0.3],
         }
     )  # fmt: skip
@@ -375,7 +375,7 @@ def test_thresholds_are_chosen_where_both_answers_are_known() -> None:
 def test_a_threshold_that_rests_on_few_positives_or_negatives_is_told() -> None:
     recipe = Recipe.from_dict(
         {
-            "size": 32, "channels": 1, "mean": [0.5], "std": [0.5], "task": "multi-label",
+            "size": 32, "channels": 1, "mean": [0.5], "std": [0.5], "task": "multilabel",
             "classes": ["a", "b", "c", "d"], "thresholds": [0.5] * 4,
         }
     )  # fmt: skip

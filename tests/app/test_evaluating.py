@@ -153,6 +153,23 @@ def test_a_table_needs_a_preparation(tmp_path: Path) -> None:
     assert "has no preparation.json" in told
 
 
+@pytest.mark.parametrize("table_or_folder", ["list.csv", "classes"])
+def test_a_network_whose_images_are_prepared_for_another_is_named(
+    table_or_folder: str, tmp_path: Path
+) -> None:
+    for seed, name in enumerate("abc"):
+        pictures(tmp_path / "classes" / name, "png8", count=2, seed=seed)
+    for name in ("own", "foreign"):
+        trained(tmp_path / name, "png8", tmp_path / "classes" / "a")
+    (tmp_path / "foreign" / "preparation.json").unlink()
+    (tmp_path / "foreign" / "README.md").write_text("Exported.")
+    rows = [f"classes/{name}/0{n}.png,{name}" for name in "abc" for n in range(2)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))
+    models = tmp_path / "own", tmp_path / "foreign"
+    with pytest.warns(UserWarning, match="foreign has no preparation.json: its images are prepared"):
+        run("evaluate", *models, "--data", tmp_path / table_or_folder, *QUICKLY)
+
+
 def test_remedies_are_those_of_this_command(tmp_path: Path) -> None:
     pictures(tmp_path / "images", "png8", count=6)
     trained(tmp_path / "model", "png8", tmp_path / "images")

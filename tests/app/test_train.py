@@ -1023,7 +1023,7 @@ def test_without_augmentation_images_are_only_flipped() -> None:
 
 
 def recipe_of(classes: list[str], **settings: Any) -> Recipe:
-    task = "multi-label" if settings else "multi-class"
+    task = "multilabel" if settings else "multiclass"
     return Recipe(Preparation(32, 1), (0.5,), (0.2,), task, tuple(classes), **settings)
 
 

@@ -64,7 +64,7 @@ def recipe_for(folder: Path, form: str) -> Recipe:
         preparation=preparation,
         mean=(0.4,) * preparation.channels,
         std=(0.2,) * preparation.channels,
-        task="multi-label" if several else "multi-class",
+        task="multilabel" if several else "multiclass",
         classes=("a", "b", "c"),
         temperature=1.7,
         thresholds=(0.45, 0.5, 0.55) if several else None,
@@ -92,7 +92,7 @@ def trained(folder: Path, form: str, images: Path, arch: str = "test_resnet") ->
         "mit",
         "Random numbers.",
         results=[CardResult("accuracy", 0.987, "Noise")],
-        task=recipe.task.replace("-", ""),
+        task=recipe.task,
         thresholds=recipe.thresholds or (),
         code=snippet(recipe, PLACE),
     )

@@ -258,7 +258,7 @@ def test_evaluate_reads_images_as_the_model_was_trained_on_them(
         pictures.append(preparation(path) / 255)
         labels.append(index // 4)
     recipe = Recipe(
-        preparation, mean=(0.3,) * 3, std=(0.2,) * 3, task="multi-class", classes=tuple("abcdefg")
+        preparation, mean=(0.3,) * 3, std=(0.2,) * 3, task="multiclass", classes=tuple("abcdefg")
     )
     recipe.write(model)
     content = run_json("evaluate", model, "--data", tmp_path / "photos", *QUICKLY)

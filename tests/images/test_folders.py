@@ -1133,7 +1133,7 @@ def test_what_someone_wrote_into_a_deployment_is_checked(
 ) -> None:
     """All of it gave wrong answers without a word."""
     recipe = Recipe(
-        *(Preparation(32, 1), (0.5,), (0.2,), "multi-label", ("a", "b")), thresholds=(0.2, 0.9)
+        *(Preparation(32, 1), (0.5,), (0.2,), "multilabel", ("a", "b")), thresholds=(0.2, 0.9)
     )
     recipe.write(tmp_path)
     assert Recipe.read(tmp_path) == recipe
@@ -1147,7 +1147,7 @@ def test_a_deployment_survives_json_and_checks_itself(tmp_path: Path) -> None:
     seen = Seen(40, ("integers",), 0.0, 0.0, 4095.0, 900.0, 30, 200, (0.1, 0.4), (0.05, 0.2))
     several = Recipe(
         Preparation(32, 1, "center", (0.0, 4095.0), True),
-        (0.5,), (0.2,), "multi-label", ("a", "b"), 1.7, (0.2, 0.9), seen, (0.3, 0.1),
+        (0.5,), (0.2,), "multilabel", ("a", "b"), 1.7, (0.2, 0.9), seen, (0.3, 0.1),
         ("0123",),
     )  # fmt: skip
     several.write(tmp_path)
@@ -1156,10 +1156,10 @@ def test_a_deployment_survives_json_and_checks_itself(tmp_path: Path) -> None:
     assert content["pixel_range"] == [0, 4095] and content["thresholds"] == [0.2, 0.9]
     logits = torch.tensor([[1.0, -2.0]])
     assert torch.allclose(several.probabilities(logits).float(), (logits / 1.7).sigmoid())
-    one = Recipe(Preparation(32, 1), (0.5,), (0.2,), "multi-class", ("a", "b"), 0.5)
+    one = Recipe(Preparation(32, 1), (0.5,), (0.2,), "multiclass", ("a", "b"), 0.5)
     assert torch.allclose(one.probabilities(logits).float(), (logits * 2).softmax(1))
     with pytest.raises(DataError, match="has one for each label"):
-        Recipe(Preparation(32, 1), (0.5,), (0.2,), "multi-label", ("a", "b"))
+        Recipe(Preparation(32, 1), (0.5,), (0.2,), "multilabel", ("a", "b"))
     with pytest.raises(DataError, match=r"are \(0\.5,\), .* has one for each label: a, b"):
         dataclasses.replace(several, thresholds=(0.5,))
     (tmp_path / "preparation.json").write_text('{"size": 32}')
