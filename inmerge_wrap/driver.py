@@ -129,7 +129,7 @@ class Driver:
         if wrapper.training and torch.is_grad_enabled() and not counted_by_steps:
             self._watch_forward(wrapper, network)
         merges = self._forward.is_on and not self._pauses and (wrapper.training or network.training)
-        if not merges or not (compiling or self._attachments.live):
+        if not merges or self._forward.repeats_plain or not (compiling or self._attachments.live):
             return network(*args, **kwargs)
         if not compiling and vars(wrapper).get("_is_replica"):
             raise RuntimeError(

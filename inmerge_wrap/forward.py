@@ -134,6 +134,11 @@ class ForwardMerge:
             self._way.end_pass()  # of what was interrupted while a backward pass repeated it
         self._draw = self._way.draw(inputs)
 
+    @property
+    def repeats_plain(self) -> bool:
+        """Whether a backward pass repeats a pass that did not merge, as under paused()."""
+        return _in_backward() and isinstance(self._replayed, _Plain)
+
     def end(self, outputs: Any) -> None:
         """Ends a forward pass; the passes that its backward pass repeats will draw the same."""
         draw, self._draw = self._draw, None

@@ -984,6 +984,21 @@ def test_a_plain_pass_beside_a_merged_one_is_repeated_plain(
 
 
 @pytest.mark.parametrize("mode", ["outputs", "weights"])
+def test_a_checkpoint_around_a_paused_model_is_repeated_plain(mode: str) -> None:
+    """Its backward pass comes when the block has ended."""
+    found = []
+    for again in (False, True):
+        model, _ = made(mode, direction="signed")
+        merged = model(images(1).requires_grad_())
+        with model.paused():
+            x = images(2).requires_grad_()
+            plain = checkpoint(model, x, use_reentrant=False) if again else model(x)
+        found.append(gradients(model, lambda both=(merged, plain): torch.cat(both)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("mode", ["outputs", "weights"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_networks_that_share_convolutions_repeat_their_own_draws(
     mode: str, reentrant: bool

@@ -166,7 +166,9 @@ def test_a_network_whose_images_are_prepared_for_another_is_named(
     rows = [f"classes/{name}/0{n}.png,{name}" for name in "abc" for n in range(2)]
     (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))
     models = tmp_path / "own", tmp_path / "foreign"
-    with pytest.warns(UserWarning, match="foreign has no preparation.json: its images are prepared"):
+    with pytest.warns(
+        UserWarning, match="foreign has no preparation.json: its images are prepared"
+    ):
         run("evaluate", *models, "--data", tmp_path / table_or_folder, *QUICKLY)
 
 
