@@ -76,6 +76,7 @@ def front() -> str:
 def options_of_commands() -> str:
     """A table of arguments and options for each command of ``inmerge``."""
     from inmerge_wrap.cli import app
+    from inmerge_wrap.cli.help import meaning_of, names_of
 
     lines = []
     for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
@@ -84,15 +85,8 @@ def options_of_commands() -> str:
             continue
         lines += ["| option | meaning |", "|---|---|"]
         for parameter in command.params:
-            if parameter.param_type_name == "argument":
-                names = [str(parameter.metavar or parameter.name).upper()]
-            else:
-                names = [*parameter.opts, *parameter.secondary_opts]
-            default = parameter.default
-            said = (parameter.help or "").replace("|", "\\|")
-            if default not in (None, ()) and not isinstance(default, bool):
-                said += f" Default: `{default}`."
-            lines.append(f"| {', '.join(f'`{each}`' for each in names)} | {said} |")
+            said = meaning_of(parameter).replace("|", "\\|")
+            lines.append(f"| `{names_of(parameter)}` | {said} |")
         lines.append("")
     return "\n".join(lines)
 
