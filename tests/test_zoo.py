@@ -19,8 +19,11 @@ from tests import zoo
 from tests.zoo import Entry
 
 DOCS = Path(__file__).parents[1] / "docs" / "what-is-merged.md"
-TABLE = {(row["source"], row["model"]): row for row in zoo.read(zoo.RESULTS / "zoo.csv")}
-ROUND_TRIPS = zoo.read(zoo.RESULTS / "zoo_round_trip.csv")
+TABLES = {
+    name: {(row["source"], row["model"]): row for row in zoo.read(zoo.RESULTS / f"{name}.csv")}
+    for name in ("zoo", "zoo_recommended")
+}
+TABLE = TABLES["zoo"]
 
 
 def sample() -> list[Entry]:
@@ -58,10 +61,11 @@ ROUND_TRIP_SAMPLE = [
 ]
 
 
+@pytest.mark.parametrize("recommended", [False, True])
 @pytest.mark.parametrize("name", ROUND_TRIP_SAMPLE)
-def test_training_and_export_come_back_in_a_stock_model(name: str) -> None:
+def test_training_and_export_come_back_in_a_stock_model(name: str, recommended: bool) -> None:
     (entry,) = [entry for entry in zoo.entries() if entry.model == name]
-    outcome = zoo.go_round(entry)
+    outcome = zoo.go_round(entry, recommended)
     assert outcome.broken == ""
     assert outcome.merges > 0 and outcome.layers > 0
     assert outcome.files == ("weights, timm folder" if entry.source == "timm" else "weights")
@@ -113,24 +117,29 @@ def test_the_round_trip_tells_other_weights(monkeypatch: pytest.MonkeyPatch) -> 
 # -- the committed tables -------------------------------------------------------------------------
 
 
-def test_the_table_holds_the_whole_zoo_and_keeps_its_promises() -> None:
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_the_table_holds_the_whole_zoo_and_keeps_its_promises(
+    table: dict[tuple[str, str], dict[str, str]],
+) -> None:
     if timm.__version__ == zoo.TIMM_OF_THE_TABLE:
-        assert {name for source, name in TABLE if source == "timm"} == set(timm.list_models())
-    assert len(TABLE) > 1400
-    for row in TABLE.values():
+        assert {name for source, name in table if source == "timm"} == set(timm.list_models())
+    assert len(table) > 1400
+    for row in table.values():
         assert row["broken"] == ""
         assert bool(int(row["merged"])) is not bool(row["refusal"])
         assert not (row["refusal"] and int(row["mergeable"]))
     # Of the processor: what else ran on the machine is no property of the library.
-    seconds = sorted(float(row["cpu_seconds"]) for row in TABLE.values() if int(row["merged"]))
+    seconds = sorted(float(row["cpu_seconds"]) for row in table.values() if int(row["merged"]))
     assert seconds[int(0.95 * (len(seconds) - 1))] < 2.0
 
 
-def test_every_family_went_round() -> None:
-    assert {(row["source"], row["family"]) for row in ROUND_TRIPS} == {
+@pytest.mark.parametrize("table", TABLES)
+def test_every_family_went_round(table: str) -> None:
+    rows = zoo.read(zoo.RESULTS / f"{table}_round_trip.csv")
+    assert {(row["source"], row["family"]) for row in rows} == {
         (entry.source, entry.family) for entry in zoo.smallest_of_families()
     }
-    for row in ROUND_TRIPS:
+    for row in rows:
         assert row["broken"] == ""
         assert int(row["merges"]) > 0
 
@@ -146,5 +155,6 @@ def test_the_examples_of_the_docs_page_give_what_it_says() -> None:
 
 def test_the_numbers_of_the_docs_page_are_those_of_the_tables() -> None:
     text = DOCS.read_text()
-    for table in (*zoo.summaries(), zoo.other_networks()):
+    recommended = zoo.summaries([*TABLES["zoo_recommended"].values()])[:2]
+    for table in (*zoo.summaries(), *recommended, zoo.other_networks()):
         assert table in text

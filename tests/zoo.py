@@ -174,11 +174,12 @@ def example(entry: Entry, size: tuple[int, ...], device: torch.device | None = N
     return list(batch) if entry.detects else batch
 
 
-def count_mergeable(entry: Entry, model: nn.Module) -> set[str]:
+def count_mergeable(entry: Entry, model: nn.Module, recommended: bool = False) -> set[str]:
     """The convolutions that merging should reach, found by other means than the library's.
 
     They run in eval mode, have several kernels that read the same channels, work on a map, and
-    neither read the image nor are the classifier that the model names.
+    are not the classifier that the model names. With the paper's settings they do not read the
+    image; with the recommended ones they may, but for those that cut it into patches.
     """
     reads_image: dict[str, bool] = {}
     pixels: Counter[str] = Counter()
@@ -202,12 +203,16 @@ def count_mergeable(entry: Entry, model: nn.Module) -> set[str]:
     return {
         name
         for name, of_image in reads_image.items()
-        if not of_image
+        if (not of_image or (recommended and not _cuts(convs[name])))
         and pixels[name] > 1
         and name != classifier
         and not convs[name].groups == convs[name].in_channels > 1
         and convs[name].out_channels > convs[name].groups
     }
+
+
+def _cuts(conv: _ConvNd) -> bool:
+    return conv.kernel_size == conv.stride and max(conv.kernel_size) > 1
 
 
 @contextmanager
@@ -252,7 +257,7 @@ def plan_one(entry: Entry, recommended: bool = False) -> Outcome:
     outcome.seconds = round(time.perf_counter() - start, 3)
     outcome.cpu_seconds = round(time.process_time() - cpu_start, 3)
     if outcome.convolutions:
-        mergeable = count_mergeable(entry, model)
+        mergeable = count_mergeable(entry, model, recommended)
         outcome.mergeable = len(mergeable)
         if outcome.refusal and mergeable:
             outcome.broken = f"refused with {len(mergeable)} mergeable convolutions"
@@ -354,10 +359,10 @@ def _equal(model: nn.Module, images: Any, expected: Sequence[Tensor]) -> bool:
     return len(found) == len(expected) > 0 and all(map(torch.equal, found, expected))
 
 
-def smallest_of_families(table: str = "zoo") -> list[Entry]:
-    """The smallest model of each family with something to merge, as a table knows it."""
+def smallest_of_families() -> list[Entry]:
+    """The smallest model of each family with something to merge, as zoo.csv knows it."""
     best: dict[tuple[str, str], dict[str, str]] = {}
-    for row in read(RESULTS / f"{table}.csv"):
+    for row in read(RESULTS / "zoo.csv"):
         key = row["source"], row["family"]
         if int(row["merged"]) and (
             key not in best or int(row["parameters"]) < int(best[key]["parameters"])
