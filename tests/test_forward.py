@@ -90,6 +90,11 @@ def gradients(model: nn.Module, forward: Callable[[], Tensor]) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
+def repeat_features(network: Any, reentrant: bool) -> None:
+    """Makes the backward pass run the features of a network again."""
+    network.features = partial(checkpoint, network.features, use_reentrant=reentrant)
+
+
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
     optimizer.zero_grad()
     model(images(number)).square().mean().backward()
@@ -842,8 +847,7 @@ def test_recomputed_activations_draw_the_same(mode: str, reentrant: bool, where:
         def forward(x: Tensor) -> Tensor:
             return checkpoint(again, x, use_reentrant=reentrant)
     else:
-        inner = again.module.features
-        again.module.features = lambda x: checkpoint(inner, x, use_reentrant=reentrant)  # type: ignore
+        repeat_features(again.module, reentrant)
         forward = again
     repeated = gradients(again, lambda: torch.cat([forward(first), forward(second)]))
     for one, other in zip(plain, repeated, strict=True):
@@ -859,10 +863,8 @@ def test_an_interrupted_backward_pass_leaves_nothing_to_the_next(mode: str) -> N
     found = []
     for interrupts in (False, True):
         model, _ = made(mode, direction="signed")
-        inner, kept = model.module.features, []
-        model.module.features = lambda x, inner=inner: checkpoint(  # type: ignore[method-assign]
-            inner, x, use_reentrant=False
-        )
+        kept: list[Tensor] = []
+        repeat_features(model.module, reentrant=False)
         model.module.head.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0]))
         if interrupts:
             loss = model(images(1)).sum()
@@ -888,11 +890,8 @@ def test_a_result_in_an_object_is_followed_into_the_backward_pass(
     for again in (False, True):
         network = Called(net(), Output)
         model, _ = made(mode, network, direction="signed", example_input={"pixels": images()})
-        inner = network.inner.features
         if again:
-            network.inner.features = lambda x, inner=inner: checkpoint(  # type: ignore[method-assign]
-                inner, x, use_reentrant=reentrant
-            )
+            repeat_features(network.inner, reentrant)
         x = images(1).requires_grad_()
         found.append(gradients(model, lambda m=model, x=x: m(pixels=x).logits))
     for one, other in zip(*found, strict=True):
@@ -907,11 +906,9 @@ def test_a_loss_of_features_alone_repeats_the_draws_of_their_pass(
     found = []
     for again in (False, True):
         model, _ = made(mode, direction="signed")
-        inner, kept = model.module.features, []
+        kept: list[Tensor] = []
         if again:
-            model.module.features = lambda x, inner=inner: checkpoint(  # type: ignore[method-assign]
-                inner, x, use_reentrant=reentrant
-            )
+            repeat_features(model.module, reentrant)
         model.module.head.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0]))
         for number in (1, 2):  # micro-batches, and the second of them twice
 
@@ -943,8 +940,7 @@ def test_a_pass_that_cannot_be_found_is_an_error_where_it_would_matter() -> None
 
     gradients(model, two)
     optimizer.step()
-    inner = network.inner.features
-    network.inner.features = lambda x: checkpoint(inner, x, use_reentrant=True)  # type: ignore
+    repeat_features(network.inner, reentrant=True)
     with pytest.raises(RuntimeError, match="cannot be found which of 2, so"):
         gradients(model, two)
 
@@ -960,11 +956,8 @@ def test_a_plain_pass_beside_a_merged_one_is_repeated_plain(
     found = []
     for again in (False, True):
         model, _ = made(mode, direction="signed")
-        inner = model.module.features
         if again:
-            model.module.features = lambda x, inner=inner: checkpoint(  # type: ignore[method-assign]
-                inner, x, use_reentrant=reentrant
-            )
+            repeat_features(model.module, reentrant)
 
         def passed(is_plain: int, model: InMergeWrapper = model) -> Tensor:
             x = images(is_plain).requires_grad_()
@@ -1009,9 +1002,7 @@ def test_networks_that_share_convolutions_repeat_their_own_draws(
         networks[1].stem, networks[1].grouped = networks[0].stem, networks[0].grouped
         pairs = [made(mode, n, direction="signed", seed=seed) for seed, n in enumerate(networks)]
         for network in networks if again else ():
-            network.features = partial(  # type: ignore[method-assign]
-                checkpoint, network.features, use_reentrant=reentrant
-            )
+            repeat_features(network, reentrant)
         first, second = (model for model, _ in pairs)
         both = nn.ModuleList([first, second])
         x = images().requires_grad_()
@@ -1028,11 +1019,9 @@ def test_a_backward_pass_that_raised_leaves_no_draw_to_the_next(reentrant: bool)
     found = []
     for again in (False, True):
         model, _ = made(direction="signed")
-        inner, kept = model.module.features, []
+        kept: list[Tensor] = []
         if again:
-            model.module.features = partial(  # type: ignore[method-assign]
-                checkpoint, inner, use_reentrant=reentrant
-            )
+            repeat_features(model.module, reentrant)
         model.module.head.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0]))
         handle = model.module.grouped.weight.register_hook(lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -1069,10 +1058,7 @@ def test_optimizers_in_the_backward_pass_leave_what_is_repeated_alone(
     for again in (False, True):
         model, _ = made(direction="signed", **settings)
         if again:
-            inner = model.module.features
-            model.module.features = lambda x, inner=inner: checkpoint(  # type: ignore[assignment]
-                inner, x, use_reentrant=False
-            )
+            repeat_features(model.module, reentrant=False)
         step_in_the_backward_pass(model, lr=0.1)
         for number in range(3):
             model(images(number)).square().mean().backward()
