@@ -245,7 +245,8 @@ def plan_one(entry: Entry, recommended: bool = False) -> Outcome:
     try:
         given = example(entry, input_size(model)) if entry.detects else None
         with strict(entry):
-            settings = {"mode": "outputs", "shallow_layers": 0} if recommended else {}
+            chosen = recommended_settings(total_steps=100) if recommended else {}
+            settings = {key: chosen[key] for key in ("mode", "shallow_layers") if key in chosen}
             plan = plan_merging(model, example_input=given, **settings)
     except ValueError as error:
         outcome.refusal = str(error)
