@@ -457,7 +457,12 @@ def push_to_hub(
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     api.create_commit(repo_id, operations, commit_message=message)
-    return f'timm.create_model("hf-hub:{repo_id}", pretrained=True)'
+    return loading_line(f"hf-hub:{repo_id}")
+
+
+def loading_line(place: str) -> str:
+    """Returns the line of Python that loads a network from a folder or the Hub with plain timm."""
+    return f'timm.create_model("{place}", pretrained=True)'
 
 
 def _numbers(values: Sequence[float]) -> str:

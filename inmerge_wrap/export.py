@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
-from inmerge_wrap.card import ModelCard
+from inmerge_wrap.card import ModelCard, loading_line
 from inmerge_wrap.errors import check_choice, check_pixels
 from inmerge_wrap.files import read_json, replacing, replacing_files, supported_or_skipped
 from inmerge_wrap.tracing import bystanders_kept
@@ -205,7 +205,7 @@ def export_timm(
                     "pass a card, or delete it",
                     stacklevel=2,
                 )
-    return f'timm.create_model("local-dir:{Path(directory)}", pretrained=True)'
+    return loading_line(f"local-dir:{Path(directory)}")
 
 
 def _check_facts(

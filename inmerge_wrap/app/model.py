@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from inmerge_wrap.architectures import is_timm_folder
-from inmerge_wrap.card import ModelCard
+from inmerge_wrap.card import ModelCard, loading_line
 from inmerge_wrap.checkpoints import load_network
 from inmerge_wrap.errors import ArgumentError
 from inmerge_wrap.export import export_timm
@@ -98,7 +98,7 @@ class TrainedModel:
             if isinstance(card, str):
                 (draft / "README.md").write_text(card, encoding="utf-8")
             self.recipe.write(draft)
-        return f'timm.create_model("local-dir:{folder}", pretrained=True)'
+        return loading_line(f"local-dir:{folder}")
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """Pixels uint8 (N, C, S, S) as input of the network, on its device."""
